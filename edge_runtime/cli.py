@@ -1,0 +1,249 @@
+"""``dpu-edge``: the device's command line."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.command import (
+    CONTEXT,
+    EXIT_CODE_HELP,
+    Group,
+    emit,
+    json_option,
+    say,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_runtime.device import Device
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
+@click.version_option(package_name="dpu-edge")
+@click.option(
+    "--store",
+    envvar="DPU_STORE",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The device's directory (or set DPU_STORE).",
+)
+@click.pass_context
+def main(context: click.Context, store: Path | None) -> None:
+    """Keep a model on this device up to date, and run it."""
+    context.obj = store
+
+
+def _root(context: click.Context) -> Path:
+    if context.obj is None:
+        raise click.UsageError(
+            "which store? Give 'dpu-edge --store DIR COMMAND', or set DPU_STORE"
+        )
+    return Path(context.obj)
+
+
+def _open(context: click.Context) -> "Device":
+    from edge_runtime.device import Device
+
+    return Device.open(_root(context))
+
+
+@main.command()
+@click.argument("bundle", type=_file)
+@json_option
+@click.pass_context
+def init(context: click.Context, bundle: Path, *, as_json: bool) -> None:
+    """Install a model from a bundle into an empty store."""
+    from edge_runtime.device import Device
+
+    status = Device.install(_root(context), bundle).status()
+    emit(
+        status,
+        as_json=as_json,
+        text=f"installed round {status['round']} in {status['store']}\n"
+        f"  fingerprint  {status['fingerprint']}",
+    )
+
+
+@main.command()
+@click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
+@click.option("--force", is_flag=True, help="Try a release that failed its trial.")
+@json_option
+@click.pass_context
+def apply(
+    context: click.Context, patches: tuple[Path, ...], *, force: bool, as_json: bool
+) -> None:
+    """Apply patches, in the order given. A patch that is refused changes nothing."""
+    device = _open(context)
+    results = []
+    for patch in patches:
+        result = device.update(patch, force=force)
+        slot = device.store.state.active_slot
+        results.append({"patch": str(patch), "result": result, "round": slot.round})
+        if not as_json:
+            print(f"{patch.name}: {result}, now at round {slot.round}")
+    if as_json:
+        emit({"patches": results} | device.status(), as_json=True, text="")
+
+
+@main.command()
+@json_option
+@click.pass_context
+def status(context: click.Context, *, as_json: bool) -> None:
+    """Show what is installed and how it got here."""
+    record = _open(context).status()
+    kept = ", ".join(str(number) for number in record["kept_rounds"])
+    lines = [
+        f"round          {record['round']}",
+        f"fingerprint    {record['fingerprint']}",
+        f"model          {record['model']}",
+        f"weights        {record['weights']} ({record['weights_bytes']} bytes)",
+        f"release floor  {record['release_floor']}",
+        f"kept rounds    {kept}",
+        *(f"skipped        {target}" for target in record["skipped"]),
+        "history",
+        *(
+            f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
+            + (f"  {e['reason']}" if "reason" in e else "")
+            for e in record["history"]
+        ),
+    ]
+    emit(record, as_json=as_json, text="\n".join(lines))
+
+
+@main.command()
+@click.option(
+    "--expect",
+    metavar="SHA256|FILE",
+    help="Compare with this fingerprint, or with that of a weight file.",
+)
+@json_option
+@click.pass_context
+def verify(context: click.Context, expect: str | None, *, as_json: bool) -> None:
+    """Hash the active weights on disk: are they what this device claims to run?"""
+    device = _open(context)
+    fingerprint = device.verify()
+    if expect is not None:
+        _compare(fingerprint, expect)
+    emit(
+        {"fingerprint": fingerprint, "round": device.store.state.active_slot.round},
+        as_json=as_json,
+        text=f"{fingerprint}  round {device.store.state.active_slot.round}  verified",
+    )
+
+
+def _compare(fingerprint: str, expect: str) -> None:
+    from edge_runtime.errors import VerificationError
+    from edge_runtime.weights import fingerprint_file
+
+    wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
+    if len(wanted) != 64:
+        raise click.BadParameter(
+            f"{expect!r} is neither a weight file nor a SHA-256 in 64 hex digits",
+            param_hint="--expect",
+        )
+    if wanted != fingerprint:
+        raise VerificationError(
+            f"this device runs {fingerprint}, expected {wanted}",
+            expected=wanted,
+            actual=fingerprint,
+        )
+
+
+@main.command()
+@json_option
+@click.pass_context
+def rollback(context: click.Context, *, as_json: bool) -> None:
+    """Go back to the round before. Newer releases stay welcome, older ones do not."""
+    device = _open(context)
+    slot = device.rollback()
+    emit(
+        device.status(),
+        as_json=as_json,
+        text=f"rolled back to round {slot.round} ({slot.target[:12]})",
+    )
+
+
+@main.command()
+@click.argument("inputs", metavar="INPUT", required=False, type=_file)
+@click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
+@click.option("--top", default=1, show_default=True, help="Classes to name per sample.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the raw outputs to this .npy file too.",
+)
+@json_option
+@click.pass_context
+def infer(
+    context: click.Context,
+    inputs: Path | None,
+    *,
+    golden: bool,
+    top: int,
+    threads: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the model on INPUT: a .npy file with one sample or a batch, as collected."""
+    import numpy as np
+
+    if (inputs is None) != golden:
+        raise click.UsageError("give one INPUT file, or --golden")
+    device = _open(context)
+    raw = _read_inputs(inputs or device.store.root / "model" / "golden.npz")
+    outputs = device.predictor(threads=threads).predict(raw)
+    if output is not None:
+        np.save(output, outputs)
+        say(f"wrote {output}")
+    samples = [
+        {"sample": number, "top": _top(row, device.store.contract.classes, top)}
+        for number, row in enumerate(outputs.reshape(len(outputs), -1))
+    ]
+    state = device.store.state
+    emit(
+        {"round": state.active_slot.round, "samples": samples},
+        as_json=as_json,
+        text="\n".join(json.dumps(sample) for sample in samples),
+    )
+
+
+def _read_inputs(path: Path) -> "NDArray[Any]":
+    import numpy as np
+
+    from edge_runtime.errors import ContractError
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as err:
+        raise ContractError(f"{path} is not a .npy or .npz file ({err})") from err
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded:
+        if "inputs" not in loaded:
+            raise ContractError(f"{path} holds no array named 'inputs'")
+        found: NDArray[Any] = loaded["inputs"]
+        return found
+
+
+def _top(
+    row: "NDArray[np.float32]", classes: tuple[str, ...], count: int
+) -> list[dict[str, Any]]:
+    import numpy as np
+
+    # A softmax: the outputs of a classifier are logits.
+    shares = np.exp(row - row.max())
+    shares /= shares.sum()
+    return [
+        {
+            "class": classes[index] if index < len(classes) else int(index),
+            "probability": round(float(shares[index]), 6),
+        }
+        for index in np.argsort(-row, kind="stable")[:count]
+    ]

@@ -1,0 +1,139 @@
+"""What every command of this project shares: exit codes, ``--json``, error messages.
+
+Data goes to standard output, everything else to standard error. With ``--json`` a
+command prints exactly one object with a ``schema`` number; an error is one JSON object
+on standard error. New exit codes may be added: treat an unknown one as a failure.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from edge_runtime import errors
+
+SCHEMA = 1
+OK, BUG, USAGE, INTERRUPTED, OS_ERROR = 0, 1, 2, 130, 10
+
+# The first class that matches decides, so a subclass stands before its base.
+EXIT_CODES: dict[type[errors.DpuError], int] = {
+    errors.ConfigError: USAGE,
+    errors.RoundNotFoundError: USAGE,
+    errors.PatchError: 3,
+    errors.WeightsError: 3,
+    errors.BundleError: 3,
+    errors.RoundError: 3,
+    errors.ContractError: USAGE,
+    errors.WrongParentError: 4,
+    errors.WrongModelError: 4,
+    errors.VerificationError: 5,
+    errors.TrialError: 5,
+    errors.BudgetError: 6,
+    errors.StoreError: 7,
+    errors.TrustError: 8,
+    errors.TrainingError: 9,
+    errors.DpuError: BUG,
+}
+
+EXIT_CODE_HELP = """\b
+Exit codes (new ones may be added; treat an unknown one as a failure):
+  0  done, or nothing to do
+  1  unexpected: a bug, please report it
+  2  usage: wrong arguments, unknown round, bad recipe or input
+  3  not a valid patch, bundle, weight file or round
+  4  the patch is for other weights or for another model
+  5  verification or trial failed, nothing changed
+  6  the patch is over its size limit
+  7  the store is damaged, full or locked
+  8  not trusted: replayed release
+  9  training or export failed
+ 10  the operating system refused (disk full, no permission)
+130  interrupted
+"""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an exception ends a command with."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return code
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return INTERRUPTED
+    return OS_ERROR if isinstance(error, OSError) else BUG
+
+
+def json_option(command: Any) -> Any:
+    """Add ``--json`` to a command."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+    )(command)
+
+
+def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """Print a command's result to standard output.
+
+    Args:
+        record: The result as data; ``schema`` is added.
+        as_json: Print the record; otherwise the text.
+        text: The result for people.
+    """
+    print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
+
+
+def say(message: str) -> None:
+    """Tell a person something, on standard error."""
+    click.echo(message, err=True)
+
+
+class _CatchErrors:
+    """Turns exceptions into messages and documented exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)  # type: ignore[misc]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader went away (``dpu-patch info ... | head``): not our failure.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(OK)
+        except click.ClickException as err:
+            err.show()
+            sys.exit(err.exit_code)
+        except (errors.DpuError, OSError, KeyboardInterrupt, click.Abort) as err:
+            _report(err, exit_code(err))
+            sys.exit(exit_code(err))
+        except Exception:  # noqa: BLE001 - the one place where a bug becomes a message
+            traceback.print_exc()
+            say("this is a bug: please report it with the lines above")
+            sys.exit(BUG)
+        # Without standalone mode, click hands back the code of ctx.exit(), or what
+        # the command returned.
+        sys.exit(result if isinstance(result, int) else OK)
+
+
+def _report(error: BaseException, code: int) -> None:
+    message = str(error) or ("interrupted" if code == INTERRUPTED else repr(error))
+    if "--json" not in sys.argv:
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        say(message)
+        return
+    details = {
+        key: value for key, value in vars(error).items() if not key.startswith("_")
+    }
+    record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
+    say(json.dumps(record | {"exit_code": code} | details, default=str))
+
+
+class Command(_CatchErrors, click.Command):
+    """A click command with this project's errors and exit codes."""
+
+
+class Group(_CatchErrors, click.Group):
+    """A click group with this project's errors and exit codes."""
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 88}

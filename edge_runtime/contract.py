@@ -1,0 +1,145 @@
+"""What goes into a model and what comes out: ``contract.json``. No I/O."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edge_runtime.errors import ContractError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of the graph.
+
+    Attributes:
+        name: The graph's name for it.
+        dtype: NumPy name of the type that the graph takes.
+        shape: Its shape; None where any size goes (the batch).
+        scale: Factor on the raw values, for example 1/255 for 8-bit images.
+        mean: Per channel (axis 1), subtracted after scaling; empty for none.
+        std: Per channel, divided by; empty for none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def prepare(self, raw: ArrayLike) -> NDArray[Any]:
+        """Turn raw values into what the graph takes.
+
+        Args:
+            raw: Values as the device gets them, any numeric type, shape as
+                :attr:`shape`; a single sample without the batch axis is welcome.
+
+        Raises:
+            ContractError: The shape or type does not fit.
+        """
+        values = np.asarray(raw)
+        if values.ndim == len(self.shape) - 1:
+            values = values[np.newaxis]
+        fits = values.ndim == len(self.shape) and all(
+            want in (None, found)
+            for want, found in zip(self.shape, values.shape, strict=True)
+        )
+        if not fits or values.dtype.kind not in "biuf":
+            raise ContractError(
+                f"input {self.name!r} takes numbers of shape {_show(self.shape)}, "
+                f"got {values.dtype} of shape {list(np.shape(raw))}"
+            )
+        if self.scale == 1.0 and not self.mean and not self.std:
+            return values.astype(self.dtype, copy=False)
+        out = values.astype(np.float32) * np.float32(self.scale)
+        channels = (-1, *[1] * (out.ndim - 2))
+        if self.mean:
+            out = out - np.asarray(self.mean, np.float32).reshape(channels)
+        if self.std:
+            out = out / np.asarray(self.std, np.float32).reshape(channels)
+        return out.astype(self.dtype, copy=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What a model takes, what it gives, and how good it must be.
+
+    Attributes:
+        inputs: In the graph's order.
+        classes: Names of the classes; empty if the model is no classifier.
+        accuracy_floor: Share of golden labels that must be right in a trial.
+        output_tolerance: Allowed difference to expected outputs, relative to the
+            largest absolute output: CPUs differ by up to 1e-6 of it.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    classes: tuple[str, ...] = ()
+    accuracy_floor: float = 0.0
+    output_tolerance: float = 1e-4
+
+    def prepare(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Any]:
+        """Turn raw values into the feed of a session.
+
+        Args:
+            raw: An array for the only input, or arrays by input name.
+
+        Raises:
+            ContractError: An input is missing, unknown, or does not fit.
+        """
+        names = [spec.name for spec in self.inputs]
+        if not isinstance(raw, Mapping):
+            if len(names) != 1:
+                raise ContractError(
+                    f"the model takes several inputs ({', '.join(names)}); give them "
+                    "by name"
+                )
+            raw = {names[0]: raw}
+        if set(raw) != set(names):
+            raise ContractError(
+                f"the model takes {', '.join(names)}; got {', '.join(raw) or 'nothing'}"
+            )
+        return {spec.name: spec.prepare(raw[spec.name]) for spec in self.inputs}
+
+
+def parse_contract(text: str | bytes) -> Contract:
+    """Parse ``contract.json``. Unknown fields are ignored.
+
+    Raises:
+        ContractError: Malformed, or of a newer schema.
+    """
+    try:
+        record = json.loads(text)
+        if record["schema"] != SCHEMA:
+            raise ContractError(
+                f"contract of schema {record['schema']}, this runtime knows {SCHEMA}; "
+                "install a newer dpu-edge"
+            )
+        return Contract(
+            tuple(_parse_input(entry) for entry in record["inputs"]),
+            tuple(str(name) for name in record.get("classes", ())),
+            float(record.get("accuracy_floor", 0.0)),
+            float(record.get("output_tolerance", 1e-4)),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ContractError(f"the contract is malformed ({err!r})") from err
+
+
+def _parse_input(entry: Mapping[str, Any]) -> InputSpec:
+    return InputSpec(
+        str(entry["name"]),
+        np.dtype(entry["dtype"]).name,
+        tuple(None if n is None else int(n) for n in entry["shape"]),
+        float(entry.get("scale", 1.0)),
+        tuple(float(v) for v in entry.get("mean", ())),
+        tuple(float(v) for v in entry.get("std", ())),
+    )
+
+
+def _show(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("batch" if n is None else str(n) for n in shape) + "]"

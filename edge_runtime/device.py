@@ -1,0 +1,310 @@
+"""A device: a store, and the rules by which it moves from one round to the next.
+
+Example::
+
+    device = Device.open("/var/lib/dpu")
+    device.update("round_06.dpu")
+    scores = device.predictor().predict(image)
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.apply import apply_chunks, check_model
+from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
+from edge_runtime.errors import (
+    BundleError,
+    StoreError,
+    TrialError,
+    VerificationError,
+    WrongParentError,
+)
+from edge_runtime.files import Files
+from edge_runtime.infer import Predictor
+from edge_runtime.patch import Limits, Patch, open_patch
+from edge_runtime.state import Event, Slot, State, admit
+from edge_runtime.store import KEPT_SLOTS, Store
+from edge_runtime.trial import run_trial
+from edge_runtime.weights import fingerprint_chunks, model_id
+
+Trial = Callable[..., Any]
+
+
+class UpdateResult(StrEnum):
+    """How an update ended, where it did not fail."""
+
+    APPLIED = "applied"
+    ALREADY_CURRENT = "already current"
+
+
+class Device:
+    """An installed model that can be updated, asked and proved.
+
+    Attributes:
+        store: The files.
+    """
+
+    def __init__(self, store: Store, trial: Trial = run_trial) -> None:
+        """Use :meth:`open` or :meth:`install`; ``trial`` tries new weights."""
+        self.store = store
+        self._trial = trial
+
+    @classmethod
+    def open(
+        cls,
+        root: str | PathLike[str],
+        *,
+        files: Files | None = None,
+        trial: Trial = run_trial,
+    ) -> "Device":
+        """Open an installed device.
+
+        Args:
+            root: The store's directory.
+            files: The seam to the disk.
+            trial: Called with slot and model folder; raises TrialError.
+
+        Raises:
+            StoreError: Nothing is installed there, or it is damaged.
+        """
+        return cls(Store.open(root, files), trial)
+
+    @classmethod
+    def install(
+        cls,
+        root: str | PathLike[str],
+        bundle: str | PathLike[str] | bytes,
+        *,
+        files: Files | None = None,
+        trial: Trial = run_trial,
+    ) -> "Device":
+        """Install a bundle into a new store.
+
+        The init weights are regenerated, the bundle's patch is applied to them, and
+        the outputs for the golden inputs are compared with the server's.
+
+        Raises:
+            OSError: The bundle cannot be read.
+            BundleError: The bundle is damaged or contradicts itself.
+            DpuError: Its patch is refused; nothing is installed then.
+            StoreError: Something is installed there already.
+        """
+        content = read_bundle(bundle)
+        model = {n: data for n, data in content.files.items() if n != PATCH_NAME}
+        lock = Store(Path(root), None, files or Files()).lock()
+        with lock, open_patch(content.files[PATCH_NAME]) as patch:
+            store = Store.create(root, model, files)
+            device = cls(store, trial)
+            device._install(content, patch)
+        return device
+
+    def _install(self, content: Bundle, patch: Patch) -> None:
+        header = patch.header
+        if (header.model, header.target) != (content.model, content.target):
+            raise BundleError("the bundle's patch is not for the bundle's weights")
+        check_model(patch, self.store.model)
+        init = fingerprint_chunks(self.store.recipe.chunks())
+        if header.parent != init:
+            raise WrongParentError(
+                f"the bundle's patch leads from {header.parent[:12]}, its init recipe "
+                f"gives {init[:12]}: the bundle is damaged, or this machine generates "
+                "other init weights than the server",
+                expected=header.parent,
+                actual=init,
+            )
+        patch.check(self.store.layout)
+        self.store.make_room(init)
+        folder = self._stage(patch, self.store.recipe.chunks())
+        self._trial(folder, self.store.root / "model", expected=True)
+        slot = Slot(header.target, header.round, header.counter)
+        self.store.commit(
+            State(
+                model=header.model,
+                init=init,
+                active=slot.target,
+                floor=slot.counter,
+                floor_target=slot.target,
+                slots=(slot,),
+                history=(_event("installed", slot),),
+            )
+        )
+        self.store.collect()
+
+    # Moving on ----------------------------------------------------------------------
+
+    def update(
+        self,
+        source: str | PathLike[str] | bytes,
+        *,
+        force: bool = False,
+        limits: Limits | None = None,
+    ) -> UpdateResult:
+        """Apply a patch: check, write beside, try, switch. Or change nothing.
+
+        Args:
+            source: A patch file, or its bytes.
+            force: Try a release again that failed its trial before.
+            limits: What to accept of a patch file.
+
+        Raises:
+            OSError: The patch cannot be read.
+            PatchError: The patch is at fault.
+            WrongModelError: It is for another network.
+            WrongParentError: It leads from weights that this device does not have.
+            TrustError: The release is older than one that was active.
+            VerificationError: The result is not the promised one.
+            TrialError: The new weights did not prove themselves.
+            StoreError: The device's own files are at fault.
+        """
+        with open_patch(source, limits) as patch, self.store.lock():
+            state, header = self.store.state, patch.header
+            check_model(patch, state.model)
+            if header.target == state.active:
+                return UpdateResult.ALREADY_CURRENT
+            admit(state, header, force=force)
+            slot = Slot(header.target, header.round, header.counter)
+            if state.slot(header.target):
+                # Rolled back from it before: the copy is still here.
+                self.store.check_slot(header.target)
+                folder = self.store.slot_folder(header.target)
+            else:
+                base = self._base(patch)
+                patch.check(self.store.layout)
+                self.store.make_room(header.parent)
+                folder = self._stage(patch, base)
+            self._try(folder, slot)
+            self._activate(slot, "updated")
+        return UpdateResult.APPLIED
+
+    def rollback(self) -> Slot:
+        """Go back to the kept slot; the release floor stays where it is.
+
+        Returns:
+            The slot that is active now.
+
+        Raises:
+            StoreError: No slot is kept, or it is damaged.
+        """
+        with self.store.lock():
+            slot = self.store.state.previous()
+            if slot is None:
+                raise StoreError(
+                    "there is no earlier slot to go back to: only the active weights "
+                    "are kept"
+                )
+            self.store.check_slot(slot.target)
+            self._activate(slot, "rolled back")
+        return slot
+
+    def _base(self, patch: Patch) -> Iterable[bytes]:
+        header, state = patch.header, self.store.state
+        base = self.store.base(header.parent)
+        if base is None:
+            active = state.active_slot
+            known = any(event.target == header.parent for event in state.history)
+            raise WrongParentError(
+                f"round {header.round} leads from weights {header.parent[:12]}; this "
+                f"device is at round {active.round} ({active.target[:12]})"
+                + (
+                    " and no longer keeps them; ask for a patch from its own round"
+                    if known
+                    else "; apply the rounds between them first"
+                ),
+                expected=header.parent,
+                actual=active.target,
+                known=known,
+            )
+        return base
+
+    def _stage(self, patch: Patch, base: Iterable[bytes]) -> Path:
+        header, layout = patch.header, self.store.layout
+        try:
+            return self.store.stage(apply_chunks(base, layout, patch), header.target)
+        except VerificationError as err:
+            # Which of the two is at fault: the patch, or the parent on this disk?
+            again = self.store.base(header.parent)
+            actual = fingerprint_chunks(again) if again is not None else ""
+            if actual == header.parent:
+                raise
+            raise StoreError(
+                f"the parent on this device is damaged: its SHA-256 is {actual}, "
+                f"expected {header.parent}; nothing changed. Run 'dpu-edge rollback' "
+                "or install the bundle into an empty folder"
+            ) from err
+
+    def _try(self, folder: Path, slot: Slot) -> None:
+        try:
+            self._trial(folder, self.store.root / "model")
+        except TrialError as err:
+            self.store.skip(slot.target, _event("refused", slot, str(err)))
+            self.store.collect()
+            raise
+
+    def _activate(self, slot: Slot, event: str) -> None:
+        state = self.store.state.activated(slot, _event(event, slot), keep=KEPT_SLOTS)
+        self.store.commit(state)
+        # The update counts from here on: tidying up must not turn it into a failure.
+        with suppress(OSError):
+            self.store.collect()
+
+    # Asking -------------------------------------------------------------------------
+
+    def predictor(self, *, threads: int = 1) -> Predictor:
+        """Return a predictor with the active weights.
+
+        Raises:
+            StoreError: They cannot be loaded.
+        """
+        folder = self.store.slot_folder(self.store.state.active)
+        return Predictor(folder, self.store.contract, threads=threads)
+
+    def verify(self) -> str:
+        """Hash the active weights on disk and check the graph beside them.
+
+        Returns:
+            Their fingerprint.
+
+        Raises:
+            StoreError: They are not what the state says.
+        """
+        self.store.check_slot(self.store.state.active)
+        if model_id(self.store.layout.header, self.store.graph_path.read_bytes()) != (
+            self.store.state.model
+        ):
+            raise StoreError(
+                f"{self.store.root / 'model'} is damaged; install the bundle into an "
+                "empty folder"
+            )
+        return self.store.state.active
+
+    def status(self) -> dict[str, Any]:
+        """Return what is installed, as plain data."""
+        state = self.store.state
+        active = state.active_slot
+        return {
+            "store": str(self.store.root),
+            "model": state.model,
+            "round": active.round,
+            "fingerprint": active.target,
+            "weights": str(self.store.slot_folder(active.target)),
+            "weights_bytes": self.store.layout.file_size,
+            "release_counter": active.counter,
+            "release_floor": state.floor,
+            "kept_rounds": [slot.round for slot in state.slots],
+            "skipped": list(state.skipped),
+            "history": [
+                {"at": e.at, "event": e.event, "round": e.round, "target": e.target}
+                | ({"reason": e.reason} if e.reason else {})
+                for e in state.history
+            ],
+        }
+
+
+def _event(event: str, slot: Slot, reason: str = "") -> Event:
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Event(at, event, slot.round, slot.target, reason)

@@ -1,0 +1,159 @@
+"""Every error this project raises on purpose.
+
+One tree, so that a caller can catch as much or as little as needed::
+
+    DpuError
+     + PatchError                   the patch file is at fault; nothing changed
+     |  + PatchFormatError          not a patch, truncated, malformed, over a limit
+     |  + PatchVersionError         newer than this runtime      .found .supported
+     |  + PatchIntegrityError       a checksum does not match    .expected .actual
+     + WeightsError                 a weight file or init recipe is malformed
+     + BundleError                  an installation bundle is malformed
+     + ContractError                an input does not fit the model's contract
+     + WrongParentError             patch is for other weights .expected .actual .known
+     + WrongModelError              patch is for another network .expected .actual
+     + VerificationError            result is not the promised one; nothing installed
+     + TrialError                   new weights failed their trial; nothing installed
+     + StoreError                   the device's own files are damaged, full or locked
+     + TrustError                   replayed or untrusted release
+     + RoundError                   (packager) round folder incomplete or inconsistent
+     |  + RoundNotFoundError        no such round, or more than one
+     + BudgetError                  (packager) patch over its size limit .limit .actual
+     + TrainingError                (trainer)
+        + ConfigError               recipe with problems, all of them listed .problems
+        + StepNotObservedError      no attached optimizer stepped
+        + FrozenWeightChangedError  something else wrote the weights .tensor .count
+        + ExportError               the model cannot be deployed weight for weight
+
+Messages say what was expected, what was found and what to do next. "Already at the
+target" is a result (:class:`edge_runtime.device.UpdateResult`), not an error: retries
+are normal on bad links. The library knows nothing of exit codes; they are in
+:mod:`edge_runtime.command`.
+"""
+
+from collections.abc import Sequence
+
+
+class DpuError(Exception):
+    """The root of the tree."""
+
+
+class PatchError(DpuError):
+    """The patch file is at fault; nothing was changed."""
+
+
+class PatchFormatError(PatchError):
+    """Not a patch, truncated, malformed, or over a limit."""
+
+
+class PatchVersionError(PatchError):
+    """The patch needs a newer runtime."""
+
+    def __init__(self, message: str, *, found: int, supported: int) -> None:
+        super().__init__(message)
+        self.found = found
+        self.supported = supported
+
+
+class _MismatchError(DpuError):
+    """Two hexadecimal digests that should have been equal."""
+
+    def __init__(self, message: str, *, expected: str, actual: str) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class PatchIntegrityError(PatchError, _MismatchError):
+    """A checksum of the patch does not match its bytes."""
+
+
+class WeightsError(DpuError):
+    """A weight file or an init recipe is malformed."""
+
+
+class BundleError(DpuError):
+    """An installation bundle is malformed."""
+
+
+class ContractError(DpuError):
+    """An input does not fit the model's contract."""
+
+
+class WrongParentError(_MismatchError):
+    """The patch leads from weights that this device does not have.
+
+    ``known`` is true when the device has been at the patch's target before.
+    """
+
+    def __init__(
+        self, message: str, *, expected: str, actual: str, known: bool = False
+    ) -> None:
+        super().__init__(message, expected=expected, actual=actual)
+        self.known = known
+
+
+class WrongModelError(_MismatchError):
+    """The patch is for another network."""
+
+
+class VerificationError(_MismatchError):
+    """The result is not what was promised; nothing was installed."""
+
+
+class TrialError(DpuError):
+    """The new weights failed their trial session; nothing was installed."""
+
+
+class StoreError(DpuError):
+    """The device's own files are damaged, missing, full or locked."""
+
+
+class TrustError(DpuError):
+    """The release is replayed or not trusted."""
+
+
+class RoundError(DpuError):
+    """A round folder is incomplete or inconsistent."""
+
+
+class RoundNotFoundError(RoundError):
+    """No round of that name, or more than one."""
+
+
+class BudgetError(DpuError):
+    """The finished patch is larger than its limit; no file was left behind."""
+
+    def __init__(self, message: str, *, limit: int, actual: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.actual = actual
+
+
+class TrainingError(DpuError):
+    """Training could not produce a round."""
+
+
+class ConfigError(TrainingError):
+    """A recipe has problems; ``problems`` lists every one of them."""
+
+    def __init__(self, message: str, *, problems: Sequence[str] = ()) -> None:
+        super().__init__("\n  - ".join([message, *problems]))
+        self.problems = tuple(problems)
+
+
+class StepNotObservedError(TrainingError):
+    """No attached optimizer stepped, so there is nothing to score."""
+
+
+class FrozenWeightChangedError(TrainingError):
+    """Something other than the attached optimizers wrote a frozen weight."""
+
+    def __init__(self, message: str, *, tensor: str, count: int) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.count = count
+
+
+class ExportError(TrainingError):
+    """The model cannot be deployed weight for weight; the message names the tensor."""

@@ -1,0 +1,184 @@
+"""What a store knows, as plain data, and which releases it admits. No I/O."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from edge_runtime.errors import StoreError, TrustError
+from edge_runtime.header import PatchHeader
+
+SCHEMA = 1
+MAX_HISTORY = 100  # events kept
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One complete copy of the weights.
+
+    Attributes:
+        target: Fingerprint of the weights, hex; names the folder too.
+        round: The round that made them.
+        counter: Their release counter.
+    """
+
+    target: str
+    round: int
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a store.
+
+    Attributes:
+        at: UTC time by the device's own clock, ISO 8601; for people only.
+        event: ``installed``, ``updated``, ``rolled back`` or ``refused``.
+        round: The round that the event led to, or that was refused.
+        target: Its fingerprint.
+        reason: Why, for a refusal.
+    """
+
+    at: str
+    event: str
+    round: int
+    target: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The content of ``state.json``, the one commit point of a store.
+
+    Attributes:
+        model: Identity of the network.
+        init: Fingerprint of the init weights.
+        active: Fingerprint of the weights in use.
+        floor: Highest release counter ever active; never lowered.
+        floor_target: The target of that counter.
+        slots: Kept copies, the newest first; one of them is active.
+        skipped: Targets that failed their trial and are refused until forced.
+        history: What happened, oldest first.
+    """
+
+    model: str
+    init: str
+    active: str
+    floor: int
+    floor_target: str
+    slots: tuple[Slot, ...]
+    skipped: tuple[str, ...] = ()
+    history: tuple[Event, ...] = ()
+
+    @property
+    def active_slot(self) -> Slot:
+        """The slot in use."""
+        return next(slot for slot in self.slots if slot.target == self.active)
+
+    def slot(self, target: str) -> Slot | None:
+        """Return the kept slot of these weights, if there is one."""
+        return next((slot for slot in self.slots if slot.target == target), None)
+
+    def previous(self) -> Slot | None:
+        """Return what a rollback leads to: the newest kept slot that is not active."""
+        return next((slot for slot in self.slots if slot.target != self.active), None)
+
+    def activated(self, slot: Slot, event: Event, *, keep: int) -> "State":
+        """Return the state after a slot became the active one.
+
+        Args:
+            slot: The new active slot.
+            event: What to write into the history.
+            keep: How many slots to keep; the active and the former one come first.
+        """
+        others = [s for s in self.slots if s.target not in (slot.target, self.active)]
+        former = [s for s in self.slots if s.target == self.active != slot.target]
+        raised = slot.counter > self.floor
+        return replace(
+            self,
+            active=slot.target,
+            floor=slot.counter if raised else self.floor,
+            floor_target=slot.target if raised else self.floor_target,
+            slots=(slot, *former, *others)[:keep],
+            skipped=tuple(t for t in self.skipped if t != slot.target),
+        ).noted(event)
+
+    def noted(self, event: Event) -> "State":
+        """Return the state with one more event in its history."""
+        return replace(self, history=(*self.history, event)[-MAX_HISTORY:])
+
+    def without(self, slot: Slot) -> "State":
+        """Return the state without a kept slot."""
+        return replace(self, slots=tuple(s for s in self.slots if s != slot))
+
+
+def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
+    """Insist that a store may move to a patch's target.
+
+    A counter must be above the floor, or equal to it with the same target (so that a
+    device that rolled back can come forward again).
+
+    Args:
+        state: The store's state.
+        header: The patch's header.
+        force: Admit a release that failed its trial before. Never lowers the floor.
+
+    Raises:
+        TrustError: The release is older than one that was active, or failed its trial.
+    """
+    if header.counter < state.floor or (
+        header.counter == state.floor and header.target != state.floor_target
+    ):
+        past = any(event.target == header.target for event in state.history)
+        raise TrustError(
+            f"round {header.round} has release counter {header.counter}, this device "
+            f"has already been at {state.floor}"
+            + ("; it is past that round" if past else "")
+            + ". To go back use 'dpu-edge rollback', or publish the old weights as a "
+            "new release with a higher counter"
+        )
+    if header.target in state.skipped and not force:
+        raise TrustError(
+            f"round {header.round} ({header.target[:12]}) failed its trial on this "
+            "device before; apply a newer round, or try again with --force"
+        )
+
+
+def encode_state(state: State) -> bytes:
+    """Encode a state as the bytes of ``state.json``."""
+    return json.dumps({"schema": SCHEMA} | asdict(state), indent=1).encode() + b"\n"
+
+
+def decode_state(data: bytes) -> State:
+    """Decode the bytes of ``state.json``.
+
+    Raises:
+        StoreError: Damaged, or written by a newer runtime.
+    """
+    try:
+        record: dict[str, Any] = json.loads(data)
+        schema = record.pop("schema")
+        if schema != SCHEMA:
+            raise StoreError(
+                f"state.json has schema {schema}, this runtime knows {SCHEMA}; "
+                "install a newer dpu-edge"
+            )
+        state = State(
+            **record
+            | {
+                "slots": tuple(Slot(**entry) for entry in record["slots"]),
+                "skipped": tuple(record["skipped"]),
+                "history": tuple(_event(entry) for entry in record["history"]),
+            }
+        )
+        _ = state.active_slot
+    except (ValueError, KeyError, TypeError, StopIteration) as err:
+        raise StoreError(
+            f"state.json is damaged ({err!r}); restore it from a backup, or install "
+            "the bundle again into an empty folder"
+        ) from err
+    return state
+
+
+def _event(entry: Mapping[str, Any]) -> Event:
+    return Event(**entry)

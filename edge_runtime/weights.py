@@ -1,0 +1,356 @@
+"""The weight file: one canonical safetensors file for each set of weights.
+
+Equal weights are equal bytes, so ``sha256sum weights.safetensors`` is the
+fingerprint, on the server and on the device. Canonical means: tensors by decreasing
+item size, then by name; no metadata; the header padded with spaces to a multiple of
+eight, as the safetensors library does. A float32 file equals what
+``safetensors.numpy.save_file`` writes.
+
+Tensors are handled as bits. Types that NumPy lacks (bfloat16, float8) are unsigned
+integers of the same size here and are never converted.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import WeightsError
+
+FILE_NAME = "weights.safetensors"
+MAX_HEADER_BYTES = 8 << 20
+MAX_NAME_BYTES = 4096
+CHUNK_BYTES = 1 << 20
+
+# safetensors type -> NumPy type of the same size. Unsigned where NumPy lacks the type.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_NATIVE_CODES = {
+    dtype: code
+    for code, dtype in DTYPES.items()
+    if code not in {"BF16", "F8_E5M2", "F8_E4M3"}
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies in the weight file.
+
+    Attributes:
+        name: The state-dict name.
+        dtype: The safetensors type code, for example ``"F32"``.
+        shape: The shape; ``()`` for a scalar.
+        start: Offset of the first byte, from the start of the file.
+        stop: Offset after the last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The header of a weight file: which tensors lie where.
+
+    Attributes:
+        header: The exact first bytes of the file, up to the first tensor.
+        tensors: In file order; the bytes of the file after ``header`` are covered
+            completely, without holes.
+    """
+
+    header: bytes
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by name, in file order."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole weight file."""
+        return self.tensors[-1].stop if self.tensors else len(self.header)
+
+
+class Weights(Mapping[str, NDArray[Any]]):
+    """A whole weight file in memory: a read-only mapping from name to array."""
+
+    def __init__(self, layout: Layout, data: bytes | bytearray | memoryview) -> None:
+        """Wrap the bytes of a weight file.
+
+        Args:
+            layout: The parsed header of ``data``.
+            data: The whole file, header included.
+
+        Raises:
+            WeightsError: ``data`` has another size than the layout says.
+        """
+        if len(data) != layout.file_size:
+            raise WeightsError(
+                f"the weight file has {len(data)} bytes, its header describes "
+                f"{layout.file_size}; it is truncated or has trailing bytes"
+            )
+        self.layout = layout
+        self.data = memoryview(data).toreadonly()
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        tensor = self.layout.by_name[name]
+        raw = np.frombuffer(self.data[tensor.start : tensor.stop], np.uint8)
+        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.by_name)
+
+    def __len__(self) -> int:
+        return len(self.layout.tensors)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes, hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
+    """Lay tensors out canonically.
+
+    Args:
+        specs: Type code and shape by tensor name, in any order.
+
+    Raises:
+        WeightsError: A type is unknown.
+    """
+    for name, (dtype, _) in specs.items():
+        if dtype not in DTYPES:
+            raise WeightsError(
+                f"tensor {name!r} has type {dtype!r}; known: {', '.join(DTYPES)}"
+            )
+    order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
+    entries: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for name in order:
+        dtype, shape = specs[name]
+        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Layout(
+        header,
+        tuple(
+            Tensor(
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                len(header) + entry["data_offsets"][0],
+                len(header) + entry["data_offsets"][1],
+            )
+            for name, entry in entries.items()
+        ),
+    )
+
+
+def parse_layout(header: bytes) -> Layout:
+    """Parse the header of a weight file and insist on the canonical form.
+
+    Args:
+        header: The first bytes of the file: length field and JSON, no more.
+
+    Raises:
+        WeightsError: Not a weight file, or laid out in another way.
+    """
+    try:
+        entries = json.loads(header[8:])
+        specs = {
+            name: (entry["dtype"], tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+        sizes = [n for _, shape in specs.values() for n in shape]
+        if not all(type(n) is int and n >= 0 for n in sizes):
+            raise WeightsError("a shape in the weight file's header is not valid")
+        layout = make_layout(specs)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise WeightsError(
+            f"not a weight file: its header is malformed ({err})"
+        ) from err
+    if layout.header != header:
+        raise WeightsError(
+            "the weight file is not in canonical form (tensors by decreasing item "
+            "size, then name; no metadata); write it again with write_weights"
+        )
+    return layout
+
+
+def read_layout(file: BinaryIO) -> Layout:
+    """Read the header from an open weight file and leave the position after it.
+
+    Raises:
+        WeightsError: Not a weight file, or not in canonical form.
+    """
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+        raise WeightsError(
+            f"not a weight file: header length {length}, expected 2 to "
+            f"{MAX_HEADER_BYTES} bytes"
+        )
+    text = file.read(length)
+    if len(text) < length:
+        raise WeightsError("the weight file is truncated inside its header")
+    return parse_layout(prefix + text)
+
+
+def read_weights(source: str | PathLike[str] | bytes) -> Weights:
+    """Read a whole weight file into memory.
+
+    Args:
+        source: A path, or the bytes of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+        WeightsError: Malformed, truncated or not canonical.
+    """
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise WeightsError("not a weight file, or truncated inside its header")
+    return Weights(parse_layout(data[: 8 + length]), data)
+
+
+def type_code(array: NDArray[Any]) -> str:
+    """Return the safetensors type code of a NumPy array.
+
+    Raises:
+        WeightsError: The type has no counterpart in a weight file.
+    """
+    code = _NATIVE_CODES.get(array.dtype.newbyteorder("<"))
+    if code is None:
+        raise WeightsError(f"{array.dtype} has no place in a weight file")
+    return code
+
+
+def pack_weights(
+    tensors: Mapping[str, NDArray[Any]], types: Mapping[str, str] | None = None
+) -> Weights:
+    """Put arrays into one weight file in memory.
+
+    Args:
+        tensors: Arrays by name, in any order.
+        types: Type codes for tensors that NumPy cannot name (``{"w": "BF16"}`` for
+            a uint16 array that holds bfloat16 bits).
+
+    Raises:
+        WeightsError: An array's type has no place in a weight file.
+    """
+    types = types or {}
+    layout = make_layout(
+        {
+            name: (types.get(name) or type_code(array), array.shape)
+            for name, array in tensors.items()
+        }
+    )
+    data = bytearray(layout.file_size)
+    data[: len(layout.header)] = layout.header
+    for tensor in layout.tensors:
+        array = tensors[tensor.name]
+        # tobytes keeps 0-d shapes and any stride; the cast only fixes byte order.
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        raw = little.tobytes(order="C")
+        if len(raw) != tensor.stop - tensor.start:
+            raise WeightsError(
+                f"tensor {tensor.name!r}: {array.dtype} does not have the item size "
+                f"of {tensor.dtype}"
+            )
+        data[tensor.start : tensor.stop] = raw
+    return Weights(layout, data)
+
+
+def write_weights(
+    tensors: Mapping[str, NDArray[Any]], path: str | PathLike[str]
+) -> str:
+    """Write a weight file and return its fingerprint.
+
+    Args:
+        tensors: Arrays by name, or :class:`Weights`, which are written as they are.
+        path: Where to write; replaced only once complete.
+
+    Raises:
+        OSError: The file cannot be written.
+        WeightsError: An array's type has no place in a weight file.
+    """
+    weights = tensors if isinstance(tensors, Weights) else pack_weights(tensors)
+    target = Path(path)
+    part = target.with_name(target.name + ".part")
+    part.write_bytes(weights.data)
+    part.replace(target)
+    return weights.fingerprint
+
+
+def fingerprint_chunks(chunks: Iterable[bytes | memoryview]) -> str:
+    """Return the SHA-256 of the chunks, hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_chunks(path: str | PathLike[str]) -> Iterator[bytes]:
+    """Yield a file's bytes in chunks of bounded size."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def fingerprint_file(path: str | PathLike[str]) -> str:
+    """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
+    return fingerprint_chunks(read_chunks(path))
+
+
+def model_id(header: bytes, graph: bytes) -> str:
+    """Identify a network: its tensor table and its graph, without any weight.
+
+    Args:
+        header: The weight file's header (:attr:`Layout.header`).
+        graph: The bytes of the ONNX graph.
+    """
+    return hashlib.sha256(header + hashlib.sha256(graph).digest()).hexdigest()

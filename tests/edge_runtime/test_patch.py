@@ -1,0 +1,184 @@
+"""Patches: what is encoded comes back, for any type, shape and density."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.apply import apply_chunks, apply_patch
+from edge_runtime.errors import (
+    PatchFormatError,
+    PatchVersionError,
+    VerificationError,
+    WrongModelError,
+    WrongParentError,
+)
+from edge_runtime.header import HEADER_BYTES, PatchHeader
+from edge_runtime.patch import Limits, encode_patch, open_patch
+from edge_runtime.weights import CHUNK_BYTES, pack_weights
+
+TYPES = ["<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?"]
+SHAPES = [(), (1,), (0,), (7,), (64, 9), (3, 0, 2), (5, 4, 3, 3)]
+
+
+def make_update(specs, density, seed):
+    """Base and target weights that differ at random positions, and those positions."""
+    rng = np.random.default_rng(seed)
+    base, target = {}, {}
+    for number, (dtype, shape) in enumerate(specs):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        base[f"t{number}"] = np.frombuffer(rng.bytes(size), dtype).reshape(shape)
+        changed = rng.random(shape) < density
+        other = np.frombuffer(rng.bytes(size), dtype).reshape(shape)
+        target[f"t{number}"] = np.where(changed, other, base[f"t{number}"])
+    base, target = pack_weights(base), pack_weights(target)
+    changes = []
+    for tensor in base.layout.tensors:
+        one, two = (
+            np.frombuffer(w.data[tensor.start : tensor.stop], f"<u{tensor.item_size}")
+            for w in (base, target)
+        )
+        changes.append(np.flatnonzero(one != two))
+    return base, target, changes
+
+
+def header_of(base, target, **fields):
+    record = {
+        "model": "ab" * 32,
+        "parent": base.fingerprint,
+        "target": target.fingerprint,
+        "round": 3,
+        "counter": 4,
+        "file_size": base.layout.file_size,
+    }
+    return PatchHeader(**record | fields)
+
+
+def make_patch(specs=(("<f4", (64, 9)), ("<f4", (7,))), density=0.1, seed=0, **fields):
+    base, target, changes = make_update(specs, density, seed)
+    data = encode_patch(header_of(base, target, **fields), changes, target)
+    return base, target, data
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(TYPES), st.sampled_from(SHAPES)), max_size=6),
+    st.sampled_from([0.0, 0.01, 0.3, 0.9, 1.0]),
+    st.integers(0, 2**32),
+)
+def test_any_update_comes_back_bit_for_bit(specs, density, seed):
+    base, target, data = make_patch(specs, density, seed)
+    with open_patch(data) as patch:
+        assert apply_patch(base, patch).data == target.data
+
+
+def test_nan_payloads_and_negative_zeros_travel():
+    base = pack_weights({"w": np.zeros(6, "<f4")})
+    bits = np.array([0x80000000, 0x7FC00001, 0xFFC00002, 0x7F800001, 1, 0], "<u4")
+    target = pack_weights({"w": bits.view("<f4")})
+    data = encode_patch(header_of(base, target), [np.arange(5)], target)
+    assert apply_patch(base, open_patch(data))["w"].tobytes() == bits.tobytes()
+
+
+def test_an_empty_update_is_a_patch_too():
+    base, target, data = make_patch(density=0.0)
+    assert open_patch(data).counts == (0, 0)
+    assert apply_patch(base, open_patch(data)).data == target.data
+
+
+def test_header_fields_come_back():
+    base, target, data = make_patch(round=2**32 - 1, counter=2**64 - 1, optional=5)
+    header = open_patch(data).header
+    assert header == header_of(
+        base, target, round=2**32 - 1, counter=2**64 - 1, optional=5
+    )
+
+
+def test_framing_takes_at_most_250_bytes():
+    _, _, data = make_patch(density=0.2)
+    patch = open_patch(data)
+    assert patch.size - sum(section.packed_size for section in patch.sections) <= 250
+
+
+def test_the_same_update_gives_the_same_bytes():
+    assert make_patch()[2] == make_patch()[2]
+
+
+def test_a_patch_is_read_from_a_file_as_from_bytes(tmp_path):
+    base, target, data = make_patch()
+    (tmp_path / "a.dpu").write_bytes(data)
+    with open_patch(tmp_path / "a.dpu") as patch:
+        assert apply_patch(base, patch).data == target.data
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(5000, 3 * CHUNK_BYTES), min_size=1, max_size=5))
+def test_the_base_may_arrive_in_pieces_of_any_size(sizes):
+    base, target, data = make_patch([("<f8", (200_000,)), ("<f2", (500_001,))], 0.01)
+    source, pieces = io.BytesIO(base.data), []
+    while piece := source.read(sizes[len(pieces) % len(sizes)]):
+        pieces.append(piece)
+    patch = open_patch(data)
+    assert b"".join(apply_chunks(pieces, base.layout, patch)) == target.data
+
+
+def test_a_base_of_another_size_is_refused():
+    base, _, data = make_patch()
+    with pytest.raises(PatchFormatError, match="the base has"):
+        list(apply_chunks([base.data[:-4]], base.layout, open_patch(data)))
+
+
+def test_a_wrong_base_is_refused_and_both_fingerprints_are_named():
+    base, _, data = make_patch()
+    other = pack_weights({name: array + 1 for name, array in base.items()})
+    with pytest.raises(WrongParentError) as refusal:
+        apply_patch(other, open_patch(data))
+    assert refusal.value.expected == base.fingerprint
+    assert refusal.value.actual == other.fingerprint
+
+
+def test_a_patch_for_another_model_is_refused():
+    base, _, data = make_patch()
+    with pytest.raises(WrongModelError, match="another network"):
+        apply_patch(base, open_patch(data), model="cd" * 32)
+
+
+def test_a_result_that_was_not_promised_is_refused():
+    base, target, changes = make_update([("<f4", (50,))], 0.3, 0)
+    header = dataclasses.replace(header_of(base, target), target="12" * 32)
+    data = encode_patch(header, changes, target)
+    with pytest.raises(VerificationError) as refusal:
+        apply_patch(base, open_patch(data))
+    assert refusal.value.actual == target.fingerprint
+
+
+def test_a_newer_version_is_refused_by_its_number():
+    data = bytearray(make_patch()[2])
+    data[8:10] = (9).to_bytes(2, "little")
+    with pytest.raises(PatchVersionError, match="newer dpu-edge") as refusal:
+        open_patch(bytes(data))
+    assert (refusal.value.found, refusal.value.supported) == (9, 0)
+
+
+def test_an_unknown_critical_feature_is_refused():
+    with pytest.raises(PatchVersionError, match="0x4"):
+        open_patch(make_patch(critical=4)[2])
+
+
+def test_a_patch_over_the_size_limit_is_refused_unread():
+    with pytest.raises(PatchFormatError, match="accepts 100"):
+        open_patch(make_patch()[2], Limits(patch_bytes=100))
+
+
+def test_a_long_signature_block_is_refused_unread():
+    data = bytearray(make_patch()[2])
+    data[HEADER_BYTES : HEADER_BYTES + 2] = b"\xff\xff"
+    with pytest.raises(PatchFormatError, match="signature block has 65535"):
+        open_patch(bytes(data))
+
+
+def test_a_file_that_is_no_patch_is_refused():
+    with pytest.raises(PatchFormatError, match="not a patch"):
+        open_patch(b"PK\x03\x04 something else")

@@ -1,0 +1,1 @@
+"""Programs around the product; not part of the wheel."""
