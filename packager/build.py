@@ -49,6 +49,7 @@ def pack_round(
     *,
     level: int = LEVEL,
     max_size: int | None = None,
+    counter: int | None = None,
 ) -> PackedPatch | None:
     """Pack the update of one round.
 
@@ -57,6 +58,8 @@ def pack_round(
         parent: What the update leads from; by default the round's recorded parent.
         level: zstd level, 1 to 22.
         max_size: Largest patch in bytes.
+        counter: Release counter; by default the one that the round states. A reverse
+            patch, to an older round, needs a higher one than its parent has.
 
     Returns:
         The proven patch; None where there is nothing to send, because the round kept
@@ -64,7 +67,8 @@ def pack_round(
 
     Raises:
         RoundError: The parent is not to be found; the trainer changed weights that it
-            did not select; or the round kept its base and ``parent`` is not that base.
+            did not select; the round kept its base and ``parent`` is not that base; or
+            every device at ``parent`` would refuse the release counter.
         WrongModelError: The parent is of another network.
         BudgetError: The patch is larger than ``max_size``.
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
@@ -81,6 +85,8 @@ def pack_round(
             f"{round_.name} kept its base, so its weights are another round's release: "
             f"pack {find_parent(round_).name} instead"
         )
+    counter = record.counter if counter is None else counter
+    _check_counter(round_, parent, counter)
     changes = diff(parent.weights, round_.weights)
     if base == record.parent:  # from another parent, several selections add up
         check_selection(round_, changes)
@@ -89,10 +95,10 @@ def pack_round(
         parent=base,
         target=record.target,
         round=record.round,
-        counter=record.counter,
+        counter=counter,
         file_size=round_.weights.layout.file_size,
     )
-    data = _encode(parent.weights, round_.weights, header, changes, level)
+    data = encode_changes(parent.weights, round_.weights, header, changes, level)
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, parent.name, counts)
@@ -118,16 +124,17 @@ def build_patch(
         WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
-    return _encode(base, target, header, diff(base, target), level)
+    return encode_changes(base, target, header, diff(base, target), level)
 
 
-def _encode(
+def encode_changes(
     base: Weights,
     target: Weights,
     header: PatchHeader,
     changes: Sequence[TensorChange],
-    level: int,
+    level: int = LEVEL,
 ) -> bytes:
+    """Build a patch from changes that are known already; as :func:`build_patch`."""
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
     data = encode_patch(header, positions, target, level=level)
@@ -140,6 +147,15 @@ def _encode(
             actual=result.fingerprint,
         )
     return data
+
+
+def _check_counter(round_: RoundFolder, parent: Parent, counter: int) -> None:
+    if parent.counter is not None and counter <= parent.counter:
+        raise RoundError(
+            f"{round_.name} would be release {counter}, but devices at {parent.name} "
+            f"have seen release {parent.counter} and refuse what is not newer; give "
+            f"--counter {parent.counter + 1} or more"
+        )
 
 
 def check_selection(round_: RoundFolder, changes: Sequence[TensorChange]) -> None:

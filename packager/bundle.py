@@ -40,7 +40,11 @@ class PackedBundle:
 
 
 def build_bundle(
-    round_: RoundFolder, *, level: int = LEVEL, max_size: int | None = None
+    round_: RoundFolder,
+    *,
+    level: int = LEVEL,
+    max_size: int | None = None,
+    counter: int | None = None,
 ) -> PackedBundle:
     """Build the bundle that installs a round's weights on a new device.
 
@@ -48,6 +52,7 @@ def build_bundle(
         round_: Any updated round.
         level: zstd level of the patch, 1 to 22.
         max_size: Largest bundle in bytes.
+        counter: Release counter; by default the one that the round states.
 
     Raises:
         RoundError: The round made no weights of its own, the run's model folder is
@@ -58,7 +63,7 @@ def build_bundle(
         StoreError: ONNX Runtime cannot load the graph.
         BudgetError: The bundle is larger than ``max_size``.
     """
-    patch = pack_round(round_, read_init(round_), level=level)
+    patch = pack_round(round_, read_init(round_), level=level, counter=counter)
     if patch is None:
         raise RoundError(
             f"{round_.path}: its weights are the init weights, there is nothing to "
@@ -66,7 +71,7 @@ def build_bundle(
         )
     files = _model_files(round_)
     check_graph(files["graph.onnx"], round_.weights.layout)
-    files["golden.npz"] = _with_outputs(files, round_.weights)
+    files["golden.npz"] = with_outputs(files, round_.weights)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
         "run": round_.record.run,
@@ -100,16 +105,32 @@ def _model_files(round_: RoundFolder) -> dict[str, bytes]:
     return {name: read_model_file(round_, name) for name in names}
 
 
-def _with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
-    """Return ``golden.npz`` with the outputs of these weights, after their trial."""
+def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
+    """Return ``golden.npz`` with the outputs of these weights, after their trial.
+
+    Args:
+        files: ``graph.onnx``, ``contract.json`` and ``golden.npz``, by name. Golden
+            inputs without labels get what these weights answer, so that the contract's
+            floor says how far later releases may stray from them.
+        weights: What the graph reads.
+
+    Raises:
+        ContractError: The contract is malformed or the golden inputs do not fit it.
+        TrialError: Devices would refuse these weights.
+        StoreError: ONNX Runtime cannot load the graph.
+    """
     with np.load(io.BytesIO(files["golden.npz"]), allow_pickle=False) as golden:
-        inputs, labels = golden["inputs"], golden["labels"]
+        inputs, labels = golden["inputs"], golden.get("labels")
     contract = parse_contract(files["contract.json"])
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
         (slot / "graph.onnx").write_bytes(files["graph.onnx"])
         (slot / FILE_NAME).write_bytes(weights.data)
         outputs = Predictor(slot, contract).predict(inputs)
+    if labels is None:
+        # What is no classifier has no answer; any label of the right length will do.
+        answers = outputs.argmax(axis=-1)
+        labels = answers if outputs.ndim > 1 else np.zeros(len(inputs), np.int64)
     right = int(np.sum(outputs.argmax(axis=-1) == labels))
     finite = bool(np.isfinite(outputs).all())
     judge(TrialResult(len(labels), right, finite), contract, expected=False)
