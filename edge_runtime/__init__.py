@@ -22,36 +22,36 @@ On a device, :class:`Device` does all of it safely::
     scores = device.predictor().predict(image)
 """
 
-from edge_runtime.apply import apply_patch
-from edge_runtime.device import Device, UpdateResult
-from edge_runtime.errors import DpuError
-from edge_runtime.header import PatchHeader
-from edge_runtime.infer import Predictor
-from edge_runtime.patch import Limits, Patch, encode_patch, open_patch
-from edge_runtime.store import Store
-from edge_runtime.weights import (
-    Weights,
-    fingerprint_file,
-    pack_weights,
-    read_weights,
-    write_weights,
-)
+import importlib
+from typing import Any
 
-__all__ = [
-    "Device",
-    "DpuError",
-    "Limits",
-    "Patch",
-    "PatchHeader",
-    "Predictor",
-    "Store",
-    "UpdateResult",
-    "Weights",
-    "apply_patch",
-    "encode_patch",
-    "fingerprint_file",
-    "open_patch",
-    "pack_weights",
-    "read_weights",
-    "write_weights",
-]
+# Imported when first used: ``dpu-edge --help`` answers at once on a small board.
+_HOMES = {
+    "Device": "device",
+    "DpuError": "errors",
+    "Limits": "patch",
+    "Patch": "patch",
+    "PatchHeader": "header",
+    "Predictor": "infer",
+    "Store": "store",
+    "UpdateResult": "device",
+    "Weights": "weights",
+    "apply_patch": "apply",
+    "encode_patch": "patch",
+    "fingerprint_file": "weights",
+    "open_patch": "patch",
+    "pack_weights": "weights",
+    "read_weights": "weights",
+    "write_weights": "weights",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"edge_runtime.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

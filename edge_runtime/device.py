@@ -9,7 +9,6 @@ Example::
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from enum import StrEnum
 from os import PathLike
 from pathlib import Path
@@ -183,20 +182,13 @@ class Device:
             check_model(patch, state.model)
             if header.target == state.active and header.counter <= state.floor:
                 return UpdateResult.ALREADY_CURRENT
+            # The active weights under a higher counter are a release too: left out, one
+            # that was held back in between could be played later.
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
-            if state.slot(header.target):
-                # Rolled back from it before, or released again under a higher counter,
-                # which raises the floor: the copy is still here.
-                self.store.check_slot(header.target)
-                folder = self.store.slot_folder(header.target)
-            else:
-                base = self._base(patch)
-                patch.check(self.store.layout)
-                self.store.make_room(header.parent)
-                folder = self._stage(patch, base)
-            self._try(folder, slot)
-            self._activate(slot, "updated")
+            with self.store.tidied():
+                self._try(self._slot_folder(patch), slot)
+                self._activate(slot, "updated")
         return UpdateResult.APPLIED
 
     def rollback(self) -> Slot:
@@ -216,8 +208,20 @@ class Device:
                     "are kept"
                 )
             self.store.check_slot(slot.target)
-            self._activate(slot, "rolled back")
+            with self.store.tidied():
+                self._activate(slot, "rolled back")
         return slot
+
+    def _slot_folder(self, patch: Patch) -> Path:
+        """Return the folder of the patch's target, staged or kept since a rollback."""
+        target = patch.header.target
+        if self.store.state.slot(target):
+            self.store.check_slot(target)
+            return self.store.slot_folder(target)
+        base = self._base(patch)
+        patch.check(self.store.layout)
+        self.store.make_room(patch.header.parent)
+        return self._stage(patch, base)
 
     def _base(self, patch: Patch) -> Iterable[bytes]:
         header, state = patch.header, self.store.state
@@ -260,15 +264,11 @@ class Device:
             self._trial(folder, self.store.root / "model")
         except TrialError as err:
             self.store.skip(slot.target, _event("refused", slot, str(err)))
-            self.store.collect()
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
         state = self.store.state.activated(slot, _event(event, slot), keep=KEPT_SLOTS)
         self.store.commit(state)
-        # The update counts from here on: tidying up must not turn it into a failure.
-        with suppress(OSError):
-            self.store.collect()
 
     # Asking -------------------------------------------------------------------------
 

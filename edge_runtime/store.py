@@ -287,7 +287,7 @@ class Store:
         """Replace ``state.json``: before this the old state holds, after it the new.
 
         Raises:
-            StoreError: The disk is full or refuses; the old state holds.
+            StoreError: The disk is full or refuses.
         """
         part = self._state_path.with_suffix(".json.part")
         try:
@@ -295,8 +295,25 @@ class Store:
             self.files.rename(part, self._state_path)
             self.files.sync_folder(self.root)
         except OSError as err:
+            with suppress(OSError):
+                self.files.remove(part)
             raise StoreError(f"cannot write state.json: {err}") from err
         self._state = state
+
+    @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """Remove what an update leaves behind, also where it fails."""
+        try:
+            yield
+        except BaseException:
+            # By what the disk says: a failed sync can follow a state that is written.
+            with suppress(OSError, StoreError):
+                self.reload()
+                self.collect()
+            raise
+        # The update counts: tidying up must not turn it into a failure.
+        with suppress(OSError):
+            self.collect()
 
     def collect(self) -> None:
         """Remove what the state does not name, and let ``current`` follow it."""

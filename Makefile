@@ -1,0 +1,35 @@
+# Everything runs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+STAMPS := .venv/.stamps
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint format clean wheel
+
+demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
+	$(BIN)/python -m tools.demo
+
+test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(STAMPS)/%: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
+	mkdir -p $(STAMPS) && touch $@

@@ -1,0 +1,48 @@
+"""From round folders to patch files, each proved before it gets its name.
+
+May import ``edge_runtime``, and ``onnx`` to check a graph; never torch. How a round
+folder looks is in ``packager/README.md``.
+
+    from packager import find_round, pack_round, read_round, write_file
+
+    round_05 = read_round(find_round("round_05", runs="runs"))
+    packed = pack_round(round_05, max_size=200_000)
+    if packed is not None:                       # None: there is nothing to send
+        write_file(packed.data, "round_05.dpu")
+
+Between any two weight files of one network, without rounds: :func:`build_patch`. For
+new devices: :func:`write_bundle`. Which elements differ: :func:`packager.diff.diff`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packager.build import PackedPatch, build_patch, pack_round, write_file
+    from packager.bundle import PackedBundle, build_bundle, write_bundle
+    from packager.rounds import Parent, RoundFolder, find_parent, find_round, read_round
+
+__all__ = [
+    "PackedBundle",
+    "PackedPatch",
+    "Parent",
+    "RoundFolder",
+    "build_bundle",
+    "build_patch",
+    "find_parent",
+    "find_round",
+    "pack_round",
+    "read_round",
+    "write_bundle",
+    "write_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that ``dpu-pack --help`` imports neither NumPy nor onnx.
+    if name in __all__:
+        for module in ("rounds", "build", "bundle"):
+            found = getattr(import_module(f"packager.{module}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

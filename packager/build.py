@@ -1,0 +1,203 @@
+"""Changes -> a finished, proven patch.
+
+No patch leaves this module unproven: its bytes are opened, applied to the base and
+compared with the target before anybody sees them, and a file gets its name only when
+it is complete and on the disk.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.apply import apply_patch
+from edge_runtime.errors import BudgetError, RoundError, VerificationError
+from edge_runtime.files import Files
+from edge_runtime.header import PatchHeader
+from edge_runtime.patch import encode_patch, open_patch
+from edge_runtime.weights import Weights, fingerprint_file
+from packager.diff import TensorChange, diff
+from packager.record import Outcome
+from packager.rounds import Parent, RoundFolder, find_parent
+
+LEVEL = 19  # zstd, 1 to 22
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPatch:
+    """A patch that was applied to its base and gave its target.
+
+    Attributes:
+        data: The bytes of the patch file.
+        header: What the patch is for.
+        parent_name: The parent in words, for example ``round_04``.
+        counts: For each tensor in file order, how many of its elements travel.
+    """
+
+    data: bytes
+    header: PatchHeader
+    parent_name: str
+    counts: dict[str, int]
+
+
+def pack_round(
+    round_: RoundFolder,
+    parent: Parent | None = None,
+    *,
+    level: int = LEVEL,
+    max_size: int | None = None,
+) -> PackedPatch | None:
+    """Pack the update of one round.
+
+    Args:
+        round_: The round, as :func:`packager.rounds.read_round` returns it.
+        parent: What the update leads from; by default the round's recorded parent.
+        level: zstd level, 1 to 22.
+        max_size: Largest patch in bytes.
+
+    Returns:
+        The proven patch; None where there is nothing to send, because the round kept
+        its base or because the parent already is the target.
+
+    Raises:
+        RoundError: The parent is not to be found; the trainer changed weights that it
+            did not select; or the round kept its base and ``parent`` is not that base.
+        WrongModelError: The parent is of another network.
+        BudgetError: The patch is larger than ``max_size``.
+        VerificationError: The patch does not lead to the target: a bug, or bad memory.
+    """
+    record = round_.record
+    if record.outcome is Outcome.KEPT_BASE and parent is None:
+        return None
+    parent = parent or find_parent(round_)
+    base = parent.weights.fingerprint
+    if base == record.target:
+        return None
+    if record.outcome is Outcome.KEPT_BASE:
+        raise RoundError(
+            f"{round_.name} kept its base, so its weights are another round's release: "
+            f"pack {find_parent(round_).name} instead"
+        )
+    changes = diff(parent.weights, round_.weights)
+    if base == record.parent:  # from another parent, several selections add up
+        check_selection(round_, changes)
+    header = PatchHeader(
+        model=record.model,
+        parent=base,
+        target=record.target,
+        round=record.round,
+        counter=record.counter,
+        file_size=round_.weights.layout.file_size,
+    )
+    data = _encode(parent.weights, round_.weights, header, changes, level)
+    check_budget(f"the patch of {round_.name}", len(data), max_size)
+    counts = {change.name: len(change.positions) for change in changes}
+    return PackedPatch(data, header, parent.name, counts)
+
+
+def build_patch(
+    base: Weights, target: Weights, header: PatchHeader, *, level: int = LEVEL
+) -> bytes:
+    """Build a patch between any two weight files of one network, without rounds.
+
+    Args:
+        base: The weights that the patch leads from.
+        target: The weights that it leads to.
+        header: What the patch is for; its ``parent`` and ``target`` must be the
+            fingerprints of ``base`` and ``target``.
+        level: zstd level, 1 to 22.
+
+    Returns:
+        The bytes of the patch file, proven.
+
+    Raises:
+        WrongModelError: The weight files hold different tensors.
+        WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
+        VerificationError: ``header.target`` is not the fingerprint of ``target``.
+    """
+    return _encode(base, target, header, diff(base, target), level)
+
+
+def _encode(
+    base: Weights,
+    target: Weights,
+    header: PatchHeader,
+    changes: Sequence[TensorChange],
+    level: int,
+) -> bytes:
+    # A tensor travels whole only if all of it changed: see the decision list.
+    positions = [change.positions for change in changes]
+    data = encode_patch(header, positions, target, level=level)
+    with open_patch(data) as patch:
+        result = apply_patch(base, patch)
+    if result.data != target.data:
+        raise VerificationError(
+            "the finished patch does not lead to the target; nothing was written",
+            expected=target.fingerprint,
+            actual=result.fingerprint,
+        )
+    return data
+
+
+def check_selection(round_: RoundFolder, changes: Sequence[TensorChange]) -> None:
+    """Insist that only selected weights and the dense part changed.
+
+    Raises:
+        RoundError: Something else changed; the tensor and the number are named.
+    """
+    for change in changes:
+        mask = round_.selection.get(change.name)
+        if mask is None:
+            continue
+        at = change.positions
+        selected = mask[at >> 3] >> (at & 7).astype(np.uint8) & 1
+        outside = int(np.count_nonzero(selected == 0))
+        if outside:
+            raise RoundError(
+                f"{round_.path}: {outside} of {len(at)} changed weights in tensor "
+                f"{change.name!r} are not in the selection; something other than the "
+                "selected weights was trained, or the selection is of another round"
+            )
+
+
+def check_budget(what: str, size: int, limit: int | None) -> None:
+    """Insist on a size limit.
+
+    Raises:
+        BudgetError: ``size`` is above ``limit``.
+    """
+    if limit is not None and size > limit:
+        raise BudgetError(
+            f"{what} has {size} bytes, the limit is {limit}; nothing was written. "
+            "Train with a smaller ratio or raise --max-size",
+            limit=limit,
+            actual=size,
+        )
+
+
+def write_file(data: bytes, path: str | PathLike[str]) -> None:
+    """Write a finished file: complete, on the disk and read back, or absent.
+
+    An earlier file of that name stays as it is until then.
+
+    Raises:
+        OSError: It cannot be written.
+        VerificationError: The disk gives other bytes than were written.
+    """
+    path, files = Path(path), Files()
+    part = path.with_name(path.name + ".part")
+    try:
+        files.write(part, [data])
+        if part.read_bytes() != data:
+            raise VerificationError(
+                f"{part} does not hold what was written to it: check the disk",
+                expected=hashlib.sha256(data).hexdigest(),
+                actual=fingerprint_file(part),
+            )
+        files.rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    files.sync_folder(path.parent)

@@ -1,0 +1,118 @@
+"""The bundle: what a new device is installed from, in one reproducible zip file.
+
+It holds no weights: a device regenerates the init weights and applies the patch that
+leads from them to the round. The golden outputs are what the round's weights give in
+ONNX Runtime here, so that a device can tell whether its own runtime computes the same.
+The layout of the file is in :mod:`edge_runtime.bundle`.
+"""
+
+import io
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime import bundle as layout
+from edge_runtime.contract import parse_contract
+from edge_runtime.errors import RoundError
+from edge_runtime.infer import Predictor
+from edge_runtime.trial import TrialResult, judge
+from edge_runtime.weights import FILE_NAME, Weights
+from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
+from packager.graph import check_graph
+from packager.rounds import RoundFolder, read_init, read_model_file
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBundle:
+    """A finished bundle.
+
+    Attributes:
+        data: The bytes of the zip file.
+        patch: The patch inside, from the init weights to the round.
+    """
+
+    data: bytes
+    patch: PackedPatch
+
+
+def build_bundle(
+    round_: RoundFolder, *, level: int = LEVEL, max_size: int | None = None
+) -> PackedBundle:
+    """Build the bundle that installs a round's weights on a new device.
+
+    Args:
+        round_: Any updated round.
+        level: zstd level of the patch, 1 to 22.
+        max_size: Largest bundle in bytes.
+
+    Raises:
+        RoundError: The round made no weights of its own, the run's model folder is
+            incomplete, or its graph does not fit the weight file.
+        ContractError: The contract is malformed or the golden inputs do not fit it.
+        TrialError: Devices would refuse these weights: too few golden labels right,
+            or outputs that are not finite.
+        StoreError: ONNX Runtime cannot load the graph.
+        BudgetError: The bundle is larger than ``max_size``.
+    """
+    patch = pack_round(round_, read_init(round_), level=level)
+    if patch is None:
+        raise RoundError(
+            f"{round_.path}: its weights are the init weights, there is nothing to "
+            "install yet; bundle a later round"
+        )
+    files = _model_files(round_)
+    check_graph(files["graph.onnx"], round_.weights.layout)
+    files["golden.npz"] = _with_outputs(files, round_.weights)
+    files[layout.PATCH_NAME] = patch.data
+    manifest = {
+        "run": round_.record.run,
+        "round": round_.record.round,
+        "model": round_.record.model,
+        "target": round_.record.target,
+    }
+    data = layout.write_bundle(manifest, files)
+    check_budget(f"the bundle of {round_.name}", len(data), max_size)
+    return PackedBundle(data, patch)
+
+
+def write_bundle(
+    round_: RoundFolder, path: str | PathLike[str], *, level: int = LEVEL
+) -> PackedBundle:
+    """Build a bundle and write it; complete or absent.
+
+    Raises:
+        OSError: It cannot be written.
+        DpuError: As :func:`build_bundle`.
+    """
+    bundle = build_bundle(round_, level=level)
+    write_file(bundle.data, path)
+    return bundle
+
+
+def _model_files(round_: RoundFolder) -> dict[str, bytes]:
+    folder = round_.model_folder
+    optional = [name for name in layout.OPTIONAL if (folder / name).exists()]
+    names = {*layout.REQUIRED, *optional} - {layout.PATCH_NAME}
+    return {name: read_model_file(round_, name) for name in names}
+
+
+def _with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
+    """Return ``golden.npz`` with the outputs of these weights, after their trial."""
+    with np.load(io.BytesIO(files["golden.npz"]), allow_pickle=False) as golden:
+        inputs, labels = golden["inputs"], golden["labels"]
+    contract = parse_contract(files["contract.json"])
+    with tempfile.TemporaryDirectory() as name:
+        slot = Path(name)
+        (slot / "graph.onnx").write_bytes(files["graph.onnx"])
+        (slot / FILE_NAME).write_bytes(weights.data)
+        outputs = Predictor(slot, contract).predict(inputs)
+    right = int(np.sum(outputs.argmax(axis=-1) == labels))
+    finite = bool(np.isfinite(outputs).all())
+    judge(TrialResult(len(labels), right, finite), contract, expected=False)
+    file = io.BytesIO()
+    np.savez(file, inputs=inputs, labels=labels, outputs=outputs)
+    return file.getvalue()

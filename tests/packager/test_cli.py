@@ -1,0 +1,324 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.shell_completion import ShellComplete
+
+from edge_runtime.apply import apply_patch
+from edge_runtime.bundle import read_bundle
+from edge_runtime.patch import open_patch
+from packager.cli import pack, patch
+
+
+@pytest.fixture
+def runs(run, monkeypatch):
+    """``DPU_RUNS`` with the run ``tiny``: round_00 and round_01."""
+    monkeypatch.setenv("DPU_RUNS", str(run.path.parent))
+    return run.path.parent
+
+
+@pytest.fixture
+def packed(runs, command):
+    """A patch from round_00 to round_01, and the two weight files."""
+    command(pack, "round_01", "-q")
+    folder = runs / "tiny"
+    return (
+        folder / "round_01.dpu",
+        folder / "round_00" / "weights.safetensors",
+        folder / "round_01" / "weights.safetensors",
+    )
+
+
+def files_of(run):
+    return sorted(path.name for path in run.path.iterdir() if path.is_file())
+
+
+# dpu-pack ----------------------------------------------------------------------------
+
+
+def test_writes_the_patch_beside_the_round_folder(run, runs, command):
+    code, out, err = command(pack, "round_01")
+    assert code == 0
+    assert files_of(run) == ["round_01.dpu"]
+    assert err == f"wrote {run.path / 'round_01.dpu'}\n"
+    size = (run.path / "round_01.dpu").stat().st_size
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith("round_01 parent round_00 ")
+    assert lines[1] == "changed 10 of 256 weights (3.91 %) in 2 tensors"
+    assert lines[2] == "dense 20 values (biases, normalisation)"
+    assert lines[3].startswith(f"patch {size} bytes ")
+    assert lines[4] == "checked applied to round_00, result identical"
+
+
+def test_takes_a_path_a_qualified_name_and_the_option_runs(run, command, monkeypatch):
+    monkeypatch.chdir(run.path)
+    for arguments in (["round_01"], ["tiny/round_01", "--runs", run.path.parent]):
+        assert command(pack, *arguments)[0] == 0
+        (run.path / "round_01.dpu").unlink()
+
+
+def test_json_is_one_object_with_sizes_in_bytes(run, runs, command):
+    code, out, err = command(pack, "round_00", "round_01", "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    first, second = result["packed"]
+    assert result["schema"] == 1
+    assert second["parent"] == first["target"]
+    assert second["target"] == run.deployed.fingerprint
+    assert second["bytes"] == Path(second["path"]).stat().st_size
+    assert second["full_bytes"] == len(run.deployed.data)
+    assert (second["weights_changed"], second["weights"]) == (10, 256)
+    assert (second["dense_changed"], second["dense"]) == (20, 20)
+    assert second["written"] is True
+
+
+def test_a_round_that_kept_its_base_writes_nothing_and_is_no_failure(
+    run, runs, command
+):
+    run.add(2, run.deployed)
+    code, out, err = command(pack, "round_02")
+    assert (code, err, files_of(run)) == (0, "", [])
+    assert "round_02  kept its base" in out
+    assert "nothing to send" in out
+    (result,) = json.loads(command(pack, "round_02", "--json")[1])["packed"]
+    assert (result["outcome"], result["path"], result["written"]) == (
+        "kept_base",
+        None,
+        False,
+    )
+
+
+def test_a_dry_run_writes_nothing_and_tells_the_size(run, runs, command):
+    code, out, _ = command(pack, "round_01", "--dry-run", "--json")
+    assert (code, files_of(run)) == (0, [])
+    (result,) = json.loads(out)["packed"]
+    assert result["written"] is False
+    command(pack, "round_01")
+    assert (run.path / "round_01.dpu").stat().st_size == result["bytes"]
+
+
+def test_a_patch_over_its_limit_leaves_no_file(run, runs, command):
+    code, out, err = command(pack, "round_01", "--max-size", "0.1KB", "--json")
+    assert (code, out, files_of(run)) == (6, "", [])
+    error = json.loads(err)
+    assert (error["error"], error["limit"], error["exit_code"]) == (
+        "BudgetError",
+        100,
+        6,
+    )
+    assert command(pack, "round_01", "--max-size", "1KiB")[0] == 0
+
+
+def test_a_size_that_is_none_is_a_usage_error(runs, command):
+    code, _, err = command(pack, "round_01", "--max-size", "200 bananas")
+    assert code == 2
+    assert "200KB" in err
+
+
+def test_an_ambiguous_name_is_a_usage_error_with_the_candidates(runs, new_run, command):
+    new_run("other").add(1)
+    code, _, err = command(pack, "round_01")
+    assert code == 2
+    assert "other/round_01, tiny/round_01" in err
+
+
+def test_a_damaged_round_is_refused_and_writes_nothing(run, runs, command):
+    (run.path / "round_01" / "weights.safetensors").write_bytes(b"")
+    code, _, err = command(pack, "round_01")
+    assert (code, files_of(run)) == (3, [])
+    assert err.startswith("error: ")
+
+
+def test_a_round_that_is_not_packable_is_refused(run, runs, command):
+    run.add(2, packable=False)
+    code, _, err = command(pack, "round_02")
+    assert (code, files_of(run)) == (3, [])
+    assert "not packable" in err
+
+
+def test_leads_from_another_parent_where_asked(run, runs, command, tmp_path):
+    run.add(2)
+    for parent, name in (("round_00", "round_00"), ("init", "init")):
+        path = tmp_path / f"{name}.dpu"
+        assert command(pack, "round_02", "--parent", parent, "-o", path)[0] == 0
+    with open_patch(tmp_path / "init.dpu") as opened:
+        assert apply_patch(run.init, opened).data == run.deployed.data
+    assert command(pack, "round_02", "--parent", "round_02")[1].startswith(
+        "round_02  is what the parent already is"
+    )
+
+
+def test_several_rounds_go_into_one_folder(runs, command, tmp_path):
+    code, _, _ = command(pack, "round_00", "round_01", "-o", tmp_path / "out")
+    assert code == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["round_00.dpu", "round_01.dpu"]
+
+
+def test_an_output_that_ends_in_a_slash_is_a_folder(runs, command, tmp_path):
+    assert command(pack, "round_00", "-o", f"{tmp_path}/out/")[0] == 0
+    assert (tmp_path / "out" / "round_00.dpu").is_file()
+
+
+def test_two_rounds_never_become_one_file(runs, new_run, command, tmp_path):
+    new_run("other").add(1)
+    names = ("tiny/round_01", "other/round_01")
+    code, _, err = command(pack, *names, "-o", tmp_path / "out")
+    assert code == 2
+    assert "one by one" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_quiet_prints_nothing(runs, command):
+    assert command(pack, "round_01", "-q") == (0, "", "")
+
+
+def test_an_output_that_cannot_be_written_has_its_own_code(runs, command, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert command(pack, "round_01", "-o", tmp_path / "file" / "x.dpu")[0] == 10
+
+
+def test_a_bundle_installs_any_updated_round(run, runs, command):
+    code, out, err = command(pack, "round_01", "--bundle")
+    path = run.path / "round_01.bundle.zip"
+    assert (code, files_of(run)) == (0, ["round_01.bundle.zip"])
+    assert read_bundle(path).target == run.deployed.fingerprint
+    assert "bundle" in out
+    assert err == f"wrote {path}\n"
+    first = path.read_bytes()
+    command(pack, "round_01", "--bundle")
+    assert path.read_bytes() == first
+
+
+def test_a_bundle_takes_no_other_parent(runs, command):
+    assert command(pack, "round_01", "--bundle", "--parent", "round_00")[0] == 2
+
+
+def test_names_of_rounds_are_completed(runs):
+    complete = ShellComplete(pack, {}, "dpu-pack", "_DPU_PACK_COMPLETE")
+    values = [item.value for item in complete.get_completions([], "ti")]
+    assert values == ["tiny/round_00", "tiny/round_01"]
+    values = [i.value for i in complete.get_completions(["--runs", "nowhere"], "r")]
+    assert values == []
+
+
+# dpu-patch ---------------------------------------------------------------------------
+
+
+def test_info_accounts_for_every_byte(packed, command):
+    code, out, _ = command(patch, "info", packed[0], "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["bytes"] == packed[0].stat().st_size
+    assert sum(s["packed_bytes"] for s in record["sections"]) < record["bytes"]
+    assert (record["round"], record["changed"], record["tensors_changed"]) == (1, 30, 4)
+    assert "tensors" not in record
+
+
+def test_info_names_the_tensors_where_a_weight_file_gives_them(packed, command):
+    record = json.loads(
+        command(patch, "info", packed[0], "--base", packed[1], "--json")[1]
+    )
+    changed = {tensor["name"]: tensor["changed"] for tensor in record["tensors"]}
+    assert changed == {"fc1.weight": 5, "fc2.weight": 5, "fc1.bias": 16, "fc2.bias": 4}
+    out = command(patch, "info", packed[0], "--base", packed[1])[1]
+    assert "fc2.weight" in out
+    assert record["target"] in out
+
+
+def test_info_refuses_what_is_not_a_patch(packed, command):
+    assert command(patch, "info", packed[1])[0] == 3
+    assert command(patch, "info", packed[0].with_name("nothing.dpu"))[0] == 2
+
+
+def test_verify_proves_the_target_where_it_has_the_base(packed, command):
+    record = json.loads(
+        command(patch, "verify", packed[0], "--base", packed[1], "--json")[1]
+    )
+    assert record["applied"] is True
+    code, out, _ = command(patch, "verify", packed[0])
+    assert code == 0
+    assert "not applied" in out
+
+
+def test_verify_refuses_another_base(packed, command):
+    code, _, err = command(patch, "verify", packed[0], "--base", packed[2], "--json")
+    assert code == 4
+    assert json.loads(err)["error"] == "WrongParentError"
+
+
+def test_verify_refuses_a_damaged_patch(packed, command):
+    data = bytearray(packed[0].read_bytes())
+    data[-1] ^= 1
+    packed[0].write_bytes(data)
+    assert command(patch, "verify", packed[0])[0] == 3
+
+
+def test_diff_counts_tensor_by_tensor(packed, command):
+    code, out, _ = command(patch, "diff", packed[1], packed[2], "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert (record["changed"], record["size"]) == (30, 276)
+    text = command(patch, "diff", packed[1], packed[2])[1]
+    assert text.startswith("30 of 276 values differ (10.87 %)\n")
+    assert "fc1.bias" in text
+    same = command(patch, "diff", packed[1], packed[1])[1]
+    assert same == "0 of 276 values differ (0.00 %)\n"
+
+
+def test_diff_refuses_weights_of_another_network(packed, command):
+    selection = packed[2].with_name("selection.safetensors")
+    assert command(patch, "diff", packed[1], selection)[0] == 4
+
+
+# Both --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["info"], ["verify"], ["diff"]])
+def test_every_command_has_help(command, words):
+    code, out, _ = command(patch, *words, "-h")
+    assert code == 0
+    assert "Usage: " in out
+
+
+def test_commands_are_these(command):
+    assert sorted(patch.commands) == ["diff", "info", "verify"]
+    assert "Exit codes" in command(pack, "--help")[1]
+
+
+def imported(program):
+    """Run a program; return its output and which heavy modules it has loaded."""
+    heavy = {"onnx", "onnxruntime", "torch", "trainer"}
+    program += f"\nimport sys\nprint(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_help_comes_without_heavy_imports_and_runs_as_a_module():
+    out = imported(
+        "import runpy, sys\n"
+        "sys.argv = ['packager', '--help']\n"
+        "try:\n    runpy.run_module('packager', run_name='__main__')\n"
+        "except SystemExit as done:\n    print(done.code)"
+    )
+    assert out.startswith("Usage: dpu-pack ")
+    assert out.splitlines()[-2:] == ["0", "[]"]
+
+
+def test_packing_imports_neither_onnx_nor_onnxruntime(run):
+    path = str(run.path / "round_01")
+    out = imported(
+        "from packager import pack_round, read_round\n"
+        f"assert pack_round(read_round({path!r})).data"
+    )
+    assert out == "[]\n"
+
+
+def test_a_moved_run_still_packs(run, command, tmp_path):
+    moved = shutil.move(run.path, tmp_path / "elsewhere")
+    assert command(pack, Path(moved) / "round_01")[0] == 0

@@ -1,0 +1,233 @@
+"""The whole path on real data: train, pack, apply, verify, infer.
+
+    python -m tools.demo
+
+trains a small network on scikit-learn's handwritten digits, round by round. Each round
+is packed, applied to a device's store through the real ``dpu-edge`` code, and then held
+against the server: the weight files by SHA-256, the predictions of ONNX Runtime with
+torch's. Ends with 1 if anything differs.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_runtime.command import CONTEXT, Command, emit, json_option, say
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from edge_runtime import Device
+    from trainer.folder import RoundRecord
+
+RECIPE = Path("trainer/recipes/digits.toml")
+TOLERANCE = 1e-4  # of the largest output, as in the contract
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one round came to.
+
+    Attributes:
+        round: Its number.
+        outcome: ``updated`` or ``kept_base``; ``re-init`` where it began anew.
+        changed: Weights that differ from the round's parent.
+        patch_bytes: Size of the patch file, 0 where nothing had to be sent.
+        full_bytes: Size of the weight file.
+        server_accuracy: Of torch, on the test samples.
+        device_accuracy: Of ONNX Runtime on the device's store, on the same.
+        difference: Largest difference of their outputs, relative to the largest.
+        same_weights: Whether the device's weight file is the server's, by SHA-256.
+    """
+
+    round: int
+    outcome: str
+    changed: int
+    patch_bytes: int
+    full_bytes: int
+    server_accuracy: float
+    device_accuracy: float
+    difference: float
+    same_weights: bool
+
+    @property
+    def verified(self) -> bool:
+        """Whether weights and predictions are the server's."""
+        return self.same_weights and self.difference <= TOLERANCE
+
+
+class Demo:
+    """A server, a device, and the comparison between them."""
+
+    def __init__(self, folder: Path) -> None:
+        from trainer.config import load_config
+        from trainer.data import split_source
+        from trainer.sources import load_source
+
+        self.run = folder / "runs" / "digits"
+        self.store = folder / "device"
+        self.config = load_config(RECIPE)
+        source = load_source(self.config.data)
+        split = split_source(
+            source,
+            self.config.data,
+            seed=self.config.run.seed,
+            rounds=self.config.run.rounds,
+        )
+        self.source, self.test = source, split.test
+
+    def train(self) -> "list[RoundRecord]":
+        """Train all rounds, with a progress bar."""
+        from trainer.cli import shown_progress
+        from trainer.rounds import run_rounds
+
+        rounds = self.config.run.rounds
+        with shown_progress(rounds, quiet=not sys.stderr.isatty()) as progress:
+            return run_rounds(self.config, self.run.parent, progress=progress)
+
+    def deliver(self, record: "RoundRecord") -> Row:
+        """Pack a round, update the device with it, compare the two."""
+        from edge_runtime import Device
+        from packager.build import pack_round, write_file
+        from packager.bundle import write_bundle
+        from packager.rounds import read_round
+
+        folder = self.run / f"round_{record.round:02d}"
+        round_ = read_round(folder)
+        patch = pack_round(round_)
+        if patch is not None:
+            write_file(patch.data, folder.with_suffix(".dpu"))
+        if record.round == 0:
+            bundle = self.run / "round_00.bundle.zip"
+            write_bundle(round_, bundle)
+            device = Device.install(self.store, bundle)
+        else:
+            device = Device.open(self.store)
+            if patch is not None:
+                device.update(folder.with_suffix(".dpu"))
+        return self._compare(record, len(patch.data) if patch else 0, device)
+
+    def _compare(self, record: "RoundRecord", sent: int, device: "Device") -> Row:
+        import numpy as np
+
+        from edge_runtime import fingerprint_file, read_weights
+        from edge_runtime.trial import relative_difference
+
+        server = self.run / f"round_{record.round:02d}" / "weights.safetensors"
+        found = device.predictor().predict(self.test.inputs.numpy())
+        wanted = self._torch_outputs(read_weights(server))
+        labels = self.test.labels.numpy()
+        local = self.store / "current" / "weights.safetensors"
+        return Row(
+            round=record.round,
+            outcome="re-init" if record.reinitialised else str(record.outcome),
+            changed=int(record.metrics["changed"]),
+            patch_bytes=sent,
+            full_bytes=server.stat().st_size,
+            server_accuracy=float(np.mean(wanted.argmax(1) == labels)),
+            device_accuracy=float(np.mean(found.argmax(1) == labels)),
+            difference=relative_difference(found, wanted),
+            same_weights=fingerprint_file(local) == fingerprint_file(server),
+        )
+
+    def _torch_outputs(self, weights: "torch.Tensor") -> "NDArray[np.float32]":
+        import torch
+
+        from trainer.export import load_weights
+        from trainer.models import build_model
+
+        classes = len(self.source.classes)
+        model = build_model(self.config.model, self.source.input_shape, classes)
+        load_weights(model, weights)
+        with torch.inference_mode():
+            return model.eval()(self.source.normalise(self.test.inputs)).numpy()
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to work.  [default: a new temporary folder]",
+)
+@json_option
+def main(folder: Path | None, *, as_json: bool) -> None:
+    """Train, pack, apply, verify and infer on real handwritten digits."""
+    folder = folder or Path(tempfile.mkdtemp(prefix="dpu-demo-"))
+    with _step("loading torch and the digits"):
+        demo = Demo(folder)
+    with _step(f"training {demo.config.run.rounds} rounds"):
+        records = demo.train()
+    rows = []
+    with _step("packing, applying and comparing each round"):
+        for record in records:
+            rows.append(demo.deliver(record))
+    text = "\n".join([*table(rows), "", *_next_steps(demo, rows[-1].round)])
+    verified = all(row.verified for row in rows)
+    emit(
+        {
+            "folder": str(folder),
+            "verified": verified,
+            "rounds": [asdict(row) | {"verified": row.verified} for row in rows],
+        },
+        as_json=as_json,
+        text=text,
+    )
+    if not verified:
+        say("error: the device does not hold what the server sent")
+        sys.exit(1)
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    say(f"{what} ...")
+    start = time.monotonic()
+    yield
+    say(f"  {time.monotonic() - start:.1f} s")
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Return the rounds as lines of a table."""
+    yield (
+        "round  outcome    changed    patch B     full B  smaller"
+        "  server acc  device acc  verified"
+    )
+    for row in rows:
+        smaller = f"{row.full_bytes / row.patch_bytes:.0f}x" if row.patch_bytes else "-"
+        yield (
+            f"{row.round:>5}  {row.outcome:<9}{row.changed:>9}{row.patch_bytes:>11}"
+            f"{row.full_bytes:>11}{smaller:>9}{row.server_accuracy:>12.2%}"
+            f"{row.device_accuracy:>12.2%}  {'yes' if row.verified else 'NO'}"
+        )
+    sent, full = sum(r.patch_bytes for r in rows), sum(r.full_bytes for r in rows)
+    yield f"total sent {sent} bytes instead of {full}: {full / sent:.0f} times smaller"
+    yield (
+        "verified: the device's weight file has the server's SHA-256, and ONNX Runtime "
+        f"answers\nas torch does within {TOLERANCE:g} of the largest output"
+    )
+
+
+def _next_steps(demo: Demo, last: int) -> Iterator[str]:
+    edge = f"dpu-edge --store {demo.store}"
+    final = demo.run / f"round_{last:02d}"
+    yield f"rounds and patches   {demo.run}"
+    yield f"device               {demo.store}"
+    yield ""
+    yield "next (in .venv/bin, or after 'source .venv/bin/activate'):"
+    yield f"  sha256sum {final}/weights.safetensors {demo.store}/current/*.safetensors"
+    yield f"  {edge} status"
+    yield f"  {edge} infer --golden"
+    yield f"  {edge} rollback"
+    yield f"  dpu-patch info {final}.dpu --base {final}/weights.safetensors"
+
+
+if __name__ == "__main__":
+    main()
