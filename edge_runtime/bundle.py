@@ -144,9 +144,10 @@ def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
     Returns:
         The bytes of the zip file.
     """
+    files = dict(sorted(files.items()))
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     text = json.dumps({"schema": SCHEMA} | manifest | {"files": digests}, indent=1)
-    return write_members({MANIFEST_NAME: text.encode()} | dict(sorted(files.items())))
+    return write_members({MANIFEST_NAME: text.encode()} | files)
 
 
 def write_members(members: Mapping[str, bytes]) -> bytes:
