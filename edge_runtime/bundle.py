@@ -126,7 +126,7 @@ def carried_trust(source: Source, threshold: int = 1) -> Trust:
             "files"
         ]
         names = [name for name in sorted(digests) if name.startswith(KEYS_FOLDER)]
-        pems = [_listed(archive, name, digests, MAX_KEY_BYTES) for name in names]
+        pems = {name: _listed(archive, name, digests, MAX_KEY_BYTES) for name in names}
     if not pems:
         raise TrustError(
             "the bundle carries no keys; give the key with --trust KEY.pem"

@@ -96,7 +96,7 @@ def init(
     trust = (
         carried_trust(bundle, threshold)
         if carried
-        else trust_keys([key.read_bytes() for key in keys], threshold)
+        else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
     )
     status = Device.install(_root(context), bundle, trust=trust).status()
     emit(

@@ -12,7 +12,7 @@ Devices only verify: private keys, and signing, are at home in ``packager.signin
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -195,8 +195,15 @@ def key_id(public: str) -> str:
     return hashlib.sha256(bytes.fromhex(public)).hexdigest()[: 2 * _ID_BYTES]
 
 
-def load_public(pem: bytes) -> str:
-    """Read a public key from PEM; returns its 32 raw bytes in hex.
+def load_public(pem: bytes, name: str = "the key") -> str:
+    """Read a public key from PEM.
+
+    Args:
+        pem: The content of the key file.
+        name: What to call it in an error.
+
+    Returns:
+        Its 32 raw bytes in hex.
 
     Raises:
         KeyFileError: Not a public Ed25519 key.
@@ -207,23 +214,28 @@ def load_public(pem: bytes) -> str:
 
     if b"PRIVATE KEY" in pem:
         raise KeyFileError(
-            "this is a private key, which stays with its owner; give its public half "
-            "(NAME.pub.pem)"
+            f"{name} is a private key, which stays with its owner; give its public "
+            "half (NAME.pub.pem)"
         )
     try:
         key = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as err:
-        raise KeyFileError(f"not a public key in PEM form ({err})") from err
+        raise KeyFileError(f"{name} is not a public key in PEM form ({err})") from err
     if not isinstance(key, Ed25519PublicKey):
-        raise KeyFileError(f"expected an Ed25519 key, found {type(key).__name__}")
+        raise KeyFileError(f"{name}: expected Ed25519, found {type(key).__name__}")
     return key.public_bytes_raw().hex()
 
 
-def trust_keys(pems: Sequence[bytes], threshold: int = 1) -> Trust:
-    """Return the trust in some public keys, given as PEM.
+def trust_keys(pems: Mapping[str, bytes], threshold: int = 1) -> Trust:
+    """Return the trust in some public keys.
+
+    Args:
+        pems: The content of each key file, by its name.
+        threshold: How many of the keys must sign.
 
     Raises:
         KeyFileError: One of them is not a public Ed25519 key.
         TrustError: There are fewer keys than the threshold asks for.
     """
-    return Trust(tuple(dict.fromkeys(map(load_public, pems))), threshold)
+    keys = (load_public(pem, name) for name, pem in pems.items())
+    return Trust(tuple(dict.fromkeys(keys)), threshold)

@@ -6,7 +6,7 @@ same file and keys always give the same bytes, whoever signs first.
 
     >>> from edge_runtime.signing import trust_keys
     >>> key = generate_key()
-    >>> trust = trust_keys([encode_public(key)])
+    >>> trust = trust_keys({"fleet.pub.pem": encode_public(key)})
     >>> signatures = add_signature((), PATCH_CONTEXT, b"some header", key)
     >>> trust.check(PATCH_CONTEXT, b"some header", signatures) == trust.ids
     True
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_runtime.bundle import (
+    KEYS_FOLDER,
     MANIFEST_NAME,
     SIGNATURES_NAME,
     read_bundle,
@@ -43,6 +44,23 @@ from edge_runtime.signing import (
     key_id,
     read_signatures,
 )
+
+
+def sign(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:
+    """Sign a patch or a bundle with some keys.
+
+    Raises:
+        PatchError: Neither of them, damaged, or without room for another signature.
+        BundleError: A damaged or incomplete bundle.
+    """
+    for key in keys:
+        data = (sign_bundle if is_bundle(data) else sign_patch)(data, key)
+    return data
+
+
+def is_bundle(data: bytes) -> bool:
+    """Whether this is the beginning of a bundle, which is a zip file."""
+    return data.startswith(b"PK")
 
 
 def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
@@ -120,6 +138,14 @@ def add_signature(
     return tuple(sorted([*others, Signature(own, value)]))
 
 
+def carried_keys(keys: Iterable[Ed25519PrivateKey]) -> dict[str, bytes]:
+    """Return the members with which a bundle carries the public halves of keys."""
+    return {
+        f"{KEYS_FOLDER}{key_id(public_key(key))}.pem": encode_public(key)
+        for key in keys
+    }
+
+
 # Keys ---------------------------------------------------------------------------------
 
 
@@ -148,33 +174,47 @@ def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> byt
     return key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
 
 
-def load_private(pem: bytes, passphrase: str | None = None) -> Ed25519PrivateKey:
+def is_encrypted(pem: bytes) -> bool:
+    """Whether a private key needs a passphrase."""
+    return b"ENCRYPTED" in pem
+
+
+def load_private(
+    pem: bytes, passphrase: str | None = None, name: str = "the key"
+) -> Ed25519PrivateKey:
     """Read a private key from PEM.
 
     Args:
         pem: The content of the key file.
         passphrase: Used only if the key is encrypted.
+        name: What to call it in an error.
 
     Raises:
         KeyFileError: Not a private Ed25519 key, or the passphrase is wrong or missing.
     """
     if b"PUBLIC KEY" in pem:
         raise KeyFileError(
-            "this is a public key: it verifies, only the private key signs"
+            f"{name} is a public key: it verifies, only the private key signs"
         )
-    if b"ENCRYPTED" not in pem:
+    if not is_encrypted(pem):
         passphrase = None  # the library would refuse it
     elif not passphrase:
-        raise KeyFileError("the private key is encrypted: give its passphrase")
+        raise KeyFileError(
+            f"{name} is encrypted: give its passphrase, for example in DPU_PASSPHRASE"
+        )
     try:
         key = serialization.load_pem_private_key(
             pem, passphrase.encode() if passphrase else None
         )
     except (ValueError, TypeError, UnsupportedAlgorithm) as err:
-        what = "wrong passphrase" if passphrase else "not a private key in PEM form"
-        raise KeyFileError(f"{what} ({err}); make one with 'dpu-patch keygen'") from err
+        if passphrase:
+            raise KeyFileError(f"wrong passphrase for {name} ({err})") from err
+        raise KeyFileError(
+            f"{name} is not a private key in PEM form ({err}); make one with "
+            "'dpu-patch keygen'"
+        ) from err
     if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"expected an Ed25519 key, found {type(key).__name__}")
+        raise KeyFileError(f"{name}: expected Ed25519, found {type(key).__name__}")
     return key
 
 

@@ -44,7 +44,8 @@ MESSAGE = b"the bytes of a header"
 
 
 def trust(*keys, threshold=1):
-    return trust_keys([encode_public(key) for key in keys], threshold)
+    pems = {f"{n}.pem": encode_public(key) for n, key in enumerate(keys)}
+    return trust_keys(pems, threshold)
 
 
 def signed(*keys, context=PATCH_CONTEXT, message=MESSAGE):
@@ -215,13 +216,13 @@ def test_a_public_key_of_another_kind_is_refused_by_its_name():
             serialization.PublicFormat.SubjectPublicKeyInfo,
         )
     )
-    with pytest.raises(KeyFileError, match="expected an Ed25519 key, found EC"):
+    with pytest.raises(KeyFileError, match="the key: expected Ed25519, found EC"):
         load_public(pem)
 
 
 @pytest.mark.parametrize("pem", [b"", b"\0\xff", encode_public(A)[:60]])
 def test_what_is_no_key_is_refused(pem):
-    with pytest.raises(KeyFileError, match="not a public key"):
+    with pytest.raises(KeyFileError, match="the key is not a public key"):
         load_public(pem)
 
 

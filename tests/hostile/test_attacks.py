@@ -53,7 +53,8 @@ def key_of(number):
 
 
 OURS, SECOND, THEIRS = key_of(1), key_of(2), key_of(66)
-TRUST = trust_keys([encode_public(OURS)])
+TRUST = trust_keys({"ours": encode_public(OURS)})
+BOTH = trust_keys({"ours": encode_public(OURS), "second": encode_public(SECOND)}, 2)
 GRAPH = b"a graph; no session is started here"
 RECIPE = InitRecipe(7, {"w": TensorInit("F32", (20, 30), "uniform", 0.1)}, {})
 INIT = RECIPE.generate()
@@ -312,9 +313,8 @@ def test_endless_signatures(refused):
 
 
 def test_one_signer_of_two_that_are_needed(bundle, tmp_path):
-    both = trust_keys([encode_public(OURS), encode_public(SECOND)], 2)
     signed = sign_bundle(sign_bundle(bundle, OURS), SECOND)
-    device = Device.install(tmp_path / "s", signed, trust=both, trial=no_trial)
+    device = Device.install(tmp_path / "s", signed, trust=BOTH, trial=no_trial)
     theirs = add_signature((), PATCH_CONTEXT, split(PATCHES[1])[0], THEIRS)
     with pytest.raises(TrustError, match="expected 2 of"):
         device.update(PATCHES[1])
@@ -420,8 +420,7 @@ def test_state_file_without_its_keys(device):
 def test_a_state_with_keys_comes_back(device):
     state = device.store.state
     assert decode_state(encode_state(state)) == state
-    both = trust_keys([encode_public(OURS), encode_public(SECOND)], 2)
-    state = dataclasses.replace(state, trust=both)
+    state = dataclasses.replace(state, trust=BOTH)
     assert decode_state(encode_state(state)) == state
 
 

@@ -56,7 +56,7 @@ def test_the_same_keys_give_the_same_bytes_in_any_order():
 
 def test_a_signed_patch_opens_with_its_keys_and_without():
     signed = sign_patch(PATCH, A)
-    trust = trust_keys([encode_public(A)])
+    trust = trust_keys({"a.pem": encode_public(A)})
     for patch in (open_patch(signed), open_patch(signed, trust=trust)):
         assert [s.key_id for s in patch.signatures] == list(trust.ids)
 
@@ -121,7 +121,7 @@ def test_a_private_key_of_another_kind_is_refused_by_its_name():
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    with pytest.raises(KeyFileError, match="expected an Ed25519 key, found EC"):
+    with pytest.raises(KeyFileError, match="the key: expected Ed25519, found EC"):
         load_private(pem)
 
 
