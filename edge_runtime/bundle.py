@@ -31,15 +31,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from edge_runtime import signing
 from edge_runtime.errors import BundleError, PatchError, TrustError
-from edge_runtime.signing import (
-    BUNDLE_CONTEXT,
-    MAX_BLOCK_BYTES,
-    Signature,
-    Trust,
-    decode_signatures,
-    trust_keys,
-)
 
 SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
@@ -74,7 +67,7 @@ class Bundle:
     files: dict[str, bytes]
 
 
-def read_bundle(source: Source, trust: Trust | None = None) -> Bundle:
+def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
     """Read a bundle and check every member against the manifest.
 
     Args:
@@ -88,7 +81,9 @@ def read_bundle(source: Source, trust: Trust | None = None) -> Bundle:
     """
     with _opened(source) as archive:
         signed = _member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        (trust or Trust()).check(BUNDLE_CONTEXT, signed, _signatures(archive))
+        (trust or signing.Trust()).check(
+            signing.BUNDLE_CONTEXT, signed, _signatures(archive)
+        )
         manifest = json.loads(signed)
         if manifest["schema"] != SCHEMA:
             raise BundleError(
@@ -105,7 +100,7 @@ def read_bundle(source: Source, trust: Trust | None = None) -> Bundle:
         )
 
 
-def carried_trust(source: Source, threshold: int = 1) -> Trust:
+def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
     """Return the trust in the keys that a bundle itself carries.
 
     Nothing proves these keys: whoever made the bundle chose them. It is a leap of
@@ -131,7 +126,7 @@ def carried_trust(source: Source, threshold: int = 1) -> Trust:
         raise TrustError(
             "the bundle carries no keys; give the key with --trust KEY.pem"
         )
-    return trust_keys(pems, threshold)
+    return signing.trust_keys(pems, threshold)
 
 
 def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
@@ -174,11 +169,13 @@ def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
         ) from err
 
 
-def _signatures(archive: zipfile.ZipFile) -> tuple[Signature, ...]:
+def _signatures(archive: zipfile.ZipFile) -> tuple[signing.Signature, ...]:
     if SIGNATURES_NAME not in archive.namelist():
         return ()
     try:
-        return decode_signatures(_member(archive, SIGNATURES_NAME, MAX_BLOCK_BYTES))
+        return signing.decode_signatures(
+            _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
+        )
     except PatchError as err:
         raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
 

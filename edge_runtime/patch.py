@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime import codec
+from edge_runtime import codec, signing
 from edge_runtime.codec import SectionReader
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.header import (
@@ -27,13 +27,6 @@ from edge_runtime.header import (
     exactly,
     parse_header,
     read_header,
-)
-from edge_runtime.signing import (
-    MAX_BLOCK_BYTES,
-    PATCH_CONTEXT,
-    Signature,
-    Trust,
-    read_signatures,
 )
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
 
@@ -66,7 +59,7 @@ class Limits:
     """
 
     patch_bytes: int = 1 << 30
-    signature_bytes: int = MAX_BLOCK_BYTES
+    signature_bytes: int = signing.MAX_BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +103,7 @@ class Patch:
         self,
         file: BinaryIO,
         header: PatchHeader,
-        signatures: Sequence[Signature],
+        signatures: Sequence[signing.Signature],
         sections: Sequence[Section],
         size: int,
     ) -> None:
@@ -276,7 +269,7 @@ class ValueReader:
 def open_patch(
     source: str | PathLike[str] | bytes,
     limits: Limits | None = None,
-    trust: Trust | None = None,
+    trust: signing.Trust | None = None,
 ) -> Patch:
     """Open a patch and prove everything that needs no weights.
 
@@ -297,13 +290,13 @@ def open_patch(
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
     try:
-        return _open(file, limits or Limits(), trust or Trust())
+        return _open(file, limits or Limits(), trust or signing.Trust())
     except BaseException:
         file.close()
         raise
 
 
-def _open(file: BinaryIO, limits: Limits, trust: Trust) -> Patch:
+def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if size > limits.patch_bytes:
@@ -313,8 +306,8 @@ def _open(file: BinaryIO, limits: Limits, trust: Trust) -> Patch:
     # Read once: what is believed below are the very bytes that were signed.
     signed = read_header(file)
     header, body_size, body_digest = parse_header(signed)
-    signatures = read_signatures(file, limits.signature_bytes)
-    trust.check(PATCH_CONTEXT, signed, signatures)
+    signatures = signing.read_signatures(file, limits.signature_bytes)
+    trust.check(signing.PATCH_CONTEXT, signed, signatures)
     body = file.tell()
     if size != body + body_size:
         raise PatchFormatError(
