@@ -9,9 +9,10 @@ import io
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,6 +27,10 @@ from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
 from packager.bundle import PackedBundle, with_outputs
 from packager.diff import diff
 from packager.foreign import Model, header_between
+from packager.signing import carried_keys, sign
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SAMPLES = 4  # golden inputs that are made up where none are given
 # Allowed difference of outputs between CPUs, relative to the largest one: kernels for
@@ -42,6 +47,7 @@ def adopt_model(
     counter: int = 0,
     level: int = LEVEL,
     max_size: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedBundle:
     """Build the bundle that installs a model on a new device.
 
@@ -54,7 +60,9 @@ def adopt_model(
             tell a broken runtime, not a bad model.
         counter: Release counter.
         level: zstd level of the patch, which is empty.
-        max_size: Largest bundle in bytes.
+        max_size: Largest bundle in bytes, with its signatures.
+        signers: Whose keys sign it (:mod:`packager.signing`); their public halves go
+            in, for devices that are told to trust on first use.
 
     Raises:
         OSError: A file cannot be read.
@@ -78,7 +86,8 @@ def adopt_model(
         "model": model.model,
         "target": patch.header.target,
     }
-    data = layout.write_bundle(manifest, files)
+    files |= carried_keys(signers)
+    data = sign(layout.write_bundle(manifest, files), signers)
     check_budget(f"the bundle of {model.path.name}", len(data), max_size)
     return PackedBundle(data, patch)
 
@@ -87,7 +96,7 @@ def _nothing_to_patch(model: Model, counter: int, level: int) -> PackedPatch:
     """Return a patch from the init weights to themselves: it carries the release."""
     weights, header = model.weights, header_between(model, model, counter)
     changes = diff(weights, weights)
-    data = encode_changes(weights, weights, header, changes, level)
+    data = encode_changes(weights, weights, header, changes, level=level)
     return PackedPatch(data, header, "itself", {change.name: 0 for change in changes})
 
 

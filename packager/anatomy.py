@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.codec import CONSTANT, STORED, ZSTD
 from edge_runtime.patch import Patch, Section
+from edge_runtime.signing import encode_signatures
 from edge_runtime.weights import Layout, Tensor, Weights
 from packager.diff import TensorChange
 from packager.links import link_records
@@ -62,7 +63,8 @@ def patch_record(
         "optional": header.optional,
         "bytes": patch.size,
         "full_bytes": header.file_size,
-        "signature_bytes": len(patch.signatures),
+        "signature_bytes": len(encode_signatures(patch.signatures)),
+        "signed_by": [signature.key_id for signature in patch.signatures],
         "changed": sum(patch.counts),
         "tensors_changed": sum(count > 0 for count in patch.counts),
         "sections": [_section_record(section) for section in patch.sections],
@@ -105,7 +107,7 @@ def patch_parts(patch: Patch, layout: Layout | None) -> dict[str, int]:
         for tensor, count in zip(layout.tensors, patch.counts, strict=True):
             put_in[is_dense(count, tensor.size)] += count * tensor.item_size
         dense = round(values * put_in[True] / max(sum(put_in.values()), 1))
-    signatures = len(patch.signatures)
+    signatures = len(encode_signatures(patch.signatures))
     return {
         "header": patch.size - index - values - signatures,
         "signatures": signatures,

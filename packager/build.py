@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from edge_runtime.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.record import Outcome
 from packager.rounds import Parent, RoundFolder, find_parent
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 LEVEL = 19  # zstd, 1 to 22
 
@@ -50,6 +54,7 @@ def pack_round(
     level: int = LEVEL,
     max_size: int | None = None,
     counter: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedPatch | None:
     """Pack the update of one round.
 
@@ -57,9 +62,10 @@ def pack_round(
         round_: The round, as :func:`packager.rounds.read_round` returns it.
         parent: What the update leads from; by default the round's recorded parent.
         level: zstd level, 1 to 22.
-        max_size: Largest patch in bytes.
+        max_size: Largest patch in bytes, with its signatures.
         counter: Release counter; by default the one that the round states. A reverse
             patch, to an older round, needs a higher one than its parent has.
+        signers: Whose keys sign it (:mod:`packager.signing`).
 
     Returns:
         The proven patch; None where there is nothing to send, because the round kept
@@ -98,7 +104,9 @@ def pack_round(
         counter=counter,
         file_size=round_.weights.layout.file_size,
     )
-    data = encode_changes(parent.weights, round_.weights, header, changes, level)
+    data = encode_changes(
+        parent.weights, round_.weights, header, changes, level=level, signers=signers
+    )
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, parent.name, counts)
@@ -124,7 +132,7 @@ def build_patch(
         WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
-    return encode_changes(base, target, header, diff(base, target), level)
+    return encode_changes(base, target, header, diff(base, target), level=level)
 
 
 def encode_changes(
@@ -132,12 +140,18 @@ def encode_changes(
     target: Weights,
     header: PatchHeader,
     changes: Sequence[TensorChange],
+    *,
     level: int = LEVEL,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> bytes:
     """Build a patch from changes that are known already; as :func:`build_patch`."""
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
     data = encode_patch(header, positions, target, level=level)
+    if signers:
+        from packager.signing import sign  # cryptography only where it is needed
+
+        data = sign(data, signers)
     with open_patch(data) as patch:
         result = apply_patch(base, patch)
     if result.data != target.data:

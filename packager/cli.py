@@ -1,4 +1,4 @@
-"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at patches.
+"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at them and signs them.
 
 Everything heavy is imported inside the commands, so that ``--help`` and completion
 answer at once.
@@ -22,7 +22,8 @@ from edge_runtime.command import (
 )
 from packager.compose_cli import compose
 from packager.foreign_cli import file_options, pack_extra
-from packager.look import diff, extract, info, report
+from packager.keys import keygen, read_signers, sign
+from packager.look import diff, extract, info, report, verify
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
@@ -102,6 +103,14 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     show_default=True,
     help="zstd level.",
 )
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=_file,
+    help="Sign with this private key (repeatable).",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -116,6 +125,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     bundle: bool,
     max_size: int | None,
     level: int,
+    keys: tuple[Path, ...],
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -131,17 +141,28 @@ def pack(  # noqa: PLR0913 - one argument for each option
     """
     from packager.build import write_file
 
-    options = {"level": level, "max_size": max_size, "counter": counter}
+    signers, names = read_signers(keys)
+    options = {
+        "level": level,
+        "max_size": max_size,
+        "counter": counter,
+        "signers": signers,
+    }
     if any(files.values()):
         from packager.foreign_cli import pack_files
 
         if rounds or parent:
             raise click.UsageError("give either rounds or --base, not both")
-        made = pack_files(files, output, bundle=bundle, options=options)
+        made = pack_files(files, output, names, bundle=bundle, options=options)
     else:
         if not rounds:
             raise click.UsageError("give rounds, or --base and --target")
-        made = _pack_rounds(rounds, runs, output, parent, bundle, options)
+        from packager.rounds import find_round
+
+        folders = [find_round(name, runs) for name in rounds]
+        paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+        places = list(zip(folders, paths, strict=True))
+        made = _pack_rounds(places, runs, parent, names, bundle=bundle, options=options)
     records = []
     for path, data, record, text in made:
         record["written"] = bool(data) and not dry_run
@@ -158,27 +179,27 @@ def pack(  # noqa: PLR0913 - one argument for each option
 
 
 def _pack_rounds(
-    rounds: Sequence[str],
+    rounds: Sequence[tuple[Path, Path]],
     runs: Path,
-    output: str | None,
     parent: str | None,
+    names: Sequence[str],
+    *,
     bundle: bool,
     options: dict[str, Any],
 ) -> "Iterator[Made]":
+    """Pack round folders, each with the file that it is for."""
     from packager.report import Made, pack_record, pack_text
-    from packager.rounds import find_round, read_round
+    from packager.rounds import read_round
 
     if bundle and parent:
         raise click.UsageError("a bundle leads from the init weights: no --from")
     if options["counter"] is not None and len(rounds) > 1:
         raise click.UsageError("--counter is for one round at a time")
-    folders = [find_round(name, runs) for name in rounds]
-    paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
-    for folder, path in zip(folders, paths, strict=True):
+    for folder, path in rounds:
         round_ = read_round(folder)
         base = _parent(round_, parent, runs)
         packed, data = (_bundle if bundle else _patch)(round_, base, options)
-        record = pack_record(round_, packed, path, len(data))
+        record = pack_record(round_, packed, path, len(data), names)
         yield Made(path, data, record, pack_text(record))
 
 
@@ -228,39 +249,8 @@ def _bundle(
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
 @click.version_option(package_name="dpu-edge")
 def patch() -> None:
-    """Look at patches and weight files."""
+    """Look at patches and weight files, sign patches and bundles."""
 
 
-@patch.command()
-@click.argument("path", metavar="PATCH", type=_file)
-@click.option("--base", type=_file, help="The parent weights: apply, prove the target.")
-@json_option
-def verify(path: Path, *, base: Path | None, as_json: bool) -> None:
-    """Check that a patch is whole, and with --base that it leads to its target."""
-    from edge_runtime.apply import apply_patch
-    from edge_runtime.patch import open_patch
-    from edge_runtime.weights import read_weights
-
-    with open_patch(path) as opened:
-        if base is not None:
-            apply_patch(read_weights(base), opened)
-        header, size = opened.header, opened.size
-    record = {
-        "path": str(path),
-        "bytes": size,
-        "parent": header.parent,
-        "target": header.target,
-        "applied": base is not None,
-    }
-    text = f"{path}: whole, every checksum right"
-    if base is None:
-        text += (
-            "\n  not applied: give the parent weights with --base to prove the target"
-        )
-    else:
-        text += f"\n  applied to {base}: result is {header.target}, as promised"
-    emit(record, as_json=as_json, text=text)
-
-
-for command in (info, diff, report, compose, extract):
+for command in (info, diff, report, verify, compose, extract, keygen, sign):
     patch.add_command(command)

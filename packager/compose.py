@@ -57,7 +57,7 @@ def compose_patches(
         file_size=last.file_size,
     )
     changes = diff(base, target)
-    data = encode_changes(base, target, header, changes, level)
+    data = encode_changes(base, target, header, changes, level=level)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts)
 

@@ -7,10 +7,11 @@ network have the same graph and a patch between them is a patch like any other.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,9 @@ from edge_runtime.weights import (
 )
 from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
 from packager.diff import check_same_tensors, diff
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 MAX_ROUND = (1 << 32) - 1
 
@@ -158,6 +162,7 @@ def pack_models(
     counter: int = 1,
     level: int = LEVEL,
     max_size: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedPatch | None:
     """Pack the update from one file to another of the same network.
 
@@ -167,7 +172,8 @@ def pack_models(
         counter: Release counter, higher than that of ``base``; stands for the round
             too, as there is none.
         level: zstd level, 1 to 22.
-        max_size: Largest patch in bytes.
+        max_size: Largest patch in bytes, with its signatures.
+        signers: Whose keys sign it (:mod:`packager.signing`).
 
     Returns:
         The proven patch; None where the weights are equal.
@@ -182,7 +188,9 @@ def pack_models(
     if base.weights.fingerprint == target.weights.fingerprint:
         return None
     header = header_between(base, target, counter)
-    data = encode_changes(base.weights, target.weights, header, changes, level)
+    data = encode_changes(
+        base.weights, target.weights, header, changes, level=level, signers=signers
+    )
     check_budget(f"the patch to {target.path.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, base.path.name, counts)

@@ -1,6 +1,6 @@
 """``dpu-pack --base FILE``: two files of one network, or one for a new device."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from packager.build import PackedPatch
     from packager.foreign import Model
     from packager.report import Made
 
@@ -42,6 +43,7 @@ def pack_extra(what: str) -> Iterator[None]:
 def pack_files(
     files: Mapping[str, Path | None],
     output: str | None,
+    names: Sequence[str],
     *,
     bundle: bool,
     options: dict[str, Any],
@@ -51,21 +53,28 @@ def pack_files(
     Args:
         files: Their values.
         output: File or folder to write to; by default beside the newer file.
+        names: Ids of the keys that sign.
         bundle: Whether a bundle is asked for.
-        options: ``level``, ``max_size`` and ``counter``, as for rounds.
+        options: ``level``, ``max_size``, ``counter``, ``signers``, as for rounds.
 
     Yields:
         What is to be written.
     """
     base, target = _check_usage(files, bundle=bundle)
     from packager.foreign import read_model
+    from packager.report import Made, files_record, files_text
 
     with pack_extra("an ONNX file"):
         model = read_model(base, files["graph"])
-        if bundle:
-            yield _bundle(model, files, output, options)
-        elif target is not None:
-            yield _patch(model, read_model(target, files["graph"]), output, options)
+        if target is None:
+            newer, (packed, data) = model, _bundle(model, files, options)
+        else:
+            newer = read_model(target, files["graph"])
+            packed, data = _patch(model, newer, options)
+    path = _place(newer.path, output, ".bundle.zip" if bundle else ".dpu")
+    record = files_record((model, newer), packed, path, len(data), names)
+    record["golden"] = "given" if files["golden"] else "made up"
+    yield Made(path, data, record, files_text(record))
 
 
 def _check_usage(
@@ -85,43 +94,28 @@ def _check_usage(
 
 
 def _patch(
-    base: "Model", target: "Model", output: str | None, options: dict[str, Any]
-) -> "Made":
+    base: "Model", target: "Model", options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
     from packager.foreign import pack_models
-    from packager.report import Made, files_record, files_text
 
     counter = 1 if options["counter"] is None else options["counter"]
     packed = pack_models(base, target, **options | {"counter": counter})
-    path = _place(target.path, output, ".dpu")
-    data = packed.data if packed else b""
-    record = files_record(base, target, packed, path, len(data))
-    return Made(path, data, record, files_text(record))
+    return packed, packed.data if packed else b""
 
 
 def _bundle(
-    model: "Model",
-    files: Mapping[str, Path | None],
-    output: str | None,
-    options: dict[str, Any],
-) -> "Made":
+    model: "Model", files: Mapping[str, Path | None], options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
     from packager.adopt import adopt_model
-    from packager.report import Made, files_record, files_text
 
     if not model.graph:
         raise click.UsageError(
             f"a bundle needs a graph: give the ONNX file, or {model.path} with --graph"
         )
-    counter = options["counter"] or 0
-    made = adopt_model(
-        model,
-        contract=files["contract"],
-        golden=files["golden"],
-        **options | {"counter": counter},
-    )
-    path = _place(model.path, output, ".bundle.zip")
-    record = files_record(model, model, made.patch, path, len(made.data))
-    record["golden"] = "given" if files["golden"] else "made up"
-    return Made(path, made.data, record, files_text(record))
+    contract, golden = files["contract"], files["golden"]
+    options = options | {"counter": options["counter"] or 0}
+    bundle = adopt_model(model, contract=contract, golden=golden, **options)
+    return bundle.patch, bundle.data
 
 
 def _place(source: Path, output: str | None, suffix: str) -> Path:

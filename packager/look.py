@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from packager.foreign_cli import pack_extra
 
 if TYPE_CHECKING:
     from edge_runtime.patch import Patch
+    from edge_runtime.signing import Trust
     from edge_runtime.weights import Weights
     from packager.document import Document
 
@@ -141,6 +143,69 @@ def report(
     if how["output"] is None and not (how["as_json"] or how["as_markdown"]):
         how["output"] = place
     show(look, **how)
+
+
+@click.command()
+@click.argument("path", metavar="PATCH", type=_file)
+@click.option("--base", type=_file, help="The parent weights: apply, prove the target.")
+@click.option(
+    "--key",
+    "keys",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=_file,
+    help="Insist on the signature of this public key (repeatable).",
+)
+@json_option
+def verify(
+    path: Path, *, base: Path | None, keys: tuple[Path, ...], as_json: bool
+) -> None:
+    """Check that a patch or bundle is whole; with --key, who signed it.
+
+    With --base the patch is applied and its target proved.
+    """
+    from edge_runtime.apply import apply_patch
+    from edge_runtime.signing import trust_keys
+
+    trust = trust_keys({str(key): key.read_bytes() for key in keys})
+    trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
+    with _open_trusted(path, trust) as opened:
+        if base is not None:
+            apply_patch(_read_weights(base), opened)
+        header = opened.header
+    record = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "parent": header.parent,
+        "target": header.target,
+        "applied": base is not None,
+        "verified_keys": list(trust.ids),
+    }
+    text = f"{path}: whole, every checksum right"
+    if keys:
+        text += f"\n  signed by {', '.join(trust.ids)}"
+    else:
+        text += "\n  signatures not checked: give the public key with --key"
+    if base is None:
+        text += (
+            "\n  not applied: give the parent weights with --base to prove the target"
+        )
+    else:
+        text += f"\n  applied to {base}: result is {header.target}, as promised"
+    emit(record, as_json=as_json, text=text)
+
+
+def _open_trusted(path: Path, trust: "Trust") -> "Patch":
+    from edge_runtime.bundle import PATCH_NAME, read_bundle
+    from edge_runtime.patch import open_patch
+    from packager.signing import is_bundle
+
+    with path.open("rb") as file:
+        bundle = is_bundle(file.read(4))
+    if bundle:
+        # What is signed is the bundle; the patch in it needs no signature.
+        return open_patch(read_bundle(path, trust).files[PATCH_NAME])
+    return open_patch(path, trust=trust)
 
 
 @click.command()

@@ -3,6 +3,7 @@
 Sizes are in bytes, digests in hexadecimal.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,11 @@ class Made(NamedTuple):
 
 
 def pack_record(
-    round_: RoundFolder, packed: PackedPatch | None, path: Path, size: int
+    round_: RoundFolder,
+    packed: PackedPatch | None,
+    path: Path,
+    size: int,
+    signed_by: Sequence[str] = (),
 ) -> Record:
     """Describe the result of packing one round.
 
@@ -41,6 +46,7 @@ def pack_record(
         packed: Its patch; None where there was nothing to send.
         path: The file that was or would be written.
         size: Bytes of that file.
+        signed_by: Ids of the keys that signed it.
     """
     stated = round_.record
     record: Record = {
@@ -63,6 +69,7 @@ def pack_record(
         "parent_name": packed.parent_name,
         "bytes": size,
         "patch_bytes": len(packed.data),
+        "signed_by": list(signed_by),
         "full_bytes": packed.header.file_size,
         "weights": sum(t.size for t in selectable),
         "weights_changed": sum(packed.counts[t.name] for t in selectable),
@@ -93,6 +100,8 @@ def pack_text(record: Record) -> str:
         _patch_line(record, travelling),
         f"  checked  applied to {record['parent_name']}, result identical",
     ]
+    if record["signed_by"]:
+        lines.append(f"  signed   by {', '.join(record['signed_by'])}")
     if record["bytes"] != record["patch_bytes"]:
         lines.append(
             f"  bundle   {spaced(record['bytes']):>11} bytes   with graph, init "
@@ -116,17 +125,22 @@ def _patch_line(record: Record, values: int) -> str:
 
 
 def files_record(
-    base: Model, target: Model, packed: PackedPatch | None, path: Path, size: int
+    models: tuple[Model, Model],
+    packed: PackedPatch | None,
+    path: Path,
+    size: int,
+    signed_by: Sequence[str] = (),
 ) -> Record:
     """Describe the result of packing two files, or a bundle of one.
 
     Args:
-        base: What devices hold.
-        target: What they shall hold; ``base`` itself for a bundle.
+        models: What devices hold and what they shall hold; the same for a bundle.
         packed: The patch; None where there was nothing to send.
         path: The file that was or would be written.
         size: Bytes of that file.
+        signed_by: Ids of the keys that signed it.
     """
+    base, target = models
     record: Record = {
         "base": str(base.path),
         "target_path": str(target.path),
@@ -136,6 +150,7 @@ def files_record(
         "parent": base.weights.fingerprint,
         "target": target.weights.fingerprint,
         "path": str(path) if packed else None,
+        "signed_by": list(signed_by),
     }
     if not packed:
         return record
@@ -163,6 +178,8 @@ def files_text(record: Record) -> str:
             f"{name}  from {base} {record['parent'][:12]}  →  {record['target'][:12]}",
             *_change_lines(record, base),
         ]
+    if record["signed_by"]:
+        lines.append(f"  signed   by {', '.join(record['signed_by'])}")
     counter = record["counter"]
     lines.append(
         f"  release  counter {counter}: the next release needs --counter {counter + 1} "

@@ -44,6 +44,7 @@ def patch_document(record: Record) -> Document:
         ("parent", record["parent"]),
         ("target", record["target"]),
         ("round", f"{record['round']}, release counter {record['counter']}"),
+        ("signed", f"by {', '.join(record['signed_by']) or 'nobody'}"),
         (
             "changed",
             f"{spaced(record['changed'])} values in {record['tensors_changed']} "

@@ -43,7 +43,7 @@ def test_one_patch_does_what_the_patches_do_in_order(chain):
         assert result.data == rounds[3].weights.data
         assert (opened.header.round, opened.header.counter) == (3, 3)
         assert opened.header.parent == rounds[0].weights.fingerprint
-        assert opened.signatures == b""
+        assert opened.signatures == ()
     assert len(packed.data) < sum(opened.size for opened in patches.values())
 
 

@@ -23,6 +23,7 @@ from edge_runtime.errors import (
     WrongModelError,
 )
 from edge_runtime.patch import open_patch
+from edge_runtime.signing import trust_keys
 from edge_runtime.weights import fingerprint_file, model_id, read_weights
 from packager.adopt import adopt_model, made_up, make_contract
 from packager.cli import pack, patch
@@ -495,6 +496,29 @@ def test_the_command_packs_safetensors_files_and_says_that_the_graph_is_missing(
     assert command(pack, "--base", a, *graph, "--bundle", "-q")[0] == 0
     device = Device.install(tmp_path / "store", tmp_path / "a.bundle.zip")
     device.update(tmp_path / "b.dpu")
+
+
+def test_patches_and_bundles_of_files_are_signed_too(old, new, command, tmp_path):
+    key = tmp_path / "key.pem"
+    command(patch, "keygen", key)
+    signed = ("--sign", key)
+    _, out, _ = command(pack, "--base", old, "--target", new, *signed)
+    assert "signed   by " in out
+    command(pack, "--base", old, "--bundle", *signed, "-q")
+    trust = trust_keys({"": (tmp_path / "key.pub.pem").read_bytes()})
+    bundle = tmp_path / "old.bundle.zip"
+    device = Device.install(tmp_path / "store", bundle, trust=trust)
+    device.update(tmp_path / "new.dpu")
+    command(pack, "--base", new, "--target", old, "--counter", 2, "-q")
+    with pytest.raises(TrustError):
+        device.update(tmp_path / "old.dpu")  # unsigned
+
+
+def test_a_file_patch_is_verified_with_the_onnx_file_itself(old, new, command):
+    command(pack, "--base", old, "--target", new, "-q")
+    path = new.with_name("new.dpu")
+    assert command(patch, "verify", path, "--base", old)[0] == 0
+    assert command(patch, "verify", path, "--base", new)[0] == 4
 
 
 def test_equal_weights_are_nothing_to_send(old, new, command, tmp_path):
