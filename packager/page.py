@@ -80,12 +80,13 @@ svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
   background: currentColor; margin-right: 7px; vertical-align: -1px; }
 .legend span { color: var(--ink); }
-.scroll { overflow-x: auto; }
+.scroll { overflow: auto; max-height: 430px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { text-align: left; color: var(--soft); font-weight: 500;
-  border-bottom: 1px solid var(--rule); }
+th { text-align: left; color: var(--soft); font-weight: 500; background: var(--card); }
+thead th { position: sticky; top: 0; z-index: 1;
+  box-shadow: inset 0 -1px var(--rule); }
 th, td { padding: 5px 14px 5px 0; white-space: nowrap; vertical-align: baseline; }
-tbody th { color: var(--ink); font-weight: 400; border: 0; }
+tbody th { color: var(--ink); font-weight: 400; position: sticky; left: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td:not(.number) { color: var(--soft); padding-left: 14px; }
@@ -94,10 +95,11 @@ footer { color: var(--soft); font-size: 13px; }
 @media (max-width: 640px) { main { padding: 20px 10px; }
   section { padding: 16px 14px; } }
 @media print { body { font-size: 11px; } main { max-width: none; padding: 0; }
-  h1 { font-size: 22px; } h2 { font-size: 15px; break-after: avoid; }
+  h1 { font-size: 22px; } h2 { font-size: 15px; }
+  h2, section > p { break-after: avoid; }
   section { padding: 10px 14px; } figure, tr, .figures { break-inside: avoid; }
   .facts, figcaption, .legend, table { font-size: 10px; }
-  .scroll, figure { overflow: visible; } svg { max-width: 480px; } }
+  .scroll, figure { overflow: visible; max-height: none; } svg { max-width: 480px; } }
 """
 
 
@@ -166,7 +168,10 @@ def _table(table: Table, title: str) -> Iterator[str]:
     kinds = [
         "" if table.is_text(n) else ' class="number"' for n in range(len(table.columns))
     ]
-    yield f'<div class="scroll"><table aria-label="{escape(title)}">\n<thead><tr>'
+    # What scrolls must be reachable without a mouse.
+    yield '<div class="scroll" role="region" tabindex="0" '
+    yield f'aria-label="{escape(title)}: table"><table aria-label="{escape(title)}">\n'
+    yield "<thead><tr>"
     for heading, kind in zip(table.headings, kinds, strict=True):
         yield f'<th scope="col"{kind}>{escape(heading)}</th>'
     yield "</tr></thead>\n<tbody>\n"

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from packager.curves import Series, column_chart, line_chart
 from packager.document import Document, Section, Table
-from packager.svg import Series, column_chart, heat_map, line_chart
+from packager.svg import heat_map
 from packager.views import link_section
 from packager.words import natural, percent, short_bytes, spaced, times
 
@@ -250,6 +251,8 @@ def _percent(share: float | None) -> str:
     if share is None:
         return "-"
     value = 100 * share
+    if 0 < value < 0.01:
+        return "<0.01 %"
     return "0" if not value else f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 

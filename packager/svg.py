@@ -2,160 +2,17 @@
 
 Each chart has a title and a description for those who do not see it, and each mark has
 a title that browsers show under the pointer. Sizes are in the units of the view box;
-the page scales them.
+the page scales them. Charts with axes are in :mod:`packager.curves`.
 """
 
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 
-WIDTH = 640
-LEFT, RIGHT, TOP, BOTTOM = 78, 16, 24, 44  # room around the plot of a line or bar chart
+WIDTH, RIGHT = 640, 16
 LEVELS = 8  # steps of the heat map's colour
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One line of a chart.
-
-    Attributes:
-        name: What it is.
-        points: x and y.
-        colour: 1 to 5, a colour of the page.
-        dashed: Whether the line is dashed.
-        marks: For each point ``"dot"``, ``"ring"``, ``"diamond"`` or ``""``.
-    """
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    colour: int
-    dashed: bool = False
-    marks: Sequence[str] = ()
-
-
 Format = Callable[[float], str]
-
-
-class _Plot:
-    """Axes: data to places in the view box, grid lines, labels."""
-
-    def __init__(
-        self,
-        low: float,
-        high: float,
-        height: float,
-        *,
-        log: bool,
-        ticks: Sequence[float],
-    ) -> None:
-        self._scale = math.log10 if log else float
-        self.low, self.high = self._scale(low), self._scale(high)
-        self.height, self.ticks = height, ticks
-
-    def y(self, value: float) -> float:
-        share = (self._scale(value) - self.low) / (self.high - self.low)
-        return TOP + (self.height - TOP - BOTTOM) * (1 - share)
-
-    def grid(self, form: Format) -> Iterator[str]:
-        for tick in self.ticks:
-            y = self.y(tick)
-            yield f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
-            yield _text(LEFT - 8, y + 4, form(tick), "end")
-
-    def names(self, x_name: str, y_name: str) -> Iterator[str]:
-        yield _text(
-            (LEFT + WIDTH - RIGHT) / 2, self.height - 6, x_name, "middle", "axis"
-        )
-        middle = (TOP + self.height - BOTTOM) / 2
-        yield (
-            f'<text class="axis" text-anchor="middle" transform="translate(12 '
-            f'{middle:.0f}) rotate(-90)">{escape(y_name)}</text>'
-        )
-
-
-def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    axes: tuple[str, str],
-    form: Format,
-    log: bool = False,
-) -> str:
-    """Draw lines over whole numbers such as rounds.
-
-    Args:
-        title: What is shown; read aloud.
-        series: The lines; at least one point in all.
-        axes: Names of x and y.
-        form: Puts a value of y into words.
-        log: Whether y is logarithmic; then every y must be positive.
-    """
-    height = 300
-    values = [y for line in series for _, y in line.points]
-    plot = _plot(min(values), max(values), height, log=log)
-    rounds = sorted({x for line in series for x, _ in line.points})
-    place = _columns(rounds)
-    parts = [*plot.grid(form), *plot.names(*axes), *_round_labels(place, height)]
-    for line in series:
-        at = [(place[x], plot.y(y)) for x, y in line.points]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-        dashes = ' stroke-dasharray="5 4"' if line.dashed else ""
-        parts.append(f'<path class="line c{line.colour}"{dashes} d="{path}"/>')
-        for (x, y), mark, (round_, value) in zip(
-            at, line.marks or ["dot"] * len(at), line.points, strict=True
-        ):
-            words = f"{line.name}, {axes[0]} {round_:g}: {form(value)}"
-            parts.append(_mark(x, y, mark, line.colour, words))
-    return _svg(title, _describe(series, form), height, parts)
-
-
-def _describe(series: Sequence[Series], form: Format) -> str:
-    return ". ".join(
-        f"{line.name}: from {form(line.points[0][1])} to {form(line.points[-1][1])}"
-        for line in series
-        if line.points
-    )
-
-
-def _mark(x: float, y: float, mark: str, colour: int, words: str) -> str:
-    title = f"<title>{escape(words)}</title>"
-    if mark == "diamond":
-        shape = f"M{x:.1f} {y - 7:.1f}l7 7-7 7-7-7z"
-        return f'<path class="fill c{colour}" d="{shape}">{title}</path>'
-    kind = "ring" if mark == "ring" else "fill"
-    radius = 0.1 if not mark else 4
-    return (
-        f'<circle class="{kind} c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-        f"{title}</circle>"
-    )
-
-
-def column_chart(
-    title: str,
-    columns: Sequence[tuple[float, float]],
-    *,
-    axes: tuple[str, str],
-    form: Format,
-) -> str:
-    """Draw a column over each whole number; a value of 0 leaves a dash on the axis."""
-    height = 260
-    plot = _plot(0, max(y for _, y in columns) or 1, height, log=False)
-    place = _columns([x for x, _ in columns])
-    width = min(56, 0.7 * (WIDTH - LEFT - RIGHT) / len(columns))
-    parts = [*plot.grid(form), *plot.names(*axes), *_round_labels(place, height)]
-    for x, value in columns:
-        top, bottom = plot.y(value), plot.y(0)
-        parts.append(
-            f'<rect class="fill c1" x="{place[x] - width / 2:.1f}" y="{top - 1:.1f}" '
-            f'width="{width:.1f}" height="{bottom - top + 1:.1f}" rx="2">'
-            f"<title>{escape(f'{axes[0]} {x:g}: {form(value)}')}</title></rect>"
-        )
-        if len(columns) <= 12:
-            parts.append(_text(place[x], top - 6, form(value), "middle"))
-    words = ", ".join(f"{axes[0]} {x:g}: {form(value)}" for x, value in columns)
-    return _svg(title, words, height, parts)
 
 
 def stacked_bars(
@@ -175,7 +32,7 @@ def stacked_bars(
     scale = (WIDTH - left - RIGHT) / longest
     out, y = [], 4.0
     for name, parts in rows:
-        out.append(_text(left - 10, y + bar / 2 + 4, name, "end", "strong"))
+        out.append(write(left - 10, y + bar / 2 + 4, name, "end", "strong"))
         x = float(left)
         for part, colour, size in parts:
             width = size * scale
@@ -186,14 +43,14 @@ def stacked_bars(
                 f"<title>{words}</title></rect>"
             )
             if width > 7.2 * len(form(size)) + 8:
-                out.append(_text(x + width / 2, y + 22, form(size), "middle", "on"))
+                out.append(write(x + width / 2, y + 22, form(size), "middle", "on"))
             x += width
         y += bar + 12
     words = "; ".join(
         f"{name}: " + ", ".join(f"{part} {form(size)}" for part, _, size in parts)
         for name, parts in rows
     )
-    return _svg(title, words, y, out)
+    return draw(title, words, y, out)
 
 
 def heat_map(
@@ -222,36 +79,53 @@ def heat_map(
     width = (WIDTH - left - 4) / count
     width = min(width, 64) if columns else width
     top, cell = (26 if columns else 2), 22
-    out = []
-    if columns:
-        out.append(_text(left - 10, 16, corner, "end", "axis"))
-    for number, name in enumerate(columns):
-        if width > 6.5 * len(name) or number % math.ceil(7 * len(name) / width) == 0:
-            out.append(_text(left + (number + 0.5) * width, 16, name, "middle"))
-    largest = max((v for _, values in rows for v in values if v), default=1.0)
+    out = list(_column_names(columns, corner, left, width)) if columns else []
+    shares = [v for _, values in rows for v in values if v is not None]
+    largest = max(shares) or 1.0
+    # Words in all cells or in none.
+    wordy = columns and width > 6.6 * max(len(form(share)) for share in shares)
     for line, (name, values) in enumerate(rows):
         y = top + line * (cell + 2)
-        out.append(_text(left - 10, y + 15, _shortened(name, left), "end"))
+        out.append(write(left - 10, y + 15, _shortened(name, left), "end"))
         if not columns:
             width = (WIDTH - left - 4) / len(values)
         for number, value in enumerate(values):
-            x = left + number * width
-            label = f"{name}, {corner} {columns[number]}" if columns else name
             if value is not None:
                 level = heat_level(value / largest, log=log)
-                words = escape(f"{label}: {form(value)}")
-                gap = 2 if columns else 0.4
-                out.append(
-                    f'<rect class="h{level}" x="{x:.1f}" y="{y:.1f}" '
-                    f'width="{width - gap:.1f}" height="{cell}">'
-                    f"<title>{words}</title></rect>"
-                )
-                if columns and width > 6.6 * len(form(value)):
-                    style = "deep" if level > LEVELS // 2 else "pale"
-                    middle = x + (width - gap) / 2
-                    out.append(_text(middle, y + 15, form(value), "middle", style))
+                place = left + number * width, y, width, cell
+                label = f"{name}, {corner} {columns[number]}" if columns else name
+                out += _cell(place, level, form(value), label, wordy=bool(wordy))
     words = f"{len(rows)} rows; the largest share is {form(largest)}"
-    return _svg(title, words, top + len(rows) * (cell + 2), out)
+    return draw(title, words, top + len(rows) * (cell + 2), out)
+
+
+def _column_names(
+    names: Sequence[str], corner: str, left: float, width: float
+) -> Iterator[str]:
+    yield write(left - 10, 16, corner, "end", "axis")
+    every = math.ceil(7 * max(map(len, names)) / width)
+    for number, name in enumerate(names):
+        if number % every == 0:
+            yield write(left + (number + 0.5) * width, 16, name, "middle")
+
+
+def _cell(
+    place: tuple[float, float, float, float],
+    level: int,
+    words: str,
+    label: str,
+    *,
+    wordy: bool,
+) -> Iterator[str]:
+    x, y, width, height = place
+    gap = min(2, width / 30)
+    yield (
+        f'<rect class="h{level}" x="{x:.1f}" y="{y:.1f}" width="{width - gap:.1f}" '
+        f'height="{height}"><title>{escape(f"{label}: {words}")}</title></rect>'
+    )
+    if wordy:
+        style = "deep" if level > LEVELS // 2 else "pale"
+        yield write(x + (width - gap) / 2, y + 15, words, "middle", style)
 
 
 def heat_level(share: float, *, log: bool) -> int:
@@ -290,10 +164,10 @@ def dumbbells(
         if low < math.log10(value) < high:
             x = left + (math.log10(value) - low) * scale
             out.append(f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>')
-            out.append(_text(x, bottom + 16, label, "middle"))
+            out.append(write(x, bottom + 16, label, "middle"))
     for number, (name, *pair) in enumerate(rows):
         y = number * row + row / 2 + 4
-        out.append(_text(left - 12, y + 4, name, "end", "strong"))
+        out.append(write(left - 12, y + 4, name, "end", "strong"))
         at = [left + (math.log10(value) - low) * scale for value in pair]
         out.append(f'<path class="line c5" d="M{at[0]:.1f} {y}H{at[1]:.1f}"/>')
         for x, value, what, colour in zip(at, pair, names, (1, 2), strict=True):
@@ -305,41 +179,7 @@ def dumbbells(
     words = "; ".join(
         f"{name}: {names[0]} {form(a)}, {names[1]} {form(b)}" for name, a, b in rows
     )
-    return _svg(title, words, bottom + 24, out)
-
-
-# Parts of charts ---------------------------------------------------------------------
-
-
-def _plot(low: float, high: float, height: float, *, log: bool) -> _Plot:
-    if log:
-        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        last = max(last, first + 1)
-        ticks = [10.0**n for n in range(first, last + 1)]
-        return _Plot(ticks[0], ticks[-1], height, log=True, ticks=ticks)
-    step = _step((high - low) or abs(high) or 1)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    last = max(last, first + 1)
-    ticks = [n * step for n in range(first, last + 1)]
-    return _Plot(ticks[0], ticks[-1], height, log=False, ticks=ticks)
-
-
-def _step(span: float) -> float:
-    """Return a round number of which four to eight fit into ``span``."""
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    return next(power * n for n in (1, 2, 5, 10) if span / (power * n) <= 6)
-
-
-def _columns(values: Sequence[float]) -> dict[float, float]:
-    width = (WIDTH - LEFT - RIGHT) / len(values)
-    return {value: LEFT + (n + 0.5) * width for n, value in enumerate(values)}
-
-
-def _round_labels(place: dict[float, float], height: float) -> Iterator[str]:
-    every = math.ceil(len(place) / 20)
-    for number, (value, x) in enumerate(place.items()):
-        if number % every == 0:
-            yield _text(x, height - BOTTOM + 18, f"{value:g}", "middle")
+    return draw(title, words, bottom + 24, out)
 
 
 def _shortened(name: str, room: float) -> str:
@@ -347,7 +187,8 @@ def _shortened(name: str, room: float) -> str:
     return name if len(name) <= fits else "…" + name[-(fits - 1) :]
 
 
-def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+def write(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+    """Return words at a place; anchor is start, middle or end."""
     kind = f' class="{style}"' if style else ""
     return (
         f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
@@ -355,7 +196,8 @@ def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
     )
 
 
-def _svg(title: str, description: str, height: float, parts: Sequence[str]) -> str:
+def draw(title: str, description: str, height: float, parts: Sequence[str]) -> str:
+    """Return a finished picture of these parts."""
     # Named by what is in it, so that the same report is the same bytes.
     number = f"{zlib.crc32(''.join((title, description, *parts)).encode()):08x}"
     return (

@@ -5,17 +5,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from packager.curves import Series, column_chart, line_chart
 from packager.document import Document, Section, Table, to_markdown, to_text
 from packager.page import to_html
-from packager.svg import (
-    Series,
-    column_chart,
-    dumbbells,
-    heat_level,
-    heat_map,
-    line_chart,
-    stacked_bars,
-)
+from packager.svg import dumbbells, heat_level, heat_map, stacked_bars
 from packager.words import short_bytes
 
 EVIL = "<script>alert('x')</script> | & \"quoted\" `code` *"
