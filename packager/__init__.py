@@ -11,8 +11,8 @@ folder looks is in ``packager/README.md``.
         write_file(packed.data, "round_05.dpu")
 
 For new devices: :func:`write_bundle`. To sign either: :func:`sign_patch`,
-:func:`sign_bundle`. Several patches in one: :func:`compose_patches`. Without rounds, from
-ONNX or safetensors files: :func:`read_model`, then :func:`pack_models` or
+:func:`sign_bundle`. Several patches in one: :func:`compose_patches`. From ONNX or
+safetensors files, without rounds: :func:`read_model`, then :func:`pack_models` or
 :func:`adopt_model`; between any two weight files: :func:`build_patch`. Which elements
 differ: :func:`packager.diff.diff`.
 """

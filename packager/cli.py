@@ -55,7 +55,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 
 
 @click.command(cls=Command, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
-@click.argument("rounds", nargs=-1, metavar="ROUND...", shell_complete=complete_round)
+@click.argument("rounds", nargs=-1, metavar="[ROUND]...", shell_complete=complete_round)
 @click.option(
     "-o",
     "--output",
@@ -81,6 +81,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 )
 @click.option(
     "--counter",
+    metavar="N",
     type=click.IntRange(0, 2**64 - 1),
     help="Release counter of the target, to send an older round as a newer release.",
 )

@@ -18,21 +18,20 @@ def chain(run):
     run.add(2)
     run.add(3, base=run.init)  # re-initialised, as training does now and then
     rounds = [read_round(run.path / f"round_{n:02d}") for n in range(4)]
-    patches = {}
-    for before, after in pairwise(rounds):
-        packed = pack_round(after, parent_from(before))
-        patches[after.name] = open_patch(packed.data)
-    return rounds, patches
+    data = {
+        after.name: pack_round(after, parent_from(before)).data
+        for before, after in pairwise(rounds)
+    }
+    for path, patch_data in zip("abc", data.values(), strict=True):
+        run.path.joinpath(f"{path}.dpu").write_bytes(patch_data)
+    return rounds, {name: open_patch(patch_data) for name, patch_data in data.items()}
 
 
 @pytest.fixture
-def files(chain, tmp_path):
+def files(chain, run):
     """The same as files: ``a.dpu``, ``b.dpu``, ``c.dpu`` and the base."""
-    rounds, patches = chain
-    for name, opened in zip("abc", patches.values(), strict=True):
-        (tmp_path / f"{name}.dpu").write_bytes(opened._file.getvalue())
-    paths = [tmp_path / f"{name}.dpu" for name in "abc"]
-    return paths, rounds[0].path / "weights.safetensors"
+    paths = [run.path / f"{name}.dpu" for name in "abc"]
+    return paths, chain[0][0].path / "weights.safetensors"
 
 
 def test_one_patch_does_what_the_patches_do_in_order(chain):
@@ -47,10 +46,10 @@ def test_one_patch_does_what_the_patches_do_in_order(chain):
     assert len(packed.data) < sum(opened.size for opened in patches.values())
 
 
-def test_a_single_patch_composes_to_itself(chain):
+def test_a_single_patch_composes_to_itself(chain, files):
     rounds, patches = chain
     packed = compose_patches(rounds[0].weights, [("a", patches["round_01"])])
-    assert packed.data == patches["round_01"]._file.getvalue()
+    assert packed.data == files[0][0].read_bytes()
 
 
 def test_patches_in_another_order_are_refused_with_the_right_one(chain):

@@ -334,16 +334,23 @@ def test_a_device_is_installed_from_an_onnx_file_and_follows_its_releases(
     assert np.array_equal(device.predictor().predict(x), outputs(new, x))
     assert device.status()["release_counter"] == 1
 
-    # Back to the first file, as a newer release; and again, from what the device was
-    # installed with, though it has moved on twice.
-    for counter, (base, target) in {2: (new, old), 3: (old, new)}.items():
+    def release(counter, base, target):
         path = tmp_path / f"{counter}.dpu"
         arguments = ("--base", base, "--target", target, "--counter", counter)
         assert command(pack, *arguments, "-o", path)[0] == 0
         device.update(path)
-    assert np.array_equal(device.predictor().predict(x), outputs(new, x))
+
+    third = tmp_path / "third.onnx"
+    onnx.save(make_model(arrays_of(b1=np.ones(8, "f4"))), third)
+    release(2, new, third)
+    release(3, third, new)
+    # No slot holds the first file any more; a patch from it applies all the same.
+    release(4, old, third)
+    assert np.array_equal(device.predictor().predict(x), outputs(third, x))
+    release(5, third, old)  # and back to it, as a newer release
+    assert np.array_equal(device.predictor().predict(x), outputs(old, x))
     with pytest.raises(TrustError):
-        device.update(tmp_path / "2.dpu")
+        device.update(tmp_path / "4.dpu")
 
 
 def test_the_contract_is_derived_from_the_graph(old):
