@@ -218,7 +218,7 @@ def _measure_apart(
         ToolFailedError: It failed or took too long.
     """
     paths = [str(path.resolve()) for path in (base, patch, target)]
-    command = [sys.executable, "-m", "tools.rivals", verb, tool.key, *paths]
+    command = [sys.executable, "-m", "tools.measure", verb, tool.key, *paths]
     start = time.perf_counter()
     try:
         done = subprocess.run(
@@ -237,7 +237,7 @@ def _measure_apart(
     if done.returncode:
         last = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
         raise ToolFailedError(f"failed to {verb}: {last}")
-    record: dict[str, Any] = json.loads(done.stdout)
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return record, whole_s
 
 

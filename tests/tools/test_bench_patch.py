@@ -15,7 +15,8 @@ from tools import bench_rounds, contest
 from tools.bench_rounds import SETTINGS, Pair, find_pairs
 from tools.contest import Contest, Entry, Sample, chosen_tools, compete, judge
 from tools.contest_report import markdown, replace_section, svg
-from tools.rivals import TOOLS, Kind, Tool, measure_here
+from tools.measure import measure_here
+from tools.rivals import TOOLS, Kind, Tool
 
 ALWAYS = {"ours", "full-zstd-3", "full-zstd-19", "sparse", "xor"}
 INSTALLED = [key for key, tool in TOOLS.items() if not tool.missing()]
