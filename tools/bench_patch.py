@@ -85,18 +85,18 @@ def main(  # noqa: PLR0913 - one for each option
     folders = [*rounds, *more] or [Path("runs")]
     if data is not None:
         make_rounds(data, folders[0], say)
-    contests = []
-    with tempfile.TemporaryDirectory(prefix="bench-rounds-") as scratch:
-        for folder in folders:
-            for pair in find_pairs(folder, Path(scratch)):
-                say(f"{pair.name}: {pair.changed:,} of {pair.file_size:,} B changed")
-                contests.append(compete(pair, chosen, repeats, say))
-    bars = list(judge(contests))
     command = shlex.join(["python", "-m", "tools.bench_patch", *sys.argv[1:]])
-    record = _record(contests, bars, command)
-    text = markdown(contests, bars, record["machine"], command)
-    if save:
-        _save(record, text, svg(contests))
+    contests: list[Contest] = []
+    with tempfile.TemporaryDirectory(prefix="bench-rounds-") as scratch:
+        pairs = [p for folder in folders for p in find_pairs(folder, Path(scratch))]
+        for pair in pairs:
+            say(f"{pair.name}: {pair.file_size:,} B, {pair.changed:,} changed")
+            contests.append(compete(pair, chosen, repeats, say))
+            bars = list(judge(contests))
+            record = _record(contests, bars, command)
+            text = markdown(contests, bars, record["machine"], command)
+            if save:  # after every round, so that a long run can be cut short
+                _save(record, text, svg(contests))
     emit(record, as_json=as_json, text=text)
     missed = [bar for bar in bars if not bar.holds]
     for bar in missed:

@@ -74,7 +74,8 @@ def find_pairs(path: Path, scratch: Path) -> Iterator[Pair]:
     Args:
         path: A round folder; a folder with ``base.safetensors`` and
             ``target.safetensors``; a run, which stands for its last update of an
-            earlier round; or a folder of runs.
+            earlier round (of the init weights, if there is no other); or a folder of
+            runs.
         scratch: Where parents are written to that are in no round folder.
 
     Raises:
@@ -98,12 +99,14 @@ def find_pairs(path: Path, scratch: Path) -> Iterator[Pair]:
 
 
 def _last_update(run: Path) -> Path:
+    """Return the last round that updates an earlier one, or else the init weights."""
     rounds = {folder: read_record(folder) for folder in list_rounds(run)}
     targets = {record.target for record in rounds.values()}
-    for folder, record in reversed(rounds.items()):
-        if record.outcome is Outcome.UPDATED and record.parent in targets:
-            return folder
-    raise RoundError(f"{run} has no round that updates an earlier one")
+    updates = [f for f, r in rounds.items() if r.outcome is Outcome.UPDATED]
+    later = [folder for folder in updates if rounds[folder].parent in targets]
+    if not updates:
+        raise RoundError(f"{run} has no round that updates anything")
+    return (later or updates)[-1]
 
 
 def _round_pair(folder: Path, scratch: Path) -> Pair:

@@ -168,6 +168,15 @@ def test_a_run_stands_for_its_last_update_of_an_earlier_round(run, tmp_path):
     assert [p.name for p in find_pairs(run.path.parent, tmp_path)] == [pair.name]
 
 
+def test_a_run_with_one_update_stands_for_that_of_its_init_weights(new_run, tmp_path):
+    run = new_run()
+    run.add(0)
+    run.add(1, {name: array.copy() for name, array in run.deployed.items()})
+    [pair] = find_pairs(run.path, tmp_path)
+    assert pair.name == "tiny/round_00"
+    assert pair.base.read_bytes() == bytes(run.init.data)
+
+
 def test_a_folder_without_rounds_is_refused(tmp_path):
     with pytest.raises(RoundError, match="neither a round, a run"):
         list(find_pairs(tmp_path, tmp_path))
