@@ -119,12 +119,11 @@ def svg(contests: Sequence[Contest]) -> str:
             )
         weight = ' font-weight="bold"' if entry.kind is Kind.OURS else ""
         parts.append(_text(10, y, entry.title, weight))
-    blocks = (("size, times ours", _size_bars), ("apply, ms", _time_bars))
+    cut = f"size, times ours; bars end at {_TIMES_CUT:g}"
+    blocks = ((cut, _size_bars), ("time to apply, ms", _time_bars))
     for block, (title, bars) in enumerate(blocks):
         left = _LABELS + block * _CELL * len(contests)
-        parts.append(
-            _text(left, 22, f"{title} (lower is better)", ' font-weight="bold"')
-        )
+        parts.append(_text(left, 22, title, ' font-weight="bold"'))
         for column, contest in enumerate(contests):
             x = left + column * _CELL
             run, _, round_ = contest.pair.name.partition("/")
