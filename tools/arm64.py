@@ -174,7 +174,8 @@ def _refusals(
 def _check(what: str, done: Run, passed: bool, found: str = "") -> Check:
     """Judge a run: what it should do, in the memory that a board has."""
     said = found if found and done.code in (0, 3) else (done.out or done.err).strip()
-    line = said.splitlines()[-1] if said else f"exit code {done.code}"
+    lines = said.splitlines() or [f"exit code {done.code}"]
+    line = lines[0 if done.code == 0 else -1]  # errors explain themselves at the end
     fits = done.peak_mb <= BOARD_MB
     if not fits:
         line += f"; more than the {BOARD_MB} MB of a small board"
