@@ -8,6 +8,7 @@ which changes neither memory nor bits. This is a program of its own because it n
 torch, whose memory would hide that of what is measured.
 """
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.command import CONTEXT, Command, say
+from tools.wheels import CHECKOUT
 
 NAMES = ("digits", "mobilenet")
 GOLDEN = 2  # images of mobilenet: each takes seconds under emulation
@@ -47,21 +49,33 @@ class Sample:
 def find_sample(folder: Path, name: str) -> Sample:
     """Return the sample of a name, trained and packed where it is not yet.
 
+    What other code has made is made anew: the patch format may have changed.
+
     Raises:
         click.ClickException: Training or packing failed.
     """
     run = folder / name / "runs" / name
-    done = folder / name / "done"
-    if not done.exists():
+    done, made_by = folder / name / "made_by", _sources()
+    if not done.exists() or done.read_text() != made_by:
         say(f"training and packing {name} on this machine ...")
         command = [sys.executable, "-m", "tools.arm64_samples", str(folder), name]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise click.ClickException(f"{name}: {ended.stderr.strip()}")
-        done.touch()
+        done.write_text(made_by)
     bundle, patches = run / "round_00.bundle.zip", sorted(run.glob("round_*.dpu"))
     later = tuple(path for path in patches if path.name != "round_00.dpu")
     return Sample(name, run, bundle, later)
+
+
+def _sources() -> str:
+    """Return a digest of the code that the samples come from."""
+    digest = hashlib.sha256()
+    for package in ("edge_runtime", "packager", "trainer", "tools"):
+        for path in sorted((CHECKOUT / package).rglob("*")):
+            if path.suffix in (".py", ".toml"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def make_mobilenet(run: Path) -> None:
