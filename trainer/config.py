@@ -11,6 +11,7 @@ included, in every round folder.
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,8 +21,11 @@ from typing import Any, get_args, get_type_hints
 
 from edge_runtime.errors import ConfigError
 
-PARTIAL_METHODS = ("dpu", "gcpu", "lcpu", "rpu")
+# Those that rank what a full phase did; a budget needs them.
+RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
+PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
 
@@ -38,10 +42,22 @@ def _one_of(*choices: str) -> Rule:
 _ANY: Rule = ("", lambda _value: True)
 _ABOVE_0: Rule = ("above 0", lambda value: value > 0)
 _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
+_SIZE: Rule = (
+    "a size such as 64KB (1000 each) or 64KiB (1024 each)",
+    lambda value: value == "" or parse_size(value) is not None,
+)
 _REINIT: Rule = (
     "auto, never, or a number of rounds",
     lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
 )
+
+
+def parse_size(text: str) -> int | None:
+    """Return a size such as ``64KB`` or ``1.5MiB`` in bytes; None if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in SIZE_UNITS:
+        return None
+    return int(float(match[1]) * SIZE_UNITS[match[2]]) or None
 
 
 def _key(
@@ -128,6 +144,36 @@ class UpdateConfig:
         "so many rounds",
         _REINIT,
         default="auto",
+    )
+    first: str = _key(
+        "how round_00 is made: partial, as every other round (the paper), or full: "
+        "every weight trains, and the bundle carries them all",
+        _one_of("partial", "full"),
+        default="partial",
+    )
+    chain: str = _key(
+        "what the next round starts from: deployed, or paper: a re-initialised model "
+        "goes on even where it is worse; for reproduction, cannot be packed",
+        _one_of("deployed", "paper"),
+        default="deployed",
+    )
+    budget: str = _key(
+        "largest patch, such as 64KB; how many weights that allows is found by "
+        "packing, and ratio is only where the search starts",
+        _SIZE,
+        default="",
+    )
+    dense: str = _key(
+        "biases and normalisation: train (the paper), freeze (unless a round starts "
+        "from the init weights), or budget: selected like any other weight",
+        _one_of("train", "freeze", "budget"),
+        default="train",
+    )
+    mantissa_bits: int = _key(
+        "what is deployed is rounded to so many mantissa bits: 23 (float32 as it is), "
+        "10 or 7",
+        ("23, 10 or 7", lambda value: value in (23, 10, 7)),
+        default=23,
     )
 
 
@@ -270,6 +316,12 @@ def _disagreements(section: Any) -> Iterable[str]:
             yield "[train] nesterov needs momentum above 0"
         case DataConfig(size=size, set=name) if size and name != "folder":
             yield "[data] size is for set folder only"
+        case UpdateConfig(method=method) if (
+            section.budget and method not in RANKED_METHODS
+        ):
+            yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
+        case UpdateConfig(method="fu" | "pruning", dense="freeze" | "budget"):
+            yield "[update] dense other than train is for methods that select only"
         case RunConfig(name=name) if not name or Path(name).name != name:
             yield f"[run] name should be a plain folder name, found {name!r}"
         case ModelConfig():
