@@ -10,6 +10,7 @@ included, in every round folder.
     config.update.ratio    # 0.02
 """
 
+import copy
 import difflib
 import re
 import tomllib
@@ -25,7 +26,10 @@ from edge_runtime.errors import ConfigError
 RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
 PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
-SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
+
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
 
@@ -45,6 +49,10 @@ _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
 _SIZE: Rule = (
     "a size such as 64KB (1000 each) or 64KiB (1024 each)",
     lambda value: value == "" or parse_size(value) is not None,
+)
+_FACTORY: Rule = (
+    "package.module:function",
+    lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
 )
 _REINIT: Rule = (
     "auto, never, or a number of rounds",
@@ -87,7 +95,14 @@ class DataConfig:
     """Section ``[data]``."""
 
     set: str = _key(
-        "the data set", _one_of("digits", "mnist", "cifar10", "cifar100", "folder")
+        "the data set",
+        (_one_of(*DATA_SETS)[0], lambda value: value in ("", *DATA_SETS)),
+        default="",
+    )
+    factory: str = _key(
+        "in place of set: package.module:function that returns your own data",
+        _FACTORY,
+        default="",
     )
     initial: int = _key("training samples in round_00", _from(2))
     growth: int = _key("training samples that every later round adds", _from(0))
@@ -100,6 +115,11 @@ class DataConfig:
         "folder only: resize and crop to this many pixels; 0: images are equal already",
         _from(0),
         default=0,
+    )
+    memory: str = _key(
+        "folder and factory: what is larger is read batch by batch",
+        _SIZE,
+        default="4GB",
     )
     validation: int = _key("samples that choose the epoch", _from(1), default=1000)
     validation_from: str = _key(
@@ -122,7 +142,18 @@ class DataConfig:
 class ModelConfig:
     """Section ``[model]``: a name, and that model's own options."""
 
-    name: str = _key("mlp, small_cnn, vgg, resnet56 or a torchvision classifier")
+    name: str = _key(
+        "mlp, small_cnn, vgg, resnet56 or a torchvision classifier", default=""
+    )
+    factory: str = _key(
+        "in place of name: package.module:function that builds your own network, given "
+        "the shape of an input and the number of classes, or nothing",
+        _FACTORY,
+        default="",
+    )
+    weights: str = _key(
+        "file with pretrained weights: safetensors, or a torch state dict", default=""
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -194,6 +225,11 @@ class TrainConfig:
         default="step",
     )
     factor: float = _key("of schedule step", _SHARE, default=0.1)
+    device: str = _key(
+        "auto: a GPU where there is one",
+        _one_of("auto", "cpu", "cuda"),
+        default="auto",
+    )
     threads: int = _key(
         "CPU threads; part of what decides the bits", _from(1), default=1
     )
@@ -211,29 +247,47 @@ class Config:
 
 
 def load_config(
-    path: str | PathLike[str], overrides: Sequence[str] = (), *, name: str = ""
+    recipe: str | PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "",
+    model: str = "",
+    data: str = "",
 ) -> Config:
     """Read a recipe from a file.
 
     Args:
-        path: The TOML file.
+        recipe: The TOML file, or its tables.
         overrides: Changes such as ``"train.epochs=5"``; the value is TOML, or text.
         name: Name of the run; default: the recipe's ``run.name``, or its file name.
+        model: ``package.module:function``, in place of the section ``[model]``.
+        data: ``package.module:function``, in place of ``data.set``.
 
     Raises:
         ConfigError: Not TOML, or with problems; the error lists all of them.
         OSError: The file cannot be read.
     """
-    path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} is not a TOML file: {err}") from err
+    if isinstance(recipe, Mapping):
+        source, tables = "recipe", copy.deepcopy(dict(recipe))
+    else:
+        source, tables = str(recipe), _read_toml(Path(recipe))
+    if model:
+        tables["model"] = {"factory": model}
+    if data and isinstance(section := tables.setdefault("data", {}), dict):
+        section.pop("set", None)
+        section["factory"] = data
     problems = [p for text in overrides if (p := _override(tables, text))]
     run = tables.setdefault("run", {})
     if isinstance(run, dict):
-        run["name"] = name or run.get("name", path.stem)
-    return make_config(tables, problems, source=str(path))
+        run["name"] = name or run.get("name", Path(source).stem)
+    return make_config(tables, problems, source=source)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} is not a TOML file: {err}") from err
 
 
 def make_config(
@@ -324,7 +378,11 @@ def _disagreements(section: Any) -> Iterable[str]:
             yield "[update] dense other than train is for methods that select only"
         case RunConfig(name=name) if not name or Path(name).name != name:
             yield f"[run] name should be a plain folder name, found {name!r}"
-        case ModelConfig():
+        case DataConfig(set=name, factory=own) if bool(name) == bool(own):
+            yield "[data] set, or factory for your own: expected one of the two"
+        case ModelConfig(name=name, factory=own) if bool(name) == bool(own):
+            yield "[model] name, or factory for your own: expected one of the two"
+        case ModelConfig(name=name) if name:
             from trainer.models import option_problems  # late: it brings torch
 
             yield from option_problems(section.name, section.options)

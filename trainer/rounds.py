@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from trainer.config import PARTIAL_METHODS, Config, as_dict
+from trainer.config import PARTIAL_METHODS, Config, as_dict, make_config
 from trainer.folder import RoundRecord, list_rounds, read_round_record
 from trainer.loop import cpu_settings
 from trainer.methods import Pack
@@ -104,7 +104,9 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
             f"{run_dir} has the rounds {numbers}, without gaps they would be "
             f"0 to {len(records) - 1}; put the missing folders back"
         )
-    problems = list(_differences(records[0].config, as_dict(config)))
+    # Through make_config: a key that is newer than the run has its default there.
+    made_with = as_dict(make_config(records[0].config))
+    problems = list(_differences(made_with, as_dict(config)))
     if problems:
         raise ConfigError(
             f"{run_dir} was made with another recipe; choose another run.name, or "

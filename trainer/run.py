@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.weights import FILE_NAME, Weights, read_weights
 from trainer.config import PARTIAL_METHODS, Config, as_dict
 from trainer.data import split_source
@@ -94,12 +95,12 @@ class Run:
         self.run_dir = run_dir
         self._progress = progress
         self._pack = pack
-        self.device = torch.device("cpu")
+        self.device = choose_device(config.train.device)
         self._source = load_source(config.data)
         seed, rounds = config.run.seed, config.run.rounds
         self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
-            self._source.prepared(samples)
+            self._source.prepared(samples, self.device)
             for samples in (self.split.pool, self.split.validation, self.split.test)
         )
         shape = self._source.input_shape
@@ -113,7 +114,11 @@ class Run:
     def build(self) -> nn.Module:
         """Build the network, with the initialisation of its modules."""
         classes = len(self._source.classes)
-        return build_model(self.config.model, self._source.input_shape, classes)
+        shape = self._source.input_shape
+        model = build_model(self.config.model, shape, classes)
+        if self.config.model.factory:
+            _check_outputs(model, shape, classes)
+        return model
 
     def train(
         self, number: int, records: Sequence[RoundRecord], *, reinitialise: bool
@@ -231,6 +236,34 @@ class Run:
             floor = (1 / len(self._source.classes) + share) / 2
         golden = self.split.validation[:GOLDEN_SAMPLES]
         write_deployment(self.run_dir, self._deployment, self._source, golden, floor)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return where to train: ``cpu``, ``cuda``, or what there is for ``auto``.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError(
+            'train.device is "cuda", but torch finds no GPU; choose "auto" or "cpu"'
+        )
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    """Refuse a network of your own that does not give one output a class."""
+    training = model.training
+    outputs = model.eval()(torch.zeros(2, *shape))
+    model.train(training)
+    found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs)
+    if found != (2, classes):
+        raise ConfigError(
+            f"the network gives {found} for two inputs of shape {shape}, expected "
+            f"{(2, classes)}: one logit for each of {classes} classes"
+        )
 
 
 def _counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:

@@ -230,6 +230,17 @@ def test_refuses_a_run_folder_made_with_another_recipe(copied):
     )
 
 
+def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
+    for number in range(3):
+        path = copied / "tiny" / f"round_{number:02d}" / "round.json"
+        record = json.loads(path.read_text())
+        del record["config"]["update"]["mantissa_bits"]
+        path.write_text(json.dumps(record))
+    assert len(run_rounds(config_of(), copied)) == 3
+    with pytest.raises(ConfigError, match="mantissa_bits was 23, is now 7"):
+        run_rounds(config_of(update={"mantissa_bits": 7}), copied)
+
+
 def test_refuses_to_continue_when_told_not_to(copied):
     with pytest.raises(ConfigError, match="has 3 rounds already"):
         run_rounds(config_of(), copied, resume=False)
