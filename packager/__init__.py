@@ -11,7 +11,8 @@ folder looks is in ``packager/README.md``.
         write_file(packed.data, "round_05.dpu")
 
 Between any two weight files of one network, without rounds: :func:`build_patch`. For
-new devices: :func:`write_bundle`. Which elements differ: :func:`packager.diff.diff`.
+new devices: :func:`write_bundle`. To sign either: :func:`sign_patch`,
+:func:`sign_bundle`. Which elements differ: :func:`packager.diff.diff`.
 """
 
 from importlib import import_module
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from packager.build import PackedPatch, build_patch, pack_round, write_file
     from packager.bundle import PackedBundle, build_bundle, write_bundle
     from packager.rounds import Parent, RoundFolder, find_parent, find_round, read_round
+    from packager.signing import generate_key, load_private, sign_bundle, sign_patch
 
 __all__ = [
     "PackedBundle",
@@ -31,8 +33,12 @@ __all__ = [
     "build_patch",
     "find_parent",
     "find_round",
+    "generate_key",
+    "load_private",
     "pack_round",
     "read_round",
+    "sign_bundle",
+    "sign_patch",
     "write_bundle",
     "write_file",
 ]
@@ -41,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Late, so that ``dpu-pack --help`` imports neither NumPy nor onnx.
     if name in __all__:
-        for module in ("rounds", "build", "bundle"):
+        for module in ("rounds", "build", "bundle", "signing"):
             found = getattr(import_module(f"packager.{module}"), name, None)
             if found is not None:
                 return found

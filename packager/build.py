@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from edge_runtime.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.record import Outcome
 from packager.rounds import Parent, RoundFolder, find_parent
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 LEVEL = 19  # zstd, 1 to 22
 
@@ -49,6 +53,7 @@ def pack_round(
     *,
     level: int = LEVEL,
     max_size: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedPatch | None:
     """Pack the update of one round.
 
@@ -56,7 +61,8 @@ def pack_round(
         round_: The round, as :func:`packager.rounds.read_round` returns it.
         parent: What the update leads from; by default the round's recorded parent.
         level: zstd level, 1 to 22.
-        max_size: Largest patch in bytes.
+        max_size: Largest patch in bytes, with its signatures.
+        signers: Whose keys sign it (:mod:`packager.signing`).
 
     Returns:
         The proven patch; None where there is nothing to send, because the round kept
@@ -92,7 +98,7 @@ def pack_round(
         counter=record.counter,
         file_size=round_.weights.layout.file_size,
     )
-    data = _encode(parent.weights, round_.weights, header, changes, level)
+    data = _encode(parent.weights, round_.weights, header, changes, level, signers)
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, parent.name, counts)
@@ -127,10 +133,15 @@ def _encode(
     header: PatchHeader,
     changes: Sequence[TensorChange],
     level: int,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> bytes:
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
     data = encode_patch(header, positions, target, level=level)
+    if signers:
+        from packager.signing import sign  # cryptography only where it is needed
+
+        data = sign(data, signers)
     with open_patch(data) as patch:
         result = apply_patch(base, patch)
     if result.data != target.data:

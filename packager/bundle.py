@@ -8,10 +8,11 @@ The layout of the file is in :mod:`edge_runtime.bundle`.
 
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from edge_runtime.weights import FILE_NAME, Weights
 from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
 from packager.graph import check_graph
 from packager.rounds import RoundFolder, read_init, read_model_file
+from packager.signing import carried_keys, sign
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +45,20 @@ class PackedBundle:
 
 
 def build_bundle(
-    round_: RoundFolder, *, level: int = LEVEL, max_size: int | None = None
+    round_: RoundFolder,
+    *,
+    level: int = LEVEL,
+    max_size: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedBundle:
     """Build the bundle that installs a round's weights on a new device.
 
     Args:
         round_: Any updated round.
         level: zstd level of the patch, 1 to 22.
-        max_size: Largest bundle in bytes.
+        max_size: Largest bundle in bytes, with its signatures.
+        signers: Whose keys sign it (:mod:`packager.signing`); their public halves go
+            in, for devices that are told to trust on first use.
 
     Raises:
         RoundError: The round made no weights of its own, the run's model folder is
@@ -74,7 +85,8 @@ def build_bundle(
         "model": round_.record.model,
         "target": round_.record.target,
     }
-    data = layout.write_bundle(manifest, files)
+    files |= carried_keys(signers)
+    data = sign(layout.write_bundle(manifest, files), signers)
     check_budget(f"the bundle of {round_.name}", len(data), max_size)
     return PackedBundle(data, patch)
 

@@ -1,4 +1,4 @@
-"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at patches.
+"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at them and signs them.
 
 Everything heavy is imported inside the commands, so that ``--help`` and completion
 answer at once.
@@ -6,6 +6,7 @@ answer at once.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,13 @@ from edge_runtime.command import (
     json_option,
     say,
 )
+from packager.keys import keygen, read_signers, sign
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from edge_runtime.patch import Patch
+    from edge_runtime.signing import Trust
     from packager.build import PackedPatch
     from packager.rounds import Parent, RoundFolder
 
@@ -95,6 +101,14 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     show_default=True,
     help="zstd level.",
 )
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=_file,
+    help="Sign with this private key (repeatable).",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -108,6 +122,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     bundle: bool,
     max_size: int | None,
     level: int,
+    keys: tuple[Path, ...],
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -125,13 +140,14 @@ def pack(  # noqa: PLR0913 - one argument for each option
         raise click.UsageError("a bundle leads from the init weights: no --parent")
     folders = [find_round(name, runs) for name in rounds]
     paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+    signers, names = read_signers(keys)
     records = []
     for folder, path in zip(folders, paths, strict=True):
         round_ = read_round(folder)
         base = _parent(round_, parent, runs)
         make = _bundle if bundle else _patch
-        packed, data = make(round_, base, level, max_size)
-        record = pack_record(round_, packed, path, len(data))
+        packed, data = make(round_, base, level, max_size, signers)
+        record = pack_record(round_, packed, path, len(data), names)
         record["written"] = packed is not None and not dry_run
         if record["written"]:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,16 +187,24 @@ def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | No
 
 
 def _patch(
-    round_: "RoundFolder", parent: "Parent | None", level: int, max_size: int | None
+    round_: "RoundFolder",
+    parent: "Parent | None",
+    level: int,
+    max_size: int | None,
+    signers: Sequence["Ed25519PrivateKey"],
 ) -> "Made":
     from packager.build import pack_round
 
-    packed = pack_round(round_, parent, level=level, max_size=max_size)
+    packed = pack_round(round_, parent, level=level, max_size=max_size, signers=signers)
     return packed, packed.data if packed else b""
 
 
 def _bundle(
-    round_: "RoundFolder", _: "Parent | None", level: int, max_size: int | None
+    round_: "RoundFolder",
+    _: "Parent | None",
+    level: int,
+    max_size: int | None,
+    signers: Sequence["Ed25519PrivateKey"],
 ) -> "Made":
     try:
         from packager.bundle import build_bundle
@@ -188,14 +212,14 @@ def _bundle(
         raise click.ClickException(
             f"--bundle needs {err.name}: pip install 'dpu-edge[pack]'"
         ) from err
-    bundle = build_bundle(round_, level=level, max_size=max_size)
+    bundle = build_bundle(round_, level=level, max_size=max_size, signers=signers)
     return bundle.patch, bundle.data
 
 
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
 @click.version_option(package_name="dpu-edge")
 def patch() -> None:
-    """Look at patches and weight files."""
+    """Look at patches and weight files, sign patches and bundles."""
 
 
 @patch.command()
@@ -223,25 +247,45 @@ def info(path: Path, *, base: Path | None, as_json: bool) -> None:
 @patch.command()
 @click.argument("path", metavar="PATCH", type=_file)
 @click.option("--base", type=_file, help="The parent weights: apply, prove the target.")
+@click.option(
+    "--key",
+    "keys",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=_file,
+    help="Insist on the signature of this public key (repeatable).",
+)
 @json_option
-def verify(path: Path, *, base: Path | None, as_json: bool) -> None:
-    """Check that a patch is whole, and with --base that it leads to its target."""
+def verify(
+    path: Path, *, base: Path | None, keys: tuple[Path, ...], as_json: bool
+) -> None:
+    """Check that a patch or bundle is whole; with --key, who signed it.
+
+    With --base the patch is applied and its target proved.
+    """
     from edge_runtime.apply import apply_patch
-    from edge_runtime.patch import open_patch
+    from edge_runtime.signing import trust_keys
     from edge_runtime.weights import read_weights
 
-    with open_patch(path) as opened:
+    trust = trust_keys({str(key): key.read_bytes() for key in keys})
+    trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
+    with _open_trusted(path, trust) as opened:
         if base is not None:
             apply_patch(read_weights(base), opened)
-        header, size = opened.header, opened.size
+        header = opened.header
     record = {
         "path": str(path),
-        "bytes": size,
+        "bytes": path.stat().st_size,
         "parent": header.parent,
         "target": header.target,
         "applied": base is not None,
+        "verified_keys": list(trust.ids),
     }
     text = f"{path}: whole, every checksum right"
+    if keys:
+        text += f"\n  signed by {', '.join(trust.ids)}"
+    else:
+        text += "\n  signatures not checked: give the public key with --key"
     if base is None:
         text += (
             "\n  not applied: give the parent weights with --base to prove the target"
@@ -249,6 +293,19 @@ def verify(path: Path, *, base: Path | None, as_json: bool) -> None:
     else:
         text += f"\n  applied to {base}: result is {header.target}, as promised"
     emit(record, as_json=as_json, text=text)
+
+
+def _open_trusted(path: Path, trust: "Trust") -> "Patch":
+    from edge_runtime.bundle import PATCH_NAME, read_bundle
+    from edge_runtime.patch import open_patch
+    from packager.signing import is_bundle
+
+    with path.open("rb") as file:
+        bundle = is_bundle(file.read(4))
+    if bundle:
+        # What is signed is the bundle; the patch in it needs no signature.
+        return open_patch(read_bundle(path, trust).files[PATCH_NAME])
+    return open_patch(path, trust=trust)
 
 
 @patch.command()
@@ -264,3 +321,7 @@ def diff(base: Path, target: Path, *, as_json: bool) -> None:
     a, b = read_weights(base), read_weights(target)
     record = diff_record(a, b, compare(a, b))
     emit(record, as_json=as_json, text=diff_text(record))
+
+
+patch.add_command(keygen)
+patch.add_command(sign)

@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_runtime.codec import CONSTANT, STORED, ZSTD
 from edge_runtime.patch import Patch
+from edge_runtime.signing import encode_signatures
 from edge_runtime.weights import Layout, Weights
 from packager.build import PackedPatch
 from packager.diff import TensorChange
@@ -20,7 +21,11 @@ Record = dict[str, Any]
 
 
 def pack_record(
-    round_: RoundFolder, packed: PackedPatch | None, path: Path, size: int
+    round_: RoundFolder,
+    packed: PackedPatch | None,
+    path: Path,
+    size: int,
+    signed_by: Sequence[str] = (),
 ) -> Record:
     """Describe the result of packing one round.
 
@@ -29,6 +34,7 @@ def pack_record(
         packed: Its patch; None where there was nothing to send.
         path: The file that was or would be written.
         size: Bytes of that file.
+        signed_by: Ids of the keys that signed it.
     """
     stated = round_.record
     record: Record = {
@@ -50,6 +56,7 @@ def pack_record(
         "parent_name": packed.parent_name,
         "bytes": size,
         "patch_bytes": len(packed.data),
+        "signed_by": list(signed_by),
         "full_bytes": packed.header.file_size,
         "weights": sum(t.size for t in selectable),
         "weights_changed": sum(packed.counts[t.name] for t in selectable),
@@ -82,6 +89,8 @@ def pack_text(record: Record) -> str:
         f"is better)   {record['patch_bytes'] / max(travelling, 1):.1f} bytes/value",
         f"  checked  applied to {record['parent_name']}, result identical",
     ]
+    if record["signed_by"]:
+        lines.append(f"  signed   by {', '.join(record['signed_by'])}")
     if record["bytes"] != record["patch_bytes"]:
         lines.append(
             f"  bundle   {spaced(record['bytes']):>11} bytes   with graph, init "
@@ -110,7 +119,8 @@ def patch_record(path: Path, patch: Patch, layout: Layout | None) -> Record:
         "optional": header.optional,
         "bytes": patch.size,
         "full_bytes": header.file_size,
-        "signature_bytes": len(patch.signatures),
+        "signature_bytes": len(encode_signatures(patch.signatures)),
+        "signed_by": [signature.key_id for signature in patch.signatures],
         "changed": sum(patch.counts),
         "tensors_changed": sum(count > 0 for count in patch.counts),
         "sections": [
@@ -132,7 +142,9 @@ def patch_record(path: Path, patch: Patch, layout: Layout | None) -> Record:
 def patch_text(record: Record) -> str:
     """Put a record of :func:`patch_record` into words."""
     packed = sum(section["packed_bytes"] for section in record["sections"])
-    rows = [("header and table", record["bytes"] - packed, "", "")]
+    signatures, signers = record["signature_bytes"], ", ".join(record["signed_by"])
+    rows = [("header and table", record["bytes"] - packed - signatures, "", "")]
+    rows += [("signatures", signatures, "", "")] if signatures else []
     rows += [
         (s["name"], s["packed_bytes"], s["raw_bytes"], s["encoding"])
         for s in record["sections"]
@@ -142,6 +154,7 @@ def patch_text(record: Record) -> str:
         f"parent   {record['parent']}",
         f"target   {record['target']}",
         f"round    {record['round']}, release counter {record['counter']}",
+        f"signed   by {signers or 'nobody'}",
         f"changed  {spaced(record['changed'])} values in {record['tensors_changed']} "
         "tensors",
         f"size     {spaced(record['bytes'])} bytes, "

@@ -277,7 +277,7 @@ def test_diff_refuses_weights_of_another_network(packed, command):
 # Both --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [[], ["info"], ["verify"], ["diff"]])
+@pytest.mark.parametrize("words", [[], *([name] for name in patch.commands)])
 def test_every_command_has_help(command, words):
     code, out, _ = command(patch, *words, "-h")
     assert code == 0
@@ -285,7 +285,7 @@ def test_every_command_has_help(command, words):
 
 
 def test_commands_are_these(command):
-    assert sorted(patch.commands) == ["diff", "info", "verify"]
+    assert sorted(patch.commands) == ["diff", "info", "keygen", "sign", "verify"]
     assert "Exit codes" in command(pack, "--help")[1]
 
 
