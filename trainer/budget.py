@@ -93,8 +93,10 @@ def _fine_tune(
     fitting: tuple[Masks, Callable[[], None]] | None = None
     for _ in range(MAX_ATTEMPTS):
         masks = _sparse_phase(training, epochs, scores, k, after_full)
-        if training.best is None:
+        if training.best is None and fitting is None:
             return masks  # nothing was better than the start: nothing to send
+        if training.best is None:
+            break
         size = room.pack(training.start, training.best)
         if size > limit:
             high = k

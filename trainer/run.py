@@ -104,6 +104,10 @@ class Run:
             for samples in (self.split.pool, self.split.validation, self.split.test)
         )
         shape = self._source.input_shape
+        if config.data.augment != "none" and len(shape) != 3:
+            raise ConfigError(
+                f"data.augment is for images (C, H, W), these inputs are {shape}"
+            )
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
             make_deployment(self.build, shape, seed=seed)

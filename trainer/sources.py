@@ -34,7 +34,7 @@ def load_source(config: DataConfig) -> DataSource:
     elif config.set == "folder":
         source = _folder(root, config)
     elif config.factory:
-        return as_source(call_factory(config.factory), parse_size(config.memory) or 0)
+        source = as_source(call_factory(config.factory), parse_size(config.memory) or 0)
     else:
         source = _torchvision(config.set, root)
     if config.normalise:

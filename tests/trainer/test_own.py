@@ -5,15 +5,18 @@ import sys
 import pytest
 import torch
 
+from edge_runtime import Device
 from edge_runtime.errors import ConfigError
-from edge_runtime.weights import read_weights
+from edge_runtime.trial import relative_difference
 from packager.build import pack_round
+from packager.bundle import build_bundle
 from packager.rounds import read_round
 from trainer.config import load_config
 from trainer.data import Stored
 from trainer.factory import call_factory, load_factory
 from trainer.rounds import run_rounds
 from trainer.sources import as_source, load_source
+from trainer.tensors import load_weights
 
 sys.path.insert(0, "tests/trainer")
 torch.set_num_threads(1)
@@ -37,10 +40,17 @@ def run_own(folder, model="own:small", data="own:tensors", *overrides):
 def test_own_networks_and_data_become_rounds_that_can_be_packed(tmp_path, model, data):
     records = run_own(tmp_path, model, data)
     assert records[0].outcome == "updated"
-    for record in records:
-        pack_round(read_round(tmp_path / "own" / f"round_{record.round:02d}"))
-    first = read_weights(tmp_path / "own" / "round_00" / "weights.safetensors")
-    assert ("second.weight" in first) is False
+    rounds = [read_round(tmp_path / "own" / f"round_0{r.round}") for r in records]
+    device = Device.install(tmp_path / "device", build_bundle(rounds[0]).data)
+    if patch := pack_round(rounds[1]):
+        device.update(patch.data)
+    source = load_source(load_config(TABLES, model=model, data=data).data)
+    own = call_factory(model, (6,), 3)
+    load_weights(own, rounds[1].weights)
+    expected = own.eval()(source.normalise(source.test.read()))
+    found = device.predictor().predict(source.test.read().numpy())
+    assert relative_difference(found, expected.detach().numpy()) < 1e-5
+    assert "second.weight" not in rounds[1].weights
 
 
 def test_tied_weights_are_selected_once_and_counted_once(tmp_path):
@@ -94,6 +104,11 @@ def test_what_is_larger_than_memory_is_read_batch_by_batch(tmp_path):
 def test_says_what_is_wrong_with_a_function(tmp_path, model, data, problem):
     with pytest.raises(ConfigError, match=problem):
         run_own(tmp_path, model, data)
+
+
+def test_refuses_to_crop_what_is_no_image(tmp_path):
+    with pytest.raises(ConfigError, match=r"augment is for images"):
+        run_own(tmp_path, "own:small", "own:tensors", "data.augment=crop_flip")
 
 
 def test_refuses_samples_that_do_not_fit_each_other():
