@@ -130,7 +130,7 @@ def _encode(
 ) -> bytes:
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
-    data = encode_patch(header, positions, target, level=level)
+    data = encode_patch(header, positions, base, target, level=level)
     with open_patch(data) as patch:
         result = apply_patch(base, patch)
     if result.data != target.data:

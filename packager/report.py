@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.codec import CONSTANT, STORED, ZSTD
 from edge_runtime.patch import Patch
+from edge_runtime.sections import STORED, ZSTD
 from edge_runtime.weights import Layout, Weights
 from packager.build import PackedPatch
 from packager.diff import TensorChange
 from packager.record import Outcome
 from packager.rounds import RoundFolder
 
-ENCODINGS = {STORED: "stored", ZSTD: "zstd", CONSTANT: "constant"}
+ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
 Record = dict[str, Any]
 
 
