@@ -9,6 +9,7 @@ normative description; :mod:`edge_runtime.apply` holds the rules of acceptance.
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -18,26 +19,19 @@ from typing import Any, BinaryIO, Self
 
 from numpy.typing import NDArray
 
+from edge_runtime import signing
 from edge_runtime.codec import PositionReader, Positions, encode_positions
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
-from edge_runtime.header import PatchHeader, encode_header, exactly, read_header
+from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
 from edge_runtime.sections import (
-    BITS,
     COUNTS,
-    EMPTY,
     FORMS,
     INDEX,
     INDEX_BITS,
-    REST,
-    SYMBOLS,
-    VALUES,
-    Section,
-    SectionReader,
-    decode_varint,
+    Body,
     encode_body,
     encode_varint,
     group_kind,
-    read_table,
 )
 from edge_runtime.values import Bits, Form, TensorValues, ValueReader, encode_values
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
@@ -53,7 +47,7 @@ class Limits:
     """
 
     patch_bytes: int = 1 << 30
-    signature_bytes: int = 4096
+    signature_bytes: int = signing.MAX_BLOCK_BYTES
 
 
 class Patch:
@@ -61,7 +55,8 @@ class Patch:
 
     Attributes:
         header: What the patch is for.
-        signatures: The signature block, as it stands in the file.
+        signatures: Whose signatures the patch carries; they are proved only if it was
+            opened with trusted keys.
         sections: The section table.
         counts: For each tensor of the weight file, in file order, how many of its
             elements travel; the element count of the tensor means all of them.
@@ -72,17 +67,16 @@ class Patch:
         self,
         file: BinaryIO,
         header: PatchHeader,
-        signatures: bytes,
-        sections: Sequence[Section],
+        signatures: Sequence[signing.Signature],
+        body: Body,
         size: int,
     ) -> None:
-        self._file = file
+        self._file, self._body = file, body
         self.header = header
-        self.signatures = signatures
-        self.sections = tuple(sections)
+        self.signatures = tuple(signatures)
+        self.sections = body.sections
         self.size = size
-        self._by_kind = {section.kind: section for section in sections}
-        self.counts = self._read_numbers(COUNTS)
+        self.counts = body.numbers(COUNTS)
 
     def __enter__(self) -> Self:
         return self
@@ -110,15 +104,32 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         forms = self._forms(layout)
+        groups = {tensor.name: group for group, tensor, _ in self._groups(layout)}
         readers: dict[int, ValueReader] = {}
-        for tensor, group, positions in self._positions(layout):
+        for tensor, positions in self.positions(layout):
+            group = groups[tensor.name]
             if group not in readers:
                 readers[group] = ValueReader(
-                    tensor.item_size, forms[group], partial(self._reader, group)
+                    tensor.item_size, forms[group], partial(self._body.reader, group)
                 )
             yield tensor, positions, readers[group]
         for reader in readers.values():
             reader.finish()
+
+    def positions(self, layout: Layout) -> Iterator[tuple[Tensor, Positions]]:
+        """Yield the positions of :meth:`elements` alone.
+
+        Raises:
+            PatchFormatError: The patch contradicts the layout or itself.
+        """
+        self._check_counts(layout)
+        fine = next(iter(self._body.numbers(FORMS)), 0)
+        symbols, bits = self._body.reader(INDEX), self._body.reader(INDEX_BITS)
+        index = PositionReader(symbols, bits, fine)
+        for _, tensor, count in self._groups(layout):
+            for positions in index.pieces(tensor.size, count):
+                yield tensor, positions
+        index.finish()
 
     def check(self, layout: Layout) -> None:
         """Decode every position and look at every size, without any weight.
@@ -126,22 +137,13 @@ class Patch:
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
         """
-        for _ in self._positions(layout):
+        for _ in self.positions(layout):
             pass
-        forms, expected = self._forms(layout), dict[int, int]()
+        forms, expected = self._forms(layout), Counter[int]()
         for group, tensor, count in self._groups(layout):
             for kind in forms[group].kinds(tensor.item_size):
-                expected[group + kind] = expected.get(group + kind, 0) + count
-        found = {s.kind: s.raw_size for s in self.sections if s.kind >= VALUES}
-        for kind in list(found):
-            # How many bits there are only the base tells; reading them shows it.
-            if kind & 15 in (BITS, REST) and kind & ~15 | SYMBOLS in expected:
-                del found[kind]
-        if found != expected:
-            raise PatchFormatError(
-                f"the patch holds values {found} (by section and number), its counts "
-                f"ask for {expected}"
-            )
+                expected[group + kind] += count
+        self._body.check_values(expected)
 
     def _groups(self, layout: Layout) -> Iterator[tuple[int, Tensor, int]]:
         """Yield every tensor of which something travels: its group, and how much."""
@@ -149,21 +151,12 @@ class Patch:
             if count:
                 yield group_of(tensor, count), tensor, count
 
-    def _positions(self, layout: Layout) -> Iterator[tuple[Tensor, int, Positions]]:
-        self._check_counts(layout)
-        fine = next(iter(self._read_numbers(FORMS)), 0)
-        index = PositionReader(self._reader(INDEX), self._reader(INDEX_BITS), fine)
-        for group, tensor, count in self._groups(layout):
-            for positions in index.pieces(tensor.size, count):
-                yield tensor, group, positions
-        index.finish()
-
     def _forms(self, layout: Layout) -> dict[int, Form]:
         """Read the form of every group and hold it against the types in the group."""
         self._check_counts(layout)
         types = {(group, t.dtype): t for group, t, _ in self._groups(layout)}
         groups = sorted({group for group, _ in types})
-        numbers = self._read_numbers(FORMS)
+        numbers = self._body.numbers(FORMS)
         if len(numbers) != (4 * len(groups) + 1 if groups else 0):
             raise PatchFormatError(
                 f"the patch has {len(numbers)} numbers for the forms of {len(groups)} "
@@ -194,21 +187,6 @@ class Patch:
                     f"which has {tensor.size}"
                 )
 
-    def _reader(self, first: int, kind: int = 0) -> SectionReader:
-        return SectionReader(self._file, self._by_kind.get(first + kind, EMPTY))
-
-    def _read_numbers(self, kind: int) -> tuple[int, ...]:
-        # A number is at least one byte, and nothing says how many there are: the
-        # section's raw size bounds it, and is bounded here, before it is unpacked.
-        size = self._by_kind.get(kind, EMPTY).raw_size
-        if size > CHUNK_BYTES:
-            raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")
-        source = io.BytesIO(self._reader(kind).take(size))
-        numbers = []
-        while source.tell() < size:
-            numbers.append(decode_varint(source))
-        return tuple(numbers)
-
 
 def group_of(tensor: Tensor, count: int) -> int:
     """Return the group of values (its first kind) that a tensor belongs to.
@@ -221,13 +199,16 @@ def group_of(tensor: Tensor, count: int) -> int:
 
 
 def open_patch(
-    source: str | PathLike[str] | bytes, limits: Limits | None = None
+    source: str | PathLike[str] | bytes,
+    limits: Limits | None = None,
+    trust: signing.Trust | None = None,
 ) -> Patch:
     """Open a patch and prove everything that needs no weights.
 
     Args:
         source: A path, or the bytes of the file.
         limits: What to accept.
+        trust: Whose signatures it needs; by default nobody's.
 
     Returns:
         The open patch; close it, or use it in a ``with`` statement.
@@ -237,30 +218,28 @@ def open_patch(
         PatchFormatError: Not a patch, truncated, malformed or over a limit.
         PatchVersionError: Made for a newer runtime.
         PatchIntegrityError: A checksum does not match.
+        TrustError: The trusted keys did not sign it.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
     try:
-        return _open(file, limits or Limits())
+        return _open(file, limits or Limits(), trust or signing.Trust())
     except BaseException:
         file.close()
         raise
 
 
-def _open(file: BinaryIO, limits: Limits) -> Patch:
+def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if size > limits.patch_bytes:
         raise PatchFormatError(
             f"the patch has {size} bytes, this device accepts {limits.patch_bytes}"
         )
-    header, body_size, body_digest = read_header(file)
-    signature_size = int.from_bytes(exactly(file, 2), "little")
-    if signature_size > limits.signature_bytes:
-        raise PatchFormatError(
-            f"the signature block has {signature_size} bytes, this device accepts "
-            f"{limits.signature_bytes}"
-        )
-    signatures = exactly(file, signature_size)
+    # Read once: what is believed below are the very bytes that were signed.
+    signed = read_header(file)
+    header, body_size, body_digest = parse_header(signed)
+    signatures = signing.read_signatures(file, limits.signature_bytes)
+    trust.check(signing.PATCH_CONTEXT, signed, signatures)
     body = file.tell()
     if size != body + body_size:
         raise PatchFormatError(
@@ -278,7 +257,7 @@ def _open(file: BinaryIO, limits: Limits) -> Patch:
             actual=digest.hexdigest(),
         )
     file.seek(body)
-    return Patch(file, header, signatures, read_table(file, size), size)
+    return Patch(file, header, signatures, Body(file, size), size)
 
 
 def encode_patch(

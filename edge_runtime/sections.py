@@ -5,6 +5,7 @@ pieces, so that the memory needed to apply a patch does not depend on its size.
 FORMAT.md is the normative description.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -16,12 +17,14 @@ from edge_runtime.header import exactly
 
 STORED, ZSTD = 0, 1
 MAX_SECTIONS = 64
+MAX_NUMBERS_BYTES = 1 << 20  # a section of varints
 MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a section
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 _READ_BYTES = 1 << 16
 
-COUNTS, FORMS, INDEX, INDEX_BITS, VALUES = 0x01, 0x02, 0x03, 0x04, 0x40
+COUNTS, FORMS, INDEX, INDEX_BITS = 0x01, 0x02, 0x03, 0x04
+VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8
 
@@ -33,7 +36,7 @@ def group_kind(item_size: int, dense: bool) -> int:
         item_size: 1, 2, 4 or 8 bytes.
         dense: Whether more than half of each tensor travels.
     """
-    return VALUES + ((item_size.bit_length() - 1) << 5) + (dense << 4)
+    return VALUES + ((item_size.bit_length() - 1) << 5) + dense * DENSE
 
 
 def _names() -> Iterator[tuple[int, str]]:
@@ -78,8 +81,12 @@ class Section:
         """The kind in words."""
         return SECTION_NAMES[self.kind]
 
-
-EMPTY = Section(0, STORED, 0, 0, 0)
+    @property
+    def part(self) -> str:
+        """What its bytes are for: ``header``, ``index``, ``values`` or ``dense``."""
+        if self.kind < VALUES:
+            return "header" if self.kind == FORMS else "index"
+        return "dense" if self.kind & DENSE else "values"
 
 
 # Unsigned integers of variable length ------------------------------------------------
@@ -133,44 +140,102 @@ def encode_body(sections: Mapping[int, Sequence[bytes]], level: int) -> bytes:
     return bytes(table + body)
 
 
-def read_table(file: BinaryIO, size: int) -> list[Section]:
-    """Read the section table, and look at every zstd frame without unpacking it.
+class Body:
+    """The sections of an open patch.
 
-    Args:
-        file: The patch, at the start of its body.
-        size: Bytes of the whole patch.
-
-    Raises:
-        PatchFormatError: The table or a frame is malformed, or sections and file do
-            not end together.
+    Attributes:
+        sections: The section table.
     """
-    entries: list[tuple[int, int, int]] = []
-    for _ in range(exactly(file, 1)[0]):
-        kind, encoding = exactly(file, 2)
-        packed = decode_varint(file)
-        if kind not in SECTION_NAMES or encoding > ZSTD:
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        """Read the table, and look at every zstd frame without unpacking it.
+
+        Args:
+            file: The patch, at the start of its body; several readers share it.
+            size: Bytes of the whole patch.
+
+        Raises:
+            PatchFormatError: The table or a frame is malformed, or sections and file do
+                not end together.
+        """
+        self._file = file
+        entries = [_read_entry(file) for _ in range(exactly(file, 1)[0])]
+        kinds = [kind for kind, _, _ in entries]
+        if kinds != sorted(set(kinds)) or len(kinds) > MAX_SECTIONS:
             raise PatchFormatError(
-                f"the patch has a section of kind {kind:#x} and encoding {encoding} "
-                "that this runtime does not know"
+                f"the {len(kinds)} sections of the patch are not in order, or more "
+                f"than {MAX_SECTIONS}"
             )
-        if entries and kind <= entries[-1][0]:
-            raise PatchFormatError("the sections of the patch are not in order")
-        if not packed:
-            raise PatchFormatError(f"section {kind:#x} of the patch is empty")
-        entries.append((kind, encoding, packed))
-    if len(entries) > MAX_SECTIONS:
-        raise PatchFormatError(f"the patch has {len(entries)} sections")
-    end = file.tell() + sum(packed for _, _, packed in entries)
-    if end != size:
+        offset = file.tell()
+        end = offset + sum(packed for _, _, packed in entries)
+        if end != size:
+            raise PatchFormatError(
+                f"the sections of the patch end at byte {end}, the file at {size}"
+            )
+        sections = []
+        for kind, encoding, packed in entries:
+            raw = packed if encoding == STORED else _frame_size(file, offset, packed)
+            sections.append(Section(kind, encoding, packed, raw, offset))
+            offset += packed
+        self.sections = tuple(sections)
+        self._by_kind = dict(zip(kinds, sections, strict=True))
+
+    def reader(self, group: int, kind: int = 0) -> "SectionReader":
+        """Open a section, of a group if one is given; a missing one is empty."""
+        kind += group
+        empty = Section(kind, STORED, 0, 0, 0)
+        return SectionReader(self._file, self._by_kind.get(kind, empty))
+
+    def numbers(self, kind: int) -> tuple[int, ...]:
+        """Read a section that holds varints and nothing else.
+
+        Raises:
+            PatchFormatError: It is malformed or too large.
+        """
+        # A number is at least one byte, and nothing says how many there are: the raw
+        # size bounds it, and is bounded here, before it is unpacked.
+        size = self._by_kind[kind].raw_size if kind in self._by_kind else 0
+        if size > MAX_NUMBERS_BYTES:
+            raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")
+        source, numbers = io.BytesIO(self.reader(kind).take(size)), []
+        while source.tell() < size:
+            numbers.append(decode_varint(source))
+        return tuple(numbers)
+
+    def check_values(self, expected: Mapping[int, int]) -> None:
+        """Insist on the raw sizes of the sections of values.
+
+        Args:
+            expected: By kind. How many bits there are beside symbols only the base
+                tells: reading them shows it.
+
+        Raises:
+            PatchFormatError: A section is missing, too many, or of another size.
+        """
+        found = {
+            s.kind: s.raw_size
+            for s in self.sections
+            if s.kind >= VALUES
+            and not (s.kind & 15 in (BITS, REST) and s.kind & ~15 in expected)
+        }
+        if found != expected:
+            raise PatchFormatError(
+                f"the patch holds values {found} (by section and number), its counts "
+                f"ask for {dict(expected)}"
+            )
+
+
+def _read_entry(file: BinaryIO) -> tuple[int, int, int]:
+    kind, encoding = exactly(file, 2)
+    packed = decode_varint(file)
+    if kind not in SECTION_NAMES or encoding > ZSTD:
         raise PatchFormatError(
-            f"the sections of the patch end at byte {end}, the file at {size}"
+            f"the patch has a section of kind {kind:#x} and encoding {encoding} that "
+            "this runtime does not know"
         )
-    offset, sections = file.tell(), []
-    for kind, encoding, packed in entries:
-        raw = packed if encoding == STORED else _frame_size(file, offset, packed)
-        sections.append(Section(kind, encoding, packed, raw, offset))
-        offset += packed
-    return sections
+    if not packed:
+        raise PatchFormatError(f"section {kind:#x} of the patch is empty")
+    return kind, encoding, packed
 
 
 def _frame_size(file: BinaryIO, start: int, packed: int) -> int:
@@ -291,12 +356,12 @@ class _Slice:
 class SectionReader:
     """Reads one section of an open patch, in bounded pieces."""
 
-    def __init__(self, file: BinaryIO, section: Section = EMPTY) -> None:
+    def __init__(self, file: BinaryIO, section: Section) -> None:
         """Prepare to read.
 
         Args:
             file: The open patch; several readers share it and seek before each read.
-            section: What to read, as :func:`read_table` checked it.
+            section: What to read, as :class:`Body` checked it.
         """
         self._left = section.raw_size
         packed = cast(BinaryIO, _Slice(file, section.offset, section.packed_size))

@@ -16,9 +16,7 @@ Around your own model, optimizer and loop, with three added lines::
     train(model, optimizer)      # your loop again: only those weights move
     masks = updater.finish()     # raises if any other weight changed
 
-And out, for ``dpu-pack``: :func:`make_recipe` draws init weights that a device can
-draw again, :func:`export_graph` makes the graph without weights, :func:`write_model`
-and :func:`write_round` write the folders.
+For ``dpu-pack``, :func:`start_run` and :func:`publish_round` write the folders.
 
 This package imports from ``edge_runtime`` only ``weights``, ``init``, ``errors`` and
 ``command``, and nothing from ``packager``. Names below are imported when first used,
@@ -37,10 +35,13 @@ _HOMES = {
     "load_config": "config",
     "load_weights": "tensors",
     "magnitude_scores": "scores",
+    "make_contract": "folder",
     "make_recipe": "initial",
+    "publish_round": "publish",
     "random_masks": "scores",
     "run_rounds": "rounds",
     "select_top_k": "scores",
+    "start_run": "publish",
     "weights_of": "tensors",
     "write_model": "folder",
     "write_round": "folder",

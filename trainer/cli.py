@@ -102,7 +102,7 @@ def run(
     from trainer.rounds import run_rounds
 
     config = load_config(path, overrides, name=name or "")
-    with _shown_progress(config.run.rounds, quiet=quiet) as progress:
+    with shown_progress(config.run.rounds, quiet=quiet) as progress:
         records = run_rounds(config, runs, progress=progress)
     folder = runs / config.run.name
     emit(
@@ -174,7 +174,7 @@ def _toml(value: Any) -> str:
 
 
 @contextmanager
-def _shown_progress(
+def shown_progress(
     rounds: int, *, quiet: bool
 ) -> Iterator[Callable[["Progress"], None]]:
     """Show progress on standard error: a bar on a terminal, else a line a round."""

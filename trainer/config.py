@@ -148,6 +148,9 @@ class TrainConfig:
         default="step",
     )
     factor: float = _key("of schedule step", _SHARE, default=0.1)
+    threads: int = _key(
+        "CPU threads; part of what decides the bits", _from(1), default=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

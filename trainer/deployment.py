@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +12,8 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.init import InitRecipe, read_recipe
 from edge_runtime.weights import Weights, model_id
 from trainer.data import DataSource, Samples
-from trainer.export import GRAPH_NAME, OUTPUT_TOLERANCE, export_graph
-from trainer.folder import MODEL_NAME, write_model
+from trainer.export import GRAPH_NAME, export_graph
+from trainer.folder import MODEL_NAME, make_contract, write_model
 from trainer.initial import make_recipe
 
 GOLDEN_SAMPLES = 64
@@ -87,7 +86,14 @@ def write_deployment(
         ConfigError: The folder holds another network's files.
         OSError: The files cannot be written.
     """
-    contract = make_contract(source, accuracy_floor)
+    contract = make_contract(
+        source.input_shape,
+        source.classes,
+        scale=source.scale,
+        mean=source.mean,
+        std=source.std,
+        accuracy_floor=accuracy_floor,
+    )
     folder = run_dir / MODEL_NAME
     if not folder.exists():
         write_model(
@@ -107,25 +113,3 @@ def write_deployment(
             f"{folder} was written for another recipe; choose another run.name, or "
             f"remove {run_dir}"
         )
-
-
-def make_contract(source: DataSource, accuracy_floor: float) -> dict[str, Any]:
-    """Return what goes into the network and comes out of it, JSON-able."""
-    classes = list(source.classes)
-    inputs = {
-        "name": "input",
-        "dtype": "float32",
-        "shape": [None, *source.input_shape],
-        "scale": source.scale,
-        "mean": list(source.mean),
-        "std": list(source.std),
-    }
-    outputs = {"name": "output", "dtype": "float32", "shape": [None, len(classes)]}
-    return {
-        "schema": 1,
-        "inputs": [inputs],
-        "outputs": [outputs],
-        "classes": classes,
-        "accuracy_floor": accuracy_floor,
-        "output_tolerance": OUTPUT_TOLERANCE,
-    }

@@ -40,7 +40,7 @@ from edge_runtime.weights import (
     pack_weights,
     write_weights,
 )
-from trainer.export import GRAPH_NAME
+from trainer.export import GRAPH_NAME, OUTPUT_TOLERANCE
 from trainer.tensors import check_fit
 
 SCHEMA = 1
@@ -95,6 +95,46 @@ class RoundRecord:
     seeds: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any]
+
+
+def make_contract(
+    input_shape: Sequence[int],
+    classes: Sequence[str],
+    *,
+    scale: float = 1.0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    accuracy_floor: float = 0.0,
+) -> dict[str, Any]:
+    """Return what goes into a classifier and comes out of it, JSON-able.
+
+    The network gets ``(raw * scale - mean) / std`` in float32.
+
+    Args:
+        input_shape: Of one sample, without the batch axis.
+        classes: Names, by label.
+        scale: Factor of a raw value, for example 1/255 for 8-bit images.
+        mean: Per channel (axis 1), or one value, of scaled values; empty for none.
+        std: Likewise.
+        accuracy_floor: Share of golden labels that a device must get right, 0 to 1.
+    """
+    inputs = {
+        "name": "input",
+        "dtype": "float32",
+        "shape": [None, *input_shape],
+        "scale": scale,
+        "mean": list(mean),
+        "std": list(std),
+    }
+    outputs = {"name": "output", "dtype": "float32", "shape": [None, len(classes)]}
+    return {
+        "schema": 1,
+        "inputs": [inputs],
+        "outputs": [outputs],
+        "classes": list(classes),
+        "accuracy_floor": accuracy_floor,
+        "output_tolerance": OUTPUT_TOLERANCE,
+    }
 
 
 def write_model(

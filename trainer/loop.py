@@ -113,14 +113,21 @@ def recompute_batchnorm(
 
 
 @contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Treat denormal floats as zero within the block (on CPU).
+def cpu_settings(threads: int) -> Iterator[None]:
+    """Train on a number of CPU threads, with denormal floats taken as zero.
+
+    The number of threads decides the order of sums, so a recipe names it: runs are the
+    same on machines with more cores. For small networks one thread is the fastest too:
+    on two busy cores the digits recipe took 9 s of CPU time with one, 110 s with two.
 
     The moments of dead units decay into denormals, and Adam then takes two to three
     times as long, for the same results.
     """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
+        torch.set_num_threads(before)

@@ -18,7 +18,7 @@ import torch
 from edge_runtime.errors import ConfigError
 from trainer.config import PARTIAL_METHODS, Config, as_dict
 from trainer.folder import RoundRecord, list_rounds, read_round_record
-from trainer.loop import flushed_denormals
+from trainer.loop import cpu_settings
 from trainer.run import Progress, Report, Run
 
 __all__ = ["Progress", "run_rounds"]
@@ -56,7 +56,7 @@ def run_rounds(
     records = _finished(run_dir, config, resume=resume)
     if len(records) >= config.run.rounds:
         return records
-    with flushed_denormals(), torch.random.fork_rng(devices=[]):
+    with cpu_settings(config.train.threads), torch.random.fork_rng(devices=[]):
         run = Run(config, run_dir, progress, new=not records)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)

@@ -14,12 +14,11 @@ from edge_runtime.sections import (
     INDEX,
     STORED,
     ZSTD,
-    SectionReader,
+    Body,
     decode_varint,
     encode_body,
     encode_varint,
     pack_section,
-    read_table,
 )
 
 NOISE = np.random.default_rng(0).bytes(1000)
@@ -42,8 +41,9 @@ def read_body(body, before=b"before"):
     file = io.BytesIO(before + body)
     file.seek(len(before))
     found = {}
-    for section in read_table(file, len(before + body)):
-        reader = SectionReader(file, section)
+    sections = Body(file, len(before + body))
+    for section in sections.sections:
+        reader = sections.reader(section.kind)
         found[section.kind] = section.encoding, reader.take(section.raw_size)
         reader.finish()
     return found
@@ -68,16 +68,14 @@ def test_parts_of_different_statistics_are_smaller_apart():
 @given(st.lists(st.binary(max_size=300), max_size=5), st.integers(1, 50))
 def test_a_section_comes_back_in_pieces_of_any_size(parts, piece):
     raw = b"".join(parts)
-    file = io.BytesIO(encode_body({COUNTS: parts}, 3))
-    for section in read_table(file, len(file.getvalue())):
-        reader = SectionReader(file, section)
-        starts = range(0, len(raw), piece)
-        assert raw == b"".join(reader.take(min(piece, len(raw) - n)) for n in starts)
+    section, starts = reader(*parts), range(0, len(raw), piece)
+    assert raw == b"".join(section.take(min(piece, len(raw) - n)) for n in starts)
+    section.finish()
 
 
-def reader(data):
-    file = io.BytesIO(encode_body({COUNTS: [data]}, 19))
-    return SectionReader(file, *read_table(file, len(file.getvalue())))
+def reader(*parts):
+    body = encode_body({COUNTS: parts}, 19)
+    return Body(io.BytesIO(body), len(body)).reader(COUNTS)
 
 
 def test_reading_more_than_a_section_holds_is_refused():

@@ -90,7 +90,8 @@ def refused(data):
 def raw_sections():
     """The raw sections of the good patch."""
     patch = open_patch(PATCH)
-    return {s.kind: patch._reader(s.kind).take(s.raw_size) for s in patch.sections}
+    body = patch._body
+    return {s.kind: body.reader(s.kind).take(s.raw_size) for s in body.sections}
 
 
 def forge(raw, *, encode=pack_section, entries=None, tail=b""):
