@@ -36,6 +36,7 @@ _HOMES = {
     "RunOptions": "infer",
     "Store": "store",
     "StorePredictor": "follow",
+    "Trust": "signing",
     "UpdateResult": "device",
     "Weights": "weights",
     "apply_patch": "apply",
@@ -44,6 +45,7 @@ _HOMES = {
     "open_patch": "patch",
     "pack_weights": "weights",
     "read_weights": "weights",
+    "trust_keys": "signing",
     "write_weights": "weights",
 }
 __all__ = sorted(_HOMES)
