@@ -129,18 +129,26 @@ class Predictor:
         """
         with self._lock:
             old = self._session and weakref.ref(self._session)
-            if self._session is None or not self._frugal():
-                self._session = self._load(folder)
+            if old and self._frugal():
+                self._swap_frugally(folder)
             else:
-                self._session = None  # calls wait from here until the lock is free
-                _drain(old)
-                self._session = self._load_or_return(folder)
+                try:
+                    self._session = self._load(folder)
+                except StoreError as err:
+                    automatic = self.options.policy == SwapPolicy.AUTO
+                    if not (old and automatic and "bad_alloc" in str(err)):
+                        raise
+                    # The process has a limit that the system's memory does not show.
+                    self._swap_frugally(folder)
             self.folder = folder
         _drain(old)
 
-    def _load_or_return(self, folder: Path) -> Any:
+    def _swap_frugally(self, folder: Path) -> None:
+        old = weakref.ref(self._session)
+        self._session = None  # calls wait from here until the lock is free
+        _drain(old)
         try:
-            return self._load(folder)
+            self._session = self._load(folder)
         except DpuError:
             # If this fails too, calls raise until a swap succeeds.
             self._session = self._load(self.folder)
@@ -155,6 +163,7 @@ class Predictor:
             # ONNX Runtime's own exceptions share no base but this one. The frames go:
             # they hold a session whose memory the old one may need to return.
             err.__traceback__ = None
+            _trim()
             raise StoreError(f"cannot load {folder / GRAPH_NAME}: {err}") from err
 
     def _warmed_up(self, session: Any) -> Any:
@@ -225,7 +234,7 @@ def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:
     settings.inter_op_num_threads = 1
     spinning = str(int(options.spinning))
     settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
-    settings.log_severity_level = 3  # errors only: they come as exceptions too
+    settings.log_severity_level = 4  # nothing that does not come as an exception too
     # A real path: ONNX Runtime refuses weights behind a link out of the folder.
     path = str((folder / GRAPH_NAME).resolve())
     return onnxruntime.InferenceSession(
@@ -247,17 +256,21 @@ def available_memory() -> int:
 
 
 def _drain(session: "weakref.ref[Any] | None") -> None:
-    """Wait until no call holds a session and give its memory back to the system.
-
-    glibc keeps freed pages: after ten swaps of ResNet-34 a process would hold 539 MB
-    instead of 154.
-    """
+    """Wait until no call holds a session and give its memory back to the system."""
     deadline = time.monotonic() + DRAIN_S
     while session is not None and session() is not None:
         if time.monotonic() > deadline:
             gc.collect()  # held by a cycle then, such as an exception's traceback
             break
         time.sleep(0.001)
+    _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it: after ten swaps of ResNet-34 a process would hold 539 MB, not 154.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # musl has none
         trim(0)

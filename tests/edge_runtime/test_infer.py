@@ -51,13 +51,13 @@ SIZE = 1024
 CONTRACT = Contract((InputSpec("x", "float32", (None, SIZE)),))
 
 
-def make_slot(folder, version):
+def make_slot(folder, version, size=SIZE):
     """Write a slot of 8 MB; its answer is (version, version) for an input of ones."""
-    first = np.zeros((SIZE, SIZE), "f4")
-    first[:, 0] = version / SIZE
-    second = np.zeros((SIZE, SIZE), "f4")
+    first = np.zeros((size, size), "f4")
+    first[:, 0] = version / size
+    second = np.zeros((size, size), "f4")
     second[0, 0] = 1.0
-    last = np.zeros(SIZE, "f4")
+    last = np.zeros(size, "f4")
     last[1] = version
     weights = pack_weights({"first": first, "second": second, "last": last})
     stored = []
@@ -78,8 +78,8 @@ def make_slot(folder, version):
     graph = helper.make_graph(
         nodes,
         "versioned",
-        [value("x", TensorProto.FLOAT, ["batch", SIZE])],
-        [value("y", TensorProto.FLOAT, ["batch", SIZE])],
+        [value("x", TensorProto.FLOAT, ["batch", size])],
+        [value("y", TensorProto.FLOAT, ["batch", size])],
         stored,
     )
     opsets = [helper.make_opsetid("", 20)]
@@ -279,6 +279,39 @@ def test_memory_returns_to_where_it_was(slots):
     grown = [int(text) for text in done.stdout.split()]
     assert len(grown) == 2
     assert max(grown) < 8 << 20
+
+
+LIMITED = """
+import resource
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_infer import *
+
+size = 2048
+contract = Contract((InputSpec("x", "float32", (None, size)),))
+slots = [make_slot(Path({folder!r}, str(n)), n, size) for n in range(2)]
+predictor = Predictor(slots[0], contract, RunOptions(policy=SwapPolicy(sys.argv[1])))
+predictor.swap(slots[0])
+used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + (40 << 20),) * 2)
+try:
+    predictor.swap(slots[1])
+except StoreError:
+    print("kept")
+print(version_of(predictor.predict(np.ones((1, size), "f4"))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"), [("availability", ["kept", "0"]), ("auto", ["1"])]
+)
+def test_where_memory_runs_out_after_all_auto_is_frugal(tmp_path, policy, told):
+    """A real limit: room for one session of 32 MB and 40 MB more, not for two."""
+    code = LIMITED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    command = [sys.executable, "-c", code, policy]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT)
+    assert done.stdout.decode().split() == told
 
 
 # Following a store -----------------------------------------------------------------
