@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from edge_runtime import codec
+from edge_runtime import sections
 from edge_runtime.bundle import carried_trust, write_bundle, write_members
 from edge_runtime.device import Device, UpdateResult
 from edge_runtime.errors import (
@@ -83,7 +83,7 @@ def patch_of(base, target, round_, *, counter=None, model=MODEL, key=OURS):
         base.layout.file_size,
     )
     at = np.flatnonzero(base["w"].view("<u4") != target["w"].view("<u4"))
-    data = encode_patch(header, [at], target)
+    data = encode_patch(header, [at], base, target)
     return sign_patch(data, key) if key else data
 
 
@@ -334,8 +334,8 @@ def test_nothing_is_unpacked_or_hashed_before_the_signature_is_right(
     def touched(*_):
         raise AssertionError("the body was looked at")
 
-    monkeypatch.setattr(codec, "decode_varint", touched)
-    monkeypatch.setattr(codec, "SectionReader", touched)
+    monkeypatch.setattr(sections, "decode_varint", touched)
+    monkeypatch.setattr(sections, "SectionReader", touched)
     header, _, body = split(PATCHES[1])
     # The body is damaged too: only the signature is complained about.
     refused(join(header, b"", body[:-1] + b"?"), match="signed by nobody")
