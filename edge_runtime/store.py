@@ -135,6 +135,15 @@ class Store:
         self._state = decode_state(data)
         return self._state
 
+    def stamp(self) -> tuple[int, int]:
+        """Return what changes with every commit, at the cost of one ``stat``.
+
+        Raises:
+            OSError: Nothing is installed there any more.
+        """
+        status = self._state_path.stat()
+        return status.st_ino, status.st_mtime_ns
+
     def slot_folder(self, target: str) -> Path:
         """Return the folder of a slot."""
         return self.root / "slots" / target[:_NAME_LENGTH]
