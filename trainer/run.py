@@ -110,6 +110,8 @@ class Run:
         load_weights(model, start)
         training = self._prepare(model, number)
         masks = train_round(training, self.config)
+        load_weights(model, start if training.best is None else training.best)
+        test_best = evaluate(model, self._test)
 
         before = records[-1].metrics["val_accuracy"] if records else 0.0
         best, updated = training.best, training.accuracy["best"] >= before
@@ -119,6 +121,7 @@ class Run:
         metrics = {
             "val_accuracy": evaluate(model, self._validation),
             "test_accuracy": evaluate(model, self._test),
+            "test_best": test_best,
             "tried_reinit": int(reinitialise),
             **{f"val_{name}": share for name, share in training.accuracy.items()},
             **_counts(start, best, masks),
