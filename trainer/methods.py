@@ -23,7 +23,8 @@ from trainer.loop import (
     recompute_batchnorm,
     train_epoch,
 )
-from trainer.scores import DPUScore, magnitude_scores, random_masks, select_top_k
+from trainer.scores import DPUScore, magnitude_scores
+from trainer.selection import random_masks, select_top_k
 from trainer.tensors import weights_of
 from trainer.updater import PartialUpdater, is_weight
 
