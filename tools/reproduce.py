@@ -12,13 +12,23 @@ which later runs extend.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import CONTEXT, Command, Group, say
-from tools.reproduction import METHODS, read_result, write_result
+from edge_runtime.command import CONTEXT, Command, Group, emit, json_option, say
+from edge_runtime.errors import ConfigError
+from tools.reproduction import (
+    METHODS,
+    compare,
+    plot,
+    read_result,
+    read_results,
+    table,
+    write_result,
+)
 
 if TYPE_CHECKING:
     from trainer.folder import RoundRecord
@@ -143,6 +153,25 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
         "bytes": len(packed.data) if packed else 0,
         "target": record.target,
     }
+
+
+@main.command(cls=Command)
+@_network_option
+@_results_option
+@json_option
+def report(network: str, results: Path, as_json: bool) -> None:
+    """Print the table, and write the plot beside the results."""
+    folder = results / network
+    found = read_results(folder)
+    if not found:
+        raise ConfigError(f"{folder} holds no results; run `reproduce run` first")
+    comparisons = compare(found)
+    (folder / "accuracy.svg").write_text(plot(found))
+    emit(
+        {"network": network, "comparisons": [asdict(row) for row in comparisons]},
+        as_json=as_json,
+        text="\n".join(table(network, comparisons)),
+    )
 
 
 if __name__ == "__main__":

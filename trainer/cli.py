@@ -99,11 +99,14 @@ def run(
     """
     path = _recipe(recipe)
     from trainer.config import load_config
+    from trainer.parallel import is_first
     from trainer.rounds import run_rounds
 
     config = load_config(path, overrides, name=name or "")
-    with shown_progress(config.run.rounds, quiet=quiet) as progress:
+    with shown_progress(config.run.rounds, quiet=quiet or not is_first()) as progress:
         records = run_rounds(config, runs, progress=progress)
+    if not is_first():
+        return
     folder = runs / config.run.name
     emit(
         {"run": str(folder), "rounds": [asdict(record) for record in records]},

@@ -23,6 +23,7 @@ from trainer.loop import (
     recompute_batchnorm,
     train_epoch,
 )
+from trainer.parallel import data_parallel
 from trainer.scores import DPUScore, magnitude_scores
 from trainer.selection import random_masks, select_top_k
 from trainer.tensors import weights_of
@@ -66,6 +67,7 @@ class RoundTraining:
         """
         self.model = model
         self.optimizer = make_optimizer(model, config.train)
+        self._trained = data_parallel(model)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
         self._config = config
@@ -140,7 +142,7 @@ class RoundTraining:
         torch.manual_seed(self.random_seed("dropout"))
         size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
-        loss = train_epoch(self.model, self.optimizer, epoch)
+        loss = train_epoch(self._trained, self.optimizer, epoch)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"round {self._number}, epoch {len(self.epochs)}: the loss is {loss}; "

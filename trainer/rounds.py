@@ -19,6 +19,7 @@ from edge_runtime.errors import ConfigError
 from trainer.config import PARTIAL_METHODS, Config, as_dict
 from trainer.folder import RoundRecord, list_rounds, read_round_record
 from trainer.loop import cpu_settings
+from trainer.parallel import processes
 from trainer.run import Progress, Report, Run
 
 __all__ = ["Progress", "run_rounds"]
@@ -35,6 +36,8 @@ def run_rounds(
     resume: bool = True,
 ) -> list[RoundRecord]:
     """Train every round of a recipe that is not there yet.
+
+    Under ``torchrun`` all processes share the training, and the first one writes.
 
     Args:
         config: The recipe.
@@ -56,7 +59,8 @@ def run_rounds(
     records = _finished(run_dir, config, resume=resume)
     if len(records) >= config.run.rounds:
         return records
-    with cpu_settings(config.train.threads), torch.random.fork_rng(devices=[]):
+    threads = cpu_settings(config.train.threads)
+    with processes(), threads, torch.random.fork_rng(devices=[]):
         run = Run(config, run_dir, progress, new=not records)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)

@@ -24,6 +24,7 @@ from trainer.folder import Outcome, RoundRecord, write_round
 from trainer.loop import evaluate
 from trainer.methods import Masks, RoundTraining, train_round
 from trainer.models import build_model
+from trainer.parallel import by_first, first_before_others
 from trainer.sources import load_source
 from trainer.tensors import load_weights
 
@@ -68,7 +69,8 @@ class Run:
         self.config = config
         self.run_dir = run_dir
         self._progress = progress
-        self._source = load_source(config.data)
+        with first_before_others():
+            self._source = load_source(config.data)
         seed, rounds = config.run.seed, config.run.rounds
         self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
@@ -144,7 +146,9 @@ class Run:
             seeds={"run": self.config.run.seed},
             config=as_dict(self.config),
         )
-        record = write_round(self.run_dir, record, best, masks, training.epochs)
+        record = by_first(
+            lambda: write_round(self.run_dir, record, best, masks, training.epochs)
+        )
         self._report(number, "done", len(training.epochs), record)
         return record
 
@@ -174,7 +178,11 @@ class Run:
             share = evaluate(model, self._validation[:GOLDEN_SAMPLES])
             floor = (1 / len(self._source.classes) + share) / 2
         golden = self.split.validation[:GOLDEN_SAMPLES]
-        write_deployment(self.run_dir, self._deployment, self._source, golden, floor)
+        by_first(
+            lambda: write_deployment(
+                self.run_dir, self._deployment, self._source, golden, floor
+            )
+        )
 
 
 def _counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:

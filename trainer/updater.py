@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from edge_runtime.errors import StepNotObservedError, TrainingError
+from trainer.parallel import masks_of_first
 from trainer.scores import DPU, Evidence, Score
 from trainer.selection import check_fit, check_ratio, select_top_k
 from trainer.steps import Freeze, LossDrop, unwrap
@@ -98,7 +99,7 @@ class PartialUpdater:
         self.ratio = ratio
         self._score = score
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
-        self._masks: dict[str, Tensor] = {}
+        self._masks: Mapping[str, Tensor] = {}
         self._steps = 0
         self._owned: dict[Optimizer, list[str]] = {}
         self._handles: list[Any] = []
@@ -185,7 +186,8 @@ class PartialUpdater:
             scores = {name: scores[name] for name in self._params}
             masks = select_top_k(scores, int(self.ratio * self._total))
         check_fit(masks, self._params, torch.bool)
-        self._masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+        masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+        self._masks = masks_of_first(masks)
         self._start(Phase.SPARSE)
         self._freeze.rewind(self._params)
         return self._masks
