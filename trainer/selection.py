@@ -62,6 +62,21 @@ def check_ratio(ratio: float) -> None:
         )
 
 
+def count_of(ratio: float, total: int) -> int:
+    """Return how many of all selectable weights a ratio selects, rounded down.
+
+    Raises:
+        TrainingError: The ratio is out of range, or selects no weight at all.
+    """
+    check_ratio(ratio)
+    if int(ratio * total) == 0:
+        raise TrainingError(
+            f"ratio {ratio} of {total} selectable weights selects none; "
+            f"choose more than {1 / total:.2g}"
+        )
+    return int(ratio * total)
+
+
 @torch.no_grad()
 def select_top_k(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     """Return masks of the ``k`` best scores over all tensors together, exactly.

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from edge_runtime.errors import StepNotObservedError, TrainingError
 from trainer.parallel import masks_of_first
 from trainer.scores import DPU, Evidence, Score
-from trainer.selection import check_fit, check_ratio, select_top_k
+from trainer.selection import check_fit, count_of, select_top_k
 from trainer.steps import Freeze, LossDrop, unwrap
 
 
@@ -90,12 +90,7 @@ class PartialUpdater:
                 "selectable= to choose others"
             )
         if ratio is not None:
-            check_ratio(ratio)
-            if int(ratio * self._total) == 0:
-                raise TrainingError(
-                    f"ratio {ratio} of {self._total} selectable weights selects none; "
-                    f"choose more than {1 / self._total:.2g}"
-                )
+            count_of(ratio, self._total)  # or it is refused here
         self.ratio = ratio
         self._score = score
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
@@ -184,7 +179,7 @@ class PartialUpdater:
             check_fit(scores, self._params)
             # Our order of tensors, as it decides between equal scores.
             scores = {name: scores[name] for name in self._params}
-            masks = select_top_k(scores, int(self.ratio * self._total))
+            masks = select_top_k(scores, count_of(self.ratio, self._total))
         check_fit(masks, self._params, torch.bool)
         masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
         self._masks = masks_of_first(masks)
