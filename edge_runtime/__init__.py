@@ -11,7 +11,7 @@ only once a model is loaded; nothing of the trainer or the packager.
     >>> header = PatchHeader(
     ...     model="00" * 32, parent=base.fingerprint, target=target.fingerprint,
     ...     round=1, counter=1, file_size=base.layout.file_size)
-    >>> patch = encode_patch(header, [np.array([7])], target)
+    >>> patch = encode_patch(header, [np.array([7])], base, target)
     >>> apply_patch(base, open_patch(patch)).fingerprint == target.fingerprint
     True
 
@@ -34,6 +34,7 @@ _HOMES = {
     "PatchHeader": "header",
     "Predictor": "infer",
     "Store": "store",
+    "Trust": "signing",
     "UpdateResult": "device",
     "Weights": "weights",
     "apply_patch": "apply",
@@ -42,6 +43,7 @@ _HOMES = {
     "open_patch": "patch",
     "pack_weights": "weights",
     "read_weights": "weights",
+    "trust_keys": "signing",
     "write_weights": "weights",
 }
 __all__ = sorted(_HOMES)

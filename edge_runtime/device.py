@@ -26,6 +26,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.infer import Predictor
 from edge_runtime.patch import Limits, Patch, open_patch
+from edge_runtime.signing import Trust
 from edge_runtime.state import Event, Slot, State, admit
 from edge_runtime.store import KEPT_SLOTS, Store
 from edge_runtime.trial import run_trial
@@ -79,6 +80,7 @@ class Device:
         root: str | PathLike[str],
         bundle: str | PathLike[str] | bytes,
         *,
+        trust: Trust | None = None,
         files: Files | None = None,
         trial: Trial = run_trial,
     ) -> "Device":
@@ -87,22 +89,31 @@ class Device:
         The init weights are regenerated, the bundle's patch is applied to them, and
         the outputs for the golden inputs are compared with the server's.
 
+        Args:
+            root: The store's directory.
+            bundle: A bundle file, or its bytes.
+            trust: Whose signatures the bundle, and every patch after it, needs; by
+                default nobody's.
+            files: The seam to the disk.
+            trial: Called with slot and model folder; raises TrialError.
+
         Raises:
             OSError: The bundle cannot be read.
             BundleError: The bundle is damaged or contradicts itself.
+            TrustError: The trusted keys did not sign it.
             DpuError: Its patch is refused; nothing is installed then.
             StoreError: Something is installed there already.
         """
-        content = read_bundle(bundle)
+        content = read_bundle(bundle, trust)
         model = {n: data for n, data in content.files.items() if n != PATCH_NAME}
         lock = Store(Path(root), None, files or Files()).lock()
         with lock, open_patch(content.files[PATCH_NAME]) as patch:
             store = Store.create(root, model, files)
             device = cls(store, trial)
-            device._install(content, patch)
+            device._install(content, patch, trust or Trust())
         return device
 
-    def _install(self, content: Bundle, patch: Patch) -> None:
+    def _install(self, content: Bundle, patch: Patch, trust: Trust) -> None:
         header = patch.header
         if (header.model, header.target) != (content.model, content.target):
             raise BundleError("the bundle's patch is not for the bundle's weights")
@@ -129,6 +140,7 @@ class Device:
                 floor=slot.counter,
                 floor_target=slot.target,
                 slots=(slot,),
+                trust=trust,
                 history=(_event("installed", slot),),
             )
         )
@@ -155,16 +167,23 @@ class Device:
             PatchError: The patch is at fault.
             WrongModelError: It is for another network.
             WrongParentError: It leads from weights that this device does not have.
-            TrustError: The release is older than one that was active.
+            TrustError: The trusted keys did not sign it, the release is older than one
+                that was active, or it failed its trial before.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
             StoreError: The device's own files are at fault.
         """
-        with open_patch(source, limits) as patch, self.store.lock():
+        # The lock first: whom to trust is part of the state.
+        with (
+            self.store.lock(),
+            open_patch(source, limits, self.store.state.trust) as patch,
+        ):
             state, header = self.store.state, patch.header
             check_model(patch, state.model)
-            if header.target == state.active:
+            if header.target == state.active and header.counter <= state.floor:
                 return UpdateResult.ALREADY_CURRENT
+            # The active weights under a higher counter are a release too: left out, one
+            # that was held back in between could be played later.
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
             with self.store.tidied():
@@ -294,6 +313,8 @@ class Device:
             "weights_bytes": self.store.layout.file_size,
             "release_counter": active.counter,
             "release_floor": state.floor,
+            "trusted_keys": list(state.trust.ids),
+            "signatures_needed": state.trust.threshold if state.trust.keys else 0,
             "kept_rounds": [slot.round for slot in state.slots],
             "skipped": list(state.skipped),
             "history": [

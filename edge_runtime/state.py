@@ -1,12 +1,14 @@
 """What a store knows, as plain data, and which releases it admits. No I/O."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edge_runtime.errors import StoreError, TrustError
 from edge_runtime.header import PatchHeader
+from edge_runtime.signing import Trust
 
 SCHEMA = 1
 MAX_HISTORY = 100  # events kept
@@ -57,6 +59,8 @@ class State:
         floor: Highest release counter ever active; never lowered.
         floor_target: The target of that counter.
         slots: Kept copies, the newest first; one of them is active.
+        trust: Whose signatures a patch needs. The keys themselves are here, so that
+            they cannot be lost or exchanged apart from the floor.
         skipped: Targets that failed their trial and are refused until forced.
         history: What happened, oldest first.
     """
@@ -67,6 +71,7 @@ class State:
     floor: int
     floor_target: str
     slots: tuple[Slot, ...]
+    trust: Trust = field(default_factory=Trust)
     skipped: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
 
@@ -146,7 +151,9 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
 
 def encode_state(state: State) -> bytes:
     """Encode a state as the bytes of ``state.json``."""
-    return json.dumps({"schema": SCHEMA} | asdict(state), indent=1).encode() + b"\n"
+    record = {"schema": SCHEMA} | asdict(state)
+    sealed = record | {"sha256": _digest(record)}
+    return json.dumps(sealed, indent=1).encode() + b"\n"
 
 
 def decode_state(data: bytes) -> State:
@@ -157,27 +164,37 @@ def decode_state(data: bytes) -> State:
     """
     try:
         record: dict[str, Any] = json.loads(data)
-        schema = record.pop("schema")
+        digest, schema = record.pop("sha256", None), record["schema"]
         if schema != SCHEMA:
             raise StoreError(
                 f"state.json has schema {schema}, this runtime knows {SCHEMA}; "
                 "install a newer dpu-edge"
             )
+        # Half an old and half a new state may be good JSON, with a floor of its own.
+        if digest != _digest(record):
+            raise ValueError("its checksum does not match")
+        del record["schema"]
+        trust = record["trust"]
         state = State(
             **record
             | {
                 "slots": tuple(Slot(**entry) for entry in record["slots"]),
+                "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
                 "skipped": tuple(record["skipped"]),
                 "history": tuple(_event(entry) for entry in record["history"]),
             }
         )
         _ = state.active_slot
-    except (ValueError, KeyError, TypeError, StopIteration) as err:
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as err:
         raise StoreError(
             f"state.json is damaged ({err!r}); restore it from a backup, or install "
             "the bundle again into an empty folder"
         ) from err
     return state
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _event(entry: Mapping[str, Any]) -> Event:

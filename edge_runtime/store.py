@@ -249,7 +249,7 @@ class Store:
             self.commit(self.state.without(spare[-1]))
             self.collect()
 
-    def stage(self, chunks: Iterable[bytes | bytearray], target: str) -> Path:
+    def stage(self, chunks: Iterable[bytes | memoryview], target: str) -> Path:
         """Write a slot beside the others; it is not active yet.
 
         Args:

@@ -42,12 +42,14 @@ def image_loader(samples: Samples, batch: int) -> DataLoader[Any]:
     steps = torchvision.transforms
     transform = steps.Compose([steps.ToTensor(), steps.Normalize((0.1307,), (0.3081,))])
 
+    inputs = samples.read()
+
     class Images:  # as torchvision.datasets.MNIST does it
         def __len__(self) -> int:
             return len(samples)
 
         def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            image = Image.fromarray(samples.inputs[index, 0].numpy())
+            image = Image.fromarray(inputs[index, 0].numpy())
             made: Tensor = transform(image)
             return made, int(samples.labels[index])
 

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from edge_runtime.errors import ConfigError
+from trainer.data import CPU
+
 T = TypeVar("T")
 
 
@@ -27,12 +30,19 @@ def is_first() -> bool:
 
 
 @contextmanager
-def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, until the program ends."""
+def processes(device: torch.device = CPU) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, until the program ends.
+
+    Args:
+        device: What they train on; each takes a GPU of its own.
+
+    Raises:
+        ConfigError: There are fewer GPUs than processes.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda":
+            _take_gpu(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend)
         # Not sooner: a second group would find the addresses of the first, and hang.
@@ -119,6 +129,16 @@ def masks_of_first(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for mask in sent.values():
         distributed.broadcast(mask, 0)
     return {name: mask.bool() for name, mask in sent.items()}
+
+
+def _take_gpu(number: int) -> None:
+    found = torch.cuda.device_count()
+    if number >= found:
+        raise ConfigError(
+            f"process {number} of this machine (from 0) has no GPU, as there are only "
+            f'{found}; start {found} with --nproc-per-node, or set train.device = "cpu"'
+        )
+    torch.cuda.set_device(number)
 
 
 def _count() -> int:

@@ -1,9 +1,9 @@
-"""Run a recipe in process after process, each of which is killed; see test_resume.py.
+"""Run a recipe once, then in processes that are killed; see test_resume.py.
 
-Arguments: recipe, folder of the runs, and where to kill: a part of a line that
-describes an event. Events are the end of an epoch ("round 0 sparse") and each file
-operation below the folder ("open .../round.json", "os.rename ..."). Prints the exit
-status of every process; the last one is left alone.
+Arguments: recipe, folder of the undisturbed run, folder of the killed one, and where to
+kill: a part of a line that describes an event. Events are the end of an epoch
+("round 0 sparse") and each file operation below the folder ("open .../round.json",
+"os.rename ..."). Prints the exit status of every process; the last one is left alone.
 """
 
 import os
@@ -32,10 +32,11 @@ def kill_at(moment, runs):
     return lambda progress: event(f"round {progress.round} {progress.phase}")
 
 
-def main(recipe, runs, moments):
+def main(recipe, whole, runs, moments):
     torch.set_num_threads(1)
+    run_rounds(load_config(recipe), whole)
     for moment in [*moments, ""]:
-        # Forked, because importing torch takes longer than the run.
+        # Forked, because imports and a first export take longer than the run.
         child = os.fork()
         if not child:
             run_rounds(load_config(recipe), runs, progress=kill_at(moment, runs))
@@ -45,4 +46,4 @@ def main(recipe, runs, moments):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from edge_runtime.weights import read_weights
+from packager.build import pack_round
+from packager.rounds import read_round
 from trainer import parallel
-from trainer.config import make_config
-from trainer.rounds import run_rounds
+from trainer.folder import list_rounds, read_round_record
 
 torch.set_num_threads(1)
 
@@ -20,17 +21,16 @@ ROOT = Path(__file__).parents[2]
 TABLES = {
     "run": {"name": "tiny", "rounds": 2, "seed": 1},
     "data": {"set": "digits", "initial": 60, "growth": 70, "validation": 100},
-    "model": {"name": "mlp", "hidden": [24]},
+    "model": {"name": "mlp", "hidden": [16]},
     "update": {"ratio": 0.05},
-    "train": {"epochs": 6, "batch": 16, "lr": 1e-2},
+    "train": {"epochs": 4, "batch": 16, "lr": 1e-2},
 }
 
 
-def torchrun(program, out):
-    """Start two processes of a program and return what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+def run_worker(out):
+    """Run parallel_worker.py and return what it printed."""
     done = subprocess.run(
-        [*command, "--standalone", program, out],
+        [sys.executable, Path(__file__).with_name("parallel_worker.py"), out],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -53,16 +53,17 @@ def ranks(tmp_path_factory):
     """What both processes of parallel_worker.py saw and printed, and their folder."""
     out = tmp_path_factory.mktemp("ranks")
     (out / "tiny.toml").write_text("\n".join(toml(TABLES)))
-    printed = torchrun(Path(__file__).with_name("parallel_worker.py"), out)
+    printed = run_worker(out)
     seen = [torch.load(out / f"rank_{rank}.pt") for rank in range(2)]
     return *seen, printed, out
 
 
-def test_two_processes_select_and_deploy_what_one_does(ranks, tmp_path):
+def test_two_processes_select_and_deploy_what_one_does(ranks):
     *_, out = ranks
-    records = run_rounds(make_config(TABLES), tmp_path)
-    for record in records:
-        two, one = (f / "tiny" / f"round_{record.round:02d}" for f in (out, tmp_path))
+    rounds = list_rounds(out / "one" / "tiny")
+    assert len(rounds) == 2
+    for one in rounds:
+        two, record = out / "tiny" / one.name, read_round_record(one)
         name = "selection.safetensors"
         assert (two / name).read_bytes() == (one / name).read_bytes()
         weights, expected = (
@@ -70,7 +71,7 @@ def test_two_processes_select_and_deploy_what_one_does(ranks, tmp_path):
         )
         for tensor in expected.layout.by_name:
             np.testing.assert_allclose(weights[tensor], expected[tensor], atol=1e-4)
-        assert record.metrics["selected"] == int(0.05 * 1776)
+        assert record.metrics["selected"] == int(0.05 * 1184)
 
 
 def test_the_first_process_alone_prints(ranks):
@@ -78,16 +79,25 @@ def test_the_first_process_alone_prints(ranks):
     assert len(json.loads(printed)["rounds"]) == 2
 
 
-def test_processes_agree_on_every_accuracy_and_byte_with_batchnorm(ranks):
+def test_processes_agree_on_every_accuracy_and_byte_with_all_options(ranks):
     first, second, *_ = ranks
     assert first["records"] == second["records"]
     assert len(first["records"]) == 2
 
 
+def test_processes_keep_a_budget_after_a_discarded_reinitialisation(ranks):
+    first, *_, out = ranks
+    (_, metrics) = first["records"][1]
+    assert metrics["val_reinit"] < metrics["val_accuracy"]
+    patch = pack_round(read_round(out / "all" / "round_01"))
+    assert metrics["patch_bytes"] == len(patch.data)
+    assert 0.95 * 500 <= metrics["patch_bytes"] <= 500
+
+
 def test_the_first_process_alone_writes(ranks):
     first, second, _, out = ranks
     assert first["first"] == second["first"] == 0
-    names = sorted(path.name for path in (out / "norm").iterdir())
+    names = sorted(path.name for path in (out / "all").iterdir())
     assert names == ["model", "round_00", "round_01"]
 
 
