@@ -5,23 +5,32 @@ memory needed to apply a patch does not depend on its size. FORMAT.md is the nor
 description.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import SectionReader, quick_size
+from edge_runtime.sections import (
+    COLUMNS,
+    INDEX,
+    INDEX_BITS,
+    SectionReader,
+    quick_size,
+)
 
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.
 PIECE = 1 << 15
 MAX_FINE = 7
 MAX_WIDTH = 32  # of a number's low bits
+MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 
 Integers = NDArray[np.int64]
 Positions = Integers
+Mask = NDArray[np.bool_]
 
 
 # Numbers: a symbol each, and the low bits of large ones ------------------------------
@@ -181,36 +190,39 @@ def _is_bitmap(size: int, count: int) -> bool:
     return size < 4 * count < 3 * size
 
 
+def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
+    """Return number and depth of a tensor's columns, where unused ones are left out.
+
+    A column is a slice along the second axis: an input of a layer. Its depth is the
+    number of its elements in a row.
+    """
+    if len(shape) < 2 or not 0 < 4 * count <= math.prod(shape):
+        return None
+    columns, depth = shape[1], math.prod(shape[2:])
+    return (columns, depth) if columns * depth <= MAX_ROW else None
+
+
 def encode_positions(
-    tensors: Sequence[tuple[int, Positions]],
-) -> tuple[int, list[bytes], bytes]:
+    tensors: Sequence[tuple[tuple[int, ...], Positions]],
+) -> tuple[int, dict[int, list[bytes]]]:
     """Encode which elements travel, tensor by tensor.
 
     Of a tensor of which up to a quarter travels the positions are listed, as gaps: the
-    number of elements skipped since the one before. Where three quarters or more
-    travel, those that stay are listed instead; in between it is a bitmap.
+    number of elements skipped since the one before. Columns in which nothing travels
+    (dead inputs, borders of images) may be left out of the count. Where three quarters
+    or more travel, the elements that stay are listed; in between it is a bitmap.
 
     Args:
-        tensors: Element count and strictly increasing positions of each tensor.
+        tensors: Shape and strictly increasing positions of each tensor.
 
     Returns:
-        The fineness of the gaps; for each tensor its symbols or bitmap; and the bits.
+        The fineness of the gaps, and the sections, in parts.
 
     Raises:
         PatchFormatError: A gap is too large.
     """
-    gaps, bitmaps = [], []
-    for size, positions in tensors:
-        gap, bitmap = np.empty(0, np.int64), b""
-        if _is_bitmap(size, len(positions)):
-            bitmap = np.packbits(_mask(size, positions), bitorder="little").tobytes()
-        else:
-            if 2 * len(positions) > size:
-                positions = np.flatnonzero(~_mask(size, positions))
-            gap = np.diff(positions, prepend=-1) - 1
-        gaps.append(gap)
-        bitmaps.append(bitmap)
-    numbers: Integers = np.concatenate([*gaps, []]).astype(np.int64)
+    taken = [_take_apart(shape, positions) for shape, positions in tensors]
+    numbers = np.concatenate([np.zeros(0, np.int64), *(gaps for gaps, _, _ in taken)])
     candidates = finenesses(int(numbers.max(initial=0)))
     if not candidates:
         raise PatchFormatError(
@@ -220,38 +232,80 @@ def encode_positions(
     sample = numbers[:: len(numbers) // _SAMPLE + 1]
     fine = min(candidates, key=lambda one: _size(sample, one))
     symbols, widths = encode_numbers(numbers, fine)
-    ends = np.cumsum([len(gap) for gap in gaps])
-    parts = [
-        bitmap or symbols[end - len(gap) : end]
-        for bitmap, gap, end in zip(bitmaps, gaps, ends, strict=True)
-    ]
-    return fine, parts, encode_bits(numbers, widths)
+    stops = np.cumsum([len(gaps) for gaps, _, _ in taken])
+    used = [columns for _, _, columns in taken if columns is not None]
+    return fine, {
+        INDEX: [
+            bitmap or symbols[stop - len(gaps) : stop]
+            for (gaps, bitmap, _), stop in zip(taken, stops, strict=True)
+        ],
+        INDEX_BITS: [encode_bits(numbers, widths)],
+        COLUMNS: [_pack(one) for one in used if not all(map(np.all, used))],
+    }
+
+
+def _take_apart(
+    shape: tuple[int, ...], positions: Positions
+) -> tuple[Integers, bytes, Mask | None]:
+    """Return the gaps or the bitmap of one tensor, and which columns count."""
+    size, grid = math.prod(shape), _grid(shape, len(positions))
+    if _is_bitmap(size, len(positions)):
+        return positions[:0], _pack(_mask(size, positions)), None
+    if 2 * len(positions) > size:
+        positions = np.flatnonzero(~_mask(size, positions))
+    gaps = np.diff(positions, prepend=-1) - 1
+    if grid is None:
+        return gaps, b"", None
+    columns, depth = grid
+    row, at = np.divmod(positions, columns * depth)
+    used = _mask(columns, at // depth)
+    offsets = np.flatnonzero(np.repeat(used, depth))
+    fewer = row * len(offsets) + np.searchsorted(offsets, at)
+    closer = np.diff(fewer, prepend=-1) - 1
+    if _size(closer, 2) + columns < _size(gaps, 2):
+        return closer, b"", used
+    return gaps, b"", np.ones(columns, bool)
 
 
 def _size(numbers: Integers, fine: int) -> int:
+    """Return about how many bits numbers take."""
     symbols, widths = encode_numbers(numbers, fine)
     return 8 * quick_size(symbols) + int(widths.sum())
 
 
-def _mask(size: int, positions: Positions) -> NDArray[np.bool_]:
+def _mask(size: int, positions: Positions) -> Mask:
     mask = np.zeros(size, bool)
     mask[positions] = True
     return mask
 
 
+def _pack(mask: Mask) -> bytes:
+    return np.packbits(mask, bitorder="little").tobytes()
+
+
 class PositionReader:
     """Decodes what :func:`encode_positions` wrote, in bounded pieces."""
 
-    def __init__(self, index: SectionReader, bits: SectionReader, fine: int) -> None:
-        """Prepare to read; the arguments are as for :class:`NumberReader`."""
-        self._index, self._gaps = index, NumberReader(index, bits, fine)
+    def __init__(self, section: Callable[[int], SectionReader], fine: int) -> None:
+        """Prepare to read.
 
-    def pieces(self, size: int, count: int) -> Iterator[Positions]:
+        Args:
+            section: Opens a section by its kind.
+            fine: The fineness of the gaps.
+
+        Raises:
+            PatchFormatError: ``fine`` is out of range.
+        """
+        self._index, self._columns = section(INDEX), section(COLUMNS)
+        self._all_columns = self._columns.is_empty
+        self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
+
+    def pieces(self, shape: tuple[int, ...], count: int) -> Iterator[Positions]:
         """Yield the positions that travel of the next tensor, in ascending pieces.
 
         Args:
-            size: Its elements.
-            count: How many of them travel.
+            shape: The tensor's.
+            count: How many of its elements travel.
 
         Yields:
             One to ``PIECE`` positions.
@@ -259,13 +313,28 @@ class PositionReader:
         Raises:
             PatchFormatError: A section ends early or contradicts the tensor.
         """
+        size, grid = math.prod(shape), _grid(shape, count)
         if _is_bitmap(size, count):
             found = self._bitmap(size, count)
         elif 2 * count > size:
             found = self._others(size, size - count)
-        else:
+        elif grid is None or self._all_columns:
             found = self._listed(size, count)
+        else:
+            found = self._in_columns(shape[0], grid, count)
         return filter(len, found)
+
+    def _in_columns(
+        self, rows: int, grid: tuple[int, int], count: int
+    ) -> Iterator[Positions]:
+        columns, depth = grid
+        used = self._bits(self._columns, columns)
+        offsets = np.flatnonzero(np.repeat(used, depth))
+        for positions in self._listed(rows * len(offsets), count):
+            row, at = np.divmod(positions, len(offsets))
+            row *= columns * depth
+            row += offsets.take(at)
+            yield row
 
     def _listed(self, size: int, count: int) -> Iterator[Positions]:
         previous = -1
@@ -298,17 +367,21 @@ class PositionReader:
     def _bitmap(self, size: int, count: int) -> Iterator[Positions]:
         left = count
         for start in range(0, size, PIECE):
-            stop = min(start + PIECE, size)
-            raw = np.frombuffer(self._index.take((stop - start + 7) // 8), np.uint8)
-            found = np.flatnonzero(np.unpackbits(raw, bitorder="little")) + start
+            piece = min(PIECE, size - start)
+            found = np.flatnonzero(self._bits(self._index, piece)) + start
             left -= len(found)
-            if found.size and found[-1] >= size:
-                raise PatchFormatError("a bitmap in the patch has bits behind its end")
             yield found
         if left:
             raise PatchFormatError(
                 f"a bitmap in the patch has {count - left} bits, expected {count}"
             )
+
+    def _bits(self, section: SectionReader, count: int) -> NDArray[np.uint8]:
+        raw = np.frombuffer(section.take((count + 7) // 8), np.uint8)
+        bits = np.unpackbits(raw, bitorder="little")
+        if bits[count:].any():
+            raise PatchFormatError("a bitmap in the patch has bits behind its end")
+        return bits[:count]
 
     def finish(self) -> None:
         """Insist that everything is used up.
@@ -317,3 +390,4 @@ class PositionReader:
             PatchFormatError: Something is left over.
         """
         self._gaps.finish()
+        self._columns.finish()

@@ -26,8 +26,6 @@ from edge_runtime.header import PatchHeader, encode_header, parse_header, read_h
 from edge_runtime.sections import (
     COUNTS,
     FORMS,
-    INDEX,
-    INDEX_BITS,
     Body,
     encode_body,
     encode_varint,
@@ -124,10 +122,9 @@ class Patch:
         """
         self._check_counts(layout)
         fine = next(iter(self._body.numbers(FORMS)), 0)
-        symbols, bits = self._body.reader(INDEX), self._body.reader(INDEX_BITS)
-        index = PositionReader(symbols, bits, fine)
+        index = PositionReader(self._body.reader, fine)
         for _, tensor, count in self._groups(layout):
-            for positions in index.pieces(tensor.size, count):
+            for positions in index.pieces(tensor.shape, count):
                 yield tensor, positions
         index.finish()
 
@@ -286,11 +283,10 @@ def encode_patch(
         PatchFormatError: Two changes are too far apart for the format.
     """
     tensors = target.layout.tensors
-    fine, index, bits = encode_positions(
-        [(t.size, found) for t, found in zip(tensors, changes, strict=True)]
+    fine, sections = encode_positions(
+        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)]
     )
-    counts = b"".join(encode_varint(len(found)) for found in changes)
-    sections = {COUNTS: [counts], INDEX: index, INDEX_BITS: [bits]}
+    sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     groups: dict[int, list[TensorValues]] = {}
     for tensor, found in zip(tensors, changes, strict=True):
         if len(found):
@@ -302,7 +298,7 @@ def encode_patch(
         form, parts = encode_values(group)
         forms += astuple(form)
         sections |= {kind + offset: part for offset, part in parts.items()}
-    sections[FORMS] = [b"".join(map(encode_varint, forms))]
+    sections[FORMS] = [encode_varint(number) for number in forms]
     body = encode_body(sections, level)
     return encode_header(header, body) + b"\0\0" + body
 

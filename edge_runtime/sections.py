@@ -23,7 +23,7 @@ _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 _READ_BYTES = 1 << 16
 
-COUNTS, FORMS, INDEX, INDEX_BITS = 0x01, 0x02, 0x03, 0x04
+COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS = 0x01, 0x02, 0x03, 0x04, 0x05
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8
@@ -41,7 +41,7 @@ def group_kind(item_size: int, dense: bool) -> int:
 
 def _names() -> Iterator[tuple[int, str]]:
     yield from ((COUNTS, "counts"), (FORMS, "forms"))
-    yield from ((INDEX, "index"), (INDEX_BITS, "index bits"))
+    yield from ((INDEX, "index"), (INDEX_BITS, "index bits"), (COLUMNS, "columns"))
     for size in (1, 2, 4, 8):
         for dense in (False, True):
             kind = group_kind(size, dense)
@@ -370,6 +370,11 @@ class SectionReader:
             self._source = zstandard.ZstdDecompressor(
                 max_window_size=1 << MAX_WINDOW_LOG
             ).stream_reader(packed, read_size=_READ_BYTES)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left to read."""
+        return not self._left
 
     def take(self, count: int) -> bytes:
         """Return exactly the next ``count`` bytes.

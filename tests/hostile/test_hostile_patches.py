@@ -17,11 +17,13 @@ from edge_runtime.errors import (
     PatchError,
     PatchFormatError,
     PatchIntegrityError,
+    VerificationError,
 )
 from edge_runtime.header import HEADER_BYTES, PatchHeader
 from edge_runtime.patch import encode_patch, open_patch
 from edge_runtime.sections import (
     BITS,
+    COLUMNS,
     COUNTS,
     FORMS,
     INDEX,
@@ -36,12 +38,12 @@ from edge_runtime.sections import (
 )
 from edge_runtime.weights import pack_weights
 
-# One tensor of every kind: listed, a bitmap, those that stay listed, and whole; and
-# values in both forms.
+# One tensor of every kind: listed in one of its columns, a bitmap, those that stay
+# listed, and whole; and values in both forms.
 RNG = np.random.default_rng(0)
 BASE = pack_weights(
     {
-        "a": RNG.normal(0, 0.1, (100, 100)).astype("<f4"),
+        "a": RNG.normal(0, 0.1, (1000, 10)).astype("<f4"),
         "b": RNG.normal(0, 0.1, 50).astype("<f4"),
         "c": RNG.normal(0, 0.1, 30).astype("<f4"),
         "d": RNG.normal(0, 0.1, 5).astype("<f4"),
@@ -49,7 +51,7 @@ BASE = pack_weights(
     }
 )
 CHANGES = [
-    np.array([3, 5, 9, 240, 241, 900, 2900, 2902, 2950, 6001, 6002, 7000, 9990]),
+    np.array([0, 2, 5, 24, 30, 90, 290, 291, 295, 600, 601, 700, 999]) * 10 + 3,
     np.arange(0, 50, 3),
     np.delete(np.arange(30), [4, 7]),
     np.arange(5),
@@ -124,7 +126,8 @@ def test_the_forge_makes_good_patches():
 
 def test_the_good_patch_has_sections_of_every_kind():
     group = {SYMBOLS, BITS, REST}
-    wanted = {COUNTS, FORMS, INDEX, INDEX_BITS, SHORTS + PLANES, SHORTS + PLANES + 1}
+    wanted = {COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS}
+    wanted |= {SHORTS + PLANES, SHORTS + PLANES + 1}
     wanted |= {SPARSE + kind for kind in group} | {DENSE + kind for kind in group}
     assert raw_sections().keys() == wanted
 
@@ -158,10 +161,11 @@ def test_damage_behind_the_header_is_found_before_anything_is_unpacked(monkeypat
 
 def index_of(changes):
     """The sections that hold these positions."""
-    sizes = [tensor.size for tensor in BASE.layout.tensors]
-    fine, parts, bits = codec.encode_positions(list(zip(sizes, changes, strict=True)))
-    forms = raw_sections()[FORMS]
-    return {INDEX: b"".join(parts), INDEX_BITS: bits, FORMS: bytes([fine]) + forms[1:]}
+    # As vectors: without columns, where any position can be written.
+    shapes = [(tensor.size,) for tensor in BASE.layout.tensors]
+    fine, found = codec.encode_positions(list(zip(shapes, changes, strict=True)))
+    forms = bytes([fine]) + raw_sections()[FORMS][1:]
+    return {kind: b"".join(parts) for kind, parts in found.items()} | {FORMS: forms}
 
 
 @pytest.mark.parametrize("position", [10000, 10001, 10**6, 2**33])
@@ -188,6 +192,16 @@ def test_a_bitmap_with_other_bits_than_its_count_is_refused(bit):
     assert "bitmap" in str(refused(with_sections({INDEX: bytes(index)})))
 
 
+@pytest.mark.parametrize("columns", [b"\0\0", b"\x08\x04", b"\x0c\0", b"\xff\x03"])
+def test_other_columns_are_refused_or_give_other_weights(columns):
+    assert raw_sections()[COLUMNS] == b"\x08\0"  # column 3 of 10
+    with (
+        pytest.raises(DpuError),
+        open_patch(with_sections({COLUMNS: columns})) as patch,
+    ):
+        apply_patch(BASE, patch)
+
+
 def test_an_index_that_is_longer_than_its_positions_is_refused():
     index = raw_sections()[INDEX]
     assert "too many" in str(refused(with_sections({INDEX: index + b"\1"})))
@@ -200,17 +214,21 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("kind", [COUNTS, FORMS, INDEX, INDEX_BITS, *VALUES])
+@pytest.mark.parametrize("kind", [COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, *VALUES])
 @pytest.mark.parametrize(
     "edit",
     [lambda raw: raw[:-1], lambda raw: raw + b"\x01", lambda raw: b""],
     ids=["shorter", "longer", "missing"],
 )
 def test_a_section_of_the_wrong_size_is_refused(kind, edit):
-    forged = with_sections({kind: edit(raw_sections()[kind])})
-    if kind >= SHORTS and kind & 15 in (BITS, REST):
-        # How many bits there must be only the base tells.
-        with pytest.raises(PatchFormatError), open_patch(forged) as patch:
+    edited = edit(raw_sections()[kind])
+    forged = with_sections({kind: edited})
+    # How many bits there must be only the base tells; and where no columns are given,
+    # all of them count.
+    bits = kind >= SHORTS and kind & 15 in (BITS, REST)
+    if bits or (kind == COLUMNS and not edited):
+        error = PatchFormatError if bits else VerificationError
+        with pytest.raises(error), open_patch(forged) as patch:
             apply_patch(BASE, patch)
     else:
         refused(forged)
