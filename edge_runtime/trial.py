@@ -5,6 +5,7 @@ harms nothing: ``python -m edge_runtime.trial SLOT MODEL`` prints one JSON objec
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -55,9 +56,16 @@ def run_trial(
         TrialError: It crashed, hung, or its outputs are not good enough.
     """
     command = [sys.executable, "-m", "edge_runtime.trial", str(slot), str(model)]
+    # The very code that runs here, installed or not.
+    found = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},
         )
     except subprocess.TimeoutExpired as err:
         raise TrialError(

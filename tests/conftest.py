@@ -2,6 +2,7 @@
 contract in packager/README.md says and by no code of the trainer."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -12,6 +13,9 @@ from onnx import TensorProto, helper
 
 from edge_runtime.init import InitRecipe, TensorInit, write_recipe
 from edge_runtime.weights import model_id, pack_weights, write_weights
+
+# Threads that wait for each other on a busy machine made tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A slow machine is no bug, and a failure must come back on the next run.
 settings.register_profile("project", deadline=None, derandomize=True)

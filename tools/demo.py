@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,11 @@ from edge_runtime.command import CONTEXT, Command, emit, json_option, say
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
 
-    from edge_runtime import Device
+    from edge_runtime import Device, Weights
     from trainer.folder import RoundRecord
 
-RECIPE = Path("trainer/recipes/digits.toml")
 TOLERANCE = 1e-4  # of the largest output, as in the contract
 
 
@@ -75,7 +74,9 @@ class Demo:
 
         self.run = folder / "runs" / "digits"
         self.store = folder / "device"
-        self.config = load_config(RECIPE)
+        self.config = load_config(
+            Path(str(files("trainer"))) / "recipes" / "digits.toml"
+        )
         source = load_source(self.config.data)
         split = split_source(
             source,
@@ -91,7 +92,7 @@ class Demo:
         from trainer.rounds import run_rounds
 
         rounds = self.config.run.rounds
-        with shown_progress(rounds, quiet=not sys.stderr.isatty()) as progress:
+        with shown_progress(rounds, quiet=False) as progress:
             return run_rounds(self.config, self.run.parent, progress=progress)
 
     def deliver(self, record: "RoundRecord") -> Row:
@@ -139,7 +140,7 @@ class Demo:
             same_weights=fingerprint_file(local) == fingerprint_file(server),
         )
 
-    def _torch_outputs(self, weights: "torch.Tensor") -> "NDArray[np.float32]":
+    def _torch_outputs(self, weights: "Weights") -> "NDArray[np.float32]":
         import torch
 
         from trainer.export import load_weights
@@ -149,7 +150,9 @@ class Demo:
         model = build_model(self.config.model, self.source.input_shape, classes)
         load_weights(model, weights)
         with torch.inference_mode():
-            return model.eval()(self.source.normalise(self.test.inputs)).numpy()
+            outputs = model.eval()(self.source.normalise(self.test.inputs))
+        found: NDArray[np.float32] = outputs.numpy()
+        return found
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -207,8 +210,13 @@ def table(rows: list[Row]) -> Iterator[str]:
             f"{row.full_bytes:>11}{smaller:>9}{row.server_accuracy:>12.2%}"
             f"{row.device_accuracy:>12.2%}  {'yes' if row.verified else 'NO'}"
         )
-    sent, full = sum(r.patch_bytes for r in rows), sum(r.full_bytes for r in rows)
-    yield f"total sent {sent} bytes instead of {full}: {full / sent:.0f} times smaller"
+    updates = [row for row in rows if row.patch_bytes]
+    sent = sum(row.patch_bytes for row in updates)
+    full = sum(row.full_bytes for row in updates)
+    yield (
+        f"{len(updates)} updates in {sent} bytes instead of {full}: "
+        f"{full / sent:.0f} times smaller"
+    )
     yield (
         "verified: the device's weight file has the server's SHA-256, and ONNX Runtime "
         f"answers\nas torch does within {TOLERANCE:g} of the largest output"

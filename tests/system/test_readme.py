@@ -1,0 +1,56 @@
+"""What the README shows works as it stands there."""
+
+import re
+import runpy
+import shlex
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+
+from edge_runtime import Device, fingerprint_file
+from edge_runtime.command import EXIT_CODE_HELP
+from packager.build import pack_round
+from packager.bundle import build_bundle
+from packager.rounds import read_round
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {
+    script.name: script
+    for script in entry_points(group="console_scripts")
+    if script.name.startswith("dpu-")
+}
+
+
+def test_the_example_trains_rounds_that_a_device_takes(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
+    rounds = [read_round(tmp_path / f"runs/mine/round_0{n}") for n in range(3)]
+    device = Device.install(tmp_path / "device", build_bundle(rounds[0]).data)
+    for round_ in rounds[1:]:
+        patch = pack_round(round_)
+        weights = sum(t.size for t in round_.weights.layout.tensors if len(t.shape) > 1)
+        assert sum(patch.counts[name] for name in round_.selection) == int(
+            0.02 * weights
+        )
+        device.update(patch.data)
+        assert device.verify() == fingerprint_file(round_.path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"^dpu-.*$", README, re.M))))
+def test_every_command_of_the_tour_exists(line):
+    words = shlex.split(line, comments=True)
+    command = SCRIPTS[words[0]].load()
+    if isinstance(command, click.Group):
+        command = command.commands[next(w for w in words[1:] if w in command.commands)]
+    known = {option for p in command.params for option in p.opts}
+    assert {word for word in words if word.startswith("--")} <= known | {"--store"}
+
+
+def test_the_exit_codes_are_those_of_the_commands():
+    table = dict(re.findall(r"^\| (\d+) \| (.*) \|$", README, re.M))
+    assert table == dict(re.findall(r"^ *(\d+)  (.*)$", EXIT_CODE_HELP, re.M))

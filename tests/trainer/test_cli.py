@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import trainer
+from trainer.cli import main
+
+torch.set_num_threads(1)
+
+QUICK = [
+    f"--set={change}"
+    for change in (
+        "run.rounds=2",
+        "data.initial=60",
+        "data.growth=20",
+        "data.validation=50",
+        "model.hidden=[16]",
+        "update.ratio=0.05",
+        "train.epochs=2",
+    )
+]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run dpu-train: ``command("run", "digits") -> (code, stdout, stderr)``."""
+
+    def start(*args):
+        monkeypatch.setattr(sys, "argv", ["dpu-train", *map(str, args)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A first run: folder of the runs, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    args = ["run", "digits", "--runs", str(runs), *QUICK]
+    return runs, CliRunner().invoke(main, args)
+
+
+@pytest.fixture
+def runs(first):
+    return first[0]
+
+
+def test_run_writes_rounds_and_prints_a_table(first):
+    runs, result = first
+    assert result.exit_code == 0
+    header, *rows = result.stdout.splitlines()
+    assert header.split() == ["round", "outcome", "changed", "val", "test"]
+    assert [row.split()[0] for row in rows] == ["round_00", "round_01"]
+    assert (runs / "digits" / "round_01" / "round.json").exists()
+    assert "round_01" in result.stderr  # progress
+    assert "next: dpu-pack" in result.stderr
+
+
+def test_run_goes_on_quietly_and_prints_json(command, runs, monkeypatch):
+    monkeypatch.setenv("DPU_RUNS", str(runs))
+    more = [*QUICK, "--set=run.rounds=3"]
+    code, out, err = command("run", "digits", "--json", "-q", *more)
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert record["schema"] == 1
+    assert record["run"] == str(runs / "digits")
+    assert [r["round"] for r in record["rounds"]] == [0, 1, 2]
+
+
+def test_run_refuses_another_recipe_under_the_same_name(command, runs):
+    args = ("run", "digits_cnn", "--name", "digits", "--runs", runs)
+    code, out, err = command(*args)
+    assert (code, out) == (2, "")
+    assert "[model] name was 'mlp', is now 'small_cnn'" in err
+
+
+def test_problems_of_a_recipe_are_listed_and_exit_with_2(command, tmp_path):
+    args = ("check", "digits", "--set", "train.lr=-1", "--set", "train.epoch=3")
+    code, out, err = command(*args, "--json")
+    assert (code, out) == (2, "")
+    record = json.loads(err)
+    assert record["error"] == "ConfigError"
+    assert record["exit_code"] == 2
+    assert len(record["problems"]) == 2
+
+
+def test_an_unknown_recipe_gets_a_suggestion(command):
+    code, _, err = command("run", "digit")
+    assert code == 2
+    assert "did you mean digits?" in err
+
+
+def test_training_that_diverges_exits_with_9(command, tmp_path):
+    diverge = ["--set=train.optimizer=sgd", "--set=train.lr=1e30"]
+    code, _, err = command("run", "digits", "--runs", tmp_path, *QUICK, *diverge)
+    assert code == 9
+    assert "lower train.lr" in err
+
+
+def test_recipes_lists_all_and_copies_one(command, tmp_path):
+    code, out, _ = command("recipes")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == sorted(path.stem for path in Path("trainer/recipes").iterdir())
+    target = tmp_path / "mine.toml"
+    assert command("recipes", "--copy", "digits", target)[0] == 0
+    assert target.read_bytes() == Path("trainer/recipes/digits.toml").read_bytes()
+    code, _, err = command("recipes", "--copy", "digits", target)
+    assert code == 2
+    assert "exists" in err
+
+
+def test_check_prints_every_key_as_set_takes_it(command):
+    code, out, _ = command("check", "mnist_mlp")
+    assert code == 0
+    assert "update.lambda = 0.5" in out
+    assert 'data.validation_from = "train"' in out
+    changes = [f"--set={line}" for line in out.splitlines()]
+    assert command("check", "digits", *changes)[1] == out
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys\nfrom trainer.cli import main\n"
+        "try:\n    main(['run', '--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "Exit codes" in done.stdout
+
+
+def test_every_public_name_can_be_imported():
+    for name in trainer.__all__:
+        assert getattr(trainer, name).__name__ == name
+    assert dir(trainer) == trainer.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = trainer.nothing

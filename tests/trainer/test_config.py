@@ -1,0 +1,142 @@
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.errors import ConfigError
+from trainer.config import as_dict, load_config, make_config
+
+RECIPES = sorted(Path("trainer/recipes").glob("*.toml"))
+
+MINIMAL = """
+[run]
+rounds = 2
+[data]
+set = "digits"
+initial = 50
+growth = 10
+[model]
+name = "mlp"
+[train]
+epochs = 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def problems_of(tables):
+    with pytest.raises(ConfigError) as caught:
+        make_config(tables)
+    return "\n".join(caught.value.problems)
+
+
+def changed(section, **keys):
+    tables = tomllib.loads(MINIMAL)
+    tables["run"]["name"] = "mine"
+    tables.setdefault(section, {}).update(keys)
+    return tables
+
+
+def test_fills_in_defaults_and_takes_the_name_from_the_file(recipe):
+    config = load_config(recipe)
+    assert config.run.name == "mine"
+    assert (config.update.method, config.update.reinit) == ("dpu", "auto")
+    assert config.model.options == {}
+
+
+def test_a_given_name_beats_the_file_name(recipe):
+    assert load_config(recipe, name="other").run.name == "other"
+
+
+def test_reports_every_problem_at_once():
+    tables = changed("train", lr=-1, epoch=3)
+    tables["model"]["hiden"] = [3]
+    tables["data"]["set"] = "digit"
+    tables["trian"] = {}
+    del tables["run"]["rounds"]
+    found = problems_of(tables)
+    assert "section [trian] is unknown; did you mean train?" in found
+    assert "[train] epoch is unknown; did you mean epochs?" in found
+    assert "[train] lr should be above 0, found -1" in found
+    assert "[model] hiden is unknown; mlp has hidden, batch_norm" in found
+    assert "[data] set should be one of digits" in found
+    assert "[run] rounds is missing" in found
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("train", {"lr": "high"}, "[train] lr should be float, found 'high'"),
+        ("train", {"epochs": True}, "[train] epochs should be int, found True"),
+        ("train", {"momentum": 0.9}, "for optimizer sgd only"),
+        ("train", {"optimizer": "sgd", "nesterov": True}, "nesterov needs momentum"),
+        ("update", {"ratio": 0.0}, "[update] ratio should be above 0, at most 1"),
+        ("update", {"reinit": 0}, "[update] reinit should be auto, never"),
+        ("update", {"lam": 0.5}, "[update] lam is unknown; did you mean lambda?"),
+        ("run", {"name": "a/b"}, "[run] name should be a plain folder name"),
+        ("run", {"accuracy_floor": 2.0}, "[run] accuracy_floor should be from 0 to 1"),
+        ("data", {"size": 32}, "[data] size is for set folder only"),
+        ("model", {"hidden": [0]}, "[model] hidden should be a list of integers"),
+        ("model", {"name": "resnet"}, "name 'resnet' is unknown; did you mean resnet"),
+    ],
+)
+def test_says_what_is_wrong(section, keys, expected):
+    assert expected in problems_of(changed(section, **keys))
+
+
+def test_a_section_that_is_no_table_is_a_problem(recipe):
+    assert "[update] should be a section" in problems_of(changed("run") | {"update": 3})
+    recipe.write_text("run = 3")
+    with pytest.raises(ConfigError, match=r"\[run\] should be a section"):
+        load_config(recipe)
+
+
+def test_a_file_that_is_not_toml_is_refused(recipe):
+    recipe.write_text("[run")
+    with pytest.raises(ConfigError, match="not a TOML file"):
+        load_config(recipe)
+
+
+def test_overrides_are_toml_values_or_text(recipe):
+    config = load_config(
+        recipe,
+        ["train.lr=1e-2", "update.method=rpu", "model.hidden=[8]", "update.lambda=1"],
+    )
+    assert config.train.lr == 0.01
+    assert config.update.method == "rpu"
+    assert config.update.lam == 1.0
+    assert config.model.options == {"hidden": [8]}
+
+
+def test_a_malformed_override_is_reported_with_the_other_problems(recipe):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, ["epochs", "train.epohs=3"])
+    assert len(caught.value.problems) == 2
+
+
+def test_the_resolved_recipe_survives_json(recipe):
+    config = load_config(recipe, ["model.hidden=[8]", "update.reinit=3"])
+    again = make_config(json.loads(json.dumps(as_dict(config))))
+    assert again == config
+    assert as_dict(config)["update"]["lambda"] == 0.5
+    assert as_dict(config)["model"] == {"name": "mlp", "hidden": [8]}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_built_in_recipe_is_valid(path):
+    assert load_config(path).run.name == path.stem
+    assert path.read_text().startswith("# ")
+
+
+def test_the_readme_names_every_key(recipe):
+    readme = Path("trainer/README.md").read_text()
+    for section, table in as_dict(load_config(recipe)).items():
+        assert f"`[{section}]`" in readme
+        for key in table:
+            assert f"`{key}`" in readme

@@ -1,0 +1,218 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.init import read_recipe
+from edge_runtime.weights import read_weights
+from trainer.config import as_dict, make_config
+from trainer.folder import Outcome
+from trainer.rounds import run_rounds
+
+torch.set_num_threads(1)
+
+TABLES = {
+    "run": {"name": "tiny", "rounds": 3, "seed": 1},
+    "data": {"set": "digits", "initial": 60, "growth": 70, "validation": 100},
+    "model": {"name": "mlp", "hidden": [24]},
+    "update": {"ratio": 0.05},
+    "train": {"epochs": 6, "batch": 16, "lr": 1e-2},
+}
+
+
+def config_of(**sections):
+    names = TABLES.keys() | sections.keys()
+    return make_config({n: TABLES.get(n, {}) | sections.get(n, {}) for n in names})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three rounds: folder of the runs, records, what progress reported."""
+    runs, reports = tmp_path_factory.mktemp("runs"), []
+    records = run_rounds(config_of(), runs, progress=reports.append)
+    return runs, records, reports
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    shutil.copytree(finished[0], tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_writes_the_model_once_and_a_folder_a_round(finished):
+    names = sorted(path.name for path in (finished[0] / "tiny").iterdir())
+    assert names == ["model", "round_00", "round_01", "round_02"]
+
+
+def test_every_round_leads_from_what_is_deployed_or_from_init(finished):
+    runs, records, _ = finished
+    init = read_recipe(runs / "tiny" / "model").generate().fingerprint
+    deployed = init
+    for record in records:
+        assert record.parent == (init if record.reinitialised else deployed)
+        weights = read_weights(
+            runs / "tiny" / f"round_{record.round:02d}" / "weights.safetensors"
+        )
+        assert record.target == weights.fingerprint
+        deployed = record.target
+    assert records[0].reinitialised is False
+    assert records[0].outcome == Outcome.UPDATED
+
+
+def test_changes_stay_within_selection_and_dense_part(finished):
+    runs, records, _ = finished
+    run = runs / "tiny"
+    known = {record.target: run / f"round_{record.round:02d}" for record in records}
+    init = read_recipe(run / "model").generate()
+    for record in records:
+        base = init
+        if record.parent in known:
+            base = read_weights(known[record.parent] / "weights.safetensors")
+        folder = run / f"round_{record.round:02d}"
+        new = read_weights(folder / "weights.safetensors")
+        masks = read_weights(folder / "selection.safetensors")
+        total = 0
+        for name, packed in masks.items():
+            size = base[name].size
+            mask = np.unpackbits(packed, count=size, bitorder="little").astype(bool)
+            changed = base[name].view("u4").ravel() != new[name].view("u4").ravel()
+            assert not (changed & ~mask).any()
+            total += int(changed.sum())
+        assert total == record.metrics["changed"]
+
+
+def test_re_initialises_when_the_data_grew_more_than_twofold(finished):
+    _, records, _ = finished
+    assert [record.samples for record in records] == [60, 130, 200]
+    assert [record.metrics["tried_reinit"] for record in records] == [0, 1, 0]
+
+
+def test_the_contract_says_how_raw_samples_become_inputs(finished):
+    model = finished[0] / "tiny" / "model"
+    contract = json.loads((model / "contract.json").read_text())
+    (inputs,) = contract["inputs"]
+    assert inputs["shape"] == [None, 1, 8, 8]
+    assert inputs["scale"] == 0.0625
+    assert contract["classes"] == list("0123456789")
+    with np.load(model / "golden.npz") as golden:
+        assert golden["inputs"].shape == (64, 1, 8, 8)
+        assert golden["inputs"].dtype == np.uint8
+
+
+def test_the_accuracy_floor_is_halfway_between_chance_and_round_00(finished):
+    model = finished[0] / "tiny" / "model"
+    floor = json.loads((model / "contract.json").read_text())["accuracy_floor"]
+    right = round((2 * floor - 0.1) * 64, 6)
+    assert right == int(right)
+    assert 0.1 < floor < 1
+
+
+def test_the_record_holds_the_whole_recipe(finished):
+    assert finished[1][2].config == as_dict(config_of())
+
+
+def test_progress_counts_every_epoch_and_ends_each_round_with_its_record(finished):
+    _, records, reports = finished
+    first = [report for report in reports if report.round == 0]
+    assert [report.epoch for report in first] == [*range(1, 13), 12]
+    assert {report.epochs for report in first} == {12}
+    assert first[0].phase == "full"
+    assert first[-2].phase == "sparse"
+    assert [report.record for report in reports if report.record] == records
+
+
+def test_a_finished_run_is_read_and_not_trained_again(finished):
+    runs, records, _ = finished
+    reports = []
+    assert run_rounds(config_of(), runs, progress=reports.append) == records
+    assert reports == []
+
+
+def test_resuming_gives_the_same_bytes(finished, copied):
+    shutil.rmtree(copied / "tiny" / "round_01")
+    shutil.rmtree(copied / "tiny" / "round_02")
+    run_rounds(config_of(), copied)
+    assert contents(copied) == contents(finished[0])
+
+
+def test_resuming_after_a_stop_within_round_00_gives_the_same_bytes(finished, copied):
+    for number in range(3):
+        shutil.rmtree(copied / "tiny" / f"round_{number:02d}")
+    run_rounds(config_of(), copied)
+    assert contents(copied) == contents(finished[0])
+
+
+def test_a_run_can_be_carried_on_for_more_rounds(copied):
+    records = run_rounds(config_of(run={"rounds": 4}), copied)
+    assert len(records) == 4
+    assert records[3].samples == 270
+
+
+def test_a_worse_re_initialised_model_is_discarded_and_tried_again(copied):
+    path = copied / "tiny" / "round_02" / "round.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["val_accuracy"] = 1.0  # nothing can be better
+    path.write_text(json.dumps(record))
+    third, fourth = run_rounds(config_of(run={"rounds": 5}), copied)[3:]
+    assert third.outcome == Outcome.KEPT_BASE
+    assert third.reinitialised is False
+    assert third.parent == third.target == record["target"]
+    assert third.metrics["tried_reinit"] == 1
+    assert third.metrics["changed"] == 0
+    assert fourth.metrics["tried_reinit"] == 1
+
+
+def test_refuses_a_run_folder_made_with_another_recipe(copied):
+    with pytest.raises(ConfigError) as caught:
+        run_rounds(config_of(train={"lr": 1e-3}, update={"ratio": 0.1}), copied)
+    assert caught.value.problems == (
+        "[train] lr was 0.01, is now 0.001",
+        "[update] ratio was 0.05, is now 0.1",
+    )
+
+
+def test_refuses_to_continue_when_told_not_to(copied):
+    with pytest.raises(ConfigError, match="has 3 rounds already"):
+        run_rounds(config_of(), copied, resume=False)
+
+
+def test_refuses_a_run_with_a_missing_round(copied):
+    shutil.rmtree(copied / "tiny" / "round_01")
+    with pytest.raises(ConfigError, match=r"has the rounds \[0, 2\]"):
+        run_rounds(config_of(), copied)
+
+
+def test_refuses_a_model_folder_of_another_recipe(copied):
+    for number in range(3):
+        shutil.rmtree(copied / "tiny" / f"round_{number:02d}")
+    with pytest.raises(ConfigError, match="written for another recipe"):
+        run_rounds(config_of(run={"rounds": 1, "seed": 2}), copied)
+
+
+def test_full_updating_starts_from_init_in_every_round(tmp_path):
+    config = config_of(
+        run={"rounds": 2, "accuracy_floor": 0.3},
+        update={"method": "fu"},
+        train={"epochs": 2},
+    )
+    first, second = run_rounds(config, tmp_path)
+    assert second.reinitialised
+    assert second.parent == first.parent
+    assert second.ratio is None
+    contract = json.loads((tmp_path / "tiny" / "model" / "contract.json").read_text())
+    assert contract["accuracy_floor"] == 0.3
+
+
+def test_every_so_many_rounds_is_a_rule_too(tmp_path):
+    config = config_of(run={"rounds": 4}, update={"reinit": 2}, train={"epochs": 1})
+    tried = [r.metrics["tried_reinit"] for r in run_rounds(config, tmp_path)]
+    assert tried[:3] == [0, 0, 1]

@@ -1,0 +1,59 @@
+"""Train networks whose updates are small: Deep Partial Updating.
+
+From a recipe to round folders (this is what ``dpu-train run digits`` does)::
+
+    from trainer import load_config, run_rounds
+
+    run_rounds(load_config("my_recipe.toml"), "runs")
+
+Around your own model, optimizer and loop, with three added lines::
+
+    from trainer import PartialUpdater
+
+    updater = PartialUpdater(model.named_parameters(), ratio=0.01).attach(optimizer)
+    train(model, optimizer)      # your loop, unchanged: every weight trains
+    updater.select()             # keep the best 1 %, rewind the rest
+    train(model, optimizer)      # your loop again: only those weights move
+    masks = updater.finish()     # raises if any other weight changed
+
+For ``dpu-pack``, :func:`start_run` and :func:`publish_round` write the folders.
+
+This package imports from ``edge_runtime`` only ``weights``, ``init``, ``errors`` and
+``command``, and nothing from ``packager``. Names below are imported when first used,
+so that ``dpu-train --help`` need not wait for torch.
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "DPUScore": "scores",
+    "Evidence": "scores",
+    "PartialUpdater": "updater",
+    "RoundRecord": "folder",
+    "export_graph": "export",
+    "load_config": "config",
+    "load_weights": "tensors",
+    "magnitude_scores": "scores",
+    "make_contract": "folder",
+    "make_recipe": "initial",
+    "publish_round": "publish",
+    "random_masks": "scores",
+    "run_rounds": "rounds",
+    "select_top_k": "scores",
+    "start_run": "publish",
+    "weights_of": "tensors",
+    "write_model": "folder",
+    "write_round": "folder",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trainer.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

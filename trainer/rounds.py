@@ -1,0 +1,119 @@
+"""The schedule of a run: rounds of training on growing data, one folder each.
+
+::
+
+    records = run_rounds(load_config("digits.toml"), "runs")
+
+Interrupted runs continue after their last complete round; a round depends on the
+recipe, its number and the weights deployed before it, and on nothing else.
+"""
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_runtime.errors import ConfigError
+from trainer.config import PARTIAL_METHODS, Config, as_dict
+from trainer.folder import RoundRecord, list_rounds, read_round_record
+from trainer.loop import cpu_settings
+from trainer.run import Progress, Report, Run
+
+__all__ = ["Progress", "run_rounds"]
+
+# A finished run may be carried on for more rounds, and its data may move.
+FREE_KEYS = {("run", "rounds"), ("run", "name"), ("data", "root")}
+
+
+def run_rounds(
+    config: Config,
+    runs_dir: str | PathLike[str],
+    *,
+    progress: Report = lambda _progress: None,
+    resume: bool = True,
+) -> list[RoundRecord]:
+    """Train every round of a recipe that is not there yet.
+
+    Args:
+        config: The recipe.
+        runs_dir: Folder of the runs; this one is written to ``runs_dir/NAME``.
+        progress: Called after every epoch and after every round.
+        resume: Continue a run that has rounds already; otherwise refuse.
+
+    Returns:
+        The records of all the run's rounds, those found included.
+
+    Raises:
+        ConfigError: The run folder was made with another recipe, or the data set is
+            too small for this one.
+        ExportError: The network cannot be deployed weight for weight.
+        TrainingError: The loss is not finite, or the data set cannot be had.
+        OSError: Files cannot be read or written.
+    """
+    run_dir = Path(runs_dir) / config.run.name
+    records = _finished(run_dir, config, resume=resume)
+    if len(records) >= config.run.rounds:
+        return records
+    with cpu_settings(config.train.threads), torch.random.fork_rng(devices=[]):
+        run = Run(config, run_dir, progress, new=not records)
+        for number in range(len(records), config.run.rounds):
+            samples = run.split.size_at(number)
+            reinitialise = _must_reinitialise(config, records, samples)
+            records.append(run.train(number, records, reinitialise=reinitialise))
+    return records
+
+
+def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecord]:
+    """Return the run's complete rounds, after checking that they are this recipe's."""
+    records = [read_round_record(folder) for folder in list_rounds(run_dir)]
+    if not records:
+        return records
+    if not resume:
+        raise ConfigError(
+            f"{run_dir} has {len(records)} rounds already; continue it (resume), or "
+            "choose another run.name"
+        )
+    if [record.round for record in records] != list(range(len(records))):
+        numbers = [record.round for record in records]
+        raise ConfigError(
+            f"{run_dir} has the rounds {numbers}, without gaps they would be "
+            f"0 to {len(records) - 1}; put the missing folders back"
+        )
+    problems = list(_differences(records[0].config, as_dict(config)))
+    if problems:
+        raise ConfigError(
+            f"{run_dir} was made with another recipe; choose another run.name, or "
+            "undo these changes:",
+            problems=problems,
+        )
+    return records
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which keys differ between two resolved recipes, free ones left out."""
+    for section in sorted(was.keys() | now.keys()):
+        old, new = was.get(section, {}), now.get(section, {})
+        for key in sorted(old.keys() | new.keys()):
+            found, wanted = old.get(key), new.get(key)
+            if found != wanted and (section, key) not in FREE_KEYS:
+                yield f"[{section}] {key} was {found!r}, is now {wanted!r}"
+
+
+def _must_reinitialise(
+    config: Config, records: list[RoundRecord], samples: int
+) -> bool:
+    """Tell whether the next round starts from the init weights again.
+
+    A re-initialised model that was discarded does not count, so it stays due.
+    """
+    rule = config.update.reinit
+    if rule == "never" or not records:
+        return False
+    if rule == "auto" and config.update.method not in PARTIAL_METHODS:
+        return True
+    last = [r for r in records if r.round == 0 or r.reinitialised][-1]
+    if isinstance(rule, int):
+        return len(records) - last.round >= rule
+    return samples > 2 * last.samples
