@@ -72,7 +72,7 @@ def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Wei
 
 
 def apply_chunks(
-    base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
+    base: Iterable[bytes | bytearray | memoryview], layout: Layout, patch: Patch
 ) -> Iterator[bytearray]:
     """Turn a stream of base bytes into the stream of target bytes.
 
@@ -113,7 +113,7 @@ def apply_chunks(
         )
 
 
-def _windows(chunks: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
+def _windows(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[bytearray]:
     """Cut a stream into windows, so that no element lies in two of them.
 
     A window's length is a multiple of every item size, and the weight file aligns its

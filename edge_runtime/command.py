@@ -35,6 +35,7 @@ EXIT_CODES: dict[type[errors.DpuError], int] = {
     errors.StoreError: 7,
     errors.TrustError: 8,
     errors.TrainingError: 9,
+    errors.HeldError: 11,
     errors.DpuError: BUG,
 }
 
@@ -51,6 +52,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   8  not trusted: replayed release
   9  training or export failed
  10  the operating system refused (disk full, no permission)
+ 11  held back on this device: pinned, or a hook refused
 130  interrupted
 """
 

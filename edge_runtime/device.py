@@ -9,6 +9,8 @@ Example::
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from enum import StrEnum
 from os import PathLike
 from pathlib import Path
@@ -18,12 +20,15 @@ from edge_runtime.apply import apply_chunks, check_model
 from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
 from edge_runtime.errors import (
     BundleError,
+    DpuError,
+    HeldError,
     StoreError,
     TrialError,
     VerificationError,
     WrongParentError,
 )
 from edge_runtime.files import Files
+from edge_runtime.hooks import run_hooks
 from edge_runtime.infer import Predictor
 from edge_runtime.patch import Limits, Patch, open_patch
 from edge_runtime.state import Event, Slot, State, admit
@@ -32,6 +37,7 @@ from edge_runtime.trial import run_trial
 from edge_runtime.weights import fingerprint_chunks, model_id
 
 Trial = Callable[..., Any]
+MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 
 
 class UpdateResult(StrEnum):
@@ -132,7 +138,6 @@ class Device:
                 history=(_event("installed", slot),),
             )
         )
-        self.store.collect()
 
     # Moving on ----------------------------------------------------------------------
 
@@ -158,6 +163,7 @@ class Device:
             TrustError: The release is older than one that was active.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
+            HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
         with open_patch(source, limits) as patch, self.store.lock():
@@ -167,38 +173,79 @@ class Device:
                 return UpdateResult.ALREADY_CURRENT
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
-            with self.store.tidied():
-                self._try(self._slot_folder(patch), slot)
-                self._activate(slot, "updated")
+            run_hooks(self._hooks / "before-apply.d", self._facts("updated", slot))
+            self._try(self._slot_folder(patch), slot)
+            self._activate(slot, "updated")
         return UpdateResult.APPLIED
 
-    def rollback(self) -> Slot:
-        """Go back to the kept slot; the release floor stays where it is.
+    def rollback(self, to: int | None = None) -> Slot:
+        """Go back to earlier weights; the release floor stays where it is.
+
+        Args:
+            to: The round to go to, any that :meth:`status` says is within reach; by
+                default the one released before the active.
 
         Returns:
             The slot that is active now.
 
         Raises:
-            StoreError: No slot is kept, or it is damaged.
+            StoreError: There is no way back to it, or it is damaged.
         """
         with self.store.lock():
-            slot = self.store.state.previous()
+            state = self.store.state
+            slot = state.earlier(to)
             if slot is None:
+                reach = ", ".join(map(str, self.status()["reachable_rounds"]))
                 raise StoreError(
-                    "there is no earlier slot to go back to: only the active weights "
-                    "are kept"
+                    f"there is no earlier slot to go back to; within reach: rounds "
+                    f"{reach or '(none)'}"
                 )
-            self.store.check_slot(slot.target)
-            with self.store.tidied():
-                self._activate(slot, "rolled back")
+            if state.slot(slot.target):
+                self.store.check_slot(slot.target)
+            else:
+                self._restore(slot)
+            self._activate(slot, "rolled back")
         return slot
+
+    def pin(self, *, held: bool = True) -> None:
+        """Hold every update back, or allow updates again; rollbacks are never held.
+
+        Raises:
+            StoreError: The state cannot be written.
+        """
+        with self.store.lock():
+            state = self.store.state
+            event = _event("pinned" if held else "unpinned", state.active_slot)
+            self.store.commit(replace(state, pinned=held).noted(event))
+
+    def _restore(self, slot: Slot) -> None:
+        """Make a slot again from a kept one and reverse patches."""
+        start, links = self.store.state.way_back(slot.target)
+        chunks: Iterable[bytes | bytearray] = self.store.base(start) or ()
+        try:
+            with ExitStack() as stack:
+                for link in links:
+                    patch = open_patch(self.store.reverse_path(link.target))
+                    stack.enter_context(patch).check(self.store.layout)
+                    chunks = apply_chunks(chunks, self.store.layout, patch)
+                self.store.make_room(start)
+                self.store.stage(chunks, slot.target)
+            self.store.check_slot(slot.target)
+        except (DpuError, OSError) as err:
+            raise StoreError(
+                f"the way back to round {slot.round} is not usable: {err}"
+            ) from err
 
     def _slot_folder(self, patch: Patch) -> Path:
         """Return the folder of the patch's target, staged or kept since a rollback."""
         target = patch.header.target
-        if self.store.state.slot(target):
-            self.store.check_slot(target)
-            return self.store.slot_folder(target)
+        kept = self.store.state.slot(target)
+        if kept:
+            with suppress(StoreError):
+                self.store.check_slot(target)
+                return self.store.slot_folder(target)
+            # Damaged: written anew, once no state names it.
+            self.store.commit(self.store.state.without(kept))
         base = self._base(patch)
         patch.check(self.store.layout)
         self.store.make_room(patch.header.parent)
@@ -241,15 +288,48 @@ class Device:
             ) from err
 
     def _try(self, folder: Path, slot: Slot) -> None:
+        # Counted before: a trial that takes the whole device down must count too.
+        state = self.store.state.tried(slot.target)
         try:
+            if state.tries > MAX_TRIES:
+                raise TrialError(
+                    f"{MAX_TRIES} trials of round {slot.round} were cut off; it is "
+                    "refused until it is forced"
+                )
+            self.store.commit(state)
             self._trial(folder, self.store.root / "model")
         except TrialError as err:
-            self.store.skip(slot.target, _event("refused", slot, str(err)))
+            event = _event("refused", slot, str(err))
+            self.store.commit(self.store.state.skipping(slot.target, event))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
-        state = self.store.state.activated(slot, _event(event, slot), keep=KEPT_SLOTS)
+        facts = self._facts(event, slot)
+        state = self.store.state.activated(slot, _event(event, slot))
+        while len(state.slots) > KEPT_SLOTS:
+            state = self.store.retire(state, state.slots[-1])
         self.store.commit(state)
+        try:
+            run_hooks(self._hooks / "after-apply.d", facts)
+        except HeldError as err:
+            # The update counts all the same.
+            note = state.noted(_event("hook failed", slot, str(err)))
+            with suppress(StoreError):
+                self.store.commit(note)
+
+    @property
+    def _hooks(self) -> Path:
+        return self.store.root / "hooks"
+
+    def _facts(self, event: str, slot: Slot) -> dict[str, str]:
+        """What hooks are told."""
+        return {
+            "DPU_STORE": str(self.store.root),
+            "DPU_EVENT": event,
+            "DPU_ROUND": str(slot.round),
+            "DPU_FINGERPRINT": slot.target,
+            "DPU_FORMER": self.store.state.active,
+        }
 
     # Asking -------------------------------------------------------------------------
 
@@ -295,6 +375,12 @@ class Device:
             "release_counter": active.counter,
             "release_floor": state.floor,
             "kept_rounds": [slot.round for slot in state.slots],
+            "reachable_rounds": [
+                slot.round
+                for slot in (*state.slots, *state.former)
+                if slot.target != active.target
+            ],
+            "pinned": state.pinned,
             "skipped": list(state.skipped),
             "history": [
                 {"at": e.at, "event": e.event, "round": e.round, "target": e.target}

@@ -16,6 +16,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + TrialError                   new weights failed their trial; nothing installed
      + StoreError                   the device's own files are damaged, full or locked
      + TrustError                   replayed or untrusted release
+     + HeldError                    this device's owner holds the update back
      + RoundError                   (packager) round folder incomplete or inconsistent
      |  + RoundNotFoundError        no such round, or more than one
      + BudgetError                  (packager) patch over its size limit .limit .actual
@@ -111,6 +112,10 @@ class StoreError(DpuError):
 
 class TrustError(DpuError):
     """The release is replayed or not trusted."""
+
+
+class HeldError(DpuError):
+    """The device's owner holds the update back: it is pinned, or a hook refused."""
 
 
 class RoundError(DpuError):

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 
 class Files:
@@ -23,9 +24,12 @@ class Files:
     def write(self, path: Path, chunks: Iterable[bytes | bytearray]) -> None:
         """Write a new file; its content is on the disk when this returns.
 
-        The name is durable only after :meth:`sync_folder` on the parent.
+        The name is durable only after :meth:`sync_folder` on the parent. What had
+        the name before is left alone: it may be in use, or have a second name that a
+        cut rename left behind.
         """
-        with open(path, "wb") as file:
+        self.unlink(path)
+        with open(path, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -55,13 +59,18 @@ class Files:
         """Put an open file's content, or an open folder's names, on the disk."""
         os.fsync(handle)
 
+    def open_lock(self, path: Path) -> BinaryIO:
+        """Open a file to lock it."""
+        return open(path, "ab")
+
     # Made of them ------------------------------------------------------------------
 
     def make_folder(self, path: Path) -> None:
-        """Create a folder and its parents; an existing one is kept."""
-        if not path.is_dir():
-            self.make_folder(path.parent)
-            self.mkdir(path)
+        """Create a folder and its parents, durably; an existing one is kept."""
+        missing = [parent for parent in path.parents if not parent.is_dir()]
+        for folder in (*reversed(missing), path):
+            self.mkdir(folder)
+            self.sync_folder(folder.parent)
 
     def link(self, source: Path, target: Path) -> None:
         """Give a file a second name, or copy it where links are not to be had."""

@@ -117,7 +117,7 @@ class Disk:
             parent.set(path.name, Folder())
         elif kind == "create" and known is not None:
             known.content = b""
-        elif kind == "create":
+        elif kind in ("create", "touch"):
             parent.set(path.name, File())
             self.files.append(parent.names[path.name])
         elif kind == "data":

@@ -1,8 +1,11 @@
 """Files that record, refuse or forget single operations."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
+from edge_runtime import files
 from edge_runtime.files import Files
 
 
@@ -18,12 +21,17 @@ class Traced(Files):
 
     def write(self, path, chunks):
         def seen():
+            self.do("create", path)
             for chunk in chunks:
                 self.do("data", path, bytes(chunk))
                 yield chunk
 
-        self.do("create", path)
         super().write(path, seen())
+
+    def open_lock(self, path):
+        if not path.exists():
+            self.do("touch", path)
+        return super().open_lock(path)
 
     def hardlink(self, source, target):
         link = super().hardlink
@@ -66,19 +74,34 @@ class Recorder(Traced):
 
 
 class Forgetful(Recorder):
-    """Leaves out one sync, counted from 0, as a store with a bug would."""
+    """Leaves one of the store's syncs out, as if that line had never been written.
 
-    def __init__(self, base, which):
+    Attributes:
+        sites: The places in the code that sync, in words, in the order of first use.
+    """
+
+    def __init__(self, base, site=None):
         super().__init__(base)
-        self.which = which
-        self.left_out = None
+        self.site = site
+        self.sites = {}
+        self._last = ""
+
+    def do(self, kind, path, *rest, action=lambda: None):
+        super().do(kind, path, *rest, action=action)
+        if kind == "rename":
+            self._last = f" after {rest[0].name}"
 
     def sync(self, handle):
-        if self.which == 0:
-            self.left_out = Path(f"/proc/self/fd/{handle}").readlink()
-        else:
+        frame = sys._getframe()
+        while frame.f_code.co_filename in (__file__, files.__file__):
+            frame = frame.f_back
+        path = Path(f"/proc/self/fd/{handle}").readlink().relative_to(self.base.parent)
+        name = re.sub("[0-9a-f]{32}", "#", "/".join(path.parts[1:]) or "the parent")
+        last = self._last if name == "store" else ""
+        site = f"{frame.f_code.co_name}: {name}{last}"
+        self.sites[site] = self.sites.get(site, 0) + 1
+        if site != self.site:
             super().sync(handle)
-        self.which -= 1
 
 
 class Failing(Recorder):
@@ -91,5 +114,7 @@ class Failing(Recorder):
     def do(self, kind, path, *rest, action=lambda: None):
         self.left -= 1
         if self.left == -1 or (self.for_good and self.left < 0):
+            if kind == "create":  # reported from within: the file is there
+                super().do(kind, path)
             raise OSError(self.error, os.strerror(self.error), str(path))
         super().do(kind, path, *rest, action=action)

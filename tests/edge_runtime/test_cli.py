@@ -108,8 +108,9 @@ def test_exit_5_for_weights_that_are_not_the_servers(edge, installed):
 
 
 def test_exit_7_for_a_store_that_is_not_there_or_damaged(edge, installed, tmp_path):
-    state = tmp_path / "store" / "state.json"
-    state.write_text(state.read_text()[:50])
+    for name in ("state.json", "state.copy"):
+        state = tmp_path / "store" / name
+        state.write_text(state.read_text()[:50])
     assert edge("status")[0] == 7
     state.unlink()
     assert edge("status")[0] == 7
