@@ -5,13 +5,16 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format clean wheel
+.PHONY: demo test test-arm64 lint format clean wheel wheelhouse
 
 demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
 	$(BIN)/python -m tools.demo
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 	$(BIN)/python -m pytest
+
+test-arm64: $(STAMPS)/train  ## The runtime on emulated aarch64; minutes, never in CI.
+	$(BIN)/python -m tools.arm64
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
@@ -24,6 +27,9 @@ format: $(STAMPS)/dev
 
 wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+wheelhouse: $(STAMPS)/pack  ## All wheels of a 64-bit Pi without a network, in dist/.
+	$(BIN)/python -m tools.wheels
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -34,6 +34,7 @@ _HOMES = {
     "PatchHeader": "header",
     "Predictor": "infer",
     "Store": "store",
+    "Trust": "signing",
     "UpdateResult": "device",
     "Weights": "weights",
     "apply_patch": "apply",
@@ -42,6 +43,7 @@ _HOMES = {
     "open_patch": "patch",
     "pack_weights": "weights",
     "read_weights": "weights",
+    "trust_keys": "signing",
     "write_weights": "weights",
 }
 __all__ = sorted(_HOMES)

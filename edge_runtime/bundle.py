@@ -2,34 +2,50 @@
 
 ::
 
-    bundle.json     schema, run, round, model, target, SHA-256 of every other member
+    bundle.json     schema, run, round, model, target, SHA-256 of the members below
+    bundle.sig      signatures of bundle.json, where somebody signed it
     graph.onnx      the network without weights
     init.json       what regenerates the init weights (init.safetensors where needed)
     contract.json   what goes in and comes out
     golden.npz      inputs, labels, and the outputs that the round's weights give
     patch.dpu       from the init weights to the round
+    keys/*.pem      public keys that a device may come to trust (optional)
 
 Any zip tool opens it. The runtime reads only members that it knows, and only as many
 bytes as it expects.
+
+Signatures are made over the exact bytes of ``bundle.json``. As that holds the SHA-256
+of every member, they cover graph, init recipe, contract, golden inputs and patch alike.
+So the patch in a bundle needs no signature of its own, and one signer after another can
+sign without undoing what the former did.
 """
 
 import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import BundleError
+from edge_runtime import signing
+from edge_runtime.errors import BundleError, PatchError, TrustError
 
 SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
+SIGNATURES_NAME = "bundle.sig"
+KEYS_FOLDER = "keys/"
 PATCH_NAME = "patch.dpu"
 REQUIRED = ("graph.onnx", "init.json", "contract.json", "golden.npz", PATCH_NAME)
 OPTIONAL = ("init.safetensors",)
 MAX_MEMBER_BYTES = 2 << 30
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_KEY_BYTES = 4096
+
+Source = str | PathLike[str] | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,37 +67,66 @@ class Bundle:
     files: dict[str, bytes]
 
 
-def read_bundle(source: str | PathLike[str] | bytes) -> Bundle:
+def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
     """Read a bundle and check every member against the manifest.
 
     Args:
         source: A path, or the bytes of the file.
+        trust: Whose signatures it needs; by default nobody's.
 
     Raises:
         OSError: The file cannot be read.
         BundleError: Not a bundle, damaged or incomplete.
+        TrustError: The trusted keys did not sign it.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
-    try:
-        with file, zipfile.ZipFile(file) as archive:
-            manifest = json.loads(_member(archive, MANIFEST_NAME))
-            if manifest["schema"] != SCHEMA:
-                raise BundleError(
-                    f"bundle of schema {manifest['schema']}, this runtime knows "
-                    f"{SCHEMA}; install a newer dpu-edge"
-                )
-            files = _members(archive, manifest["files"])
-            return Bundle(
-                str(manifest["run"]),
-                int(manifest["round"]),
-                str(manifest["target"]),
-                str(manifest["model"]),
-                files,
+    with _opened(source) as archive:
+        signed = _member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        (trust or signing.Trust()).check(
+            signing.BUNDLE_CONTEXT, signed, _signatures(archive)
+        )
+        manifest = json.loads(signed)
+        if manifest["schema"] != SCHEMA:
+            raise BundleError(
+                f"bundle of schema {manifest['schema']}, this runtime knows "
+                f"{SCHEMA}; install a newer dpu-edge"
             )
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as err:
-        raise BundleError(
-            f"not an installation bundle, or damaged ({err}); fetch it again"
-        ) from err
+        files = _members(archive, manifest["files"])
+        return Bundle(
+            str(manifest["run"]),
+            int(manifest["round"]),
+            str(manifest["target"]),
+            str(manifest["model"]),
+            files,
+        )
+
+
+def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
+    """Return the trust in the keys that a bundle itself carries.
+
+    Nothing proves these keys: whoever made the bundle chose them. It is a leap of
+    faith, for a first installation over a channel that is trusted for other reasons.
+
+    Args:
+        source: A path, or the bytes of the file.
+        threshold: How many of the keys must sign from then on.
+
+    Raises:
+        OSError: The file cannot be read.
+        BundleError: Not a bundle, or damaged.
+        KeyFileError: A key in it is none.
+        TrustError: It carries fewer keys than that.
+    """
+    with _opened(source) as archive:
+        digests = json.loads(_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES))[
+            "files"
+        ]
+        names = [name for name in sorted(digests) if name.startswith(KEYS_FOLDER)]
+        pems = {name: _listed(archive, name, digests, MAX_KEY_BYTES) for name in names}
+    if not pems:
+        raise TrustError(
+            "the bundle carries no keys; give the key with --trust KEY.pem"
+        )
+    return signing.trust_keys(pems, threshold)
 
 
 def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
@@ -94,11 +139,17 @@ def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
     Returns:
         The bytes of the zip file.
     """
+    files = dict(sorted(files.items()))
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     text = json.dumps({"schema": SCHEMA} | manifest | {"files": digests}, indent=1)
+    return write_members({MANIFEST_NAME: text.encode()} | files)
+
+
+def write_members(members: Mapping[str, bytes]) -> bytes:
+    """Write members into a zip file, in this order; they alone decide its bytes."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in [(MANIFEST_NAME, text.encode()), *sorted(files.items())]:
+        for name, data in members.items():
             # A fixed date and mode, so that the bytes depend on the content alone.
             info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             info.create_system, info.external_attr = 3, 0o644 << 16
@@ -106,24 +157,56 @@ def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+@contextmanager
+def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
+    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    try:
+        with file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as err:
+        raise BundleError(
+            f"not an installation bundle, or damaged ({err}); fetch it again"
+        ) from err
+
+
+def _signatures(archive: zipfile.ZipFile) -> tuple[signing.Signature, ...]:
+    if SIGNATURES_NAME not in archive.namelist():
+        return ()
+    try:
+        return signing.decode_signatures(
+            _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
+        )
+    except PatchError as err:
+        raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
+
+
 def _members(archive: zipfile.ZipFile, digests: dict[str, str]) -> dict[str, bytes]:
     missing = [name for name in REQUIRED if name not in digests]
     if missing:
         raise BundleError(f"the bundle lacks {', '.join(missing)}; make it anew")
-    files = {}
-    for name in (*REQUIRED, *OPTIONAL):
-        if name in digests:
-            files[name] = _member(archive, name)
-            if hashlib.sha256(files[name]).hexdigest() != digests[name]:
-                raise BundleError(f"the bundle's {name} is damaged; fetch it again")
-    return files
+    names = [name for name in (*REQUIRED, *OPTIONAL) if name in digests]
+    return {name: _listed(archive, name, digests) for name in names}
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+def _listed(
+    archive: zipfile.ZipFile,
+    name: str,
+    digests: Mapping[str, str],
+    limit: int = MAX_MEMBER_BYTES,
+) -> bytes:
+    data = _member(archive, name, limit)
+    if hashlib.sha256(data).hexdigest() != digests[name]:
+        raise BundleError(f"the bundle's {name} is damaged; fetch it again")
+    return data
+
+
+def _member(
+    archive: zipfile.ZipFile, name: str, limit: int = MAX_MEMBER_BYTES
+) -> bytes:
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_MEMBER_BYTES:
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
         raise BundleError(
-            f"the bundle's {name} is compressed or larger than {MAX_MEMBER_BYTES} "
-            "bytes; make it with dpu-pack --bundle"
+            f"the bundle's {name} is compressed or larger than {limit} bytes; make it "
+            "with dpu-pack --bundle"
         )
     return archive.read(info)

@@ -54,19 +54,66 @@ def _open(context: click.Context) -> "Device":
 
 @main.command()
 @click.argument("bundle", type=_file)
+@click.option(
+    "--trust",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=_file,
+    help="Accept only what this key signed (repeatable).",
+)
+@click.option(
+    "--threshold",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many of the trusted keys must sign.",
+)
+@click.option(
+    "--trust-on-first-use",
+    "carried",
+    is_flag=True,
+    help="Trust the keys that the bundle itself carries.",
+)
 @json_option
 @click.pass_context
-def init(context: click.Context, bundle: Path, *, as_json: bool) -> None:
+def init(
+    context: click.Context,
+    bundle: Path,
+    *,
+    keys: tuple[Path, ...],
+    threshold: int,
+    carried: bool,
+    as_json: bool,
+) -> None:
     """Install a model from a bundle into an empty store."""
+    from edge_runtime.bundle import carried_trust
     from edge_runtime.device import Device
+    from edge_runtime.signing import trust_keys
 
-    status = Device.install(_root(context), bundle).status()
+    if carried and keys:
+        raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
+    trust = (
+        carried_trust(bundle, threshold)
+        if carried
+        else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
+    )
+    status = Device.install(_root(context), bundle, trust=trust).status()
     emit(
         status,
         as_json=as_json,
         text=f"installed round {status['round']} in {status['store']}\n"
-        f"  fingerprint  {status['fingerprint']}",
+        f"  fingerprint   {status['fingerprint']}\n"
+        f"  trusted keys  {_keys(status)}",
     )
+
+
+def _keys(status: dict[str, Any]) -> str:
+    """Name whom a device trusts, in words."""
+    keys, needed = status["trusted_keys"], status["signatures_needed"]
+    if not keys:
+        return "none: patches need no signature (install with --trust KEY.pem)"
+    return ", ".join(keys) + (f" ({needed} of them must sign)" if needed > 1 else "")
 
 
 @main.command()
@@ -108,6 +155,7 @@ def status(context: click.Context, *, as_json: bool) -> None:
         f"kept rounds    {kept}",
         f"within reach   {reach or 'none'}",
         *(["pinned         updates are held back"] if record["pinned"] else []),
+        f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
         "history",
         *(

@@ -27,6 +27,7 @@ EXIT_CODES: dict[type[errors.DpuError], int] = {
     errors.BundleError: 3,
     errors.RoundError: 3,
     errors.ContractError: USAGE,
+    errors.KeyFileError: USAGE,
     errors.WrongParentError: 4,
     errors.WrongModelError: 4,
     errors.VerificationError: 5,
@@ -43,13 +44,13 @@ EXIT_CODE_HELP = """\b
 Exit codes (new ones may be added; treat an unknown one as a failure):
   0  done, or nothing to do
   1  unexpected: a bug, please report it
-  2  usage: wrong arguments, unknown round, bad recipe or input
+  2  usage: wrong arguments, unknown round, bad recipe, input or key file
   3  not a valid patch, bundle, weight file or round
   4  the patch is for other weights or for another model
   5  verification or trial failed, nothing changed
   6  the patch is over its size limit
   7  the store is damaged, full or locked
-  8  not trusted: replayed release
+  8  not trusted: unsigned, wrongly signed or replayed release
   9  training or export failed
  10  the operating system refused (disk full, no permission)
  11  held back on this device: pinned, or a hook refused

@@ -7,7 +7,6 @@ Example::
     scores = device.predictor().predict(image)
 """
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -31,8 +30,9 @@ from edge_runtime.files import Files
 from edge_runtime.hooks import run_hooks
 from edge_runtime.infer import Predictor
 from edge_runtime.patch import Limits, Patch, open_patch
-from edge_runtime.state import Event, Slot, State, admit
-from edge_runtime.store import KEPT_SLOTS, Store
+from edge_runtime.signing import Trust
+from edge_runtime.state import Slot, State, admit
+from edge_runtime.store import KEPT_SLOTS, Store, event_now
 from edge_runtime.trial import run_trial
 from edge_runtime.weights import fingerprint_chunks, model_id
 
@@ -85,6 +85,7 @@ class Device:
         root: str | PathLike[str],
         bundle: str | PathLike[str] | bytes,
         *,
+        trust: Trust | None = None,
         files: Files | None = None,
         trial: Trial = run_trial,
     ) -> "Device":
@@ -93,22 +94,31 @@ class Device:
         The init weights are regenerated, the bundle's patch is applied to them, and
         the outputs for the golden inputs are compared with the server's.
 
+        Args:
+            root: The store's directory.
+            bundle: A bundle file, or its bytes.
+            trust: Whose signatures the bundle, and every patch after it, needs; by
+                default nobody's.
+            files: The seam to the disk.
+            trial: Called with slot and model folder; raises TrialError.
+
         Raises:
             OSError: The bundle cannot be read.
             BundleError: The bundle is damaged or contradicts itself.
+            TrustError: The trusted keys did not sign it.
             DpuError: Its patch is refused; nothing is installed then.
             StoreError: Something is installed there already.
         """
-        content = read_bundle(bundle)
+        content = read_bundle(bundle, trust)
         model = {n: data for n, data in content.files.items() if n != PATCH_NAME}
         lock = Store(Path(root), None, files or Files()).lock()
         with lock, open_patch(content.files[PATCH_NAME]) as patch:
             store = Store.create(root, model, files)
             device = cls(store, trial)
-            device._install(content, patch)
+            device._install(content, patch, trust or Trust())
         return device
 
-    def _install(self, content: Bundle, patch: Patch) -> None:
+    def _install(self, content: Bundle, patch: Patch, trust: Trust) -> None:
         header = patch.header
         if (header.model, header.target) != (content.model, content.target):
             raise BundleError("the bundle's patch is not for the bundle's weights")
@@ -135,7 +145,8 @@ class Device:
                 floor=slot.counter,
                 floor_target=slot.target,
                 slots=(slot,),
-                history=(_event("installed", slot),),
+                trust=trust,
+                history=(event_now("installed", slot),),
             )
         )
 
@@ -160,20 +171,27 @@ class Device:
             PatchError: The patch is at fault.
             WrongModelError: It is for another network.
             WrongParentError: It leads from weights that this device does not have.
-            TrustError: The release is older than one that was active.
+            TrustError: The trusted keys did not sign it, the release is older than one
+                that was active, or it failed its trial before.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
             HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
-        with open_patch(source, limits) as patch, self.store.lock():
+        # The lock first: whom to trust is part of the state.
+        with (
+            self.store.lock(),
+            open_patch(source, limits, self.store.state.trust) as patch,
+        ):
             state, header = self.store.state, patch.header
             check_model(patch, state.model)
-            if header.target == state.active:
+            if header.target == state.active and header.counter <= state.floor:
                 return UpdateResult.ALREADY_CURRENT
+            # The active weights under a higher counter are a release too: left out, one
+            # that was held back in between could be played later.
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
-            run_hooks(self._hooks / "before-apply.d", self._facts("updated", slot))
+            self._run_hooks("before-apply", "updated", slot)
             self._try(self._slot_folder(patch), slot)
             self._activate(slot, "updated")
         return UpdateResult.APPLIED
@@ -195,10 +213,10 @@ class Device:
             state = self.store.state
             slot = state.earlier(to)
             if slot is None:
-                reach = ", ".join(map(str, self.status()["reachable_rounds"]))
+                reach = ", ".join(str(known.round) for known in state.reachable)
                 raise StoreError(
-                    f"there is no earlier slot to go back to; within reach: rounds "
-                    f"{reach or '(none)'}"
+                    f"there is no earlier slot to go back to; rounds within reach: "
+                    f"{reach or 'none'}"
                 )
             if state.slot(slot.target):
                 self.store.check_slot(slot.target)
@@ -215,7 +233,7 @@ class Device:
         """
         with self.store.lock():
             state = self.store.state
-            event = _event("pinned" if held else "unpinned", state.active_slot)
+            event = event_now("pinned" if held else "unpinned", state.active_slot)
             self.store.commit(replace(state, pinned=held).noted(event))
 
     def _restore(self, slot: Slot) -> None:
@@ -241,9 +259,12 @@ class Device:
         target = patch.header.target
         kept = self.store.state.slot(target)
         if kept:
-            with suppress(StoreError):
+            try:
                 self.store.check_slot(target)
                 return self.store.slot_folder(target)
+            except StoreError:
+                if target == self.store.state.active:
+                    raise
             # Damaged: written anew, once no state names it.
             self.store.commit(self.store.state.without(kept))
         base = self._base(patch)
@@ -299,37 +320,31 @@ class Device:
             self.store.commit(state)
             self._trial(folder, self.store.root / "model")
         except TrialError as err:
-            event = _event("refused", slot, str(err))
+            event = event_now("refused", slot, str(err))
             self.store.commit(self.store.state.skipping(slot.target, event))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
-        facts = self._facts(event, slot)
-        state = self.store.state.activated(slot, _event(event, slot))
+        state = self.store.state.activated(slot, event_now(event, slot))
         while len(state.slots) > KEPT_SLOTS:
             state = self.store.retire(state, state.slots[-1])
         self.store.commit(state)
         try:
-            run_hooks(self._hooks / "after-apply.d", facts)
+            self._run_hooks("after-apply", event, slot)
         except HeldError as err:
             # The update counts all the same.
-            note = state.noted(_event("hook failed", slot, str(err)))
             with suppress(StoreError):
-                self.store.commit(note)
+                note = event_now("hook failed", slot, str(err))
+                self.store.commit(state.noted(note))
 
-    @property
-    def _hooks(self) -> Path:
-        return self.store.root / "hooks"
-
-    def _facts(self, event: str, slot: Slot) -> dict[str, str]:
-        """What hooks are told."""
-        return {
+    def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
+        facts = {
             "DPU_STORE": str(self.store.root),
             "DPU_EVENT": event,
             "DPU_ROUND": str(slot.round),
             "DPU_FINGERPRINT": slot.target,
-            "DPU_FORMER": self.store.state.active,
         }
+        run_hooks(self.store.root / "hooks" / f"{when}.d", facts)
 
     # Asking -------------------------------------------------------------------------
 
@@ -374,12 +389,10 @@ class Device:
             "weights_bytes": self.store.layout.file_size,
             "release_counter": active.counter,
             "release_floor": state.floor,
+            "trusted_keys": list(state.trust.ids),
+            "signatures_needed": state.trust.threshold if state.trust.keys else 0,
             "kept_rounds": [slot.round for slot in state.slots],
-            "reachable_rounds": [
-                slot.round
-                for slot in (*state.slots, *state.former)
-                if slot.target != active.target
-            ],
+            "reachable_rounds": [slot.round for slot in state.reachable],
             "pinned": state.pinned,
             "skipped": list(state.skipped),
             "history": [
@@ -388,8 +401,3 @@ class Device:
                 for e in state.history
             ],
         }
-
-
-def _event(event: str, slot: Slot, reason: str = "") -> Event:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Event(at, event, slot.round, slot.target, reason)

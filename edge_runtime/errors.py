@@ -15,7 +15,8 @@ One tree, so that a caller can catch as much or as little as needed::
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
      + StoreError                   the device's own files are damaged, full or locked
-     + TrustError                   replayed or untrusted release
+     + TrustError                   unsigned, wrongly signed or replayed release
+     + KeyFileError                 a file does not hold the key that is needed
      + HeldError                    this device's owner holds the update back
      + RoundError                   (packager) round folder incomplete or inconsistent
      |  + RoundNotFoundError        no such round, or more than one
@@ -111,7 +112,11 @@ class StoreError(DpuError):
 
 
 class TrustError(DpuError):
-    """The release is replayed or not trusted."""
+    """The release is unsigned, wrongly signed, replayed, or failed its trial."""
+
+
+class KeyFileError(DpuError):
+    """A file does not hold the key that is needed."""
 
 
 class HeldError(DpuError):

@@ -59,21 +59,13 @@ def exactly(file: BinaryIO, count: int) -> bytes:
     return data
 
 
-def read_header(file: BinaryIO) -> tuple[PatchHeader, int, bytes]:
-    """Read and check the header from the start of a patch.
-
-    Returns:
-        The header, the size of the body in bytes, and the body's SHA-256.
+def read_header(file: BinaryIO) -> bytes:
+    """Read the header from the start of a patch, exactly as it stands there.
 
     Raises:
         PatchFormatError: Not a patch, or truncated.
         PatchVersionError: Made for a newer runtime.
-        PatchIntegrityError: The checksum does not match.
     """
-    return _parse_header(_read_header_bytes(file))
-
-
-def _read_header_bytes(file: BinaryIO) -> bytes:
     start = file.read(12)
     if start[:8] != MAGIC[: len(start)] or len(start) < 8:
         raise PatchFormatError("not a patch: it does not begin with the .dpu magic")
@@ -92,7 +84,16 @@ def _read_header_bytes(file: BinaryIO) -> bytes:
     return start + exactly(file, size - len(start))
 
 
-def _parse_header(data: bytes) -> tuple[PatchHeader, int, bytes]:
+def parse_header(data: bytes) -> tuple[PatchHeader, int, bytes]:
+    """Check and parse the bytes of a header.
+
+    Returns:
+        The header, the size of the body in bytes, and the body's SHA-256.
+
+    Raises:
+        PatchVersionError: It needs features of a newer runtime.
+        PatchIntegrityError: The checksum does not match.
+    """
     stated = int.from_bytes(data[-4:], "little")
     actual = zlib.crc32(data[:-4])
     if stated != actual:

@@ -18,10 +18,16 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime import codec
+from edge_runtime import codec, signing
 from edge_runtime.codec import SectionReader
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
-from edge_runtime.header import PatchHeader, encode_header, exactly, read_header
+from edge_runtime.header import (
+    PatchHeader,
+    encode_header,
+    exactly,
+    parse_header,
+    read_header,
+)
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
 
 MAX_SECTIONS = 64
@@ -53,7 +59,7 @@ class Limits:
     """
 
     patch_bytes: int = 1 << 30
-    signature_bytes: int = 4096
+    signature_bytes: int = signing.MAX_BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,8 @@ class Patch:
 
     Attributes:
         header: What the patch is for.
-        signatures: The signature block, as it stands in the file.
+        signatures: Whose signatures the patch carries; they are proved only if it was
+            opened with trusted keys.
         sections: The section table.
         counts: For each tensor of the weight file, in file order, how many of its
             elements travel; the element count of the tensor means all of them.
@@ -96,13 +103,13 @@ class Patch:
         self,
         file: BinaryIO,
         header: PatchHeader,
-        signatures: bytes,
+        signatures: Sequence[signing.Signature],
         sections: Sequence[Section],
         size: int,
     ) -> None:
         self._file = file
         self.header = header
-        self.signatures = signatures
+        self.signatures = tuple(signatures)
         self.sections = tuple(sections)
         self.size = size
         self.counts = self._read_counts()
@@ -260,13 +267,16 @@ class ValueReader:
 
 
 def open_patch(
-    source: str | PathLike[str] | bytes, limits: Limits | None = None
+    source: str | PathLike[str] | bytes,
+    limits: Limits | None = None,
+    trust: signing.Trust | None = None,
 ) -> Patch:
     """Open a patch and prove everything that needs no weights.
 
     Args:
         source: A path, or the bytes of the file.
         limits: What to accept.
+        trust: Whose signatures it needs; by default nobody's.
 
     Returns:
         The open patch; close it, or use it in a ``with`` statement.
@@ -276,30 +286,28 @@ def open_patch(
         PatchFormatError: Not a patch, truncated, malformed or over a limit.
         PatchVersionError: Made for a newer runtime.
         PatchIntegrityError: A checksum does not match.
+        TrustError: The trusted keys did not sign it.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
     try:
-        return _open(file, limits or Limits())
+        return _open(file, limits or Limits(), trust or signing.Trust())
     except BaseException:
         file.close()
         raise
 
 
-def _open(file: BinaryIO, limits: Limits) -> Patch:
+def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if size > limits.patch_bytes:
         raise PatchFormatError(
             f"the patch has {size} bytes, this device accepts {limits.patch_bytes}"
         )
-    header, body_size, body_digest = read_header(file)
-    signature_size = int.from_bytes(exactly(file, 2), "little")
-    if signature_size > limits.signature_bytes:
-        raise PatchFormatError(
-            f"the signature block has {signature_size} bytes, this device accepts "
-            f"{limits.signature_bytes}"
-        )
-    signatures = exactly(file, signature_size)
+    # Read once: what is believed below are the very bytes that were signed.
+    signed = read_header(file)
+    header, body_size, body_digest = parse_header(signed)
+    signatures = signing.read_signatures(file, limits.signature_bytes)
+    trust.check(signing.PATCH_CONTEXT, signed, signatures)
     body = file.tell()
     if size != body + body_size:
         raise PatchFormatError(

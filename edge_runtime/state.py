@@ -1,12 +1,14 @@
 """What a store knows, as plain data, and which releases it admits. No I/O."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edge_runtime.errors import HeldError, StoreError, TrustError
 from edge_runtime.header import PatchHeader
+from edge_runtime.signing import Trust
 
 SCHEMA = 1
 MAX_HISTORY = 100  # events kept, and skipped targets
@@ -37,7 +39,7 @@ class Event:
     Attributes:
         at: UTC time by the device's own clock, ISO 8601; for people only.
         event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``pinned``,
-            ``unpinned`` or ``hook failed``.
+            ``unpinned``, ``hook failed`` or ``mended`` (the state, from its copy).
         round: The round that the event led to, or that was refused.
         target: Its fingerprint.
         reason: Why, for a refusal or a failure.
@@ -61,6 +63,8 @@ class State:
         floor: Highest release counter ever active; never lowered.
         floor_target: The target of that counter.
         slots: Kept copies, the newest first; one of them is active.
+        trust: Whose signatures a patch needs. The keys themselves are here, so that
+            they cannot be lost or exchanged apart from the floor.
         skipped: Targets that failed their trial and are refused until forced.
         history: What happened, oldest first.
         former: Weights that reverse patches lead back to, the newest patch first.
@@ -75,6 +79,7 @@ class State:
     floor: int
     floor_target: str
     slots: tuple[Slot, ...]
+    trust: Trust = field(default_factory=Trust)
     skipped: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
     former: tuple[Slot, ...] = ()
@@ -91,16 +96,20 @@ class State:
         """Return the kept slot of these weights, if there is one."""
         return next((slot for slot in self.slots if slot.target == target), None)
 
+    @property
+    def reachable(self) -> list[Slot]:
+        """Every slot that a rollback can lead to, kept or made again."""
+        return [s for s in (*self.slots, *self.former) if s.target != self.active]
+
     def earlier(self, round_: int | None = None) -> Slot | None:
         """Return what a rollback leads to.
 
         Args:
             round_: The round to go to; by default the one released before the active.
         """
-        known = [s for s in (*self.slots, *self.former) if s.target != self.active]
         if round_ is not None:
-            return next((slot for slot in known if slot.round == round_), None)
-        older = [slot for slot in known if slot.counter < self.active_slot.counter]
+            return next((s for s in self.reachable if s.round == round_), None)
+        older = [s for s in self.reachable if s.counter < self.active_slot.counter]
         return max(older, key=lambda slot: slot.counter, default=None)
 
     def way_back(self, target: str) -> tuple[str, list[Slot]]:
@@ -203,7 +212,9 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
 
 def encode_state(state: State) -> bytes:
     """Encode a state as the bytes of ``state.json``."""
-    return json.dumps({"schema": SCHEMA} | asdict(state), indent=1).encode() + b"\n"
+    record = {"schema": SCHEMA} | asdict(state)
+    sealed = record | {"sha256": _digest(record)}
+    return json.dumps(sealed, indent=1).encode() + b"\n"
 
 
 def decode_state(data: bytes) -> State:
@@ -214,28 +225,38 @@ def decode_state(data: bytes) -> State:
     """
     try:
         record: dict[str, Any] = json.loads(data)
-        schema = record.pop("schema")
+        digest, schema = record.pop("sha256", None), record["schema"]
         if schema != SCHEMA:
             raise StoreError(
                 f"state.json has schema {schema}, this runtime knows {SCHEMA}; "
                 "install a newer dpu-edge"
             )
+        # Half an old and half a new state may be good JSON, with a floor of its own.
+        if digest != _digest(record):
+            raise ValueError("its checksum does not match")
+        del record["schema"]
+        trust = record["trust"]
         state = State(
             **record
             | {
                 "slots": tuple(Slot(**entry) for entry in record["slots"]),
                 "former": tuple(Slot(**entry) for entry in record["former"]),
+                "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
                 "skipped": tuple(record["skipped"]),
                 "history": tuple(_event(entry) for entry in record["history"]),
             }
         )
         _ = state.active_slot
-    except (ValueError, KeyError, TypeError, StopIteration) as err:
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as err:
         raise StoreError(
             f"state.json is damaged ({err!r}); restore it from a backup, or install "
             "the bundle again into an empty folder"
         ) from err
     return state
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _event(entry: Mapping[str, Any]) -> Event:

@@ -20,6 +20,7 @@ is whole.
 """
 
 import fcntl
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -33,7 +34,7 @@ from edge_runtime.files import Files
 from edge_runtime.header import PatchHeader
 from edge_runtime.init import InitRecipe, read_recipe
 from edge_runtime.reverse import encode_reverse
-from edge_runtime.state import Slot, State, decode_state, encode_state
+from edge_runtime.state import Event, Slot, State, decode_state, encode_state
 from edge_runtime.weights import (
     FILE_NAME,
     Layout,
@@ -143,10 +144,12 @@ class Store:
             )
         try:
             self._state = decode_state(self._state_path.read_bytes())
-        except (OSError, StoreError):
+        except (OSError, StoreError) as err:
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
-                self._state = decode_state(self._copy_path.read_bytes())
+                state = decode_state(self._copy_path.read_bytes())
+                note = event_now("mended", state.active_slot, str(err))
+                self._state = state.noted(note)
                 return self._state
             raise
         return self._state
@@ -285,27 +288,20 @@ class Store:
             slot: The slot to give up; it is removed once the result is committed.
         """
         parent = next(s for s in reversed(state.slots) if s != slot)
-        link = replace(slot, parent=parent.target)
-        path = self.reverse_path(slot.target)
+        size, path = self.layout.file_size, self.reverse_path(slot.target)
+        header = PatchHeader(
+            state.model, parent.target, slot.target, slot.round, slot.counter, size
+        )
         # A convenience: that it cannot be written must not stop an update.
         with suppress(OSError, WeightsError):
+            base, target = (self.slot_folder(s.target) for s in (parent, slot))
             data = encode_reverse(
-                self.layout,
-                self.slot_folder(parent.target) / FILE_NAME,
-                self.slot_folder(slot.target) / FILE_NAME,
-                PatchHeader(
-                    state.model,
-                    parent.target,
-                    slot.target,
-                    slot.round,
-                    slot.counter,
-                    self.layout.file_size,
-                ),
+                self.layout, base / FILE_NAME, target / FILE_NAME, header
             )
-            if data and len(data) <= self.layout.file_size // REVERSE_SHARE:
+            if data and len(data) <= size // REVERSE_SHARE:
                 self.files.write(path, [data])
                 self.files.sync_folder(path.parent)
-                return state.without(slot, link)
+                return state.without(slot, replace(slot, parent=parent.target))
         return state.without(slot)
 
     def stage(self, chunks: Iterable[bytes | bytearray], target: str) -> Path:
@@ -371,7 +367,12 @@ class Store:
         wanted = f"slots/{self.slot_folder(self.state.active).name}"
         link = self.root / "current"
         if not link.is_symlink() or str(link.readlink()) != wanted:
-            self.files.point(link, wanted)
+            try:
+                self.files.point(link, wanted)
+            except OSError:
+                # FAT has no links. Where there are, none may outlive its slot.
+                if link.is_symlink():
+                    raise
         named = {self.slot_folder(slot.target) for slot in self.state.slots}
         named |= {self.reverse_path(link.target) for link in self.state.former}
         doomed = [
@@ -384,3 +385,9 @@ class Store:
             self.files.sync_folder(self.root)
         for path in doomed:
             self.files.remove(path)
+
+
+def event_now(event: str, slot: Slot, reason: str = "") -> Event:
+    """Return an entry for the history."""
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Event(at, event, slot.round, slot.target, reason)

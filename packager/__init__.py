@@ -10,38 +10,57 @@ folder looks is in ``packager/README.md``.
     if packed is not None:                       # None: there is nothing to send
         write_file(packed.data, "round_05.dpu")
 
-Between any two weight files of one network, without rounds: :func:`build_patch`. For
-new devices: :func:`write_bundle`. Which elements differ: :func:`packager.diff.diff`.
+For new devices: :func:`write_bundle`. To sign either: :func:`sign_patch`,
+:func:`sign_bundle`. Several patches in one: :func:`compose_patches`. From ONNX or
+safetensors files, without rounds: :func:`read_model`, then :func:`pack_models` or
+:func:`adopt_model`; between any two weight files: :func:`build_patch`. Which elements
+differ: :func:`packager.diff.diff`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from packager.adopt import adopt_model
     from packager.build import PackedPatch, build_patch, pack_round, write_file
     from packager.bundle import PackedBundle, build_bundle, write_bundle
+    from packager.compose import compose_patches
+    from packager.foreign import Model, pack_models, read_model
     from packager.rounds import Parent, RoundFolder, find_parent, find_round, read_round
+    from packager.signing import generate_key, load_private, sign_bundle, sign_patch
 
 __all__ = [
+    "Model",
     "PackedBundle",
     "PackedPatch",
     "Parent",
     "RoundFolder",
+    "adopt_model",
     "build_bundle",
     "build_patch",
+    "compose_patches",
     "find_parent",
     "find_round",
+    "generate_key",
+    "load_private",
+    "pack_models",
     "pack_round",
+    "read_model",
     "read_round",
+    "sign_bundle",
+    "sign_patch",
     "write_bundle",
     "write_file",
 ]
+
+# Those that import onnx come last.
+_MODULES = ("rounds", "build", "compose", "foreign", "signing", "bundle", "adopt")
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that ``dpu-pack --help`` imports neither NumPy nor onnx.
     if name in __all__:
-        for module in ("rounds", "build", "bundle"):
+        for module in _MODULES:
             found = getattr(import_module(f"packager.{module}"), name, None)
             if found is not None:
                 return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from edge_runtime.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.record import Outcome
 from packager.rounds import Parent, RoundFolder, find_parent
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 LEVEL = 19  # zstd, 1 to 22
 
@@ -49,6 +53,8 @@ def pack_round(
     *,
     level: int = LEVEL,
     max_size: int | None = None,
+    counter: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedPatch | None:
     """Pack the update of one round.
 
@@ -56,7 +62,10 @@ def pack_round(
         round_: The round, as :func:`packager.rounds.read_round` returns it.
         parent: What the update leads from; by default the round's recorded parent.
         level: zstd level, 1 to 22.
-        max_size: Largest patch in bytes.
+        max_size: Largest patch in bytes, with its signatures.
+        counter: Release counter; by default the one that the round states. A reverse
+            patch, to an older round, needs a higher one than its parent has.
+        signers: Whose keys sign it (:mod:`packager.signing`).
 
     Returns:
         The proven patch; None where there is nothing to send, because the round kept
@@ -64,7 +73,8 @@ def pack_round(
 
     Raises:
         RoundError: The parent is not to be found; the trainer changed weights that it
-            did not select; or the round kept its base and ``parent`` is not that base.
+            did not select; the round kept its base and ``parent`` is not that base; or
+            every device at ``parent`` would refuse the release counter.
         WrongModelError: The parent is of another network.
         BudgetError: The patch is larger than ``max_size``.
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
@@ -81,6 +91,8 @@ def pack_round(
             f"{round_.name} kept its base, so its weights are another round's release: "
             f"pack {find_parent(round_).name} instead"
         )
+    counter = record.counter if counter is None else counter
+    _check_counter(round_, parent, counter)
     changes = diff(parent.weights, round_.weights)
     if base == record.parent:  # from another parent, several selections add up
         check_selection(round_, changes)
@@ -89,10 +101,12 @@ def pack_round(
         parent=base,
         target=record.target,
         round=record.round,
-        counter=record.counter,
+        counter=counter,
         file_size=round_.weights.layout.file_size,
     )
-    data = _encode(parent.weights, round_.weights, header, changes, level)
+    data = encode_changes(
+        parent.weights, round_.weights, header, changes, level=level, signers=signers
+    )
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
     return PackedPatch(data, header, parent.name, counts)
@@ -118,19 +132,26 @@ def build_patch(
         WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
-    return _encode(base, target, header, diff(base, target), level)
+    return encode_changes(base, target, header, diff(base, target), level=level)
 
 
-def _encode(
+def encode_changes(
     base: Weights,
     target: Weights,
     header: PatchHeader,
     changes: Sequence[TensorChange],
-    level: int,
+    *,
+    level: int = LEVEL,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> bytes:
+    """Build a patch from changes that are known already; as :func:`build_patch`."""
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
     data = encode_patch(header, positions, target, level=level)
+    if signers:
+        from packager.signing import sign  # cryptography only where it is needed
+
+        data = sign(data, signers)
     with open_patch(data) as patch:
         result = apply_patch(base, patch)
     if result.data != target.data:
@@ -140,6 +161,15 @@ def _encode(
             actual=result.fingerprint,
         )
     return data
+
+
+def _check_counter(round_: RoundFolder, parent: Parent, counter: int) -> None:
+    if parent.counter is not None and counter <= parent.counter:
+        raise RoundError(
+            f"{round_.name} would be release {counter}, but devices at {parent.name} "
+            f"have seen release {parent.counter} and refuse what is not newer; give "
+            f"--counter {parent.counter + 1} or more"
+        )
 
 
 def check_selection(round_: RoundFolder, changes: Sequence[TensorChange]) -> None:

@@ -8,10 +8,11 @@ The layout of the file is in :mod:`edge_runtime.bundle`.
 
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from edge_runtime.weights import FILE_NAME, Weights
 from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
 from packager.graph import check_graph
 from packager.rounds import RoundFolder, read_init, read_model_file
+from packager.signing import carried_keys, sign
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +45,22 @@ class PackedBundle:
 
 
 def build_bundle(
-    round_: RoundFolder, *, level: int = LEVEL, max_size: int | None = None
+    round_: RoundFolder,
+    *,
+    level: int = LEVEL,
+    max_size: int | None = None,
+    counter: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
 ) -> PackedBundle:
     """Build the bundle that installs a round's weights on a new device.
 
     Args:
         round_: Any updated round.
         level: zstd level of the patch, 1 to 22.
-        max_size: Largest bundle in bytes.
+        max_size: Largest bundle in bytes, with its signatures.
+        counter: Release counter; by default the one that the round states.
+        signers: Whose keys sign it (:mod:`packager.signing`); their public halves go
+            in, for devices that are told to trust on first use.
 
     Raises:
         RoundError: The round made no weights of its own, the run's model folder is
@@ -58,7 +71,7 @@ def build_bundle(
         StoreError: ONNX Runtime cannot load the graph.
         BudgetError: The bundle is larger than ``max_size``.
     """
-    patch = pack_round(round_, read_init(round_), level=level)
+    patch = pack_round(round_, read_init(round_), level=level, counter=counter)
     if patch is None:
         raise RoundError(
             f"{round_.path}: its weights are the init weights, there is nothing to "
@@ -66,7 +79,7 @@ def build_bundle(
         )
     files = _model_files(round_)
     check_graph(files["graph.onnx"], round_.weights.layout)
-    files["golden.npz"] = _with_outputs(files, round_.weights)
+    files["golden.npz"] = with_outputs(files, round_.weights)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
         "run": round_.record.run,
@@ -74,7 +87,8 @@ def build_bundle(
         "model": round_.record.model,
         "target": round_.record.target,
     }
-    data = layout.write_bundle(manifest, files)
+    files |= carried_keys(signers)
+    data = sign(layout.write_bundle(manifest, files), signers)
     check_budget(f"the bundle of {round_.name}", len(data), max_size)
     return PackedBundle(data, patch)
 
@@ -100,16 +114,32 @@ def _model_files(round_: RoundFolder) -> dict[str, bytes]:
     return {name: read_model_file(round_, name) for name in names}
 
 
-def _with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
-    """Return ``golden.npz`` with the outputs of these weights, after their trial."""
+def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
+    """Return ``golden.npz`` with the outputs of these weights, after their trial.
+
+    Args:
+        files: ``graph.onnx``, ``contract.json`` and ``golden.npz``, by name. Golden
+            inputs without labels get what these weights answer, so that the contract's
+            floor says how far later releases may stray from them.
+        weights: What the graph reads.
+
+    Raises:
+        ContractError: The contract is malformed or the golden inputs do not fit it.
+        TrialError: Devices would refuse these weights.
+        StoreError: ONNX Runtime cannot load the graph.
+    """
     with np.load(io.BytesIO(files["golden.npz"]), allow_pickle=False) as golden:
-        inputs, labels = golden["inputs"], golden["labels"]
+        inputs, labels = golden["inputs"], golden.get("labels")
     contract = parse_contract(files["contract.json"])
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
         (slot / "graph.onnx").write_bytes(files["graph.onnx"])
         (slot / FILE_NAME).write_bytes(weights.data)
         outputs = Predictor(slot, contract).predict(inputs)
+    if labels is None:
+        # What is no classifier has no answer; any label of the right length will do.
+        answers = outputs.argmax(axis=-1)
+        labels = answers if outputs.ndim > 1 else np.zeros(len(inputs), np.int64)
     right = int(np.sum(outputs.argmax(axis=-1) == labels))
     finite = bool(np.isfinite(outputs).all())
     judge(TrialResult(len(labels), right, finite), contract, expected=False)

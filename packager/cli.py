@@ -1,13 +1,13 @@
-"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at patches.
+"""``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at them and signs them.
 
 Everything heavy is imported inside the commands, so that ``--help`` and completion
 answer at once.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,14 +20,17 @@ from edge_runtime.command import (
     json_option,
     say,
 )
+from packager.compose_cli import compose
+from packager.foreign_cli import file_options, pack_extra
+from packager.keys import keygen, read_signers, sign
+from packager.look import diff, extract, info, report, verify
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
+    from packager.report import Made
     from packager.rounds import Parent, RoundFolder
 
-    Made = tuple[PackedPatch | None, bytes]  # the patch, and the file to write
-
-INIT = "init"  # for --parent: the init weights
+INIT = "init"  # for --from: the init weights
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 _folder = click.Path(file_okay=False, path_type=Path)
@@ -52,9 +55,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 
 
 @click.command(cls=Command, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
-@click.argument(
-    "rounds", nargs=-1, required=True, metavar="ROUND...", shell_complete=complete_round
-)
+@click.argument("rounds", nargs=-1, metavar="[ROUND]...", shell_complete=complete_round)
 @click.option(
     "-o",
     "--output",
@@ -72,16 +73,24 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     help="Where names of rounds are looked up.",
 )
 @click.option(
-    "--parent",
+    "--from",
+    "parent",
     metavar="ROUND",
     shell_complete=complete_round,
     help="Lead from this round, or from 'init', instead of the recorded parent.",
+)
+@click.option(
+    "--counter",
+    metavar="N",
+    type=click.IntRange(0, 2**64 - 1),
+    help="Release counter of the target, to send an older round as a newer release.",
 )
 @click.option(
     "--bundle",
     is_flag=True,
     help="Write what a new device is installed from; it holds the patch.",
 )
+@file_options
 @click.option(
     "--max-size",
     metavar="SIZE",
@@ -95,6 +104,14 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     show_default=True,
     help="zstd level.",
 )
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=_file,
+    help="Sign with this private key (repeatable).",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -105,44 +122,86 @@ def pack(  # noqa: PLR0913 - one argument for each option
     output: str | None,
     runs: Path,
     parent: str | None,
+    counter: int | None,
     bundle: bool,
     max_size: int | None,
     level: int,
+    keys: tuple[Path, ...],
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **files: Path | None,  # of file_options
 ) -> None:
     """Pack rounds into patch files.
 
     ROUND is a folder, RUN/round_05, or round_05 where only one run has it. Each patch
     is applied to its parent and compared with its target before it is written.
+
+    Without rounds: --base and --target pack two ONNX or safetensors files of one
+    network, and --base with --bundle installs one.
     """
     from packager.build import write_file
-    from packager.report import pack_record, pack_text
-    from packager.rounds import find_round, read_round
 
-    if bundle and parent:
-        raise click.UsageError("a bundle leads from the init weights: no --parent")
-    folders = [find_round(name, runs) for name in rounds]
-    paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+    signers, names = read_signers(keys)
+    options = {
+        "level": level,
+        "max_size": max_size,
+        "counter": counter,
+        "signers": signers,
+    }
+    if any(files.values()):
+        from packager.foreign_cli import pack_files
+
+        if rounds or parent:
+            raise click.UsageError("give either rounds or --base, not both")
+        made = pack_files(files, output, names, bundle=bundle, options=options)
+    else:
+        if not rounds:
+            raise click.UsageError("give rounds, or --base and --target")
+        from packager.rounds import find_round
+
+        folders = [find_round(name, runs) for name in rounds]
+        paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+        places = list(zip(folders, paths, strict=True))
+        made = _pack_rounds(places, runs, parent, names, bundle=bundle, options=options)
     records = []
-    for folder, path in zip(folders, paths, strict=True):
-        round_ = read_round(folder)
-        base = _parent(round_, parent, runs)
-        make = _bundle if bundle else _patch
-        packed, data = make(round_, base, level, max_size)
-        record = pack_record(round_, packed, path, len(data))
-        record["written"] = packed is not None and not dry_run
+    for path, data, record, text in made:
+        record["written"] = bool(data) and not dry_run
         if record["written"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(data, path)
         records.append(record)
         if not (as_json or quiet):
-            print(pack_text(record))
-            if packed:
+            print(text)
+            if data:
                 say(f"dry run: {path} not written" if dry_run else f"wrote {path}")
     if as_json:
         emit({"packed": records}, as_json=True, text="")
+
+
+def _pack_rounds(
+    rounds: Sequence[tuple[Path, Path]],
+    runs: Path,
+    parent: str | None,
+    names: Sequence[str],
+    *,
+    bundle: bool,
+    options: dict[str, Any],
+) -> "Iterator[Made]":
+    """Pack round folders, each with the file that it is for."""
+    from packager.report import Made, pack_record, pack_text
+    from packager.rounds import read_round
+
+    if bundle and parent:
+        raise click.UsageError("a bundle leads from the init weights: no --from")
+    if options["counter"] is not None and len(rounds) > 1:
+        raise click.UsageError("--counter is for one round at a time")
+    for folder, path in rounds:
+        round_ = read_round(folder)
+        base = _parent(round_, parent, runs)
+        packed, data = (_bundle if bundle else _patch)(round_, base, options)
+        record = pack_record(round_, packed, path, len(data), names)
+        yield Made(path, data, record, pack_text(record))
 
 
 def _places(folders: Sequence[Path], output: str | None, suffix: str) -> list[Path]:
@@ -171,96 +230,28 @@ def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | No
 
 
 def _patch(
-    round_: "RoundFolder", parent: "Parent | None", level: int, max_size: int | None
-) -> "Made":
+    round_: "RoundFolder", parent: "Parent | None", options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
     from packager.build import pack_round
 
-    packed = pack_round(round_, parent, level=level, max_size=max_size)
+    packed = pack_round(round_, parent, **options)
     return packed, packed.data if packed else b""
 
 
 def _bundle(
-    round_: "RoundFolder", _: "Parent | None", level: int, max_size: int | None
-) -> "Made":
-    try:
+    round_: "RoundFolder", _: "Parent | None", options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
+    with pack_extra("--bundle"):
         from packager.bundle import build_bundle
-    except ModuleNotFoundError as err:
-        raise click.ClickException(
-            f"--bundle needs {err.name}: pip install 'dpu-edge[pack]'"
-        ) from err
-    bundle = build_bundle(round_, level=level, max_size=max_size)
+    bundle = build_bundle(round_, **options)
     return bundle.patch, bundle.data
 
 
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
 @click.version_option(package_name="dpu-edge")
 def patch() -> None:
-    """Look at patches and weight files."""
+    """Look at patches and weight files, sign patches and bundles."""
 
 
-@patch.command()
-@click.argument("path", metavar="PATCH", type=_file)
-@click.option(
-    "--base", type=_file, help="A weight file of the network: gives the tensors names."
-)
-@json_option
-def info(path: Path, *, base: Path | None, as_json: bool) -> None:
-    """Say what a patch is for and where its bytes go."""
-    from edge_runtime.patch import open_patch
-    from edge_runtime.weights import read_layout
-    from packager.report import patch_record, patch_text
-
-    with open_patch(path) as opened:
-        layout = None
-        if base is not None:
-            with base.open("rb") as file:
-                layout = read_layout(file)
-            opened.check(layout)
-        record = patch_record(path, opened, layout)
-    emit(record, as_json=as_json, text=patch_text(record))
-
-
-@patch.command()
-@click.argument("path", metavar="PATCH", type=_file)
-@click.option("--base", type=_file, help="The parent weights: apply, prove the target.")
-@json_option
-def verify(path: Path, *, base: Path | None, as_json: bool) -> None:
-    """Check that a patch is whole, and with --base that it leads to its target."""
-    from edge_runtime.apply import apply_patch
-    from edge_runtime.patch import open_patch
-    from edge_runtime.weights import read_weights
-
-    with open_patch(path) as opened:
-        if base is not None:
-            apply_patch(read_weights(base), opened)
-        header, size = opened.header, opened.size
-    record = {
-        "path": str(path),
-        "bytes": size,
-        "parent": header.parent,
-        "target": header.target,
-        "applied": base is not None,
-    }
-    text = f"{path}: whole, every checksum right"
-    if base is None:
-        text += (
-            "\n  not applied: give the parent weights with --base to prove the target"
-        )
-    else:
-        text += f"\n  applied to {base}: result is {header.target}, as promised"
-    emit(record, as_json=as_json, text=text)
-
-
-@patch.command()
-@click.argument("base", metavar="A", type=_file)
-@click.argument("target", metavar="B", type=_file)
-@json_option
-def diff(base: Path, target: Path, *, as_json: bool) -> None:
-    """Count, tensor by tensor, which elements differ between two weight files."""
-    from edge_runtime.weights import read_weights
-    from packager.diff import diff as compare
-    from packager.report import diff_record, diff_text
-
-    a, b = read_weights(base), read_weights(target)
-    record = diff_record(a, b, compare(a, b))
-    emit(record, as_json=as_json, text=diff_text(record))
+for command in (info, diff, report, verify, compose, extract, keygen, sign):
+    patch.add_command(command)

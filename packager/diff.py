@@ -37,7 +37,7 @@ def diff(base: Weights, target: Weights) -> list[TensorChange]:
     Raises:
         WrongModelError: The files hold different tensors.
     """
-    _check_same_tensors(base.layout, target.layout)
+    check_same_tensors(base.layout, target.layout)
     return [
         TensorChange(tensor.name, _differing(tensor, base, target))
         for tensor in base.layout.tensors
@@ -53,7 +53,12 @@ def _bits(tensor: Tensor, weights: Weights) -> NDArray[Any]:
     return weights[tensor.name].reshape(-1).view(f"<u{tensor.item_size}")
 
 
-def _check_same_tensors(base: Layout, target: Layout) -> None:
+def check_same_tensors(base: Layout, target: Layout) -> None:
+    """Insist that two weight files hold tensors of the same names, types and shapes.
+
+    Raises:
+        WrongModelError: They do not; the first tensor that differs is named.
+    """
     if base.header == target.header:
         return
     a, b = _specs(base), _specs(target)

@@ -1,26 +1,43 @@
-"""What was packed and what a patch holds: as data for ``--json``, and as text from it.
+"""What was packed: as data for ``--json``, and as text from it.
 
 Sizes are in bytes, digests in hexadecimal.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from edge_runtime.codec import CONSTANT, STORED, ZSTD
-from edge_runtime.patch import Patch
-from edge_runtime.weights import Layout, Weights
 from packager.build import PackedPatch
-from packager.diff import TensorChange
+from packager.foreign import Model
 from packager.record import Outcome
 from packager.rounds import RoundFolder
+from packager.words import percent, spaced
 
-ENCODINGS = {STORED: "stored", ZSTD: "zstd", CONSTANT: "constant"}
 Record = dict[str, Any]
 
 
+class Made(NamedTuple):
+    """A finished file that is still to be written.
+
+    Attributes:
+        path: Where to.
+        data: Its bytes; empty where there is nothing to send.
+        record: The result as data.
+        text: The same for people.
+    """
+
+    path: Path
+    data: bytes
+    record: Record
+    text: str
+
+
 def pack_record(
-    round_: RoundFolder, packed: PackedPatch | None, path: Path, size: int
+    round_: RoundFolder,
+    packed: PackedPatch | None,
+    path: Path,
+    size: int,
+    signed_by: Sequence[str] = (),
 ) -> Record:
     """Describe the result of packing one round.
 
@@ -29,12 +46,14 @@ def pack_record(
         packed: Its patch; None where there was nothing to send.
         path: The file that was or would be written.
         size: Bytes of that file.
+        signed_by: Ids of the keys that signed it.
     """
     stated = round_.record
     record: Record = {
         "run": stated.run,
         "round": stated.round,
-        "counter": stated.counter,
+        "counter": packed.header.counter if packed else stated.counter,
+        "round_counter": stated.counter,
         "outcome": stated.outcome,
         "model": stated.model,
         "target": stated.target,
@@ -50,6 +69,7 @@ def pack_record(
         "parent_name": packed.parent_name,
         "bytes": size,
         "patch_bytes": len(packed.data),
+        "signed_by": list(signed_by),
         "full_bytes": packed.header.file_size,
         "weights": sum(t.size for t in selectable),
         "weights_changed": sum(packed.counts[t.name] for t in selectable),
@@ -77,134 +97,129 @@ def pack_text(record: Record) -> str:
         f"({percent(changed, weights)}) in {record['tensors_changed']} tensors",
         f"  dense    {spaced(record['dense_changed']):>11} values "
         "(biases, normalisation)",
-        f"  patch    {spaced(record['patch_bytes']):>11} bytes   "
-        f"{percent(record['patch_bytes'], record['full_bytes'])} of the weights (lower "
-        f"is better)   {record['patch_bytes'] / max(travelling, 1):.1f} bytes/value",
+        _patch_line(record, travelling),
         f"  checked  applied to {record['parent_name']}, result identical",
     ]
+    if record["signed_by"]:
+        lines.append(f"  signed   by {', '.join(record['signed_by'])}")
     if record["bytes"] != record["patch_bytes"]:
         lines.append(
             f"  bundle   {spaced(record['bytes']):>11} bytes   with graph, init "
             "recipe, contract and golden inputs"
         )
+    if record["counter"] != record["round_counter"]:
+        lines.append(
+            f"  release  counter {record['counter']} instead of the round's "
+            f"{record['round_counter']}: every later release needs a higher one"
+        )
     return "\n".join(lines)
 
 
-def patch_record(path: Path, patch: Patch, layout: Layout | None) -> Record:
-    """Describe an open patch.
+def _patch_line(record: Record, values: int) -> str:
+    size = record["patch_bytes"]
+    share = percent(size, record["full_bytes"])
+    return (
+        f"  patch    {spaced(size):>11} bytes   {share} of the weights (lower is "
+        f"better)   {size / max(values, 1):.1f} bytes/value"
+    )
+
+
+def files_record(
+    models: tuple[Model, Model],
+    packed: PackedPatch | None,
+    path: Path,
+    size: int,
+    signed_by: Sequence[str] = (),
+) -> Record:
+    """Describe the result of packing two files, or a bundle of one.
 
     Args:
-        path: Its file.
-        patch: The patch.
-        layout: Of a weight file of its network; gives the tensors their names.
+        models: What devices hold and what they shall hold; the same for a bundle.
+        packed: The patch; None where there was nothing to send.
+        path: The file that was or would be written.
+        size: Bytes of that file.
+        signed_by: Ids of the keys that signed it.
     """
-    header = patch.header
+    base, target = models
     record: Record = {
-        "path": str(path),
-        "model": header.model,
-        "parent": header.parent,
-        "target": header.target,
-        "round": header.round,
-        "counter": header.counter,
-        "critical": header.critical,
-        "optional": header.optional,
-        "bytes": patch.size,
-        "full_bytes": header.file_size,
-        "signature_bytes": len(patch.signatures),
-        "changed": sum(patch.counts),
-        "tensors_changed": sum(count > 0 for count in patch.counts),
-        "sections": [
-            {
-                "name": section.name,
-                "kind": section.kind,
-                "encoding": ENCODINGS[section.encoding],
-                "packed_bytes": section.packed_size,
-                "raw_bytes": section.raw_size,
-            }
-            for section in patch.sections
-        ],
+        "base": str(base.path),
+        "target_path": str(target.path),
+        "model": base.model,
+        "graph": bool(base.graph),
+        "canonical": target.canonical,
+        "parent": base.weights.fingerprint,
+        "target": target.weights.fingerprint,
+        "path": str(path) if packed else None,
+        "signed_by": list(signed_by),
     }
-    if layout is not None:
-        record["tensors"] = _tensors(layout, patch.counts)
-    return record
+    if not packed:
+        return record
+    tensors = target.weights.layout.tensors
+    return record | {
+        "counter": packed.header.counter,
+        "bytes": size,
+        "patch_bytes": len(packed.data),
+        "full_bytes": packed.header.file_size,
+        "values": sum(tensor.size for tensor in tensors),
+        "changed": sum(packed.counts.values()),
+        "tensors_changed": sum(count > 0 for count in packed.counts.values()),
+    }
 
 
-def patch_text(record: Record) -> str:
-    """Put a record of :func:`patch_record` into words."""
-    packed = sum(section["packed_bytes"] for section in record["sections"])
-    rows = [("header and table", record["bytes"] - packed, "", "")]
-    rows += [
-        (s["name"], s["packed_bytes"], s["raw_bytes"], s["encoding"])
-        for s in record["sections"]
-    ]
-    lines = [
-        f"model    {record['model']}",
-        f"parent   {record['parent']}",
-        f"target   {record['target']}",
-        f"round    {record['round']}, release counter {record['counter']}",
-        f"changed  {spaced(record['changed'])} values in {record['tensors_changed']} "
-        "tensors",
-        f"size     {spaced(record['bytes'])} bytes, "
-        f"{percent(record['bytes'], record['full_bytes'])} of the weight file's "
-        f"{spaced(record['full_bytes'])} (lower is better)",
-        "",
-        f"{'where the bytes go':<24}{'packed':>12}{'raw':>12}",
-        *(
-            f"  {name:<22}{spaced(packed):>12}{spaced(raw):>12}  {encoding}".rstrip()
-            for name, packed, raw, encoding in rows
-        ),
-    ]
-    if "tensors" in record:
-        lines += ["", *tensor_table(record["tensors"])]
+def files_text(record: Record) -> str:
+    """Put a record of :func:`files_record` into words."""
+    name, base = Path(record["target_path"]).name, Path(record["base"]).name
+    if record["path"] is None:
+        return f"{name}  holds the weights of {base}: nothing to send, nothing written"
+    if record["parent"] == record["target"]:
+        lines = [f"{name}  {record['target'][:12]}", *_bundle_lines(record)]
+    else:
+        lines = [
+            f"{name}  from {base} {record['parent'][:12]}  →  {record['target'][:12]}",
+            *_change_lines(record, base),
+        ]
+    if record["signed_by"]:
+        lines.append(f"  signed   by {', '.join(record['signed_by'])}")
+    counter = record["counter"]
+    lines.append(
+        f"  release  counter {counter}: the next release needs --counter {counter + 1} "
+        "or more"
+    )
+    kind = "is" if record["canonical"] else "holds the tensors of"
+    lines.append(f"  device   weight file {record['target']}; it {kind} {name}")
+    if not record["graph"]:
+        lines.append(
+            "  graph    not known: dpu-edge takes this patch only if it was made with "
+            "--graph"
+        )
     return "\n".join(lines)
 
 
-def diff_record(
-    base: Weights, target: Weights, changes: Sequence[TensorChange]
-) -> Record:
-    """Describe where two weight files differ."""
-    tensors = _tensors(base.layout, [len(change.positions) for change in changes])
-    return {
-        "base": base.fingerprint,
-        "target": target.fingerprint,
-        "size": sum(tensor["size"] for tensor in tensors),
-        "changed": sum(tensor["changed"] for tensor in tensors),
-        "tensors": tensors,
-    }
+def _change_lines(record: Record, base: str) -> list[str]:
+    changed, values = record["changed"], record["values"]
+    lines = [
+        f"  changed  {spaced(changed):>11} of {spaced(values)} values "
+        f"({percent(changed, values)}) in {record['tensors_changed']} tensors",
+        _patch_line(record, changed),
+        f"  checked  applied to {base}, result identical",
+    ]
+    if changed > values // 2:
+        lines.append(
+            "  hint     most values changed: was the whole network trained, or did the "
+            "exporter fold BatchNorm into other weights? Then little can be saved"
+        )
+    return lines
 
 
-def diff_text(record: Record) -> str:
-    """Put the record of ``dpu-patch diff`` into words."""
-    changed, size = record["changed"], record["size"]
-    total = (
-        f"{spaced(changed)} of {spaced(size)} values differ ({percent(changed, size)})"
-    )
-    return "\n".join([total, *tensor_table(record["tensors"])] if changed else [total])
-
-
-def _tensors(layout: Layout, counts: Sequence[int]) -> list[Record]:
+def _bundle_lines(record: Record) -> list[str]:
+    made_up = record["golden"] == "made up"
     return [
-        {"name": tensor.name, "size": tensor.size, "changed": count}
-        for tensor, count in zip(layout.tensors, counts, strict=True)
+        f"  bundle   {spaced(record['bytes']):>11} bytes   with graph, weights, "
+        "contract and golden inputs",
+        "  golden   "
+        + (
+            "made-up inputs: they tell a broken runtime, not a bad model (--golden)"
+            if made_up
+            else "inputs as given"
+        ),
     ]
-
-
-def tensor_table(tensors: Iterable[Record]) -> list[str]:
-    """Return one line for each tensor that changed, and their heading."""
-    found = [tensor for tensor in tensors if tensor["changed"]]
-    width = max([24, *(len(tensor["name"]) + 2 for tensor in found)])
-    return [f"{'tensor':<{width}}{'changed':>12}{'of':>12}"] + [
-        f"{t['name']:<{width}}{spaced(t['changed']):>12}{spaced(t['size']):>12}  "
-        f"{percent(t['changed'], t['size'])}"
-        for t in found
-    ]
-
-
-def spaced(number: int | str) -> str:
-    """Write a number with a space between thousands."""
-    return f"{number:,}".replace(",", " ") if isinstance(number, int) else number
-
-
-def percent(part: int, whole: int) -> str:
-    """Write a share in percent, two digits after the point."""
-    return f"{100 * part / whole:.2f} %" if whole else "-"

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
+from edge_runtime.header import PatchHeader
 from edge_runtime.init import read_recipe
 from edge_runtime.weights import FILE_NAME, Weights, model_id, read_weights
 from packager.record import RECORD_NAME, RoundRecord, read_record
@@ -59,10 +60,12 @@ class Parent:
     Attributes:
         name: ``round_04``, or ``init`` for the init weights.
         weights: The weights, their fingerprint checked.
+        counter: Their release counter; None where they were never released.
     """
 
     name: str
     weights: Weights
+    counter: int | None = None
 
 
 def read_round(path: str | PathLike[str]) -> RoundFolder:
@@ -159,14 +162,14 @@ def find_parent(round_: RoundFolder) -> Parent:
     problem = (
         f"{round_.path}: its parent {round_.record.parent} is neither another round of "
         f"{round_.path.parent} nor its init weights; put that round's folder back, or "
-        "name another parent with --parent"
+        "name another parent with --from"
     )
     raise RoundError("\n  - ".join([problem, *unread]))
 
 
 def parent_from(round_: RoundFolder) -> Parent:
     """Return a round's deployed weights as the parent of another update."""
-    return Parent(round_.name, round_.weights)
+    return Parent(round_.name, round_.weights, round_.record.counter)
 
 
 def read_init(round_: RoundFolder) -> Parent:
@@ -186,6 +189,33 @@ def read_init(round_: RoundFolder) -> Parent:
             f"{round_.path / FILE_NAME}"
         )
     return Parent(INIT, weights)
+
+
+def find_weights(run: Path, header: PatchHeader) -> Weights | None:
+    """Find weights of a patch's network in the run whose folder the patch lies in.
+
+    Returns:
+        The patch's parent where the run has it, else any weights of the network, else
+        None.
+    """
+    found = None
+    for folder in list_rounds(run):
+        try:
+            record = read_record(folder)
+        except RoundError:
+            continue  # a patch can be looked at beside a damaged round
+        if record.model == header.model and found is None:
+            found = folder
+        if record.target == header.parent:
+            return _read(folder / FILE_NAME)
+    if found is None:
+        return None
+    weights = _read(found / FILE_NAME)
+    try:
+        init = read_recipe(run / "model").generate()
+    except OSError:
+        return weights
+    return init if init.fingerprint == header.parent else weights
 
 
 def list_rounds(run: Path) -> list[Path]:

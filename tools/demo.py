@@ -124,7 +124,7 @@ class Demo:
         from edge_runtime.trial import relative_difference
 
         server = self.run / f"round_{record.round:02d}" / "weights.safetensors"
-        found = device.predictor().predict(self.test.inputs.numpy())
+        found = device.predictor().predict(self.test.read().numpy())
         wanted = self._torch_outputs(read_weights(server))
         labels = self.test.labels.numpy()
         local = self.store / "current" / "weights.safetensors"
@@ -150,7 +150,7 @@ class Demo:
         model = build_model(self.config.model, self.source.input_shape, classes)
         load_weights(model, weights)
         with torch.inference_mode():
-            outputs = model.eval()(self.source.normalise(self.test.inputs))
+            outputs = model.eval()(self.source.normalise(self.test.read()))
         found: NDArray[np.float32] = outputs.numpy()
         return found
 

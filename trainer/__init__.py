@@ -28,10 +28,13 @@ from typing import Any
 
 _HOMES = {
     "DPUScore": "scores",
+    "DataSource": "data",
     "Evidence": "scores",
     "PartialUpdater": "updater",
     "RoundRecord": "folder",
     "export_graph": "export",
+    "fisher_scores": "fisher",
+    "lightning_callback": "callbacks",
     "load_config": "config",
     "load_weights": "tensors",
     "magnitude_scores": "scores",
@@ -42,6 +45,7 @@ _HOMES = {
     "run_rounds": "rounds",
     "select_top_k": "scores",
     "start_run": "publish",
+    "transformers_callback": "callbacks",
     "weights_of": "tensors",
     "write_model": "folder",
     "write_round": "folder",

@@ -26,6 +26,7 @@ from edge_runtime.command import (
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trainer.config import Config
     from trainer.folder import RoundRecord
     from trainer.rounds import Progress
 
@@ -54,7 +55,27 @@ def _complete(_ctx: click.Context, _param: click.Parameter, start: str) -> list[
     return [name for name in _recipes() if name.startswith(start)]
 
 
-_recipe_argument = click.argument("recipe", shell_complete=_complete)
+_recipe_argument = click.argument("recipe", required=False, shell_complete=_complete)
+_model_option = click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    default="",
+    help="Your own network: a function of an input's shape and the number of classes, "
+    "or of nothing; in place of section [model].",
+)
+_data_option = click.option(
+    "--data",
+    metavar="MODULE:FUNCTION",
+    default="",
+    help="Your own data: a function that returns training samples, test samples and "
+    "class names; in place of data.set.",
+)
+# What a run of somebody's own network and data needs, where no recipe says it.
+OWN = {
+    "run": {"name": "own", "rounds": 5},
+    "data": {"initial": 1000, "growth": 1000},
+    "train": {"epochs": 10},
+}
 _set_option = click.option(
     "--set",
     "overrides",
@@ -73,6 +94,15 @@ def main() -> None:
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
 @_recipe_argument
 @_set_option
+@_model_option
+@_data_option
+@click.option(
+    "--pack",
+    metavar="MODULE:FUNCTION",
+    default="packager.size:patch_size",
+    show_default=True,
+    help="What says how large a patch is, for update.budget.",
+)
 @click.option(
     "--runs",
     type=click.Path(file_okay=False, path_type=Path),
@@ -86,24 +116,28 @@ def main() -> None:
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def run(
-    recipe: str,
+    recipe: str | None,
     overrides: tuple[str, ...],
     runs: Path,
     name: str | None,
     as_json: bool,
     quiet: bool,
+    **own: str,
 ) -> None:
     """Run RECIPE, a built-in name or a TOML file; write its round folders.
 
-    An interrupted run goes on after its last complete round.
+    An interrupted run goes on after its last complete round. RECIPE may be left out
+    where --model and --data are given: 5 rounds of 2 x 10 epochs, 1000 samples more in
+    each, DPU.
     """
-    path = _recipe(recipe)
-    from trainer.config import load_config
+    size = own.pop("pack")
+    config = _load(recipe, overrides, name=name or "", **own)
+    from trainer.factory import load_factory
     from trainer.rounds import run_rounds
 
-    config = load_config(path, overrides, name=name or "")
+    pack = load_factory(size) if config.update.budget else None
     with shown_progress(config.run.rounds, quiet=quiet) as progress:
-        records = run_rounds(config, runs, progress=progress)
+        records = run_rounds(config, runs, progress=progress, pack=pack)
     folder = runs / config.run.name
     emit(
         {"run": str(folder), "rounds": [asdict(record) for record in records]},
@@ -149,22 +183,43 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
 @_recipe_argument
 @_set_option
+@_model_option
+@_data_option
 @json_option
-def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def check(
+    recipe: str | None, overrides: tuple[str, ...], as_json: bool, **own: str
+) -> None:
     """Check RECIPE and print all its keys, defaults included; train nothing."""
-    path = _recipe(recipe)
-    from trainer.config import as_dict, load_config
+    config = _load(recipe, overrides, **own)
+    from trainer.config import as_dict
 
-    tables = as_dict(load_config(path, overrides))
+    tables = as_dict(config)
     lines = [
         f"{section}.{key} = {_toml(value)}"
         for section, table in tables.items()
         for key, value in table.items()
         if value is not None
     ]
-    emit(
-        {"recipe": str(path), "config": tables}, as_json=as_json, text="\n".join(lines)
-    )
+    emit({"recipe": recipe, "config": tables}, as_json=as_json, text="\n".join(lines))
+
+
+def _load(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    *,
+    model: str,
+    data: str,
+    name: str = "",
+) -> "Config":
+    """Read the recipe that a command's arguments describe."""
+    if recipe is None and not (model and data):
+        raise ConfigError("name a RECIPE, or give both --model and --data")
+    path = _recipe(recipe) if recipe else None
+    # Where python -m looks as well: your functions are seldom installed.
+    sys.path.insert(0, str(Path.cwd()))
+    from trainer.config import load_config
+
+    return load_config(path or OWN, overrides, name=name, model=model, data=data)
 
 
 def _toml(value: Any) -> str:

@@ -10,7 +10,9 @@ included, in every round folder.
     config.update.ratio    # 0.02
 """
 
+import copy
 import difflib
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,8 +22,14 @@ from typing import Any, get_args, get_type_hints
 
 from edge_runtime.errors import ConfigError
 
-PARTIAL_METHODS = ("dpu", "gcpu", "lcpu", "rpu")
+# Those that rank what a full phase did; a budget needs them.
+RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
+PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
+
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
 
@@ -38,10 +46,26 @@ def _one_of(*choices: str) -> Rule:
 _ANY: Rule = ("", lambda _value: True)
 _ABOVE_0: Rule = ("above 0", lambda value: value > 0)
 _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
+_SIZE: Rule = (
+    "a size such as 64KB (1000 each) or 64KiB (1024 each)",
+    lambda value: value == "" or parse_size(value) is not None,
+)
+_FACTORY: Rule = (
+    "package.module:function",
+    lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
+)
 _REINIT: Rule = (
     "auto, never, or a number of rounds",
     lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
 )
+
+
+def parse_size(text: str) -> int | None:
+    """Return a size such as ``64KB`` or ``1.5MiB`` in bytes; None if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in SIZE_UNITS:
+        return None
+    return int(float(match[1]) * SIZE_UNITS[match[2]]) or None
 
 
 def _key(
@@ -71,7 +95,14 @@ class DataConfig:
     """Section ``[data]``."""
 
     set: str = _key(
-        "the data set", _one_of("digits", "mnist", "cifar10", "cifar100", "folder")
+        "the data set",
+        (_one_of(*DATA_SETS)[0], lambda value: value in ("", *DATA_SETS)),
+        default="",
+    )
+    factory: str = _key(
+        "in place of set: package.module:function that returns your own data",
+        _FACTORY,
+        default="",
     )
     initial: int = _key("training samples in round_00", _from(2))
     growth: int = _key("training samples that every later round adds", _from(0))
@@ -84,6 +115,11 @@ class DataConfig:
         "folder only: resize and crop to this many pixels; 0: images are equal already",
         _from(0),
         default=0,
+    )
+    memory: str = _key(
+        "folder and factory: what is larger is read batch by batch",
+        _SIZE,
+        default="4GB",
     )
     validation: int = _key("samples that choose the epoch", _from(1), default=1000)
     validation_from: str = _key(
@@ -106,7 +142,18 @@ class DataConfig:
 class ModelConfig:
     """Section ``[model]``: a name, and that model's own options."""
 
-    name: str = _key("mlp, small_cnn, vgg, resnet56 or a torchvision classifier")
+    name: str = _key(
+        "mlp, small_cnn, vgg, resnet56 or a torchvision classifier", default=""
+    )
+    factory: str = _key(
+        "in place of name: package.module:function that builds your own network, given "
+        "the shape of an input and the number of classes, or nothing",
+        _FACTORY,
+        default="",
+    )
+    weights: str = _key(
+        "file with pretrained weights: safetensors, or a torch state dict", default=""
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -129,6 +176,36 @@ class UpdateConfig:
         _REINIT,
         default="auto",
     )
+    first: str = _key(
+        "how round_00 is made: partial, as every other round (the paper), or full: "
+        "every weight trains, and the bundle carries them all",
+        _one_of("partial", "full"),
+        default="partial",
+    )
+    chain: str = _key(
+        "what the next round starts from: deployed, or paper: a re-initialised model "
+        "goes on even where it is worse; for reproduction, cannot be packed",
+        _one_of("deployed", "paper"),
+        default="deployed",
+    )
+    budget: str = _key(
+        "largest patch, such as 64KB; how many weights that allows is found by "
+        "packing, and ratio is only where the search starts",
+        _SIZE,
+        default="",
+    )
+    dense: str = _key(
+        "biases and normalisation: train (the paper), freeze (unless a round starts "
+        "from the init weights), or budget: selected like any other weight",
+        _one_of("train", "freeze", "budget"),
+        default="train",
+    )
+    mantissa_bits: int = _key(
+        "what is deployed is rounded to so many mantissa bits: 23 (float32 as it is), "
+        "10 or 7",
+        ("23, 10 or 7", lambda value: value in (23, 10, 7)),
+        default=23,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +225,11 @@ class TrainConfig:
         default="step",
     )
     factor: float = _key("of schedule step", _SHARE, default=0.1)
+    device: str = _key(
+        "auto: a GPU where there is one",
+        _one_of("auto", "cpu", "cuda"),
+        default="auto",
+    )
     threads: int = _key(
         "CPU threads; part of what decides the bits", _from(1), default=1
     )
@@ -165,29 +247,47 @@ class Config:
 
 
 def load_config(
-    path: str | PathLike[str], overrides: Sequence[str] = (), *, name: str = ""
+    recipe: str | PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "",
+    model: str = "",
+    data: str = "",
 ) -> Config:
     """Read a recipe from a file.
 
     Args:
-        path: The TOML file.
+        recipe: The TOML file, or its tables.
         overrides: Changes such as ``"train.epochs=5"``; the value is TOML, or text.
         name: Name of the run; default: the recipe's ``run.name``, or its file name.
+        model: ``package.module:function``, in place of the section ``[model]``.
+        data: ``package.module:function``, in place of ``data.set``.
 
     Raises:
         ConfigError: Not TOML, or with problems; the error lists all of them.
         OSError: The file cannot be read.
     """
-    path = Path(path)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path} is not a TOML file: {err}") from err
+    if isinstance(recipe, Mapping):
+        source, tables = "recipe", copy.deepcopy(dict(recipe))
+    else:
+        source, tables = str(recipe), _read_toml(Path(recipe))
+    if model:
+        tables["model"] = {"factory": model}
+    if data and isinstance(section := tables.setdefault("data", {}), dict):
+        section.pop("set", None)
+        section["factory"] = data
     problems = [p for text in overrides if (p := _override(tables, text))]
     run = tables.setdefault("run", {})
     if isinstance(run, dict):
-        run["name"] = name or run.get("name", path.stem)
-    return make_config(tables, problems, source=str(path))
+        run["name"] = name or run.get("name", Path(source).stem)
+    return make_config(tables, problems, source=source)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} is not a TOML file: {err}") from err
 
 
 def make_config(
@@ -270,9 +370,19 @@ def _disagreements(section: Any) -> Iterable[str]:
             yield "[train] nesterov needs momentum above 0"
         case DataConfig(size=size, set=name) if size and name != "folder":
             yield "[data] size is for set folder only"
+        case UpdateConfig(method=method) if (
+            section.budget and method not in RANKED_METHODS
+        ):
+            yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
+        case UpdateConfig(method="fu" | "pruning", dense="freeze" | "budget"):
+            yield "[update] dense other than train is for methods that select only"
         case RunConfig(name=name) if not name or Path(name).name != name:
             yield f"[run] name should be a plain folder name, found {name!r}"
-        case ModelConfig():
+        case DataConfig(set=name, factory=own) if bool(name) == bool(own):
+            yield "[data] set, or factory for your own: expected one of the two"
+        case ModelConfig(name=name, factory=own) if bool(name) == bool(own):
+            yield "[model] name, or factory for your own: expected one of the two"
+        case ModelConfig(name=name) if name:
             from trainer.models import option_problems  # late: it brings torch
 
             yield from option_problems(section.name, section.options)

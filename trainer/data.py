@@ -7,7 +7,9 @@ every round, however many epochs either of them trains.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,54 @@ from trainer.config import DataConfig
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
 CROP_PADDING = 4  # pixels
 
+CPU = torch.device("cpu")
+READERS = 8  # threads; decoding an image lets others run
+
 Augment = Callable[[Tensor], Tensor]
+
+
+class Stored:
+    """Inputs that stay where they are until a batch needs them.
+
+    Indexing gives another selection and reads nothing; :meth:`read` reads.
+    """
+
+    def __init__(self, dataset: Any, shape: tuple[int, ...], which: Tensor) -> None:
+        """Select samples of a map-style dataset of (input, label).
+
+        Args:
+            dataset: ``dataset[i][0]`` is one input, a tensor; called from threads.
+            shape: Of one input.
+            which: Indices, (N,) int64.
+        """
+        self._dataset, self._one, self._which = dataset, shape, which
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all inputs together, (N, ...)."""
+        return (len(self._which), *self._one)
+
+    def __getitem__(self, which: slice | Tensor) -> "Stored":
+        return Stored(self._dataset, self._one, self._which[which])
+
+    def read(self) -> Tensor:
+        """Return the inputs, (N, ...).
+
+        Raises:
+            ConfigError: An input has another shape than the first one.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            inputs = list(pool.map(self._read_one, self._which.tolist()))
+        return torch.stack(inputs)
+
+    def _read_one(self, index: int) -> Tensor:
+        found = self._dataset[index][0]
+        if tuple(found.shape) != self._one:
+            raise ConfigError(
+                f"sample {index} has shape {tuple(found.shape)}, the first one has "
+                f"{self._one}; set data.size to bring images to one"
+            )
+        return torch.as_tensor(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,20 +77,25 @@ class Samples:
     """Labelled inputs.
 
     Attributes:
-        inputs: (N, C, H, W), raw (uint8) or normalised (float32).
+        inputs: (N, C, H, W), raw (uint8) or normalised (float32); or what reads them.
         labels: (N,) int64.
         prepare: What a batch of ``inputs`` still has to go through before the network.
     """
 
-    inputs: Tensor
+    inputs: Tensor | Stored
     labels: Tensor
-    prepare: Callable[[Tensor], Tensor] = lambda inputs: inputs
+    prepare: Callable[[Any], Tensor] = lambda inputs: inputs
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, which: slice | Tensor) -> "Samples":
-        return Samples(self.inputs[which], self.labels[which], self.prepare)
+        return replace(self, inputs=self.inputs[which], labels=self.labels[which])
+
+    def read(self) -> Tensor:
+        """Return the inputs as they are stored, as a tensor."""
+        inputs = self.inputs
+        return inputs.read() if isinstance(inputs, Stored) else inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +109,8 @@ class DataSource:
         test: Raw test samples, uint8.
         classes: Class names, by label.
         scale: Factor of a raw value.
-        mean: Per channel, of scaled values.
-        std: Per channel, of scaled values.
+        mean: Per channel, of scaled values; empty for none.
+        std: Likewise.
     """
 
     train: Samples
@@ -72,28 +126,44 @@ class DataSource:
         return tuple(self.train.inputs.shape[1:])
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn raw inputs (N, C, H, W) into float32 network inputs."""
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return raw.float().mul_(self.scale).sub_(mean).div_(std)
+        """Turn raw inputs (N, C, ...) into float32 network inputs."""
+        scaled = raw.float().mul(self.scale)
+        if not self.mean:
+            return scaled
+        shape = (-1, *[1] * (raw.dim() - 2))
+        mean, std = (
+            torch.tensor(v, device=raw.device).view(shape)
+            for v in (self.mean, self.std)
+        )
+        return scaled.sub_(mean).div_(std)
 
-    def prepared(self, samples: Samples) -> Samples:
-        """Normalise samples: now where the result fits into memory, else in batches."""
-        if samples.inputs.numel() * 4 > MAX_NORMALISED_BYTES:
-            return Samples(samples.inputs, samples.labels, self.normalise)
-        return Samples(self.normalise(samples.inputs), samples.labels)
+    def prepared(self, samples: Samples, device: torch.device = CPU) -> Samples:
+        """Normalise samples: now where the result fits into memory, else in batches.
+
+        Batches come to be on the device; so do all samples, where they are in memory.
+        """
+        labels = samples.labels.to(device)
+        if isinstance(samples.inputs, Stored):
+            return Samples(
+                samples.inputs, labels, lambda s: self.normalise(s.read().to(device))
+            )
+        inputs = samples.inputs.to(device)
+        if inputs.numel() * 4 > MAX_NORMALISED_BYTES:
+            return Samples(inputs, labels, self.normalise)
+        return Samples(self.normalise(inputs), labels)
 
     def crop_flip(self, random: np.random.Generator) -> Augment:
         """Return the augmentation of the CIFAR recipes, for prepared batches.
 
         Random crop after padding by 4 raw zeros on each side, random horizontal flip.
         """
-        zeros = torch.zeros(1, len(self.mean), 1, 1, dtype=torch.uint8)
+        zeros = torch.zeros(1, self.input_shape[0], 1, 1, dtype=torch.uint8)
         border, pad = self.normalise(zeros), CROP_PADDING
 
         def augment(inputs: Tensor) -> Tensor:
             n, channels, height, width = inputs.shape
             shape = (n, channels, height + 2 * pad, width + 2 * pad)
-            canvas = border.expand(shape).clone()
+            canvas = border.to(inputs.device).expand(shape).clone()
             canvas[:, :, pad:-pad, pad:-pad] = inputs
             corner = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, n, 1)))
             flip = torch.from_numpy(random.random((n, 1)) < 0.5)
@@ -101,6 +171,10 @@ class DataSource:
             columns = torch.arange(width)
             columns = corner[1] + torch.where(flip, columns.flip(0), columns)  # (N, W)
             sample = torch.arange(n).view(n, 1, 1)
+            # Drawn on the CPU, so that every device sees the same; used on the batch's.
+            sample, rows, columns = (
+                i.to(inputs.device) for i in (sample, rows, columns)
+            )
             # Indices around a slice bring their axes to the front: (N, H, W, C).
             picked = canvas[sample, :, rows[:, :, None], columns[:, None, :]]
             return picked.permute(0, 3, 1, 2).contiguous()
@@ -145,7 +219,7 @@ def split_source(
     Raises:
         ConfigError: The data set is too small for the recipe.
     """
-    from_test = config.validation_from == "test"
+    from_test, name = config.validation_from == "test", config.set or config.factory
     held = source.test if from_test else source.train
     order = torch.from_numpy(generator(seed, "split").permutation(len(held)))
     chosen, left = order[: config.validation], order[config.validation :]
@@ -160,13 +234,13 @@ def split_source(
     if split.size_at(rounds - 1) > len(pool):
         problems.append(
             f"{rounds} rounds need {split.size_at(rounds - 1)} training samples, "
-            f"{config.set} has {len(pool)} beside validation; lower run.rounds, "
+            f"{name} has {len(pool)} beside validation; lower run.rounds, "
             "data.initial, data.growth or data.validation"
         )
     if len(validation) < config.validation or not len(test):
         problems.append(
             f"[data] validation = {config.validation} leaves no test samples: "
-            f"{config.set} has {len(held)} in its {config.validation_from} set"
+            f"{name} has {len(held)} in its {config.validation_from} set"
         )
     if problems:
         raise ConfigError("the data set is too small:", problems=problems)
@@ -194,4 +268,5 @@ def batches(
             return
         which = slice(start, stop) if order is None else order[start:stop]
         inputs = samples.prepare(samples.inputs[which])
-        yield augment(inputs) if augment else inputs, samples.labels[which]
+        labels = samples.labels[which]
+        yield augment(inputs) if augment else inputs, labels

@@ -101,7 +101,7 @@ def write_deployment(
             graph=deployment.graph,
             recipe=deployment.recipe,
             contract=contract,
-            golden_inputs=golden.inputs.numpy(),
+            golden_inputs=golden.read().numpy(),
             golden_labels=golden.labels.numpy(),
         )
         return

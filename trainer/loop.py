@@ -28,15 +28,16 @@ def train_epoch(
         epoch: Batches of inputs (B, C, H, W) float32 and labels (B,) int64.
     """
     model.train()
-    total, count = torch.zeros(()), 0
+    total: Tensor | float = 0.0  # becomes a tensor where the losses are
+    count = 0
     for inputs, labels in epoch:
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        total += loss.detach() * len(labels)
+        total = total + loss.detach() * len(labels)
         count += len(labels)
-    return total.item() / count
+    return float(total) / count
 
 
 @torch.no_grad()

@@ -4,18 +4,22 @@ Section numbers refer to Deep Partial Updating (Qu, Liu, Thiele, ECCV 2022), who
 Algorithm 1 :func:`_partial` is.
 """
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_runtime.errors import TrainingError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.weights import Weights
-from trainer.config import Config
+from trainer.config import Config, parse_size
 from trainer.data import Samples, batches, generator
+from trainer.dense import DensePart
+from trainer.fisher import fisher_scores
 from trainer.loop import (
     evaluate,
     learning_rate,
@@ -23,12 +27,20 @@ from trainer.loop import (
     recompute_batchnorm,
     train_epoch,
 )
-from trainer.scores import DPUScore, magnitude_scores, random_masks, select_top_k
-from trainer.tensors import weights_of
+from trainer.rounding import FLOAT32_BITS, round_weights
+from trainer.scores import (
+    DPUScore,
+    Score,
+    magnitude_scores,
+    random_masks,
+    select_top_k,
+)
+from trainer.tensors import load_weights, weights_of
 from trainer.updater import PartialUpdater, is_weight
 
 Augment = Callable[[Tensor], Tensor]
 Masks = Mapping[str, Tensor]
+Pack = Callable[[Weights, Weights], int]  # base and target -> bytes of the patch
 
 
 class RoundTraining:
@@ -36,7 +48,10 @@ class RoundTraining:
 
     Attributes:
         model: Holds the start weights at first; trained in place.
+        start: The start weights.
+        dense: What is not selected weight by weight.
         optimizer: Of all trainable parameters; its state goes through both phases.
+        number: The round's number.
         epochs: What happened, one record an epoch.
         accuracy: On validation: of the ``start``, of the ``best`` weights, and of
             others by name.
@@ -50,6 +65,7 @@ class RoundTraining:
         number: int,
         samples: tuple[Samples, Samples],
         *,
+        from_init: bool = True,
         augmentation: Callable[[np.random.Generator], Augment] | None = None,
         on_epoch: Callable[[str], None] = lambda _phase: None,
     ) -> None:
@@ -60,15 +76,18 @@ class RoundTraining:
             config: The recipe.
             number: The round's number; keys its random streams.
             samples: Prepared samples for training and for validation.
+            from_init: Whether the start weights are the init weights.
             augmentation: Makes the augmentation of an epoch from a random stream.
             on_epoch: Called with the name of the phase after every epoch.
         """
         self.model = model
+        self.start = weights_of(model)
+        self.dense = DensePart(model, config.update.dense, from_init=from_init)
         self.optimizer = make_optimizer(model, config.train)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
         self._config = config
-        self._number = number
+        self.number = number
         self._train, self._validation = samples
         self._augmentation = augmentation
         self._on_epoch = on_epoch
@@ -82,7 +101,7 @@ class RoundTraining:
         of its n-th epoch in the same order.
         """
         epoch = len(self.epochs)
-        return generator(self._config.run.seed, purpose, self._number, epoch)
+        return generator(self._config.run.seed, purpose, self.number, epoch)
 
     def random_seed(self, purpose: str) -> int:
         """Return a seed for torch from the stream of one purpose."""
@@ -106,10 +125,11 @@ class RoundTraining:
                 group["lr"] = rate
             record = {"phase": phase, "epoch": epoch, "lr": rate, "loss": self._epoch()}
             if keep or epoch == epochs - 1:
-                accuracy = evaluate(self.model, self._validation)
-                kept = keep and accuracy > self.accuracy["best"]
-                if kept:
-                    self._keep(accuracy)
+                with self._as_deployed():
+                    accuracy = evaluate(self.model, self._validation)
+                    kept = keep and accuracy > self.accuracy["best"]
+                    if kept:
+                        self._keep(accuracy)
                 record |= {"val_accuracy": accuracy, "kept": kept}
                 self.accuracy[phase] = accuracy
             self.epochs.append(record)
@@ -120,18 +140,59 @@ class RoundTraining:
 
         The statistics of BatchNorm are made to fit it first.
         """
-        # Batches of about equal size, or a small last one would count too much.
+        if not self.dense.frozen:
+            recompute_batchnorm(self.model, self.train_batches())
+        with self._as_deployed():
+            accuracy = self.accuracy["rewound"] = evaluate(self.model, self._validation)
+            if accuracy >= self.accuracy["start"]:
+                self._keep(accuracy)
+
+    def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training samples as they lie, without augmentation.
+
+        Batches are of about equal size, or a small last one would count too much.
+        """
         count = math.ceil(len(self._train) / self._config.train.batch)
         size = math.ceil(len(self._train) / count)
-        order = torch.arange(len(self._train))
-        recompute_batchnorm(self.model, batches(self._train, size, order))
-        accuracy = self.accuracy["rewound"] = evaluate(self.model, self._validation)
-        if accuracy >= self.accuracy["start"]:
-            self._keep(accuracy)
+        return batches(self._train, size, torch.arange(len(self._train)))
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that takes the round back to where it is now."""
+        model = copy.deepcopy(self.model.state_dict())
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        epochs, accuracy, best = [*self.epochs], {**self.accuracy}, self.best
+
+        def go_back() -> None:
+            self.model.load_state_dict(model)
+            # A copy: the optimizer goes on with the very tensors that it is given.
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+            self.epochs, self.accuracy, self.best = [*epochs], {**accuracy}, best
+
+        return go_back
+
+    def load(self, weights: Weights) -> None:
+        """Write weights into the model."""
+        load_weights(self.model, weights)
+
+    def rounded(self, weights: Weights) -> Weights:
+        """Return what a device would get of these weights."""
+        return round_weights(weights, self.start, self._config.update.mantissa_bits)
+
+    @contextmanager
+    def _as_deployed(self) -> Iterator[None]:
+        """Give the model the values that a device would get, and then its own back."""
+        if self._config.update.mantissa_bits == FLOAT32_BITS:
+            yield
+            return
+        exact = weights_of(self.model)
+        self.load(self.rounded(exact))
+        yield
+        self.load(exact)
 
     def _keep(self, accuracy: float) -> None:
-        self.accuracy["best"] = accuracy
-        self.best = weights_of(self.model)
+        weights = weights_of(self.model)
+        self.dense.verify(weights, self.start)
+        self.accuracy["best"], self.best = accuracy, weights
 
     def _epoch(self) -> float:
         order = torch.from_numpy(self.random("order").permutation(len(self._train)))
@@ -142,18 +203,21 @@ class RoundTraining:
         loss = train_epoch(self.model, self.optimizer, epoch)
         if not math.isfinite(loss):
             raise TrainingError(
-                f"round {self._number}, epoch {len(self.epochs)}: the loss is {loss}; "
+                f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "
                 "lower train.lr, or look for broken samples"
             )
         return loss
 
 
-def train_round(training: RoundTraining, config: Config) -> Masks:
+def train_round(
+    training: RoundTraining, config: Config, pack: Pack | None = None
+) -> Masks:
     """Train one round with the recipe's method.
 
     Args:
         training: Its ``best`` weights are the result.
         config: The recipe.
+        pack: Says how large a patch is; needed where the recipe has a budget.
 
     Returns:
         Which weights were allowed to change: one boolean mask a selectable tensor.
@@ -162,22 +226,44 @@ def train_round(training: RoundTraining, config: Config) -> Masks:
         TrainingError: The loss is not finite any more.
     """
     epochs, update = config.train.epochs, config.update
-    if update.method == "fu":
+    if update.method == "fu" or is_full(config, training.number):
         return _full(training, epochs)
     if update.method == "pruning":
         return _pruned(training, epochs, update.ratio)
-    if update.method == "rpu":
-        return _random(training, epochs, update.ratio)
-    lam = {"dpu": update.lam, "gcpu": 1.0, "lcpu": 0.0}[update.method]
-    return _partial(training, epochs, update.ratio, DPUScore(lam))
+    if update.method in ("fisher", "rpu"):
+        return _fixed(training, epochs, update.ratio, update.method)
+    score = score_of(config)
+    if limit := parse_size(update.budget):
+        if pack is None:
+            raise ConfigError("update.budget needs a function that packs: pass pack=")
+        from trainer.budget import Room, train_within
+
+        return train_within(training, epochs, score, Room(pack, limit, update.ratio))
+    return _partial(training, epochs, update.ratio, score)
 
 
-def _partial(
-    training: RoundTraining, epochs: int, ratio: float, score: DPUScore
-) -> Masks:
-    """Update fully, keep the best weights, rewind the rest, fine-tune (Algorithm 1)."""
+def is_full(config: Config, number: int) -> bool:
+    """Tell whether a round trains every weight because the recipe says so."""
+    return number == 0 and config.update.first == "full"
+
+
+def score_of(config: Config) -> Score:
+    """Return what the recipe's method ranks weights by after a full phase."""
+    if config.update.method == "magnitude":
+        return lambda evidence: magnitude_scores(evidence.current)
+    lam = {"dpu": config.update.lam, "gcpu": 1.0, "lcpu": 0.0}
+    return DPUScore(lam[config.update.method])
+
+
+def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:
+    """Take the round's weights as the base of an updater."""
     named = training.model.named_parameters()
-    updater = PartialUpdater(named, ratio=ratio, score=score)
+    return PartialUpdater(named, selectable=training.dense.is_selectable, **options)
+
+
+def _partial(training: RoundTraining, epochs: int, ratio: float, score: Score) -> Masks:
+    """Update fully, keep the best weights, rewind the rest, fine-tune (Algorithm 1)."""
+    updater = new_updater(training, ratio=ratio, score=score)
     updater.attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
     updater.select()
@@ -186,12 +272,18 @@ def _partial(
     return updater.finish()
 
 
-def _random(training: RoundTraining, epochs: int, ratio: float) -> Masks:
-    """Fine-tune weights chosen at random (RPU), for the epochs of both phases."""
-    updater = PartialUpdater(training.model.named_parameters())
-    updater.attach(training.optimizer)
-    random = torch.Generator().manual_seed(training.random_seed("select"))
-    updater.select(masks=random_masks(updater.base, ratio, random))
+def _fixed(training: RoundTraining, epochs: int, ratio: float, method: str) -> Masks:
+    """Fine-tune weights that are chosen before training, for the epochs of both phases.
+
+    Either at random (RPU), or by the Fisher information of the start weights.
+    """
+    updater = new_updater(training, ratio=ratio).attach(training.optimizer)
+    if method == "fisher":
+        samples = training.train_batches()
+        updater.select(fisher_scores(training.model, samples, updater.base))
+    else:
+        random = torch.Generator().manual_seed(training.random_seed("select"))
+        updater.select(masks=random_masks(updater.base, ratio, random))
     training.run_phase("sparse", 2 * epochs, keep=True)
     return updater.finish()
 

@@ -9,13 +9,20 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.weights import read_weights
 from trainer.config import ModelConfig
+from trainer.factory import call_factory
+from trainer.tensors import TYPES
 
 Shape = tuple[int, ...]  # of one input, (C, H, W)
 
@@ -134,9 +141,24 @@ def build_model(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Mod
         classes: Number of classes.
 
     Raises:
-        ConfigError: The network does not take such inputs or options.
+        ConfigError: The network does not take such inputs or options, or its file with
+            pretrained weights does not fit it.
     """
+    model = _build(config, input_shape, classes)
+    if config.weights:
+        load_pretrained(model, config.weights)
+    return model
+
+
+def _build(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Module:
     try:
+        if config.factory:
+            own = call_factory(config.factory, input_shape, classes, **config.options)
+            if not isinstance(own, nn.Module):
+                raise ConfigError(
+                    f"{config.factory} returned {type(own).__name__}, expected a module"
+                )
+            return own
         if config.name in MODELS:
             return MODELS[config.name](input_shape, classes, **config.options)
         from trainer.vision import torchvision
@@ -145,11 +167,57 @@ def build_model(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Mod
             config.name, weights=None, num_classes=classes, **config.options
         )
     except (TypeError, ValueError, RuntimeError) as err:
+        name = config.factory or config.name
         raise ConfigError(
-            f"cannot build {config.name} with {dict(config.options)} for inputs of "
+            f"cannot build {name} with {dict(config.options)} for inputs of "
             f"shape {input_shape}: {err}"
         ) from err
     return model
+
+
+def load_pretrained(model: nn.Module, path: str) -> None:
+    """Load a file of weights into a network: safetensors, or a torch state dict.
+
+    The layer that gives the classes may have another shape there (pretrained for other
+    classes): one module's tensors of another shape keep their own initialisation.
+
+    Raises:
+        ConfigError: The file is of another network.
+        OSError: It cannot be read.
+    """
+    found = _read_tensors(path)
+    wanted = model.state_dict()
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    odd = sorted((found.keys() ^ wanted.keys()) - counters)
+    reshaped = [n for n in wanted.keys() & found if wanted[n].shape != found[n].shape]
+    if odd or len({name.rpartition(".")[0] for name in reshaped}) > 1:
+        raise ConfigError(
+            f"{path} is of another network; tensors that differ: "
+            f"{_listed(sorted([*odd, *reshaped])[:8])}"
+        )
+    kept = {name: tensor for name, tensor in found.items() if name not in reshaped}
+    model.load_state_dict(kept, strict=False)
+
+
+def _read_tensors(path: str) -> dict[str, Tensor]:
+    file = Path(path).expanduser()
+    if file.suffix == ".safetensors":
+        weights = read_weights(file)
+        types = {code: dtype for dtype, (code, _) in TYPES.items()}
+        return {
+            tensor.name: torch.from_numpy(np.array(weights[tensor.name]).reshape(-1))
+            .view(types[tensor.dtype])
+            .view(tensor.shape)
+            for tensor in weights.layout.tensors
+        }
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError) as err:
+        raise ConfigError(
+            f"{path} is no state dict of tensors; save one with "
+            "torch.save(model.state_dict(), file), or as .safetensors"
+        ) from err
+    return dict(state.get("state_dict", state))
 
 
 def option_problems(name: str, options: Mapping[str, Any]) -> Iterator[str]:

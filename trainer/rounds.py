@@ -8,7 +8,7 @@ Interrupted runs continue after their last complete round; a round depends on th
 recipe, its number and the weights deployed before it, and on nothing else.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from trainer.config import PARTIAL_METHODS, Config, as_dict
+from trainer.config import PARTIAL_METHODS, Config, as_dict, make_config
 from trainer.folder import RoundRecord, list_rounds, read_round_record
 from trainer.loop import cpu_settings
+from trainer.methods import Pack
 from trainer.run import Progress, Report, Run
 
-__all__ = ["Progress", "run_rounds"]
+__all__ = ["Progress", "as_reported", "run_rounds"]
 
 # A finished run may be carried on for more rounds, and its data may move.
 FREE_KEYS = {("run", "rounds"), ("run", "name"), ("data", "root")}
@@ -33,6 +34,7 @@ def run_rounds(
     *,
     progress: Report = lambda _progress: None,
     resume: bool = True,
+    pack: Pack | None = None,
 ) -> list[RoundRecord]:
     """Train every round of a recipe that is not there yet.
 
@@ -41,6 +43,8 @@ def run_rounds(
         runs_dir: Folder of the runs; this one is written to ``runs_dir/NAME``.
         progress: Called after every epoch and after every round.
         resume: Continue a run that has rounds already; otherwise refuse.
+        pack: From base and target to the size of their patch in bytes, such as
+            ``packager.size.patch_size``; needed where the recipe has a budget.
 
     Returns:
         The records of all the run's rounds, those found included.
@@ -52,17 +56,36 @@ def run_rounds(
         TrainingError: The loss is not finite, or the data set cannot be had.
         OSError: Files cannot be read or written.
     """
+    if config.update.budget and pack is None:
+        raise ConfigError(
+            "update.budget needs a function that packs: pass pack= to run_rounds, "
+            "for example packager.size.patch_size"
+        )
     run_dir = Path(runs_dir) / config.run.name
     records = _finished(run_dir, config, resume=resume)
     if len(records) >= config.run.rounds:
         return records
     with cpu_settings(config.train.threads), torch.random.fork_rng(devices=[]):
-        run = Run(config, run_dir, progress, new=not records)
+        run = Run(config, run_dir, progress, new=not records, pack=pack)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)
             reinitialise = _must_reinitialise(config, records, samples)
             records.append(run.train(number, records, reinitialise=reinitialise))
     return records
+
+
+def as_reported(records: Sequence[RoundRecord]) -> list[tuple[float, float]]:
+    """Return validation and test accuracy a round, as the paper's code reports them.
+
+    Its chain may go on from a worse model (``update.chain = "paper"``); the reported
+    numbers never do: a round that validates worse than the one before shows that one's.
+    """
+    reported: list[tuple[float, float]] = []
+    for record in records:
+        row = record.metrics["val_accuracy"], record.metrics["test_accuracy"]
+        worse = reported and row[0] < reported[-1][0]
+        reported.append(reported[-1] if worse else row)
+    return reported
 
 
 def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecord]:
@@ -81,7 +104,9 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
             f"{run_dir} has the rounds {numbers}, without gaps they would be "
             f"0 to {len(records) - 1}; put the missing folders back"
         )
-    problems = list(_differences(records[0].config, as_dict(config)))
+    # Through make_config: a key that is newer than the run has its default there.
+    made_with = as_dict(make_config(records[0].config))
+    problems = list(_differences(made_with, as_dict(config)))
     if problems:
         raise ConfigError(
             f"{run_dir} was made with another recipe; choose another run.name, or "

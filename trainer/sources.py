@@ -1,4 +1,7 @@
-"""Where samples come from: named data sets and image folders, whole in memory."""
+"""Where samples come from: named data sets, image folders, your own function.
+
+In memory, or read batch by batch where they are too large for it.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from edge_runtime.errors import ConfigError, TrainingError
-from trainer.config import DataConfig
-from trainer.data import DataSource, Samples, generator
+from trainer.config import DataConfig, parse_size
+from trainer.data import DataSource, Samples, Stored, generator
+from trainer.factory import call_factory
 
+STATISTICS_SAMPLES = 2000
 DIGITS_TEST = 400  # samples; scikit-learn's digits come without a test set
 
 
@@ -28,7 +32,9 @@ def load_source(config: DataConfig) -> DataSource:
     if config.set == "digits":
         source = _digits()
     elif config.set == "folder":
-        source = _folder(root, config.size)
+        source = _folder(root, config)
+    elif config.factory:
+        source = as_source(call_factory(config.factory), parse_size(config.memory) or 0)
     else:
         source = _torchvision(config.set, root)
     if config.normalise:
@@ -87,7 +93,7 @@ def _nchw(images: Tensor | np.ndarray) -> Tensor:
     return tensor.permute(0, 3, 1, 2).contiguous()
 
 
-def _folder(root: Path, size: int) -> DataSource:
+def _folder(root: Path, config: DataConfig) -> DataSource:
     """Read train/CLASS/* and test/CLASS/* (or val/CLASS/*) as RGB."""
     from trainer.vision import torchvision
 
@@ -98,36 +104,87 @@ def _folder(root: Path, size: int) -> DataSource:
             "(or val/CLASS/*) in it; set data.root"
         )
     steps: list[Callable[[Any], Any]] = [torchvision.transforms.PILToTensor()]
-    if size:
-        transforms = torchvision.transforms
+    if config.size:
+        transforms, size = torchvision.transforms, config.size
         steps = [transforms.Resize(size), transforms.CenterCrop(size), *steps]
     transform = torchvision.transforms.Compose(steps)
     open_folder = torchvision.datasets.ImageFolder
     folders = [open_folder(half, transform) for half in (root / "train", tests[0])]
     if folders[0].classes != folders[1].classes:
         raise ConfigError(f"{root}: train and {tests[0].name} hold different classes")
-    train, test = (_stack(folder) for folder in folders)
-    mean, std = _channel_statistics(train.inputs)
+    memory = parse_size(config.memory) or 0
+    train, test = (_samples(folder, memory) for folder in folders)
+    step = max(1, len(train) // STATISTICS_SAMPLES)
+    mean, std = _channel_statistics(train[::step].read())
     return DataSource(train, test, tuple(folders[0].classes), 1 / 255, mean, std)
 
 
-def _stack(images: Dataset[tuple[Tensor, int]]) -> Samples:
-    pairs = [images[index] for index in range(len(images))]  # type: ignore[arg-type]
-    shapes = {tuple(image.shape) for image, _ in pairs}
-    if len(shapes) > 1:
+def as_source(found: Any, memory: int) -> DataSource:
+    """Turn what your own function returned into a data source.
+
+    Args:
+        found: A :class:`DataSource`; or a tuple of training samples, test samples,
+            class names and, if wanted, a mapping with ``scale``, ``mean`` and ``std``.
+            Samples are a pair of tensors (inputs, labels) or a map-style torch
+            ``Dataset`` of (input tensor, label). Inputs are uint8 or floating-point.
+        memory: Bytes; a ``Dataset`` that is larger is read batch by batch.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(found, DataSource):
+        return found
+    if not isinstance(found, tuple) or len(found) not in (3, 4):
         raise ConfigError(
-            f"images of {len(shapes)} different shapes; set data.size to bring them "
-            "to one"
+            "a data function returns (train, test, class names) or a DataSource, found "
+            f"{type(found).__name__}"
         )
-    inputs = torch.stack([image for image, _ in pairs])
-    return Samples(inputs, torch.tensor([label for _, label in pairs]))
+    train, test = (_own_samples(half, memory) for half in found[:2])
+    classes = tuple(map(str, found[2]))
+    for half in (train, test):
+        if not len(half) or half.labels.min() < 0 or half.labels.max() >= len(classes):
+            raise ConfigError(
+                f"labels must be 0 to {len(classes) - 1}, as there are {len(classes)} "
+                "class names, and there must be samples"
+            )
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise ConfigError(
+            f"training inputs are {tuple(train.inputs.shape[1:])}, test inputs "
+            f"{tuple(test.inputs.shape[1:])}"
+        )
+    about = found[3] if len(found) == 4 else {}
+    mean, std = (tuple(map(float, about.get(key, ()))) for key in ("mean", "std"))
+    return DataSource(train, test, classes, float(about.get("scale", 1)), mean, std)
+
+
+def _own_samples(half: Any, memory: int) -> Samples:
+    if not isinstance(half, tuple | list):
+        return _samples(half, memory)
+    inputs, labels = (torch.as_tensor(part) for part in half)
+    if len(inputs) != len(labels):
+        raise ConfigError(f"{len(inputs)} inputs have {len(labels)} labels")
+    return Samples(inputs, labels.long())
+
+
+def _samples(dataset: Any, memory: int) -> Samples:
+    """Take a map-style dataset of (input, label) into memory, if it fits."""
+    first = torch.as_tensor(dataset[0][0])
+    inputs = Stored(dataset, tuple(first.shape), torch.arange(len(dataset)))
+    # Most data sets know their labels without decoding their images.
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        labels = [int(dataset[index][1]) for index in range(len(dataset))]
+    samples = Samples(inputs, torch.as_tensor(labels).long())
+    if len(dataset) * first.numel() * first.element_size() > memory:
+        return samples
+    return replace(samples, inputs=samples.read())
 
 
 def _channel_statistics(
     raw: Tensor,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and deviation per channel of uint8 images (N, C, H, W) over 255."""
-    sample = raw[:: max(1, len(raw) // 2000)].float() / 255
+    sample = raw.float() / 255
     mean = sample.mean((0, 2, 3)).tolist()
     std = sample.std((0, 2, 3)).clamp_min(1 / 255).tolist()
     return tuple(round(v, 4) for v in mean), tuple(round(v, 4) for v in std)

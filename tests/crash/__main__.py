@@ -21,7 +21,7 @@ from tests.crash.explore import (
     kill_then_cut,
 )
 from tests.crash.realdisk import in_namespace
-from tests.crash.recording import LIFE, Recording, install, update
+from tests.crash.recording import LIFE, Recording, install
 from tests.crash.traced import Forgetful
 
 failed = []

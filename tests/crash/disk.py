@@ -111,36 +111,46 @@ class Disk:
 
     def apply(self, kind, path, *rest):
         """Replay one operation."""
-        parent = self._find(path.parent)
-        known = parent.names.get(path.name)
-        if kind == "mkdir":
-            parent.set(path.name, Folder())
-        elif kind == "create" and known is not None:
-            known.content = b""
-        elif kind in ("create", "touch"):
-            parent.set(path.name, File())
-            self.files.append(parent.names[path.name])
-        elif kind == "data":
-            known.content += rest[0]
-        elif kind == "sync":
-            node = self._find(path)
-            if isinstance(node, File):
-                node.durable = node.content
-            else:
-                node.durable = dict(node.names)
-                node.pending.clear()
-        elif kind == "hardlink":
-            parent.set(path.name, self._find(rest[0]))
-        elif kind == "symlink":
-            parent.set(path.name, Link(rest[0]))
-        elif kind == "rename":
-            if path.parent != rest[0].parent:
-                raise ValueError("the model knows renames within one folder only")
-            parent.move(path.name, rest[0].name)
-        elif kind in ("unlink", "rmdir"):
-            parent.delete(path.name)
+        getattr(self, f"_{kind}")(self._find(path.parent), path, *rest)
+
+    def _mkdir(self, parent, path):
+        parent.set(path.name, Folder())
+
+    def _create(self, parent, path):
+        if path.name in parent.names:
+            parent.names[path.name].content = b""  # the same file, emptied
+            return
+        self.files.append(File())
+        parent.set(path.name, self.files[-1])
+
+    _touch = _create
+
+    def _data(self, parent, path, data):
+        parent.names[path.name].content += data
+
+    def _sync(self, parent, path):
+        node = self._find(path)
+        if isinstance(node, File):
+            node.durable = node.content
         else:
-            raise ValueError(kind)
+            node.durable = dict(node.names)
+            node.pending.clear()
+
+    def _hardlink(self, parent, path, source):
+        parent.set(path.name, self._find(source))
+
+    def _symlink(self, parent, path, text):
+        parent.set(path.name, Link(text))
+
+    def _rename(self, parent, path, target):
+        if path.parent != target.parent:
+            raise ValueError("the model knows renames within one folder only")
+        parent.move(path.name, target.name)
+
+    def _unlink(self, parent, path):
+        parent.delete(path.name)
+
+    _rmdir = _unlink
 
     def running(self) -> Tree:
         """What a process sees as long as the power stays on."""

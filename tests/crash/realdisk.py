@@ -1,8 +1,8 @@
 """Real file systems: full, read-only, and cut off in the middle of work.
 
 Mounting needs a namespace of our own: as root, or as a user who may make one
-(``unshare --map-root-user``). Loop devices need root. ``python -m tests.crash.realdisk``
-prints one JSON object; what could not run is in it, with the reason.
+(``unshare --map-root-user``). Loop devices need root. As a program this module prints
+one JSON object; what could not run is in it, with the reason.
 """
 
 import fcntl
@@ -136,12 +136,12 @@ def power_cuts(folder, cuts, options="", files=None):
     with open(image, "wb") as file:
         file.truncate(48 << 20)
     run("mkfs.ext4", "-q", "-F", str(image))
-    mount = ("-o", f"loop{options}", str(image))
+    mount, root = ("-o", f"loop{options}", str(image)), place / "store"
     with mounted(place, *mount) as disk:
         promised = Device.open(settled(disk)).store.state
     for _ in range(cuts):
         world.next_patch(promised)
-        seed, root = rng.random(), place / "store"
+        seed = rng.random()
         with mounted(place, *mount):
             child, pipe = spawn(lambda out, s=seed: cut_off(root, out, s, files))
             time.sleep(rng.uniform(0, 0.2))

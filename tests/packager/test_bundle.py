@@ -1,6 +1,9 @@
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -59,6 +62,16 @@ def test_the_golden_outputs_are_those_of_the_rounds_weights(run):
 def test_the_same_round_gives_the_same_bytes(run):
     round_ = read_round(run.path / "round_00")
     assert build_bundle(round_).data == build_bundle(round_).data
+
+
+def test_every_process_gives_the_same_bytes(run, tmp_path):
+    made = set()
+    for seed in "123":  # of the order in which a set of names is walked through
+        command = [sys.executable, "-m", "packager", run.path / "round_00", "--bundle"]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([*command, "-q"], env=environment, check=True)
+        made.add((run.path / "round_00.bundle.zip").read_bytes())
+    assert len(made) == 1
 
 
 def test_a_bundle_over_its_limit_is_refused(run, tmp_path):

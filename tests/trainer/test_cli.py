@@ -104,6 +104,31 @@ def test_training_that_diverges_exits_with_9(command, tmp_path):
     assert "lower train.lr" in err
 
 
+def test_run_takes_your_own_network_and_data_without_a_recipe(
+    command, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text(Path("tests/trainer/own.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    sizes = ["data.initial=100", "data.growth=20", "data.validation=60"]
+    args = [f"--set={s}" for s in (*sizes, "run.rounds=2", "train.epochs=1")]
+    own = ("--model", "mine:small", "--data", "mine:tensors")
+    code, out, _ = command("run", *own, *args, "--set=update.ratio=0.3")
+    assert code == 0
+    assert "round_01" in out
+    assert (tmp_path / "runs" / "own" / "round_01" / "round.json").exists()
+    code, _, err = command("run", "--model", "mine:small")
+    assert code == 2
+    assert "give both --model and --data" in err
+
+
+def test_run_keeps_to_a_budget_with_the_real_packager(command, tmp_path):
+    args = ("run", "digits", "--runs", tmp_path, "--json", *QUICK)
+    code, out, _ = command(*args, "--set=update.budget=900B")
+    assert code == 0
+    first = json.loads(out)["rounds"][0]
+    assert 0.95 * 900 <= first["metrics"]["patch_bytes"] <= 900
+
+
 def test_recipes_lists_all_and_copies_one(command, tmp_path):
     code, out, _ = command("recipes")
     assert code == 0

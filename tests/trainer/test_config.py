@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import ConfigError
-from trainer.config import as_dict, load_config, make_config
+from trainer.config import as_dict, load_config, make_config, parse_size
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.toml"))
 
@@ -90,6 +90,46 @@ def test_says_what_is_wrong(section, keys, expected):
     assert expected in problems_of(changed(section, **keys))
 
 
+@pytest.mark.parametrize(
+    ("section", "keys", "problem"),
+    [
+        ("update", {"budget": "64 kilo"}, "a size such as 64KB"),
+        ("update", {"budget": "0KB"}, "a size such as 64KB"),
+        ("update", {"budget": "9KB", "method": "rpu"}, "budget is for methods dpu, "),
+        ("update", {"dense": "freeze", "method": "fu"}, "for methods that select only"),
+        ("update", {"mantissa_bits": 8}, "should be 23, 10 or 7"),
+        ("model", {"factory": "a:b"}, "[model] name, or factory"),
+        ("model", {"name": ""}, "[model] name, or factory"),
+        ("data", {"factory": "a:b"}, "[data] set, or factory"),
+        ("data", {"set": "", "factory": "a.b"}, "should be package.module:function"),
+        ("train", {"device": "tpu"}, "one of auto, cpu, cuda"),
+    ],
+)
+def test_what_excludes_each_other_is_a_problem(section, keys, problem):
+    assert problem in problems_of(changed(section, **keys))
+
+
+def test_your_own_functions_take_the_place_of_names(recipe):
+    config = load_config(recipe, ["model.width=3"], model="a.b:net", data="c:load")
+    assert (config.model.name, config.model.factory) == ("", "a.b:net")
+    assert config.model.options == {"width": 3}
+    assert (config.data.set, config.data.factory) == ("", "c:load")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64KB", 64000),
+        ("1.5 MiB", 1572864),
+        ("700", 700),
+        ("1GB", 10**9),
+        ("1TB", None),
+    ],
+)
+def test_sizes_have_units(text, size):
+    assert parse_size(text) == size
+
+
 def test_a_section_that_is_no_table_is_a_problem(recipe):
     assert "[update] should be a section" in problems_of(changed("run") | {"update": 3})
     recipe.write_text("run = 3")
@@ -125,7 +165,8 @@ def test_the_resolved_recipe_survives_json(recipe):
     again = make_config(json.loads(json.dumps(as_dict(config))))
     assert again == config
     assert as_dict(config)["update"]["lambda"] == 0.5
-    assert as_dict(config)["model"] == {"name": "mlp", "hidden": [8]}
+    model = {"name": "mlp", "factory": "", "weights": "", "hidden": [8]}
+    assert as_dict(config)["model"] == model
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

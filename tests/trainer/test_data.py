@@ -8,6 +8,7 @@ from trainer.config import DataConfig
 from trainer.data import (
     DataSource,
     Samples,
+    Stored,
     batches,
     generator,
     split_source,
@@ -191,6 +192,31 @@ def test_brings_images_of_different_shapes_to_one_size(tmp_path):
         load_source(folder_config(tmp_path))
     source = load_source(folder_config(tmp_path, size=6))
     assert source.input_shape == (3, 6, 6)
+
+
+def test_a_folder_too_large_for_memory_gives_the_same_batches(tmp_path):
+    write_images(tmp_path / "train", 6)
+    write_images(tmp_path / "val", 2)
+    whole = load_source(folder_config(tmp_path))
+    source = load_source(folder_config(tmp_path, memory="1KB"))
+    assert isinstance(source.train.inputs, Stored)
+    assert (source.mean, source.std) == (whole.mean, whole.std)
+    order = torch.from_numpy(generator(0, "order").permutation(12))
+    found, expected = [
+        batches(s.prepared(s.train), 5, order, s.crop_flip(generator(0, "augment")))
+        for s in (source, whole)
+    ]
+    for (x, y), (a, b) in zip(found, expected, strict=True):
+        assert torch.equal(x, a)
+        assert torch.equal(y, b)
+
+
+def test_an_odd_image_is_found_when_it_is_read(tmp_path):
+    write_images(tmp_path / "train", 2)
+    write_images(tmp_path / "val", 1)
+    Image.new("RGB", (20, 9)).save(tmp_path / "train" / "dog" / "odd.png")
+    with pytest.raises(ConfigError, match=r"sample 4 has shape \(3, 9, 20\)"):
+        load_source(folder_config(tmp_path, memory="1KB"))
 
 
 def test_says_how_an_image_folder_should_look(tmp_path):

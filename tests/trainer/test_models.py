@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.weights import write_weights
 from trainer.config import ModelConfig
+from trainer.initial import make_recipe
 from trainer.models import build_model, option_problems
+from trainer.tensors import weights_of
 
 torch.set_num_threads(1)
 
@@ -24,6 +27,8 @@ def weights(model):
         ("small_cnn", (1, 8, 8), {"channels": [4, 8], "hidden": 16}, 996),
         ("vgg", (3, 32, 32), {}, 14_022_016),
         ("resnet56", (3, 32, 32), {}, 848_944),
+        ("resnet34", (3, 64, 64), {}, 21_272_768),
+        ("mobilenet_v2", (3, 64, 64), {}, 2_202_560),
         ("squeezenet1_1", (3, 64, 64), {}, 724_672),
     ],
 )
@@ -49,6 +54,46 @@ def test_names_what_is_wrong_with_options():
         "[model] depth is unknown; resnet56 has no options"
     ]
     assert not list(option_problems("mobilenet_v2", {"width_mult": 0.5}))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_loads_pretrained_weights_except_another_number_of_classes(tmp_path, suffix):
+    torch.manual_seed(1)
+    source = build("small_cnn", (1, 8, 8), classes=7, channels=[4], hidden=8)
+    path = tmp_path / f"pretrained.{suffix}"
+    if suffix == "pt":
+        torch.save(source.state_dict(), path)
+    else:
+        write_weights(weights_of(source), path)
+    options = {"channels": [4], "hidden": 8}
+    config = ModelConfig(name="small_cnn", weights=str(path), options=options)
+    model = build_model(config, (1, 8, 8), 10)
+    expected = source.state_dict()
+    found = model.state_dict()
+    assert len(found["7.weight"]) == 10
+    for name in found.keys() - {"7.weight", "7.bias"}:
+        if "num_batches" not in name:
+            assert torch.equal(found[name], expected[name])
+
+
+def test_pretrained_weights_travel_with_the_bundle(tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / "pretrained.pt"
+    torch.save(build("mlp", (1, 8, 8), hidden=[16]).state_dict(), path)
+    config = ModelConfig(name="mlp", weights=str(path), options={"hidden": [16]})
+    recipe = make_recipe(lambda: build_model(config, (1, 8, 8), 10), seed=0)
+    assert {init.kind for init in recipe.tensors.values()} == {"file"}
+
+
+def test_refuses_pretrained_weights_of_another_network(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save(build("mlp", (1, 8, 8), hidden=[9]).state_dict(), path)
+    config = ModelConfig(name="mlp", weights=str(path), options={"hidden": [16]})
+    with pytest.raises(ConfigError, match=r"of another network.*1\.weight"):
+        build_model(config, (1, 8, 8), 10)
+    path.write_bytes(b"no pickle")
+    with pytest.raises(ConfigError, match="no state dict of tensors"):
+        build_model(config, (1, 8, 8), 10)
 
 
 def test_refuses_options_that_torchvision_does_not_take():

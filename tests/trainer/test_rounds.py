@@ -1,16 +1,18 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, RoundError
 from edge_runtime.init import read_recipe
 from edge_runtime.weights import read_weights
+from packager.rounds import read_round
 from trainer.config import as_dict, make_config
 from trainer.folder import Outcome
-from trainer.rounds import run_rounds
+from trainer.rounds import as_reported, run_rounds
 
 torch.set_num_threads(1)
 
@@ -171,6 +173,54 @@ def test_a_worse_re_initialised_model_is_discarded_and_tried_again(copied):
     assert fourth.metrics["tried_reinit"] == 1
 
 
+def test_a_discarded_re_initialisation_leaves_the_round_to_an_ordinary_update(copied):
+    path = copied / "tiny" / "round_02" / "round.json"
+    record = json.loads(path.read_text())
+    deployed = record["metrics"]["val_accuracy"]
+    # The next round is due, and from the init weights one epoch gets nowhere.
+    (fourth,) = run_rounds(config_of(run={"rounds": 4}), copied)[3:]
+    lines = (copied / "tiny" / "round_03" / "metrics.jsonl").read_text().splitlines()
+    starts = [json.loads(line)["start"] for line in lines]
+    assert fourth.metrics["tried_reinit"] == 1
+    assert fourth.metrics["val_accuracy"] >= deployed
+    if fourth.reinitialised:
+        assert starts == ["init"] * 12
+    else:
+        assert starts == ["init"] * 12 + ["deployed"] * 12
+        assert fourth.metrics["val_reinit"] < deployed
+        assert fourth.parent == record["target"]
+
+
+def test_the_papers_chain_goes_on_from_a_worse_model_and_cannot_be_packed(tmp_path):
+    config = config_of(
+        run={"rounds": 4},
+        data={"growth": 0},
+        update={"chain": "paper", "reinit": 1},
+        train={"epochs": 1},
+    )
+    records = run_rounds(config, tmp_path)
+    assert not any(record.packable for record in records)
+    init = records[0].parent
+    assert [record.parent for record in records] == [init] * 4
+    assert all(record.reinitialised for record in records[1:])
+    shares = [record.metrics["val_accuracy"] for record in records]
+    assert shares != sorted(shares)  # some re-initialised model was worse: it stays
+    with pytest.raises(RoundError, match="not packable"):
+        read_round(tmp_path / "tiny" / "round_01")
+
+
+def test_reported_accuracy_is_held_where_validation_drops(finished):
+    def records(*rows):
+        return [
+            replace(finished[1][0], metrics={"val_accuracy": v, "test_accuracy": t})
+            for v, t in rows
+        ]
+
+    found = as_reported(records((0.5, 0.6), (0.4, 0.9), (0.45, 0.9), (0.5, 0.4)))
+    assert found == [(0.5, 0.6)] * 3 + [(0.5, 0.4)]
+    assert as_reported([]) == []
+
+
 def test_refuses_a_run_folder_made_with_another_recipe(copied):
     with pytest.raises(ConfigError) as caught:
         run_rounds(config_of(train={"lr": 1e-3}, update={"ratio": 0.1}), copied)
@@ -178,6 +228,17 @@ def test_refuses_a_run_folder_made_with_another_recipe(copied):
         "[train] lr was 0.01, is now 0.001",
         "[update] ratio was 0.05, is now 0.1",
     )
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
+    for number in range(3):
+        path = copied / "tiny" / f"round_{number:02d}" / "round.json"
+        record = json.loads(path.read_text())
+        del record["config"]["update"]["mantissa_bits"]
+        path.write_text(json.dumps(record))
+    assert len(run_rounds(config_of(), copied)) == 3
+    with pytest.raises(ConfigError, match="mantissa_bits was 23, is now 7"):
+        run_rounds(config_of(update={"mantissa_bits": 7}), copied)
 
 
 def test_refuses_to_continue_when_told_not_to(copied):

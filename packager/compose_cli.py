@@ -1,0 +1,81 @@
+"""``dpu-patch compose``: several patches become one."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from edge_runtime.command import emit, json_option, say
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=_file)
+@click.option(
+    "--base",
+    required=True,
+    type=_file,
+    metavar="FILE",
+    help="The weights that the first patch leads from.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the patch.",
+)
+@click.option("--level", type=click.IntRange(1, 22), default=19, show_default=True)
+@json_option
+def compose(
+    paths: tuple[Path, ...], *, base: Path, output: Path, level: int, as_json: bool
+) -> None:
+    """Make one patch of several that follow each other.
+
+    Its result equals applying them in order. It is unsigned, with round and release
+    counter of the last one.
+    """
+    from edge_runtime.patch import open_patch
+    from packager.build import write_file
+    from packager.compose import compose_patches
+    from packager.foreign import read_model
+    from packager.foreign_cli import pack_extra
+    from packager.words import percent, spaced
+
+    with pack_extra("an ONNX file"):
+        weights = read_model(base).weights
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_patch(path)) for path in paths]
+        total = sum(patch.size for patch in opened)
+        named = list(zip(map(str, paths), opened, strict=True))
+        packed = compose_patches(weights, named, level=level)
+        target = opened[-1].header.target
+    record = {
+        "patches": [str(path) for path in paths],
+        "sum_bytes": total,
+        "parent": weights.fingerprint,
+        "target": target,
+        "path": str(output) if packed else None,
+        "bytes": len(packed.data) if packed else 0,
+        "counter": packed.header.counter if packed else None,
+        "written": packed is not None,
+    }
+    if packed is None:
+        text = f"they lead back to {base}: nothing to send, nothing written"
+        emit(record, as_json=as_json, text=text)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_file(packed.data, output)
+    size = len(packed.data)
+    text = (
+        f"{len(paths)} patches  {weights.fingerprint[:12]}  →  {target[:12]}, release "
+        f"counter {packed.header.counter}\n"
+        f"  together {spaced(total):>11} bytes\n"
+        f"  composed {spaced(size):>11} bytes   {percent(size, total)} of the sum "
+        "(lower is better)\n"
+        f"  checked  applied to {base}, result identical; unsigned"
+    )
+    emit(record, as_json=as_json, text=text)
+    say(f"wrote {output}")

@@ -1,0 +1,129 @@
+"""A report before it is text, Markdown or a page: figures, facts, tables, pictures."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+Rows = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns with headings.
+
+    Attributes:
+        columns: The headings. The first column is text and names its row; a heading
+            that begins with ``<`` (left out) is text too, all others are numbers.
+        rows: The cells.
+    """
+
+    columns: Sequence[str]
+    rows: Rows
+
+    @property
+    def headings(self) -> list[str]:
+        """The headings as they are shown."""
+        return [column.removeprefix("<") for column in self.columns]
+
+    def is_text(self, number: int) -> bool:
+        """Say whether a column is text."""
+        return number == 0 or self.columns[number].startswith("<")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a document with a heading.
+
+    Attributes:
+        title: The heading.
+        text: What to know, in a sentence or two.
+        table: The numbers; every picture has one beside it.
+        picture: SVG.
+        caption: How to read the picture; only shown with it.
+        legend: Names of the colours in the picture, by their number.
+    """
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    picture: str = ""
+    caption: str = ""
+    legend: Sequence[tuple[int, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A whole report.
+
+    Attributes:
+        title: What it is about, in one line.
+        figures: A few numbers that matter most, with what they are.
+        facts: Names and values.
+        sections: The parts.
+    """
+
+    title: str
+    figures: Sequence[tuple[str, str]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    sections: Sequence[Section] = field(default_factory=list)
+
+
+def to_text(document: Document) -> str:
+    """Return a document as aligned text for a terminal."""
+    lines = [document.title]
+    width = max((len(name) for name, _ in document.facts), default=0) + 2
+    lines += [f"  {name:<{width}}{value}" for name, value in document.facts]
+    for section in document.sections:
+        lines += ["", section.title]
+        lines += [f"  {line}" for line in _wrapped(section.text, 86)]
+        if section.table:
+            lines += [f"  {line}" for line in _aligned(section.table)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    from textwrap import wrap
+
+    return wrap(text, width)
+
+
+def _aligned(table: Table) -> Iterator[str]:
+    rows = [table.headings, *table.rows]
+    widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            f"{cell:<{width}}" if table.is_text(number) else f"{cell:>{width}}"
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def to_markdown(document: Document) -> str:
+    """Return a document as Markdown, to paste into a pull request."""
+    lines = [f"## {_escape(document.title)}", ""]
+    if document.facts:
+        lines += _pipes(Table(["", "<"], document.facts))
+    for section in document.sections:
+        lines += ["", f"### {_escape(section.title)}", ""]
+        if section.text:
+            lines += [_escape(section.text), ""]
+        if section.table:
+            lines += _pipes(section.table)
+    return "\n".join(lines)
+
+
+def _pipes(table: Table) -> Iterator[str]:
+    yield _row(table.headings)
+    columns = range(len(table.columns))
+    yield _row([":--" if table.is_text(number) else "--:" for number in columns])
+    for row in table.rows:
+        yield _row([_escape(cell) for cell in row])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape(text: str) -> str:
+    for character in "\\|`*_<>":
+        text = text.replace(character, "\\" + character)
+    return text

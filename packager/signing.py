@@ -1,0 +1,244 @@
+"""Signing keys, and what they sign: patches and bundles.
+
+Devices verify with :mod:`edge_runtime.signing`; private keys never come near them.
+Ed25519 is deterministic and signatures are kept in the order of their key ids, so the
+same file and keys always give the same bytes, whoever signs first.
+
+    >>> from edge_runtime.signing import trust_keys
+    >>> key = generate_key()
+    >>> trust = trust_keys({"fleet.pub.pem": encode_public(key)})
+    >>> signatures = add_signature((), PATCH_CONTEXT, b"some header", key)
+    >>> trust.check(PATCH_CONTEXT, b"some header", signatures) == trust.ids
+    True
+"""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from edge_runtime.bundle import (
+    KEYS_FOLDER,
+    MANIFEST_NAME,
+    SIGNATURES_NAME,
+    read_bundle,
+    write_members,
+)
+from edge_runtime.errors import KeyFileError, PatchFormatError
+from edge_runtime.header import parse_header, read_header
+from edge_runtime.signing import (
+    BUNDLE_CONTEXT,
+    MAX_BLOCK_BYTES,
+    PATCH_CONTEXT,
+    Signature,
+    decode_signatures,
+    encode_signatures,
+    framed,
+    key_id,
+    read_signatures,
+)
+
+
+def sign(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:
+    """Sign a patch or a bundle with some keys.
+
+    Raises:
+        PatchError: Neither of them, damaged, or without room for another signature.
+        BundleError: A damaged or incomplete bundle.
+    """
+    for key in keys:
+        data = (sign_bundle if is_bundle(data) else sign_patch)(data, key)
+    return data
+
+
+def is_bundle(data: bytes) -> bool:
+    """Whether this is the beginning of a bundle, which is a zip file."""
+    return data.startswith(b"PK")
+
+
+def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
+    """Sign a patch, beside the signatures that it has.
+
+    Header and body stay as they are; a second signature of one key changes nothing.
+
+    Args:
+        data: The bytes of the patch file.
+        key: The signer's.
+
+    Returns:
+        The bytes of the signed patch file.
+
+    Raises:
+        PatchError: It is not a whole patch, or has no room for another signature.
+    """
+    file = io.BytesIO(data)
+    header = read_header(file)
+    _, size, digest = parse_header(header)
+    signatures = read_signatures(file)
+    body = file.read()
+    if (len(body), hashlib.sha256(body).digest()) != (size, digest):
+        raise PatchFormatError("the patch is damaged and was not signed; make it anew")
+    block = encode_signatures(add_signature(signatures, PATCH_CONTEXT, header, key))
+    if len(block) > MAX_BLOCK_BYTES:
+        raise PatchFormatError(
+            f"the patch has {len(signatures)} signatures and no room for another"
+        )
+    return header + len(block).to_bytes(2, "little") + block + body
+
+
+def sign_bundle(data: bytes, key: Ed25519PrivateKey) -> bytes:
+    """Sign a bundle, beside the signatures that it has.
+
+    The signature is over ``bundle.json``, which holds the SHA-256 of everything else.
+
+    Args:
+        data: The bytes of the bundle.
+        key: The signer's.
+
+    Returns:
+        The bytes of the signed bundle.
+
+    Raises:
+        BundleError: Not a bundle, damaged or incomplete.
+    """
+    read_bundle(data)  # nobody's name goes on what no device would take
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = members.pop(MANIFEST_NAME)
+    signatures = decode_signatures(members.pop(SIGNATURES_NAME, b""))
+    signatures = add_signature(signatures, BUNDLE_CONTEXT, manifest, key)
+    signed = {MANIFEST_NAME: manifest, SIGNATURES_NAME: encode_signatures(signatures)}
+    return write_members(signed | members)
+
+
+def add_signature(
+    signatures: Iterable[Signature],
+    context: bytes,
+    message: bytes,
+    key: Ed25519PrivateKey,
+) -> tuple[Signature, ...]:
+    """Return the signatures of a message, the one of this key among them.
+
+    Args:
+        signatures: Those that it has.
+        context: What the message is, ``PATCH_CONTEXT`` or ``BUNDLE_CONTEXT``.
+        message: The exact bytes to sign.
+        key: The signer's.
+    """
+    own = key_id(public_key(key))
+    others = [signature for signature in signatures if signature.key_id != own]
+    value = key.sign(framed(context, message))
+    return tuple(sorted([*others, Signature(own, value)]))
+
+
+def carried_keys(keys: Iterable[Ed25519PrivateKey]) -> dict[str, bytes]:
+    """Return the members with which a bundle carries the public halves of keys."""
+    return {
+        f"{KEYS_FOLDER}{key_id(public_key(key))}.pem": encode_public(key)
+        for key in keys
+    }
+
+
+# Keys ---------------------------------------------------------------------------------
+
+
+def generate_key() -> Ed25519PrivateKey:
+    """Generate a private key."""
+    return Ed25519PrivateKey.generate()
+
+
+def public_key(key: Ed25519PrivateKey) -> str:
+    """Return the public half of a key: 32 raw bytes, in hex."""
+    return key.public_key().public_bytes_raw().hex()
+
+
+def encode_public(key: Ed25519PrivateKey) -> bytes:
+    """Encode the public half of a key as PEM (SubjectPublicKeyInfo)."""
+    return key.public_key().public_bytes(
+        Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> bytes:
+    """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase."""
+    lock: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase:
+        lock = serialization.BestAvailableEncryption(passphrase.encode())
+    return key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+
+
+def is_encrypted(pem: bytes) -> bool:
+    """Whether a private key needs a passphrase."""
+    return b"ENCRYPTED" in pem
+
+
+def load_private(
+    pem: bytes, passphrase: str | None = None, name: str = "the key"
+) -> Ed25519PrivateKey:
+    """Read a private key from PEM.
+
+    Args:
+        pem: The content of the key file.
+        passphrase: Used only if the key is encrypted.
+        name: What to call it in an error.
+
+    Raises:
+        KeyFileError: Not a private Ed25519 key, or the passphrase is wrong or missing.
+    """
+    if b"PUBLIC KEY" in pem:
+        raise KeyFileError(
+            f"{name} is a public key: it verifies, only the private key signs"
+        )
+    if not is_encrypted(pem):
+        passphrase = None  # the library would refuse it
+    elif not passphrase:
+        raise KeyFileError(
+            f"{name} is encrypted: give its passphrase, for example in DPU_PASSPHRASE"
+        )
+    try:
+        key = serialization.load_pem_private_key(
+            pem, passphrase.encode() if passphrase else None
+        )
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+        if passphrase:
+            raise KeyFileError(f"wrong passphrase for {name} ({err})") from err
+        raise KeyFileError(
+            f"{name} is not a private key in PEM form ({err}); make one with "
+            "'dpu-patch keygen'"
+        ) from err
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{name}: expected Ed25519, found {type(key).__name__}")
+    return key
+
+
+def write_key_pair(path: Path, passphrase: str | None = None) -> tuple[Path, str]:
+    """Generate a key and write both halves: ``NAME.pem`` and ``NAME.pub.pem``.
+
+    Args:
+        path: Where the private key goes, readable for its owner only.
+        passphrase: Encrypts it.
+
+    Returns:
+        The path of the public key, and its id.
+
+    Raises:
+        OSError: A file of either name exists, or cannot be written.
+    """
+    public = path.with_suffix(".pub.pem")
+    if public.exists():
+        raise FileExistsError(f"{public} exists; a key is never overwritten")
+    key = generate_key()
+    # Exclusive, and private from its first byte on.
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(handle, "wb") as file:
+        file.write(encode_private(key, passphrase))
+    with open(public, "xb") as file:
+        file.write(encode_public(key))
+    return public, key_id(public_key(key))

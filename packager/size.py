@@ -1,0 +1,27 @@
+"""How large a patch will be, for whoever has to stay below a limit.
+
+A trainer with a budget is given this function; it need not know any more of packing.
+"""
+
+from edge_runtime.header import PatchHeader
+from edge_runtime.weights import Weights
+from packager.build import build_patch
+
+_ANY_MODEL = "0" * 64  # the size does not depend on it
+
+
+def patch_size(base: Weights, target: Weights) -> int:
+    """Return the bytes of the patch from ``base`` to ``target``, by packing it.
+
+    Raises:
+        WrongModelError: The weight files hold different tensors.
+    """
+    header = PatchHeader(
+        model=_ANY_MODEL,
+        parent=base.fingerprint,
+        target=target.fingerprint,
+        round=0,
+        counter=0,
+        file_size=target.layout.file_size,
+    )
+    return len(build_patch(base, target, header))

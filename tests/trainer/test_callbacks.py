@@ -1,0 +1,169 @@
+"""Real Lightning and a real Hugging Face Trainer."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from edge_runtime.errors import TrainingError
+from trainer.callbacks import lightning_callback, transformers_callback
+from trainer.vision import torchvision  # noqa: F401 - before both libraries
+
+with warnings.catch_warnings():  # theirs, about each other
+    warnings.simplefilter("ignore")
+    import lightning
+    from transformers import Trainer, TrainingArguments
+
+torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# What the libraries warn about on a small CPU job.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*num_workers"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step"),
+    pytest.mark.filterwarnings("ignore:.*treespec"),
+]
+
+
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 8, generator=generator)
+    return TensorDataset(inputs, inputs[:, :4].argmax(1))
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, _index):
+        inputs, labels = batch
+        return functional.cross_entropy(self.net(inputs), labels)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+class Classifier(nn.Module):
+    """As the Hugging Face Trainer wants a model: the loss comes with the outputs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs, labels=None):
+        logits = self.net(inputs)
+        return {"loss": functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def fit(tmp_path, module, *callbacks, epochs=4, resume=None, **options):
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(module, DataLoader(samples(), 16), ckpt_path=resume, weights_only=False)
+    return trainer
+
+
+def hugging_face(tmp_path, model, *callbacks, **options):
+    rows = [{"inputs": x, "labels": y} for x, y in samples()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=4,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    return Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def check(before, after, masks):
+    """Only what was selected changed, and most of that did."""
+    changed = 0
+    for name, mask in masks.items():
+        moved = before[name].view(torch.int32) != after[name].view(torch.int32)
+        assert not (moved & ~mask).any()
+        changed += int(moved.sum())
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == int(0.1 * total)
+    assert changed > 0.05 * total
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_lightning_fit_is_a_round(tmp_path, precision):
+    module, update = Module(net()), lightning_callback(full_epochs=2, ratio=0.1)
+    before = state_of(module)
+    fit(tmp_path, module, update, precision=precision, gradient_clip_val=1.0)
+    check(before, state_of(module), update.masks)
+    assert sorted(update.masks) == ["net.0.weight", "net.2.weight"]
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_lightning_checkpoint_goes_on_within_the_round(tmp_path, stop):
+    whole, update = Module(net()), lightning_callback(full_epochs=2, ratio=0.1)
+    fit(tmp_path, whole, update)
+
+    class Stop(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == stop - 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    fit(tmp_path, Module(net()), lightning_callback(full_epochs=2, ratio=0.1), Stop())
+    resumed, again = Module(net()), lightning_callback(full_epochs=2, ratio=0.1)
+    fit(tmp_path, resumed, again, resume=tmp_path / "half.ckpt")
+    for name, mask in update.masks.items():
+        assert torch.equal(again.masks[name], mask)
+    expected, found = state_of(whole), state_of(resumed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_fit_that_ends_in_the_full_phase_is_refused(tmp_path):
+    update = lightning_callback(full_epochs=4, ratio=0.1)
+    with pytest.raises(TrainingError, match="ended within the full phase of 4 epochs"):
+        fit(tmp_path, Module(net()), update)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True, "weight_decay": 0.1}])
+def test_a_hugging_face_train_is_a_round(tmp_path, options):
+    model, update = Classifier(net()), transformers_callback(full_epochs=2, ratio=0.1)
+    before = state_of(model)
+    hugging_face(tmp_path, model, update, **options).train()
+    check(before, state_of(model), update.masks)
+
+
+def test_a_hugging_face_checkpoint_is_refused(tmp_path):
+    update = transformers_callback(full_epochs=2, ratio=0.1)
+    trainer = hugging_face(tmp_path, Classifier(net()), update)
+    trainer.state.global_step = 3
+    with pytest.raises(TrainingError, match="start the round again"):
+        update.on_train_begin(trainer.args, trainer.state, trainer.control)

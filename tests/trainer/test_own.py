@@ -1,0 +1,125 @@
+"""Your own network, your own data."""
+
+import sys
+
+import pytest
+import torch
+
+from edge_runtime import Device
+from edge_runtime.errors import ConfigError
+from edge_runtime.trial import relative_difference
+from packager.build import pack_round
+from packager.bundle import build_bundle
+from packager.rounds import read_round
+from trainer.config import load_config
+from trainer.data import Stored
+from trainer.factory import call_factory, load_factory
+from trainer.rounds import run_rounds
+from trainer.sources import as_source, load_source
+from trainer.tensors import load_weights
+
+sys.path.insert(0, "tests/trainer")
+torch.set_num_threads(1)
+
+TABLES = {
+    "run": {"name": "own", "rounds": 2},
+    "data": {"initial": 100, "growth": 50, "validation": 60},
+    "update": {"ratio": 0.2},
+    "train": {"epochs": 3, "batch": 16, "lr": 2e-2},
+}
+
+
+def run_own(folder, model="own:small", data="own:tensors", *overrides):
+    config = load_config(TABLES, overrides, model=model, data=data, name="own")
+    return run_rounds(config, folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [("own:small", "own:dataset"), ("own:tied", "own:tensors")]
+)
+def test_own_networks_and_data_become_rounds_that_can_be_packed(tmp_path, model, data):
+    records = run_own(tmp_path, model, data)
+    assert records[0].outcome == "updated"
+    rounds = [read_round(tmp_path / "own" / f"round_0{r.round}") for r in records]
+    device = Device.install(tmp_path / "device", build_bundle(rounds[0]).data)
+    if patch := pack_round(rounds[1]):
+        device.update(patch.data)
+    source = load_source(load_config(TABLES, model=model, data=data).data)
+    own = call_factory(model, (6,), 3)
+    load_weights(own, rounds[1].weights)
+    expected = own.eval()(source.normalise(source.test.read()))
+    found = device.predictor().predict(source.test.read().numpy())
+    assert relative_difference(found, expected.detach().numpy()) < 1e-5
+    assert "second.weight" not in rounds[1].weights
+
+
+def test_tied_weights_are_selected_once_and_counted_once(tmp_path):
+    (record, *_) = run_own(tmp_path, "own:tied")
+    assert record.metrics["weights"] == 6 * 6 + 3 * 6
+    assert record.metrics["selected"] == int(0.2 * 54)
+
+
+def test_frozen_weights_never_change(tmp_path):
+    run_own(tmp_path, "own:frozen")
+    round_ = read_round(tmp_path / "own" / "round_00")
+    patch = pack_round(round_)
+    assert patch.counts.get("0.weight", 0) == 0
+    assert "0.weight" not in round_.selection
+
+
+def test_options_reach_the_function(tmp_path):
+    records = run_own(tmp_path, "own:small", "own:tensors", "model.width=5")
+    assert records[0].metrics["weights"] == 5 * 6 + 3 * 5
+
+
+def test_what_is_larger_than_memory_is_read_batch_by_batch(tmp_path):
+    def rounds(name, *overrides):
+        records = run_own(tmp_path / name, "own:small", "own:dataset", *overrides)
+        return [record.target for record in records]
+
+    assert rounds("large", "data.memory=1KB") == rounds("small")
+    config = load_config(
+        TABLES, ["data.memory=1KB"], model="own:small", data="own:dataset"
+    )
+    source = load_source(config.data)
+    assert isinstance(source.train.inputs, Stored)
+    rows = call_factory("own:dataset")[0]
+    picked = source.prepared(source.train[torch.tensor([5, 2])])
+    expected = (rows.inputs[[5, 2]] - 0.1) / 2
+    assert torch.equal(picked.prepare(picked.inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "problem"),
+    [
+        ("own:wrong_head", "own:tensors", r"\(2, 5\) for two inputs.*one logit"),
+        ("own:needs_more", "own:tensors", r"takes \(a, b, c\); expected to call it"),
+        ("own:nothing", "own:tensors", "returned NoneType, expected a module"),
+        ("own:absent", "own:tensors", "own has no function 'absent'"),
+        ("no_such_module:f", "own:tensors", "cannot import 'no_such_module'"),
+        ("own:small", "own:nothing", r"returns \(train, test, class names\)"),
+        ("own:small", "own:wrong_labels", "labels must be 0 to 1"),
+    ],
+)
+def test_says_what_is_wrong_with_a_function(tmp_path, model, data, problem):
+    with pytest.raises(ConfigError, match=problem):
+        run_own(tmp_path, model, data)
+
+
+def test_refuses_to_crop_what_is_no_image(tmp_path):
+    with pytest.raises(ConfigError, match=r"augment is for images"):
+        run_own(tmp_path, "own:small", "own:tensors", "data.augment=crop_flip")
+
+
+def test_refuses_samples_that_do_not_fit_each_other():
+    inputs, labels = torch.zeros(4, 2), torch.zeros(4)
+    with pytest.raises(ConfigError, match="4 inputs have 3 labels"):
+        as_source(((inputs, labels[:3]), (inputs, labels), ["a"]), 0)
+    with pytest.raises(ConfigError, match=r"training inputs are \(2,\), test inputs"):
+        as_source(((inputs, labels), (inputs[:, :1], labels), ["a"]), 0)
+
+
+def test_functions_are_called_with_what_they_take():
+    assert load_factory("math:sqrt")(4.0) == 2.0
+    assert len(call_factory("own:small", (6,), 3, width=4)) == 3
+    assert type(call_factory("own:tied", (6,), 3)).__name__ == "Tied"

@@ -1,0 +1,143 @@
+# ruff: noqa: ARG002 - the arguments are those that the libraries pass
+"""Partial updating in Lightning and in the Hugging Face Trainer, as a callback.
+
+One ``fit`` or ``train`` is one round: the first epochs are the full phase, the others
+fine-tune what was selected. Nothing else in your code changes::
+
+    update = lightning_callback(full_epochs=10, ratio=0.01)
+    Trainer(max_epochs=20, callbacks=[update]).fit(module, loader)
+    publish_round("runs/mine", module, update.masks)
+
+    update = transformers_callback(full_epochs=10, ratio=0.01)
+    Trainer(model, TrainingArguments(..., num_train_epochs=20), ..., callbacks=[update])
+
+Neither library is needed to import this module. Both clip gradients and scale losses
+before the step; the updater sees the step as it was made.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from edge_runtime.errors import TrainingError
+from trainer.updater import PartialUpdater, Phase
+
+
+class _Round:
+    """What both callbacks do, at the moments that their libraries give them.
+
+    Attributes:
+        masks: What was selected, by parameter name, once training has ended.
+        updater: The updater at work.
+    """
+
+    def __init__(self, full_epochs: int, options: Mapping[str, Any]) -> None:
+        self.masks: Mapping[str, Tensor] = {}
+        self.updater: PartialUpdater | None = None
+        self._full_epochs, self._options = full_epochs, options
+
+    def start(self, model: nn.Module, optimizers: Iterable[Any]) -> PartialUpdater:
+        """Begin the full phase."""
+        self.updater = PartialUpdater(model.named_parameters(), **self._options)
+        return self.updater.attach(*optimizers)
+
+    def start_epoch(self, epoch: float) -> None:
+        """Select when the full phase is over."""
+        if epoch < self._full_epochs or self.updater is None:
+            return
+        if self.updater.phase is Phase.FULL:
+            self.updater.select()
+
+    def end(self) -> None:
+        """Verify and give the masks.
+
+        Raises:
+            FrozenWeightChangedError: Something else wrote weights.
+            TrainingError: Training ended before the full phase did.
+        """
+        if self.updater is None or self.updater.phase is Phase.FULL:
+            raise TrainingError(
+                f"training ended within the full phase of {self._full_epochs} epochs: "
+                "nothing was selected; train for more epochs, or lower full_epochs"
+            )
+        self.masks = self.updater.finish()
+
+
+def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
+    """Return a Lightning callback; after ``fit`` its ``masks`` are what was selected.
+
+    Parameter names are those of your LightningModule. Its optimizers, schedulers and
+    precision stay yours; a checkpoint holds the state of the round, so that ``fit``
+    with ``ckpt_path`` goes on within it.
+
+    Args:
+        full_epochs: Epochs in which every weight trains; the others fine-tune.
+        **options: As for :class:`PartialUpdater`: ``ratio``, ``score``, ``selectable``.
+    """
+    from trainer import vision  # noqa: F401 - first: Lightning imports torchvision
+
+    from lightning.pytorch.callbacks import Callback  # isort: skip
+
+    class PartialUpdate(_Round, Callback):
+        def __init__(self) -> None:
+            super().__init__(full_epochs, options)
+            self._resumed: Mapping[str, Any] | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            updater = self.start(pl_module, trainer.optimizers)
+            if self._resumed is not None:
+                updater.load_state_dict(self._resumed)
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            self.start_epoch(trainer.current_epoch)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.end()
+
+        def state_dict(self) -> dict[str, Any]:
+            updater = self.updater
+            if updater is None or updater.phase is Phase.DONE:
+                return {}
+            return updater.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self._resumed = state_dict or None
+
+    return PartialUpdate()
+
+
+def transformers_callback(*, full_epochs: int, **options: Any) -> Any:
+    """Return a callback for the Hugging Face Trainer; after ``train`` it has ``masks``.
+
+    Args:
+        full_epochs: Epochs in which every weight trains; the others fine-tune.
+        **options: As for :class:`PartialUpdater`: ``ratio``, ``score``, ``selectable``.
+    """
+    from trainer import vision  # noqa: F401 - first: transformers may import torchvision
+
+    from transformers import TrainerCallback  # isort: skip
+
+    class PartialUpdate(_Round, TrainerCallback):
+        def __init__(self) -> None:
+            super().__init__(full_epochs, options)
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, **kw: Any
+        ) -> None:
+            if state.global_step:
+                raise TrainingError(
+                    "the Hugging Face Trainer keeps no state of this callback, so a "
+                    "round cannot go on from its checkpoint; start the round again"
+                )
+            self.start(kw["model"], [kw["optimizer"]])
+
+        def on_epoch_begin(
+            self, args: Any, state: Any, control: Any, **kw: Any
+        ) -> None:
+            self.start_epoch(state.epoch)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+            self.end()
+
+    return PartialUpdate()
