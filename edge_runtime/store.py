@@ -269,10 +269,11 @@ class Store:
         while (free := self.files.free_bytes(self.root)) < needed:
             slots = self._state.slots if self._state else ()
             spare = [s for s in slots if s.target not in (self.state.active, parent)]
+            ways = sum(path.stat().st_size for path in self.root.glob("reverse/*"))
             if spare:
                 self.commit(self.retire(self.state, spare[-1]))
-            elif self._state and self._state.former:
-                self.commit(replace(self._state, former=()))
+            elif free + ways >= needed:
+                self.commit(replace(self.state, former=()))
             else:
                 raise StoreError(
                     f"{self.root} has {free} bytes free, a new slot needs {needed}; "
@@ -340,10 +341,11 @@ class Store:
         Raises:
             StoreError: The disk is full or refuses.
         """
+        data = encode_state(state)
         try:
             for path in (self._copy_path, self._state_path):
                 part = path.with_name(path.name + ".part")
-                self.files.write(part, [encode_state(state)])
+                self.files.write(part, [data])
                 self.files.rename(part, path)
                 self.files.sync_folder(self.root)
         except OSError as err:

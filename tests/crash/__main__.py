@@ -79,7 +79,8 @@ def leave_syncs_out(folder):
             count = Count(enough=1)
             cut_power(recording, count)
             if not count.bad:
-                kill_then_cut(recording, count, files=partial(Forgetful, site=site))
+                files = partial(Forgetful, site=site)
+                kill_then_cut(recording, count, files=files, after="rename")
             if not count.bad and site is not None:
                 missed.append(site)
             sites += site is not None

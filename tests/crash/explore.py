@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from edge_runtime import Device, fingerprint_file
-from edge_runtime.errors import DpuError
+from edge_runtime.errors import DpuError, StoreError
+from edge_runtime.state import decode_state
 from tests.crash import world
 from tests.crash.disk import Disk, write_tree
 from tests.crash.recording import Recording, install, update
@@ -87,11 +88,17 @@ def _rots(path, states, floor):
 
 
 def _go_back(device):
-    """The way back along the reverse patches can be gone."""
-    if device.store.state.former:
-        oldest = device.store.state.former[-1]
-        device.rollback(oldest.round)
-        _insist(device, oldest.target)
+    """The way back along the reverse patches can be gone; each way is tried once."""
+    state, root = device.store.state, device.store.root
+    files = [*root.glob("reverse/*"), *root.glob("slots/*/weights.safetensors")]
+    way = state.former, frozenset((path.name, path.read_bytes()) for path in files)
+    if state.former and hash(way) not in _ways:
+        device.rollback(state.former[-1].round)
+        _insist(device, state.former[-1].target)
+        _ways.add(hash(way))
+
+
+_ways: set[int] = set()
 
 
 def _go_on(device):
@@ -205,7 +212,7 @@ def cut_again(recording, count):
     cut_power(recording, Count(), examined=recover)
 
 
-def kill_then_cut(recording, count, *, files=Recorder):
+def kill_then_cut(recording, count, *, files=Recorder, after=None):
     """Kill the process after every operation; cut the power while the next one works.
 
     What the first one left in flight is in flight still.
@@ -214,9 +221,12 @@ def kill_then_cut(recording, count, *, files=Recorder):
         recording: What the first process did.
         count: Where to count.
         files: What the second process works with.
+        after: Kill only after operations of this kind.
     """
     log = recording.files.log
     for position in range(len(log) + 1):
+        if after and (not position or log[position - 1][0] != after):
+            continue
         disk = Disk(recording.start)
         for entry in log[:position]:
             disk.apply(*entry)
@@ -227,13 +237,20 @@ def kill_then_cut(recording, count, *, files=Recorder):
 
 
 def found(base):
-    """The one state that a start finds, or None."""
-    if not (base / "store" / "state.json").exists():
+    """What a start may find: the state, or what its copy says; or None."""
+    root = base / "store"
+    if not (root / "state.json").exists():
         return [None]
-    return [Device.open(base / "store").store.state]
+    states = [Device.open(root).store.state]
+    with suppress(OSError, StoreError):
+        states.append(decode_state((root / "state.copy").read_bytes()))
+    return states
 
 
-def fail_everywhere(step, start, states, count):
+FAULTS = tuple(itertools.product((errno.EIO, errno.ENOSPC, errno.EROFS), (False, True)))
+
+
+def fail_everywhere(step, start, states, count, faults=FAULTS):
     """Let every operation of a step fail, and cut the power at any time after that.
 
     Args:
@@ -241,13 +258,13 @@ def fail_everywhere(step, start, states, count):
         start: The tree to do it on.
         states: The state that it is in.
         count: Where to count.
+        faults: Error numbers, each with whether every operation after it fails too.
 
     Returns:
         How many failures were injected.
     """
     injected = 0
-    codes = (errno.EIO, errno.ENOSPC, errno.EROFS)
-    for for_good, code in itertools.product((False, True), codes):
+    for code, for_good in faults:
         for number in itertools.count():
             with written(start) as base:
                 files = Failing(base, number, code, for_good=for_good)

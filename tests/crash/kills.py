@@ -228,3 +228,21 @@ def two_writers(root, updates):
         os.close(pipe)
         os.waitpid(child, 0)
     return results
+
+
+def main():
+    """``python -m tests.crash.kills KILLS UPDATES`` prints one JSON object."""
+    kills, updates = map(int, sys.argv[1:])
+    with world.scratch() as folder:
+        root = folder / "store"
+        world.install(root)
+        killed = vars(kill_workers(root, kills))
+        floor = Device.open(root).store.state.floor
+        made = sum(done for done, _ in two_writers(root, updates))
+        result = {"killed": killed, "made": made}
+        result["updates"] = Device.open(root).store.state.floor - floor
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

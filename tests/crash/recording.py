@@ -57,17 +57,20 @@ class Recording:
         return [*last, *written]
 
     def _trial(self, *_, **__):
-        # That this try counts must be on the disk by now.
-        self.acknowledge()
+        if self.device is not None:
+            # That this try counts must be on the disk by now.
+            self.acknowledge()
         if self._bad_model:
             raise TrialError("outputs are not finite")
 
     # Steps ---------------------------------------------------------------------------
 
     def install(self):
-        self.device = world.install(self.base / "store", self.files)
+        self.device = world.install(self.base / "store", self.files, self._trial)
 
     def update(self):
+        if self.device.store.state.pinned:
+            self.device.pin(held=False)
         # Forced: three cut trials, or a refusal, must not end the story.
         self.device.update(world.next_patch(self.device.store.state), force=True)
 

@@ -73,6 +73,13 @@ class Recorder(Traced):
         self.log.append((kind, *inside))
 
 
+class Careless(Recorder):
+    """Never syncs."""
+
+    def sync(self, handle):
+        """Promise everything, do nothing."""
+
+
 class Forgetful(Recorder):
     """Leaves one of the store's syncs out, as if that line had never been written.
 

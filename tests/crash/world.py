@@ -90,9 +90,9 @@ def bundle():
     return write_bundle(manifest, members() | {"patch.dpu": patch(None, 0)})
 
 
-def install(root, files=None):
+def install(root, files=None, trial=no_trial):
     """Install round 0."""
-    return Device.install(root, bundle(), files=files, trial=no_trial)
+    return Device.install(root, bundle(), files=files, trial=trial)
 
 
 @contextmanager
