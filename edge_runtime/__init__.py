@@ -11,7 +11,7 @@ only once a model is loaded; nothing of the trainer or the packager.
     >>> header = PatchHeader(
     ...     model="00" * 32, parent=base.fingerprint, target=target.fingerprint,
     ...     round=1, counter=1, file_size=base.layout.file_size)
-    >>> patch = encode_patch(header, [np.array([7])], target)
+    >>> patch = encode_patch(header, [np.array([7])], base, target)
     >>> apply_patch(base, open_patch(patch)).fingerprint == target.fingerprint
     True
 
@@ -33,7 +33,9 @@ _HOMES = {
     "Patch": "patch",
     "PatchHeader": "header",
     "Predictor": "infer",
+    "RunOptions": "infer",
     "Store": "store",
+    "StorePredictor": "follow",
     "Trust": "signing",
     "UpdateResult": "device",
     "Weights": "weights",

@@ -14,6 +14,8 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
 
@@ -67,13 +69,13 @@ def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Wei
             actual=base.fingerprint,
         )
     patch.check(base.layout)
-    data = b"".join(apply_chunks([base.data], base.layout, patch))
+    data = b"".join(map(bytes, apply_chunks([base.data], base.layout, patch)))
     return Weights(base.layout, data)
 
 
 def apply_chunks(
-    base: Iterable[bytes | bytearray | memoryview], layout: Layout, patch: Patch
-) -> Iterator[bytearray]:
+    base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
+) -> Iterator[memoryview]:
     """Turn a stream of base bytes into the stream of target bytes.
 
     The caller has checked model and parent, and has called :meth:`Patch.check`.
@@ -84,7 +86,8 @@ def apply_chunks(
         patch: An open patch.
 
     Yields:
-        The target weight file, in pieces of at most ``CHUNK_BYTES``.
+        The target weight file, in pieces of at most ``CHUNK_BYTES``. A piece is to be
+        written, or copied, before the next one is asked for: its memory is used again.
 
     Raises:
         PatchFormatError: The base has another size than the layout says.
@@ -94,11 +97,16 @@ def apply_chunks(
     digest = hashlib.sha256()
     elements = _Lookahead(patch, layout)
     start = 0
-    for window in _windows(base):
-        elements.write_into(window, start)
-        start += len(window)
-        digest.update(window)
-        yield window
+    # Hashing takes about as long as all the rest, and OpenSSL needs no Python for it.
+    with ThreadPoolExecutor(1) as hasher:
+        hashed: Future[None] = hasher.submit(lambda: None)
+        for window in _windows(base):
+            elements.write_into(window, start)
+            start += len(window)
+            hashed.result()
+            hashed = hasher.submit(digest.update, window)
+            yield window
+        hashed.result()
     if start != layout.file_size:
         raise PatchFormatError(
             f"the base has {start} bytes, expected {layout.file_size}"
@@ -113,24 +121,26 @@ def apply_chunks(
         )
 
 
-def _windows(chunks: Iterable[bytes | bytearray | memoryview]) -> Iterator[bytearray]:
+def _windows(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
     """Cut a stream into windows, so that no element lies in two of them.
 
     A window's length is a multiple of every item size, and the weight file aligns its
-    tensors to their item size.
+    tensors to their item size. Every second window is the same memory: fresh memory
+    for each would cost as much as reading the file.
     """
-    window = bytearray()
+    windows = cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)])
+    window, filled = next(windows), 0
     for chunk in chunks:
-        view = memoryview(chunk)
-        while view.nbytes:
-            room = CHUNK_BYTES - len(window)
-            window += view[:room]
-            view = view[room:]
-            if len(window) == CHUNK_BYTES:
+        rest = memoryview(chunk)
+        while rest.nbytes:
+            part = rest[: CHUNK_BYTES - filled]
+            window[filled : filled + len(part)] = part
+            filled, rest = filled + len(part), rest[len(part) :]
+            if filled == CHUNK_BYTES:
                 yield window
-                window = bytearray()
-    if window:
-        yield window
+                window, filled = next(windows), 0
+    if filled:
+        yield window[:filled]
 
 
 class _Lookahead:
@@ -140,7 +150,7 @@ class _Lookahead:
         self._elements = patch.elements(layout)
         self._next = next(self._elements, None)
 
-    def write_into(self, window: bytearray, start: int) -> None:
+    def write_into(self, window: memoryview, start: int) -> None:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
         stop = start + len(window)
         while self._next is not None:
@@ -149,10 +159,10 @@ class _Lookahead:
             inside = int(np.searchsorted(positions, (stop - tensor.start) // size))
             if inside:
                 view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-                offset = (tensor.start - start) // size
-                view[positions[:inside] + offset] = values[:inside]
+                at = positions[:inside] + (tensor.start - start) // size
+                view[at] = values.take(tensor.dtype, view[at])
             if inside < len(positions):
-                self._next = tensor, positions[inside:], values[inside:]
+                self._next = tensor, positions[inside:], values
                 return
             self._next = next(self._elements, None)
 

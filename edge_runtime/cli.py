@@ -1,24 +1,14 @@
 """``dpu-edge``: the device's command line."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import (
-    CONTEXT,
-    EXIT_CODE_HELP,
-    Group,
-    emit,
-    json_option,
-    say,
-)
+from edge_runtime import cli_infer
+from edge_runtime.command import CONTEXT, EXIT_CODE_HELP, Group, emit, json_option
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edge_runtime.device import Device
 
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -46,7 +36,8 @@ def _root(context: click.Context) -> Path:
     return Path(context.obj)
 
 
-def _open(context: click.Context) -> "Device":
+def open_device(context: click.Context) -> "Device":
+    """Open the device that ``--store`` names."""
     from edge_runtime.device import Device
 
     return Device.open(_root(context))
@@ -125,7 +116,7 @@ def apply(
     context: click.Context, patches: tuple[Path, ...], *, force: bool, as_json: bool
 ) -> None:
     """Apply patches, in the order given. A patch that is refused changes nothing."""
-    device = _open(context)
+    device = open_device(context)
     results = []
     for patch in patches:
         result = device.update(patch, force=force)
@@ -142,7 +133,7 @@ def apply(
 @click.pass_context
 def status(context: click.Context, *, as_json: bool) -> None:
     """Show what is installed and how it got here."""
-    record = _open(context).status()
+    record = open_device(context).status()
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
     )
@@ -177,7 +168,7 @@ def status(context: click.Context, *, as_json: bool) -> None:
 @click.pass_context
 def verify(context: click.Context, expect: str | None, *, as_json: bool) -> None:
     """Hash the active weights on disk: are they what this device claims to run?"""
-    device = _open(context)
+    device = open_device(context)
     fingerprint = device.verify()
     if expect is not None:
         _compare(fingerprint, expect)
@@ -212,7 +203,7 @@ def _compare(fingerprint: str, expect: str) -> None:
 @click.pass_context
 def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> None:
     """Go back to the round before. Newer releases stay welcome, older ones do not."""
-    device = _open(context)
+    device = open_device(context)
     slot = device.rollback(round_)
     emit(
         device.status(),
@@ -227,88 +218,11 @@ def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> No
 @click.pass_context
 def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
     """Hold updates back: stay at the round of now, or that a rollback leads to."""
-    device = _open(context)
+    device = open_device(context)
     device.pin(held=not off)
     text = "updates are allowed" if off else "pinned: updates are held back"
     emit(device.status(), as_json=as_json, text=text)
 
 
-@main.command()
-@click.argument("inputs", metavar="INPUT", required=False, type=_file)
-@click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
-@click.option("--top", default=1, show_default=True, help="Classes to name per sample.")
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the raw outputs to this .npy file too.",
-)
-@json_option
-@click.pass_context
-def infer(
-    context: click.Context,
-    inputs: Path | None,
-    *,
-    golden: bool,
-    top: int,
-    threads: int,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Run the model on INPUT: a .npy file with one sample or a batch, as collected."""
-    import numpy as np
-
-    if (inputs is None) != golden:
-        raise click.UsageError("give one INPUT file, or --golden")
-    device = _open(context)
-    raw = _read_inputs(inputs or device.store.root / "model" / "golden.npz")
-    outputs = device.predictor(threads=threads).predict(raw)
-    if output is not None:
-        np.save(output, outputs)
-        say(f"wrote {output}")
-    samples = [
-        {"sample": number, "top": _top(row, device.store.contract.classes, top)}
-        for number, row in enumerate(outputs.reshape(len(outputs), -1))
-    ]
-    state = device.store.state
-    emit(
-        {"round": state.active_slot.round, "samples": samples},
-        as_json=as_json,
-        text="\n".join(json.dumps(sample) for sample in samples),
-    )
-
-
-def _read_inputs(path: Path) -> "NDArray[Any]":
-    import numpy as np
-
-    from edge_runtime.errors import ContractError
-
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as err:
-        raise ContractError(f"{path} is not a .npy or .npz file ({err})") from err
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if "inputs" not in loaded:
-            raise ContractError(f"{path} holds no array named 'inputs'")
-        found: NDArray[Any] = loaded["inputs"]
-        return found
-
-
-def _top(
-    row: "NDArray[np.float32]", classes: tuple[str, ...], count: int
-) -> list[dict[str, Any]]:
-    import numpy as np
-
-    # A softmax: the outputs of a classifier are logits.
-    shares = np.exp(row - row.max())
-    shares /= shares.sum()
-    return [
-        {
-            "class": classes[index] if index < len(classes) else int(index),
-            "probability": round(float(shares[index]), 6),
-        }
-        for index in np.argsort(-row, kind="stable")[:count]
-    ]
+for _command in (cli_infer.infer, cli_infer.bench):
+    main.add_command(_command)

@@ -34,9 +34,10 @@ EXIT_CODES: dict[type[errors.DpuError], int] = {
     errors.TrialError: 5,
     errors.BudgetError: 6,
     errors.StoreError: 7,
+    errors.BackendError: 11,
     errors.TrustError: 8,
     errors.TrainingError: 9,
-    errors.HeldError: 11,
+    errors.HeldError: 12,
     errors.DpuError: BUG,
 }
 
@@ -53,7 +54,8 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   8  not trusted: unsigned, wrongly signed or replayed release
   9  training or export failed
  10  the operating system refused (disk full, no permission)
- 11  held back on this device: pinned, or a hook refused
+ 11  no runtime on this device can run the model
+ 12  held back on this device: pinned, or a hook refused
 130  interrupted
 """
 

@@ -33,8 +33,8 @@ class InputSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
-    def prepare(self, raw: ArrayLike) -> NDArray[Any]:
-        """Turn raw values into what the graph takes.
+    def batch(self, raw: ArrayLike) -> NDArray[Any]:
+        """Return raw values with their batch axis, as they are.
 
         Args:
             raw: Values as the device gets them, any numeric type, shape as
@@ -55,14 +55,24 @@ class InputSpec:
                 f"input {self.name!r} takes numbers of shape {_show(self.shape)}, "
                 f"got {values.dtype} of shape {list(np.shape(raw))}"
             )
+        return values
+
+    def prepare(self, raw: ArrayLike) -> NDArray[Any]:
+        """Turn raw values, as :meth:`batch` takes them, into what the graph takes.
+
+        Raises:
+            ContractError: The shape or type does not fit.
+        """
+        values = self.batch(raw)
         if self.scale == 1.0 and not self.mean and not self.std:
             return values.astype(self.dtype, copy=False)
-        out = values.astype(np.float32) * np.float32(self.scale)
+        out = values.astype(np.float32)  # one copy, then in place
+        out *= np.float32(self.scale)
         channels = (-1, *[1] * (out.ndim - 2))
         if self.mean:
-            out = out - np.asarray(self.mean, np.float32).reshape(channels)
+            out -= np.asarray(self.mean, np.float32).reshape(channels)
         if self.std:
-            out = out / np.asarray(self.std, np.float32).reshape(channels)
+            out /= np.asarray(self.std, np.float32).reshape(channels)
         return out.astype(self.dtype, copy=False)
 
 

@@ -27,8 +27,9 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.files import Files
+from edge_runtime.follow import LOOK_S, StorePredictor
 from edge_runtime.hooks import run_hooks
-from edge_runtime.infer import Predictor
+from edge_runtime.infer import RunOptions
 from edge_runtime.patch import Limits, Patch, open_patch
 from edge_runtime.signing import Trust
 from edge_runtime.state import Slot, State, admit
@@ -239,7 +240,7 @@ class Device:
     def _restore(self, slot: Slot) -> None:
         """Make a slot again from a kept one and reverse patches."""
         start, links = self.store.state.way_back(slot.target)
-        chunks: Iterable[bytes | bytearray] = self.store.base(start) or ()
+        chunks: Iterable[bytes | memoryview] = self.store.base(start) or ()
         try:
             with ExitStack() as stack:
                 for link in links:
@@ -348,14 +349,22 @@ class Device:
 
     # Asking -------------------------------------------------------------------------
 
-    def predictor(self, *, threads: int = 1) -> Predictor:
+    def predictor(
+        self, options: RunOptions | None = None, *, follow: bool | float = False
+    ) -> StorePredictor:
         """Return a predictor with the active weights.
+
+        Args:
+            options: Threads, backend, swap policy.
+            follow: Whether it moves on by itself when any process installs an update,
+                or how many seconds may pass between two looks for one.
 
         Raises:
             StoreError: They cannot be loaded.
+            BackendError: The backend is not installed, or cannot run this graph.
         """
-        folder = self.store.slot_folder(self.store.state.active)
-        return Predictor(folder, self.store.contract, threads=threads)
+        every = LOOK_S if follow is True else float(follow)
+        return StorePredictor(self.store.root, options, follow=every)
 
     def verify(self) -> str:
         """Hash the active weights on disk and check the graph beside them.

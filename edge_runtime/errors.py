@@ -15,6 +15,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
      + StoreError                   the device's own files are damaged, full or locked
+     + BackendError                 no runtime here can run the graph
      + TrustError                   unsigned, wrongly signed or replayed release
      + KeyFileError                 a file does not hold the key that is needed
      + HeldError                    this device's owner holds the update back
@@ -105,6 +106,10 @@ class VerificationError(_MismatchError):
 
 class TrialError(DpuError):
     """The new weights failed their trial session; nothing was installed."""
+
+
+class BackendError(DpuError):
+    """No runtime on this device can run the graph; the message says what it lacks."""
 
 
 class StoreError(DpuError):

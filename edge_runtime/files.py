@@ -21,7 +21,7 @@ class Files:
         """Create a folder; an existing one is kept."""
         path.mkdir(exist_ok=True)
 
-    def write(self, path: Path, chunks: Iterable[bytes | bytearray]) -> None:
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a new file; its content is on the disk when this returns.
 
         The name is durable only after :meth:`sync_folder` on the parent. What had

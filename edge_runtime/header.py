@@ -13,7 +13,7 @@ from edge_runtime.errors import (
 )
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
-VERSION = 0
+VERSION = 1
 KNOWN_CRITICAL = 0  # bits of critical features that this runtime understands
 # magic, version, header size, critical, optional, round, counter, model, parent,
 # target, weight file size, body size, SHA-256 of the body; then a CRC-32 of it all.
@@ -76,6 +76,13 @@ def read_header(file: BinaryIO) -> bytes:
         raise PatchVersionError(
             f"the patch is of format version {version}, this runtime reads up to "
             f"{VERSION}; install a newer dpu-edge",
+            found=version,
+            supported=VERSION,
+        )
+    if version < VERSION:
+        raise PatchVersionError(
+            f"the patch is of format version {version}, which was never settled; pack "
+            "its round again",
             found=version,
             supported=VERSION,
         )

@@ -1,4 +1,4 @@
-"""The patch file: header, signature block, section table, sections.
+"""The patch file: header, signature block, and a body of sections.
 
 Reading is in steps, cheapest refusal first, and needs no more memory for a large patch
 than for a small one: :func:`open_patch` proves size, magic, version, checksum and the
@@ -9,44 +9,32 @@ normative description; :mod:`edge_runtime.apply` holds the rules of acceptance.
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime import codec, signing
-from edge_runtime.codec import SectionReader
+from edge_runtime import signing
+from edge_runtime.codec import PositionReader, Positions, encode_positions
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
-from edge_runtime.header import (
-    PatchHeader,
-    encode_header,
-    exactly,
-    parse_header,
-    read_header,
+from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
+from edge_runtime.sections import (
+    COUNTS,
+    FORMS,
+    INDEX,
+    INDEX_BITS,
+    Body,
+    encode_body,
+    encode_varint,
+    group_kind,
 )
+from edge_runtime.values import Bits, Form, TensorValues, ValueReader, encode_values
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
-
-MAX_SECTIONS = 64
-PIECE = 1 << 16  # elements decoded at a time
-
-COUNTS, GAPS, GAP_BITS, PLANES = 0x01, 0x02, 0x03, 0x40
-
-
-def _plane_kinds(item_size: int) -> range:
-    """Section kinds of the byte planes of elements of 1, 2, 4 or 8 bytes."""
-    first = PLANES | (item_size.bit_length() - 1) << 3
-    return range(first, first + item_size)
-
-
-SECTION_NAMES = {COUNTS: "counts", GAPS: "gaps", GAP_BITS: "gap bits"} | {
-    kind: f"{8 * size}-bit values, byte {plane}"
-    for size in (1, 2, 4, 8)
-    for plane, kind in enumerate(_plane_kinds(size))
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +48,6 @@ class Limits:
 
     patch_bytes: int = 1 << 30
     signature_bytes: int = signing.MAX_BLOCK_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One entry of the section table.
-
-    Attributes:
-        kind: What it holds, a key of ``SECTION_NAMES``.
-        encoding: ``codec.STORED``, ``codec.ZSTD`` or ``codec.CONSTANT``.
-        packed_size: Bytes in the file.
-        raw_size: Bytes once unpacked.
-        offset: Where the packed bytes begin, from the start of the file.
-    """
-
-    kind: int
-    encoding: int
-    packed_size: int
-    raw_size: int
-    offset: int
-
-    @property
-    def name(self) -> str:
-        """The kind in words."""
-        return SECTION_NAMES[self.kind]
 
 
 class Patch:
@@ -104,15 +68,15 @@ class Patch:
         file: BinaryIO,
         header: PatchHeader,
         signatures: Sequence[signing.Signature],
-        sections: Sequence[Section],
+        body: Body,
         size: int,
     ) -> None:
-        self._file = file
+        self._file, self._body = file, body
         self.header = header
         self.signatures = tuple(signatures)
-        self.sections = tuple(sections)
+        self.sections = body.sections
         self.size = size
-        self.counts = self._read_counts()
+        self.counts = body.numbers(COUNTS)
 
     def __enter__(self) -> Self:
         return self
@@ -124,59 +88,48 @@ class Patch:
         """Close the file."""
         self._file.close()
 
-    def positions(self, layout: Layout) -> Iterator[tuple[Tensor, codec.Positions]]:
-        """Yield the positions that travel, tensor by tensor, in ascending pieces.
+    def elements(
+        self, layout: Layout
+    ) -> Iterator[tuple[Tensor, Positions, ValueReader]]:
+        """Yield what travels, in the order of the weight file and in small pieces.
 
         Args:
             layout: Of the weight file that the patch is for.
 
         Yields:
-            A tensor and at most ``PIECE`` flat positions in it, int64, increasing.
+            A tensor, at most ``codec.PIECE`` ascending flat positions in it, and what
+            reads as many values, which must be read before the next piece.
+
+        Raises:
+            PatchFormatError: The patch contradicts the layout or itself.
+        """
+        forms = self._forms(layout)
+        groups = {tensor.name: group for group, tensor, _ in self._groups(layout)}
+        readers: dict[int, ValueReader] = {}
+        for tensor, positions in self.positions(layout):
+            group = groups[tensor.name]
+            if group not in readers:
+                readers[group] = ValueReader(
+                    tensor.item_size, forms[group], partial(self._body.reader, group)
+                )
+            yield tensor, positions, readers[group]
+        for reader in readers.values():
+            reader.finish()
+
+    def positions(self, layout: Layout) -> Iterator[tuple[Tensor, Positions]]:
+        """Yield the positions of :meth:`elements` alone.
 
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         self._check_counts(layout)
-        gaps = codec.PositionDecoder(self._reader(GAPS), self._reader(GAP_BITS))
-        for tensor, count in zip(layout.tensors, self.counts, strict=True):
-            previous = -1
-            for start in range(0, count, PIECE):
-                piece = min(PIECE, count - start)
-                if count == tensor.size:
-                    yield tensor, np.arange(start, start + piece)
-                    continue
-                found = gaps.take(piece, previous)
-                previous = int(found[-1])
-                # What still has to come needs room behind this piece.
-                if previous >= tensor.size - (count - start - piece):
-                    raise PatchFormatError(
-                        f"a position in tensor {tensor.name!r} is out of bounds: "
-                        f"{previous} of {tensor.size} elements"
-                    )
-                yield tensor, found
-        gaps.finish()
-
-    def values(self) -> "ValueReader":
-        """Return a reader of the values, in the order of :meth:`positions`."""
-        return ValueReader(
-            {
-                size: [self._reader(kind) for kind in _plane_kinds(size)]
-                for size in (1, 2, 4, 8)
-            }
-        )
-
-    def elements(
-        self, layout: Layout
-    ) -> Iterator[tuple[Tensor, codec.Positions, NDArray[Any]]]:
-        """Yield tensor, positions and values (unsigned bits), in ascending pieces.
-
-        Raises:
-            PatchFormatError: The patch contradicts the layout or itself.
-        """
-        values = self.values()
-        for tensor, positions in self.positions(layout):
-            yield tensor, positions, values.take(tensor.item_size, len(positions))
-        values.finish()
+        fine = next(iter(self._body.numbers(FORMS)), 0)
+        symbols, bits = self._body.reader(INDEX), self._body.reader(INDEX_BITS)
+        index = PositionReader(symbols, bits, fine)
+        for _, tensor, count in self._groups(layout):
+            for positions in index.pieces(tensor.size, count):
+                yield tensor, positions
+        index.finish()
 
     def check(self, layout: Layout) -> None:
         """Decode every position and look at every size, without any weight.
@@ -186,43 +139,37 @@ class Patch:
         """
         for _ in self.positions(layout):
             pass
-        expected: dict[int, int] = {}
+        forms, expected = self._forms(layout), Counter[int]()
+        for group, tensor, count in self._groups(layout):
+            for kind in forms[group].kinds(tensor.item_size):
+                expected[group + kind] += count
+        self._body.check_values(expected)
+
+    def _groups(self, layout: Layout) -> Iterator[tuple[int, Tensor, int]]:
+        """Yield every tensor of which something travels: its group, and how much."""
         for tensor, count in zip(layout.tensors, self.counts, strict=True):
-            for kind in _plane_kinds(tensor.item_size) if count else ():
-                expected[kind] = expected.get(kind, 0) + count
-        found = {s.kind: s.raw_size for s in self.sections if s.kind >= PLANES}
-        if found != expected:
+            if count:
+                yield group_of(tensor, count), tensor, count
+
+    def _forms(self, layout: Layout) -> dict[int, Form]:
+        """Read the form of every group and hold it against the types in the group."""
+        self._check_counts(layout)
+        types = {(group, t.dtype): t for group, t, _ in self._groups(layout)}
+        groups = sorted({group for group, _ in types})
+        numbers = self._body.numbers(FORMS)
+        if len(numbers) != (4 * len(groups) + 1 if groups else 0):
             raise PatchFormatError(
-                f"the patch holds values {found} (by section and number), its counts "
-                f"ask for {expected}"
+                f"the patch has {len(numbers)} numbers for the forms of {len(groups)} "
+                "groups of values"
             )
-        for kind in expected:
-            self._reader(kind)  # walks the frame
-
-    def _reader(self, kind: int) -> SectionReader:
-        for section in self.sections:
-            if section.kind == kind:
-                return SectionReader(
-                    self._file,
-                    section.offset,
-                    section.encoding,
-                    section.packed_size,
-                    section.raw_size,
-                )
-        return SectionReader(self._file, 0, codec.STORED, 0, 0)
-
-    def _read_counts(self) -> tuple[int, ...]:
-        # A count is at least one byte, and the table gives no number of tensors: the
-        # section's raw size bounds it, and that is bounded here, before it is unpacked.
-        reader = self._reader(COUNTS)
-        raw = next((s.raw_size for s in self.sections if s.kind == COUNTS), 0)
-        if raw > CHUNK_BYTES:
-            raise PatchFormatError(f"the counts section is too large: {raw} bytes")
-        source = io.BytesIO(reader.take(raw))
-        counts = []
-        while source.tell() < raw:
-            counts.append(codec.decode_varint(source))
-        return tuple(counts)
+        fields = iter(numbers[1:])
+        forms = {
+            group: Form(*four)
+            for group, four in zip(groups, zip(*[fields] * 4, strict=True), strict=True)
+        }
+        for (group, dtype), tensor in types.items():
+            forms[group].check(dtype, tensor.item_size)
+        return forms
 
     def _check_counts(self, layout: Layout) -> None:
         if self.header.file_size != layout.file_size or len(self.counts) != len(
@@ -241,29 +188,14 @@ class Patch:
                 )
 
 
-class ValueReader:
-    """Reads values as unsigned bits, one stream for each item size."""
+def group_of(tensor: Tensor, count: int) -> int:
+    """Return the group of values (its first kind) that a tensor belongs to.
 
-    def __init__(self, planes: dict[int, list[SectionReader]]) -> None:
-        self._planes = planes
-
-    def take(self, item_size: int, count: int) -> NDArray[Any]:
-        """Return the next ``count`` values of that size.
-
-        Raises:
-            PatchFormatError: There are not as many.
-        """
-        return codec.decode_planes(self._planes[item_size], count)
-
-    def finish(self) -> None:
-        """Insist that all values are used up.
-
-        Raises:
-            PatchFormatError: Values are left over.
-        """
-        for planes in self._planes.values():
-            for plane in planes:
-                plane.finish()
+    Args:
+        tensor: The tensor.
+        count: How many of its elements travel.
+    """
+    return group_kind(tensor.item_size, 2 * count > tensor.size)
 
 
 def open_patch(
@@ -325,41 +257,13 @@ def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
             actual=digest.hexdigest(),
         )
     file.seek(body)
-    return Patch(file, header, signatures, _read_table(file, size), size)
-
-
-def _read_table(file: BinaryIO, size: int) -> list[Section]:
-    entries: list[tuple[int, int, int, int]] = []
-    for _ in range(exactly(file, 1)[0]):
-        kind, encoding = exactly(file, 2)
-        packed, raw = codec.decode_varint(file), codec.decode_varint(file)
-        if kind not in SECTION_NAMES or encoding > codec.CONSTANT:
-            raise PatchFormatError(
-                f"the patch has a section of kind {kind:#x} and encoding {encoding} "
-                "that this runtime does not know"
-            )
-        if entries and kind <= entries[-1][0]:
-            raise PatchFormatError("the sections of the patch are not in order")
-        if not packed or not raw:
-            raise PatchFormatError(f"section {kind:#x} of the patch is empty")
-        entries.append((kind, encoding, packed, raw))
-    if len(entries) > MAX_SECTIONS:
-        raise PatchFormatError(f"the patch has {len(entries)} sections")
-    offset = file.tell()
-    sections = []
-    for kind, encoding, packed, raw in entries:
-        sections.append(Section(kind, encoding, packed, raw, offset))
-        offset += packed
-    if offset != size:
-        raise PatchFormatError(
-            f"the sections of the patch end at byte {offset}, the file at {size}"
-        )
-    return sections
+    return Patch(file, header, signatures, Body(file, size), size)
 
 
 def encode_patch(
     header: PatchHeader,
-    changes: Sequence[codec.Positions],
+    changes: Sequence[Positions],
+    base: Weights,
     target: Weights,
     *,
     level: int = 19,
@@ -371,40 +275,37 @@ def encode_patch(
         changes: For each tensor of the layout, in file order, the increasing flat
             positions that travel; empty where nothing changed. If they are all of the
             tensor's elements, no position is sent.
-        target: The weights that the patch leads to.
+        base: The weights that the patch leads from.
+        target: The weights that it leads to, of the same layout.
         level: zstd level, 1 to 22.
 
     Returns:
         The bytes of the patch file.
+
+    Raises:
+        PatchFormatError: Two changes are too far apart for the format.
     """
     tensors = target.layout.tensors
-    counts = b"".join(codec.encode_varint(len(found)) for found in changes)
-    sparse = [
-        found
-        for tensor, found in zip(tensors, changes, strict=True)
-        if 0 < len(found) < tensor.size
-    ]
-    gaps, bits = codec.encode_positions(sparse)
-    raw_sections = {COUNTS: counts, GAPS: gaps, GAP_BITS: bits}
-    for size in (1, 2, 4, 8):
-        values = [
-            _bits(target[tensor.name])[found]
-            for tensor, found in zip(tensors, changes, strict=True)
-            if len(found) and tensor.item_size == size
-        ]
-        if values:
-            planes = codec.encode_planes(np.concatenate(values))
-            raw_sections |= dict(zip(_plane_kinds(size), planes, strict=True))
-    table, body = bytearray(), bytearray()
-    used = {kind: raw for kind, raw in raw_sections.items() if raw}
-    table.append(len(used))
-    for kind, raw in used.items():
-        encoding, packed = codec.pack_section(raw, level)
-        table += bytes([kind, encoding])
-        table += codec.encode_varint(len(packed)) + codec.encode_varint(len(raw))
-        body += packed
-    return encode_header(header, bytes(table + body)) + b"\0\0" + bytes(table + body)
+    fine, index, bits = encode_positions(
+        [(t.size, found) for t, found in zip(tensors, changes, strict=True)]
+    )
+    counts = b"".join(encode_varint(len(found)) for found in changes)
+    sections = {COUNTS: [counts], INDEX: index, INDEX_BITS: [bits]}
+    groups: dict[int, list[TensorValues]] = {}
+    for tensor, found in zip(tensors, changes, strict=True):
+        if len(found):
+            old, new = (_bits(w[tensor.name])[found] for w in (base, target))
+            group = groups.setdefault(group_of(tensor, len(found)), [])
+            group.append(TensorValues(tensor.dtype, old, new))
+    forms = [fine] if groups else []
+    for kind, group in sorted(groups.items()):
+        form, parts = encode_values(group)
+        forms += astuple(form)
+        sections |= {kind + offset: part for offset, part in parts.items()}
+    sections[FORMS] = [b"".join(map(encode_varint, forms))]
+    body = encode_body(sections, level)
+    return encode_header(header, body) + b"\0\0" + body
 
 
-def _bits(array: NDArray[Any]) -> NDArray[Any]:
+def _bits(array: NDArray[Any]) -> Bits:
     return array.reshape(-1).view(f"<u{array.dtype.itemsize}")

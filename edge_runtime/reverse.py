@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.header import PatchHeader
-from edge_runtime.patch import PIECE, encode_patch
-from edge_runtime.weights import Layout, Weights
+from edge_runtime.patch import encode_patch
+from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
 
 MAX_CHANGES = 1 << 18  # elements: encoding them takes about 16 MB of memory
 _LEVEL = 3  # of zstd: a small board has better things to do
@@ -30,25 +30,25 @@ def encode_reverse(
         OSError: A file cannot be read.
         WeightsError: One is not of this layout.
     """
-    weights = [
-        Weights(layout, np.memmap(path, np.uint8, "r").data) for path in (target, base)
-    ]
+    # Values are read through a mapping: pages that the kernel may take back.
+    old, new = (
+        Weights(layout, np.memmap(path, np.uint8, "r").data) for path in (base, target)
+    )
     changes, total = [], 0
-    with open(base, "rb") as old, open(target, "rb") as new:
-        old.seek(len(layout.header))
-        new.seek(len(layout.header))
+    with open(base, "rb") as before, open(target, "rb") as after:
+        before.seek(len(layout.header))
+        after.seek(len(layout.header))
         for tensor in layout.tensors:
-            found, size = [np.arange(0)], tensor.item_size
-            for start in range(0, tensor.size, PIECE):
-                count = min(PIECE, tensor.size - start)
-                # Read, not mapped: the pages of a mapping would count as ours.
+            found, step = [np.arange(0)], CHUNK_BYTES // tensor.item_size
+            for start in range(0, tensor.size, step):
+                size = min(step, tensor.size - start) * tensor.item_size
                 a, b = (
-                    np.frombuffer(file.read(count * size), f"<u{size}")
-                    for file in (old, new)
+                    np.frombuffer(file.read(size), f"<u{tensor.item_size}")
+                    for file in (before, after)
                 )
                 found.append(np.flatnonzero(a != b) + start)
                 total += len(found[-1])
                 if total > MAX_CHANGES:
                     return None
             changes.append(np.concatenate(found))
-    return encode_patch(header, changes, weights[0], level=_LEVEL)
+    return encode_patch(header, changes, old, new, level=_LEVEL)

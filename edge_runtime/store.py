@@ -154,6 +154,15 @@ class Store:
             raise
         return self._state
 
+    def stamp(self) -> tuple[int, int]:
+        """Return what changes with every commit, at the cost of one ``stat``.
+
+        Raises:
+            OSError: Nothing is installed there any more.
+        """
+        status = self._state_path.stat()
+        return status.st_ino, status.st_mtime_ns
+
     def slot_folder(self, target: str) -> Path:
         """Return the folder of a slot."""
         return self.root / "slots" / target[:_NAME_LENGTH]
@@ -305,7 +314,7 @@ class Store:
                 return state.without(slot, replace(slot, parent=parent.target))
         return state.without(slot)
 
-    def stage(self, chunks: Iterable[bytes | bytearray], target: str) -> Path:
+    def stage(self, chunks: Iterable[bytes | memoryview], target: str) -> Path:
         """Write a slot beside the others; it is not active yet.
 
         Args:

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.codec import CONSTANT, STORED, ZSTD
-from edge_runtime.patch import Patch, Section
+from edge_runtime.patch import Patch
+from edge_runtime.sections import STORED, ZSTD, Section
 from edge_runtime.signing import encode_signatures
 from edge_runtime.weights import Layout, Tensor, Weights
 from packager.diff import TensorChange
 from packager.links import link_records
 
-ENCODINGS = {STORED: "stored", ZSTD: "zstd", CONSTANT: "constant"}
-FIRST_VALUE_KIND = 0x40  # sections below say which elements, the others their values
+ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
 BINS = 48  # of a tensor's flat positions, to see where in it something changes
 FLOATS = {"F64", "F32", "F16"}
 Record = dict[str, Any]
@@ -68,7 +67,7 @@ def patch_record(
         "changed": sum(patch.counts),
         "tensors_changed": sum(count > 0 for count in patch.counts),
         "sections": [_section_record(section) for section in patch.sections],
-        "parts": patch_parts(patch, layout),
+        "parts": patch_parts(patch),
         "links": link_records(patch.size, header.file_size),
     }
     if layout is not None:
@@ -90,31 +89,20 @@ def _section_record(section: Section) -> Record:
     }
 
 
-def patch_parts(patch: Patch, layout: Layout | None) -> dict[str, int]:
+def patch_parts(patch: Patch) -> dict[str, int]:
     """Say where the bytes of a patch go.
 
     Returns:
         Bytes of ``header`` (with the section table), ``signatures``, ``index``,
         ``values`` and ``dense`` (tensors of which more than half travels). They add up
-        to the file. Values and dense part share sections, so those bytes are split by
-        how much each puts in; without a layout all of them count as values.
+        to the file.
     """
-    index = sum(s.packed_size for s in patch.sections if s.kind < FIRST_VALUE_KIND)
-    values = sum(s.packed_size for s in patch.sections if s.kind >= FIRST_VALUE_KIND)
-    dense = 0
-    if layout is not None:
-        put_in = {True: 0, False: 0}
-        for tensor, count in zip(layout.tensors, patch.counts, strict=True):
-            put_in[is_dense(count, tensor.size)] += count * tensor.item_size
-        dense = round(values * put_in[True] / max(sum(put_in.values()), 1))
-    signatures = len(encode_signatures(patch.signatures))
-    return {
-        "header": patch.size - index - values - signatures,
-        "signatures": signatures,
-        "index": index,
-        "values": values - dense,
-        "dense": dense,
-    }
+    parts = {"header": 0, "signatures": 0, "index": 0, "values": 0, "dense": 0}
+    for section in patch.sections:
+        parts[section.part] += section.packed_size
+    parts["signatures"] = len(encode_signatures(patch.signatures))
+    parts["header"] += patch.size - sum(parts.values())
+    return parts
 
 
 def is_dense(changed: int, size: int) -> bool:

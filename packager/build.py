@@ -147,7 +147,7 @@ def encode_changes(
     """Build a patch from changes that are known already; as :func:`build_patch`."""
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
-    data = encode_patch(header, positions, target, level=level)
+    data = encode_patch(header, positions, base, target, level=level)
     if signers:
         from packager.signing import sign  # cryptography only where it is needed
 

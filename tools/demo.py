@@ -173,7 +173,7 @@ def main(folder: Path | None, *, as_json: bool) -> None:
     with _step("packing, applying and comparing each round"):
         for record in records:
             rows.append(demo.deliver(record))
-    text = "\n".join([*table(rows), "", *_next_steps(demo, rows[-1].round)])
+    text = "\n".join([*table(rows), "", *_next_steps(demo, rows)])
     verified = all(row.verified for row in rows)
     emit(
         {
@@ -223,9 +223,10 @@ def table(rows: list[Row]) -> Iterator[str]:
     )
 
 
-def _next_steps(demo: Demo, last: int) -> Iterator[str]:
+def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
     edge = f"dpu-edge --store {demo.store}"
-    final = demo.run / f"round_{last:02d}"
+    sent = max(row.round for row in rows if row.patch_bytes)
+    final = demo.run / f"round_{sent:02d}"
     yield f"rounds and patches   {demo.run}"
     yield f"device               {demo.store}"
     yield ""
@@ -235,6 +236,7 @@ def _next_steps(demo: Demo, last: int) -> Iterator[str]:
     yield f"  {edge} infer --golden"
     yield f"  {edge} rollback"
     yield f"  dpu-patch info {final}.dpu --base {final}/weights.safetensors"
+    yield f"  dpu-patch report {demo.run} -o report.html"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 from edge_runtime.errors import TrainingError
 from edge_runtime.weights import pack_weights
 from trainer.methods import Masks, Pack, RoundTraining, new_updater
-from trainer.scores import Evidence, Score, select_top_k
+from trainer.scores import Evidence, Score
+from trainer.selection import select_top_k
 from trainer.tensors import weights_of
 
 LEAST_USE = 0.95  # of the limit; an update below it gets more weights

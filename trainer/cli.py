@@ -133,11 +133,14 @@ def run(
     size = own.pop("pack")
     config = _load(recipe, overrides, name=name or "", **own)
     from trainer.factory import load_factory
+    from trainer.parallel import is_first
     from trainer.rounds import run_rounds
 
     pack = load_factory(size) if config.update.budget else None
-    with shown_progress(config.run.rounds, quiet=quiet) as progress:
+    with shown_progress(config.run.rounds, quiet=quiet or not is_first()) as progress:
         records = run_rounds(config, runs, progress=progress, pack=pack)
+    if not is_first():
+        return
     folder = runs / config.run.name
     emit(
         {"run": str(folder), "rounds": [asdict(record) for record in records]},

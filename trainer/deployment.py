@@ -15,6 +15,7 @@ from trainer.data import DataSource, Samples
 from trainer.export import GRAPH_NAME, export_graph
 from trainer.folder import MODEL_NAME, make_contract, write_model
 from trainer.initial import make_recipe
+from trainer.parallel import by_first
 
 GOLDEN_SAMPLES = 64
 
@@ -47,8 +48,12 @@ def make_deployment(
     Raises:
         ExportError: The network cannot be deployed weight for weight.
     """
-    recipe = make_recipe(build, seed)
-    graph = export_graph(build(), torch.zeros(1, *input_shape))
+    recipe, graph = by_first(
+        lambda: (
+            make_recipe(build, seed),
+            export_graph(build(), torch.zeros(1, *input_shape)),
+        )
+    )
     return Deployment(recipe, graph, recipe.generate())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer import parallel
 from trainer.config import TrainConfig
 from trainer.data import Samples, batches
 
@@ -22,6 +23,8 @@ def train_epoch(
 ) -> float:
     """Train on every batch once and return the mean loss a sample.
 
+    Among several processes each trains on its share of every batch.
+
     Args:
         model: Returns logits (B, classes).
         optimizer: Of the model's parameters.
@@ -32,23 +35,29 @@ def train_epoch(
     count = 0
     for inputs, labels in epoch:
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(inputs), labels)
+        mine, targets, weight = parallel.share(inputs, labels)
+        loss = functional.cross_entropy(model(mine), targets) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total = total + loss.detach() * len(labels)
         count += len(labels)
-    return float(total) / count
+    parallel.copy_buffers(model)
+    return float(parallel.mean(torch.as_tensor(total))) / count
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples) -> float:
-    """Return the share of prepared samples that the model labels right, 0 to 1."""
+    """Return the share of prepared samples that the model labels right, 0 to 1.
+
+    Several processes share the batches; all of them must call it.
+    """
     model.eval()
     right = sum(
         int((model(inputs).argmax(1) == labels).sum())
-        for inputs, labels in batches(samples, EVALUATION_BATCH)
+        for index, (inputs, labels) in enumerate(batches(samples, EVALUATION_BATCH))
+        if parallel.is_mine(index)
     )
-    return right / len(samples)
+    return int(parallel.total(torch.tensor(right))) / len(samples)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

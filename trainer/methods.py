@@ -27,14 +27,10 @@ from trainer.loop import (
     recompute_batchnorm,
     train_epoch,
 )
+from trainer.parallel import data_parallel
 from trainer.rounding import FLOAT32_BITS, round_weights
-from trainer.scores import (
-    DPUScore,
-    Score,
-    magnitude_scores,
-    random_masks,
-    select_top_k,
-)
+from trainer.scores import DPUScore, Score, magnitude_scores
+from trainer.selection import random_masks, select_top_k
 from trainer.tensors import load_weights, weights_of
 from trainer.updater import PartialUpdater, is_weight
 
@@ -84,6 +80,7 @@ class RoundTraining:
         self.start = weights_of(model)
         self.dense = DensePart(model, config.update.dense, from_init=from_init)
         self.optimizer = make_optimizer(model, config.train)
+        self._trained = data_parallel(model)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
         self._config = config
@@ -200,7 +197,7 @@ class RoundTraining:
         torch.manual_seed(self.random_seed("dropout"))
         size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
-        loss = train_epoch(self.model, self.optimizer, epoch)
+        loss = train_epoch(self._trained, self.optimizer, epoch)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "

@@ -20,7 +20,8 @@ from trainer.config import PARTIAL_METHODS, Config, as_dict, make_config
 from trainer.folder import RoundRecord, list_rounds, read_round_record
 from trainer.loop import cpu_settings
 from trainer.methods import Pack
-from trainer.run import Progress, Report, Run
+from trainer.parallel import processes
+from trainer.run import Progress, Report, Run, choose_device
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
 
@@ -37,6 +38,8 @@ def run_rounds(
     pack: Pack | None = None,
 ) -> list[RoundRecord]:
     """Train every round of a recipe that is not there yet.
+
+    Under ``torchrun`` all processes share the training, and the first one writes.
 
     Args:
         config: The recipe.
@@ -65,7 +68,8 @@ def run_rounds(
     records = _finished(run_dir, config, resume=resume)
     if len(records) >= config.run.rounds:
         return records
-    with cpu_settings(config.train.threads), torch.random.fork_rng(devices=[]):
+    device, threads = config.train.device, cpu_settings(config.train.threads)
+    with processes(choose_device(device)), threads, torch.random.fork_rng(devices=[]):
         run = Run(config, run_dir, progress, new=not records, pack=pack)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)

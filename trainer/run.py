@@ -27,6 +27,7 @@ from trainer.folder import Outcome, RoundRecord, write_round
 from trainer.loop import evaluate
 from trainer.methods import Masks, Pack, RoundTraining, is_full, train_round
 from trainer.models import build_model
+from trainer.parallel import by_first, first_before_others
 from trainer.sources import load_source
 from trainer.tensors import load_weights
 
@@ -60,12 +61,14 @@ class _Trial:
         training: How it went.
         masks: What was selected.
         new: Weights to deploy; None where they are no better than what there is.
+        test_best: Test accuracy of the best weights, deployed or not.
         epochs: The records of its epochs, with what it started from.
     """
 
     training: RoundTraining
     masks: Masks
     new: Weights | None
+    test_best: float
     epochs: Sequence[Mapping[str, Any]]
 
 
@@ -94,9 +97,13 @@ class Run:
         self.config = config
         self.run_dir = run_dir
         self._progress = progress
-        self._pack = pack
+        # One size for all processes, as what they do next depends on it.
+        self._pack = pack and (
+            lambda base, target: by_first(lambda: pack(base, target))
+        )
         self.device = choose_device(config.train.device)
-        self._source = load_source(config.data)
+        with first_before_others():
+            self._source = load_source(config.data)
         seed, rounds = config.run.seed, config.run.rounds
         self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
@@ -158,6 +165,7 @@ class Run:
         metrics = {
             "val_accuracy": evaluate(model, self._validation),
             "test_accuracy": evaluate(model, self._test),
+            "test_best": trial.test_best,
             "tried_reinit": int(reinitialise),
             **{f"val_{k}": share for k, share in trial.training.accuracy.items()},
             **extra,
@@ -185,7 +193,9 @@ class Run:
             config=as_dict(self.config),
         )
         masks = {**trial.masks, **trial.training.dense.masks()}
-        record = write_round(self.run_dir, record, target, masks, epochs)
+        record = by_first(
+            lambda: write_round(self.run_dir, record, target, masks, epochs)
+        )
         self._report(number, "done", 2 * self.config.train.epochs, record)
         return record
 
@@ -200,6 +210,8 @@ class Run:
         training = self._prepare(model, number, from_init=from_init)
         training.start = start
         masks = train_round(training, self.config, self._pack)
+        load_weights(model, training.best or start)
+        test_best = evaluate(model, self._test)
         new = training.best
         if new is not None and (
             training.accuracy["best"] < floor or new.fingerprint == start.fingerprint
@@ -207,7 +219,7 @@ class Run:
             new = None
         origin = {"start": "init" if from_init else "deployed"}
         epochs = [origin | epoch for epoch in training.epochs]
-        return _Trial(training, masks, new, epochs)
+        return _Trial(training, masks, new, test_best, epochs)
 
     def _prepare(
         self, model: nn.Module, number: int, *, from_init: bool
@@ -239,7 +251,11 @@ class Run:
             share = evaluate(model, self._validation[:GOLDEN_SAMPLES])
             floor = (1 / len(self._source.classes) + share) / 2
         golden = self.split.validation[:GOLDEN_SAMPLES]
-        write_deployment(self.run_dir, self._deployment, self._source, golden, floor)
+        by_first(
+            lambda: write_deployment(
+                self.run_dir, self._deployment, self._source, golden, floor
+            )
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,7 +20,6 @@ in one step (LBFGS, SAM) freeze rightly, but their local contribution sees only 
 gradient; averages of weights (EMA) begun before ``select()``.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Self
@@ -29,14 +28,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from edge_runtime.errors import (
-    FrozenWeightChangedError,
-    StepNotObservedError,
-    TrainingError,
-)
-from trainer.scores import DPU, Evidence, Score, check_ratio, select_top_k
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from edge_runtime.errors import StepNotObservedError, TrainingError
+from trainer.parallel import masks_of_first
+from trainer.scores import DPU, Evidence, Score
+from trainer.selection import check_fit, count_of, select_top_k
+from trainer.steps import Freeze, LossDrop, unwrap
 
 
 class Phase(StrEnum):
@@ -94,16 +90,11 @@ class PartialUpdater:
                 "selectable= to choose others"
             )
         if ratio is not None:
-            check_ratio(ratio)
-            if int(ratio * self._total) == 0:
-                raise TrainingError(
-                    f"ratio {ratio} of {self._total} selectable weights selects none; "
-                    f"choose more than {1 / self._total:.2g}"
-                )
+            count_of(ratio, self._total)  # or it is refused here
         self.ratio = ratio
         self._score = score
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
-        self._masks: dict[str, Tensor] = {}
+        self._masks: Mapping[str, Tensor] = {}
         self._steps = 0
         self._owned: dict[Optimizer, list[str]] = {}
         self._handles: list[Any] = []
@@ -127,7 +118,7 @@ class PartialUpdater:
     @property
     def loss_drop(self) -> Mapping[str, Tensor]:
         """Local contributions so far, by name; empty outside of the full phase."""
-        return self._loss_drop
+        return self._loss_drop.total
 
     def attach(self, *optimizers: Any) -> Self:
         """Follow these optimizers; every selectable weight must be in one of them.
@@ -139,7 +130,7 @@ class PartialUpdater:
                 argument is no torch optimizer or maximises.
         """
         owned = dict(self._owned)
-        for optimizer in map(_unwrap, optimizers):
+        for optimizer in map(unwrap, optimizers):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             owned[optimizer] = [n for n, p in self._params.items() if id(p) in held]
         missing = self._params.keys() - {n for names in owned.values() for n in names}
@@ -185,14 +176,15 @@ class PartialUpdater:
             if self.ratio is None:
                 raise TrainingError("pass ratio= to the constructor, or masks= here")
             scores = self._scores() if scores is None else scores
-            self._check_fit(scores)
+            check_fit(scores, self._params)
             # Our order of tensors, as it decides between equal scores.
             scores = {name: scores[name] for name in self._params}
-            masks = select_top_k(scores, int(self.ratio * self._total))
-        self._check_fit(masks, torch.bool)
-        self._masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
-        self._rewind(self._params)
+            masks = select_top_k(scores, count_of(self.ratio, self._total))
+        check_fit(masks, self._params, torch.bool)
+        masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+        self._masks = masks_of_first(masks)
         self._start(Phase.SPARSE)
+        self._freeze.rewind(self._params)
         return self._masks
 
     def finish(self) -> Mapping[str, Tensor]:
@@ -207,7 +199,7 @@ class PartialUpdater:
         for handle in self._handles:
             handle.remove()
         for name in self._params:
-            self._verify(name)
+            self._freeze.verify(name)
         self._start(Phase.DONE)
         return self._masks
 
@@ -218,9 +210,8 @@ class PartialUpdater:
         """
         counts = [int(mask.sum()) for mask in self._masks.values()]
         if not counts:
-            return (
-                f"{self._total} weights in {len(self._params)} tensors, none selected"
-            )
+            tensors = len(self._params)
+            return f"{self._total} weights in {tensors} tensors, none selected"
         tensors = sum(count > 0 for count in counts)
         return (
             f"{sum(counts)} of {self._total} weights "
@@ -237,7 +228,7 @@ class PartialUpdater:
             "steps": self._steps,
             "base": dict(self._base),
             "masks": dict(self._masks),
-            "loss_drop": dict(self._loss_drop),
+            "loss_drop": dict(self._loss_drop.total),
         }
 
     @torch.no_grad()
@@ -248,19 +239,19 @@ class PartialUpdater:
             TrainingError: The state belongs to other tensors.
         """
         phase = Phase(state["phase"])
-        self._check_fit(state["base"])
+        check_fit(state["base"], self._params)
         if phase is Phase.FULL:
-            self._check_fit(state["loss_drop"])
+            check_fit(state["loss_drop"], self._params)
         else:
-            self._check_fit(state["masks"], torch.bool)
-        self._start(phase)
+            check_fit(state["masks"], self._params, torch.bool)
         self._steps = int(state["steps"])
-        self._masks = {
-            n: mask.to(self._base[n].device) for n, mask in state["masks"].items()
-        }
-        for key, buffers in (("base", self._base), ("loss_drop", self._loss_drop)):
-            for name, buffer in buffers.items():
-                buffer.copy_(state[key][name])
+        masks = state["masks"].items()
+        self._masks = {n: mask.to(self._base[n].device) for n, mask in masks}
+        self._start(phase)
+        for name, buffer in self._base.items():
+            buffer.copy_(state["base"][name])
+        for name, buffer in self._loss_drop.total.items():
+            buffer.copy_(state["loss_drop"][name])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
@@ -269,68 +260,18 @@ class PartialUpdater:
         self._stepping.add(optimizer)
         names = self._owned[optimizer]
         if self._phase is Phase.FULL:
-            torch._foreach_copy_(
-                [self._before[n] for n in names], [self._params[n] for n in names]
-            )
+            self._loss_drop.before(names)
         elif self._phase is Phase.SPARSE:
-            for name in names:
-                # Somebody wrote since our last step, or this is the first one.
-                if self._params[name]._version != self._versions.get(name):
-                    self._verify(name)
+            self._freeze.before(names)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         names = self._owned[optimizer]
         if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
-            self._rewind(names)
-            self._versions |= {n: self._params[n]._version for n in names}
+            self._freeze.after(names)
         elif self._phase is Phase.FULL and optimizer in self._stepping:
-            self._measure(names)
+            self._steps += self._loss_drop.after(names)
         self._stepping.discard(optimizer)
-
-    def _measure(self, names: list[str]) -> None:
-        """Add ``-step * gradient`` to the local contributions.
-
-        The gradient is read after the step, as closures compute it inside, and fused
-        optimizers remove the loss scale there.
-        """
-        params = {n: self._params[n] for n in names}
-        gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
-        if not gradients:
-            return
-        minus_step = [self._before[n] for n in gradients]
-        torch._foreach_sub_(minus_step, [params[n] for n in gradients])
-        torch._foreach_mul_(minus_step, list(gradients.values()))
-        for product in minus_step:
-            # A step that mixed precision skipped is 0 * inf: it moved nothing.
-            product.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-        torch._foreach_add_([self._loss_drop[n] for n in gradients], minus_step)
-        self._steps += 1
-
-    @torch.no_grad()
-    def _rewind(self, names: Iterable[str]) -> None:
-        """Put the base back wherever a weight is not selected, bit for bit."""
-        for name in names:
-            p = self._params[name]
-            torch.where(self._masks[name], p, self._base[name], out=p)
-
-    @torch.no_grad()
-    def _verify(self, name: str) -> None:
-        """Raise unless every unselected weight of a tensor is its base, as bits."""
-        p, base = self._params[name], self._base[name]
-        bits = _BITS[p.element_size()]
-        changed = p.detach().view(bits) != base.view(bits)
-        count = int((changed & ~self._masks[name]).sum())
-        if count:
-            raise FrozenWeightChangedError(
-                f"{count} weights of {name!r} that were not selected differ from the "
-                "base: something other than the attached optimizers wrote them (an "
-                "optimizer around the attached one, weight averaging, a checkpoint "
-                "loaded after select()); attach the outermost optimizer, or let "
-                "other writers start after finish()",
-                tensor=name,
-                count=count,
-            )
 
     def _scores(self) -> Mapping[str, Tensor]:
         if not self._steps:
@@ -340,58 +281,17 @@ class PartialUpdater:
                 "attach the optimizer that the loop really steps, or pass scores"
             )
         current = {n: p.detach() for n, p in self._params.items()}
-        return self._score(Evidence(self._base, current, self._loss_drop))
+        return self._score(Evidence(self._base, current, self._loss_drop.total))
 
     def _start(self, phase: Phase) -> None:
         """Enter a phase, with its buffers and without those of the one before."""
         self._phase = phase
         self._stepping: set[Optimizer] = set()
-        self._versions: dict[str, int] = {}
-        self._loss_drop, self._before = self._buffers(), self._buffers()
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Return zeros for every selectable tensor, float32 or wider; only if full."""
-        measured = self._base if self._phase is Phase.FULL else {}
-        return {
-            name: torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
-            for name, b in measured.items()
-        }
+        self._loss_drop = LossDrop(self._params if phase is Phase.FULL else {})
+        self._freeze = Freeze(self._params, self._base, self._masks)
 
     def _expect(self, phase: Phase, rule: str) -> None:
         if self._phase is not phase:
             raise TrainingError(
                 f"expected to be in the {phase} phase, found {self._phase}: {rule}"
             )
-
-    def _check_fit(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
-    ) -> None:
-        """Refuse tensors that are not exactly one for each selectable tensor."""
-        odd = tensors.keys() ^ self._params.keys()
-        if odd:
-            raise TrainingError(
-                f"expected one tensor for each selectable weight tensor "
-                f"({', '.join(self._params)}), found too many or too few: "
-                f"{', '.join(sorted(odd))}"
-            )
-        for name, p in self._params.items():
-            found = tensors[name]
-            if found.shape != p.shape or dtype not in (None, found.dtype):
-                raise TrainingError(
-                    f"expected {dtype or 'a tensor'} of shape {tuple(p.shape)} for "
-                    f"{name!r}, found {found.dtype} of shape {tuple(found.shape)}"
-                )
-
-
-def _unwrap(optimizer: Any) -> Optimizer:
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, Optimizer):
-        raise TrainingError(
-            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
-        )
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise TrainingError(
-            "expected an optimizer that minimises, found maximize=True: the local "
-            "contribution is a drop of the loss; minimise the negative instead"
-        )
-    return optimizer

@@ -37,9 +37,7 @@ def show(name, bad, seconds, **counts):
 
 def explore(folder, name, before, steps):
     """Enumerate the crash states of some steps."""
-    folder.mkdir()
-    states = Recording(folder).play(*before).states() if before else [None]
-    recording = Recording(folder, states=states).play(*steps)
+    recording = record(folder, before, steps)
     for title, cut in (
         ("power cut", cut_power),
         ("killed, then power cut", kill_then_cut),
@@ -69,32 +67,28 @@ def fail_operations(folder):
 
 def leave_syncs_out(folder):
     """Leave out each place that syncs; every one must be missed."""
-    start, sites, missed = time.time(), 0, []
-    for number, (before, steps) in enumerate([((), (install,)), ((install,), LIFE)]):
-        for site in [None, *used(folder / f"{number}-sites", before, steps)]:
-            base = folder / f"{number}-{sites}"
-            base.mkdir(parents=True)
-            states = Recording(base).play(*before).states() if before else [None]
-            recording = Recording(base, Forgetful(base, site), states).play(*steps)
+    start, tried, missed = time.time(), 0, []
+    for before, steps in (((), (install,)), ((install,), LIFE)):
+        for site in record(folder / f"{steps[0].__name__}", before, steps).files.sites:
+            files = partial(Forgetful, site=site)
+            recording = record(folder / f"{tried}", before, steps, files)
             count = Count(enough=1)
             cut_power(recording, count)
             if not count.bad:
-                files = partial(Forgetful, site=site)
                 kill_then_cut(recording, count, files=files, after="rename")
-            if not count.bad and site is not None:
+            tried += 1
+            if not count.bad:
                 missed.append(site)
-            sites += site is not None
-    show("a sync left out is found", len(missed), time.time() - start, places=sites)
+    show("a sync left out is found out", len(missed), time.time() - start, places=tried)
+    for site in missed:
+        print(f"    {site}")
 
 
-def used(base, before, steps):
-    """The places in the code that sync during some steps."""
+def record(base, before, steps, files=Forgetful):
+    """Record some steps in a new folder."""
     base.mkdir(parents=True)
-    if before:
-        Recording(base).play(*before)
-    files = Forgetful(base)
-    Recording(base, files).play(*steps)
-    return files.sites
+    states = Recording(base).play(*before).states() if before else [None]
+    return Recording(base, files(base), states).play(*steps)
 
 
 @click.command()

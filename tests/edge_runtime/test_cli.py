@@ -1,5 +1,6 @@
 """dpu-edge: data on stdout, messages on stderr, documented exit codes."""
 
+import io
 import json
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_a_pinned_device_holds_updates_back(edge, installed):
     assert "held back" in edge("pin")[1]
     assert "pinned  " in edge("status")[1]
     code, _, err = edge("apply", installed / "round_01.dpu")
-    assert (code, "pin --off" in err) == (11, True)
+    assert (code, "pin --off" in err) == (12, True)
     assert "allowed" in edge("pin", "--off")[1]
     assert edge("apply", installed / "round_01.dpu")[0] == 0
 
@@ -86,11 +87,70 @@ def test_infer_names_classes_with_probabilities(edge, installed, tmp_path):
     assert {entry["class"] for entry in lines[0]["top"]} == set("abcd")
     assert sum(entry["probability"] for entry in lines[0]["top"]) == pytest.approx(1)
     assert np.load(output).shape == (3, 4)
+    assert [line["sample"] for line in lines] == [0, 1, 2]
+    assert {line["input"] for line in lines} == {str(tmp_path / "in.npy")}
+    assert {line["round"] for line in lines} == {0}
 
 
 def test_infer_on_the_golden_inputs(edge, installed):
     record = json.loads(edge("infer", "--golden", "--json")[1])
-    assert len(record["samples"]) == 8
+    assert (len(record["samples"]), record["backend"]) == (8, "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "options", [["--batch", 3], ["--threads", 2, "--spin"], ["--backend", "numpy"]]
+)
+def test_how_a_model_runs_does_not_change_what_it_answers(edge, installed, options):
+    wanted = json.loads(edge("infer", "--golden", "--json")[1])["samples"]
+    found = json.loads(edge("infer", "--golden", "--json", *options)[1])["samples"]
+    assert [s["top"][0]["class"] for s in found] == [
+        s["top"][0]["class"] for s in wanted
+    ]
+    assert [s["top"][0]["probability"] for s in found] == pytest.approx(
+        [s["top"][0]["probability"] for s in wanted], abs=1e-5
+    )
+
+
+def test_infer_takes_folders_and_standard_input(edge, installed, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in ("b", "a"):
+        np.save(tmp_path / "in" / name, np.ones((2, 12), np.uint8))
+    out = edge("infer", tmp_path / "in")[1]
+    names = [json.loads(line)["input"].rsplit("/", 1)[1] for line in out.splitlines()]
+    assert names == ["a.npy", "a.npy", "b.npy", "b.npy"]
+    stream = io.BytesIO((tmp_path / "in" / "a.npy").read_bytes())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream))
+    code, out, _ = edge("infer", "-")
+    assert (code, [json.loads(line)["input"] for line in out.splitlines()]) == (
+        0,
+        ["-", "-"],
+    )
+
+
+def test_without_class_names_infer_prints_the_plain_output(edge, installed, tmp_path):
+    path = tmp_path / "store" / "model" / "contract.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": []}))
+    record = json.loads(edge("infer", "--golden", "--json")[1])["samples"][0]
+    assert (len(record["output"]), "top" in record) == (4, False)
+
+
+def test_models_of_several_inputs_are_for_python(edge, installed, tmp_path):
+    path = tmp_path / "store" / "model" / "contract.json"
+    record = json.loads(path.read_text())
+    record["inputs"] = [record["inputs"][0], record["inputs"][0] | {"name": "z"}]
+    path.write_text(json.dumps(record))
+    code, _, err = edge("infer", "--golden")
+    assert (code, "takes x, z" in err) == (2, True)
+
+
+def test_bench_names_what_it_measured(edge, installed):
+    code, out, _ = edge("bench", "--seconds", "0.05", "--batch", 2)
+    assert code == 0
+    assert "calls of 2 sample(s): onnxruntime, 1 thread(s)" in out
+    assert "beside it" in out
+    record = json.loads(edge("bench", "--seconds", "0.05", "--json")[1])
+    assert record["schema"] == 1
+    assert record["raw"]["latency_s"]["p50"] > 0
 
 
 def test_exit_2_for_wrong_use(edge, installed, command, tmp_path, monkeypatch):

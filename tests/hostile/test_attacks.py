@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from edge_runtime import codec
+from edge_runtime import sections
 from edge_runtime.bundle import carried_trust, write_bundle, write_members
 from edge_runtime.device import Device, UpdateResult
 from edge_runtime.errors import (
@@ -83,7 +83,7 @@ def patch_of(base, target, round_, *, counter=None, model=MODEL, key=OURS):
         base.layout.file_size,
     )
     at = np.flatnonzero(base["w"].view("<u4") != target["w"].view("<u4"))
-    data = encode_patch(header, [at], target)
+    data = encode_patch(header, [at], base, target)
     return sign_patch(data, key) if key else data
 
 
@@ -334,8 +334,8 @@ def test_nothing_is_unpacked_or_hashed_before_the_signature_is_right(
     def touched(*_):
         raise AssertionError("the body was looked at")
 
-    monkeypatch.setattr(codec, "decode_varint", touched)
-    monkeypatch.setattr(codec, "SectionReader", touched)
+    monkeypatch.setattr(sections, "decode_varint", touched)
+    monkeypatch.setattr(sections, "SectionReader", touched)
     header, _, body = split(PATCHES[1])
     # The body is damaged too: only the signature is complained about.
     refused(join(header, b"", body[:-1] + b"?"), match="signed by nobody")
@@ -408,6 +408,7 @@ def test_state_file_with_any_flipped_bit(device):
 @pytest.mark.parametrize("content", [b"", b"5", b"[]", b"null", b'{"schema": 1}'])
 def test_state_file_of_something_else(device, content):
     (device.store.root / "state.json").write_bytes(content)
+    (device.store.root / "state.copy").write_bytes(content)
     with pytest.raises(StoreError, match="damaged"):
         device.update(PATCHES[1])
 
@@ -416,7 +417,12 @@ def test_state_file_without_its_keys(device):
     path = device.store.root / "state.json"
     record = json.loads(path.read_bytes())
     for edit in ({"trust": {"keys": [], "threshold": 1}}, {"floor": 0, "round": 0}):
+        path.with_name("state.copy").write_text(json.dumps(record))
         path.write_text(json.dumps(record | edit))
+        with pytest.raises(TrustError, match="signed by nobody"):  # by the copy
+            device.update(patch_of(ROUNDS[0], ROUNDS[1], 1, key=None))
+        for name in ("state.json", "state.copy"):
+            path.with_name(name).write_text(json.dumps(record | edit))
         with pytest.raises(StoreError, match="damaged"):
             device.update(patch_of(ROUNDS[0], ROUNDS[1], 1, key=None))
 

@@ -1,6 +1,7 @@
 """Damaged and malicious patches are refused before anything is written."""
 
 import hashlib
+import io
 import struct
 import tracemalloc
 import zlib
@@ -9,30 +10,74 @@ import numpy as np
 import pytest
 import zstandard
 
-from edge_runtime import codec
+from edge_runtime import codec, sections
 from edge_runtime.apply import apply_patch
-from edge_runtime.errors import DpuError, PatchError, PatchIntegrityError
+from edge_runtime.errors import (
+    DpuError,
+    PatchError,
+    PatchFormatError,
+    PatchIntegrityError,
+)
 from edge_runtime.header import HEADER_BYTES, PatchHeader
-from edge_runtime.patch import COUNTS, GAP_BITS, GAPS, encode_patch, open_patch
+from edge_runtime.patch import encode_patch, open_patch
+from edge_runtime.sections import (
+    BITS,
+    COUNTS,
+    FORMS,
+    INDEX,
+    INDEX_BITS,
+    PLANES,
+    REST,
+    SYMBOLS,
+    ZSTD,
+    encode_varint,
+    group_kind,
+    pack_section,
+)
 from edge_runtime.weights import pack_weights
 
-BASE = pack_weights({"w": np.zeros((40, 40), "<f4"), "b": np.zeros(5, "<f4")})
-TARGET = pack_weights(
+# One tensor of every kind: listed, a bitmap, those that stay listed, and whole; and
+# values in both forms.
+RNG = np.random.default_rng(0)
+BASE = pack_weights(
     {
-        "w": np.where(np.arange(1600) % 97 == 3, 1.5, 0).astype("<f4").reshape(40, 40),
-        "b": np.ones(5, "<f4"),
+        "a": RNG.normal(0, 0.1, (100, 100)).astype("<f4"),
+        "b": RNG.normal(0, 0.1, 50).astype("<f4"),
+        "c": RNG.normal(0, 0.1, 30).astype("<f4"),
+        "d": RNG.normal(0, 0.1, 5).astype("<f4"),
+        "e": np.frombuffer(RNG.bytes(128), "<u2"),
     }
 )
-CHANGES = [np.arange(5), np.flatnonzero(TARGET["w"])]
+CHANGES = [
+    np.array([3, 5, 9, 240, 241, 900, 2900, 2902, 2950, 6001, 6002, 7000, 9990]),
+    np.arange(0, 50, 3),
+    np.delete(np.arange(30), [4, 7]),
+    np.arange(5),
+    np.arange(9),
+]
+
+
+def _target():
+    moved = {name: array.copy() for name, array in BASE.items()}
+    for (name, array), found in zip(moved.items(), CHANGES, strict=True):
+        noise = np.frombuffer(RNG.bytes(128), "<u2")[: len(found)]
+        array.reshape(-1)[found] = (
+            noise if name == "e" else array.reshape(-1)[found] + 1
+        )
+    return pack_weights(moved)
+
+
+TARGET = _target()
 PATCH = encode_patch(
     PatchHeader(
         "ab" * 32, BASE.fingerprint, TARGET.fingerprint, 1, 1, BASE.layout.file_size
     ),
     CHANGES,
+    BASE,
     TARGET,
 )
-BODY = HEADER_BYTES + 2
-VALUE_PLANES = range(0x50, 0x54)
+SPARSE, DENSE = group_kind(4, dense=False), group_kind(4, dense=True)
+SHORTS = group_kind(2, dense=False)
 
 
 def refused(data):
@@ -42,21 +87,27 @@ def refused(data):
     return refusal.value
 
 
-def sections():
+def raw_sections():
     """The raw sections of the good patch."""
     patch = open_patch(PATCH)
-    return {s.kind: patch._reader(s.kind).take(s.raw_size) for s in patch.sections}
+    body = patch._body
+    return {s.kind: body.reader(s.kind).take(s.raw_size) for s in body.sections}
 
 
-def forge(raw, *, encode=codec.pack_section, entries=None, tail=b""):
+def forge(raw, *, encode=pack_section, entries=None, tail=b""):
     """A patch with valid checksums around any sections."""
     table, packed_all = bytearray([len(raw) if entries is None else entries]), b""
     for kind, data in raw:
-        encoding, packed = encode(data, 3)
-        table += bytes([kind, encoding])
-        table += codec.encode_varint(len(packed)) + codec.encode_varint(len(data))
+        encoding, packed = encode([data], 3) if data else (0, b"")
+        table += bytes([kind, encoding]) + encode_varint(len(packed))
         packed_all += packed
     return seal(bytes(table) + packed_all + tail)
+
+
+def with_sections(changed):
+    """A patch with valid checksums; sections are changed, added or (b"") left out."""
+    raw = sorted((raw_sections() | changed).items())
+    return forge([(kind, data) for kind, data in raw if data])
 
 
 def seal(body):
@@ -67,8 +118,15 @@ def seal(body):
 
 
 def test_the_forge_makes_good_patches():
-    forged = open_patch(forge(list(sections().items())))
+    forged = open_patch(with_sections({}))
     assert apply_patch(BASE, forged).data == TARGET.data
+
+
+def test_the_good_patch_has_sections_of_every_kind():
+    group = {SYMBOLS, BITS, REST}
+    wanted = {COUNTS, FORMS, INDEX, INDEX_BITS, SHORTS + PLANES, SHORTS + PLANES + 1}
+    wanted |= {SPARSE + kind for kind in group} | {DENSE + kind for kind in group}
+    assert raw_sections().keys() == wanted
 
 
 def test_a_patch_truncated_at_any_byte_is_refused():
@@ -85,67 +143,127 @@ def test_a_patch_with_any_flipped_bit_is_refused():
 
 def test_trailing_bytes_are_refused():
     assert "something follows" in str(refused(PATCH + b"\0"))
-    assert "end at byte" in str(refused(forge(list(sections().items()), tail=b"x")))
+    assert "end at byte" in str(refused(forge(list(raw_sections().items()), tail=b"x")))
 
 
 def test_damage_behind_the_header_is_found_before_anything_is_unpacked(monkeypatch):
     def unpack(*_):
         raise AssertionError("unpacked")
 
-    monkeypatch.setattr(codec, "decode_varint", unpack)
+    monkeypatch.setattr(sections, "decode_varint", unpack)
     damaged = bytearray(PATCH)
     damaged[-1] ^= 1
     assert isinstance(refused(bytes(damaged)), PatchIntegrityError)
 
 
-def with_section(kind, data):
-    return forge(list((sections() | {kind: data}).items()))
+def index_of(changes):
+    """The sections that hold these positions."""
+    sizes = [tensor.size for tensor in BASE.layout.tensors]
+    fine, parts, bits = codec.encode_positions(list(zip(sizes, changes, strict=True)))
+    forms = raw_sections()[FORMS]
+    return {INDEX: b"".join(parts), INDEX_BITS: bits, FORMS: bytes([fine]) + forms[1:]}
 
 
-@pytest.mark.parametrize("position", [1600, 1601, 10**6, 2**45])
+@pytest.mark.parametrize("position", [10000, 10001, 10**6, 2**33])
 def test_an_index_out_of_bounds_is_refused(position):
-    gaps, bits = codec.encode_positions([np.array([*CHANGES[1][:-1], position])])
-    forged = forge(list((sections() | {GAPS: gaps, GAP_BITS: bits}).items()))
-    assert f"out of bounds: {position} of 1600" in str(refused(forged))
+    changes = [np.array([*CHANGES[0][:-1], position]), *CHANGES[1:]]
+    forged = with_sections(index_of(changes))
+    assert f"out of bounds: {position} of 10000" in str(refused(forged))
 
 
-@pytest.mark.parametrize("kind", [COUNTS, GAPS, GAP_BITS, *VALUE_PLANES])
+def test_positions_that_stay_out_of_bounds_are_refused():
+    index = bytearray(raw_sections()[INDEX])
+    assert index[20:22] == bytes([4, 2])  # behind 13 gaps and 7 bytes of bitmap
+    index[21] = 29
+    assert "out of bounds: 34 of 30" in str(
+        refused(with_sections({INDEX: bytes(index)}))
+    )
+
+
+@pytest.mark.parametrize("bit", [0, 50])
+def test_a_bitmap_with_other_bits_than_its_count_is_refused(bit):
+    index = bytearray(raw_sections()[INDEX])
+    start = len(CHANGES[0])
+    index[start + bit // 8] ^= 1 << bit % 8
+    assert "bitmap" in str(refused(with_sections({INDEX: bytes(index)})))
+
+
+def test_an_index_that_is_longer_than_its_positions_is_refused():
+    index = raw_sections()[INDEX]
+    assert "too many" in str(refused(with_sections({INDEX: index + b"\1"})))
+    assert "too early" in str(refused(with_sections({INDEX: index[:-1]})))
+
+
+VALUES = [
+    *(group + kind for group in (SPARSE, DENSE) for kind in (SYMBOLS, BITS, REST)),
+    *(SHORTS + PLANES + plane for plane in (0, 1)),
+]
+
+
+@pytest.mark.parametrize("kind", [COUNTS, FORMS, INDEX, INDEX_BITS, *VALUES])
 @pytest.mark.parametrize(
     "edit",
     [lambda raw: raw[:-1], lambda raw: raw + b"\x01", lambda raw: b""],
     ids=["shorter", "longer", "missing"],
 )
 def test_a_section_of_the_wrong_size_is_refused(kind, edit):
-    raw = sections()
-    raw[kind] = edit(raw[kind])
-    refused(forge([(k, data) for k, data in raw.items() if data]))
+    forged = with_sections({kind: edit(raw_sections()[kind])})
+    if kind >= SHORTS and kind & 15 in (BITS, REST):
+        # How many bits there must be only the base tells.
+        with pytest.raises(PatchFormatError), open_patch(forged) as patch:
+            apply_patch(BASE, patch)
+    else:
+        refused(forged)
 
 
 @pytest.mark.parametrize(
     "counts",
     [
-        b"\x06\x11",
-        b"\x05\xc1\x0c",
-        b"\x05\x10",
-        b"\x05",
-        b"\x05\x11\x00",
-        b"\x85\x00\x11",
-    ],
-    ids=[
-        "more than a tensor has",
-        "more than a sparse tensor has",
-        "fewer than travel",
-        "a tensor missing",
-        "a tensor too many",
-        "not the shortest form",
+        (10001, 17, 28, 5, 9),
+        (14, 17, 28, 5, 9),
+        (12, 17, 28, 5, 9),
+        (13, 16, 28, 5, 9),
+        (13, 17, 29, 5, 9),
+        (13, 17, 28, 4, 9),
+        (13, 17, 28, 6, 9),
+        (13, 17, 28, 5, 8),
+        (13, 17, 28, 5, 0),
+        (13, 17, 28, 5),
+        (13, 17, 28, 5, 9, 0),
     ],
 )
 def test_counts_that_do_not_add_up_are_refused(counts):
-    refused(with_section(COUNTS, counts))
+    assert raw_sections()[COUNTS] == bytes([13, 17, 28, 5, 9])
+    refused(with_sections({COUNTS: b"".join(map(encode_varint, counts))}))
 
 
-def test_counts_of_a_gigabyte_are_refused_without_memory():
-    data = forge([(COUNTS, bytes(1 << 24))])
+def test_numbers_that_are_not_in_their_shortest_form_are_refused():
+    refused(with_sections({COUNTS: bytes([0x8D, 0, 17, 28, 5, 9])}))
+    forms = raw_sections()[FORMS]
+    refused(with_sections({FORMS: bytes([forms[0] | 0x80, 0]) + forms[1:]}))
+
+
+@pytest.mark.parametrize("at", range(13))
+@pytest.mark.parametrize(
+    "value", [b"\x09", b"\x21", b"\xff\xff\x03", b"\xff" * 8 + b"\x7f"]
+)
+def test_forms_that_do_not_fit_are_refused(at, value):
+    file = io.BytesIO(raw_sections()[FORMS])
+    numbers = [sections.decode_varint(file) for _ in range(13)]
+    forms = [encode_varint(number) for number in numbers]
+    forms[at] = value
+    forged = with_sections({FORMS: b"".join(forms)})
+    if (at in (7, 11) and len(value) == 1) or (at in (5, 9) and value == b"\x09"):
+        # Such drops and units are possible: they give other weights.
+        with pytest.raises(DpuError), open_patch(forged) as patch:
+            apply_patch(BASE, patch)
+    else:
+        refused(forged)
+
+
+@pytest.mark.parametrize("kind", [COUNTS, FORMS])
+def test_a_section_of_numbers_as_large_as_memory_is_refused(kind):
+    data = forge(sorted((raw_sections() | {kind: bytes(1 << 24)}).items()))
     tracemalloc.start()
     refused(data)
     peak = tracemalloc.get_traced_memory()[1]
@@ -155,12 +273,12 @@ def test_counts_of_a_gigabyte_are_refused_without_memory():
 
 def test_a_decompression_bomb_is_refused_without_memory():
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+    raw = raw_sections()
 
-    def pack(raw, level):
-        return (codec.ZSTD, bomb) if raw == gaps else codec.pack_section(raw, level)
+    def pack(parts, level):
+        return (ZSTD, bomb) if parts == [raw[INDEX]] else pack_section(parts, level)
 
-    gaps = sections()[GAPS]
-    data = forge(list(sections().items()), encode=pack)
+    data = forge(list(raw.items()), encode=pack)
     tracemalloc.start()
     refused(data)
     peak = tracemalloc.get_traced_memory()[1]
@@ -169,29 +287,41 @@ def test_a_decompression_bomb_is_refused_without_memory():
 
 
 def test_sections_out_of_order_or_twice_are_refused():
-    raw = list(sections().items())
+    raw = list(raw_sections().items())
     assert "not in order" in str(refused(forge(raw[::-1])))
     assert "not in order" in str(refused(forge([*raw, raw[-1]])))
 
 
 def test_sections_of_unknown_kind_or_encoding_are_refused():
-    raw = list(sections().items())
-    assert "does not know" in str(refused(forge([*raw, (0x70, b"x")])))
-    unknown = forge(raw, encode=lambda data, _: (7, data))
+    raw = list(raw_sections().items())
+    assert "does not know" in str(refused(forge([*raw, (0xC0, b"x")])))
+    unknown = forge(raw, encode=lambda parts, _: (7, parts[0]))
     assert "does not know" in str(refused(unknown))
 
 
 def test_empty_sections_are_refused():
-    refused(forge([*sections().items(), (0x58, b"")]))
+    raw = sorted((raw_sections() | {SPARSE + PLANES: b""}).items())
+    assert "is empty" in str(refused(forge(raw)))
 
 
-def test_values_that_nobody_asked_for_are_refused():
-    refused(forge([*sections().items(), (0x58, b"12345678")]))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SPARSE + PLANES,
+        DENSE + PLANES + 3,
+        SHORTS + SYMBOLS,
+        SHORTS + BITS,
+        SHORTS + REST,
+    ]
+    + [group_kind(8, dense) + kind for dense in (False, True) for kind in range(3)],
+)
+def test_values_that_nobody_asked_for_are_refused(kind):
+    assert "its counts ask for" in str(refused(with_sections({kind: b"12345"})))
 
 
 @pytest.mark.parametrize("entries", [0, 1, 200, 255])
 def test_a_wrong_number_of_sections_is_refused(entries):
-    refused(forge(list(sections().items()), entries=entries))
+    refused(forge(list(raw_sections().items()), entries=entries))
 
 
 @pytest.mark.parametrize("offset", [10, 124, 132])
@@ -206,13 +336,12 @@ def test_length_fields_of_the_header_are_not_trusted(offset, value):
 def test_random_sections_never_do_more_than_be_refused():
     rng = np.random.default_rng(0)
     for _ in range(500):
-        raw = sections()
+        raw = raw_sections()
         kind = int(rng.choice(list(raw)))
         data = bytearray(raw[kind])
         data[rng.integers(len(data))] = rng.integers(256)
-        forged = with_section(kind, bytes(data))
         try:
-            with open_patch(forged) as patch:
+            with open_patch(with_sections({kind: bytes(data)})) as patch:
                 result = apply_patch(BASE, patch)
         except DpuError:
             continue

@@ -33,6 +33,7 @@ PATCH = encode_patch(
         "ab" * 32, BASE.fingerprint, TARGET.fingerprint, 1, 1, BASE.layout.file_size
     ),
     [np.flatnonzero(TARGET["w"])],
+    BASE,
     TARGET,
 )
 

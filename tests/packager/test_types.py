@@ -143,7 +143,7 @@ def test_a_value_costs_no_more_than_its_own_size(code, tmp_path):
     old, new = (read_model(tmp_path / f"{name}.onnx") for name in ("old", "new"))
     packed = pack_models(old, new)
     with open_patch(packed.data) as patch:
-        parts = patch_parts(patch, new.weights.layout)
+        parts = patch_parts(patch)
     sizes = {t.name: t.item_size for t in new.weights.layout.tensors}
     raw = sum(n * sizes[name] for name, n in packed.counts.items())
     assert 0 < parts["values"] + parts["dense"] <= raw

@@ -9,7 +9,8 @@ from trainer.fisher import fisher_scores
 from trainer.loop import evaluate
 from trainer.methods import RoundTraining, train_round
 from trainer.models import build_model
-from trainer.scores import magnitude_scores, select_top_k
+from trainer.scores import magnitude_scores
+from trainer.selection import select_top_k
 from trainer.sources import load_source
 from trainer.tensors import load_weights, weights_of
 

@@ -13,7 +13,8 @@ from edge_runtime.errors import (
     StepNotObservedError,
     TrainingError,
 )
-from trainer.scores import DPU, GCPU, LCPU, magnitude_scores, random_masks
+from trainer.scores import DPU, GCPU, LCPU, magnitude_scores
+from trainer.selection import random_masks
 from trainer.updater import PartialUpdater, Phase, is_weight
 
 torch.set_num_threads(1)

@@ -1,0 +1,200 @@
+"""``dpu-edge infer`` and ``dpu-edge bench``."""
+
+import functools
+import json
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.command import emit, json_option, say
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edge_runtime.contract import Contract, InputSpec
+    from edge_runtime.infer import RunOptions
+
+
+def _run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``options`` and ``batch``: how the model runs."""
+
+    @click.option("--threads", default=1, show_default=True, help="CPU threads.")
+    @click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Samples a call.",
+    )
+    @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
+    @click.option(
+        "--backend",
+        type=click.Choice(["auto", "onnxruntime", "numpy"]),
+        default="auto",
+        show_default=True,
+        help="What computes. NumPy is slower, but needs nothing else.",
+    )
+    @functools.wraps(command)
+    def with_options(
+        *args: Any, threads: int, spin: bool, backend: str, **others: Any
+    ) -> None:
+        from edge_runtime.infer import Backend, RunOptions, choose_backend
+
+        chosen = choose_backend(Backend(backend))
+        if backend == "auto" and chosen is Backend.NUMPY:
+            say("onnxruntime cannot be imported: NumPy computes")
+        command(*args, options=RunOptions(threads, spin, chosen), **others)
+
+    return with_options
+
+
+@click.command()
+@click.argument(
+    "inputs",
+    metavar="INPUT...",
+    nargs=-1,
+    type=click.Path(exists=True, allow_dash=True, path_type=Path),
+)
+@click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
+@click.option("--top", default=1, show_default=True, help="Classes to name per sample.")
+@_run_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the raw outputs to this .npy file too.",
+)
+@json_option
+@click.pass_context
+def infer(  # noqa: PLR0913 - one for each option
+    context: click.Context,
+    inputs: tuple[Path, ...],
+    *,
+    golden: bool,
+    top: int,
+    batch: int,
+    options: "RunOptions",
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the model on INPUT: images, .npy files, folders of both, or - for stdin.
+
+    Prints one JSON object a sample, as soon as it is computed; with --json one object
+    for all of them.
+    """
+    import numpy as np
+
+    from edge_runtime.cli import open_device
+    from edge_runtime.inputs import in_batches, read_samples
+
+    if bool(inputs) == golden:
+        raise click.UsageError("give INPUT files, or --golden")
+    device = open_device(context)
+    spec = _only_input(device.store.contract)
+    paths = inputs or (device.store.root / "model" / "golden.npz",)
+    predictor = device.predictor(options)
+    number = predictor.store.state.active_slot.round
+    records: list[dict[str, Any]] = []
+    found = []
+    for names, values in in_batches(read_samples(paths, spec), batch):
+        outputs = predictor.predict(values)
+        found.append(outputs)
+        for name, row in zip(names, outputs.reshape(len(outputs), -1), strict=True):
+            record = {"sample": len(records), "input": name, "round": number}
+            record |= _answer(row, device.store.contract.classes, top)
+            records.append(record)
+            if not as_json:
+                print(json.dumps(record), flush=True)
+    if output is not None:
+        np.save(output, np.concatenate(found))
+        say(f"wrote {output}")
+    if as_json:
+        told = {"round": number, "backend": predictor.backend, "samples": records}
+        emit(told, as_json=True, text="")
+
+
+@click.command()
+@_run_options
+@click.option("--seconds", default=3.0, show_default=True, help="How long to measure.")
+@json_option
+@click.pass_context
+def bench(
+    context: click.Context,
+    *,
+    batch: int,
+    options: "RunOptions",
+    seconds: float,
+    as_json: bool,
+) -> None:
+    """Measure the active weights here, on golden inputs, beside ONNX Runtime alone."""
+    import numpy as np
+
+    from edge_runtime.bench import bench as measure
+    from edge_runtime.cli import open_device
+    from edge_runtime.inputs import read_samples
+
+    store = open_device(context).store
+    spec = _only_input(store.contract)
+    golden = read_samples([store.root / "model" / "golden.npz"], spec)
+    inputs = np.stack([values for _, values in islice(cycle(golden), batch)])
+    folder = store.slot_folder(store.state.active)
+    result = measure(folder, store.contract, inputs, options, seconds=seconds)
+    emit(result, as_json=as_json, text="\n".join(_lines(result, options.threads)))
+
+
+def _lines(result: dict[str, Any], threads: int) -> list[str]:
+    def row(what: str, latency: dict[str, float]) -> str:
+        times = "  ".join(f"{k} {1e3 * s:.3f}" for k, s in latency.items())
+        return f"{what:<12} {times} ms"
+
+    lines = [
+        f"{result['calls']} calls of {result['batch']} sample(s): {result['backend']}, "
+        f"{threads} thread(s)",
+        f"load         {result['load_s']:.3f} s, with the first answer",
+        row("latency", result["latency_s"]),
+        f"throughput   {result['samples_per_s']:.1f} samples/s",
+        f"peak memory  {result['memory_bytes'] / 1e6:.0f} MB of this process",
+    ]
+    if raw := result["raw"]:
+        lines += [
+            row("onnxruntime", raw["latency_s"]),
+            f"beside it    {1e6 * raw['overhead_s']:+.1f} us a call, "
+            f"{raw['ratio']:.3f}x",
+        ]
+    return lines
+
+
+def _only_input(contract: "Contract") -> "InputSpec":
+    from edge_runtime.errors import ContractError
+
+    if len(contract.inputs) != 1:
+        names = ", ".join(spec.name for spec in contract.inputs)
+        raise ContractError(
+            f"this command feeds models of one input, this one takes {names}; use "
+            "Device.predictor() from Python"
+        )
+    return contract.inputs[0]
+
+
+def _answer(
+    row: "NDArray[np.float32]", classes: tuple[str, ...], count: int
+) -> dict[str, Any]:
+    """Return the likeliest classes, or the plain numbers of what is no classifier."""
+    import numpy as np
+
+    if len(classes) != len(row):
+        return {"output": row.tolist()}
+    # A softmax: the outputs of a classifier are logits.
+    shares = np.exp(row - row.max())
+    shares /= shares.sum()
+    best = np.argsort(-row, kind="stable")[:count]
+    return {
+        "top": [
+            {"class": classes[i], "probability": round(float(shares[i]), 6)}
+            for i in best
+        ]
+    }

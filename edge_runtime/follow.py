@@ -1,0 +1,110 @@
+"""A predictor that keeps up with its store, whichever process installs the updates."""
+
+import logging
+import threading
+import weakref
+from pathlib import Path
+from typing import Self
+
+from edge_runtime.errors import DpuError, StoreError
+from edge_runtime.infer import Predictor, RunOptions
+from edge_runtime.store import Store
+
+LOOK_S = 1.0  # between two looks at the state
+MAX_LOOK_S = 300.0  # after failures the looks get rarer, up to this
+
+_log = logging.getLogger("edge_runtime")
+
+
+class StorePredictor(Predictor):
+    """Answers with the active weights of a store.
+
+    :meth:`refresh` moves to what is active now. With ``follow`` a background thread
+    does so. It looks by one ``stat`` of ``state.json``, whose inode and time change
+    with every commit; calls never look, so they cost the same.
+
+    A forked child has no such thread: make the predictor after the fork.
+
+    Attributes:
+        store: The store, as of the last refresh.
+    """
+
+    def __init__(
+        self, root: Path, options: RunOptions | None = None, *, follow: float = 0.0
+    ) -> None:
+        """Load the active weights.
+
+        Args:
+            root: The store.
+            options: How to run them.
+            follow: Seconds between two looks at the state; 0 for none.
+
+        Raises:
+            StoreError: Nothing is installed there, or it cannot be loaded.
+            BackendError: The backend is not installed, or cannot run this graph.
+        """
+        self.store = Store.open(root)
+        self._stamp = self.store.stamp()
+        state = self.store.reload()
+        folder = self.store.slot_folder(state.active)
+        super().__init__(folder, self.store.contract, options)
+        self._refreshing = threading.Lock()
+        self._closed = threading.Event()
+        if follow:
+            # By a weak reference: a predictor that nobody holds ends its thread.
+            work = (weakref.ref(self), self._closed, follow)
+            threading.Thread(target=_follow, args=work, daemon=True).start()
+
+    def refresh(self) -> bool:
+        """Move to the active weights, if they are others now.
+
+        Costs one ``stat`` where nothing was committed.
+
+        Returns:
+            Whether the weights changed.
+
+        Raises:
+            StoreError: The state or the new slot cannot be loaded; the old session
+                stays in use, and the next call tries again.
+        """
+        with self._refreshing:
+            former = self.folder
+            while (stamp := self.store.stamp()) != self._stamp:
+                folder = self.store.slot_folder(self.store.reload().active)
+                try:
+                    if folder != self.folder or self._session is None:
+                        self.swap(folder)
+                except StoreError:
+                    # Removed by yet another update while it was loading?
+                    if self.store.stamp() == stamp:
+                        raise
+                else:
+                    self._stamp = stamp
+            return self.folder != former
+
+    def close(self) -> None:
+        """Follow the store no longer; calls still get answers."""
+        self._closed.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _follow(
+    target: "weakref.ref[StorePredictor]", closed: threading.Event, every: float
+) -> None:
+    wait = every
+    while not closed.wait(wait):
+        predictor = target()
+        if predictor is None:
+            return
+        try:
+            predictor.refresh()
+            wait = every
+        except (DpuError, OSError) as err:
+            wait = min(2 * wait, max(every, MAX_LOOK_S))
+            _log.warning("still at %s: %s", predictor.folder.name, err)
+        del predictor  # else it would be held during the wait

@@ -1,0 +1,364 @@
+"""New values as steps from the base: both directions side by side.
+
+Training moves the small and the large weights of a tensor about equally far, so a new
+value costs least as a step in *linear* space. But ``base + (new - base)`` is not
+always ``new``. Therefore elements are mapped to integers, and back, without loss: to a
+:class:`Line` on which floats up to a chosen magnitude are evenly spaced. What travels
+is the difference of two such integers, and the few bits that tell apart the floats that
+fall on one of them. FORMAT.md is the normative description.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.codec import (
+    MAX_FINE,
+    BitReader,
+    Integers,
+    NumberReader,
+    encode_bits,
+    encode_numbers,
+    finenesses,
+)
+from edge_runtime.errors import PatchFormatError
+from edge_runtime.sections import BITS, PLANES, REST, SYMBOLS, SectionReader, quick_size
+
+Bits = NDArray[Any]  # elements as unsigned integers
+
+MAX_LINE_WIDTH = 32
+MANTISSA_BITS = {
+    "F64": 52,
+    "F32": 23,
+    "F16": 10,
+    "BF16": 7,
+    "F8_E5M2": 2,
+    "F8_E4M3": 3,
+}
+_SAMPLE = 1 << 16  # elements that a form is chosen on
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the values of one group are written.
+
+    Attributes:
+        drop: Low bits that are zero in every new value; they do not travel.
+        planes: Whole bytes above them that travel as they are. Where they reach the
+            top of the element, nothing else travels.
+        unit: Exponent (biased, as stored) up to which floats are evenly spaced on the
+            line; 1 puts neighbouring floats on neighbouring integers. At least 1.
+        fine: Bits of a large step that its symbol holds.
+    """
+
+    drop: int
+    planes: int
+    unit: int
+    fine: int
+
+    @property
+    def shift(self) -> int:
+        """Bits below those that are on the line."""
+        return self.drop + 8 * self.planes
+
+    def is_plain(self, item_size: int) -> bool:
+        """Tell whether planes are all there is."""
+        return self.shift == 8 * item_size
+
+    def kinds(self, item_size: int) -> list[int]:
+        """Return the sections of a group that hold one byte an element."""
+        symbols = [] if self.is_plain(item_size) else [SYMBOLS]
+        return [*symbols, *range(PLANES, PLANES + self.planes)]
+
+    def check(self, dtype: str, item_size: int) -> None:
+        """Insist that a group may be written so.
+
+        Raises:
+            PatchFormatError: The form does not fit the type.
+        """
+        if not self.is_plain(item_size):
+            Line(dtype, item_size, self)
+        elif self.unit != 1 or self.fine:
+            raise PatchFormatError(f"the patch writes {dtype} values as {self}")
+
+
+class Line:
+    """The integers that stand for the elements of one type, and the way back.
+
+    Attributes:
+        width: Bits of an element that are on the line; integers are of that width too.
+    """
+
+    def __init__(self, dtype: str, item_size: int, form: Form) -> None:
+        """Lay out the line.
+
+        Args:
+            dtype: The safetensors type code.
+            item_size: Its bytes.
+            form: How the group is written.
+
+        Raises:
+            PatchFormatError: The form does not fit the type.
+        """
+        mantissa = MANTISSA_BITS.get(dtype)
+        self.width = max(0, 8 * item_size - form.shift)
+        self._shift, self._is_float = form.shift, mantissa is not None
+        self._mantissa = 0 if mantissa is None else mantissa - form.shift
+        self._unit = form.unit if self._is_float else 1
+        if (
+            not 0 < self.width <= MAX_LINE_WIDTH
+            or self._mantissa < 0
+            or form.fine > MAX_FINE
+            or not 1 <= self._unit < 1 << (self.width - self._is_float - self._mantissa)
+        ):
+            raise PatchFormatError(f"the patch writes {dtype} values as {form}")
+        self._sign = 1 << (self.width - 1)
+        if self._is_float:
+            self._tables(self._mantissa, self._unit)
+
+    def _tables(self, mantissa: int, unit: int) -> None:
+        # By the exponent field of a float: what to take away and how far to shift.
+        exponent = np.maximum(np.arange(1 << (self.width - 1 - mantissa)), 1)
+        self._far = np.minimum(np.maximum(unit - exponent, 0), 63)
+        self._off = (np.minimum(exponent, unit) - 1) << mantissa
+        # By the bit length of an integer: how many bits tell its floats apart, and
+        # what makes it a float again.
+        length = np.arange(MAX_LINE_WIDTH + 1)
+        self._rest = np.clip(mantissa + 1 - length, 0, unit - 1)
+        self._on = (unit - 1 - self._rest) << mantissa
+        zeros = ((max(unit - mantissa, 1) << mantissa) - 1).bit_length()
+        self._rest[0], self._on[0] = min(unit - 1, zeros), 0
+
+    def numbers(self, elements: Bits) -> Integers:
+        """Return the integers that elements fall on, from -2**(width - 1) up."""
+        number: Integers = (elements >> self._shift).astype(np.int64)
+        sign = number & self._sign
+        if not self._is_float:
+            return number - (sign << 1)
+        number ^= sign
+        exponent = number >> self._mantissa
+        number -= self._off.take(exponent)
+        number >>= self._far.take(exponent)
+        sign >>= self.width - 1
+        number ^= np.negative(sign, out=sign)
+        return number
+
+    def rests(self, elements: Bits, numbers: Integers) -> tuple[Integers, Integers]:
+        """Return what tells elements from others on their integers, and its width."""
+        high: Integers = (elements >> self._shift).astype(np.int64)
+        if not self._is_float:
+            return high, np.zeros_like(high)
+        return high, self._rest.take(_bit_length(numbers ^ (numbers >> 63)))
+
+    def elements(self, numbers: Integers, rest: BitReader) -> Integers:
+        """Return the elements, shifted down, that :meth:`numbers` maps to ``numbers``.
+
+        Raises:
+            PatchFormatError: ``rest`` ends early.
+        """
+        if not self._is_float:
+            return numbers & (2 * self._sign - 1)
+        negative = numbers >> 63
+        magnitude = numbers ^ negative
+        length = _bit_length(magnitude)
+        widths = self._rest.take(length)
+        magnitude <<= widths
+        magnitude |= rest.take(widths)
+        magnitude += self._on.take(length)
+        magnitude &= self._sign - 1
+        negative &= self._sign
+        magnitude |= negative
+        return magnitude
+
+    def step(self, numbers: Integers, steps: Integers) -> Integers:
+        """Add steps to integers, modulo 2**width, in place."""
+        numbers += steps
+        numbers += self._sign
+        numbers &= 2 * self._sign - 1
+        numbers -= self._sign
+        return numbers
+
+
+def _bit_length(numbers: Integers) -> NDArray[np.int32]:
+    # Exact for integers below 2**53.
+    length: NDArray[np.int32] = np.frexp(numbers.astype(np.float64))[1]
+    return length
+
+
+class ValueReader:
+    """Decodes the values of one group, in bounded pieces."""
+
+    def __init__(
+        self, item_size: int, form: Form, section: Callable[[int], SectionReader]
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            item_size: Bytes of an element, the same in the whole group.
+            form: How the group is written.
+            section: Opens one section of the group.
+
+        Raises:
+            PatchFormatError: The form is not possible.
+        """
+        self._item_size, self._form = item_size, form
+        self._planes = [section(PLANES + plane) for plane in range(form.planes)]
+        self._lines: dict[str, Line] = {}
+        self._steps = NumberReader(section(SYMBOLS), section(BITS), form.fine)
+        self._rest = BitReader(section(REST))
+
+    def take(self, dtype: str, base: Bits) -> Bits:
+        """Return the next values.
+
+        Args:
+            dtype: Their safetensors type code.
+            base: The base's elements at the same positions, as unsigned integers.
+
+        Raises:
+            PatchFormatError: A section ends early, or the form does not fit the type.
+        """
+        form, out = self._form, np.zeros_like(base)
+        if not form.is_plain(self._item_size):
+            line = self._lines.get(dtype) or Line(dtype, self._item_size, form)
+            self._lines[dtype] = line
+            steps = self._steps.take(len(base))
+            odd = steps & 1
+            steps >>= 1
+            steps ^= np.negative(odd, out=odd)
+            numbers = line.step(line.numbers(base), steps)
+            out |= line.elements(numbers, self._rest).astype(base.dtype) << form.shift
+        for plane, section in enumerate(self._planes):
+            raw = np.frombuffer(section.take(len(base)), np.uint8)
+            out |= raw.astype(base.dtype) << (form.drop + 8 * plane)
+        return out
+
+    def finish(self) -> None:
+        """Insist that all values are used up.
+
+        Raises:
+            PatchFormatError: Values are left over.
+        """
+        self._steps.finish()
+        self._rest.finish()
+        for plane in self._planes:
+            plane.finish()
+
+
+# Encoding ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorValues:
+    """The elements of one tensor that travel.
+
+    Attributes:
+        dtype: The safetensors type code.
+        base: What they were, as unsigned integers.
+        target: What they become.
+    """
+
+    dtype: str
+    base: Bits
+    target: Bits
+
+
+def encode_values(group: Sequence[TensorValues]) -> tuple[Form, dict[int, list[bytes]]]:
+    """Encode the values of one group in the form that makes them smallest.
+
+    Args:
+        group: The tensors of one item size, in file order; at least one element.
+
+    Returns:
+        The form, and the group's sections, one part a tensor where tensors differ.
+    """
+    step = sum(len(one.base) for one in group) // _SAMPLE + 1
+    sample = [TensorValues(c.dtype, c.base[::step], c.target[::step]) for c in group]
+    form = _choose(group[0].base.itemsize, group, sample)
+    return form, _encode(group, form)
+
+
+def _choose(
+    item_size: int, group: Sequence[TensorValues], sample: Sequence[TensorValues]
+) -> Form:
+    """Search for the smallest form, on a sample."""
+
+    def size(form: Form) -> int:
+        return sum(quick_size(b"".join(p)) for p in _encode(sample, form).values())
+
+    bits, zeros = 8 * item_size, _zero_bits(group)
+    plain = Form(zeros // 8 * 8, item_size - zeros // 8, 1, 0)
+    mantissas = [MANTISSA_BITS[g.dtype] for g in group if g.dtype in MANTISSA_BITS]
+    drop = min([zeros, bits - 1, *mantissas])
+    planes = (max(0, bits - drop - MAX_LINE_WIDTH) + 7) // 8
+    width = bits - drop - 8 * planes
+    if bits - width > min([bits - 1, *mantissas]):
+        return plain
+    fines = finenesses((1 << width) - 1)
+    forms = [
+        Form(drop, planes, unit, fines[len(fines) // 2])
+        for unit in _units(sample, mantissas)
+    ]
+    unit = min(forms, key=size).unit
+    forms = [Form(drop, planes, unit, fine) for fine in fines]
+    return min([plain, *forms], key=size)
+
+
+def _zero_bits(group: Sequence[TensorValues]) -> int:
+    """Count the low bits that are zero in every new value."""
+    ones = 0
+    for one in group:
+        ones |= int(np.bitwise_or.reduce(one.target))
+    return (ones & -ones).bit_length() - 1 if ones else 8 * group[0].base.itemsize
+
+
+def _units(sample: Sequence[TensorValues], mantissas: Sequence[int]) -> list[int]:
+    """Return the units worth trying: 1, and those around the largest exponents."""
+    if not mantissas:
+        return [1]
+    exponents = np.sort(
+        np.concatenate(
+            [
+                (one.target << 1 >> 1 + MANTISSA_BITS[one.dtype]).astype(np.int64)
+                for one in sample
+                if one.dtype in MANTISSA_BITS
+            ]
+        )
+    )
+    # But a few outliers, and what is not finite, may be far above the unit.
+    high = int(exponents[len(exponents) * 999 // 1000])
+    largest = (1 << (8 * sample[0].base.itemsize - 1 - max(mantissas))) - 1
+    return sorted({1, *range(max(1, high - 16), min(high + 2, largest) + 1)})
+
+
+def _encode(group: Sequence[TensorValues], form: Form) -> dict[int, list[bytes]]:
+    """Encode a group in a given form, as :class:`ValueReader` reads it."""
+    item_size = group[0].base.itemsize
+    sections = {
+        PLANES + plane: [
+            (one.target >> (form.drop + 8 * plane)).astype(np.uint8).tobytes()
+            for one in group
+        ]
+        for plane in range(form.planes)
+    }
+    if form.is_plain(item_size):
+        return sections
+    symbols: list[bytes] = []
+    low: list[tuple[Integers, Integers]] = []
+    rests: list[tuple[Integers, Integers]] = []
+    for one in group:
+        line = Line(one.dtype, item_size, form)
+        numbers = line.numbers(one.target)
+        steps = line.step(numbers.copy(), -line.numbers(one.base))
+        steps = (steps << 1) ^ (steps >> 63)
+        symbol, widths = encode_numbers(steps, form.fine)
+        symbols.append(symbol)
+        low.append((steps, widths))
+        rests.append(line.rests(one.target, numbers))
+    return sections | {
+        SYMBOLS: symbols,
+        BITS: [encode_bits(*map(np.concatenate, zip(*low, strict=True)))],
+        REST: [encode_bits(*map(np.concatenate, zip(*rests, strict=True)))],
+    }

@@ -1,0 +1,40 @@
+"""Make the seeds of the corpus: good patches for the fuzzed weight file, in all forms.
+
+python -m tests.fuzz.make_corpus
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.header import HEADER_BYTES, PatchHeader
+from edge_runtime.weights import Weights
+from packager.build import build_patch
+from tests.fuzz.target import BASE
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def main():
+    """Write one whole file, one body and one resealable file for each density."""
+    CORPUS.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.1, 0.3, 0.5, 0.8, 1.0):
+        data = bytearray(BASE.data)
+        first = len(BASE.layout.header)
+        where = first + np.flatnonzero(rng.random(len(data) - first) < share)
+        for position in where:
+            data[position] ^= int(rng.integers(1, 256))
+        target = Weights(BASE.layout, data)
+        header = PatchHeader(
+            "00" * 32, BASE.fingerprint, target.fingerprint, 1, 1, len(data)
+        )
+        patch = build_patch(BASE, target, header, level=3)
+        for kind, rest in enumerate((patch, patch[HEADER_BYTES + 2 :], patch)):
+            seed = bytes([kind]) + rest
+            (CORPUS / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+
+
+if __name__ == "__main__":
+    main()

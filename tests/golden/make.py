@@ -1,0 +1,150 @@
+"""Make the golden files of the current format version.
+
+    python -m tests.golden.make
+
+Golden files are made once for each released version and never again: what a released
+writer wrote must decode for ever. Run this only for a new version, into its own folder.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.header import VERSION, PatchHeader
+from edge_runtime.weights import pack_weights
+from packager.build import build_patch
+from packager.signing import generate_key, sign_patch
+
+FOLDER = Path(__file__).parent / f"v{VERSION}"
+MODEL = "5a" * 32
+
+
+def rounded(array, bits):
+    """Round float32 to fewer mantissa bits."""
+    drop = 23 - bits
+    raw = array.astype("<f4").view("<u4").astype(np.uint64)
+    raw = (raw + (1 << (drop - 1))) >> drop << drop
+    return raw.astype("<u4").view("<f4")
+
+
+def changed(rng, array, density, scale=0.01):
+    """Change a share of an array's elements."""
+    where = rng.random(array.shape) < density
+    if array.dtype.kind == "f":
+        new = array + rng.normal(0, scale, array.shape).astype(array.dtype)
+    elif array.dtype.kind == "b":
+        new = ~array
+    else:
+        new = array + rng.integers(1, 4, array.shape, dtype=array.dtype)
+    return np.where(where, new, array).astype(array.dtype)
+
+
+def cases():
+    """Yield name, base arrays, target arrays, and types that NumPy cannot name."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return rng.normal(0, 0.1, shape).astype("<f4")
+
+    base = {"fc.weight": normal(40, 60), "fc.bias": normal(40)}
+    yield (
+        "sparse",
+        base,
+        {
+            "fc.weight": changed(rng, base["fc.weight"], 0.02),
+            "fc.bias": changed(rng, base["fc.bias"], 1.0),
+        },
+        {},
+    )
+    for bits in (10, 7):
+        low = {name: rounded(array, bits) for name, array in base.items()}
+        yield (
+            f"rounded_{bits}_bits",
+            low,
+            {
+                name: rounded(changed(rng, array, 0.05), bits)
+                for name, array in low.items()
+            },
+            {},
+        )
+    densities = {f"t{share:03d}": normal(20, 30) for share in (0, 1, 24, 26, 50, 74)}
+    densities |= {f"t{share:03d}": normal(20, 30) for share in (76, 99, 100)}
+    yield (
+        "densities",
+        densities,
+        {
+            name: changed(rng, array, int(name[1:]) / 100)
+            for name, array in densities.items()
+        },
+        {},
+    )
+    kinds = {
+        "f8": rng.normal(size=50),
+        "f4": normal(7, 9),
+        "f2": normal(8, 8).astype("<f2"),
+        "bf16": rng.integers(0, 1 << 16, 60, dtype="<u2"),
+        "i8": rng.integers(-9, 9, 30, dtype="<i8"),
+        "i1": rng.integers(-99, 99, (6, 6), dtype="i1"),
+        "u1": rng.integers(0, 99, 40, dtype="u1"),
+        "flags": rng.random(25) < 0.5,
+        "scalar": np.array(3.5, "<f4"),
+        "empty": np.zeros((0, 3), "<f4"),
+    }
+    yield (
+        "types",
+        kinds,
+        {name: changed(rng, array, 0.4) for name, array in kinds.items()},
+        {"bf16": "BF16"},
+    )
+    odd = np.array(
+        [
+            0,
+            0x80000000,
+            1,
+            0x80000001,
+            0x7F800000,
+            0xFF800000,
+            0x7FC00001,
+            0xFFFFFFFF,
+            0x3F800000,
+            0x007FFFFF,
+            0x00800000,
+            0x7F7FFFFF,
+        ],
+        "<u4",
+    )
+    grid = np.repeat(odd, len(odd)), np.tile(odd, len(odd))
+    yield "odd_floats", {"w": grid[0].view("<f4")}, {"w": grid[1].view("<f4")}, {}
+    yield "nothing", base, base, {}
+
+
+def main():
+    """Write every case."""
+    if any(FOLDER.glob("*.dpu")):
+        sys.exit(f"{FOLDER} is written already and is never written again")
+    FOLDER.mkdir(exist_ok=True)
+    for number, (name, base, target, types) in enumerate(cases()):
+        old, new = pack_weights(base, types), pack_weights(target, types)
+        header = PatchHeader(
+            MODEL,
+            old.fingerprint,
+            new.fingerprint,
+            number,
+            number,
+            old.layout.file_size,
+        )
+        patch = build_patch(old, new, header)
+        for suffix, data in (
+            (".base", old.data),
+            (".target", new.data),
+            (".dpu", patch),
+        ):
+            (FOLDER / f"{name}{suffix}").write_bytes(data)
+        if name == "sparse":
+            signed = sign_patch(sign_patch(patch, generate_key()), generate_key())
+            (FOLDER / "signed_twice.dpu").write_bytes(signed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What a released version wrote decodes for ever, by two independent decoders."""
+
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.apply import apply_patch
+from edge_runtime.errors import PatchIntegrityError
+from edge_runtime.header import VERSION
+from edge_runtime.patch import open_patch
+from edge_runtime.weights import read_weights
+from tests.golden import independent
+
+PATCHES = sorted(Path(__file__).parent.glob("v*/*.dpu"))
+
+
+def weights_beside(path):
+    """The base and target of a golden patch, as bytes."""
+    name = "sparse" if path.stem == "signed_twice" else path.stem
+    return [path.with_name(name + end).read_bytes() for end in (".base", ".target")]
+
+
+def names(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+def test_every_version_has_golden_files():
+    assert {path.parent.name for path in PATCHES} == {
+        f"v{number}" for number in range(1, VERSION + 1)
+    }
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=names)
+def test_a_golden_patch_leads_to_its_target(path):
+    base, target = weights_beside(path)
+    with open_patch(path) as patch:
+        assert bytes(apply_patch(read_weights(base), patch).data) == target
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=names)
+def test_the_independent_decoder_agrees(path):
+    base, target = weights_beside(path)
+    assert independent.apply(base, path.read_bytes()) == target
+
+
+@pytest.mark.parametrize("path", PATCHES, ids=names)
+def test_both_decoders_refuse_a_damaged_golden_patch(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with pytest.raises(ValueError, match=r"."):
+        independent.apply(weights_beside(path)[0], bytes(data))
+    with pytest.raises(PatchIntegrityError):
+        open_patch(bytes(data))

@@ -1,0 +1,75 @@
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tools.reproduce import NETWORKS, RECIPES
+from tools.reproduction import (
+    METHODS,
+    PAPER,
+    compare,
+    monotone,
+    plot,
+    read_results,
+    table,
+    write_result,
+)
+from trainer.config import load_config
+
+
+def rows(*tried):
+    """Rounds of (validation, test) accuracies, per cent."""
+    return [
+        {"round": n, "val_tried": val, "test_tried": test, "bytes": 100}
+        for n, (val, test) in enumerate(tried)
+    ]
+
+
+RESULTS = {
+    ("fu", 1): rows((80, 81), (90, 91), (85, 80)),
+    ("dpu", 1): rows((70, 71), (92, 90)),
+    ("rpu", 2): rows((1, 1)),
+}
+
+
+def test_post_processing_holds_a_round_that_validates_worse():
+    found = monotone(rows((80, 81), (90, 91), (85, 95), (88, 70), (90, 89)))
+    assert found == [81, 91, 91, 91, 89]
+
+
+def test_methods_are_held_against_full_updating_over_common_rounds():
+    full, dpu = compare(RESULTS)  # seed 2 has no full updating
+    assert (full.method, full.rounds, full.raw) == ("fu", 3, 0)
+    assert (dpu.method, dpu.rounds, dpu.raw) == ("dpu", 2, pytest.approx(-5.5))
+    assert dpu.mean_bytes == 100
+
+
+def test_raw_means_count_what_was_discarded():
+    results = RESULTS | {("dpu", 1): rows((70, 81), (92, 91), (93, 91))}
+    dpu = compare(results)[1]
+    assert dpu.raw == pytest.approx(11 / 3)
+    assert dpu.monotone == pytest.approx(0)
+
+
+def test_the_table_shows_the_papers_figure():
+    assert "| -0.17 |" in "\n".join(table("mnist_mlp", compare(RESULTS)))
+
+
+def test_the_plot_is_well_formed_with_one_line_a_run():
+    root = ET.fromstring(plot(RESULTS))
+    assert len(root.findall("{*}polyline")) == len(RESULTS)
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "dpu_seed1.json"
+    about = {"method": "dpu", "seeds": {"run": 1}}
+    write_result(path, about, RESULTS["dpu", 1])
+    assert read_results(tmp_path) == {("dpu", 1): RESULTS["dpu", 1]}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_of_the_papers_table_has_a_valid_recipe(network, method):
+    config = load_config(RECIPES / network / f"{method}.toml")
+    assert config.update.method == method
+    assert config.data.validation_from == "test"
+    assert method == "fu" or method in PAPER[network]

@@ -1,0 +1,94 @@
+"""Train in one process, then in two that torchrun's launcher starts.
+
+See test_parallel.py. The argument is a folder that holds tiny.toml.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from packager.size import patch_size
+from trainer.cli import main as cli
+from trainer.config import load_config, make_config
+from trainer.parallel import by_first, processes, share
+from trainer.rounds import run_rounds
+from trainer.updater import PartialUpdater
+
+# Everything at once: BatchNorm, a re-initialised model that is worse than what is
+# deployed, then an update with frozen BatchNorm and few bits, within a budget.
+EVERYTHING = {
+    "run": {"name": "all", "rounds": 2, "seed": 1},
+    # The last batch of 99 samples has three samples, that of 129 one: too few for two.
+    "data": {"set": "digits", "initial": 99, "growth": 30, "validation": 100},
+    "model": {"name": "mlp", "hidden": [16], "batch_norm": True},
+    "update": {
+        "first": "full",
+        "reinit": 1,
+        "budget": "500",
+        "dense": "freeze",
+        "mantissa_bits": 7,
+    },
+    "train": {"epochs": 6, "batch": 16, "lr": 1e-2},
+}
+
+
+def select_by_different_scores():
+    """Select by scores that differ from process to process."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    updater = PartialUpdater(model.named_parameters(), ratio=0.25)
+    torch.manual_seed(distributed.get_rank())
+    masks = updater.select({"weight": torch.rand(8, 8)})
+    return masks["weight"], model.weight.detach()
+
+
+def shares():
+    """Return the shares of batches of 1 to 9 samples, with their weights."""
+    found = {}
+    for size in range(1, 10):
+        inputs, _, weight = share(torch.arange(size), torch.zeros(size))
+        found[size] = inputs.tolist(), weight
+    return found
+
+
+def main(out):
+    torch.set_num_threads(1)
+    with pytest.raises(SystemExit, match="0"):
+        cli(["run", str(out / "tiny.toml"), "--runs", str(out), "--json"])
+    with processes():  # the same ones again
+        rank = distributed.get_rank()
+        records = run_rounds(make_config(EVERYTHING), out, pack=patch_size)
+        mask, weight = select_by_different_scores()
+        seen = {
+            "records": [(r.target, dict(r.metrics)) for r in records],
+            "mask": mask,
+            "weight": weight,
+            "shares": shares(),
+            "first": by_first(lambda: rank),
+        }
+        torch.save(seen, out / f"rank_{rank}.pt")
+
+
+def launch(out):
+    torch.set_num_threads(1)
+    run_rounds(load_config(out / "tiny.toml"), out / "one")
+    # What torchrun calls. Forked, as imports and a first export take most of the time.
+    launched = LaunchConfig(
+        1,
+        1,
+        nproc_per_node=2,
+        start_method="fork",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="test",
+        max_restarts=0,
+    )
+    elastic_launch(launched, main)(out)
+
+
+if __name__ == "__main__":
+    launch(Path(sys.argv[1]))

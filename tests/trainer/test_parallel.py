@@ -1,0 +1,132 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edge_runtime.weights import read_weights
+from packager.build import pack_round
+from packager.rounds import read_round
+from trainer import parallel
+from trainer.folder import list_rounds, read_round_record
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[2]
+TABLES = {
+    "run": {"name": "tiny", "rounds": 2, "seed": 1},
+    "data": {"set": "digits", "initial": 60, "growth": 70, "validation": 100},
+    "model": {"name": "mlp", "hidden": [16]},
+    "update": {"ratio": 0.05},
+    "train": {"epochs": 4, "batch": 16, "lr": 1e-2},
+}
+
+
+def run_worker(out):
+    """Run parallel_worker.py and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("parallel_worker.py"), out],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def toml(tables):
+    for section, table in tables.items():
+        yield f"[{section}]"
+        yield from (f"{key} = {json.dumps(value)}" for key, value in table.items())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both processes of parallel_worker.py saw and printed, and their folder."""
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "tiny.toml").write_text("\n".join(toml(TABLES)))
+    printed = run_worker(out)
+    seen = [torch.load(out / f"rank_{rank}.pt") for rank in range(2)]
+    return *seen, printed, out
+
+
+def test_two_processes_select_and_deploy_what_one_does(ranks):
+    *_, out = ranks
+    rounds = list_rounds(out / "one" / "tiny")
+    assert len(rounds) == 2
+    for one in rounds:
+        two, record = out / "tiny" / one.name, read_round_record(one)
+        name = "selection.safetensors"
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+        weights, expected = (
+            read_weights(folder / "weights.safetensors") for folder in (two, one)
+        )
+        for tensor in expected.layout.by_name:
+            np.testing.assert_allclose(weights[tensor], expected[tensor], atol=1e-4)
+        assert record.metrics["selected"] == int(0.05 * 1184)
+
+
+def test_the_first_process_alone_prints(ranks):
+    *_, printed, _ = ranks
+    assert len(json.loads(printed)["rounds"]) == 2
+
+
+def test_processes_agree_on_every_accuracy_and_byte_with_all_options(ranks):
+    first, second, *_ = ranks
+    assert first["records"] == second["records"]
+    assert len(first["records"]) == 2
+
+
+def test_processes_keep_a_budget_after_a_discarded_reinitialisation(ranks):
+    first, *_, out = ranks
+    (_, metrics) = first["records"][1]
+    assert metrics["val_reinit"] < metrics["val_accuracy"]
+    patch = pack_round(read_round(out / "all" / "round_01"))
+    assert metrics["patch_bytes"] == len(patch.data)
+    assert 0.95 * 500 <= metrics["patch_bytes"] <= 500
+
+
+def test_the_first_process_alone_writes(ranks):
+    first, second, _, out = ranks
+    assert first["first"] == second["first"] == 0
+    names = sorted(path.name for path in (out / "all").iterdir())
+    assert names == ["model", "round_00", "round_01"]
+
+
+def test_all_processes_take_the_masks_of_the_first(ranks):
+    first, second, *_ = ranks
+    torch.manual_seed(0)
+    nn.Linear(8, 8)
+    torch.manual_seed(0)
+    best = torch.rand(8, 8).flatten().topk(16).indices.sort().values
+    for seen in (first, second):
+        assert torch.equal(seen["mask"].flatten().nonzero().squeeze(1), best)
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_shares_of_a_batch_are_disjoint_and_weigh_what_they_hold(ranks):
+    first, second, *_ = ranks
+    for size in range(1, 10):
+        (mine, weight), (theirs, other) = first["shares"][size], second["shares"][size]
+        if size < 4:  # too small to part: everybody trains on all of it
+            assert mine == theirs == list(range(size))
+            assert weight == other == 1
+        else:
+            assert sorted(mine + theirs) == list(range(size))
+            assert weight * len(theirs) == pytest.approx(other * len(mine))
+            assert weight + other == pytest.approx(2)
+
+
+def test_a_single_process_trains_on_whole_batches():
+    inputs, labels = torch.arange(3), torch.zeros(3)
+    assert parallel.share(inputs, labels) == (inputs, labels, 1.0)
+    model = nn.Linear(1, 1)
+    assert parallel.data_parallel(model) is model

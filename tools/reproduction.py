@@ -1,0 +1,165 @@
+"""Result files of the reproduction; the table and plot that are drawn from them."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+SCHEMA = 1
+METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
+# Mean accuracy difference to full updating over all rounds, points.
+PAPER = {
+    "mnist_mlp": {"dpu": -0.17, "gcpu": -0.72, "rpu": -4.04, "pruning": -1.45},
+    "cifar10_vgg": {"dpu": 0.33, "gcpu": -1.51, "rpu": -11.35, "pruning": -4.35},
+    "cifar100_resnet56": {"dpu": -0.42, "gcpu": -3.87, "rpu": -7.78, "pruning": -2.35},
+}
+COLOURS = dict(zip(METHODS, ("#555", "#06c", "#0a7", "#d60", "#a3a"), strict=True))
+WIDTH, HEIGHT, MARGIN = 640, 320, 48  # pixels
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def write_result(
+    path: Path, about: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
+) -> None:
+    """Replace a result file; a round is a line: longer runs are short diffs."""
+    head = json.dumps({"schema": SCHEMA, **about}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row) for row in rounds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(f'{head[:-2]},\n "rounds": [\n{lines}\n ]\n}}\n')
+    part.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One method and seed against full updating of the same seed.
+
+    Attributes:
+        method: Its name.
+        seed: Of both runs.
+        rounds: Rounds that both have; the means are over these.
+        raw: Mean difference of the test accuracy of what each round tried, points.
+        monotone: The same after the official post-processing: a round that validates
+            worse than the one before it shows that one's accuracies.
+        last: Test accuracy of the last of these rounds, per cent, monotone.
+        mean_bytes: Of the patches of these rounds; 0 where a round kept its base.
+    """
+
+    method: str
+    seed: int
+    rounds: int
+    raw: float
+    monotone: float
+    last: float
+    mean_bytes: float
+
+
+def read_results(folder: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Read all results of a network: rows by method and seed."""
+    found = {}
+    for path in sorted(folder.glob("*_seed*.json")):
+        result = read_result(path)
+        found[result["method"], result["seeds"]["run"]] = result["rounds"]
+    return found
+
+
+def monotone(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return test accuracies as the official code reports them."""
+    shown: list[tuple[float, float]] = []
+    for row in rows:
+        tried = row["val_tried"], row["test_tried"]
+        shown.append(shown[-1] if shown and tried[0] < shown[-1][0] else tried)
+    return [test for _, test in shown]
+
+
+def compare(
+    results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+) -> list[Comparison]:
+    """Hold every run against full updating of its seed, over their common rounds."""
+    seeds = {seed: rows for (method, seed), rows in results.items() if method == "fu"}
+    found = []
+    for method in METHODS:
+        for seed, full in sorted(seeds.items()):
+            rows = results.get((method, seed), ())
+            count = min(len(rows), len(full))
+            if not count:
+                continue
+            pairs = list(zip(rows[:count], full[:count], strict=True))
+            after = monotone(rows[:count])
+            steps = zip(after, monotone(full[:count]), strict=True)
+            found.append(
+                Comparison(
+                    method,
+                    seed,
+                    count,
+                    fmean(row["test_tried"] - fu["test_tried"] for row, fu in pairs),
+                    fmean(mine - theirs for mine, theirs in steps),
+                    after[-1],
+                    fmean(row["bytes"] for row, _ in pairs),
+                )
+            )
+    return found
+
+
+def table(network: str, comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Yield the lines of a Markdown table."""
+    yield (
+        "| method | seed | rounds | raw | post-processed | paper | last test % "
+        "| mean patch bytes |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    for row in comparisons:
+        paper = PAPER[network].get(row.method)
+        yield (
+            f"| {row.method} | {row.seed} | 0-{row.rounds - 1} | {row.raw:+.2f} "
+            f"| {row.monotone:+.2f} | {'-' if paper is None else f'{paper:+.2f}'} "
+            f"| {row.last:.2f} | {row.mean_bytes:,.0f} |"
+        )
+
+
+def plot(results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> str:
+    """Return an SVG: test accuracy after post-processing, round by round."""
+    curves = {key: monotone(rows) for key, rows in results.items()}
+    low = 5 * math.floor(min(min(curve) for curve in curves.values()) / 5)
+    last = max(1, max(len(curve) for curve in curves.values()) - 1)
+
+    def place(number: float, share: float) -> tuple[float, float]:
+        x = MARGIN + number / last * (WIDTH - 3 * MARGIN)
+        return x, HEIGHT - MARGIN - (share - low) / (100 - low) * (HEIGHT - 2 * MARGIN)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    for share in range(low, 101, 5):
+        (x, y), (end, _) = place(0, share), place(last, share)
+        parts.append(f'<path d="M{x:.1f} {y:.1f}H{end:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="8" y="{y + 4:.1f}">{share} %</text>')
+    for number in range(0, last + 1, max(1, last // 8)):
+        x, y = place(number, low)
+        parts.append(f'<text x="{x - 4:.1f}" y="{y + 18:.1f}">{number}</text>')
+    parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 8}">round</text>')
+    for (method, _), curve in curves.items():
+        points = " ".join(
+            f"{x:.1f},{y:.1f}" for x, y in (place(n, v) for n, v in enumerate(curve))
+        )
+        colour = COLOURS[method]
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" '
+            'stroke-width="2"/>'
+        )
+    for line, method in enumerate(METHODS):
+        parts.append(
+            f'<text x="{WIDTH - 2 * MARGIN + 12}" y="{MARGIN + 18 * line}" '
+            f'fill="{COLOURS[method]}">{method}</text>'
+        )
+    return "\n".join([*parts, "</svg>"]) + "\n"

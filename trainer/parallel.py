@@ -1,0 +1,150 @@
+"""One run in several processes: ``torchrun --nproc-per-node 4 -m trainer run RECIPE``.
+
+Every process draws the same global batches and trains on its share of each;
+DistributedDataParallel averages the gradients. What decides (masks, accuracies, the
+buffers of BatchNorm) is the same in all of them, and the first one alone writes. The
+processes must see the same folders.
+
+In a single process nothing here does anything.
+"""
+
+import atexit
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from edge_runtime.errors import ConfigError
+from trainer.data import CPU
+
+T = TypeVar("T")
+
+
+def is_first() -> bool:
+    """Tell whether this process is the one that writes and reports."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def processes(device: torch.device = CPU) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, until the program ends.
+
+    Args:
+        device: What they train on; each takes a GPU of its own.
+
+    Raises:
+        ConfigError: There are fewer GPUs than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        backend = "gloo"
+        if device.type == "cuda":
+            _take_gpu(int(os.environ["LOCAL_RANK"]))
+            backend = "cpu:gloo,cuda:nccl"
+        distributed.init_process_group(backend)
+        # Not sooner: a second group would find the addresses of the first, and hang.
+        atexit.register(distributed.destroy_process_group)
+    yield
+    _wait()  # or the first to leave takes the connections from the others
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Let the first process finish a block (a download) before the others start it."""
+    if not is_first():
+        _wait()
+    yield
+    if is_first():
+        _wait()
+
+
+def by_first(action: Callable[[], T]) -> T:
+    """Do something in the first process only, and return its result in all of them."""
+    if _count() == 1:
+        return action()
+    result = [action() if is_first() else None]
+    distributed.broadcast_object_list(result)
+    return result[0]  # type: ignore[return-value]
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Wrap a network so that its gradients are those of the whole global batch."""
+    return model if _count() == 1 else DistributedDataParallel(model)
+
+
+def share(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return this process' share of a global batch, and what its mean loss weighs.
+
+    The average of the weighted losses over all processes is the global mean. A batch
+    too small for two samples a process goes to all of them whole, as BatchNorm cannot
+    train on one.
+
+    Args:
+        inputs: (B, ...).
+        labels: (B,).
+    """
+    count = _count()
+    if count == 1 or len(labels) < 2 * count:
+        return inputs, labels, 1.0
+    mine = slice(distributed.get_rank(), None, count)
+    weight = len(labels[mine]) * count / len(labels)
+    return inputs[mine], labels[mine], weight
+
+
+def mean(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    return total(value) / _count()
+
+
+def total(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes."""
+    if _count() > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def is_mine(index: int) -> bool:
+    """Tell whether this process is the one to do the piece of work with an index."""
+    return _count() == 1 or index % _count() == distributed.get_rank()
+
+
+def copy_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers (BatchNorm statistics) of the first."""
+    if _count() > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
+
+
+def masks_of_first(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the first process' masks in all of them.
+
+    Scores that differ in their last bits would otherwise part the processes for good.
+    """
+    if _count() == 1:
+        return masks
+    sent = {name: mask.to(torch.uint8) for name, mask in masks.items()}
+    for mask in sent.values():
+        distributed.broadcast(mask, 0)
+    return {name: mask.bool() for name, mask in sent.items()}
+
+
+def _take_gpu(number: int) -> None:
+    found = torch.cuda.device_count()
+    if number >= found:
+        raise ConfigError(
+            f"process {number} of this machine (from 0) has no GPU, as there are only "
+            f'{found}; start {found} with --nproc-per-node, or set train.device = "cpu"'
+        )
+    torch.cuda.set_device(number)
+
+
+def _count() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def _wait() -> None:
+    if _count() > 1:
+        distributed.barrier()
