@@ -134,7 +134,9 @@ def apply(
 def status(context: click.Context, *, as_json: bool) -> None:
     """Show what is installed and how it got here."""
     record = open_device(context).status()
-    kept = ", ".join(str(number) for number in record["kept_rounds"])
+    kept, reach = (
+        ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
+    )
     lines = [
         f"round          {record['round']}",
         f"fingerprint    {record['fingerprint']}",
@@ -142,6 +144,8 @@ def status(context: click.Context, *, as_json: bool) -> None:
         f"weights        {record['weights']} ({record['weights_bytes']} bytes)",
         f"release floor  {record['release_floor']}",
         f"kept rounds    {kept}",
+        f"within reach   {reach or 'none'}",
+        *(["pinned         updates are held back"] if record["pinned"] else []),
         f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
         "history",
@@ -194,17 +198,30 @@ def _compare(fingerprint: str, expect: str) -> None:
 
 
 @main.command()
+@click.option("--to", "round_", metavar="ROUND", type=int, help="Which round.")
 @json_option
 @click.pass_context
-def rollback(context: click.Context, *, as_json: bool) -> None:
+def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> None:
     """Go back to the round before. Newer releases stay welcome, older ones do not."""
     device = open_device(context)
-    slot = device.rollback()
+    slot = device.rollback(round_)
     emit(
         device.status(),
         as_json=as_json,
         text=f"rolled back to round {slot.round} ({slot.target[:12]})",
     )
+
+
+@main.command()
+@click.option("--off", is_flag=True, help="Allow updates again.")
+@json_option
+@click.pass_context
+def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
+    """Hold updates back: stay at the round of now, or that a rollback leads to."""
+    device = open_device(context)
+    device.pin(held=not off)
+    text = "updates are allowed" if off else "pinned: updates are held back"
+    emit(device.status(), as_json=as_json, text=text)
 
 
 for _command in (cli_infer.infer, cli_infer.bench):

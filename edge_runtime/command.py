@@ -37,6 +37,7 @@ EXIT_CODES: dict[type[errors.DpuError], int] = {
     errors.BackendError: 11,
     errors.TrustError: 8,
     errors.TrainingError: 9,
+    errors.HeldError: 12,
     errors.DpuError: BUG,
 }
 
@@ -54,6 +55,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   9  training or export failed
  10  the operating system refused (disk full, no permission)
  11  no runtime on this device can run the model
+ 12  held back on this device: pinned, or a hook refused
 130  interrupted
 """
 

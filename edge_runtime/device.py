@@ -7,8 +7,9 @@ Example::
     scores = device.predictor().predict(image)
 """
 
-import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from enum import StrEnum
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,8 @@ from edge_runtime.apply import apply_chunks, check_model
 from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
 from edge_runtime.errors import (
     BundleError,
+    DpuError,
+    HeldError,
     StoreError,
     TrialError,
     VerificationError,
@@ -25,15 +28,17 @@ from edge_runtime.errors import (
 )
 from edge_runtime.files import Files
 from edge_runtime.follow import LOOK_S, StorePredictor
+from edge_runtime.hooks import run_hooks
 from edge_runtime.infer import RunOptions
 from edge_runtime.patch import Limits, Patch, open_patch
 from edge_runtime.signing import Trust
-from edge_runtime.state import Event, Slot, State, admit
-from edge_runtime.store import KEPT_SLOTS, Store
+from edge_runtime.state import Slot, State, admit
+from edge_runtime.store import KEPT_SLOTS, Store, event_now
 from edge_runtime.trial import run_trial
 from edge_runtime.weights import fingerprint_chunks, model_id
 
 Trial = Callable[..., Any]
+MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 
 
 class UpdateResult(StrEnum):
@@ -142,10 +147,9 @@ class Device:
                 floor_target=slot.target,
                 slots=(slot,),
                 trust=trust,
-                history=(_event("installed", slot),),
+                history=(event_now("installed", slot),),
             )
         )
-        self.store.collect()
 
     # Moving on ----------------------------------------------------------------------
 
@@ -172,6 +176,7 @@ class Device:
                 that was active, or it failed its trial before.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
+            HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
         # The lock first: whom to trust is part of the state.
@@ -187,38 +192,82 @@ class Device:
             # that was held back in between could be played later.
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
-            with self.store.tidied():
-                self._try(self._slot_folder(patch), slot)
-                self._activate(slot, "updated")
+            self._run_hooks("before-apply", "updated", slot)
+            self._try(self._slot_folder(patch), slot)
+            self._activate(slot, "updated")
         return UpdateResult.APPLIED
 
-    def rollback(self) -> Slot:
-        """Go back to the kept slot; the release floor stays where it is.
+    def rollback(self, to: int | None = None) -> Slot:
+        """Go back to earlier weights; the release floor stays where it is.
+
+        Args:
+            to: The round to go to, any that :meth:`status` says is within reach; by
+                default the one released before the active.
 
         Returns:
             The slot that is active now.
 
         Raises:
-            StoreError: No slot is kept, or it is damaged.
+            StoreError: There is no way back to it, or it is damaged.
         """
         with self.store.lock():
-            slot = self.store.state.previous()
+            state = self.store.state
+            slot = state.earlier(to)
             if slot is None:
+                reach = ", ".join(str(known.round) for known in state.reachable)
                 raise StoreError(
-                    "there is no earlier slot to go back to: only the active weights "
-                    "are kept"
+                    f"there is no earlier slot to go back to; rounds within reach: "
+                    f"{reach or 'none'}"
                 )
-            self.store.check_slot(slot.target)
-            with self.store.tidied():
-                self._activate(slot, "rolled back")
+            if state.slot(slot.target):
+                self.store.check_slot(slot.target)
+            else:
+                self._restore(slot)
+            self._activate(slot, "rolled back")
         return slot
+
+    def pin(self, *, held: bool = True) -> None:
+        """Hold every update back, or allow updates again; rollbacks are never held.
+
+        Raises:
+            StoreError: The state cannot be written.
+        """
+        with self.store.lock():
+            state = self.store.state
+            event = event_now("pinned" if held else "unpinned", state.active_slot)
+            self.store.commit(replace(state, pinned=held).noted(event))
+
+    def _restore(self, slot: Slot) -> None:
+        """Make a slot again from a kept one and reverse patches."""
+        start, links = self.store.state.way_back(slot.target)
+        chunks: Iterable[bytes | memoryview] = self.store.base(start) or ()
+        try:
+            with ExitStack() as stack:
+                for link in links:
+                    patch = open_patch(self.store.reverse_path(link.target))
+                    stack.enter_context(patch).check(self.store.layout)
+                    chunks = apply_chunks(chunks, self.store.layout, patch)
+                self.store.make_room(start)
+                self.store.stage(chunks, slot.target)
+            self.store.check_slot(slot.target)
+        except (DpuError, OSError) as err:
+            raise StoreError(
+                f"the way back to round {slot.round} is not usable: {err}"
+            ) from err
 
     def _slot_folder(self, patch: Patch) -> Path:
         """Return the folder of the patch's target, staged or kept since a rollback."""
         target = patch.header.target
-        if self.store.state.slot(target):
-            self.store.check_slot(target)
-            return self.store.slot_folder(target)
+        kept = self.store.state.slot(target)
+        if kept:
+            try:
+                self.store.check_slot(target)
+                return self.store.slot_folder(target)
+            except StoreError:
+                if target == self.store.state.active:
+                    raise
+            # Damaged: written anew, once no state names it.
+            self.store.commit(self.store.state.without(kept))
         base = self._base(patch)
         patch.check(self.store.layout)
         self.store.make_room(patch.header.parent)
@@ -261,15 +310,42 @@ class Device:
             ) from err
 
     def _try(self, folder: Path, slot: Slot) -> None:
+        # Counted before: a trial that takes the whole device down must count too.
+        state = self.store.state.tried(slot.target)
         try:
+            if state.tries > MAX_TRIES:
+                raise TrialError(
+                    f"{MAX_TRIES} trials of round {slot.round} were cut off; it is "
+                    "refused until it is forced"
+                )
+            self.store.commit(state)
             self._trial(folder, self.store.root / "model")
         except TrialError as err:
-            self.store.skip(slot.target, _event("refused", slot, str(err)))
+            event = event_now("refused", slot, str(err))
+            self.store.commit(self.store.state.skipping(slot.target, event))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
-        state = self.store.state.activated(slot, _event(event, slot), keep=KEPT_SLOTS)
+        state = self.store.state.activated(slot, event_now(event, slot))
+        while len(state.slots) > KEPT_SLOTS:
+            state = self.store.retire(state, state.slots[-1])
         self.store.commit(state)
+        try:
+            self._run_hooks("after-apply", event, slot)
+        except HeldError as err:
+            # The update counts all the same.
+            with suppress(StoreError):
+                note = event_now("hook failed", slot, str(err))
+                self.store.commit(state.noted(note))
+
+    def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
+        facts = {
+            "DPU_STORE": str(self.store.root),
+            "DPU_EVENT": event,
+            "DPU_ROUND": str(slot.round),
+            "DPU_FINGERPRINT": slot.target,
+        }
+        run_hooks(self.store.root / "hooks" / f"{when}.d", facts)
 
     # Asking -------------------------------------------------------------------------
 
@@ -325,6 +401,8 @@ class Device:
             "trusted_keys": list(state.trust.ids),
             "signatures_needed": state.trust.threshold if state.trust.keys else 0,
             "kept_rounds": [slot.round for slot in state.slots],
+            "reachable_rounds": [slot.round for slot in state.reachable],
+            "pinned": state.pinned,
             "skipped": list(state.skipped),
             "history": [
                 {"at": e.at, "event": e.event, "round": e.round, "target": e.target}
@@ -332,8 +410,3 @@ class Device:
                 for e in state.history
             ],
         }
-
-
-def _event(event: str, slot: Slot, reason: str = "") -> Event:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Event(at, event, slot.round, slot.target, reason)

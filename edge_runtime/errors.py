@@ -18,6 +18,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + BackendError                 no runtime here can run the graph
      + TrustError                   unsigned, wrongly signed or replayed release
      + KeyFileError                 a file does not hold the key that is needed
+     + HeldError                    this device's owner holds the update back
      + RoundError                   (packager) round folder incomplete or inconsistent
      |  + RoundNotFoundError        no such round, or more than one
      + BudgetError                  (packager) patch over its size limit .limit .actual
@@ -121,6 +122,10 @@ class TrustError(DpuError):
 
 class KeyFileError(DpuError):
     """A file does not hold the key that is needed."""
+
+
+class HeldError(DpuError):
+    """The device's owner holds the update back: it is pinned, or a hook refused."""
 
 
 class RoundError(DpuError):

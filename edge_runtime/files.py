@@ -1,65 +1,106 @@
 """The one seam between a store and the disk.
 
-Every change that a store makes to its files goes through these few operations, so
-that a test can record them, fail any one of them, and enumerate what a power cut could
-leave behind.
+Every change that a store makes to its files goes through the primitive operations
+below, so that a test can record them, fail any one of them, and enumerate what a power
+cut could leave behind.
 """
 
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 
 class Files:
     """File operations with the durability that each of them promises."""
 
-    def make_folder(self, path: Path) -> None:
-        """Create a folder and its parents; an existing one is kept."""
-        path.mkdir(parents=True, exist_ok=True)
+    # Primitives: one change each, durable only after a sync ------------------------
+
+    def mkdir(self, path: Path) -> None:
+        """Create a folder; an existing one is kept."""
+        path.mkdir(exist_ok=True)
 
     def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a new file; its content is on the disk when this returns.
 
-        The name is durable only after :meth:`sync_folder` on the parent.
+        The name is durable only after :meth:`sync_folder` on the parent. What had
+        the name before is left alone: it may be in use, or have a second name that a
+        cut rename left behind.
         """
-        with open(path, "wb") as file:
+        self.unlink(path)
+        with open(path, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            os.fsync(file.fileno())
+            self.sync(file.fileno())
 
-    def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name, or copy it where links are not to be had."""
-        try:
-            target.hardlink_to(source)
-        except OSError:
-            # FAT and some network file systems; the graph is small.
-            self.write(target, [source.read_bytes()])
+    def hardlink(self, source: Path, target: Path) -> None:
+        """Give a file a second name."""
+        target.hardlink_to(source)
+
+    def symlink(self, link: Path, folder: str) -> None:
+        """Create a symbolic link."""
+        link.symlink_to(folder, target_is_directory=True)
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename atomically, replacing a file or link of the target's name."""
         source.replace(target)
 
+    def unlink(self, path: Path) -> None:
+        """Remove a file or link, where there is one."""
+        path.unlink(missing_ok=True)
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty folder."""
+        path.rmdir()
+
+    def sync(self, handle: int) -> None:
+        """Put an open file's content, or an open folder's names, on the disk."""
+        os.fsync(handle)
+
+    def open_lock(self, path: Path) -> BinaryIO:
+        """Open a file to lock it."""
+        return open(path, "ab")
+
+    # Made of them ------------------------------------------------------------------
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder and its parents, durably; an existing one is kept."""
+        missing = [parent for parent in path.parents if not parent.is_dir()]
+        for folder in (*reversed(missing), path):
+            self.mkdir(folder)
+            self.sync_folder(folder.parent)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name, or copy it where links are not to be had."""
+        try:
+            self.hardlink(source, target)
+        except OSError:
+            # FAT and some network file systems; the graph is small.
+            self.write(target, [source.read_bytes()])
+
     def point(self, link: Path, folder: str) -> None:
         """Make a symbolic link point to a folder beside it, atomically."""
         part = link.with_name(link.name + ".part")
-        part.unlink(missing_ok=True)
-        part.symlink_to(folder, target_is_directory=True)
-        part.replace(link)
+        self.unlink(part)
+        self.symlink(part, folder)
+        self.rename(part, link)
 
     def remove(self, path: Path) -> None:
         """Remove a file or a whole folder."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        if not path.is_dir() or path.is_symlink():
+            self.unlink(path)
+            return
+        for child in sorted(path.iterdir()):
+            self.remove(child)
+        self.rmdir(path)
 
     def sync_folder(self, path: Path) -> None:
         """Make the names in a folder durable."""
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(handle)
+            self.sync(handle)
         finally:
             os.close(handle)
 

@@ -6,27 +6,30 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from edge_runtime.errors import StoreError, TrustError
+from edge_runtime.errors import HeldError, StoreError, TrustError
 from edge_runtime.header import PatchHeader
 from edge_runtime.signing import Trust
 
 SCHEMA = 1
-MAX_HISTORY = 100  # events kept
+MAX_HISTORY = 100  # events kept, and skipped targets
+MAX_FORMER = 8  # reverse patches kept
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One complete copy of the weights.
+    """One complete copy of the weights, or a reverse patch that leads back to them.
 
     Attributes:
-        target: Fingerprint of the weights, hex; names the folder too.
+        target: Fingerprint of the weights, hex; names the folder or file too.
         round: The round that made them.
         counter: Their release counter.
+        parent: Of a reverse patch: the weights that it leads from.
     """
 
     target: str
     round: int
     counter: int
+    parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,11 @@ class Event:
 
     Attributes:
         at: UTC time by the device's own clock, ISO 8601; for people only.
-        event: ``installed``, ``updated``, ``rolled back`` or ``refused``.
+        event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``pinned``,
+            ``unpinned``, ``hook failed`` or ``mended`` (the state, from its copy).
         round: The round that the event led to, or that was refused.
         target: Its fingerprint.
-        reason: Why, for a refusal.
+        reason: Why, for a refusal or a failure.
     """
 
     at: str
@@ -63,6 +67,10 @@ class State:
             they cannot be lost or exchanged apart from the floor.
         skipped: Targets that failed their trial and are refused until forced.
         history: What happened, oldest first.
+        former: Weights that reverse patches lead back to, the newest patch first.
+        pinned: Whether updates are held back.
+        trying: The target whose trial was begun and has not ended.
+        tries: How often it was begun.
     """
 
     model: str
@@ -74,6 +82,10 @@ class State:
     trust: Trust = field(default_factory=Trust)
     skipped: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
+    former: tuple[Slot, ...] = ()
+    pinned: bool = False
+    trying: str = ""
+    tries: int = 0
 
     @property
     def active_slot(self) -> Slot:
@@ -84,18 +96,40 @@ class State:
         """Return the kept slot of these weights, if there is one."""
         return next((slot for slot in self.slots if slot.target == target), None)
 
-    def previous(self) -> Slot | None:
-        """Return what a rollback leads to: the newest kept slot that is not active."""
-        return next((slot for slot in self.slots if slot.target != self.active), None)
+    @property
+    def reachable(self) -> list[Slot]:
+        """Every slot that a rollback can lead to, kept or made again."""
+        return [s for s in (*self.slots, *self.former) if s.target != self.active]
 
-    def activated(self, slot: Slot, event: Event, *, keep: int) -> "State":
+    def earlier(self, round_: int | None = None) -> Slot | None:
+        """Return what a rollback leads to.
+
+        Args:
+            round_: The round to go to; by default the one released before the active.
+        """
+        if round_ is not None:
+            return next((s for s in self.reachable if s.round == round_), None)
+        older = [s for s in self.reachable if s.counter < self.active_slot.counter]
+        return max(older, key=lambda slot: slot.counter, default=None)
+
+    def way_back(self, target: str) -> tuple[str, list[Slot]]:
+        """Return where the reverse patches that lead to a target begin, and them."""
+        links: list[Slot] = []
+        # A patch leads from weights that were dropped after it was made, if ever.
+        for link in reversed(self.former):
+            if link.target == target:
+                links.insert(0, link)
+                target = link.parent
+        return target, links
+
+    def activated(self, slot: Slot, event: Event) -> "State":
         """Return the state after a slot became the active one.
 
         Args:
-            slot: The new active slot.
+            slot: The new active slot; it and the former one become the first.
             event: What to write into the history.
-            keep: How many slots to keep; the active and the former one come first.
         """
+        slot = replace(slot, parent="")
         others = [s for s in self.slots if s.target not in (slot.target, self.active)]
         former = [s for s in self.slots if s.target == self.active != slot.target]
         raised = slot.counter > self.floor
@@ -104,17 +138,38 @@ class State:
             active=slot.target,
             floor=slot.counter if raised else self.floor,
             floor_target=slot.target if raised else self.floor_target,
-            slots=(slot, *former, *others)[:keep],
+            slots=(slot, *former, *others),
+            former=tuple(link for link in self.former if link.target != slot.target),
             skipped=tuple(t for t in self.skipped if t != slot.target),
+            trying="",
+            tries=0,
         ).noted(event)
+
+    def tried(self, target: str) -> "State":
+        """Return the state with one more try of a target."""
+        tries = self.tries + 1 if self.trying == target else 1
+        return replace(self, trying=target, tries=tries)
+
+    def skipping(self, target: str, event: Event) -> "State":
+        """Return the state that refuses a target until it is forced."""
+        skipped = tuple(dict.fromkeys((*self.skipped, target)))[-MAX_HISTORY:]
+        return replace(self, skipped=skipped, trying="", tries=0).noted(event)
 
     def noted(self, event: Event) -> "State":
         """Return the state with one more event in its history."""
         return replace(self, history=(*self.history, event)[-MAX_HISTORY:])
 
-    def without(self, slot: Slot) -> "State":
-        """Return the state without a kept slot."""
-        return replace(self, slots=tuple(s for s in self.slots if s != slot))
+    def without(self, slot: Slot, link: Slot | None = None) -> "State":
+        """Return the state without a kept slot.
+
+        Args:
+            slot: The slot to give up.
+            link: The reverse patch that leads back to it, if there is one.
+        """
+        slots = tuple(s for s in self.slots if s != slot)
+        state = replace(self, slots=slots, former=(*filter(None, [link]), *self.former))
+        useful = [s for s in state.former if state.slot(state.way_back(s.target)[0])]
+        return replace(state, former=tuple(useful[:MAX_FORMER]))
 
 
 def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
@@ -129,8 +184,14 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
         force: Admit a release that failed its trial before. Never lowers the floor.
 
     Raises:
+        HeldError: The device is pinned.
         TrustError: The release is older than one that was active, or failed its trial.
     """
+    if state.pinned:
+        raise HeldError(
+            f"this device is pinned to round {state.active_slot.round}; allow updates "
+            "again with 'dpu-edge pin --off'"
+        )
     if header.counter < state.floor or (
         header.counter == state.floor and header.target != state.floor_target
     ):
@@ -179,6 +240,7 @@ def decode_state(data: bytes) -> State:
             **record
             | {
                 "slots": tuple(Slot(**entry) for entry in record["slots"]),
+                "former": tuple(Slot(**entry) for entry in record["former"]),
                 "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
                 "skipped": tuple(record["skipped"]),
                 "history": tuple(_event(entry) for entry in record["history"]),

@@ -4,10 +4,13 @@
 
     STORE/
       state.json              the one commit point
+      state.copy              the same, written before it; read when it is damaged
       lock                    held while something is written
       model/                  graph.onnx init.json contract.json golden.npz
       slots/<fingerprint>/    graph.onnx (a second name of the one in model/)
                               weights.safetensors
+      reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
+      hooks/                  the owner's programs, see hooks.py
       current -> slots/...    for people; derived from state.json, never read
 
 ONNX Runtime maps the weight file into memory, so a slot is never written to once it
@@ -17,6 +20,7 @@ is whole.
 """
 
 import fcntl
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,10 +29,12 @@ from os import PathLike
 from pathlib import Path
 
 from edge_runtime.contract import Contract, parse_contract
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import StoreError, WeightsError
 from edge_runtime.files import Files
+from edge_runtime.header import PatchHeader
 from edge_runtime.init import InitRecipe, read_recipe
-from edge_runtime.state import Event, State, decode_state, encode_state
+from edge_runtime.reverse import encode_reverse
+from edge_runtime.state import Event, Slot, State, decode_state, encode_state
 from edge_runtime.weights import (
     FILE_NAME,
     Layout,
@@ -42,6 +48,7 @@ GRAPH_NAME = "graph.onnx"
 CONTRACT_NAME = "contract.json"
 GOLDEN_NAME = "golden.npz"
 KEPT_SLOTS = 2
+REVERSE_SHARE = 8  # a reverse patch may have one part in this many of a slot's size
 SPARE_BYTES = 1 << 20  # left free beside a new slot, for state and directory blocks
 _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
 
@@ -95,8 +102,9 @@ class Store:
                 "update it, or remove the folder to install anew"
             )
         folder = store.root / "model"
-        store.files.make_folder(folder)
-        store.files.make_folder(store.root / "slots")
+        # The first commit makes the names of these durable.
+        for path in (folder, store.root / "slots", store.root / "reverse"):
+            store.files.mkdir(path)
         for name, data in model.items():
             store.files.write(folder / name, [data])
         store.files.sync_folder(folder)
@@ -119,20 +127,31 @@ class Store:
     def _state_path(self) -> Path:
         return self.root / "state.json"
 
+    @property
+    def _copy_path(self) -> Path:
+        return self.root / "state.copy"
+
     def reload(self) -> State:
-        """Read ``state.json`` again.
+        """Read ``state.json`` again, or its copy if it is damaged.
 
         Raises:
-            StoreError: Nothing is installed there, or the state is damaged.
+            StoreError: Nothing is installed there, or both are damaged.
         """
-        try:
-            data = self._state_path.read_bytes()
-        except FileNotFoundError as err:
+        if not self._state_path.exists():
             raise StoreError(
                 f"nothing is installed in {self.root}; run 'dpu-edge --store "
                 f"{self.root} init BUNDLE' first"
-            ) from err
-        self._state = decode_state(data)
+            )
+        try:
+            self._state = decode_state(self._state_path.read_bytes())
+        except (OSError, StoreError) as err:
+            # The copy is never older, so its release floor is never lower.
+            with suppress(OSError, StoreError):
+                state = decode_state(self._copy_path.read_bytes())
+                note = event_now("mended", state.active_slot, str(err))
+                self._state = state.noted(note)
+                return self._state
+            raise
         return self._state
 
     def stamp(self) -> tuple[int, int]:
@@ -147,6 +166,10 @@ class Store:
     def slot_folder(self, target: str) -> Path:
         """Return the folder of a slot."""
         return self.root / "slots" / target[:_NAME_LENGTH]
+
+    def reverse_path(self, target: str) -> Path:
+        """Return the reverse patch that leads to some weights."""
+        return self.root / "reverse" / (target[:_NAME_LENGTH] + ".dpu")
 
     @property
     def graph_path(self) -> Path:
@@ -219,13 +242,14 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out, and read the state that they left.
+        """Keep other writers out; tidy up what they, or this one, leave behind.
 
         Raises:
-            StoreError: Another process is writing.
+            StoreError: Another process is writing, or the state is damaged.
         """
-        self.files.make_folder(self.root)
-        with open(self.root / "lock", "w") as handle:
+        if not self._state_path.exists():
+            self.files.make_folder(self.root.absolute())
+        with self.files.open_lock(self.root / "lock") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as err:
@@ -233,9 +257,13 @@ class Store:
                     f"another process is updating {self.root}; try again when it is "
                     "done"
                 ) from err
-            if self._state_path.exists():
-                self.reload()
-            yield
+            self._settle()
+            try:
+                yield
+            finally:
+                # What was done is done: tidying up must not turn it into a failure.
+                with suppress(OSError, StoreError):
+                    self._settle()
 
     def make_room(self, parent: str) -> None:
         """Drop kept slots until a new one fits.
@@ -250,13 +278,41 @@ class Store:
         while (free := self.files.free_bytes(self.root)) < needed:
             slots = self._state.slots if self._state else ()
             spare = [s for s in slots if s.target not in (self.state.active, parent)]
-            if not spare:
+            ways = sum(path.stat().st_size for path in self.root.glob("reverse/*"))
+            if spare:
+                self.commit(self.retire(self.state, spare[-1]))
+            elif free + ways >= needed:
+                self.commit(replace(self.state, former=()))
+            else:
                 raise StoreError(
                     f"{self.root} has {free} bytes free, a new slot needs {needed}; "
                     "free some space and apply the patch again"
                 )
-            self.commit(self.state.without(spare[-1]))
-            self.collect()
+            self._collect()
+
+    def retire(self, state: State, slot: Slot) -> State:
+        """Return a state without a kept slot, and write the way back if it is small.
+
+        Args:
+            state: A state with other slots beside this one.
+            slot: The slot to give up; it is removed once the result is committed.
+        """
+        parent = next(s for s in reversed(state.slots) if s != slot)
+        size, path = self.layout.file_size, self.reverse_path(slot.target)
+        header = PatchHeader(
+            state.model, parent.target, slot.target, slot.round, slot.counter, size
+        )
+        # A convenience: that it cannot be written must not stop an update.
+        with suppress(OSError, WeightsError):
+            base, target = (self.slot_folder(s.target) for s in (parent, slot))
+            data = encode_reverse(
+                self.layout, base / FILE_NAME, target / FILE_NAME, header
+            )
+            if data and len(data) <= size // REVERSE_SHARE:
+                self.files.write(path, [data])
+                self.files.sync_folder(path.parent)
+                return state.without(slot, replace(slot, parent=parent.target))
+        return state.without(slot)
 
     def stage(self, chunks: Iterable[bytes | memoryview], target: str) -> Path:
         """Write a slot beside the others; it is not active yet.
@@ -271,25 +327,21 @@ class Store:
 
         Raises:
             StoreError: The disk is full or refuses.
-            DpuError: Whatever ``chunks`` raises; nothing is left behind then.
+            DpuError: Whatever ``chunks`` raises.
         """
         folder = self.slot_folder(target)
         part = folder.with_name(folder.name + ".part")
         try:
             self.files.remove(folder)
             self.files.remove(part)
-            self.files.make_folder(part)
+            self.files.mkdir(part)
             self.files.link(self.graph_path, part / GRAPH_NAME)
             self.files.write(part / FILE_NAME, chunks)
             self.files.sync_folder(part)
             self.files.rename(part, folder)
             self.files.sync_folder(folder.parent)
-        except BaseException as err:
-            with suppress(OSError):
-                self.files.remove(part)
-            if isinstance(err, OSError):
-                raise StoreError(f"cannot write a new slot: {err}") from err
-            raise
+        except OSError as err:
+            raise StoreError(f"cannot write a new slot: {err}") from err
         return folder
 
     def commit(self, state: State) -> None:
@@ -298,42 +350,55 @@ class Store:
         Raises:
             StoreError: The disk is full or refuses.
         """
-        part = self._state_path.with_suffix(".json.part")
+        data = encode_state(state)
         try:
-            self.files.write(part, [encode_state(state)])
-            self.files.rename(part, self._state_path)
-            self.files.sync_folder(self.root)
+            for path in (self._copy_path, self._state_path):
+                part = path.with_name(path.name + ".part")
+                self.files.write(part, [data])
+                self.files.rename(part, path)
+                self.files.sync_folder(self.root)
         except OSError as err:
-            with suppress(OSError):
-                self.files.remove(part)
-            raise StoreError(f"cannot write state.json: {err}") from err
+            raise StoreError(f"cannot write {path}: {err}") from err
         self._state = state
 
-    @contextmanager
-    def tidied(self) -> Iterator[None]:
-        """Remove what an update leaves behind, also where it fails."""
-        try:
-            yield
-        except BaseException:
-            # By what the disk says: a failed sync can follow a state that is written.
-            with suppress(OSError, StoreError):
-                self.reload()
-                self.collect()
-            raise
-        # The update counts: tidying up must not turn it into a failure.
-        with suppress(OSError):
-            self.collect()
+    def _settle(self) -> None:
+        """Read the state, mend its copy, and remove what a cut left behind."""
+        if self._state_path.exists():
+            state = self.reload()
+            try:
+                mended = self._copy_path.read_bytes() == self._state_path.read_bytes()
+            except OSError:
+                mended = False
+            if not mended:
+                self.commit(state)
+            self._collect()
 
-    def collect(self) -> None:
-        """Remove what the state does not name, and let ``current`` follow it."""
-        keep = {self.slot_folder(slot.target).name for slot in self.state.slots}
-        for path in sorted((self.root / "slots").iterdir()):
-            if path.name not in keep:
-                self.files.remove(path)
-        active = self.slot_folder(self.state.active)
-        self.files.point(self.root / "current", f"slots/{active.name}")
+    def _collect(self) -> None:
+        """Let ``current`` follow the state, and remove what the state does not name."""
+        wanted = f"slots/{self.slot_folder(self.state.active).name}"
+        link = self.root / "current"
+        if not link.is_symlink() or str(link.readlink()) != wanted:
+            try:
+                self.files.point(link, wanted)
+            except OSError:
+                # FAT has no links. Where there are, none may outlive its slot.
+                if link.is_symlink():
+                    raise
+        named = {self.slot_folder(slot.target) for slot in self.state.slots}
+        named |= {self.reverse_path(link.target) for link in self.state.former}
+        doomed = [
+            *self.root.glob("*.part"),
+            *(p for p in self.root.glob("slots/*") if p not in named),
+            *(p for p in self.root.glob("reverse/*") if p not in named),
+        ]
+        if doomed:
+            # A state or link that a killed process left may not be durable yet.
+            self.files.sync_folder(self.root)
+        for path in doomed:
+            self.files.remove(path)
 
-    def skip(self, target: str, event: Event) -> None:
-        """Remember a release that failed its trial."""
-        skipped = tuple(dict.fromkeys((*self.state.skipped, target)))
-        self.commit(replace(self.state, skipped=skipped).noted(event))
+
+def event_now(event: str, slot: Slot, reason: str = "") -> Event:
+    """Return an entry for the history."""
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Event(at, event, slot.round, slot.target, reason)

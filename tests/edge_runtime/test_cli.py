@@ -48,6 +48,23 @@ def test_the_whole_life_of_a_device(edge, installed):
     assert "round          1\n" in edge("status")[1]
 
 
+def test_a_device_goes_back_to_a_named_round(edge, installed):
+    edge("apply", installed / "round_01.dpu", installed / "round_02.dpu")
+    assert "within reach   1" in edge("status")[1]
+    assert "rolled back to round 1" in edge("rollback", "--to", 1)[1]
+    code, _, err = edge("rollback", "--to", 7)
+    assert (code, "rounds within reach: 2" in err) == (7, True)
+
+
+def test_a_pinned_device_holds_updates_back(edge, installed):
+    assert "held back" in edge("pin")[1]
+    assert "pinned  " in edge("status")[1]
+    code, _, err = edge("apply", installed / "round_01.dpu")
+    assert (code, "pin --off" in err) == (12, True)
+    assert "allowed" in edge("pin", "--off")[1]
+    assert edge("apply", installed / "round_01.dpu")[0] == 0
+
+
 def test_status_as_json_is_one_object_with_a_schema(edge, installed):
     record = json.loads(edge("status", "--json")[1])
     assert record["schema"] == 1
@@ -168,8 +185,9 @@ def test_exit_5_for_weights_that_are_not_the_servers(edge, installed):
 
 
 def test_exit_7_for_a_store_that_is_not_there_or_damaged(edge, installed, tmp_path):
-    state = tmp_path / "store" / "state.json"
-    state.write_text(state.read_text()[:50])
+    for name in ("state.json", "state.copy"):
+        state = tmp_path / "store" / name
+        state.write_text(state.read_text()[:50])
     assert edge("status")[0] == 7
     state.unlink()
     assert edge("status")[0] == 7

@@ -407,6 +407,7 @@ def test_following_says_what_went_wrong_and_goes_on(device, run, caplog):
     wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
     state = device.store.root / "state.json"
     good = state.read_bytes()
+    state.with_suffix(".copy").write_text("damaged too")
     state.with_suffix(".new").write_text("damaged")
     state.with_suffix(".new").replace(state)
     wait_until(lambda: "state.json is damaged" in caplog.text)

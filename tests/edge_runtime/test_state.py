@@ -27,7 +27,9 @@ def event(slot, word="updated"):
 
 def moved(state, *slots, keep=2):
     for slot in slots:
-        state = state.activated(slot, event(slot), keep=keep)
+        state = state.activated(slot, event(slot))
+        while len(state.slots) > keep:
+            state = state.without(state.slots[-1])
     return state
 
 

@@ -368,13 +368,17 @@ def states(device):
 
 def test_state_file_torn_at_any_byte(device):
     path, _, new = states(device)
+    copy = path.with_name("state.copy")
     for cut in range(len(new) - 1):  # the last byte is a line end
-        path.write_bytes(new[:cut])
-        with pytest.raises(StoreError, match="damaged"):
-            device.update(PATCHES[2])
-        path.write_bytes(new[:cut] + bytes(len(new) - cut))
-        with pytest.raises(StoreError, match="damaged"):
-            device.update(PATCHES[2])
+        for torn in (new[:cut], new[:cut] + bytes(len(new) - cut)):
+            path.write_bytes(torn)
+            copy.unlink(missing_ok=True)
+            with pytest.raises(StoreError, match="damaged"):
+                device.update(PATCHES[2])
+            # The copy serves, and is not a bit more trusting.
+            copy.write_bytes(new)
+            served, whole = Device.open(path.parent).store.state, decode_state(new)
+            assert (served.floor, served.trust) == (whole.floor, whole.trust)
 
 
 def test_state_file_half_old_and_half_new(device):
@@ -404,6 +408,7 @@ def test_state_file_with_any_flipped_bit(device):
 @pytest.mark.parametrize("content", [b"", b"5", b"[]", b"null", b'{"schema": 1}'])
 def test_state_file_of_something_else(device, content):
     (device.store.root / "state.json").write_bytes(content)
+    (device.store.root / "state.copy").write_bytes(content)
     with pytest.raises(StoreError, match="damaged"):
         device.update(PATCHES[1])
 
@@ -412,7 +417,12 @@ def test_state_file_without_its_keys(device):
     path = device.store.root / "state.json"
     record = json.loads(path.read_bytes())
     for edit in ({"trust": {"keys": [], "threshold": 1}}, {"floor": 0, "round": 0}):
+        path.with_name("state.copy").write_text(json.dumps(record))
         path.write_text(json.dumps(record | edit))
+        with pytest.raises(TrustError, match="signed by nobody"):  # by the copy
+            device.update(patch_of(ROUNDS[0], ROUNDS[1], 1, key=None))
+        for name in ("state.json", "state.copy"):
+            path.with_name(name).write_text(json.dumps(record | edit))
         with pytest.raises(StoreError, match="damaged"):
             device.update(patch_of(ROUNDS[0], ROUNDS[1], 1, key=None))
 

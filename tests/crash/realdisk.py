@@ -1,0 +1,225 @@
+"""Real file systems: full, read-only, and cut off in the middle of work.
+
+Mounting needs a namespace of our own: as root, or as a user who may make one
+(``unshare --map-root-user``). Loop devices need root. As a program this module prints
+one JSON object; what could not run is in it, with the reason.
+"""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from edge_runtime import Device
+from edge_runtime.errors import DpuError
+from edge_runtime.files import Files
+from tests.crash import world
+from tests.crash.kills import Worker, is_good, promises, spawn
+
+PAGE = 4096
+SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, struct.pack("I", 2)  # FS_IOC_SHUTDOWN
+
+
+class Optimist(Files):
+    """Finds room everywhere, so that the disk itself has to say no."""
+
+    def free_bytes(self, path):
+        return 1 << 40
+
+
+def run(*command):
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@contextmanager
+def mounted(folder, *options):
+    folder.mkdir(exist_ok=True)
+    run("mount", *options, str(folder))
+    try:
+        yield folder
+    finally:
+        run("umount", "--lazy", str(folder))
+
+
+def steps(device):
+    """What is tried where the disk says no."""
+    return {
+        "update": lambda: device.update(world.next_patch(device.store.state)),
+        "rollback": lambda: device.rollback(1),
+    }
+
+
+def settled(folder):
+    """A store with two slots and a reverse patch."""
+    device = world.install(folder / "store")
+    for _ in range(3):
+        device.update(world.next_patch(device.store.state))
+    return folder / "store"
+
+
+def full_disk(folder):
+    """Leave a store 0, 1, 2 ... pages of room, until everything fits.
+
+    Returns:
+        Attempts, how many were refused, and how many of them broke a promise.
+    """
+    count = {"attempts": 0, "refused": 0, "bad": 0}
+    for name in ("update", "rollback"):
+        for pages in range(40):
+            with mounted(
+                folder / "full", "-t", "tmpfs", "-o", "size=4m", "tmpfs"
+            ) as disk:
+                root = settled(disk)
+                device = Device.open(root, files=Optimist(), trial=world.no_trial)
+                before = device.store.state
+                fill(disk / "ballast", pages)
+                count["attempts"] += 1
+                try:
+                    steps(device)[name]()
+                except (DpuError, OSError):
+                    count["refused"] += 1
+                else:
+                    before = device.store.state
+                good = is_good(root, before)
+                (disk / "ballast").unlink()
+                device = Device.open(root, trial=world.no_trial)
+                device.update(world.next_patch(device.store.state))
+                good = good and is_good(root, device.store.state)
+                count["bad"] += not good
+    return count
+
+
+def fill(path, pages):
+    """Fill a disk but for some pages."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(PAGE)):
+                pass
+        except OSError:
+            file.truncate(max(0, file.tell() // PAGE - pages) * PAGE)
+
+
+def read_only(folder):
+    """Mount a store read-only: it answers, and refuses to change."""
+    count = {"attempts": 0, "refused": 0, "bad": 0}
+    with mounted(folder / "ro", "-t", "tmpfs", "tmpfs") as disk:
+        root = settled(disk)
+        for name in ("update", "rollback"):
+            run("mount", "-o", "remount,ro", str(disk))
+            device = Device.open(root, trial=world.no_trial)
+            before = device.store.state
+            count["attempts"] += 1
+            try:
+                steps(device)[name]()
+            except (DpuError, OSError):
+                count["refused"] += 1
+            device.verify()
+            count["bad"] += not is_good(root, before)
+            run("mount", "-o", "remount,rw", str(disk))
+        device.update(world.next_patch(device.store.state))
+        count["bad"] += not is_good(root, device.store.state)
+    return count
+
+
+def power_cuts(folder, cuts, options="", files=None):
+    """Shut a real ext4 down without a flush, at random moments, and mount it again."""
+    count = {"attempts": 0, "acknowledged": 0, "bad": 0}
+    image, place, rng = folder / "image", folder / "disk", random.Random(cuts)
+    with open(image, "wb") as file:
+        file.truncate(48 << 20)
+    run("mkfs.ext4", "-q", "-F", str(image))
+    mount, root = ("-o", f"loop{options}", str(image)), place / "store"
+    with mounted(place, *mount) as disk:
+        promised = Device.open(settled(disk)).store.state
+    for _ in range(cuts):
+        world.next_patch(promised)
+        seed = rng.random()
+        with mounted(place, *mount):
+            child, pipe = spawn(lambda out, s=seed: cut_off(root, out, s, files))
+            time.sleep(rng.uniform(0, 0.2))
+            handle = os.open(place, os.O_RDONLY)
+            fcntl.ioctl(handle, SHUTDOWN, WITHOUT_FLUSH)
+            os.close(handle)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            acknowledged = promises(pipe)
+        with mounted(place, *mount):
+            count["attempts"] += 1
+            count["acknowledged"] += len(acknowledged)
+            promised = (acknowledged or [promised])[-1]
+            count["bad"] += not is_good(root, promised)
+            if files is not None and count["bad"]:
+                break  # it had to break, and did
+            promised = Device.open(root).store.state
+    return count
+
+
+class Careless(Files):
+    """Never syncs."""
+
+    def sync(self, handle):
+        pass
+
+
+def cut_off(root, out, seed, files):
+    """Work until the disk is gone."""
+    with suppress(OSError, DpuError):
+        Worker(root, out, files).work(seed)
+
+
+def careless(folder, cuts):
+    """The same without any sync: a test that cannot fail would prove nothing."""
+    count = power_cuts(folder, cuts, files=Careless())
+    return count | {"bad": int(not count["bad"])}
+
+
+def main():
+    cuts = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    weak = ",data=writeback,noauto_da_alloc"
+    tries = {
+        "full disk": full_disk,
+        "read-only disk": read_only,
+        "power cuts, ext4": lambda folder: power_cuts(folder, cuts),
+        f"power cuts, ext4{weak}": lambda folder: power_cuts(folder, cuts, weak),
+        "  and without syncs it breaks": lambda folder: careless(folder, cuts),
+    }
+    results = {}
+    for name, work in tries.items():
+        with world.scratch() as folder:
+            try:
+                results[name] = work(folder)
+            except (subprocess.CalledProcessError, FileNotFoundError) as err:
+                said = getattr(err, "stderr", b"") or b""
+                results[name] = {"not run": said.decode().strip() or str(err)}
+    print(json.dumps(results))
+
+
+def in_namespace(cuts):
+    """Run this module where mounting harms nobody.
+
+    Returns:
+        The results by name; what could not run says ``not run``.
+    """
+    unshare = ["unshare", "--mount"]
+    if os.geteuid() != 0:
+        unshare.append("--map-root-user")
+    command = [*unshare, sys.executable, "-m", "tests.crash.realdisk", str(cuts)]
+    if shutil.which("unshare") is None:
+        return {"real disks": {"not run": "unshare is not installed"}}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    if done.returncode:
+        return {"real disks": {"not run": done.stderr.strip()[-300:]}}
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

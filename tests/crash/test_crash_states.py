@@ -1,0 +1,138 @@
+"""From every state that a power cut may leave, the next start goes on.
+
+A small part of what ``make test-crash`` explores.
+"""
+
+from functools import partial
+
+import pytest
+
+from edge_runtime.files import Files
+from tests.crash import world
+from tests.crash.disk import Disk, read_tree, write_tree
+from tests.crash.explore import Count, cut_again, cut_power, kill_then_cut
+from tests.crash.recording import (
+    Recording,
+    install,
+    rollback,
+    rollback_far,
+    update,
+)
+from tests.crash.traced import Careless, Forgetful, Recorder
+
+
+@pytest.fixture
+def record():
+    """Record steps on a fresh store, some steps into its life."""
+    with world.scratch() as folder:
+
+        def play(*steps, before=(), files=None):
+            base = folder / str(len(list(folder.iterdir())))
+            base.mkdir()
+            states = Recording(base).play(*before).states() if before else [None]
+            return Recording(base, files and files(base), states).play(*steps)
+
+        yield play
+
+
+def test_an_installation_is_whole_or_absent(record):
+    count = Count()
+    cut_power(record(install), count)
+    assert not count.bad
+    assert count.states > 500
+
+
+def test_updates_and_rollbacks_survive_a_power_cut_anywhere(record):
+    count = Count()
+    cut_power(record(update, rollback_far, before=(install, update, update)), count)
+    assert not count.bad
+    assert count.states > 100
+
+
+def test_a_second_cut_while_the_next_start_recovers_is_survived(record):
+    count = Count()
+    cut_again(record(rollback, before=(install, update)), count)
+    assert not count.bad
+
+
+def test_a_kill_followed_by_a_power_cut_is_survived(record):
+    count = Count()
+    recording = record(update, before=(install, update))
+    kill_then_cut(recording, count, after="rename")
+    assert not count.bad
+
+
+# The proof can fail ----------------------------------------------------------------
+
+BEFORE = (install, update)
+STEPS = (update,)
+
+
+def test_every_sync_of_an_update_is_needed(record):
+    """Each place in the code that syncs, left out, leads to a broken promise."""
+    whole = record(*STEPS, before=BEFORE, files=Forgetful)
+    assert len(whole.files.sites) == 10
+    for site in whole.files.sites:
+        files = partial(Forgetful, site=site)
+        recording = record(*STEPS, before=BEFORE, files=files)
+        count = Count(enough=1)
+        cut_power(recording, count)
+        if not count.bad:
+            kill_then_cut(recording, count, files=files, after="rename")
+        assert count.bad, f"nobody notices that this sync is missing: {site}"
+
+
+# The model of the disk -------------------------------------------------------------
+
+
+def after(folder, work, files=Recorder):
+    """The trees that a power cut may leave of some work in an empty folder."""
+    files = files(folder)
+    disk = Disk(read_tree(folder))
+    work(files)
+    for entry in files.log:
+        disk.apply(*entry)
+    assert disk.running() == read_tree(folder)
+    return disk.after_power_cut()
+
+
+def test_a_file_may_be_torn_until_it_is_synced(tmp_path):
+    def work(files):
+        files.write(files.base / "f", [b"abcd"])
+
+    torn = {b"", b"ab", b"\0\0\0\0", b"\0\0cd", b"ab\0\0", b"abcd"}
+    for files, contents in ((Careless, torn), (Recorder, {b"abcd"})):
+        (tmp_path / files.__name__).mkdir()
+        trees = after(tmp_path / files.__name__, work, files)
+        assert trees == {
+            ("d", ()),  # its name is not durable yet
+            *(("d", (("f", ("f", content)),)) for content in contents),
+        }
+
+
+def test_names_are_lost_in_any_combination_until_the_folder_is_synced(tmp_path):
+    def work(files):
+        files.write(tmp_path / "a", [b"1"])
+        files.sync_folder(tmp_path)
+        files.rename(tmp_path / "a", tmp_path / "b")
+        files.mkdir(tmp_path / "c")
+
+    names = {tuple(name for name, _ in tree[1]) for tree in after(tmp_path, work)}
+    assert names == {(*m, *c) for m in ("a", "ab", "b") for c in ("", "c")}
+
+
+def test_a_tree_written_and_read_is_the_same(tmp_path):
+    tree = (
+        "d",
+        (
+            ("a", ("f", b"x")),
+            ("b", ("d", (("c", ("f", b"x")),))),
+            ("l", ("l", "b")),
+        ),
+    )
+    write_tree(tree, tmp_path / "t")
+    assert read_tree(tmp_path / "t") == tree
+    # Equal files are one file: whoever writes into one of them is found out.
+    assert (tmp_path / "t" / "a").samefile(tmp_path / "t" / "b" / "c")
+    Files().write(tmp_path / "t" / "a", [b"y"])
+    assert (tmp_path / "t" / "b" / "c").read_bytes() == b"x"

@@ -1,0 +1,104 @@
+"""The server's side in memory: one small model, and a patch to whatever comes next."""
+
+import json
+import tempfile
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime import Device, PatchHeader, pack_weights
+from edge_runtime.bundle import write_bundle
+from edge_runtime.init import InitRecipe, TensorInit, write_recipe
+from edge_runtime.weights import model_id
+from packager.build import build_patch
+
+GRAPH = b"not looked at: no trial runs here, the files are what is tried"
+RECIPE = InitRecipe(
+    7,
+    {
+        "w": TensorInit("F32", (64, 32), "uniform", 0.5),
+        "b": TensorInit("F32", (64,), "constant", 0.0),
+    },
+    {},
+)
+INIT = RECIPE.generate()
+MODEL = model_id(INIT.layout.header, GRAPH)
+
+
+def no_trial(*_, **__):
+    """Every model is welcome."""
+
+
+@cache
+def weights(number):
+    """The weights of a round; those of two rounds differ in some 30 places."""
+    arrays = {name: array.copy() for name, array in INIT.items()}
+    rng = np.random.default_rng(number)
+    at = rng.choice(arrays["w"].size, 15, replace=False)
+    arrays["w"].reshape(-1)[at] = rng.normal(size=15)
+    arrays["b"][:2] = number, -0.0
+    return pack_weights(arrays)
+
+
+def number_of(fingerprint):
+    """The round that made some weights."""
+    return next(n for n in range(10**6) if weights(n).fingerprint == fingerprint)
+
+
+@cache
+def patch(parent, number):
+    """The patch from one round to another; ``parent`` None means the init weights."""
+    base = INIT if parent is None else weights(parent)
+    target = weights(number)
+    size = INIT.layout.file_size
+    header = PatchHeader(
+        MODEL, base.fingerprint, target.fingerprint, number, number, size
+    )
+    return build_patch(base, target, header, level=1)
+
+
+def next_patch(state):
+    """What the server would send to a device in this state."""
+    return patch(state.active_slot.round, state.floor + 1)
+
+
+@cache
+def members():
+    """The files of ``model/``."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_recipe(RECIPE, folder)
+        recipe = (Path(folder) / "init.json").read_bytes()
+    return {
+        "graph.onnx": GRAPH,
+        "init.json": recipe,
+        "contract.json": json.dumps({"schema": 1}).encode(),
+        "golden.npz": b"not looked at either",
+    }
+
+
+@cache
+def bundle():
+    """What installs round 0."""
+    manifest = {
+        "run": "tiny",
+        "round": 0,
+        "model": MODEL,
+        "target": weights(0).fingerprint,
+    }
+    return write_bundle(manifest, members() | {"patch.dpu": patch(None, 0)})
+
+
+def install(root, files=None, trial=no_trial):
+    """Install round 0."""
+    return Device.install(root, bundle(), files=files, trial=trial)
+
+
+@contextmanager
+def scratch():
+    """A folder in memory, where thousands of small stores cost little."""
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="dpu-crash-", dir=parent) as path:
+        yield Path(path)
