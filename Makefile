@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-arm64 lint format clean wheel wheelhouse
+.PHONY: demo test test-crash test-arm64 lint format clean wheel wheelhouse
 
 demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
 	$(BIN)/python -m tools.demo
@@ -15,6 +15,9 @@ test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 
 test-arm64: $(STAMPS)/train  ## The runtime on emulated aarch64; minutes, never in CI.
 	$(BIN)/python -m tools.arm64
+
+test-crash: $(STAMPS)/dev  ## Every crash state, SIGKILLs, full disks: minutes, with counts.
+	$(BIN)/python -m tests.crash
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check
