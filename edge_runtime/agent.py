@@ -10,16 +10,15 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from edge_runtime.apply import check_model
 from edge_runtime.device import Device, Trial, UpdateResult
 from edge_runtime.errors import DpuError, HeldError, PatchError, StoreError
-from edge_runtime.files import Files
 from edge_runtime.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.patch import open_patch
 from edge_runtime.report import Report
@@ -36,35 +35,27 @@ class Found:
     """A patch file in the folder, and what became of it.
 
     Attributes:
+        name: Of the file.
         identity: Inode, size and times: another file, or other content, has another.
         verdict: What was decided last.
         reason: Why.
         error: The kind of error for which this very file is refused for good.
-        doubted: Whether it could not be opened once, which a download would explain.
         attempts: How often applying it was begun and did not end.
-        offer: The patch, once it was found to be whole and trusted.
     """
 
+    name: str
     identity: list[int]
     verdict: str = ""
     reason: str = ""
     error: str = ""
-    doubted: bool = False
     attempts: int = 0
-    offer: Offer | None = None
-
-    def record(self) -> dict[str, Any]:
-        """Return what a later agent needs to know, as plain data."""
-        names = (name for name in self.__slots__ if name != "offer")
-        return {name: getattr(self, name) for name in names}
 
 
 class Agent:
     """Watches one folder for one store. Enter it (``with``) before the first look.
 
     Attributes:
-        report: Where it tells what it does.
-        stopping: Whether it was told to stop: it begins no further update.
+        stopping: Set it, and no further update is begun.
     """
 
     def __init__(
@@ -89,13 +80,14 @@ class Agent:
             trial: Called with slot and model folder; raises TrialError.
             clock: Seconds, to tell when to try again.
         """
-        self.report = report
-        self._root, self._folder, self._remove = root, folder, remove
-        self._ping, self._trial, self._clock = ping, trial, clock
-        self._files: dict[str, Found] = {}
-        self._view: object = None
-        self._retry_at, self._delay, self._last_delay = math.inf, 0.0, 0.0
         self.stopping = False
+        self._root, self._folder, self._report = root, folder, report
+        self._remove, self._ping, self._trial = remove, ping, trial
+        self._clock, self._retry_at = clock, math.inf
+        self._delay = self._last_delay = 0.0
+        self._view: object = None
+        self._files: dict[str, Found] = {}
+        self._offers: dict[str, Offer] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -110,12 +102,11 @@ class Agent:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            self._stack.close()
             raise StoreError(
                 f"another agent is at work for {self._root}; stop it first"
             ) from err
-        with suppress(TypeError):  # written by another version: all is looked at again
-            self._files = {n: Found(**entry) for n, entry in self.report.files.items()}
+        files = self._report.record["files"].items()
+        self._files = {name: Found(**facts) for name, facts in files}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,21 +117,10 @@ class Agent:
         """The store's state, as of the last look or update."""
         return self._device.store.state
 
-    def _open(self) -> Device:
-        return Device.open(self._root, files=_Files(self._ping), trial=self._try)
-
-    def _try(self, *args: Any, **options: Any) -> None:
-        self._ping()
-        self._trial(*args, **options)
-        self._ping()
-
     # Looking ------------------------------------------------------------------------
 
-    def look(self) -> bool:
-        """Look once, and do what there is to do; report a failure.
-
-        Returns:
-            Whether there is news in the status file.
+    def look(self) -> None:
+        """Look once, do what there is to do, and report.
 
         Raises:
             StoreError: The device's own files are at fault.
@@ -148,12 +128,11 @@ class Agent:
         """
         self._ping()
         try:
-            worked = self._look()
-            self.report.succeeded(worked=worked)
-            return self._publish()
+            self._report.succeed(worked=self._look())
+            self._publish()
         except (StoreError, OSError) as err:
             self._retry_later()
-            self.report.failed(err)
+            self._report.fail(err)
             with suppress(OSError):
                 self._publish()
             raise
@@ -168,13 +147,10 @@ class Agent:
         self._last_delay, self._delay = self._delay, 0.0
         self._device = self._open()
         self._recognise(seen)
-        for name, found in self._files.items():
-            if not found.offer and not found.error:
-                self._read(name, found)
         held = self._apply_all()
-        for name, found in self._files.items():
-            if found.offer and not self.stopping:
-                self._settle(name, found, found.offer, held)
+        for name, offer in self._offers.items():
+            if not self.stopping:
+                self._settle(self._files[name], offer, held)
         return True
 
     def _scan(self) -> dict[str, list[int]]:
@@ -193,49 +169,55 @@ class Agent:
         return dict(sorted(seen.items()))
 
     def _recognise(self, seen: dict[str, list[int]]) -> None:
-        """Forget what is known of files that are gone, or that are others now."""
-        trust = self.state.trust
+        """Open what is new, and forget what is gone."""
+        state, record = self.state, self._report.record
         # What a refusal depends on beside the file.
-        basis = [VERSION, KNOWN_CRITICAL, self.state.model, self.state.init]
-        basis += [trust.threshold, *trust.keys]
-        former = self._files if basis == self.report.basis else {}
-        self.report.basis, self._files = basis, {}
+        basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
+        basis += [state.trust.threshold, *state.trust.keys]
+        if basis != record["basis"]:
+            record["basis"], self._files, self._offers = basis, {}, {}
+        former, self._files = self._files, {}
+        offers, self._offers = self._offers, {}
         for name, identity in seen.items():
-            found = former.get(name) or Found(identity)
-            if found.identity != identity:
-                # A file that grows is waited for as one file.
-                waits = found.doubted and not found.error
-                found = Found(identity, found.verdict if waits else "", found.reason)
+            found = former.get(name, Found(name, []))
+            is_new = found.identity != identity
+            if is_new:
+                # A file that grows goes on waiting, without another line in the log.
+                verdict = found.verdict if found.verdict == Verdict.WAITING else ""
+                found = Found(name, identity, verdict, found.reason)
             self._files[name] = found
+            if name in offers and not is_new:
+                self._offers[name] = offers[name]
+            elif not found.error:
+                self._read(found, is_new=is_new)
 
-    def _read(self, name: str, found: Found) -> None:
-        path = self._folder / name
+    def _read(self, found: Found, *, is_new: bool) -> None:
+        path, state = self._folder / found.name, self.state
         try:
-            with open_patch(path, trust=self.state.trust) as patch:
-                check_model(patch, self.state.model)
-                found.offer = Offer(name, patch.size, patch.header)
+            with open_patch(path, trust=state.trust) as patch:
+                check_model(patch, state.model)
+                offer = Offer(found.name, patch.size, patch.header)
+                self._offers[found.name] = offer
         except PatchError as err:
-            if found.doubted:
-                self._refuse(name, found, err)
-                return
-            # Perhaps the rest of it is still to come: if so, it will have changed.
-            found.doubted, self._retry_at = True, self._clock()
-            self._note(name, found, Verdict.WAITING, "not a whole patch, or not yet")
+            if is_new:
+                # The rest of it may still come: then the next look finds it changed.
+                self._retry_at = self._clock()
+                self._decide(found, Verdict.WAITING, "not a whole patch, or not yet")
+            else:
+                self._decide(found, Verdict.REFUSED, str(err), err)
         except DpuError as err:
-            self._refuse(name, found, err)
+            self._decide(found, Verdict.REFUSED, str(err), err)
         except OSError as err:
             self._retry_later()
-            self._note(name, found, Verdict.WAITING, str(err))
+            self._decide(found, Verdict.WAITING, str(err))
 
     # Deciding and applying ----------------------------------------------------------
 
     def _apply_all(self) -> str:
-        """Apply all that leads to the newest release; return why it is held."""
+        """Apply all that leads to the newest release; return why it is held, if so."""
         while not self.stopping:
-            known = self._files.values()
-            chain = find_chain(
-                self.state, [f.offer for f in known if f.offer and not f.error]
-            )
+            usable = [o for n, o in self._offers.items() if not self._files[n].error]
+            chain = find_chain(self.state, usable)
             if not chain:
                 break
             try:
@@ -248,9 +230,10 @@ class Agent:
     def _apply(self, found: Found, offer: Offer) -> None:
         found.attempts += 1
         if found.attempts > MAX_ATTEMPTS:
-            text = f"{MAX_ATTEMPTS} times the agent was ended while it applied this"
-            self._refuse(offer.name, found, StoreError(text))
+            text = f"the agent was ended {MAX_ATTEMPTS} times while it applied this"
+            self._decide(found, Verdict.REFUSED, text, StoreError())
             return
+        # Written before, so that it counts. Not being able to tell is no hindrance.
         with suppress(OSError):
             self._publish()
         start = time.monotonic()
@@ -260,73 +243,72 @@ class Agent:
             found.attempts = 0
             raise
         except DpuError as err:
-            found.attempts = 0
-            self._refuse(offer.name, found, err)
-            return
+            self._decide(found, Verdict.REFUSED, str(err), err)
+        else:
+            if result is UpdateResult.APPLIED:
+                self._count(found, offer, time.monotonic() - start)
         found.attempts = 0
-        if result is UpdateResult.APPLIED:
-            slot = self.state.active_slot
-            found.verdict, found.reason = Verdict.APPLIED, ""
-            self.report.applied(
-                time.monotonic() - start,
-                file=offer.name,
-                round=slot.round,
-                fingerprint=slot.target,
-                bytes=offer.size,
-            )
 
-    def _settle(self, name: str, found: Found, offer: Offer, held: str) -> None:
+    def _count(self, found: Found, offer: Offer, seconds: float) -> None:
+        slot, counts = self.state.active_slot, self._report.counts
+        found.verdict, found.reason = Verdict.APPLIED, ""
+        counts["patches_applied_total"] += 1
+        counts["apply_seconds"] = round(counts["apply_seconds"] + seconds, 3)
+        self._report.note(
+            "applied",
+            file=offer.name,
+            round=slot.round,
+            fingerprint=slot.target,
+            bytes=offer.size,
+            seconds=round(seconds, 3),
+        )
+
+    def _settle(self, found: Found, offer: Offer, held: str) -> None:
         """Say what becomes of a patch that is not applied now."""
         verdict, reason = judge(self.state, offer.header)
-        if verdict is None:
-            verdict, reason = Verdict.HELD, held
-            if not held:
-                verdict = Verdict.WAITING
-                reason = (
-                    f"it leads from weights {offer.header.parent[:12]}; nothing here "
-                    f"leads to them from round {self.state.active_slot.round}"
-                )
         if verdict is Verdict.APPLIED:
             found.verdict, found.reason = verdict, reason
         elif not found.error:
-            self._note(name, found, verdict, reason)
+            if verdict is None:
+                verdict = Verdict.HELD if held else Verdict.WAITING
+                reason = held or (
+                    f"it leads from weights {offer.header.parent[:12]}; nothing here "
+                    f"leads to them from round {self.state.active_slot.round}"
+                )
+            self._decide(found, verdict, reason)
         if self._remove and found.verdict in (Verdict.APPLIED, Verdict.PASSED):
-            (self._folder / name).unlink(missing_ok=True)
-            self.report.note("removed", file=name)
+            (self._folder / found.name).unlink(missing_ok=True)
+            self._report.note("removed", file=found.name)
 
-    def _refuse(self, name: str, found: Found, err: DpuError) -> None:
-        found.error = type(err).__name__
-        found.verdict, found.reason = Verdict.REFUSED, str(err)
-        self.report.refused(found.error, file=name, reason=str(err))
-
-    def _note(self, name: str, found: Found, verdict: Verdict, reason: str) -> None:
+    def _decide(
+        self, found: Found, verdict: Verdict, reason: str, error: DpuError | None = None
+    ) -> None:
         """Report a decision, unless it is the one that was made before."""
-        if (found.verdict, found.reason) != (verdict, reason):
-            found.verdict, found.reason = verdict, reason
-            number = {"round": found.offer.header.round} if found.offer else {}
-            self.report.note(verdict, file=name, **number, reason=reason)
+        if (found.verdict, found.reason) == (verdict, reason):
+            return
+        found.verdict, found.reason = verdict, reason
+        facts = {"file": found.name, "reason": reason}
+        if error:
+            found.error = facts["error"] = type(error).__name__
+            refused = self._report.counts["patches_refused_total"]
+            refused[found.error] = refused.get(found.error, 0) + 1
+        self._report.note(verdict, **facts)
+
+    # The rest -----------------------------------------------------------------------
 
     def _retry_later(self) -> None:
         self._delay = min(max(2 * self._last_delay, BACKOFF_S), MAX_BACKOFF_S)
         self._retry_at = min(self._retry_at, self._clock() + self._delay)
 
-    def _publish(self) -> bool:
-        self.report.files = {n: found.record() for n, found in self._files.items()}
-        return self.report.publish(self.state)
+    def _publish(self) -> None:
+        files = {name: asdict(found) for name, found in self._files.items()}
+        self._report.record["files"] = files
+        self._report.publish(self.state)
 
+    def _open(self) -> Device:
+        return Device.open(self._root, trial=self._try)
 
-class _Files(Files):
-    """Pings while it writes: a large slot on a slow card is progress, a hang is not."""
-
-    def __init__(self, ping: Callable[[], None]) -> None:
-        self._ping = ping
-
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-        super().write(path, self._pinged(chunks))
-
-    def _pinged(
-        self, chunks: Iterable[bytes | memoryview]
-    ) -> Iterator[bytes | memoryview]:
-        for chunk in chunks:
-            yield chunk
-            self._ping()
+    def _try(self, *args: Any, **options: Any) -> None:
+        self._ping()
+        self._trial(*args, **options)
+        self._ping()
