@@ -193,6 +193,7 @@ class Agent:
 
     def _read(self, found: Found, *, is_new: bool) -> None:
         path, state = self._folder / found.name, self.state
+        self._ping()
         try:
             with open_patch(path, trust=state.trust) as patch:
                 check_model(patch, state.model)
@@ -236,6 +237,7 @@ class Agent:
         # Written before, so that it counts. Not being able to tell is no hindrance.
         with suppress(OSError):
             self._publish()
+        self._ping()
         start = time.monotonic()
         try:
             result = self._device.update(self._folder / offer.name)

@@ -7,7 +7,7 @@ its owner went back from.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
@@ -26,7 +26,7 @@ class Verdict(StrEnum):
     REFUSED = "refused"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Offer:
     """A patch that is whole, trusted and for this network.
 
@@ -38,10 +38,11 @@ class Offer:
 
     name: str
     size: int
-    header: PatchHeader
+    header: PatchHeader = field(compare=False)
 
 
-_Way = tuple[int, int, tuple[str, ...], tuple[Offer, ...]]
+# How many patches, their bytes, and themselves; the best compares lowest.
+_Way = tuple[int, int, tuple[Offer, ...]]
 
 
 def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
@@ -82,10 +83,8 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
     Returns:
         What to apply, in this order; empty if nothing newer is within reach.
     """
-    kept = {slot.target for slot in state.slots}
-    # The best way to each weights that can be had: patches, bytes, names, offers.
-    start: _Way = (0, 0, (), ())
-    ways = dict.fromkeys({state.init, *kept}, start)
+    start: _Way = (0, 0, ())
+    ways = dict.fromkeys({state.init, *(slot.target for slot in state.slots)}, start)
     newest = start
     # Along a chain the counters increase: one pass in their order sees every chain.
     admitted = sorted(
@@ -95,18 +94,16 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
     for counter, release in groupby(admitted, lambda offer: offer.header.counter):
         found: list[tuple[_Way, str]] = []
         for offer in release:
-            target = offer.header.target
-            # Weights whose slot is kept are there again without their parent.
-            way = start if target in kept else ways.get(offer.header.parent)
-            if way:
-                number, size, names, chain = way
-                names, chain = (*names, offer.name), (*chain, offer)
-                found.append(((number + 1, size + offer.size, names, chain), target))
-        found.sort(key=lambda entry: entry[0][:3], reverse=True)
-        for way, target in found:
-            ways[target] = min(way, ways.get(target, way), key=lambda way: way[:3])
+            # Weights whose slot is still there need no parent to be released again.
+            for base in {offer.header.parent, offer.header.target} & ways.keys():
+                number, size, chain = ways[base]
+                way = (number + 1, size + offer.size, (*chain, offer))
+                found.append((way, offer.header.target))
+        # The best one last, which makes it the goal.
+        for way, target in sorted(found, reverse=True):
+            ways[target] = min(way, ways.get(target, way))
             newest = way if counter > state.floor else newest
-    return list(newest[3])
+    return list(newest[2])
 
 
 def _is_admitted(state: State, header: PatchHeader) -> bool:
