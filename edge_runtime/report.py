@@ -104,7 +104,7 @@ def read_status(path: Path) -> dict[str, Any]:
     It is not synced, so a power cut may leave half of it. Nothing in it is needed for
     safety: the store alone decides what may be installed.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, LookupError, TypeError):
         record: dict[str, Any] = json.loads(path.read_bytes())
         return record if record["schema"] == SCHEMA else {}
     return {}
