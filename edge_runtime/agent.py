@@ -128,8 +128,10 @@ class Agent:
         """
         self._ping()
         try:
-            self._report.succeed(worked=self._look())
-            self._publish()
+            worked = self._look()
+            self._report.succeed(worked=worked)
+            if worked or self._report.is_old:
+                self._publish()
         except (StoreError, OSError) as err:
             self._retry_later()
             self._report.fail(err)

@@ -38,7 +38,7 @@ class Report:
         """
         self.log, self._status, self._metrics = log, status, metrics
         self._written: object = None
-        self._written_at = 0.0
+        self._written_at = -HEARTBEAT_S
         counts = ("patches_applied_total", "failures_total", "apply_seconds")
         nothing: dict[str, Any] = {
             "schema": SCHEMA,
@@ -74,6 +74,11 @@ class Report:
             self.record["failing"] = ""
             self.log("recovered")
 
+    @property
+    def is_old(self) -> bool:
+        """Whether the files are due to be written even without news."""
+        return time.monotonic() - self._written_at >= HEARTBEAT_S
+
     def publish(self, state: State) -> None:
         """Write status file and metrics, if there is news or they have become old.
 
@@ -89,7 +94,7 @@ class Report:
             "pinned": state.pinned,
         }
         news = json.dumps(self.record)
-        if news == self._written and time.monotonic() - self._written_at < HEARTBEAT_S:
+        if news == self._written and not self.is_old:
             return
         record = {"at": now()} | self.record | {"last_success": self.last_success}
         _replace(self._status, json.dumps(record, indent=1) + "\n")
