@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime import cli_infer
-from edge_runtime.command import CONTEXT, EXIT_CODE_HELP, Group, emit, json_option
+from edge_runtime.command import (
+    CONTEXT,
+    EXIT_CODE_HELP,
+    Group,
+    SharedOption,
+    emit,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from edge_runtime.device import Device
@@ -18,20 +25,21 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.version_option(package_name="dpu-edge")
 @click.option(
     "--store",
+    cls=SharedOption,
     envvar="DPU_STORE",
+    metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
     help="The device's directory (or set DPU_STORE).",
 )
-@click.pass_context
-def main(context: click.Context, store: Path | None) -> None:
+def main() -> None:
     """Keep a model on this device up to date, and run it."""
-    context.obj = store
 
 
 def _root(context: click.Context) -> Path:
     if context.obj is None:
         raise click.UsageError(
-            "which store? Give 'dpu-edge --store DIR COMMAND', or set DPU_STORE"
+            f"which store? Give 'dpu-edge {context.info_name} --store DIR', or set "
+            "DPU_STORE"
         )
     return Path(context.obj)
 

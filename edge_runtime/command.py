@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from edge_runtime import errors
 
@@ -65,6 +67,8 @@ def exit_code(error: BaseException) -> int:
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code
+    if isinstance(error, click.ClickException):
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTED
     return OS_ERROR if isinstance(error, OSError) else BUG
@@ -96,49 +100,77 @@ def say(message: str) -> None:
 class _CatchErrors:
     """Turns exceptions into messages and documented exit codes."""
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def main(
+        self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
+    ) -> NoReturn:
+        args = sys.argv[1:] if args is None else list(args)
         kwargs["standalone_mode"] = False
         try:
-            result = super().main(*args, **kwargs)  # type: ignore[misc]
+            result = super().main(args, *more, **kwargs)  # type: ignore[misc]
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-patch info ... | head``): not our failure.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(OK)
-        except click.ClickException as err:
-            err.show()
-            sys.exit(err.exit_code)
-        except (errors.DpuError, OSError, KeyboardInterrupt, click.Abort) as err:
-            _report(err, exit_code(err))
+        # The one place where a bug becomes a message.
+        except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
+            _report(err, as_json="--json" in args)
             sys.exit(exit_code(err))
-        except Exception:  # noqa: BLE001 - the one place where a bug becomes a message
-            traceback.print_exc()
-            say("this is a bug: please report it with the lines above")
-            sys.exit(BUG)
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
         sys.exit(result if isinstance(result, int) else OK)
 
 
-def _report(error: BaseException, code: int) -> None:
-    message = str(error) or ("interrupted" if code == INTERRUPTED else repr(error))
-    if "--json" not in sys.argv:
+def _report(error: BaseException, *, as_json: bool) -> None:
+    code = exit_code(error)
+    if code == INTERRUPTED:
+        message = "interrupted"
+    elif isinstance(error, click.ClickException):
+        message = error.format_message()
+    else:
+        message = str(error) or repr(error)
+    if as_json:
+        details = {k: v for k, v in vars(error).items() if not k.startswith("_")}
+        details = {} if isinstance(error, click.ClickException) else details
+        record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
+        say(json.dumps(record | {"exit_code": code} | details, default=str))
+    elif isinstance(error, click.ClickException):
+        error.show()
+    elif code == BUG and not isinstance(error, errors.DpuError):
+        traceback.print_exception(error)
+        say("this is a bug: please report it with the lines above")
+    else:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         say(message)
-        return
-    details = {
-        key: value for key, value in vars(error).items() if not key.startswith("_")
-    }
-    record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
-    say(json.dumps(record | {"exit_code": code} | details, default=str))
 
 
 class Command(_CatchErrors, click.Command):
     """A click command with this project's errors and exit codes."""
 
 
+class SharedOption(click.Option):
+    """An option of a group that may also follow the name of a command.
+
+    Its value is ``context.obj``; what stands last wins.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"expose_value": False, "callback": _keep})
+
+
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    source = context.get_parameter_source(str(option.name))
+    if source is ParameterSource.COMMANDLINE or context.obj is None:
+        context.obj = value
+
+
 class Group(_CatchErrors, click.Group):
     """A click group with this project's errors and exit codes."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, with the options that the group shares."""
+        cmd.params += [p for p in self.params if isinstance(p, SharedOption)]
+        super().add_command(cmd, name)
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 88}
