@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.command import emit, json_option, say
+from edge_runtime.errors import ContractError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,10 +82,10 @@ def infer(  # noqa: PLR0913 - one for each option
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the model on INPUT: images, .npy files, folders of both, or - for stdin.
+    """Run the model on images, .npy files, or folders of both.
 
-    Prints one JSON object a sample, as soon as it is computed; with --json one object
-    for all of them.
+    INPUT may be - for standard input. Prints one JSON object a sample, as soon as it
+    is computed; with --json one object for all of them.
     """
     import numpy as np
 
@@ -130,7 +131,10 @@ def bench(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Measure the active weights here, on golden inputs, beside ONNX Runtime alone."""
+    """Measure load time, latency and memory on this device.
+
+    With the active weights and golden inputs, beside ONNX Runtime alone.
+    """
     import numpy as np
 
     from edge_runtime.bench import bench as measure
@@ -169,8 +173,6 @@ def _lines(result: dict[str, Any], threads: int) -> list[str]:
 
 
 def _only_input(contract: "Contract") -> "InputSpec":
-    from edge_runtime.errors import ContractError
-
     if len(contract.inputs) != 1:
         names = ", ".join(spec.name for spec in contract.inputs)
         raise ContractError(

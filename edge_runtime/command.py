@@ -107,11 +107,6 @@ class _CatchErrors:
         kwargs["standalone_mode"] = False
         try:
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader went away (``dpu-patch info ... | head``): not our failure.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(OK)
         # The one place where a bug becomes a message.
         except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
             _report(err, as_json="--json" in args)
@@ -120,28 +115,47 @@ class _CatchErrors:
         # the command returned.
         sys.exit(result if isinstance(result, int) else OK)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)  # type: ignore[misc]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader went away (``dpu-edge infer ... | head``): not our failure.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
+        return result
+
 
 def _report(error: BaseException, *, as_json: bool) -> None:
-    code = exit_code(error)
-    if code == INTERRUPTED:
-        message = "interrupted"
-    elif isinstance(error, click.ClickException):
-        message = error.format_message()
-    else:
-        message = str(error) or repr(error)
+    code, message = exit_code(error), _message(error)
+    bug = code == BUG and not isinstance(error, errors.DpuError | click.ClickException)
     if as_json:
-        details = {k: v for k, v in vars(error).items() if not k.startswith("_")}
-        details = {} if isinstance(error, click.ClickException) else details
+        own = {} if isinstance(error, click.ClickException) else vars(error)
+        details = {key: value for key, value in own.items() if not key.startswith("_")}
+        if bug:
+            details["traceback"] = traceback.format_exception(error)
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
         say(json.dumps(record | {"exit_code": code} | details, default=str))
     elif isinstance(error, click.ClickException):
         error.show()
-    elif code == BUG and not isinstance(error, errors.DpuError):
+    elif bug:
         traceback.print_exception(error)
         say("this is a bug: please report it with the lines above")
     else:
         click.secho("error: ", fg="red", bold=True, nl=False, err=True)
         say(message)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        denied = isinstance(error, PermissionError)
+        hint = "; run this as a user who may" if denied else ""
+        return f"{error.filename}: {error.strerror}{hint}"
+    return str(error) or repr(error)
 
 
 class Command(_CatchErrors, click.Command):
