@@ -10,9 +10,9 @@ from edge_runtime.command import (
     CONTEXT,
     EXIT_CODE_HELP,
     Group,
-    SharedOption,
     emit,
     json_option,
+    shared,
 )
 from edge_runtime.errors import DpuError, VerificationError
 
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
+_settings = CONTEXT | {"show_default": True}
+
+
+@click.group(cls=Group, context_settings=_settings, epilog=EXIT_CODE_HELP)
 @click.version_option(package_name="dpu-edge")
 @click.option(
     "--store",
-    cls=SharedOption,
+    expose_value=False,
+    callback=shared,
     envvar="DPU_STORE",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
@@ -66,7 +70,6 @@ def open_device(context: click.Context) -> "Device":
     "--threshold",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="How many of the trusted keys must sign.",
 )
 @click.option(

@@ -23,20 +23,13 @@ if TYPE_CHECKING:
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``options`` and ``batch``: how the model runs."""
 
-    @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-    @click.option(
-        "--batch",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Samples a call.",
-    )
+    @click.option("--threads", default=1, help="CPU threads.")
+    @click.option("--batch", type=click.IntRange(1), default=1, help="Samples a call.")
     @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
     @click.option(
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "numpy"]),
         default="auto",
-        show_default=True,
         help="What computes. NumPy is slower, but needs nothing else.",
     )
     @functools.wraps(command)
@@ -61,7 +54,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(exists=True, allow_dash=True, path_type=Path),
 )
 @click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
-@click.option("--top", default=1, show_default=True, help="Classes to name per sample.")
+@click.option("--top", default=1, help="Classes to name per sample.")
 @_run_options
 @click.option(
     "-o",
@@ -120,7 +113,7 @@ def infer(  # noqa: PLR0913 - one for each option
 
 @click.command()
 @_run_options
-@click.option("--seconds", default=3.0, show_default=True, help="How long to measure.")
+@click.option("--seconds", default=3.0, help="How long to measure.")
 @json_option
 @click.pass_context
 def bench(

@@ -130,49 +130,41 @@ def _report(error: BaseException, *, as_json: bool) -> None:
     code, message = exit_code(error), _message(error)
     bug = code == BUG and not isinstance(error, errors.DpuError | click.ClickException)
     if as_json:
-        own = {} if isinstance(error, click.ClickException) else vars(error)
-        details = {key: value for key, value in own.items() if not key.startswith("_")}
-        if bug:
-            details["traceback"] = traceback.format_exception(error)
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
-        say(json.dumps(record | {"exit_code": code} | details, default=str))
+        record |= {"exit_code": code}
+        record |= vars(error) if isinstance(error, errors.DpuError) else {}
+        record |= {"traceback": traceback.format_exception(error)} if bug else {}
+        say(json.dumps(record, default=str))
     elif isinstance(error, click.ClickException):
         error.show()
     elif bug:
         traceback.print_exception(error)
         say("this is a bug: please report it with the lines above")
     else:
-        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        say(message)
+        say(click.style("error: ", fg="red", bold=True) + message)
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return "interrupted"
     if isinstance(error, OSError) and error.filename and error.strerror:
         denied = isinstance(error, PermissionError)
         hint = "; run this as a user who may" if denied else ""
         return f"{error.filename}: {error.strerror}{hint}"
-    return str(error) or repr(error)
+    interrupted = exit_code(error) == INTERRUPTED
+    return "interrupted" if interrupted else str(error) or repr(error)
 
 
 class Command(_CatchErrors, click.Command):
     """A click command with this project's errors and exit codes."""
 
 
-class SharedOption(click.Option):
-    """An option of a group that may also follow the name of a command.
+def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keep an option's value as ``context.obj``: the callback of shared options.
 
-    Its value is ``context.obj``; what stands last wins.
+    An option of a group with this callback may also follow a command's name, as if it
+    stood before it; what is given last wins, over the environment too.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | {"expose_value": False, "callback": _keep})
-
-
-def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
     source = context.get_parameter_source(str(option.name))
     if source is ParameterSource.COMMANDLINE or context.obj is None:
         context.obj = value
@@ -183,7 +175,7 @@ class Group(_CatchErrors, click.Group):
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Add a command, with the options that the group shares."""
-        cmd.params += [p for p in self.params if isinstance(p, SharedOption)]
+        cmd.params += [p for p in self.params if p.callback is shared]
         super().add_command(cmd, name)
 
 

@@ -63,7 +63,7 @@ RINGS = {
     "service": _ring("runs all of it without a person", 0, "agent proof"),
     "commands": _ring(
         "the command line, the errors and the public names",
-        540,
+        570,
         "__init__ __main__ cli cli_infer command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),
