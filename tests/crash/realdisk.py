@@ -72,11 +72,23 @@ def full_disk(folder):
         Attempts, how many were refused, and how many of them broke a promise.
     """
     count = {"attempts": 0, "refused": 0, "bad": 0}
+    tmpfs = "-t", "tmpfs", "-o", "size=4m", "tmpfs"
+    for pages in range(40):
+        with mounted(folder / "full", *tmpfs) as disk:
+            fill(disk / "ballast", pages)
+            count["attempts"] += 1
+            try:
+                world.install(disk / "store", Optimist())
+            except (DpuError, OSError):
+                count["refused"] += 1
+            (disk / "ballast").unlink()
+            if not (disk / "store" / "state.json").exists():
+                world.install(disk / "store")
+            device = Device.open(disk / "store")
+            count["bad"] += not is_good(disk / "store", device.store.state)
     for name in ("update", "rollback"):
         for pages in range(40):
-            with mounted(
-                folder / "full", "-t", "tmpfs", "-o", "size=4m", "tmpfs"
-            ) as disk:
+            with mounted(folder / "full", *tmpfs) as disk:
                 root = settled(disk)
                 device = Device.open(root, files=Optimist(), trial=world.no_trial)
                 before = device.store.state
@@ -172,7 +184,7 @@ class Careless(Files):
 def cut_off(root, out, seed, files):
     """Work until the disk is gone."""
     with suppress(OSError, DpuError):
-        Worker(root, out, files).work(seed)
+        Worker(world, root, out, world.no_trial, files).work(seed)
 
 
 def careless(folder, cuts):
