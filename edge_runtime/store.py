@@ -144,11 +144,12 @@ class Store:
             )
         try:
             self._state = decode_state(self._state_path.read_bytes())
-        except (OSError, StoreError) as err:
+        except (OSError, StoreError):
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
                 state = decode_state(self._copy_path.read_bytes())
-                note = event_now("mended", state.active_slot, str(err))
+                reason = "state.json was damaged; its copy was read"
+                note = event_now("mended", state.active_slot, reason)
                 self._state = state.noted(note)
                 return self._state
             raise

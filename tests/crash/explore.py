@@ -98,6 +98,10 @@ def cut_power(recording, count, *, disk=None, start=0, examined=examine):
         if position < start:
             continue
         count.points += 1
+        if _has_current(recording.start) and not _has_current(disk.running()):
+            count.report(
+                "a kill leaves no 'current'", f"{position}: {log[position - 1]}"
+            )
         states = recording.states(position)
         for tree in disk.after_power_cut():
             if count.bad.total() >= count.enough:
@@ -111,6 +115,10 @@ def cut_power(recording, count, *, disk=None, start=0, examined=examine):
                 except BadStateError as err:
                     where = log[position - 1][:2] if position else "start"
                     count.report(err, f"{position}: {where}")
+
+
+def _has_current(tree):
+    return "current" in dict(dict(tree[1]).get("store", ("d", ()))[1])
 
 
 def cut_again(recording, count, files=Recorder):

@@ -9,7 +9,7 @@ import numpy as np
 from edge_runtime import PatchHeader, pack_weights
 from packager.build import build_patch, pack_round
 from packager.bundle import build_bundle
-from packager.rounds import read_round
+from packager.rounds import list_rounds, read_round
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ class Server:
     """
 
     def __init__(self, run):
-        read = [read_round(path) for path in sorted(run.glob("round_*"))]
+        read = [read_round(path) for path in list_rounds(run)]
         known = {r.record.round: r for r in read if r.record.outcome == "updated"}
         self.rounds = list(known)
         self.bundle = build_bundle(known[self.rounds[0]]).data
