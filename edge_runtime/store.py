@@ -148,8 +148,7 @@ class Store:
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
                 state = decode_state(self._copy_path.read_bytes())
-                reason = "state.json was damaged; its copy was read"
-                note = event_now("mended", state.active_slot, reason)
+                note = event_now("mended", state.active_slot, "state.json was damaged")
                 self._state = state.noted(note)
                 return self._state
             raise

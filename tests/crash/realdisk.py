@@ -150,13 +150,15 @@ def power_cuts(folder, cuts, options="", files=None):
     run("mkfs.ext4", "-q", "-F", str(image))
     mount, root = ("-o", f"loop{options}", str(image)), place / "store"
     with mounted(place, *mount) as disk:
+        start = time.perf_counter()
         promised = Device.open(settled(disk)).store.state
+        some_steps_s = time.perf_counter() - start
     for _ in range(cuts):
         world.next_patch(promised)
         seed = rng.random()
         with mounted(place, *mount):
             child, pipe = spawn(lambda out, s=seed: cut_off(root, out, s, files))
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, some_steps_s))
             handle = os.open(place, os.O_RDONLY)
             fcntl.ioctl(handle, SHUTDOWN, WITHOUT_FLUSH)
             os.close(handle)
