@@ -43,7 +43,7 @@ def test_every_read_of_an_update_may_fail():
         count = Count()
         failures = fail_reads(update, read_tree(folder), states, count)
     assert not count.bad
-    assert failures > 15
+    assert failures > 5
 
 
 # The seam --------------------------------------------------------------------------
@@ -76,10 +76,12 @@ sys.addaudithook(watch)
 
 
 def test_no_change_goes_around_the_seam():
+    # A file that rots does so by itself.
+    steps = [step for step in TROUBLE if not step.__name__.startswith("rot")]
     with world.scratch() as base:
         watched.within, watched.around, watched.folder = [], [], str(base)
         try:
-            Recording(base).play(install, *LIFE, *TROUBLE)
+            Recording(base).play(install, *LIFE, *steps)
         finally:
             watched.folder = None
     assert watched.around == []
