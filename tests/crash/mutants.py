@@ -229,7 +229,7 @@ def break_and_hunt(name):
         command = [sys.executable, "-m", "tests.crash.mutants", "--hunt"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        return None, done.stderr.strip().splitlines()[-1]
+        return None, done.stderr.strip()[-160:] or f"ended {done.returncode}"
     return json.loads(done.stdout) or (None, "not found")
 
 

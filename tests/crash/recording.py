@@ -25,6 +25,8 @@ class Told(Device):
 
     def _run_hooks(self, when, event, slot):
         if when == "after-apply":
+            if self.store.state.active != slot.target:
+                raise StoreError("a hook was told of what is not done yet")
             self.recording.acknowledge()
             if self.recording.hook_fails:
                 raise HeldError("no such service")
