@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime import cli_infer
+from edge_runtime import cli_infer, cli_proof
 from edge_runtime.command import CONTEXT, EXIT_CODE_HELP, Group, emit, json_option
 
 if TYPE_CHECKING:
@@ -224,5 +224,8 @@ def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
     emit(device.status(), as_json=as_json, text=text)
 
 
-for _command in (cli_infer.infer, cli_infer.bench):
+for _command in (
+    *(cli_infer.infer, cli_infer.bench),
+    *(cli_proof.proof, cli_proof.device_key),
+):
     main.add_command(_command)
