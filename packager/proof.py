@@ -23,6 +23,7 @@ from packager.rounds import list_runs, read_model_file, read_round
 
 MAX_PROOF_BYTES = 16 << 20
 _HEX = re.compile(r"[0-9a-f]{64}|")
+_KEY_ID, _SIGNATURE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{128}")
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -90,12 +91,11 @@ def read_proof(data: bytes) -> dict[str, Any]:
         datetime.strptime(proof["time"], _TIME)
         _check_parts(proof)
         if "signature" in proof:
-            _check(proof["signature"], key_id=str, value=str)
-            bytes.fromhex(proof["signature"]["value"])
+            _check(proof["signature"], key_id=_KEY_ID, value=_SIGNATURE)
     except (ValueError, LookupError, TypeError, RecursionError) as err:
         raise ProofError(
-            f"not a proof as 'dpu-edge proof' writes it: {str(err)[:200]!r}; ask for it "
-            "again, and carry it unchanged"
+            f"not a proof as 'dpu-edge proof' writes it: {str(err)[:200]!r}; ask "
+            "for it again, and carry it unchanged"
         ) from err
     return dict(proof)
 
@@ -159,7 +159,7 @@ def check_origin(
     known = {key_id(public): (public, name) for public, name in keys.items()}
     if signature["key_id"] not in known:
         raise TrustError(
-            f"the proof is signed by key {signature['key_id'][:16]!r}, expected one of "
+            f"the proof is signed by key {signature['key_id']}, expected one of "
             f"{', '.join(known)}: it comes from another device"
         )
     public, name = known[signature["key_id"]]
