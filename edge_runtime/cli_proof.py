@@ -25,7 +25,12 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the proof there.  [default: standard output]",
 )
-@json_option
+@click.option(
+    "--json",
+    is_flag=True,
+    expose_value=False,
+    help="Errors as JSON too.",
+)
 @click.pass_context
 def proof(
     context: click.Context,
@@ -34,14 +39,12 @@ def proof(
     tensors: bool,
     key: Path | None,
     output: Path | None,
-    as_json: bool,
 ) -> None:
     """Prove to the server which weights are on this disk and in live predictors.
 
     The proof is one JSON object; 'dpu-patch check-proof' on the server judges it.
     """
     from edge_runtime.cli import open_device
-    from edge_runtime.files import Files
     from edge_runtime.proof import KEY_NAME, make_proof
 
     if not nonce:
@@ -53,13 +56,8 @@ def proof(
     if output is None:
         print(data.decode())
         return
-    part = output.with_name(output.name + ".part")
-    Files().write(part, [data, b"\n"])
-    Files().rename(part, output)
-    if as_json:
-        emit({"output": str(output), "bytes": len(data) + 1}, as_json=True, text="")
-    else:
-        say(f"wrote {output}")
+    output.write_bytes(data + b"\n")
+    say(f"wrote {output}")
 
 
 @click.command("device-key")

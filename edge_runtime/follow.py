@@ -104,9 +104,13 @@ class StorePredictor(Predictor):
                 self._tell()
 
     def _tell(self) -> None:
-        status = Status.LOADED if self._session else Status.EMPTY
-        source = self._sources[self.folder]
-        self._entry.tell(self.folder, status, source, measure(self.folder))
+        before, after = self._sources[self.folder], measure(self.folder)
+        if not self._session:
+            self._entry.tell(self.folder, Status.EMPTY)
+        elif before is None or before != after:
+            self._entry.tell(self.folder, Status.CHANGED)
+        else:
+            self._entry.tell(self.folder, Status.LOADED, before)
 
     def close(self) -> None:
         """Follow the store no longer; calls still get answers."""

@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,12 @@ from typing import Any
 
 from edge_runtime.files import Files
 from edge_runtime.store import GRAPH_NAME, Store
-from edge_runtime.weights import FILE_NAME, fingerprint_chunks, fingerprint_file
+from edge_runtime.weights import (
+    CHUNK_BYTES,
+    FILE_NAME,
+    fingerprint_chunks,
+    fingerprint_file,
+)
 
 _log = logging.getLogger("edge_runtime")
 _numbers = count()
@@ -38,37 +42,28 @@ class Status(StrEnum):
     UNKNOWN = "unknown"  # cannot be read, or its process cannot be seen from here
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The files of a slot at one moment.
+def measure(folder: Path) -> dict[str, Any] | None:
+    """Hash the files of a slot, and say which weight file it was.
 
-    Attributes:
-        fingerprint: SHA-256 of the weight file.
-        graph: SHA-256 of the graph.
-        device: Of the weight file's file system.
-        inode: Of the weight file.
-        changed_ns: When that inode last changed: by a write, a rename, a chmod.
+    Returns:
+        ``fingerprint`` and ``graph`` (SHA-256), ``device`` and ``inode`` of the weight
+        file, and ``changed_ns``, when that inode last changed (by a write, a rename, a
+        chmod); None if a file cannot be read.
     """
-
-    fingerprint: str
-    graph: str
-    device: int
-    inode: int
-    changed_ns: int
-
-
-def measure(folder: Path) -> Source | None:
-    """Hash the files of a slot; None if they cannot be read."""
     try:
         with open(folder / FILE_NAME, "rb") as file:
-            chunks = iter(lambda: file.read(1 << 20), b"")
+            chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
             fingerprint = fingerprint_chunks(chunks)
             status = os.fstat(file.fileno())  # of what was hashed, whatever its name
-        graph = fingerprint_file(folder / GRAPH_NAME)
+        return {
+            "fingerprint": fingerprint,
+            "graph": fingerprint_file(folder / GRAPH_NAME),
+            "device": status.st_dev,
+            "inode": status.st_ino,
+            "changed_ns": status.st_ctime_ns,
+        }
     except OSError:
         return None
-    place = status.st_dev, status.st_ino, status.st_ctime_ns
-    return Source(fingerprint, graph, *place)
 
 
 class Entry:
@@ -91,28 +86,18 @@ class Entry:
             pass
 
     def tell(
-        self,
-        folder: Path,
-        status: Status = Status.LOADED,
-        before: Source | None = None,
-        after: Source | None = None,
+        self, folder: Path, status: Status, source: dict[str, Any] | None = None
     ) -> None:
         """Say what answers now.
 
         Args:
-            folder: The slot.
+            folder: The slot that it was made from.
             status: What is known.
-            before: What its files were before a session was made of them.
-            after: What they were once it answered.
+            source: What :func:`measure` found, where that is certain.
         """
-        known = status is Status.LOADED and before is not None and before == after
-        record: dict[str, Any] = {"slot": folder.name}
-        if status is Status.LOADED and not known:
-            status = Status.CHANGED
-        if known and before:
-            record |= asdict(before) | {"loaded": utc_now()}
-            del record["changed_ns"]
-        self._text = json.dumps(record | {"status": status}, sort_keys=True).encode()
+        known = source | {"loaded": utc_now()} if source else {}
+        record = known | {"slot": folder.name, "status": status}
+        self._text = json.dumps(record, sort_keys=True).encode()
         self.try_again()
 
     def try_again(self) -> None:
@@ -153,7 +138,7 @@ def read_entries(store: Store) -> Iterator[dict[str, Any]]:
                 store.files.unlink(path)
         elif match[5] == "json":
             record = {"status": Status.UNKNOWN}
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, TypeError):
                 record = json.loads(path.read_bytes()) | {} if lives else record
             yield record | {"pid": int(match[3]), "started": int(match[4])}
 
@@ -179,12 +164,18 @@ def utc_now() -> str:
 
 
 def _process_name() -> str:
-    return "-".join((*_here(), str(os.getpid()), _started("self")))
+    try:
+        return "-".join((*_here(), str(os.getpid()), _started("self")))
+    except OSError:
+        return f"0-0-{os.getpid()}-0"  # without /proc nobody can judge it
 
 
 def _here() -> tuple[str, str]:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-    return boot, re.sub(r"\D", "", str(Path("/proc/self/ns/pid").readlink()))
+    namespace = re.sub(r"\D", "", str(Path("/proc/self/ns/pid").readlink()))
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8], namespace
+    except OSError:
+        return "0", namespace  # a service's hardening may hide it
 
 
 def _started(pid: str) -> str:
@@ -197,7 +188,7 @@ def _started(pid: str) -> str:
 def _lives(boot: str, namespace: str, pid: str, started: str) -> bool | None:
     """Whether a process lives; None if that cannot be told from here."""
     here = _here()
-    if boot != here[0]:
+    if boot != here[0] and "0" not in (boot, here[0]):
         return False
     if namespace != here[1]:
         return None

@@ -130,8 +130,8 @@ def _hash_pieces(path: Path, layout: Layout | None) -> dict[str, Any]:
 def _live(store: Store, entry: dict[str, Any]) -> dict[str, Any]:
     """Add whether the file that a session was made from is still as it was."""
     now = measure(store.root / "slots" / entry.get("slot", ""))
-    same = now is not None and now.inode == entry.get("inode")
-    return entry | {"file_now": now.fingerprint if now and same else ""}
+    same = now is not None and now["inode"] == entry.get("inode")
+    return entry | {"file_now": now["fingerprint"] if now and same else ""}
 
 
 # The device's own key -----------------------------------------------------------------

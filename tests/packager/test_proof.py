@@ -194,6 +194,24 @@ def test_a_process_of_another_container_makes_the_answer_unclear(check, device):
     del predictor
 
 
+def test_without_the_boots_id_pid_and_start_still_tell(check, device, monkeypatch):
+    """Hardened services do not see it."""
+    read = Path.read_text
+
+    def hidden(path, *rest, **options):
+        if path.name == "boot_id":
+            raise PermissionError(path)
+        return read(path, *rest, **options)
+
+    with monkeypatch.context() as hardened:
+        hardened.setattr(Path, "read_text", hidden)
+        predictor = device.predictor()
+        assert check()[0] == 0
+    code, record = check()
+    assert (code, len(record["parts"])) == (0, 2)
+    del predictor
+
+
 @pytest.mark.parametrize("status", [Status.LOADING, Status.EMPTY])
 def test_a_process_between_two_sessions_makes_the_answer_unclear(check, device, status):
     predictor = device.predictor()
