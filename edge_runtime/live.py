@@ -82,8 +82,7 @@ class Entry:
         name = f"{_process_name()}-{next(_numbers)}.json"
         self.path = store.root / "live" / name
         weakref.finalize(predictor, _withdraw, store.files, self.path, os.getpid())
-        for _ in read_entries(store):
-            pass
+        list(read_entries(store))
 
     def tell(
         self, folder: Path, status: Status, source: dict[str, Any] | None = None

@@ -1,5 +1,6 @@
 """From a device's proof to the server's verdict, with real processes that predict."""
 
+import errno
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import edge_runtime.follow
 import edge_runtime.infer
-from edge_runtime import Device, make_proof
+from edge_runtime import Device, RunOptions, Store, make_proof
 from edge_runtime.cli import main as edge
 from edge_runtime.errors import ProofError, TrustError
+from edge_runtime.infer import SwapPolicy
 from edge_runtime.live import Status, read_entries
 from edge_runtime.proof import _hash_pieces, canonical, device_key
 from edge_runtime.proof import public_key as public_half
@@ -26,6 +29,8 @@ from packager.bundle import build_bundle
 from packager.cli import patch
 from packager.proof import check_origin, differing, read_proof
 from packager.rounds import read_round
+from tests.crash import world
+from tests.crash.traced import Failing
 
 ROOT = Path(__file__).parents[2]
 NONCE = "5f2a"
@@ -269,6 +274,22 @@ def test_a_disk_that_refuses_stops_no_answers(check, device, run, serve, caplog)
     assert check()[0] == 0
 
 
+@pytest.mark.parametrize("policy", ["availability", "frugal"])
+def test_no_call_waits_for_a_hash(device, run, monkeypatch, policy):
+    predictor = device.predictor(RunOptions(policy=SwapPolicy(policy)))
+    answers, hash_slot = [], edge_runtime.follow.measure
+
+    def ask(folder):
+        answers.append(predictor.predict(INPUTS).tobytes())  # would wait for ever
+        return hash_slot(folder)
+
+    monkeypatch.setattr(edge_runtime.follow, "measure", ask)
+    update(device, run)
+    assert predictor.refresh()
+    old, new = answers
+    assert old != new
+
+
 def test_a_forked_child_is_seen_though_it_tells_nothing(check, serve):
     child = serve("fork")
     code, record = check()
@@ -400,6 +421,22 @@ def test_a_device_key_is_made_once_and_is_for_its_owner_only(device, key, comman
     again = command(edge, "--store", device.store.root, "device-key", "--json")[1]
     assert json.loads(again)["public"] == key.read_text().strip()
     assert device_key(device.store) == path
+
+
+def test_a_disk_that_fails_while_a_key_is_made_leaves_none_or_all(tmp_path):
+    root = world.install(tmp_path / "store").store.root
+    for number in range(20):
+        failing = Store.open(root, Failing(tmp_path, number, errno.ENOSPC))
+        try:
+            device_key(failing)
+        except OSError:
+            kept = list(root.glob("device.key*"))
+            assert kept in ([], [root / "device.key"])
+        if (root / "device.key").exists():
+            read_device_key(root / "device.key")
+            assert stat.S_IMODE((root / "device.key").stat().st_mode) == 0o600
+            break
+    assert number > 3
 
 
 def test_a_signed_proof_names_the_device(check, key, command, tmp_path):
