@@ -93,7 +93,11 @@ class StorePredictor(Predictor):
             return self.folder != former
 
     def swap(self, folder: Path) -> None:
-        """Move to another slot, and tell."""
+        """Move to another slot, as :meth:`Predictor.swap` does, and tell.
+
+        Raises:
+            StoreError: The new slot cannot be loaded; the old one stays in use.
+        """
         with self._refreshing:
             former = self.folder
             self._sources = {former: self._sources[former], folder: measure(folder)}
