@@ -7,7 +7,6 @@ and what not, is in ``edge_runtime/README.md``.
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -79,7 +78,7 @@ def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
             "release_floor": state.floor,
             "disk": _disk(folder, store.layout if tensors else None),
             "live": live,
-            "untold": untold(store, {os.getpid(), *(entry["pid"] for entry in live)}),
+            "untold": untold(store, {entry["pid"] for entry in live}),
         }
         if store.stamp() == stamp:
             return facts
@@ -144,8 +143,10 @@ def device_key(store: Store) -> Path:
         OSError: The disk is full or refuses.
     """
     path = store.root / KEY_NAME
+    if path.exists():
+        return path
     with store.lock():
-        if not path.exists():
+        if not path.exists():  # nobody else was quicker
             part = path.with_name(KEY_NAME + ".part")
             store.files.write(part, [_new_key()], mode=0o600)
             store.files.rename(part, path)
