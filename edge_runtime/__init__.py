@@ -42,6 +42,7 @@ _HOMES = {
     "apply_patch": "apply",
     "encode_patch": "patch",
     "fingerprint_file": "weights",
+    "make_proof": "proof",
     "open_patch": "patch",
     "pack_weights": "weights",
     "read_weights": "weights",

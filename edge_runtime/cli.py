@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime import cli_agent, cli_infer
+from edge_runtime import cli_agent, cli_infer, cli_proof
 from edge_runtime.command import (
     CONTEXT,
     EXIT_CODE_HELP,
@@ -256,5 +256,9 @@ def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
     emit(device.status(), as_json=as_json, text=text)
 
 
-for _command in (cli_infer.infer, cli_infer.bench, cli_agent.agent, cli_agent.service):
+for _command in (
+    *(cli_infer.infer, cli_infer.bench),
+    *(cli_agent.agent, cli_agent.service),
+    *(cli_proof.proof, cli_proof.device_key),
+):
     main.add_command(_command)

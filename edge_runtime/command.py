@@ -28,6 +28,7 @@ EXIT_CODES: dict[type[errors.DpuError], int] = {
     errors.WeightsError: 3,
     errors.BundleError: 3,
     errors.RoundError: 3,
+    errors.ProofError: 3,
     errors.ContractError: USAGE,
     errors.KeyFileError: USAGE,
     errors.WrongParentError: 4,
@@ -48,7 +49,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   0  done, or nothing to do
   1  unexpected: a bug, please report it
   2  usage: wrong arguments, unknown round, bad recipe, input or key file
-  3  not a valid patch, bundle, weight file or round
+  3  not a valid patch, bundle, weight file, round or proof
   4  the patch is for other weights or for another model
   5  verification or trial failed, nothing changed
   6  the patch is over its size limit

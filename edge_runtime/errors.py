@@ -18,6 +18,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + BackendError                 no runtime here can run the graph
      + TrustError                   unsigned, wrongly signed or replayed release
      + KeyFileError                 a file does not hold the key that is needed
+     + ProofError                   what should be a device's proof is malformed
      + HeldError                    this device's owner holds the update back
      + RoundError                   (packager) round folder incomplete or inconsistent
      |  + RoundNotFoundError        no such round, or more than one
@@ -122,6 +123,10 @@ class TrustError(DpuError):
 
 class KeyFileError(DpuError):
     """A file does not hold the key that is needed."""
+
+
+class ProofError(DpuError):
+    """What should be a device's proof is malformed."""
 
 
 class HeldError(DpuError):

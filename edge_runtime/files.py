@@ -8,6 +8,7 @@ cut could leave behind.
 import os
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,15 +22,17 @@ class Files:
         """Create a folder; an existing one is kept."""
         path.mkdir(exist_ok=True)
 
-    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    def write(
+        self, path: Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666
+    ) -> None:
         """Write a new file; its content is on the disk when this returns.
 
         The name is durable only after :meth:`sync_folder` on the parent. What had
         the name before is left alone: it may be in use, or have a second name that a
-        cut rename left behind.
+        cut rename left behind. ``mode``, less the umask, is its own from the start.
         """
         self.unlink(path)
-        with open(path, "xb") as file:
+        with open(path, "xb", opener=partial(os.open, mode=mode)) as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()

@@ -8,6 +8,7 @@ from typing import Self
 
 from edge_runtime.errors import DpuError, StoreError
 from edge_runtime.infer import Predictor, RunOptions
+from edge_runtime.live import Entry, Status, measure
 from edge_runtime.store import Store
 
 LOOK_S = 1.0  # between two looks at the state
@@ -24,6 +25,10 @@ class StorePredictor(Predictor):
     with every commit; calls never look, so they cost the same.
 
     A forked child has no such thread: make the predictor after the fork.
+
+    It tells proofs (:mod:`edge_runtime.live`) what its session was made from. The files
+    are hashed before the old session goes and after the new one answers, so that no
+    call waits for it.
 
     Attributes:
         store: The store, as of the last refresh.
@@ -47,8 +52,11 @@ class StorePredictor(Predictor):
         self._stamp = self.store.stamp()
         state = self.store.reload()
         folder = self.store.slot_folder(state.active)
+        self._entry = Entry(self.store, self)
+        self._sources = {folder: measure(folder)}
         super().__init__(folder, self.store.contract, options)
-        self._refreshing = threading.Lock()
+        self._tell()
+        self._refreshing = threading.RLock()
         self._closed = threading.Event()
         if follow:
             # By a weak reference: a predictor that nobody holds ends its thread.
@@ -68,6 +76,8 @@ class StorePredictor(Predictor):
                 stays in use, and the next call tries again.
         """
         with self._refreshing:
+            if self._entry.pending:
+                self._entry.try_again()
             former = self.folder
             while (stamp := self.store.stamp()) != self._stamp:
                 folder = self.store.slot_folder(self.store.reload().active)
@@ -81,6 +91,30 @@ class StorePredictor(Predictor):
                 else:
                     self._stamp = stamp
             return self.folder != former
+
+    def swap(self, folder: Path) -> None:
+        """Move to another slot, as :meth:`Predictor.swap` does, and tell.
+
+        Raises:
+            StoreError: The new slot cannot be loaded; the old one stays in use.
+        """
+        with self._refreshing:
+            former = self.folder
+            self._sources = {former: self._sources[former], folder: measure(folder)}
+            self._entry.tell(former, Status.LOADING)
+            try:
+                super().swap(folder)
+            finally:
+                self._tell()
+
+    def _tell(self) -> None:
+        before, after = self._sources[self.folder], measure(self.folder)
+        if not self._session:
+            self._entry.tell(self.folder, Status.EMPTY)
+        elif before is None or before != after:
+            self._entry.tell(self.folder, Status.CHANGED)
+        else:
+            self._entry.tell(self.folder, Status.LOADED, before)
 
     def close(self) -> None:
         """Follow the store no longer; calls still get answers."""

@@ -36,9 +36,8 @@ def read_samples(paths: Iterable[Path], spec: InputSpec) -> Iterator[Sample]:
         ContractError: A file is of no such kind, or does not fit; the message names it.
     """
     for name, data in _files(paths):
-        values = _array(name, data) if _is_array(name, data) else None
-        if values is None:
-            values = _image(name, data, spec)
+        is_array = _is_array(name, data)
+        values = _array(name, data) if is_array else _image(name, data, spec)
         try:
             batch = spec.batch(values)
         except ContractError as err:

@@ -7,7 +7,8 @@ another, and no context can be taken for the beginning of a message.
 A public key is written as its 32 raw bytes in hex, and called by its *id*: the first 8
 bytes of their SHA-256, in hex. ``cryptography`` is imported when a key is first used.
 
-Devices only verify: private keys, and signing, are at home in ``packager.signing``.
+Here is only what verifies: a release is signed in ``packager.signing``, and a device
+signs nothing but its proofs (:mod:`edge_runtime.proof`).
 """
 
 import hashlib

@@ -11,6 +11,8 @@
                               weights.safetensors
       reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
       hooks/                  the owner's programs, see hooks.py
+      live/                   what live predictors were made from, see live.py
+      device.key              signs proofs, if there is one, see proof.py
       current -> slots/...    for people; derived from state.json, never read
 
 ONNX Runtime maps the weight file into memory, so a slot is never written to once it

@@ -24,6 +24,7 @@ from packager.compose_cli import compose
 from packager.foreign_cli import file_options, pack_extra
 from packager.keys import keygen, read_signers, sign
 from packager.look import diff, extract, info, report, verify
+from packager.proof_cli import check_proof
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
@@ -253,5 +254,8 @@ def patch() -> None:
     """Look at patches and weight files, sign patches and bundles."""
 
 
-for command in (info, diff, report, verify, compose, extract, keygen, sign):
+for command in (
+    *(info, diff, report, verify, compose, extract, keygen, sign),
+    check_proof,
+):
     patch.add_command(command)

@@ -23,14 +23,14 @@ class Traced(Files):
         if not path.is_dir():
             self.do("mkdir", path, action=lambda: super(Traced, self).mkdir(path))
 
-    def write(self, path, chunks):
+    def write(self, path, chunks, **options):
         def seen():
             self.do("create", path)
             for chunk in chunks:
                 self.do("data", path, bytes(chunk))
                 yield chunk
 
-        super().write(path, seen())
+        super().write(path, seen(), **options)
 
     def open_lock(self, path):
         if not path.exists():

@@ -322,7 +322,17 @@ def test_verify_refuses_a_damaged_patch(packed, command):
 # Both --------------------------------------------------------------------------------
 
 
-COMMANDS = ["compose", "diff", "extract", "info", "keygen", "report", "sign", "verify"]
+COMMANDS = [
+    "check-proof",
+    "compose",
+    "diff",
+    "extract",
+    "info",
+    "keygen",
+    "report",
+    "sign",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)])

@@ -1,0 +1,191 @@
+"""Proofs: what a device holds and runs, in answer to a server's nonce, signed.
+
+A proof is one JSON object in canonical form: keys sorted, no spaces, ASCII, no floats.
+The signature is over that form without its ``signature`` member. What a proof shows,
+and what not, is in ``edge_runtime/README.md``.
+"""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.errors import KeyFileError, StoreError
+from edge_runtime.live import measure, read_entries, untold, utc_now
+from edge_runtime.signing import framed, key_id
+from edge_runtime.store import GRAPH_NAME, Store
+from edge_runtime.weights import CHUNK_BYTES, FILE_NAME, Layout, fingerprint_file
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+SCHEMA = 1
+CONTEXT = b"dpu device proof"  # a proof's signature is worth nothing on a patch
+KEY_NAME = "device.key"
+_TRIES = 3
+
+
+def make_proof(
+    store: Store, nonce: str, *, tensors: bool = False, key: Path | None = None
+) -> bytes:
+    """Say what is on this disk and what the live predictors answer with.
+
+    Args:
+        store: The store.
+        nonce: What the server asked with; it makes an old proof worthless.
+        tensors: Also give the SHA-256 of each tensor, so that the server can name the
+            ones that differ.
+        key: A private Ed25519 key to sign with; by default the store's own, if it has
+            one (:func:`device_key`).
+
+    Raises:
+        StoreError: Nothing is installed, or updates come faster than they are read.
+        KeyFileError: The key file does not hold such a key.
+        OSError: The key file cannot be read.
+    """
+    own = store.root / KEY_NAME
+    signer = read_key(key or own) if key or own.exists() else None
+    proof = _facts(store, tensors=tensors) | {"nonce": nonce}
+    if signer is not None:
+        value = signer.sign(framed(CONTEXT, canonical(proof))).hex()
+        proof["signature"] = {"key_id": key_id(public_key(signer)), "value": value}
+    return canonical(proof)
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """Encode a record in the one form that is signed."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
+    for _ in range(_TRIES):
+        stamp, state = store.stamp(), store.reload()
+        folder = store.slot_folder(state.active)
+        live = [_live(store, entry) for entry in read_entries(store)]
+        facts = {
+            "schema": SCHEMA,
+            "time": utc_now(),
+            "device": _device(),
+            "model": state.model,
+            "round": state.active_slot.round,
+            "fingerprint": state.active,
+            "release_counter": state.active_slot.counter,
+            "release_floor": state.floor,
+            "disk": _disk(folder, store.layout if tensors else None),
+            "live": live,
+            "untold": untold(store, {entry["pid"] for entry in live}),
+        }
+        if store.stamp() == stamp:
+            return facts
+    raise StoreError("the store changes while it is read; ask for the proof again")
+
+
+def _device() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("dpu-edge", "onnxruntime"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _disk(folder: Path, layout: Layout | None) -> dict[str, Any] | None:
+    """Hash a slot as it is now; None if it cannot be read."""
+    try:
+        found = _hash_pieces(folder / FILE_NAME, layout)
+        graph = fingerprint_file(folder / GRAPH_NAME)
+    except OSError:
+        return None
+    return found | {"graph": graph}
+
+
+def _hash_pieces(path: Path, layout: Layout | None) -> dict[str, Any]:
+    """Hash a weight file, and the tensors of a layout in the same pass."""
+    whole = hashlib.sha256()
+    with open(path, "rb") as file:
+
+        def piece(size: int) -> str:
+            digest = hashlib.sha256()
+            while size and (chunk := file.read(min(size, CHUNK_BYTES))):
+                whole.update(chunk)
+                digest.update(chunk)
+                size -= len(chunk)
+            return digest.hexdigest()
+
+        found: dict[str, Any] = {}
+        if layout is not None:
+            found["header"] = piece(len(layout.header))
+            parts = {t.name: piece(t.stop - t.start) for t in layout.tensors}
+            found["tensors"] = parts
+        piece(sys.maxsize)  # all of it, or what lies behind the last tensor
+        return found | {"fingerprint": whole.hexdigest(), "bytes": file.tell()}
+
+
+def _live(store: Store, entry: dict[str, Any]) -> dict[str, Any]:
+    """Add whether the file that a session was made from is still as it was."""
+    now = measure(store.root / "slots" / entry.get("slot", ""))
+    same = now is not None and now["inode"] == entry.get("inode")
+    return entry | {"file_now": now["fingerprint"] if now and same else ""}
+
+
+# The device's own key -----------------------------------------------------------------
+
+
+def device_key(store: Store) -> Path:
+    """Return the store's key file; the key is made where there is none.
+
+    Raises:
+        StoreError: Another process is writing.
+        OSError: The disk is full or refuses.
+    """
+    path = store.root / KEY_NAME
+    if path.exists():
+        return path
+    with store.lock():
+        if not path.exists():  # nobody else was quicker
+            part = path.with_name(KEY_NAME + ".part")
+            store.files.write(part, [_new_key()], mode=0o600)
+            store.files.rename(part, path)
+            store.files.sync_folder(store.root)
+    return path
+
+
+def _new_key() -> bytes:
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.generate().private_bytes(
+        form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()
+    )
+
+
+def read_key(path: Path) -> "Ed25519PrivateKey":
+    """Read a private key.
+
+    Raises:
+        OSError: The file cannot be read.
+        KeyFileError: It holds no private Ed25519 key, or an encrypted one.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+        raise KeyFileError(
+            f"{path} is not an unencrypted private key in PEM form ({err}); "
+            "'dpu-edge device-key' makes one"
+        ) from err
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(f"{path}: expected Ed25519, found {type(key).__name__}")
+    return key
+
+
+def public_key(key: "Ed25519PrivateKey") -> str:
+    """Return the public half of a key: 32 raw bytes, in hex."""
+    return key.public_key().public_bytes_raw().hex()
