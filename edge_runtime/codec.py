@@ -71,13 +71,16 @@ def finenesses(largest: int) -> list[int]:
 class NumberReader:
     """Decodes what :func:`encode_numbers` and :func:`encode_bits` wrote."""
 
-    def __init__(self, symbols: SectionReader, bits: SectionReader, fine: int) -> None:
+    def __init__(
+        self, symbols: SectionReader, bits: SectionReader, fine: int, limit: int = 64
+    ) -> None:
         """Prepare to read.
 
         Args:
             symbols: One byte a number.
             bits: The low bits.
             fine: As for :func:`encode_numbers`.
+            limit: How many bits a number may have.
 
         Raises:
             PatchFormatError: ``fine`` is out of range.
@@ -86,8 +89,15 @@ class NumberReader:
             raise PatchFormatError(f"{fine} fine bits in the patch, at most {MAX_FINE}")
         symbol = np.arange(256)
         self._widths = np.maximum((symbol >> fine) - 1, 0)
-        # Symbols whose width is too large are refused before they are looked up.
-        self._tops = (symbol - (self._widths << fine)) << np.minimum(self._widths, 48)
+        tops = symbol - (self._widths << fine)
+        # A symbol tells how many bits its number has; larger symbols have more.
+        lengths = np.where(
+            symbol < 2 << fine, np.frexp(tops)[1], fine + 1 + self._widths
+        )
+        self._largest = np.flatnonzero(
+            (lengths <= limit) & (self._widths <= MAX_WIDTH)
+        )[-1]
+        self._tops = tops << np.minimum(self._widths, MAX_WIDTH)
         self._literals = min(2 << fine, 255)
         self._symbols, self._bits = symbols, BitReader(bits)
 
@@ -98,6 +108,8 @@ class NumberReader:
             PatchFormatError: A section ends early, or a number is out of range.
         """
         symbols = np.frombuffer(self._symbols.take(count), np.uint8)
+        if symbols.max(initial=0) > self._largest:
+            raise PatchFormatError("a number in the patch is out of range")
         numbers: Integers = self._tops.take(symbols)
         large = np.flatnonzero(symbols >= self._literals)
         if 2 * large.size < count:
@@ -107,10 +119,7 @@ class NumberReader:
         return numbers
 
     def _low_bits(self, symbols: NDArray[np.uint8]) -> Integers:
-        widths = self._widths.take(symbols)
-        if widths.max(initial=0) > MAX_WIDTH:
-            raise PatchFormatError("a number in the patch is out of range")
-        return self._bits.take(widths)
+        return self._bits.take(self._widths.take(symbols))
 
     def finish(self) -> None:
         """Insist that both sections are used up.

@@ -31,7 +31,14 @@ from edge_runtime.sections import (
     encode_varint,
     group_kind,
 )
-from edge_runtime.values import Bits, Form, TensorValues, ValueReader, encode_values
+from edge_runtime.values import (
+    MANTISSA_BITS,
+    Bits,
+    Form,
+    TensorValues,
+    ValueReader,
+    encode_values,
+)
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
 
 
@@ -166,6 +173,9 @@ class Patch:
         }
         for (group, dtype), tensor in types.items():
             forms[group].check(dtype, tensor.item_size)
+        floats = {group for group, dtype in types if dtype in MANTISSA_BITS}
+        if any(forms[group].unit != 1 for group in groups if group not in floats):
+            raise PatchFormatError("the patch has a unit for a group without floats")
         return forms
 
     def _check_counts(self, layout: Layout) -> None:

@@ -207,7 +207,8 @@ class ValueReader:
         self._item_size, self._form = item_size, form
         self._planes = [section(PLANES + plane) for plane in range(form.planes)]
         self._lines: dict[str, Line] = {}
-        self._steps = NumberReader(section(SYMBOLS), section(BITS), form.fine)
+        width = 8 * item_size - form.shift
+        self._steps = NumberReader(section(SYMBOLS), section(BITS), form.fine, width)
         self._rest = BitReader(section(REST))
 
     def take(self, dtype: str, base: Bits) -> Bits:
