@@ -123,13 +123,14 @@ def _record(
         rounds.append(pair | {"tools": [asdict(entry) for entry in contest.entries]})
     return {
         "command": command,
-        "machine": _machine(),
+        "machine": machine(),
         "rounds": rounds,
         "bars": [asdict(bar) for bar in bars],
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Describe this machine, for a table."""
     import numpy
     import zstandard
 
