@@ -144,8 +144,14 @@ def measure(
             out.write(chunk)
         out.finish()
 
-    samples = [(_timed(apply, result), _timed(copy, result)) for _ in range(repeats)]
-    ours, theirs = zip(*samples, strict=True)
+    copy()  # fills the page cache
+    ours: list[tuple[float, float]] = []
+    theirs: list[tuple[float, float]] = []
+    turn = [(apply, ours), (copy, theirs)]
+    for _ in range(repeats):
+        turn.reverse()  # neither is always first, with what the other left behind
+        for work, times in turn:
+            times.append(_timed(work, result))
     _install(store, base, header.parent)
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(store), str(patch)],
