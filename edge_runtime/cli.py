@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime import cli_infer
+from edge_runtime import cli_agent, cli_infer
 from edge_runtime.command import CONTEXT, EXIT_CODE_HELP, Group, emit, json_option
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def main(context: click.Context, store: Path | None) -> None:
     context.obj = store
 
 
-def _root(context: click.Context) -> Path:
+def store_root(context: click.Context) -> Path:
+    """Return the directory that ``--store`` names."""
     if context.obj is None:
         raise click.UsageError(
             "which store? Give 'dpu-edge --store DIR COMMAND', or set DPU_STORE"
@@ -40,7 +41,7 @@ def open_device(context: click.Context) -> "Device":
     """Open the device that ``--store`` names."""
     from edge_runtime.device import Device
 
-    return Device.open(_root(context))
+    return Device.open(store_root(context))
 
 
 @main.command()
@@ -89,7 +90,7 @@ def init(
         if carried
         else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
     )
-    status = Device.install(_root(context), bundle, trust=trust).status()
+    status = Device.install(store_root(context), bundle, trust=trust).status()
     emit(
         status,
         as_json=as_json,
@@ -133,7 +134,11 @@ def apply(
 @click.pass_context
 def status(context: click.Context, *, as_json: bool) -> None:
     """Show what is installed and how it got here."""
+    from edge_runtime.report import STATUS_NAME, read_status, status_lines
+
     record = open_device(context).status()
+    agent = read_status(store_root(context) / STATUS_NAME)
+    record |= {"agent": agent} if agent else {}
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
     )
@@ -148,6 +153,7 @@ def status(context: click.Context, *, as_json: bool) -> None:
         *(["pinned         updates are held back"] if record["pinned"] else []),
         f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
+        *status_lines(agent),
         "history",
         *(
             f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
@@ -224,5 +230,5 @@ def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
     emit(device.status(), as_json=as_json, text=text)
 
 
-for _command in (cli_infer.infer, cli_infer.bench):
+for _command in (cli_infer.infer, cli_infer.bench, cli_agent.agent, cli_agent.service):
     main.add_command(_command)
