@@ -14,11 +14,11 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from edge_runtime.codec import PIECE, Positions
 from edge_runtime.errors import (
     PatchFormatError,
     VerificationError,
@@ -26,6 +26,7 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.patch import Patch
+from edge_runtime.values import ValueReader
 from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
 
 
@@ -81,7 +82,8 @@ def apply_chunks(
     The caller has checked model and parent, and has called :meth:`Patch.check`.
 
     Args:
-        base: The base weight file in pieces of any size, header included.
+        base: The base weight file in pieces of any size, header included. The memory
+            of writable ones is written to.
         layout: The layout of both files.
         patch: An open patch.
 
@@ -97,16 +99,11 @@ def apply_chunks(
     digest = hashlib.sha256()
     elements = _Lookahead(patch, layout)
     start = 0
-    # Hashing takes about as long as all the rest, and OpenSSL needs no Python for it.
-    with ThreadPoolExecutor(1) as hasher:
-        hashed: Future[None] = hasher.submit(lambda: None)
-        for window in _windows(base):
-            elements.write_into(window, start)
-            start += len(window)
-            hashed.result()
-            hashed = hasher.submit(digest.update, window)
-            yield window
-        hashed.result()
+    for window in _windows(base, layout.file_size):
+        elements.write_into(window, start)
+        start += len(window)
+        digest.update(window)
+        yield window
     if start != layout.file_size:
         raise PatchFormatError(
             f"the base has {start} bytes, expected {layout.file_size}"
@@ -121,24 +118,28 @@ def apply_chunks(
         )
 
 
-def _windows(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
-    """Cut a stream into windows, so that no element lies in two of them.
+def _windows(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
+    """Cut a stream of ``size`` bytes into windows, so that no element lies in two.
 
     A window's length is a multiple of every item size, and the weight file aligns its
-    tensors to their item size. Every second window is the same memory: fresh memory
-    for each would cost as much as reading the file.
+    tensors to their item size. A chunk that is such a window is not copied; all others
+    go through the same memory, as fresh memory costs as much as reading the file.
     """
-    windows = cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)])
-    window, filled = next(windows), 0
+    window, filled, seen = memoryview(b""), 0, 0
     for chunk in chunks:
         rest = memoryview(chunk)
+        seen += rest.nbytes
+        if not (filled or rest.readonly or (rest.nbytes % 8 and seen < size)):
+            yield rest
+            continue
+        window = window or memoryview(bytearray(CHUNK_BYTES))
         while rest.nbytes:
             part = rest[: CHUNK_BYTES - filled]
             window[filled : filled + len(part)] = part
             filled, rest = filled + len(part), rest[len(part) :]
             if filled == CHUNK_BYTES:
                 yield window
-                window, filled = next(windows), 0
+                filled = 0
     if filled:
         yield window[:filled]
 
@@ -147,25 +148,56 @@ class _Lookahead:
     """Hands out the patch's elements window by window."""
 
     def __init__(self, patch: Patch, layout: Layout) -> None:
-        self._elements = patch.elements(layout)
-        self._next = next(self._elements, None)
+        self._values = patch.values(layout)
+        self._pieces = patch.positions(layout)
+        self._next = next(self._pieces, None)
 
     def write_into(self, window: memoryview, start: int) -> None:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
         stop = start + len(window)
+        # Small tensors are written together: what NumPy costs a call counts there.
+        waiting: dict[ValueReader, _Run] = {}
         while self._next is not None:
-            tensor, positions, values = self._next
-            size = tensor.item_size
-            inside = int(np.searchsorted(positions, (stop - tensor.start) // size))
+            tensor, positions = self._next
+            size, values = tensor.item_size, self._values[tensor.name]
+            inside = len(positions)
+            if tensor.stop > stop:
+                inside = int(positions.searchsorted((stop - tensor.start) // size))
             if inside:
-                view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-                at = positions[:inside] + (tensor.start - start) // size
-                view[at] = values.take(tensor.dtype, view[at])
+                run = waiting.get(values)
+                if run and (run.dtype != tensor.dtype or run.count + inside > PIECE):
+                    run.write_into(window)
+                    run = None
+                if run is None:
+                    run = waiting[values] = _Run(values, tensor.dtype, size)
+                run.parts.append(positions[:inside] + (tensor.start - start) // size)
+                run.count += inside
             if inside < len(positions):
-                self._next = tensor, positions[inside:], values
-                return
-            self._next = next(self._elements, None)
+                self._next = tensor, positions[inside:]
+                break
+            self._next = next(self._pieces, None)
+        for run in waiting.values():
+            run.write_into(window)
 
     def finish(self) -> None:
         if self._next is not None:
             raise PatchFormatError("the patch changes bytes behind the weight file")
+        for values in set(self._values.values()):
+            values.finish()
+
+
+@dataclass(slots=True)
+class _Run:
+    """Elements of one group and type, in one window."""
+
+    values: ValueReader
+    dtype: str
+    item_size: int
+    parts: list[Positions] = field(default_factory=list)
+    count: int = 0
+
+    def write_into(self, window: memoryview) -> None:
+        size = self.item_size
+        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
+        at = np.concatenate(self.parts)
+        view[at] = self.values.take(self.dtype, view[at])

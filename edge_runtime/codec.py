@@ -7,6 +7,7 @@ description.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,11 @@ from edge_runtime.sections import (
 
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.
-PIECE = 1 << 15
+PIECE = 1 << 14
 MAX_FINE = 7
 MAX_WIDTH = 32  # of a number's low bits
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
+_MASKS = ((1 << np.arange(MAX_WIDTH + 1)) - 1).astype(np.uint32)
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 
 Integers = NDArray[np.int64]
@@ -51,10 +53,18 @@ def encode_numbers(numbers: Integers, fine: int) -> tuple[bytes, Integers]:
     Returns:
         The symbols, and for each number how many low bits it has.
     """
-    # frexp gives the bit length exactly for integers below 2**53.
-    widths = np.frexp(numbers.astype(np.float64))[1].astype(np.int64) - 1 - fine
+    widths = bit_lengths(numbers) - 1 - fine
     np.maximum(widths, 0, out=widths)
     return ((widths << fine) + (numbers >> widths)).astype(np.uint8).tobytes(), widths
+
+
+def bit_lengths(numbers: NDArray[Any]) -> Integers:
+    """Return the bit lengths of numbers from 0 to 2**53."""
+    # As exact doubles: what they have in their exponent field. Faster than frexp.
+    lengths: Integers = numbers.astype(np.float64).view(np.int64) >> 52
+    lengths -= 1022
+    np.maximum(lengths, 0, out=lengths)
+    return lengths
 
 
 def finenesses(largest: int) -> list[int]:
@@ -71,13 +81,16 @@ def finenesses(largest: int) -> list[int]:
 class NumberReader:
     """Decodes what :func:`encode_numbers` and :func:`encode_bits` wrote."""
 
-    def __init__(self, symbols: SectionReader, bits: SectionReader, fine: int) -> None:
+    def __init__(
+        self, symbols: SectionReader, bits: SectionReader, fine: int, length: int = 64
+    ) -> None:
         """Prepare to read.
 
         Args:
             symbols: One byte a number.
             bits: The low bits.
             fine: As for :func:`encode_numbers`.
+            length: Bits that a number may have. Up to 32, numbers are uint32.
 
         Raises:
             PatchFormatError: ``fine`` is out of range.
@@ -86,31 +99,44 @@ class NumberReader:
             raise PatchFormatError(f"{fine} fine bits in the patch, at most {MAX_FINE}")
         symbol = np.arange(256)
         self._widths = np.maximum((symbol >> fine) - 1, 0)
-        # Symbols whose width is too large are refused before they are looked up.
-        self._tops = (symbol - (self._widths << fine)) << np.minimum(self._widths, 48)
+        tops = symbol - (self._widths << fine)
+        # A symbol tells how many bits its number has; larger symbols have more.
+        fits = bit_lengths(tops) + self._widths <= length
+        self._largest = np.flatnonzero(fits & (self._widths <= MAX_WIDTH))[-1]
+        tops <<= np.minimum(self._widths, MAX_WIDTH)
+        self._tops = tops.astype(np.uint32) if length <= 32 else tops
         self._literals = min(2 << fine, 255)
         self._symbols, self._bits = symbols, BitReader(bits)
+        self._ready: NDArray[Any] = self._tops[:0]
 
-    def take(self, count: int) -> Integers:
+    def take(self, count: int, ahead: int = 0) -> NDArray[Any]:
         """Return the next ``count`` numbers.
+
+        Args:
+            count: How many.
+            ahead: How many are certain to follow, these included: small calls are cheap
+                where it is many.
 
         Raises:
             PatchFormatError: A section ends early, or a number is out of range.
         """
-        symbols = np.frombuffer(self._symbols.take(count), np.uint8)
-        numbers: Integers = self._tops.take(symbols)
-        large = np.flatnonzero(symbols >= self._literals)
-        if 2 * large.size < count:
-            numbers[large] |= self._low_bits(symbols[large])
-        else:
-            numbers |= self._low_bits(symbols)
+        if count > len(self._ready):
+            more = max(count, min(ahead, PIECE)) - len(self._ready)
+            self._ready = np.concatenate([self._ready, self._decode(more)])
+        numbers, self._ready = self._ready[:count], self._ready[count:]
         return numbers
 
-    def _low_bits(self, symbols: NDArray[np.uint8]) -> Integers:
-        widths = self._widths.take(symbols)
-        if widths.max(initial=0) > MAX_WIDTH:
+    def _decode(self, count: int) -> NDArray[Any]:
+        symbols = np.frombuffer(self._symbols.take(count), np.uint8)
+        if symbols.max(initial=0) > self._largest:
             raise PatchFormatError("a number in the patch is out of range")
-        return self._bits.take(widths)
+        numbers: NDArray[Any] = self._tops.take(symbols)
+        large = np.flatnonzero(symbols >= self._literals)
+        if 2 * large.size < count:
+            numbers[large] |= self._bits.take(self._widths.take(symbols[large]))
+        else:
+            numbers |= self._bits.take(self._widths.take(symbols))
+        return numbers
 
     def finish(self) -> None:
         """Insist that both sections are used up.
@@ -145,7 +171,7 @@ class BitReader:
         self._section = section
         self._byte, self._bit = b"", 0  # the byte that is only partly used
 
-    def take(self, widths: Integers) -> Integers:
+    def take(self, widths: Integers) -> NDArray[np.uint32]:
         """Return the next numbers of these widths, each at most ``MAX_WIDTH``.
 
         Raises:
@@ -166,10 +192,9 @@ class BitReader:
         low = words.take(starts >> 5)
         starts &= 31
         low >>= starts.view(np.uint64)
-        masks = 1 << widths
-        masks -= 1
-        masks &= low.view(np.int64)
-        return masks
+        numbers = low.astype(np.uint32)
+        numbers &= _MASKS.take(widths)
+        return numbers
 
     def finish(self) -> None:
         """Insist that the section is used up and the last bits are zero.
@@ -188,6 +213,20 @@ class BitReader:
 def _is_bitmap(size: int, count: int) -> bool:
     """Tell whether a tensor has a bitmap; otherwise its positions are listed."""
     return size < 4 * count < 3 * size
+
+
+def gaps_ahead(tensors: Sequence[tuple[int, int]]) -> list[int]:
+    """Return how many gaps follow one another from each tensor on.
+
+    Args:
+        tensors: Element count of each, and how many of them travel.
+    """
+    ahead, found = 0, []
+    for size, count in reversed(tensors):
+        listed = min(count, size - count)
+        ahead = 0 if _is_bitmap(size, count) else ahead + listed
+        found.append(ahead)
+    return found[::-1]
 
 
 def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
@@ -300,12 +339,15 @@ class PositionReader:
         self._all_columns = self._columns.is_empty
         self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
 
-    def pieces(self, shape: tuple[int, ...], count: int) -> Iterator[Positions]:
+    def pieces(
+        self, shape: tuple[int, ...], count: int, ahead: int = 0
+    ) -> Iterator[Positions]:
         """Yield the positions that travel of the next tensor, in ascending pieces.
 
         Args:
             shape: The tensor's.
             count: How many of its elements travel.
+            ahead: What :func:`gaps_ahead` says of it.
 
         Yields:
             One to ``PIECE`` positions.
@@ -314,34 +356,41 @@ class PositionReader:
             PatchFormatError: A section ends early or contradicts the tensor.
         """
         size, grid = math.prod(shape), _grid(shape, count)
+        if count == size:
+            return (
+                np.arange(start, min(start + PIECE, size))
+                for start in range(0, size, PIECE)
+            )
         if _is_bitmap(size, count):
             found = self._bitmap(size, count)
         elif 2 * count > size:
-            found = self._others(size, size - count)
+            found = self._others(size, size - count, ahead)
         elif grid is None or self._all_columns:
-            found = self._listed(size, count)
+            found = self._listed(size, count, ahead)
         else:
-            found = self._in_columns(shape[0], grid, count)
+            found = self._in_columns(shape[0], grid, count, ahead)
         return filter(len, found)
 
     def _in_columns(
-        self, rows: int, grid: tuple[int, int], count: int
+        self, rows: int, grid: tuple[int, int], count: int, ahead: int
     ) -> Iterator[Positions]:
         columns, depth = grid
         used = self._bits(self._columns, columns)
         offsets = np.flatnonzero(np.repeat(used, depth))
-        for positions in self._listed(rows * len(offsets), count):
-            row, at = np.divmod(positions, len(offsets))
+        for positions in self._listed(rows * len(offsets), count, ahead):
+            row = positions // len(offsets)  # faster than divmod, by far
+            positions -= row * len(offsets)
             row *= columns * depth
-            row += offsets.take(at)
+            row += offsets.take(positions)
             yield row
 
-    def _listed(self, size: int, count: int) -> Iterator[Positions]:
+    def _listed(self, size: int, count: int, ahead: int) -> Iterator[Positions]:
         previous = -1
         for start in range(0, count, PIECE):
-            gaps = self._gaps.take(min(PIECE, count - start))
+            gaps = self._gaps.take(min(PIECE, count - start), ahead - start)
             gaps += 1
-            positions: Positions = np.cumsum(gaps) + previous
+            positions: Positions = gaps.cumsum()
+            positions += previous
             previous = int(positions[-1])
             # What still has to come needs room behind this piece.
             if previous >= size - (count - start - len(gaps)):
@@ -351,8 +400,8 @@ class PositionReader:
                 )
             yield positions
 
-    def _others(self, size: int, count: int) -> Iterator[Positions]:
-        stays, listed = np.empty(0, np.int64), self._listed(size, count)
+    def _others(self, size: int, count: int, ahead: int) -> Iterator[Positions]:
+        stays, listed = np.empty(0, np.int64), self._listed(size, count, ahead)
         left = count
         for start in range(0, size, PIECE):
             stop = min(start + PIECE, size)

@@ -273,7 +273,7 @@ class Device:
         self.store.make_room(patch.header.parent)
         return self._stage(patch, base)
 
-    def _base(self, patch: Patch) -> Iterable[bytes]:
+    def _base(self, patch: Patch) -> Iterable[bytes | memoryview]:
         header, state = patch.header, self.store.state
         base = self.store.base(header.parent)
         if base is None:
@@ -293,7 +293,7 @@ class Device:
             )
         return base
 
-    def _stage(self, patch: Patch, base: Iterable[bytes]) -> Path:
+    def _stage(self, patch: Patch, base: Iterable[bytes | memoryview]) -> Path:
         header, layout = patch.header, self.store.layout
         try:
             return self.store.stage(apply_chunks(base, layout, patch), header.target)

@@ -3,16 +3,18 @@
 Reading is in steps, cheapest refusal first, and needs no more memory for a large patch
 than for a small one: :func:`open_patch` proves size, magic, version, checksum and the
 SHA-256 of everything behind the header before a single byte is decompressed.
-:meth:`Patch.elements` then decodes against a weight file's layout. FORMAT.md is the
-normative description; :mod:`edge_runtime.apply` holds the rules of acceptance.
+:meth:`Patch.positions` and :meth:`Patch.values` then decode against a weight file's
+layout. FORMAT.md is the normative description; :mod:`edge_runtime.apply` holds the
+rules of acceptance.
 """
 
 import hashlib
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -20,7 +22,12 @@ from typing import Any, BinaryIO, Self
 from numpy.typing import NDArray
 
 from edge_runtime import signing
-from edge_runtime.codec import PositionReader, Positions, encode_positions
+from edge_runtime.codec import (
+    PositionReader,
+    Positions,
+    encode_positions,
+    gaps_ahead,
+)
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
 from edge_runtime.sections import (
@@ -31,8 +38,17 @@ from edge_runtime.sections import (
     encode_varint,
     group_kind,
 )
-from edge_runtime.values import Bits, Form, TensorValues, ValueReader, encode_values
+from edge_runtime.values import (
+    MANTISSA_BITS,
+    Bits,
+    Form,
+    TensorValues,
+    ValueReader,
+    encode_values,
+)
 from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
+
+KEPT_POSITIONS = 1 << 20  # up to so many are decoded once only
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,25 @@ class Limits:
 
     patch_bytes: int = 1 << 30
     signature_bytes: int = signing.MAX_BLOCK_BYTES
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a patch says of one layout.
+
+    Attributes:
+        layout: The layout.
+        changed: Every tensor of which something travels: its group, and how much.
+        fine: The fineness of the gaps.
+        forms: Of each group.
+        kept: The positions, where they have been decoded and are few.
+    """
+
+    layout: Layout
+    changed: list[tuple[int, Tensor, int]]
+    fine: int
+    forms: dict[int, Form]
+    kept: list[tuple[Tensor, Positions]] | None = None
 
 
 class Patch:
@@ -75,6 +110,7 @@ class Patch:
         self.sections = body.sections
         self.size = size
         self.counts = body.numbers(COUNTS)
+        self._plan: _Plan | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -86,47 +122,38 @@ class Patch:
         """Close the file."""
         self._file.close()
 
-    def elements(
-        self, layout: Layout
-    ) -> Iterator[tuple[Tensor, Positions, ValueReader]]:
-        """Yield what travels, in the order of the weight file and in small pieces.
+    def values(self, layout: Layout) -> dict[str, ValueReader]:
+        """Return what reads the values of each tensor of which something travels.
+
+        Tensors of one group share a reader, which gives values in the order of
+        :meth:`positions`.
 
         Args:
             layout: Of the weight file that the patch is for.
 
-        Yields:
-            A tensor, at most ``codec.PIECE`` ascending flat positions in it, and what
-            reads as many values, which must be read before the next piece.
-
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
         """
-        forms = self._forms(layout)
-        groups = {tensor.name: group for group, tensor, _ in self._groups(layout)}
-        readers: dict[int, ValueReader] = {}
-        for tensor, positions in self.positions(layout):
-            group = groups[tensor.name]
-            if group not in readers:
-                readers[group] = ValueReader(
-                    tensor.item_size, forms[group], partial(self._body.reader, group)
-                )
-            yield tensor, positions, readers[group]
-        for reader in readers.values():
-            reader.finish()
+        plan = self._plan_for(layout)
+        readers = {
+            group: ValueReader(
+                tensor.item_size, plan.forms[group], partial(self._body.reader, group)
+            )
+            for group, tensor in {g: tensor for g, tensor, _ in plan.changed}.items()
+        }
+        return {tensor.name: readers[group] for group, tensor, _ in plan.changed}
 
     def positions(self, layout: Layout) -> Iterator[tuple[Tensor, Positions]]:
-        """Yield the positions of :meth:`elements` alone.
+        """Yield what travels, in the order of the weight file and in small pieces.
+
+        Yields:
+            A tensor, and at most ``codec.PIECE`` ascending flat positions in it.
 
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
         """
-        self._check_counts(layout)
-        fine = next(iter(self._body.numbers(FORMS)), 0)
-        index = PositionReader(self._body.reader, fine)
-        for _, tensor, count in self._groups(layout):
-            for positions in index.pieces(tensor.shape, count):
-                yield tensor, positions
-        index.finish()
+        plan = self._plan_for(layout)
+        return iter(plan.kept) if plan.kept is not None else self._decode(plan)
 
     def check(self, layout: Layout) -> None:
         """Decode every position and look at every size, without any weight.
@@ -134,41 +161,39 @@ class Patch:
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
         """
-        for _ in self.positions(layout):
-            pass
-        forms, expected = self._forms(layout), Counter[int]()
-        for group, tensor, count in self._groups(layout):
-            for kind in forms[group].kinds(tensor.item_size):
-                expected[group + kind] += count
-        self._body.check_values(expected)
+        plan = self._plan_for(layout)
+        pieces = self._decode(plan)
+        if sum(self.counts) <= KEPT_POSITIONS:
+            plan.kept = list(pieces)
+        deque(pieces, maxlen=0)
+        totals = Counter[tuple[int, int]]()
+        for group, tensor, count in plan.changed:
+            totals[group, tensor.item_size] += count
+        self._body.check_values(
+            {
+                group + kind: count
+                for (group, item_size), count in totals.items()
+                for kind in plan.forms[group].kinds(item_size)
+            }
+        )
 
-    def _groups(self, layout: Layout) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield every tensor of which something travels: its group, and how much."""
-        for tensor, count in zip(layout.tensors, self.counts, strict=True):
-            if count:
-                yield group_of(tensor, count), tensor, count
+    def _decode(self, plan: "_Plan") -> Iterator[tuple[Tensor, Positions]]:
+        index = PositionReader(self._body.reader, plan.fine)
+        ahead = gaps_ahead([(tensor.size, count) for _, tensor, count in plan.changed])
+        for (_, tensor, count), gaps in zip(plan.changed, ahead, strict=True):
+            for positions in index.pieces(tensor.shape, count, gaps):
+                yield tensor, positions
+        index.finish()
 
-    def _forms(self, layout: Layout) -> dict[int, Form]:
-        """Read the form of every group and hold it against the types in the group."""
-        self._check_counts(layout)
-        types = {(group, t.dtype): t for group, t, _ in self._groups(layout)}
-        groups = sorted({group for group, _ in types})
-        numbers = self._body.numbers(FORMS)
-        if len(numbers) != (4 * len(groups) + 1 if groups else 0):
-            raise PatchFormatError(
-                f"the patch has {len(numbers)} numbers for the forms of {len(groups)} "
-                "groups of values"
-            )
-        fields = iter(numbers[1:])
-        forms = {
-            group: Form(*four)
-            for group, four in zip(groups, zip(*[fields] * 4, strict=True), strict=True)
-        }
-        for (group, dtype), tensor in types.items():
-            forms[group].check(dtype, tensor.item_size)
-        return forms
+    def _plan_for(self, layout: Layout) -> "_Plan":
+        """Hold counts and forms against a layout; done once for each."""
+        if self._plan is None or self._plan.layout is not layout:
+            changed = self._changed(layout)
+            self._plan = _Plan(layout, changed, *self._forms(changed))
+        return self._plan
 
-    def _check_counts(self, layout: Layout) -> None:
+    def _changed(self, layout: Layout) -> list[tuple[int, Tensor, int]]:
+        """Return every tensor of which something travels: its group, and how much."""
         if self.header.file_size != layout.file_size or len(self.counts) != len(
             layout.tensors
         ):
@@ -177,12 +202,40 @@ class Patch:
                 f"{self.header.file_size} bytes; this weight file has "
                 f"{len(layout.tensors)} in {layout.file_size}"
             )
+        changed = []
         for tensor, count in zip(layout.tensors, self.counts, strict=True):
             if count > tensor.size:
                 raise PatchFormatError(
                     f"the patch changes {count} elements of tensor {tensor.name!r}, "
                     f"which has {tensor.size}"
                 )
+            if count:
+                changed.append((group_of(tensor, count), tensor, count))
+        return changed
+
+    def _forms(
+        self, changed: Sequence[tuple[int, Tensor, int]]
+    ) -> tuple[int, dict[int, Form]]:
+        """Read the fineness of gaps, and the form of every group of values."""
+        types: dict[int, dict[str, int]] = {}
+        for group, tensor, _ in changed:
+            types.setdefault(group, {})[tensor.dtype] = tensor.item_size
+        numbers = self._body.numbers(FORMS)
+        if len(numbers) != (4 * len(types) + 1 if types else 0):
+            raise PatchFormatError(
+                f"the patch has {len(numbers)} numbers for the forms of {len(types)} "
+                "groups of values"
+            )
+        forms, fields = {}, iter(numbers[1:])
+        for group, sizes in sorted(types.items()):
+            form = forms[group] = Form(*islice(fields, 4))
+            for dtype, item_size in sizes.items():
+                form.check(dtype, item_size)
+            if form.unit != 1 and not MANTISSA_BITS.keys() & sizes.keys():
+                raise PatchFormatError(
+                    "the patch has a unit for a group without floats"
+                )
+        return numbers[0] if numbers else 0, forms
 
 
 def group_of(tensor: Tensor, count: int) -> int:

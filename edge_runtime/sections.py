@@ -265,7 +265,7 @@ def _frame_size(file: BinaryIO, start: int, packed: int) -> int:
         last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
         offset += 3 + (1 if kind == 1 else size)  # kind 1: one byte, repeated
     offset += 4 if frame.has_checksum else 0
-    if not last or offset != stop or frame.dict_id:
+    if not last or offset != stop or head[4] & 3:  # which flags a dictionary id
         raise PatchFormatError("a zstd frame does not fill its section exactly")
     return frame.content_size
 

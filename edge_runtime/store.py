@@ -198,7 +198,7 @@ class Store:
         """The network's identity, computed from the files."""
         return model_id(self.layout.header, self.graph_path.read_bytes())
 
-    def base(self, parent: str) -> Iterable[bytes] | None:
+    def base(self, parent: str) -> Iterable[bytes | memoryview] | None:
         """Return the bytes of weights that a patch may lead from.
 
         Args:

@@ -20,6 +20,7 @@ from edge_runtime.codec import (
     BitReader,
     Integers,
     NumberReader,
+    bit_lengths,
     encode_bits,
     encode_numbers,
     finenesses,
@@ -28,6 +29,7 @@ from edge_runtime.errors import PatchFormatError
 from edge_runtime.sections import BITS, PLANES, REST, SYMBOLS, SectionReader, quick_size
 
 Bits = NDArray[Any]  # elements as unsigned integers
+Steps = NDArray[np.int32]
 
 MAX_LINE_WIDTH = 32
 MANTISSA_BITS = {
@@ -116,14 +118,15 @@ class Line:
         ):
             raise PatchFormatError(f"the patch writes {dtype} values as {form}")
         self._sign = 1 << (self.width - 1)
+        self._spare = MAX_LINE_WIDTH - self.width
         if self._is_float:
             self._tables(self._mantissa, self._unit)
 
     def _tables(self, mantissa: int, unit: int) -> None:
         # By the exponent field of a float: what to take away and how far to shift.
         exponent = np.maximum(np.arange(1 << (self.width - 1 - mantissa)), 1)
-        self._far = np.minimum(np.maximum(unit - exponent, 0), 63)
-        self._off = (np.minimum(exponent, unit) - 1) << mantissa
+        self._far = np.clip(unit - exponent, 0, 31).astype(np.uint32)
+        self._off = ((np.minimum(exponent, unit) - 1) << mantissa).astype(np.uint32)
         # By the bit length of an integer: how many bits tell its floats apart, and
         # what makes it a float again.
         length = np.arange(MAX_LINE_WIDTH + 1)
@@ -131,61 +134,59 @@ class Line:
         self._on = (unit - 1 - self._rest) << mantissa
         zeros = ((max(unit - mantissa, 1) << mantissa) - 1).bit_length()
         self._rest[0], self._on[0] = min(unit - 1, zeros), 0
+        self._on = self._on.astype(np.uint32)
 
-    def numbers(self, elements: Bits) -> Integers:
+    def numbers(self, elements: Bits) -> Steps:
         """Return the integers that elements fall on, from -2**(width - 1) up."""
-        number: Integers = (elements >> self._shift).astype(np.int64)
-        sign = number & self._sign
+        number = (elements >> self._shift).astype(np.uint32)
+        signed = self._extended(number.view(np.int32))
         if not self._is_float:
-            return number - (sign << 1)
-        number ^= sign
+            return signed
+        number &= self._sign - 1
         exponent = number >> self._mantissa
         number -= self._off.take(exponent)
         number >>= self._far.take(exponent)
-        sign >>= self.width - 1
-        number ^= np.negative(sign, out=sign)
-        return number
+        signed >>= MAX_LINE_WIDTH - 1
+        signed ^= number.view(np.int32)
+        return signed
 
-    def rests(self, elements: Bits, numbers: Integers) -> tuple[Integers, Integers]:
+    def rests(self, elements: Bits, numbers: Steps) -> tuple[Integers, Integers]:
         """Return what tells elements from others on their integers, and its width."""
         high: Integers = (elements >> self._shift).astype(np.int64)
         if not self._is_float:
             return high, np.zeros_like(high)
-        return high, self._rest.take(_bit_length(numbers ^ (numbers >> 63)))
+        return high, self._rest.take(bit_lengths(numbers ^ (numbers >> 31)))
 
-    def elements(self, numbers: Integers, rest: BitReader) -> Integers:
+    def elements(self, numbers: Steps, rest: BitReader) -> NDArray[np.uint32]:
         """Return the elements, shifted down, that :meth:`numbers` maps to ``numbers``.
 
         Raises:
             PatchFormatError: ``rest`` ends early.
         """
         if not self._is_float:
-            return numbers & (2 * self._sign - 1)
-        negative = numbers >> 63
-        magnitude = numbers ^ negative
-        length = _bit_length(magnitude)
+            return numbers.view(np.uint32) & np.uint32(2 * self._sign - 1)
+        negative = numbers >> (MAX_LINE_WIDTH - 1)
+        numbers = numbers ^ negative
+        length = bit_lengths(numbers)
         widths = self._rest.take(length)
-        magnitude <<= widths
+        magnitude = numbers.view(np.uint32)
+        magnitude <<= widths.astype(np.uint32)
         magnitude |= rest.take(widths)
         magnitude += self._on.take(length)
         magnitude &= self._sign - 1
-        negative &= self._sign
-        magnitude |= negative
+        magnitude |= negative.view(np.uint32) & self._sign
         return magnitude
 
-    def step(self, numbers: Integers, steps: Integers) -> Integers:
+    def step(self, numbers: Steps, steps: Steps) -> Steps:
         """Add steps to integers, modulo 2**width, in place."""
         numbers += steps
-        numbers += self._sign
-        numbers &= 2 * self._sign - 1
-        numbers -= self._sign
+        return self._extended(numbers)
+
+    def _extended(self, numbers: Steps) -> Steps:
+        """Return the lowest ``width`` bits of integers with their sign."""
+        numbers = numbers << self._spare
+        numbers >>= self._spare
         return numbers
-
-
-def _bit_length(numbers: Integers) -> NDArray[np.int32]:
-    # Exact for integers below 2**53.
-    length: NDArray[np.int32] = np.frexp(numbers.astype(np.float64))[1]
-    return length
 
 
 class ValueReader:
@@ -207,7 +208,8 @@ class ValueReader:
         self._item_size, self._form = item_size, form
         self._planes = [section(PLANES + plane) for plane in range(form.planes)]
         self._lines: dict[str, Line] = {}
-        self._steps = NumberReader(section(SYMBOLS), section(BITS), form.fine)
+        width = 8 * item_size - form.shift
+        self._steps = NumberReader(section(SYMBOLS), section(BITS), form.fine, width)
         self._rest = BitReader(section(REST))
 
     def take(self, dtype: str, base: Bits) -> Bits:
@@ -228,7 +230,7 @@ class ValueReader:
             odd = steps & 1
             steps >>= 1
             steps ^= np.negative(odd, out=odd)
-            numbers = line.step(line.numbers(base), steps)
+            numbers = line.step(line.numbers(base), steps.view(np.int32))
             out |= line.elements(numbers, self._rest).astype(base.dtype) << form.shift
         for plane, section in enumerate(self._planes):
             raw = np.frombuffer(section.take(len(base)), np.uint8)
@@ -351,8 +353,8 @@ def _encode(group: Sequence[TensorValues], form: Form) -> dict[int, list[bytes]]
     for one in group:
         line = Line(one.dtype, item_size, form)
         numbers = line.numbers(one.target)
-        steps = line.step(numbers.copy(), -line.numbers(one.base))
-        steps = (steps << 1) ^ (steps >> 63)
+        signed = line.step(numbers.copy(), -line.numbers(one.base))
+        steps = ((signed << 1) ^ (signed >> 31)).view(np.uint32).astype(np.int64)
         symbol, widths = encode_numbers(steps, form.fine)
         symbols.append(symbol)
         low.append((steps, widths))

@@ -65,6 +65,8 @@ class Tensor:
         shape: The shape; ``()`` for a scalar.
         start: Offset of the first byte, from the start of the file.
         stop: Offset after the last byte.
+        size: Number of elements.
+        item_size: Bytes of one element.
     """
 
     name: str
@@ -72,16 +74,8 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     stop: int
-
-    @property
-    def item_size(self) -> int:
-        """Bytes of one element."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+    size: int
+    item_size: int
 
 
 @dataclass(frozen=True)
@@ -162,32 +156,23 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
             )
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
     entries: dict[str, dict[str, Any]] = {}
-    offset = 0
+    stop = 0
     for name in order:
         dtype, shape = specs[name]
-        stop = offset + math.prod(shape) * DTYPES[dtype].itemsize
-        entries[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
+        start, stop = stop, stop + math.prod(shape) * DTYPES[dtype].itemsize
+        offsets = [start, stop]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    return Layout(
-        header,
-        tuple(
-            Tensor(
-                name,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                len(header) + entry["data_offsets"][0],
-                len(header) + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-        ),
-    )
+    tensors = []
+    for name, entry in entries.items():
+        start, stop = (len(header) + offset for offset in entry["data_offsets"])
+        dtype, shape = specs[name]
+        item_size = DTYPES[dtype].itemsize
+        size = (stop - start) // item_size
+        tensors.append(Tensor(name, dtype, shape, start, stop, size, item_size))
+    return Layout(header, tuple(tensors))
 
 
 def parse_layout(header: bytes) -> Layout:
@@ -334,11 +319,12 @@ def fingerprint_chunks(chunks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def read_chunks(path: str | PathLike[str]) -> Iterator[bytes]:
-    """Yield a file's bytes in chunks of bounded size."""
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+def read_chunks(path: str | PathLike[str]) -> Iterator[memoryview]:
+    """Yield a file's bytes in chunks of bounded size, each in the same memory."""
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            yield chunk[:size]
 
 
 def fingerprint_file(path: str | PathLike[str]) -> str:

@@ -1,16 +1,18 @@
 """How small patches are, on real rounds and beside the floor.
 
-    python -m tools.bench_floor --data DIR --cache DIR --check
+    python -m tools.bench_floor --cache runs --check
 
-trains the rounds (once; they are kept in the cache), packs them and prints one line a
-round: index against the entropy of its mask, index and values against the floor of
+packs all rounds of the runs in a folder (``--data`` trains those of
+:mod:`tools.bench_rounds` that are not there yet) and prints one line a round: index
+against the entropy of its mask, index and values against the floor of
 :mod:`tools.floors`, and what the file has beside them. Then random masks, at densities
 from 0.1 to 99 %, in the tensors of the same networks.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +25,10 @@ from edge_runtime.command import CONTEXT, Command, emit, json_option, say
 from edge_runtime.header import PatchHeader
 from edge_runtime.patch import open_patch
 from edge_runtime.sections import pack_section
-from edge_runtime.weights import Layout
+from edge_runtime.weights import Layout, Weights
 from packager.build import encode_changes
 from packager.diff import diff
-from tools.floor_rounds import Pair, choose, real_pairs
+from tools.bench_rounds import Pair, find_pairs, make_rounds
 from tools.floors import Moves, entropy_bits, index_floor_bits, value_floor_bits
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.38, 0.5, 0.62, 0.8, 0.95, 0.99)
@@ -35,9 +37,6 @@ INDEX_BAR = {"dpu": 1.0}  # any other selection: INDEX_BAR_ANY
 INDEX_BAR_ANY = 1.03
 CONTENT_BAR = 1.04
 FRAMING_BAR = 250  # bytes, without signatures
-
-# The seam for other formats: each turns a pair into the bytes of an update.
-Encoder = Callable[[Pair], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,27 +123,18 @@ class RandomMask:
         return self.index / self.entropy
 
 
-def encode_patch(pair: Pair) -> bytes:
-    """Pack an update, as ``dpu-pack`` does."""
-    header = PatchHeader(
-        "00" * 32,
-        pair.base.fingerprint,
-        pair.target.fingerprint,
-        1,
-        1,
-        pair.base.layout.file_size,
-    )
-    return encode_changes(pair.base, pair.target, header, diff(pair.base, pair.target))
-
-
 def measure(pair: Pair) -> Sizes:
-    """Pack an update and hold its parts against entropy and floors."""
-    layout = pair.base.layout
-    changes = [change.positions for change in diff(pair.base, pair.target)]
+    """Pack an update, as ``dpu-pack`` does, and hold its parts against the floors."""
+    base, target = pair.read()
+    layout, found = base.layout, diff(base, target)
+    header = PatchHeader(
+        "00" * 32, base.fingerprint, target.fingerprint, 1, 1, layout.file_size
+    )
+    changes = [change.positions for change in found]
     sparse = [
         2 * len(c) <= t.size for t, c in zip(layout.tensors, changes, strict=True)
     ]
-    with open_patch(encode_patch(pair)) as patch:
+    with open_patch(encode_changes(base, target, header, found)) as patch:
         parts = dict.fromkeys(("header", "index", "values", "dense"), 0)
         for section in patch.sections:
             parts[section.part] += section.packed_size
@@ -163,21 +153,26 @@ def measure(pair: Pair) -> Sizes:
             framing=patch.size - content,
             index_entropy=sum(entropy_bits(t.size, len(c)) for t, c, _ in tensors) / 8,
             index_floor=sum(index_floor_bits(t.shape, c) for t, c, _ in tensors) / 8,
-            value_floor=_value_floor(pair, changes, sparse),
-            dense_floor=_value_floor(pair, changes, [not few for few in sparse]),
+            value_floor=_value_floor(base, target, changes, sparse),
+            dense_floor=_value_floor(
+                base, target, changes, [not few for few in sparse]
+            ),
         )
 
 
 def _value_floor(
-    pair: Pair, changes: Sequence[NDArray[np.int64]], chosen: Sequence[bool]
+    old: Weights,
+    new: Weights,
+    changes: Sequence[NDArray[np.int64]],
+    chosen: Sequence[bool],
 ) -> float:
-    names = [tensor.name for tensor in pair.base.layout.tensors]
+    names = [tensor.name for tensor in old.layout.tensors]
     picked = [(n, c) for n, c in enumerate(changes) if chosen[n] and len(c)]
     base, target = (
         np.concatenate(
             [np.zeros(0, "<f4"), *(w[names[n]].ravel()[c] for n, c in picked)]
         )
-        for w in (pair.base, pair.target)
+        for w in (old, new)
     )
     tensor = np.repeat([n for n, _ in picked], [len(c) for _, c in picked])
     return value_floor_bits(Moves(base, target, tensor))[0] / 8
@@ -202,28 +197,33 @@ def random_mask(network: str, layout: Layout, density: float) -> RandomMask:
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="MNIST/raw, and cifar10/train/CLASS/* with cifar10/test.",
+    help="Train the rounds that are not there yet: a folder with MNIST/raw, and "
+    "cifar10/{train,test}/CLASS/*.",
 )
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder of the trained rounds.",
+    help="Folder of the runs, the same as for bench_patch.",
 )
 @click.option("--only", multiple=True, metavar="NAME", help="One of the runs.")
 @click.option("--check", is_flag=True, help="Exit 1 if a bar is missed.")
 @json_option
 def main(
-    data: Path, cache: Path, only: tuple[str, ...], *, check: bool, as_json: bool
+    data: Path | None, cache: Path, only: tuple[str, ...], *, check: bool, as_json: bool
 ) -> None:
     """Measure the size of patches on real rounds."""
     rows: list[Sizes] = []
     layouts: dict[bytes, tuple[str, Layout]] = {}
-    for pair in real_pairs(choose(only), data, cache):
-        say(f"measuring {pair.name}")
-        rows.append(measure(pair))
-        layouts.setdefault(pair.base.layout.header, (pair.name, pair.base.layout))
+    if data is not None:
+        make_rounds(only, data, cache, say)
+    runs = [cache / name for name in only] or [cache]
+    with tempfile.TemporaryDirectory(prefix="bench-rounds-") as scratch:
+        for pair in (p for r in runs for p in find_pairs(r, Path(scratch), every=True)):
+            say(f"measuring {pair.name}")
+            rows.append(measure(pair))
+            layout = pair.read()[0].layout
+            layouts.setdefault(layout.header, (pair.name, layout))
     masks = [
         random_mask(name.partition("/")[0], layout, density)
         for name, layout in layouts.values()

@@ -57,7 +57,7 @@ def _epilog() -> str:
     type=click.Path(exists=True, path_type=Path),
     metavar="DIR",
     help="Train the rounds that are not there yet, into the first DIR: a folder with "
-    "MNIST/raw, and cifar10/{train,test}/CLASS/* or a cifar10*.zip of it.",
+    "MNIST/raw, and cifar10/{train,test}/CLASS/*.",
 )
 @click.option(
     "--tools",
@@ -84,7 +84,7 @@ def main(  # noqa: PLR0913 - one for each option
     chosen = _chosen(tools)
     folders = [*rounds, *more] or [Path("runs")]
     if data is not None:
-        make_rounds(data, folders[0], say)
+        make_rounds((), data, folders[0], say)
     command = shlex.join(["python", "-m", "tools.bench_patch", *sys.argv[1:]])
     contests: list[Contest] = []
     with tempfile.TemporaryDirectory(prefix="bench-rounds-") as scratch:
@@ -123,13 +123,14 @@ def _record(
         rounds.append(pair | {"tools": [asdict(entry) for entry in contest.entries]})
     return {
         "command": command,
-        "machine": _machine(),
+        "machine": machine(),
         "rounds": rounds,
         "bars": [asdict(bar) for bar in bars],
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Describe this machine, for a table."""
     import numpy
     import zstandard
 

@@ -1,49 +1,71 @@
 """Real rounds for the benchmarks: found in run folders, or trained.
 
-Three of the paper's settings, shortened so that a CPU trains them in minutes; what was
-shortened is in ``SETTINGS`` and, in full, in each round's ``round.json``.
+The paper's three networks at the paper's ratios, on less data and for fewer epochs, so
+that a CPU has them in some minutes each; and two other selections on the MLP. What was
+shortened is in ``JOBS`` and, in full, in each round's ``round.json``.
 """
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_runtime.errors import RoundError
-from edge_runtime.weights import FILE_NAME, read_weights
+from edge_runtime.errors import ConfigError, RoundError
+from edge_runtime.weights import FILE_NAME, Weights, read_weights
 from packager.record import RECORD_NAME, Outcome, read_record
 from packager.rounds import find_parent, list_rounds, list_runs, read_round
 
 Say = Callable[[str], None]
 
-# Of CIFAR-10: VGG on all 10,000 test images would cost more than its training.
-TRAIN_IMAGES, TEST_IMAGES = 400, 100  # a class
-
-# Run name -> recipe, sub-folder of the data, and what differs from the recipe.
-_CIFAR10 = (
-    "data.set=folder",
-    "data.validation=1000",
+RECIPES = Path("trainer/recipes")
+# Fewer samples for validation, as there are fewer for training.
+_SHORT = (
     "run.rounds=2",
-    "run.accuracy_floor=0.0",
+    "train.epochs=10",
+    "data.validation=1000",
+    "update.reinit=never",
+    "data.augment=crop_flip",
 )
-SETTINGS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "mnist_mlp": ("mnist_mlp", "", ("run.rounds=4",)),
-    # A learning rate of 0.1 diverges on this little data.
-    "cifar10_resnet56": (
-        "cifar100_resnet56",
-        "cifar10",
-        (*_CIFAR10, "train.epochs=5", "train.lr=0.02"),
-    ),
-    "cifar10_vgg": (
-        "cifar10_vgg",
-        "cifar10",
-        (*_CIFAR10, "data.initial=500", "data.growth=500", "train.epochs=2"),
-    ),
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training run.
+
+    Attributes:
+        name: Of the run.
+        recipe: File name of a built-in recipe.
+        data: ``mnist`` or ``cifar10``.
+        method: How weights are selected.
+        overrides: Changes of the recipe.
+    """
+
+    name: str
+    recipe: str
+    data: str
+    method: str
+    overrides: tuple[str, ...]
+
+
+JOBS = {
+    job.name: job
+    for job in (
+        Job("mlp", "mnist_mlp", "mnist", "dpu", ("run.rounds=5",)),
+        Job("mlp-gcpu", "mnist_mlp", "mnist", "gcpu", ("run.rounds=2",)),
+        Job("mlp-rpu", "mnist_mlp", "mnist", "rpu", ("run.rounds=2",)),
+        # A learning rate of 0.1 diverges on this little data.
+        Job(
+            "resnet56",
+            "cifar100_resnet56",
+            "cifar10",
+            "dpu",
+            (*_SHORT, "train.lr=0.05"),
+        ),
+        Job("vgg", "cifar10_vgg", "cifar10", "dpu", _SHORT),
+    )
 }
 
 
@@ -57,6 +79,7 @@ class Pair:
         target: The weight file that it leads to.
         file_size: Bytes of each.
         changed: Elements that differ, compared as bits.
+        method: How the weights that changed were selected; may be empty.
         note: How it was trained, in a few words; may be empty.
     """
 
@@ -65,10 +88,15 @@ class Pair:
     target: Path
     file_size: int
     changed: int
+    method: str = ""
     note: str = ""
 
+    def read(self) -> tuple[Weights, Weights]:
+        """Return base and target."""
+        return read_weights(self.base), read_weights(self.target)
 
-def find_pairs(path: Path, scratch: Path) -> Iterator[Pair]:
+
+def find_pairs(path: Path, scratch: Path, *, every: bool = False) -> Iterator[Pair]:
     """Yield the rounds that a path stands for.
 
     Args:
@@ -76,7 +104,8 @@ def find_pairs(path: Path, scratch: Path) -> Iterator[Pair]:
             ``target.safetensors``; a run, which stands for its last update of an
             earlier round (of the init weights, if there is no other); or a folder of
             runs.
-        scratch: Where parents are written to that are in no round folder.
+        scratch: Where parents are written to.
+        every: A run stands for all its updates instead.
 
     Raises:
         RoundError: There is none.
@@ -95,17 +124,28 @@ def find_pairs(path: Path, scratch: Path) -> Iterator[Pair]:
                 "base.safetensors and target.safetensors; make rounds with --data"
             )
         for run in runs:
-            yield _round_pair(_last_update(run), scratch)
+            for folder in _updates(run) if every else [_last_update(run)]:
+                yield _round_pair(folder, scratch)
+
+
+def _updates(run: Path) -> list[Path]:
+    """Return the rounds that update anything.
+
+    Raises:
+        RoundError: There is none.
+    """
+    rounds = list_rounds(run)
+    found = [f for f in rounds if read_record(f).outcome is Outcome.UPDATED]
+    if not found:
+        raise RoundError(f"{run} has no round that updates anything")
+    return found
 
 
 def _last_update(run: Path) -> Path:
     """Return the last round that updates an earlier one, or else the init weights."""
-    rounds = {folder: read_record(folder) for folder in list_rounds(run)}
-    targets = {record.target for record in rounds.values()}
-    updates = [f for f, r in rounds.items() if r.outcome is Outcome.UPDATED]
-    later = [folder for folder in updates if rounds[folder].parent in targets]
-    if not updates:
-        raise RoundError(f"{run} has no round that updates anything")
+    updates = _updates(run)
+    targets = {read_record(folder).target for folder in list_rounds(run)}
+    later = [folder for folder in updates if read_record(folder).parent in targets]
     return (later or updates)[-1]
 
 
@@ -115,12 +155,13 @@ def _round_pair(folder: Path, scratch: Path) -> Pair:
     name = f"{round_.path.parent.name}/{round_.name}"
     base = scratch / f"{name.replace('/', '-')}-base.safetensors"
     base.write_bytes(parent.weights.data)
-    return _pair(name, base, folder / FILE_NAME, _note(folder))
-
-
-def _note(folder: Path) -> str:
-    """Say in a few words how a round was trained, as far as its record tells."""
     told = json.loads((folder / RECORD_NAME).read_text())
+    method = str(told.get("method", ""))
+    return _pair(name, base, folder / FILE_NAME, method, _note(told))
+
+
+def _note(told: dict[str, Any]) -> str:
+    """Say in a few words how a round was trained, as far as its record tells."""
     if "config" not in told or "metrics" not in told:
         return ""  # of another trainer: the packager does not ask for these
     train, metrics = told["config"]["train"], told["metrics"]
@@ -131,65 +172,46 @@ def _note(folder: Path) -> str:
     )
 
 
-def _pair(name: str, base: Path, target: Path, note: str = "") -> Pair:
+def _pair(
+    name: str, base: Path, target: Path, method: str = "", note: str = ""
+) -> Pair:
     old, new = read_weights(base), read_weights(target)
     changed = 0
     for tensor in old.layout.tensors:
         bits = f"<u{tensor.item_size}"
         a, b = (weights[tensor.name].reshape(-1).view(bits) for weights in (old, new))
         changed += int(np.count_nonzero(a != b))
-    return Pair(name, base, target, old.layout.file_size, changed, note)
+    return Pair(name, base, target, old.layout.file_size, changed, method, note)
 
 
-def make_rounds(data: Path, runs: Path, say: Say) -> None:
+def make_rounds(names: Sequence[str], data: Path, runs: Path, say: Say) -> None:
     """Train the rounds that are not there yet.
 
     Args:
-        data: A folder with ``MNIST/raw`` as torchvision lays it out, and ``cifar10``
-            (``train/CLASS/*`` and ``test/CLASS/*``) or a ``cifar10*.zip`` of it.
+        names: Of ``JOBS``; none stands for all.
+        data: Where MNIST lies in torchvision's layout (``MNIST/raw``), and CIFAR-10 in
+            torchvision's or as images in ``cifar10/train/CLASS`` and ``cifar10/test``.
         runs: Folder of the runs.
         say: Shows progress.
 
     Raises:
-        ConfigError: The data is not there or too small.
+        ConfigError: There is no such job, or the data is not there or too small.
         TrainingError: The loss is not finite.
     """
-    from trainer.cli import shown_progress
+    from trainer.cli import shown_progress  # late: they bring torch
     from trainer.config import load_config
     from trainer.rounds import run_rounds
 
-    recipes = Path(str(files("trainer"))) / "recipes"
-    for name, (recipe, folder, changes) in SETTINGS.items():
-        say(f"training {name}: {recipe} with {', '.join(changes)}")
-        root = _few_images(data, runs, say) if folder else data
-        changes = (f"data.root={root}", *changes)
-        config = load_config(recipes / f"{recipe}.toml", changes, name=name)
+    if missing := [name for name in names if name not in JOBS]:
+        raise ConfigError(f"no rounds {missing[0]!r}; there are {', '.join(JOBS)}")
+    for job in [JOBS[name] for name in names or JOBS]:
+        overrides = [f"update.method={job.method}", *job.overrides]
+        images = data / "cifar10"
+        if job.data == "cifar10" and images.is_dir():
+            overrides += ["data.set=folder", f"data.root={images}"]
+        else:
+            overrides += [f"data.set={job.data}", f"data.root={data}"]
+        config = load_config(RECIPES / f"{job.recipe}.toml", overrides, name=job.name)
+        say(f"{job.name}: {config.run.rounds} rounds in {runs}")
         with shown_progress(config.run.rounds, quiet=False) as progress:
             run_rounds(config, runs, progress=progress)
-
-
-def _few_images(data: Path, runs: Path, say: Say) -> Path:
-    """Put the first images of each CIFAR-10 class into a folder of their own.
-
-    Raises:
-        RoundError: The data is not there.
-    """
-    few = runs / "data" / "cifar10"
-    if few.is_dir():
-        return few
-    say(f"putting {TRAIN_IMAGES} + {TEST_IMAGES} images a class into {few}")
-    part = few.with_name(few.name + ".part")
-    found = [*data.glob("cifar10"), *data.glob("cifar10*.zip")]
-    if not found:
-        raise RoundError(f"{data} has neither cifar10/train/CLASS/* nor a cifar10*.zip")
-    # Both an unpacked folder and an archive know these few operations.
-    root: Any = found[0] if found[0].is_dir() else zipfile.Path(found[0])
-    for half, count in (("train", TRAIN_IMAGES), ("test", TEST_IMAGES)):
-        for kind in (root / half).iterdir():
-            folder = part / half / kind.name
-            folder.mkdir(parents=True, exist_ok=True)
-            images = sorted(kind.iterdir(), key=lambda image: image.name)
-            for image in images[:count]:
-                (folder / image.name).write_bytes(image.read_bytes())
-    part.rename(few)
-    return few

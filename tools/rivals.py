@@ -69,7 +69,7 @@ class Tool:
 # What all of them share --------------------------------------------------------------
 
 
-class _Target:
+class Target:
     """The target on its way to the disk: hashed as it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -77,10 +77,12 @@ class _Target:
         self._digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
+        """Write and hash the next bytes."""
         self._digest.update(data)
         return self._file.write(data)
 
     def finish(self) -> str:
+        """Put them on the disk; return their SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -89,7 +91,7 @@ class _Target:
 
 def _deliver(data: Any, path: Path) -> str:
     """Write a target that is whole in memory."""
-    target = _Target(path)
+    target = Target(path)
     target.write(data)
     return target.finish()
 
@@ -164,7 +166,7 @@ def _make_full(level: int) -> Make:
 def _apply_full(_base: Path, patch: Path, target: Path) -> str:
     import zstandard
 
-    out = _Target(target)
+    out = Target(target)
     with open(patch, "rb") as file:
         for chunk in zstandard.ZstdDecompressor().read_to_iter(file):
             out.write(chunk)
@@ -305,7 +307,7 @@ def _make_detools(algorithm: str, patch_type: str, compression: str) -> Make:
 def _apply_detools(base: Path, patch: Path, target: Path) -> str:
     import detools
 
-    out = _Target(target)
+    out = Target(target)
     with open(base, "rb") as old, open(patch, "rb") as file:
         detools.apply_patch(old, file, out)
     return out.finish()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_runtime import patch as patch_module
 from edge_runtime.apply import apply_chunks, apply_patch
 from edge_runtime.errors import (
     PatchFormatError,
@@ -17,9 +18,9 @@ from edge_runtime.errors import (
     WrongModelError,
     WrongParentError,
 )
-from edge_runtime.header import HEADER_BYTES, PatchHeader
+from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.patch import Limits, encode_patch, open_patch
-from edge_runtime.sections import FORMS
+from edge_runtime.sections import FORMS, encode_body
 from edge_runtime.weights import CHUNK_BYTES, pack_weights
 
 TYPES = ["<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?"]
@@ -129,7 +130,8 @@ def test_framing_takes_at_most_250_bytes():
     assert patch.size - sum(content) <= 250
 
 
-def test_applying_needs_memory_that_does_not_grow_with_the_patch():
+def test_applying_needs_memory_that_does_not_grow_with_the_patch(monkeypatch):
+    monkeypatch.setattr(patch_module, "KEPT_POSITIONS", 1 << 14)
     peaks = []
     for rows in (300, 3000):
         base, target = trained((rows, 1000), 0.1)
@@ -228,3 +230,22 @@ def test_a_long_signature_block_is_refused_unread():
 def test_a_file_that_is_no_patch_is_refused():
     with pytest.raises(PatchFormatError, match="not a patch"):
         open_patch(b"PK\x03\x04 something else")
+
+
+def test_a_unit_where_nothing_is_a_float_is_refused():
+    base = pack_weights({"n": np.arange(400, dtype="<i4")})
+    target = pack_weights({"n": np.arange(400, dtype="<i4") // 2 * 2})
+    header = header_of(base, target)
+    data = encode_patch(header, differences(base, target), base, target)
+    with open_patch(data) as patch:
+        raw = {
+            s.kind: [patch._body.reader(s.kind).take(s.raw_size)]
+            for s in patch.sections
+        }
+    forms = bytearray(raw[FORMS][0])
+    assert forms[3] == 1
+    forms[3] = 2
+    body = encode_body(raw | {FORMS: [bytes(forms)]}, 3)
+    forged = encode_header(header, body) + b"\0\0" + body
+    with pytest.raises(PatchFormatError, match="without floats"):
+        apply_patch(base, open_patch(forged))

@@ -104,6 +104,20 @@ def large_window():
     return compressor.compress(TEXT * 300)
 
 
+def named_dictionary():
+    """A frame with a dictionary id of 0, which says as little as none."""
+    packed = zstd()
+    assert packed[4] >> 5 == 0b011  # one segment, size in two bytes
+    return packed[:4] + bytes([packed[4] | 1, 0]) + packed[5:]
+
+
+def test_the_window_of_a_single_segment_is_its_content():
+    packed = zstandard.ZstdCompressor().compress(bytes(1 << 18))
+    assert packed[4] & 0x20
+    body = bytes([1, COUNTS, ZSTD]) + encode_varint(len(packed)) + packed
+    assert read_body(body) == {COUNTS: (ZSTD, bytes(1 << 18))}
+
+
 @pytest.mark.parametrize(
     "packed",
     [
@@ -118,6 +132,8 @@ def large_window():
         zstd()[:12],
         zstd(write_checksum=True)[:-4],
         large_window(),
+        zstandard.ZstdCompressor().compress(bytes((1 << 18) + 1)),
+        named_dictionary(),
     ],
     ids=[
         "zeros",
@@ -131,6 +147,8 @@ def large_window():
         "cut early",
         "cut checksum",
         "large window",
+        "large segment",
+        "dictionary id",
     ],
 )
 def test_a_frame_that_is_not_exactly_one_section_is_refused(packed):

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from edge_runtime import values
 from edge_runtime.codec import BitReader, encode_bits
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import STORED, Section, SectionReader, pack_section
+from edge_runtime.sections import (
+    BITS,
+    STORED,
+    SYMBOLS,
+    Section,
+    SectionReader,
+    pack_section,
+)
 from edge_runtime.values import Form, Line, TensorValues, ValueReader, encode_values
 from edge_runtime.weights import DTYPES
 
@@ -203,3 +210,25 @@ def test_values_without_relation_to_their_base_cost_no_more_than_their_bytes():
 def test_forms_that_do_not_fit_are_refused(dtype, form):
     with pytest.raises(PatchFormatError, match=dtype):
         form.check(dtype, DTYPES[dtype].itemsize)
+
+
+@pytest.mark.parametrize(
+    ("drop", "fine", "symbol", "fits"),
+    [  # L bits, fineness, and a symbol
+        (0, 7, 255, True),  # its own number
+        (0, 2, 4 * 6 + 3, True),  # 192 to 223, of 8 bits
+        (0, 2, 4 * 7 + 3, False),
+        (1, 7, 127, True),
+        (1, 7, 128, False),
+    ],
+)
+def test_a_step_that_does_not_fit_its_line_is_refused(drop, fine, symbol, fits):
+    sections = {SYMBOLS: bytes([0, symbol]), BITS: bytes(2 if fine == 2 else 0)}
+    source = ValueReader(
+        1, Form(drop, 0, 1, fine), lambda kind: reader(sections.get(kind, b""))
+    )
+    if fits:
+        source.take("I8", np.zeros(2, "u1"))
+    else:
+        with pytest.raises(PatchFormatError, match="out of range"):
+            source.take("I8", np.zeros(2, "u1"))

@@ -1,9 +1,10 @@
 """Make the golden files of the current format version.
 
-    python -m tests.golden.make
+    python -m tests.golden.make           # those that are not there yet
+    python -m tests.golden.make FOLDER    # all of them, to compare
 
-Golden files are made once for each released version and never again: what a released
-writer wrote must decode for ever. Run this only for a new version, into its own folder.
+Golden files are made once and never again: what a released writer wrote must decode for
+ever. A new version has a folder of its own; new cases come last.
 """
 
 import sys
@@ -117,14 +118,39 @@ def cases():
     grid = np.repeat(odd, len(odd)), np.tile(odd, len(odd))
     yield "odd_floats", {"w": grid[0].view("<f4")}, {"w": grid[1].view("<f4")}, {}
     yield "nothing", base, base, {}
+    inputs = {
+        "conv.weight": normal(12, 20, 3, 3),
+        "fc.weight": normal(30, 150),
+        "half.weight": normal(16, 40).astype("<f2"),
+        "scale.weight": normal(9, 1),
+        "whole.bias": normal(12),
+    }
+    dead = {  # in which columns nothing travels
+        "conv.weight": rng.random((1, 20, 1, 1)) < 0.5,
+        "fc.weight": rng.random((1, 150)) < 0.8,
+        "half.weight": rng.random((1, 40)) < 0.6,
+    }
+    yield (
+        "columns",
+        inputs,
+        {
+            name: np.where(
+                dead.get(name, False),
+                array,
+                changed(rng, array, 1.0 if name == "whole.bias" else 0.2),
+            )
+            for name, array in inputs.items()
+        },
+        {},
+    )
 
 
-def main():
-    """Write every case."""
-    if any(FOLDER.glob("*.dpu")):
-        sys.exit(f"{FOLDER} is written already and is never written again")
-    FOLDER.mkdir(exist_ok=True)
+def main(folder):
+    """Write every case that is not in the folder."""
+    folder.mkdir(exist_ok=True)
     for number, (name, base, target, types) in enumerate(cases()):
+        if (folder / f"{name}.dpu").exists():
+            continue
         old, new = pack_weights(base, types), pack_weights(target, types)
         header = PatchHeader(
             MODEL,
@@ -140,11 +166,11 @@ def main():
             (".target", new.data),
             (".dpu", patch),
         ):
-            (FOLDER / f"{name}{suffix}").write_bytes(data)
+            (folder / f"{name}{suffix}").write_bytes(data)
         if name == "sparse":
             signed = sign_patch(sign_patch(patch, generate_key()), generate_key())
-            (FOLDER / "signed_twice.dpu").write_bytes(signed)
+            (folder / "signed_twice.dpu").write_bytes(signed)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,8 +10,8 @@ import pytest
 
 from edge_runtime.errors import RoundError
 from edge_runtime.weights import write_weights
-from tools import bench_rounds, contest
-from tools.bench_rounds import SETTINGS, Pair, find_pairs
+from tools import contest
+from tools.bench_rounds import JOBS, Pair, find_pairs
 from tools.contest import Contest, Entry, Sample, chosen_tools, compete, judge
 from tools.contest_report import markdown, replace_section, svg
 from tools.measure import measure_here
@@ -182,37 +181,25 @@ def test_a_folder_without_rounds_is_refused(tmp_path):
         list(find_pairs(tmp_path, tmp_path))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_is_a_valid_recipe(name):
+def test_a_run_stands_for_all_its_updates_where_every_one_is_asked_for(run, tmp_path):
+    run.add(2)
+    pairs = list(find_pairs(run.path, tmp_path, every=True))
+    assert [pair.name.partition("/")[2] for pair in pairs] == [
+        "round_00",
+        "round_01",
+        "round_02",
+    ]
+    for pair in pairs:
+        base, target = pair.read()
+        assert base.fingerprint != target.fingerprint
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def test_every_job_is_a_valid_recipe(job):
     from trainer.config import load_config
 
-    recipe, _, changes = SETTINGS[name]
-    path = ROOT / "trainer" / "recipes" / f"{recipe}.toml"
-    assert load_config(path, changes, name=name).run.name == name
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_few_images_of_each_class_are_taken(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_rounds, "TRAIN_IMAGES", 2)
-    monkeypatch.setattr(bench_rounds, "TEST_IMAGES", 1)
-    data = tmp_path / "data"
-    for half in ("train", "test"):
-        for kind in ("cat", "dog"):
-            folder = data / "cifar10" / half / kind
-            folder.mkdir(parents=True)
-            for number in (2, 0, 1):
-                (folder / f"{number}.jpg").write_text(f"{kind} {number}")
-    if packed:
-        shutil.make_archive(data / "cifar10-images", "zip", data / "cifar10")
-        shutil.rmtree(data / "cifar10")
-    few = bench_rounds._few_images(data, tmp_path / "runs", lambda _text: None)
-    names = sorted(str(p.relative_to(few)) for p in few.rglob("*.jpg"))
-    assert names == [
-        "test/cat/0.jpg",
-        "test/dog/0.jpg",
-        *(f"train/{kind}/{n}.jpg" for kind in ("cat", "dog") for n in (0, 1)),
-    ]
-    assert (few / "train/dog/1.jpg").read_text() == "dog 1"
+    path = ROOT / "trainer" / "recipes" / f"{job.recipe}.toml"
+    assert load_config(path, job.overrides, name=job.name).run.name == job.name
 
 
 def test_check_ends_with_1_exactly_where_a_bar_is_missed(tmp_path):
