@@ -25,7 +25,7 @@ STANDARD_LIBRARY = (
 THIRD_PARTY = {
     "onnxruntime": {"infer"},
     "zstandard": {"sections"},
-    "cryptography": {"proof", "signing"},
+    "cryptography": {"cli_proof", "proof", "signing"},
     "PIL": {"inputs"},
 }
 
