@@ -67,9 +67,10 @@ def test_damage_and_what_mends_it_survive_a_power_cut_anywhere(record):
 
 
 def test_a_second_cut_while_the_next_start_recovers_is_survived(record):
-    count = Count(share=0.1)
+    count = Count(share=0.4)
     cut_again(record(rollback, before=(install, update)), count)
     assert not count.bad
+    assert count.states > 20
 
 
 def test_a_kill_followed_by_a_power_cut_is_survived(record):
