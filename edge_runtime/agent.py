@@ -77,7 +77,7 @@ class Agent:
             report: Where to tell what it does.
             remove: Remove patches that are applied, or passed by newer ones.
             ping: Called whenever there is progress, during an update too.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
             clock: Seconds, to tell when to try again.
         """
         self.stopping = False

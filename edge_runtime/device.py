@@ -73,7 +73,7 @@ class Device:
         Args:
             root: The store's directory.
             files: The seam to the disk.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
             StoreError: Nothing is installed there, or it is damaged.
@@ -101,7 +101,7 @@ class Device:
             trust: Whose signatures the bundle, and every patch after it, needs; by
                 default nobody's.
             files: The seam to the disk.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
             OSError: The bundle cannot be read.
@@ -193,7 +193,7 @@ class Device:
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
-            self._try(self._slot_folder(patch), slot)
+            self._try(self._slot_folder(patch), slot, patch.outputs)
             self._activate(slot, "updated")
         return UpdateResult.APPLIED
 
@@ -309,7 +309,7 @@ class Device:
                 "or install the bundle into an empty folder"
             ) from err
 
-    def _try(self, folder: Path, slot: Slot) -> None:
+    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
         state = self.store.state.tried(slot.target)
         try:
@@ -319,7 +319,7 @@ class Device:
                     "refused until it is forced"
                 )
             self.store.commit(state)
-            self._trial(folder, self.store.root / "model")
+            self._trial(folder, self.store.root / "model", expected=outputs or False)
         except TrialError as err:
             event = event_now("refused", slot, str(err))
             self.store.commit(self.store.state.skipping(slot.target, event))

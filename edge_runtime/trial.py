@@ -1,7 +1,8 @@
 """The trial session: new weights prove themselves before they become active.
 
 It runs in a process of its own, so that a model that crashes, hangs or eats all memory
-harms nothing: ``python -m edge_runtime.trial SLOT MODEL`` prints one JSON object.
+harms nothing: ``python -m edge_runtime.trial SLOT MODEL`` prints one JSON object. What
+the outputs should be may come on standard input.
 """
 
 import json
@@ -41,15 +42,20 @@ class TrialResult:
 
 
 def run_trial(
-    slot: Path, model: Path, *, expected: bool = False, timeout_s: float = TIMEOUT_S
+    slot: Path,
+    model: Path,
+    *,
+    expected: bytes | bool = False,
+    timeout_s: float = TIMEOUT_S,
 ) -> TrialResult:
     """Try a slot in a process of its own.
 
     Args:
         slot: The folder with graph and weights.
         model: The folder with ``contract.json`` and ``golden.npz``.
-        expected: Also compare with the golden outputs (which belong to the bundle's
-            own weights).
+        expected: Also compare with these outputs for the first golden inputs
+            (:attr:`edge_runtime.patch.Patch.outputs`), or, if true, with the golden
+            outputs, which belong to the bundle's own weights.
         timeout_s: Kill the process after this many seconds.
 
     Raises:
@@ -61,8 +67,8 @@ def run_trial(
     try:
         done = subprocess.run(
             command,
+            input=expected if isinstance(expected, bytes) else b"",
             capture_output=True,
-            text=True,
             timeout=timeout_s,
             check=False,
             process_group=0,  # Ctrl-C for the caller is no verdict on the weights
@@ -73,13 +79,13 @@ def run_trial(
             f"the new weights gave no answer within {timeout_s:g} s; nothing changed"
         ) from err
     if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["-"]
         raise TrialError(
             f"the trial session ended with {done.returncode}: {tail[0]}; nothing "
             "changed"
         )
     result = TrialResult(**json.loads(done.stdout))
-    judge(result, _contract(model), expected=expected)
+    judge(result, _contract(model), expected=bool(expected))
     return result
 
 
@@ -105,21 +111,34 @@ def judge(result: TrialResult, contract: Contract, *, expected: bool) -> None:
         )
 
 
-def try_slot(slot: Path, model: Path) -> TrialResult:
+def try_slot(slot: Path, model: Path, expected: bytes = b"") -> TrialResult:
     """Run the golden inputs through a slot, in this process.
 
+    Args:
+        slot: The folder with graph and weights.
+        model: The folder with ``contract.json`` and ``golden.npz``.
+        expected: As for :func:`run_trial`; the golden outputs where empty.
+
     Raises:
-        DpuError: The slot cannot be loaded or the inputs do not fit.
+        DpuError: The slot cannot be loaded, or inputs or outputs do not fit.
     """
     with np.load(model / "golden.npz", allow_pickle=False) as golden:
         inputs, labels = golden["inputs"], golden["labels"]
         wanted = golden.get("outputs")
-    outputs = Predictor(slot, _contract(model)).predict(inputs)
+    outputs = found = Predictor(slot, _contract(model)).predict(inputs)
+    if expected:
+        wanted, each = np.frombuffer(expected, "<f4"), outputs[:1].size
+        if not each or wanted.size % each or wanted.size > outputs.size:
+            raise TrialError(
+                f"the patch expects {wanted.size} output values; the network gives "
+                f"{each} for each of {len(outputs)} golden inputs"
+            )
+        found = outputs.reshape(-1)[: wanted.size]
     return TrialResult(
         samples=len(labels),
         right=int(np.sum(outputs.argmax(axis=-1) == labels)),
         finite=bool(np.isfinite(outputs).all()),
-        difference=None if wanted is None else relative_difference(outputs, wanted),
+        difference=None if wanted is None else relative_difference(found, wanted),
     )
 
 
@@ -137,6 +156,7 @@ def _contract(model: Path) -> Contract:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(asdict(try_slot(Path(sys.argv[1]), Path(sys.argv[2])))))
+        arguments = Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer.read()
+        print(json.dumps(asdict(try_slot(*arguments))))
     except DpuError as error:
         sys.exit(str(error))

@@ -269,7 +269,7 @@ def test_a_rollback_is_respected_until_something_newer_comes(watch):
 def test_a_signed_but_bad_model_is_tried_once_and_gone_around(watch):
     tried = []
 
-    def trial(slot, *_):
+    def trial(slot, *_, **__):
         tried.append(slot.name)
         if slot.name == world.weights(1).fingerprint[:32]:
             raise TrialError("outputs that are not finite")
