@@ -18,6 +18,7 @@ from typing import Any
 from edge_runtime.apply import apply_chunks, check_model
 from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
 from edge_runtime.errors import (
+    BackendError,
     BundleError,
     DpuError,
     HeldError,
@@ -176,6 +177,7 @@ class Device:
                 that was active, or it failed its trial before.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
+            BackendError: No runtime here can try them; the release stays welcome.
             HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
@@ -311,7 +313,8 @@ class Device:
 
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
-        state = self.store.state.tried(slot.target)
+        before = self.store.state
+        state = before.tried(slot.target)
         try:
             if state.tries > MAX_TRIES:
                 raise TrialError(
@@ -320,6 +323,10 @@ class Device:
                 )
             self.store.commit(state)
             self._trial(folder, self.store.root / "model", expected=outputs or False)
+        except BackendError:
+            # The device is at fault: no try of the release, however often it happens.
+            self.store.commit(before)
+            raise
         except TrialError as err:
             event = event_now("refused", slot, str(err))
             self.store.commit(self.store.state.skipping(slot.target, event))

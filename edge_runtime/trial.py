@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.contract import Contract, parse_contract
-from edge_runtime.errors import DpuError, TrialError
+from edge_runtime.errors import BackendError, DpuError, TrialError
 from edge_runtime.infer import Predictor
 
 TIMEOUT_S = 120.0
+NO_BACKEND = 11  # what the process ends with where no runtime can run the graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def run_trial(
 
     Raises:
         TrialError: It crashed, hung, or its outputs are not good enough.
+        BackendError: No runtime here can run the graph, whatever the weights.
     """
     command = [sys.executable, "-m", "edge_runtime.trial", str(slot), str(model)]
     # The very code that runs here, installed or not.
@@ -80,6 +82,8 @@ def run_trial(
         ) from err
     if done.returncode:
         tail = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["-"]
+        if done.returncode == NO_BACKEND:
+            raise BackendError(f"no trial, so nothing changed: {tail[0]}")
         raise TrialError(
             f"the trial session ended with {done.returncode}: {tail[0]}; nothing "
             "changed"
@@ -159,4 +163,5 @@ if __name__ == "__main__":
         arguments = Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.buffer.read()
         print(json.dumps(asdict(try_slot(*arguments))))
     except DpuError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(NO_BACKEND if isinstance(error, BackendError) else 1)
