@@ -16,7 +16,7 @@ from torch import nn
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import FILE_NAME, Weights, read_weights
 from trainer.config import PARTIAL_METHODS, Config, as_dict
-from trainer.data import split_source
+from trainer.data import DataSource, split_source
 from trainer.deployment import (
     GOLDEN_SAMPLES,
     make_deployment,
@@ -86,8 +86,9 @@ class Run:
         *,
         new: bool,
         pack: Pack | None = None,
+        source: DataSource | None = None,
     ) -> None:
-        """Load the data; draw init weights and export the graph of a new run.
+        """Load the data, unless given; draw init and export the graph of a new run.
 
         Raises:
             ConfigError: The data set is too small.
@@ -103,7 +104,7 @@ class Run:
         )
         self.device = choose_device(config.train.device)
         with first_before_others():
-            self._source = load_source(config.data)
+            self._source = source or load_source(config.data)
         seed, rounds = config.run.seed, config.run.rounds
         self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
