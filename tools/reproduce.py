@@ -33,7 +33,7 @@ from tools.reproduction import (
 )
 
 if TYPE_CHECKING:
-    from trainer.folder import RoundRecord
+    from trainer.record import RoundRecord
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"

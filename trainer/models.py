@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import read_weights
-from trainer.config import ModelConfig
 from trainer.factory import call_factory
+from trainer.linear import Linear
+from trainer.sections import ModelConfig
 from trainer.tensors import TYPES
 
 Shape = tuple[int, ...]  # of one input, (C, H, W)
@@ -38,9 +39,9 @@ def mlp(
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(shape)
     for size in hidden:
-        layers += [nn.Linear(width, size), *_norm(nn.BatchNorm1d, size, batch_norm)]
+        layers += [Linear(width, size), *_norm(nn.BatchNorm1d, size, batch_norm)]
         width = size
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    return nn.Sequential(*layers, Linear(width, classes))
 
 
 def small_cnn(
@@ -56,8 +57,8 @@ def small_cnn(
     for size in channels:
         layers += [*_convolution(width, size), nn.MaxPool2d(2)]
         width, area = size, tuple(side // 2 for side in area)
-    head = [nn.Linear(width * math.prod(area), hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), *head, nn.Linear(hidden, classes))
+    head = [Linear(width * math.prod(area), hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *head, Linear(hidden, classes))
 
 
 def vgg(
@@ -80,9 +81,9 @@ def vgg(
     inputs *= math.prod(side // 8 for side in shape[1:])
     for _ in range(2):
         units = 8 * width
-        layers += [nn.Linear(inputs, units), *_norm(nn.BatchNorm1d, units, batch_norm)]
+        layers += [Linear(inputs, units), *_norm(nn.BatchNorm1d, units, batch_norm)]
         inputs = units
-    return nn.Sequential(*layers, nn.Linear(inputs, classes))
+    return nn.Sequential(*layers, Linear(inputs, classes))
 
 
 def resnet20(shape: Shape, classes: int, *, width: int = 16) -> nn.Module:
@@ -103,7 +104,7 @@ def _cifar_resnet(shape: Shape, classes: int, *, blocks: int, width: int) -> nn.
             layers.append(_Block(inputs, channels))
             inputs = channels
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *pool, nn.Linear(inputs, classes))
+    return nn.Sequential(*layers, *pool, Linear(inputs, classes))
 
 
 class _Block(nn.Module):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from trainer.config import PARTIAL_METHODS, Config, as_dict, make_config
+from trainer.config import as_dict, make_config
 from trainer.data import DataSource
-from trainer.folder import RoundRecord, list_rounds, read_round_record
 from trainer.loop import cpu_settings
 from trainer.methods import Pack
 from trainer.parallel import processes
+from trainer.record import RoundRecord, list_rounds, read_round_record
 from trainer.run import Progress, Report, Run, choose_device
+from trainer.sections import PARTIAL_METHODS, Config
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import FILE_NAME, Weights, read_weights
-from trainer.config import PARTIAL_METHODS, Config, as_dict
+from trainer.config import as_dict
 from trainer.data import DataSource, split_source
 from trainer.deployment import (
     GOLDEN_SAMPLES,
@@ -23,13 +23,16 @@ from trainer.deployment import (
     read_deployment,
     write_deployment,
 )
-from trainer.folder import Outcome, RoundRecord, write_round
+from trainer.folder import write_round
 from trainer.loop import evaluate
-from trainer.methods import Masks, Pack, RoundTraining, is_full, train_round
+from trainer.methods import Masks, Pack, is_full, train_round
 from trainer.models import build_model
 from trainer.parallel import by_first, first_before_others
+from trainer.record import Outcome, RoundRecord
+from trainer.sections import PARTIAL_METHODS, Config
 from trainer.sources import load_source
 from trainer.tensors import load_weights
+from trainer.training import RoundTraining
 
 
 @dataclass(frozen=True, slots=True)

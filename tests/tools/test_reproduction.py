@@ -6,6 +6,7 @@ from tools.reproduce import NETWORKS, RECIPES
 from tools.reproduction import (
     METHODS,
     PAPER,
+    SMALLER,
     compare,
     monotone,
     plot,
@@ -54,6 +55,13 @@ def test_the_table_shows_the_papers_figure():
     assert "| -0.17 |" in "\n".join(table("mnist_mlp", compare(RESULTS)))
 
 
+def test_a_smaller_protocol_says_that_it_is_one():
+    lines = list(table("cifar10_vgg_small", compare(RESULTS)))
+    assert lines[0].startswith("Smaller than the paper's protocol: VGG of a quarter")
+    assert "(not comparable)" in lines[2]
+    assert "| +0.33 |" in lines[-1]
+
+
 def test_the_plot_is_well_formed_with_one_line_a_run():
     root = ET.fromstring(plot(RESULTS))
     assert len(root.findall("{*}polyline")) == len(RESULTS)
@@ -72,4 +80,5 @@ def test_each_row_of_the_papers_table_has_a_valid_recipe(network, method):
     config = load_config(RECIPES / network / f"{method}.toml")
     assert config.update.method == method
     assert config.data.validation_from == "test"
-    assert method == "fu" or method in PAPER[network]
+    column = SMALLER[network][0] if network in SMALLER else network
+    assert method == "fu" or method in PAPER[column]
