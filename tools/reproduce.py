@@ -24,6 +24,7 @@ from tools.reproduction import (
     METHODS,
     PAPER,
     SMALLER,
+    VARIANTS,
     compare,
     plot,
     read_result,
@@ -76,9 +77,9 @@ def main() -> None:
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(METHODS),
+    type=click.Choice(METHODS + VARIANTS),
     default=METHODS,
-    help="One row; may be repeated.  [default: all]",
+    help="One row; may be repeated.  [default: the paper's five]",
 )
 def run(
     network: str,
@@ -138,7 +139,9 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
     """Return what one round came to, accuracies in per cent."""
     from packager import pack_round, read_round
 
-    packed = pack_round(read_round(runs / record.run / f"round_{record.round:02d}"))
+    packed = None
+    if record.packable:
+        packed = pack_round(read_round(runs / record.run / f"round_{record.round:02d}"))
     metrics = record.metrics
     return {
         "round": record.round,

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 # What torch.compile calls for a linear layer on a CPU; there is no public name for it.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_PAYS = _onednn is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_PAYS = (
+    hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 class Linear(nn.Linear):
@@ -51,7 +53,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # (N, in), (out, in)
         ctx.save_for_backward(x, w)
-        product: Tensor = _onednn(x, w, None, "none", [], "")
+        multiply = torch.ops.mkldnn._linear_pointwise
+        product: Tensor = multiply(x, w, None, "none", [], "")
         return product
 
     @staticmethod

@@ -14,7 +14,7 @@ from tools.reproduction import (
     table,
     write_result,
 )
-from trainer.config import load_config
+from trainer.config import as_dict, load_config
 
 
 def rows(*tried):
@@ -65,6 +65,24 @@ def test_a_smaller_protocol_says_that_it_is_one():
 def test_the_plot_is_well_formed_with_one_line_a_run():
     root = ET.fromstring(plot(RESULTS))
     assert len(root.findall("{*}polyline")) == len(RESULTS)
+
+
+def test_the_papers_own_chain_is_a_row_beside_dpu(tmp_path):
+    for name in ("fu", "dpu", "dpu_paper_chain"):
+        about = {"method": name.partition("_")[0], "seeds": {"run": 1}}
+        write_result(tmp_path / f"{name}_seed1.json", about, RESULTS["dpu", 1])
+    found = compare(read_results(tmp_path))
+    assert [row.method for row in found] == ["fu", "dpu", "dpu_paper_chain"]
+    assert list(table("mnist_mlp", found))[-1].count("-0.17") == 1
+
+
+def test_its_recipe_differs_in_the_chain_alone():
+    dpu, own = (
+        as_dict(load_config(RECIPES / "mnist_mlp" / f"{name}.toml", name="same"))
+        for name in ("dpu", "dpu_paper_chain")
+    )
+    own["update"].pop("chain"), dpu["update"].pop("chain")
+    assert own == dpu
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
