@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime import cli_infer
-from edge_runtime.command import CONTEXT, EXIT_CODE_HELP, Group, emit, json_option
+from edge_runtime import cli_agent, cli_infer
+from edge_runtime.command import (
+    CONTEXT,
+    EXIT_CODE_HELP,
+    Group,
+    emit,
+    json_option,
+    shared,
+)
+from edge_runtime.errors import DpuError, VerificationError
 
 if TYPE_CHECKING:
     from edge_runtime.device import Device
@@ -14,24 +22,30 @@ if TYPE_CHECKING:
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
+_settings = CONTEXT | {"show_default": True}
+
+
+@click.group(cls=Group, context_settings=_settings, epilog=EXIT_CODE_HELP)
 @click.version_option(package_name="dpu-edge")
 @click.option(
     "--store",
+    expose_value=False,
+    callback=shared,
     envvar="DPU_STORE",
+    metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
     help="The device's directory (or set DPU_STORE).",
 )
-@click.pass_context
-def main(context: click.Context, store: Path | None) -> None:
+def main() -> None:
     """Keep a model on this device up to date, and run it."""
-    context.obj = store
 
 
-def _root(context: click.Context) -> Path:
+def store_root(context: click.Context) -> Path:
+    """Return the directory that ``--store`` names."""
     if context.obj is None:
         raise click.UsageError(
-            "which store? Give 'dpu-edge --store DIR COMMAND', or set DPU_STORE"
+            f"which store? Give 'dpu-edge {context.info_name} --store DIR', or set "
+            "DPU_STORE"
         )
     return Path(context.obj)
 
@@ -40,7 +54,7 @@ def open_device(context: click.Context) -> "Device":
     """Open the device that ``--store`` names."""
     from edge_runtime.device import Device
 
-    return Device.open(_root(context))
+    return Device.open(store_root(context))
 
 
 @main.command()
@@ -57,7 +71,6 @@ def open_device(context: click.Context) -> "Device":
     "--threshold",
     type=click.IntRange(1),
     default=1,
-    show_default=True,
     help="How many of the trusted keys must sign.",
 )
 @click.option(
@@ -89,7 +102,7 @@ def init(
         if carried
         else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
     )
-    status = Device.install(_root(context), bundle, trust=trust).status()
+    status = Device.install(store_root(context), bundle, trust=trust).status()
     emit(
         status,
         as_json=as_json,
@@ -109,17 +122,26 @@ def _keys(status: dict[str, Any]) -> str:
 
 @main.command()
 @click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
-@click.option("--force", is_flag=True, help="Try a release that failed its trial.")
+@click.option(
+    "--force", is_flag=True, help="Try a release again that failed its trial."
+)
 @json_option
 @click.pass_context
 def apply(
     context: click.Context, patches: tuple[Path, ...], *, force: bool, as_json: bool
 ) -> None:
-    """Apply patches, in the order given. A patch that is refused changes nothing."""
+    """Apply patches, in the order given. A patch that is refused changes nothing.
+
+    It ends at the first patch that is refused; those before it stay applied.
+    """
     device = open_device(context)
     results = []
     for patch in patches:
-        result = device.update(patch, force=force)
+        try:
+            result = device.update(patch, force=force)
+        except DpuError as err:
+            err.args = (f"{patch.name}: {err}",)
+            raise
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})
         if not as_json:
@@ -133,7 +155,11 @@ def apply(
 @click.pass_context
 def status(context: click.Context, *, as_json: bool) -> None:
     """Show what is installed and how it got here."""
+    from edge_runtime.report import STATUS_NAME, read_status, status_lines
+
     record = open_device(context).status()
+    agent = read_status(store_root(context) / STATUS_NAME)
+    record |= {"agent": agent} if agent else {}
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
     )
@@ -148,6 +174,7 @@ def status(context: click.Context, *, as_json: bool) -> None:
         *(["pinned         updates are held back"] if record["pinned"] else []),
         f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
+        *status_lines(agent),
         "history",
         *(
             f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
@@ -167,7 +194,7 @@ def status(context: click.Context, *, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def verify(context: click.Context, expect: str | None, *, as_json: bool) -> None:
-    """Hash the active weights on disk: are they what this device claims to run?"""
+    """Check by SHA-256 that the weights on disk are the right ones."""
     device = open_device(context)
     fingerprint = device.verify()
     if expect is not None:
@@ -180,7 +207,6 @@ def verify(context: click.Context, expect: str | None, *, as_json: bool) -> None
 
 
 def _compare(fingerprint: str, expect: str) -> None:
-    from edge_runtime.errors import VerificationError
     from edge_runtime.weights import fingerprint_file
 
     wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
@@ -198,11 +224,17 @@ def _compare(fingerprint: str, expect: str) -> None:
 
 
 @main.command()
-@click.option("--to", "round_", metavar="ROUND", type=int, help="Which round.")
+@click.option(
+    "--to",
+    "round_",
+    metavar="ROUND",
+    type=int,
+    help="A round that 'status' calls within reach.  [default: the one before]",
+)
 @json_option
 @click.pass_context
 def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> None:
-    """Go back to the round before. Newer releases stay welcome, older ones do not."""
+    """Go back to earlier weights. Newer releases stay welcome, older ones do not."""
     device = open_device(context)
     slot = device.rollback(round_)
     emit(
@@ -217,12 +249,12 @@ def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> No
 @json_option
 @click.pass_context
 def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
-    """Hold updates back: stay at the round of now, or that a rollback leads to."""
+    """Hold updates back, or allow them again. A rollback works all the same."""
     device = open_device(context)
     device.pin(held=not off)
     text = "updates are allowed" if off else "pinned: updates are held back"
     emit(device.status(), as_json=as_json, text=text)
 
 
-for _command in (cli_infer.infer, cli_infer.bench):
+for _command in (cli_infer.infer, cli_infer.bench, cli_agent.agent, cli_agent.service):
     main.add_command(_command)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.command import emit, json_option, say
+from edge_runtime.errors import ContractError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,20 +23,13 @@ if TYPE_CHECKING:
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``options`` and ``batch``: how the model runs."""
 
-    @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-    @click.option(
-        "--batch",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Samples a call.",
-    )
+    @click.option("--threads", default=1, help="CPU threads.")
+    @click.option("--batch", type=click.IntRange(1), default=1, help="Samples a call.")
     @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
     @click.option(
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "numpy"]),
         default="auto",
-        show_default=True,
         help="What computes. NumPy is slower, but needs nothing else.",
     )
     @functools.wraps(command)
@@ -60,7 +54,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(exists=True, allow_dash=True, path_type=Path),
 )
 @click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
-@click.option("--top", default=1, show_default=True, help="Classes to name per sample.")
+@click.option("--top", default=1, help="Classes to name per sample.")
 @_run_options
 @click.option(
     "-o",
@@ -81,10 +75,10 @@ def infer(  # noqa: PLR0913 - one for each option
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the model on INPUT: images, .npy files, folders of both, or - for stdin.
+    """Run the model on images, .npy files, or folders of both.
 
-    Prints one JSON object a sample, as soon as it is computed; with --json one object
-    for all of them.
+    INPUT may be - for standard input. Prints one JSON object a sample, as soon as it
+    is computed; with --json one object for all of them.
     """
     import numpy as np
 
@@ -119,7 +113,7 @@ def infer(  # noqa: PLR0913 - one for each option
 
 @click.command()
 @_run_options
-@click.option("--seconds", default=3.0, show_default=True, help="How long to measure.")
+@click.option("--seconds", default=3.0, help="How long to measure.")
 @json_option
 @click.pass_context
 def bench(
@@ -130,7 +124,10 @@ def bench(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Measure the active weights here, on golden inputs, beside ONNX Runtime alone."""
+    """Measure load time, latency and memory on this device.
+
+    With the active weights and golden inputs, beside ONNX Runtime alone.
+    """
     import numpy as np
 
     from edge_runtime.bench import bench as measure
@@ -169,8 +166,6 @@ def _lines(result: dict[str, Any], threads: int) -> list[str]:
 
 
 def _only_input(contract: "Contract") -> "InputSpec":
-    from edge_runtime.errors import ContractError
-
     if len(contract.inputs) != 1:
         names = ", ".join(spec.name for spec in contract.inputs)
         raise ContractError(

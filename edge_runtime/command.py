@@ -9,9 +9,11 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from edge_runtime import errors
 
@@ -65,6 +67,8 @@ def exit_code(error: BaseException) -> int:
     for kind, code in EXIT_CODES.items():
         if isinstance(error, kind):
             return code
+    if isinstance(error, click.ClickException):
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return INTERRUPTED
     return OS_ERROR if isinstance(error, OSError) else BUG
@@ -96,49 +100,83 @@ def say(message: str) -> None:
 class _CatchErrors:
     """Turns exceptions into messages and documented exit codes."""
 
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def main(
+        self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
+    ) -> NoReturn:
+        args = sys.argv[1:] if args is None else list(args)
         kwargs["standalone_mode"] = False
         try:
-            result = super().main(*args, **kwargs)  # type: ignore[misc]
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # The reader went away (``dpu-patch info ... | head``): not our failure.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(OK)
-        except click.ClickException as err:
-            err.show()
-            sys.exit(err.exit_code)
-        except (errors.DpuError, OSError, KeyboardInterrupt, click.Abort) as err:
-            _report(err, exit_code(err))
+            result = super().main(args, *more, **kwargs)  # type: ignore[misc]
+        # The one place where a bug becomes a message.
+        except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
+            _report(err, as_json="--json" in args)
             sys.exit(exit_code(err))
-        except Exception:  # noqa: BLE001 - the one place where a bug becomes a message
-            traceback.print_exc()
-            say("this is a bug: please report it with the lines above")
-            sys.exit(BUG)
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
         sys.exit(result if isinstance(result, int) else OK)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)  # type: ignore[misc]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader went away (``dpu-edge infer ... | head``): not our failure.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
+        return result
 
-def _report(error: BaseException, code: int) -> None:
-    message = str(error) or ("interrupted" if code == INTERRUPTED else repr(error))
-    if "--json" not in sys.argv:
-        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        say(message)
-        return
-    details = {
-        key: value for key, value in vars(error).items() if not key.startswith("_")
-    }
-    record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
-    say(json.dumps(record | {"exit_code": code} | details, default=str))
+
+def _report(error: BaseException, *, as_json: bool) -> None:
+    code, message = exit_code(error), _message(error)
+    bug = code == BUG and not isinstance(error, errors.DpuError | click.ClickException)
+    if as_json:
+        record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
+        record |= {"exit_code": code}
+        record |= vars(error) if isinstance(error, errors.DpuError) else {}
+        record |= {"traceback": traceback.format_exception(error)} if bug else {}
+        say(json.dumps(record, default=str))
+    elif isinstance(error, click.ClickException):
+        error.show()
+    elif bug:
+        traceback.print_exception(error)
+        say("this is a bug: please report it with the lines above")
+    else:
+        say(click.style("error: ", fg="red", bold=True) + message)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        denied = isinstance(error, PermissionError)
+        hint = "; run this as a user who may" if denied else ""
+        return f"{error.filename}: {error.strerror}{hint}"
+    interrupted = exit_code(error) == INTERRUPTED
+    return "interrupted" if interrupted else str(error) or repr(error)
 
 
 class Command(_CatchErrors, click.Command):
     """A click command with this project's errors and exit codes."""
 
 
+def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keep an option's value as ``context.obj``: the callback of shared options.
+
+    An option of a group with this callback may also follow a command's name, as if it
+    stood before it; what is given last wins, over the environment too.
+    """
+    source = context.get_parameter_source(str(option.name))
+    if source is ParameterSource.COMMANDLINE or context.obj is None:
+        context.obj = value
+
+
 class Group(_CatchErrors, click.Group):
     """A click group with this project's errors and exit codes."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, with the options that the group shares."""
+        cmd.params += [p for p in self.params if p.callback is shared]
+        super().add_command(cmd, name)
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 88}

@@ -216,8 +216,8 @@ class Device:
             if slot is None:
                 reach = ", ".join(str(known.round) for known in state.reachable)
                 raise StoreError(
-                    f"there is no earlier slot to go back to; rounds within reach: "
-                    f"{reach or 'none'}"
+                    ("there is no earlier slot" if to is None else f"no round {to}")
+                    + f" to go back to; rounds within reach: {reach or 'none'}"
                 )
             if state.slot(slot.target):
                 self.store.check_slot(slot.target)

@@ -29,6 +29,7 @@ from edge_runtime.weights import (
     Tensor,
     Weights,
     make_layout,
+    pack_weights,
     read_weights,
 )
 
@@ -126,8 +127,6 @@ def write_recipe(recipe: InitRecipe, folder: str | PathLike[str]) -> None:
     Raises:
         OSError: The files cannot be written.
     """
-    from edge_runtime.weights import pack_weights
-
     folder = Path(folder)
     entries = {
         name: {"dtype": t.dtype, "shape": list(t.shape), "kind": t.kind}

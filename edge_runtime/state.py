@@ -243,7 +243,7 @@ def decode_state(data: bytes) -> State:
                 "former": tuple(Slot(**entry) for entry in record["former"]),
                 "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
                 "skipped": tuple(record["skipped"]),
-                "history": tuple(_event(entry) for entry in record["history"]),
+                "history": tuple(Event(**entry) for entry in record["history"]),
             }
         )
         _ = state.active_slot
@@ -257,7 +257,3 @@ def decode_state(data: bytes) -> State:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _event(entry: Mapping[str, Any]) -> Event:
-    return Event(**entry)

@@ -144,11 +144,11 @@ class Store:
             )
         try:
             self._state = decode_state(self._state_path.read_bytes())
-        except (OSError, StoreError) as err:
+        except (OSError, StoreError):
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
                 state = decode_state(self._copy_path.read_bytes())
-                note = event_now("mended", state.active_slot, str(err))
+                note = event_now("mended", state.active_slot, "state.json was damaged")
                 self._state = state.noted(note)
                 return self._state
             raise

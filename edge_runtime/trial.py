@@ -65,6 +65,7 @@ def run_trial(
             text=True,
             timeout=timeout_s,
             check=False,
+            process_group=0,  # Ctrl-C for the caller is no verdict on the weights
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},
         )
     except subprocess.TimeoutExpired as err:

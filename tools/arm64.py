@@ -2,13 +2,15 @@
 
     python -m tools.arm64
 
-installs the wheel with the real aarch64 wheels of its dependencies, lets the emulated
-``dpu-edge`` and this machine's do the same with the same files, and compares: weights
-by SHA-256, predictions within the contract's tolerance. Ends with 1 if anything
-differs. Emulated memory stays below what a board of 512 MB has left; emulated times say
-nothing about a board.
+installs the wheel with the real aarch64 wheels of its dependencies, applies the golden
+patches of every released format version, lets the emulated ``dpu-edge`` and this
+machine's do the same with the same bundles and patches, and compares: weights by
+SHA-256, predictions within the contract's tolerance. Ends with 1 if anything differs.
+Emulated memory stays below what a board of 512 MB has left; emulated times say nothing
+about a board.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -31,6 +33,13 @@ _INIT = (
     "import sys; from edge_runtime import Device; "
     "print(Device.open(sys.argv[1]).store.recipe.generate().fingerprint)"
 )
+_GOLDEN = """\
+import sys
+from edge_runtime import apply_patch, open_patch, read_weights
+for file, base in zip(sys.argv[1::2], sys.argv[2::2]):
+    with open_patch(file) as patch:
+        print(apply_patch(read_weights(base), patch).fingerprint, file)
+"""
 _VERSIONS = (
     "import json, platform, edge_runtime, numpy, onnxruntime; print(json.dumps({"
     "'machine': platform.machine(), 'python': platform.python_version(), "
@@ -87,6 +96,29 @@ def basic_checks(arm: Machine, versions: dict[str, Any]) -> Iterator[Check]:
     found = f"{versions['machine']}, {versions['code']}"
     ours = versions["machine"] == "aarch64" and "/ours/" in versions["code"]
     yield Check("code comes from our wheel", ours, found)
+
+
+def golden_checks(arm: Machine) -> Iterator[Check]:
+    """Apply what every released version wrote, and compare with the targets here."""
+    for folder in sorted((CHECKOUT / "tests" / "golden").glob("v*")):
+        patches = sorted(folder.glob("*.dpu"))
+        # The patch with two signatures is that of "sparse".
+        stems = [path.stem.replace("signed_twice", "sparse") for path in patches]
+        bases = [folder / f"{stem}.base" for stem in stems]
+        pairs = [str(p) for pair in zip(patches, bases, strict=True) for p in pair]
+        done = arm.python("-c", _GOLDEN, *pairs)
+        targets = [(folder / f"{stem}.target").read_bytes() for stem in stems]
+        found = dict(line.split(" ", 1)[::-1] for line in done.out.splitlines())
+        right = sum(
+            found.get(str(path)) == hashlib.sha256(target).hexdigest()
+            for path, target in zip(patches, targets, strict=True)
+        )
+        yield _check(
+            f"golden patches of format {folder.name}",
+            done,
+            right == len(patches),
+            f"{right} of {len(patches)} lead to their targets bit for bit",
+        )
 
 
 def device_checks(
@@ -231,6 +263,7 @@ def main(root: Path, mirror: str, names: tuple[str, ...], *, as_json: bool) -> N
     work = root / "work"
     for found in (
         basic_checks(arm, versions),
+        golden_checks(arm),
         *(device_checks(s, arm, here, work / s.name) for s in samples),
     ):
         for check in found:

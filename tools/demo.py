@@ -221,10 +221,15 @@ def table(rows: list[Row]) -> Iterator[str]:
         "verified: the device's weight file has the server's SHA-256, and ONNX Runtime "
         f"answers\nas torch does within {TOLERANCE:g} of the largest output"
     )
+    for row in rows:
+        if row.outcome == "re-init":
+            yield f"round {row.round} began anew from the init weights"
+        if row.outcome == "kept_base":
+            yield f"round {row.round} got no better than its base: nothing was sent"
 
 
 def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
-    edge = f"dpu-edge --store {demo.store}"
+    store = f"--store {demo.store}"
     sent = max(row.round for row in rows if row.patch_bytes)
     final = demo.run / f"round_{sent:02d}"
     yield f"rounds and patches   {demo.run}"
@@ -232,9 +237,9 @@ def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
     yield ""
     yield "next (in .venv/bin, or after 'source .venv/bin/activate'):"
     yield f"  sha256sum {final}/weights.safetensors {demo.store}/current/*.safetensors"
-    yield f"  {edge} status"
-    yield f"  {edge} infer --golden"
-    yield f"  {edge} rollback"
+    yield f"  dpu-edge status {store}"
+    yield f"  dpu-edge infer --golden {store}"
+    yield f"  dpu-edge rollback {store}"
     yield f"  dpu-patch info {final}.dpu --base {final}/weights.safetensors"
     yield f"  dpu-patch report {demo.run} -o report.html"
 

@@ -1,139 +1,170 @@
 """``make test-crash``: everything about crash safety, with counts.
 
-It takes some minutes. Exit code 1 if a promise was broken, or if something could not
-run on this machine: what did not run proves nothing.
+Exit code 1 if a promise was broken, or if something could not run on this machine:
+what did not run proves nothing.
 """
 
+import json
 import sys
 import time
-from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import click
 
 from tests.crash import kills as killing
 from tests.crash import world
 from tests.crash.disk import read_tree
+from tests.crash.examine import insist
 from tests.crash.explore import (
     Count,
     cut_again,
     cut_power,
     fail_everywhere,
+    fail_reads,
     kill_then_cut,
 )
 from tests.crash.realdisk import in_namespace
-from tests.crash.recording import LIFE, Recording, install
-from tests.crash.traced import Forgetful
+from tests.crash.recording import (
+    LIFE,
+    TROUBLE,
+    Recording,
+    install,
+    rollback_far,
+    update,
+)
+from tests.crash.traced import Recorder
 
-failed = []
-
-
-def show(name, bad, seconds, **counts):
-    """Print one line of the table."""
-    text = ", ".join(f"{value:,} {key}" for key, value in counts.items())
-    print(f"{name:45} {text}, {bad} bad  ({seconds:.0f} s)", flush=True)
-    if bad:
-        failed.append(name)
-
-
-def explore(folder, name, before, steps):
-    """Enumerate the crash states of some steps."""
-    recording = record(folder, before, steps)
-    for title, cut in (
-        ("power cut", cut_power),
-        ("killed, then power cut", kill_then_cut),
-        ("power cut, and again in the next start", cut_again),
-    ):
-        count, start = Count(), time.time()
-        cut(recording, count)
-        report(f"{name}: {title}", count, start, operations=len(recording.files.log))
+FULL = (install, update, update, update)  # two slots and two reverse patches
 
 
-def report(name, count, start, **counts):
-    counts |= {"places": count.points, "states": count.states}
-    show(name, count.bad.total(), time.time() - start, **counts)
-    for what, times in count.bad.most_common(10):
-        print(f"    {times} x {what}")
+class Report:
+    """The table, as it is filled.
+
+    Attributes:
+        rows: What was counted, by name.
+        failed: Names of what broke a promise, or did not run.
+    """
+
+    def __init__(self, *, as_json):
+        self.rows, self.failed, self._as_json = {}, [], as_json
+        self._last = time.perf_counter()
+
+    def add(self, name, counts):
+        """Add one line."""
+        now = time.perf_counter()
+        self.rows[name] = counts | {"seconds": round(now - self._last, 1)}
+        self._last = now
+        if counts.get("bad", 1):
+            self.failed.append(name)
+        if not self._as_json:
+            text = ", ".join(
+                f"{value:,} {key.replace('_', ' ')}" if key != "not run" else value
+                for key, value in counts.items()
+                if key != "problems"
+            )
+            print(f"{name:<42} {text}", flush=True)
+            for what, times in counts.get("problems", {}).items():
+                print(f"    {times} x {what}", flush=True)
+
+    def explore(self, name, work, *arguments, **options):
+        """Add a line for an exploration."""
+        count = Count()
+        failures = work(*arguments, count, **options)
+        counts = {} if failures is None else {"failures": failures}
+        counts |= {"places": count.points, "states": count.states}
+        counts |= {"bad": count.bad.total()}
+        problems = dict(count.bad.most_common(10))
+        self.add(name, counts | ({"problems": problems} if problems else {}))
 
 
-def fail_operations(folder):
-    """Let every operation of every step fail."""
-    folder.mkdir()
-    count, injected, start, states = Count(), 0, time.time(), [None]
-    for step in (install, *LIFE):
-        injected += fail_everywhere(step, read_tree(folder), states, count)
-        states = Recording(folder, states=states).play(step).states()
-    report("every operation fails, then power cut", count, start, failures=injected)
-
-
-def leave_syncs_out(folder):
-    """Leave out each place that syncs; every one must be missed."""
-    start, tried, missed = time.time(), 0, []
-    for before, steps in (((), (install,)), ((install,), LIFE)):
-        for site in record(folder / f"{steps[0].__name__}", before, steps).files.sites:
-            files = partial(Forgetful, site=site)
-            recording = record(folder / f"{tried}", before, steps, files)
-            count = Count(enough=1)
-            cut_power(recording, count)
-            if not count.bad:
-                kill_then_cut(recording, count, files=files, after="rename")
-            tried += 1
-            if not count.bad:
-                missed.append(site)
-    show("a sync left out is found out", len(missed), time.time() - start, places=tried)
-    for site in missed:
-        print(f"    {site}")
-
-
-def record(base, before, steps, files=Forgetful):
+def record(base, before, steps, files=Recorder):
     """Record some steps in a new folder."""
     base.mkdir(parents=True)
     states = Recording(base).play(*before).states() if before else [None]
     return Recording(base, files(base), states).play(*steps)
 
 
+def explore(report, folder):
+    """Enumerate what power cuts and kills may leave."""
+    installation = record(folder / "install", (), (install,))
+    life = record(folder / "life", (install,), LIFE)
+    trouble = record(folder / "trouble", (install,), TROUBLE)
+    step = record(folder / "step", FULL, (update, rollback_far))
+    report.explore("power cut: installation", cut_power, installation)
+    report.explore("power cut: updates, rollbacks, refusals", cut_power, life)
+    for name, recording in (("update", step), ("installation", installation)):
+        report.explore(
+            f"killed, then power cut: {name}", kill_then_cut, recording, after="rename"
+        )
+    report.explore("power cut, and again in the next start", cut_again, step)
+    report.explore("power cut: little room, retries, damage", cut_power, trouble)
+
+
+def refuse(report, folder):
+    """Let every operation, and every read, of every kind of step fail."""
+    for name, work in (
+        ("every write, rename, sync ... fails", fail_everywhere),
+        ("every read fails", fail_reads),
+    ):
+        report.explore(name, _each_step, folder / work.__name__, work)
+
+
+def _each_step(folder, work, count):
+    """Do something to every step of a life, each kind of step once."""
+    folder.mkdir()
+    total, states, done = 0, [None], set()
+    for number, step in enumerate((install, update, update, update, *TROUBLE, *LIFE)):
+        # What an update does depends on how full the store is.
+        if step not in done or number < 4:
+            total += work(step, read_tree(folder), states, count)
+        done.add(step)
+        states = Recording(folder, states=states).play(step).states()
+    return total
+
+
+def set_clock_back(folder):
+    """Each look at the clock shows a day before the one that it showed last."""
+    days = iter(range(20_000, 0, -1))
+    steps = install, *LIFE, *TROUBLE
+    with mock.patch("time.gmtime", lambda: real_gmtime(86_400 * next(days))):
+        device = record(folder, (), steps).device
+    times = [event.at for event in device.store.state.history]
+    insist(device, device.store.state.active)
+    return {"steps": len(steps), "bad": int(times != sorted(times, reverse=True))}
+
+
+real_gmtime = time.gmtime
+
+
 @click.command()
 @click.option("--kills", default=1000, show_default=True)
 @click.option("--commands", default=30, show_default=True)
-@click.option("--cuts", default=100, show_default=True)
-def main(kills, commands, cuts):
+@click.option("--cuts", default=100, show_default=True, help="Of a real disk.")
+@click.option(
+    "--run",
+    type=click.Path(exists=True, path_type=Path),
+    help="Take patches of this run; by default one is trained.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(kills, commands, cuts, run, *, as_json):
     """Prove that a store survives."""
+    report = Report(as_json=as_json)
+    options = ["--kills", kills, "--commands", commands]
+    done = killing.in_process(*options, *(["--run", run.resolve()] if run else []))
+    for name, counts in done.items():
+        report.add(name, counts)
+    for name, counts in in_namespace(cuts).items():
+        report.add(name, counts)
     with world.scratch() as folder:
-        explore(folder / "install", "installation", (), (install,))
-        explore(folder / "life", "a life", (install,), LIFE)
-        fail_operations(folder / "failures")
-        leave_syncs_out(folder / "syncs")
-        kill_processes(folder, kills, commands)
-    start = time.time()
-    for name, result in in_namespace(cuts).items():
-        if "not run" in result:
-            print(f"{name:45} NOT RUN: {result['not run']}")
-            failed.append(name)
-        else:
-            bad = result.pop("bad")
-            show(name, bad, time.time() - start, **result)
-    if failed:
-        sys.exit(f"FAILED: {', '.join(failed)}")
-    print("nothing was lost")
-
-
-def kill_processes(folder, kills, commands):
-    """Kill real processes; then let two of them fight over a store."""
-    root = folder / "store"
-    world.install(root)
-    for name, work in (
-        ("killed at work", lambda: killing.kill_workers(root, kills)),
-        ("dpu-edge apply killed", lambda: killing.kill_commands(folder, commands)),
-    ):
-        start = time.time()
-        counts = vars(work())
-        show(name, counts.pop("bad"), time.time() - start, **counts)
-    start, floor = time.time(), killing.Device.open(root).store.state.floor
-    results = killing.two_writers(root, 100)
-    made = killing.Device.open(root).store.state.floor - floor
-    lost = sum(done for done, _ in results) - made
-    away = sum(refused for _, refused in results)
-    counts = {"updates": made, "turned away": away}
-    show("two writers", abs(lost), time.time() - start, **counts)
+        report.add("clock set back", set_clock_back(folder / "clock"))
+        explore(report, folder)
+        refuse(report, folder)
+    if as_json:
+        print(json.dumps({"schema": 1, "failed": report.failed, "rows": report.rows}))
+    if report.failed:
+        sys.exit(f"FAILED: {', '.join(report.failed)}")
+    print("nothing was lost", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,9 @@ class Disk:
     def _data(self, parent, path, data):
         parent.names[path.name].content += data
 
+    def _rot(self, parent, path, data):
+        parent.names[path.name] = parent.durable[path.name] = File(data, data)
+
     def _sync(self, parent, path):
         node = self._find(path)
         if isinstance(node, File):

@@ -1,125 +1,37 @@
-"""Cut the power everywhere, start again, and insist on everything promised."""
+"""Cut the power everywhere, refuse every operation, and start again each time."""
 
 import errno
 import itertools
+import os
 import re
 import shutil
+import sys
+import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from edge_runtime import Device, fingerprint_file
+from edge_runtime import Device, fingerprint_file, store
 from edge_runtime.errors import DpuError, StoreError
 from edge_runtime.state import decode_state
 from tests.crash import world
 from tests.crash.disk import Disk, write_tree
+from tests.crash.examine import BadStateError, examine, go_on
 from tests.crash.recording import Recording, install, update
 from tests.crash.traced import Failing, Recorder
 
-
-class BadStateError(Exception):
-    """What the next start found is not what was promised."""
+_encode_reverse, _encoded = store.encode_reverse, {}
 
 
-# What must hold --------------------------------------------------------------------
+def encode_reverse(layout, base, target, header):
+    """Encode each reverse patch once: files and header alone decide its bytes."""
+    key = fingerprint_file(base), fingerprint_file(target), header
+    if key not in _encoded:
+        _encoded[key] = _encode_reverse(layout, base, target, header)
+    return _encoded[key]
 
 
-def examine(base, states):
-    """Start on what was left, and insist on everything promised.
-
-    Args:
-        base: The folder that holds the store; it is changed.
-        states: The states that may be found; None: nothing installed.
-
-    Raises:
-        BadStateError: A promise is broken.
-    """
-    try:
-        device = _start(base / "store", states)
-        if device is None:
-            device = world.install(base / "store")
-            _insist(device, world.weights(0).fingerprint)
-            return
-        _go_back(device)
-        _go_on(device)
-    except (DpuError, OSError, LookupError, ValueError) as err:
-        raise BadStateError(f"{type(err).__name__}: {err}") from err
-
-
-def _start(root, states):
-    """Open the store; it knows what was acknowledged, and its slots are whole."""
-    if None in states and not (root / "state.json").exists():
-        return None
-    device = Device.open(root, trial=world.no_trial)
-    state = device.store.state
-    if state not in states:
-        raise BadStateError("what was acknowledged is lost")
-    for name, data in world.members().items():
-        if (root / "model" / name).read_bytes() != data:
-            raise BadStateError(f"model/{name} is damaged")
-    for slot in state.slots:
-        device.store.check_slot(slot.target)
-    link = root / "current"
-    if link.is_symlink():
-        target = fingerprint_file(link / "weights.safetensors")
-        if not target.startswith(link.readlink().name):
-            raise BadStateError("'current' leads to damaged weights")
-    for name in ("state.json", "state.copy"):
-        _rots(root / name, states, state.floor)
-    return device
-
-
-def _rots(path, states, floor):
-    """If one of the two state files is damaged the other serves; no floor is lower."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(bytes(len(data)))
-    device = Device.open(path.parent, trial=world.no_trial)
-    state = device.store.state
-    if state.history[-1].event == "mended":
-        state = replace(state, history=state.history[:-1])
-    if state not in states or state.floor < floor:
-        raise BadStateError(f"without {path.name} the state is older")
-    device.verify()
-    path.unlink()
-    path.write_bytes(data)
-
-
-def _go_back(device):
-    """The way back along the reverse patches can be gone; each way is tried once."""
-    state, root = device.store.state, device.store.root
-    files = [*root.glob("reverse/*"), *root.glob("slots/*/weights.safetensors")]
-    way = state.former, frozenset((path.name, path.read_bytes()) for path in files)
-    if state.former and hash(way) not in _ways:
-        device.rollback(state.former[-1].round)
-        _insist(device, state.former[-1].target)
-        _ways.add(hash(way))
-
-
-_ways: set[int] = set()
-
-
-def _go_on(device):
-    """The next patch applies."""
-    if device.store.state.pinned:
-        device.pin(held=False)
-    number = device.store.state.floor + 1
-    device.update(world.next_patch(device.store.state), force=True)
-    _insist(device, world.weights(number).fingerprint)
-
-
-def _insist(device, target):
-    """The active weights are the promised ones, and nothing is left lying about."""
-    if device.verify() != target:
-        raise BadStateError("not the promised weights")
-    store, state = device.store, device.store.state
-    named = {store.slot_folder(slot.target) for slot in state.slots}
-    named |= {store.reverse_path(link.target) for link in state.former}
-    there = [*store.root.glob("slots/*"), *store.root.glob("reverse/*")]
-    if set(there) != named or list(store.root.rglob("*.part")):
-        raise BadStateError("something is missing, or was left lying about")
+store.encode_reverse = encode_reverse  # half the time of thousands of small stores
 
 
 # Where to cut ----------------------------------------------------------------------
@@ -186,6 +98,10 @@ def cut_power(recording, count, *, disk=None, start=0, examined=examine):
         if position < start:
             continue
         count.points += 1
+        if _has_current(recording.start) and not _has_current(disk.running()):
+            count.report(
+                "a kill leaves no 'current'", f"{position}: {log[position - 1]}"
+            )
         states = recording.states(position)
         for tree in disk.after_power_cut():
             if count.bad.total() >= count.enough:
@@ -201,11 +117,15 @@ def cut_power(recording, count, *, disk=None, start=0, examined=examine):
                     count.report(err, f"{position}: {where}")
 
 
-def cut_again(recording, count):
+def _has_current(tree):
+    return "current" in dict(dict(tree[1]).get("store", ("d", ()))[1])
+
+
+def cut_again(recording, count, files=Recorder):
     """As :func:`cut_power`, and cut it again while the next start does its work."""
 
     def recover(base, states):
-        again = Recording(base, states=found(base))
+        again = Recording(base, files(base), found(base))
         again.play(update if (base / "store" / "state.json").exists() else install)
         cut_power(again, count)
 
@@ -247,7 +167,10 @@ def found(base):
     return states
 
 
-FAULTS = tuple(itertools.product((errno.EIO, errno.ENOSPC, errno.EROFS), (False, True)))
+# What to refuse ---------------------------------------------------------------------
+
+# No code here looks at the number, so two of them stand for all.
+FAULTS = ((errno.EIO, False), (errno.ENOSPC, True))
 
 
 def fail_everywhere(step, start, states, count, faults=FAULTS):
@@ -274,14 +197,70 @@ def fail_everywhere(step, start, states, count, faults=FAULTS):
                 if files.left >= 0:
                     break  # beyond the last operation
                 injected += 1
-                shutil.copytree(base, base.with_name("copy"), symlinks=True)
-                try:
-                    examine(base.with_name("copy"), recording.states())
-                except BadStateError as err:
-                    where = f"{errno.errorcode[code]} at {number}, {for_good=}"
-                    count.report(err, f"{step.__name__}: {where}")
+                where = f"{step.__name__}: {errno.errorcode[code]} at {number}"
+                _look_at_copy(recording, count, where)
                 cut_power(recording, count, start=number)
+                if not for_good:
+                    _go_on_after(recording, count, where)
     return injected
+
+
+def fail_reads(step, start, states, count):
+    """Let every file that a step opens for reading fail, one by one.
+
+    Returns:
+        How many failures were injected.
+    """
+    number = 0
+    while True:
+        with written(start) as base:
+            recording = Recording(base, states=states)
+            _reads.folder, _reads.left = str(base), number
+            with suppress(DpuError, OSError):
+                recording.play(step)
+            _reads.folder = None
+            if _reads.left >= 0:
+                return number
+            number += 1
+            where = f"{step.__name__}: read {number} fails"
+            _look_at_copy(recording, count, where)
+            _go_on_after(recording, count, where)
+
+
+def _look_at_copy(recording, count, where):
+    copy = recording.base.with_name("copy")
+    shutil.copytree(recording.base, copy, symlinks=True)
+    count.points, count.states = count.points + 1, count.states + 1
+    try:
+        examine(copy, recording.states())
+    except BadStateError as err:
+        count.report(err, where)
+
+
+def _go_on_after(recording, count, where):
+    """The process that saw the error is of use still."""
+    try:
+        if recording.device:
+            go_on(recording.device)
+    except (BadStateError, DpuError, OSError) as err:
+        count.report(err, f"{where}, then the same process")
+
+
+_reads = threading.local()
+
+
+def _refuse(event, arguments):
+    """Refuse to open one file for reading, as a disk with a bad block would."""
+    folder = getattr(_reads, "folder", None)
+    if folder is None or event != "open" or not str(arguments[0]).startswith(folder):
+        return
+    if not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_DIRECTORY):
+        _reads.left -= 1
+        if _reads.left == -1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(arguments[0]))
+
+
+sys.addaudithook(_refuse)
 
 
 @contextmanager

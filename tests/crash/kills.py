@@ -1,63 +1,138 @@
-"""Real processes that apply real patches, and are killed without a warning."""
+"""Real processes that apply the patches of a real run, killed without a warning.
+
+``python -m tests.crash.kills`` prints one JSON object. Workers are forked from a
+process that has imported everything, ONNX Runtime too, so a thousand are affordable;
+the trial session of each of their updates is forked as well, and is real otherwise.
+Commands are ``dpu-edge apply``, started and tried as on any device.
+"""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from edge_runtime import Device, UpdateResult
-from edge_runtime.errors import DpuError, StoreError
+import click
+
+from edge_runtime import Device
+from edge_runtime.contract import parse_contract
+from edge_runtime.errors import DpuError, StoreError, TrialError
 from edge_runtime.state import decode_state, encode_state
-from packager.build import pack_round
-from packager.bundle import build_bundle
-from packager.rounds import read_round
-from tests.conftest import Run
+from edge_runtime.trial import TrialResult, judge, try_slot
 from tests.crash import world
-from tests.crash.recording import Recording
+from tests.crash.served import ROOT, Server, train
 
-STEPS = {
-    Recording.update: 6,
-    Recording.refused: 1,
-    Recording.rollback: 1,
-    Recording.rollback_far: 1,
-    Recording.pin: 1,
-}
+WEIGHTS = {"update": 8, "refused": 1, "rollback": 1, "rollback_far": 1, "pin": 1}
 
 
-class Worker(Recording):
+def spawn(work):
+    """Fork a process that does some work; return its id and what it writes to."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, read
+    try:
+        os.close(read)
+        work(write)
+        os._exit(0)
+    except BrokenPipeError:
+        os._exit(1)  # the one who asked was killed
+    except BaseException as err:  # noqa: BLE001 - a child must never return
+        with suppress(OSError):
+            os.write(2, f"{type(err).__name__}: {err}\n".encode())
+        os._exit(1)
+
+
+def read_all(pipe):
+    """Read what a process wrote, to the end."""
+    data = b"".join(iter(lambda: os.read(pipe, 1 << 16), b""))
+    os.close(pipe)
+    return data
+
+
+def forked_trial(slot, model, *, expected=False):
+    """Try a slot in a process of its own that imports nothing anew."""
+
+    def work(out):
+        os.write(out, json.dumps(asdict(try_slot(slot, model))).encode())
+
+    child, pipe = spawn(work)
+    said = read_all(pipe)
+    if os.waitpid(child, 0)[1]:
+        raise TrialError("the trial session ended without a result")
+    contract = parse_contract((model / "contract.json").read_bytes())
+    judge(TrialResult(**json.loads(said)), contract, expected=expected)
+
+
+class Worker:
     """Takes steps on a real store, and says after each one what it promised."""
 
-    def __init__(self, root, out, files=None):
-        self.files, self.out, self._bad_model = files, out, False
-        self.device = Device.open(root, files=files, trial=self._trial)
+    def __init__(self, server, root, out, trial=forked_trial, files=None):
+        self.server, self.out = server, out
+        self.device = Device.open(root, files=files, trial=trial)
+
+    @property
+    def state(self):
+        return self.device.store.state
 
     def acknowledge(self):
-        data = encode_state(self.device.store.state)
+        data = encode_state(self.state)
         os.write(self.out, len(data).to_bytes(4, "little") + data)
 
     def work(self, seed):
-        """Take steps until something ends this process.
-
-        That there is nothing to go back to is no failure.
-        """
+        """Take steps until something ends this process."""
         rng = random.Random(seed)
-        choice = rng.choices(list(STEPS), STEPS.values(), k=100_000)
+        steps = rng.choices(list(WEIGHTS), WEIGHTS.values(), k=100_000)
         # The first step is ready to go, so that many kills hit the store at work.
-        for step in [Recording.update, *choice]:
-            try:
-                step(self)
-                self.acknowledge()
-                if self.device.store.state.pinned:
-                    self.unpin()
-                    self.acknowledge()
-            except StoreError as err:
-                if "no earlier slot" not in str(err):
-                    raise
+        for step in ["update", *steps]:
+            getattr(self, step)()
+            self.acknowledge()
+
+    def update(self):
+        if self.state.pinned:
+            self.device.pin(held=False)
+            self.acknowledge()
+        patch = self.server.next_patch(self.state)
+        if patch is None:  # it has every round: back to the first one, and again
+            self.rollback_far()
+            self.acknowledge()
+            patch = self.server.next_patch(self.state)
+        try:
+            self.device.update(patch, force=True)
+        except TrialError as err:
+            if "cut off" not in str(err):
+                raise
+            # Its trials were killed three times: refused, until it is forced again.
+            self.device.update(patch, force=True)
+
+    def refused(self):
+        """A bad model of a good signature is refused, and remembered."""
+        if self.state.pinned or not self.server.bad:
+            return
+        bad = self.server.bad[self.state.active_slot.round]
+        with suppress(TrialError):
+            self.device.update(bad, force=True)
+            raise StoreError("a bad model was installed")
+
+    def rollback(self):
+        # That there is nothing to go back to is no failure.
+        if self.state.earlier() is not None:
+            self.device.rollback()
+
+    def rollback_far(self):
+        reachable = self.device.status()["reachable_rounds"]
+        if reachable:
+            self.device.rollback(min(reachable))
+
+    def pin(self):
+        self.device.pin(held=not self.state.pinned)
 
 
 @dataclass
@@ -77,28 +152,9 @@ class Kills:
     bad: int = 0
 
 
-def spawn(work):
-    """Fork a process that does some work; return its id and what it writes to."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(write)
-        return child, read
-    try:
-        os.close(read)
-        work(write)
-        os._exit(0)
-    except BaseException as err:  # noqa: BLE001 - a child must never return
-        with suppress(OSError):
-            os.write(2, f"{type(err).__name__}: {err}\n".encode())
-        os._exit(1)
-
-
 def promises(pipe):
     """Read the states that a worker acknowledged, to the end."""
-    data = b"".join(iter(lambda: os.read(pipe, 1 << 16), b""))
-    os.close(pipe)
-    found = []
+    data, found = read_all(pipe), []
     while len(data) >= 4 and len(data) >= 4 + int.from_bytes(data[:4], "little"):
         size = 4 + int.from_bytes(data[:4], "little")
         found.append(decode_state(data[4:size]))
@@ -112,17 +168,42 @@ def keeps(found, promised):
     return found.floor >= promised.floor and promised.history[-1] in found.history[-3:]
 
 
-def kill_workers(root, kills, seed=0):
-    """Kill workers at random moments; each goes on where the one before ended."""
+def is_good(root, promised):
+    """Whether a store opens, all its slots are whole, and a promise was kept."""
+    try:
+        device = Device.open(root)
+        for slot in device.store.state.slots:
+            device.store.check_slot(slot.target)
+        if not (root / "current" / "weights.safetensors").exists():
+            raise StoreError("'current' leads nowhere")
+    except DpuError as err:
+        print(f"  broken: {err}", file=sys.stderr)
+        return False
+    return keeps(device.store.state, promised)
+
+
+def kill_workers(server, root, kills, trial=forked_trial, seed=0):
+    """Kill workers at random moments; each goes on where the one before ended.
+
+    Once a store has every round a new one takes its place now and then, so that
+    patches are applied for the first time too.
+    """
     rng, count = random.Random(seed), Kills()
-    device = Device.open(root, trial=world.no_trial)
-    step_s = _time_of_a_step(device)
-    last = device.store.state
+    fresh = root.with_name("fresh")
+    shutil.copytree(root, fresh, symlinks=True)
+    last = Device.open(root).store.state
+    step_s = _time_of_a_step(server, root, trial)
     while count.kills < kills:
-        world.next_patch(last)  # made before, so that it takes no time below
+        if rng.random() < 0.1:
+            shutil.rmtree(root)
+            shutil.copytree(fresh, root, symlinks=True)
+            last = Device.open(root).store.state
+        server.next_patch(last)  # made before, so that it takes no time below
         seed = rng.random()
-        child, pipe = spawn(lambda out, seed=seed: Worker(root, out).work(seed))
-        time.sleep(rng.uniform(0, 4 * step_s))
+        child, pipe = spawn(
+            lambda out, seed=seed: Worker(server, root, out, trial).work(seed)
+        )
+        time.sleep(rng.uniform(0, 3 * step_s))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         acknowledged = promises(pipe)
@@ -135,33 +216,33 @@ def kill_workers(root, kills, seed=0):
     return count
 
 
-def is_good(root, promised):
-    """Whether a store opens, all its slots are whole, and a promise was kept."""
-    try:
-        device = Device.open(root)
-        for slot in device.store.state.slots:
-            device.store.check_slot(slot.target)
-    except DpuError as err:
-        print(f"  broken: {err}", file=sys.stderr)
-        return False
-    return keeps(device.store.state, promised)
+def _time_of_a_step(server, root, trial):
+    copy = root.with_name("timed")
+    shutil.copytree(root, copy, symlinks=True)
+    device, start = Device.open(copy, trial=trial), time.perf_counter()
+    for _ in range(3):
+        device.update(server.next_patch(device.store.state))
+    return (time.perf_counter() - start) / 3
 
 
-def kill_commands(folder, kills, seed=0):
+def kill_commands(server, folder, kills, seed=0):
     """Kill ``dpu-edge apply``, with its trial session, at random moments."""
-    rng, count, run = random.Random(seed), Kills(), Run(folder / "runs" / "tiny")
-    round_0, root = read_round(run.add(0)), folder / "store"
-    Device.install(root, build_bundle(round_0).data)
+    rng, count, root = random.Random(seed), Kills(), folder / "device"
+    Device.install(root, server.bundle)
     patch, seconds = folder / "round.dpu", 0.0
     while count.kills < kills:
-        state = Device.open(root).store.state
-        if state.floor == len(list(run.path.glob("round_*"))) - 1:
-            number = state.floor + 1
-            patch.write_bytes(pack_round(read_round(run.add(number))).data)
+        device = Device.open(root)
+        if (data := server.next_patch(device.store.state)) is None:
+            device.rollback(min(device.status()["reachable_rounds"]))
+            data = server.next_patch(device.store.state)
+        state = device.store.state
+        patch.write_bytes(data)
         command = [sys.executable, "-m", "edge_runtime", "--store", str(root)]
         start = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "apply", str(patch), "--force"], stdout=subprocess.DEVNULL
+            [*command, "apply", str(patch), "--force"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # "3 trials were cut off", and so they were
         )
         if not seconds:  # the first one may end, to know how long it takes
             process.wait()
@@ -176,13 +257,6 @@ def kill_commands(folder, kills, seed=0):
         count.at_work += _is_half_done(root)
         count.bad += not is_good(root, state)
     return count
-
-
-def _time_of_a_step(device):
-    start = time.perf_counter()
-    for _ in range(5):
-        device.update(world.next_patch(device.store.state))
-    return (time.perf_counter() - start) / 5
 
 
 def _is_half_done(root):
@@ -203,7 +277,8 @@ def two_writers(root, updates):
     """Two processes update one store at the same time.
 
     Returns:
-        How many updates each of them made, and how often one was turned away.
+        How many updates were made, how often one was turned away, and how many of
+        the updates were lost.
     """
 
     def work(out):
@@ -211,37 +286,53 @@ def two_writers(root, updates):
         device = Device.open(root, trial=world.no_trial)
         while done < updates:
             try:
-                result = device.update(world.next_patch(device.store.reload()))
-                done += result is UpdateResult.APPLIED
-            except StoreError as err:
-                if "another process" not in str(err):
-                    raise
-                refused += 1
+                patch = world.next_patch(device.store.reload())
+                done += device.update(patch) == "applied"
             except DpuError:
-                refused += 1  # the other was faster: the patch is an old one now
+                refused += 1  # the other was at work, or faster: the patch is old now
         os.write(out, json.dumps([done, refused]).encode())
 
+    world.install(root)
     workers = [spawn(work) for _ in range(2)]
-    results = []
-    for child, pipe in workers:
-        results.append(json.loads(os.read(pipe, 100)))
-        os.close(pipe)
-        os.waitpid(child, 0)
-    return results
+    told = [json.loads(read_all(pipe) or b"[0, 0]") for _, pipe in workers]
+    ends = [os.waitpid(child, 0)[1] for child, _ in workers]
+    state = Device.open(root).store.state
+    made = sum(done for done, _ in told)
+    bad = (made != state.floor) + sum(map(bool, ends)) + (not is_good(root, state))
+    return {
+        "updates": made,
+        "turned_away": sum(refused for _, refused in told),
+        "bad": bad,
+    }
 
 
-def main():
-    """``python -m tests.crash.kills KILLS UPDATES`` prints one JSON object."""
-    kills, updates = map(int, sys.argv[1:])
+@click.command()
+@click.option("--kills", default=1000)
+@click.option("--commands", default=30)
+@click.option("--updates", default=100)
+@click.option("--run", type=click.Path(path_type=Path), help="A run with patches.")
+def main(kills, commands, updates, run):
+    """Kill processes; then let two of them fight over a store."""
     with world.scratch() as folder:
-        root = folder / "store"
-        world.install(root)
-        killed = vars(kill_workers(root, kills))
-        floor = Device.open(root).store.state.floor
-        made = sum(done for done, _ in two_writers(root, updates))
-        result = {"killed": killed, "made": made}
-        result["updates"] = Device.open(root).store.state.floor - floor
-    print(json.dumps(result))
+        server = Server(run or train(folder / "runs"))
+        Device.install(folder / "store", server.bundle)
+        results = {
+            "killed at work": vars(kill_workers(server, folder / "store", kills)),
+            "dpu-edge apply killed": vars(kill_commands(server, folder, commands)),
+            "two writers": two_writers(folder / "shared", updates),
+        }
+    print(json.dumps(results))
+
+
+def in_process(*options):
+    """Run this module in a process that never imported anything else.
+
+    Returns:
+        The results by name.
+    """
+    command = [sys.executable, "-m", "tests.crash.kills", *map(str, options)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,23 @@ def full_disk(folder):
         Attempts, how many were refused, and how many of them broke a promise.
     """
     count = {"attempts": 0, "refused": 0, "bad": 0}
+    tmpfs = "-t", "tmpfs", "-o", "size=4m", "tmpfs"
+    for pages in range(40):
+        with mounted(folder / "full", *tmpfs) as disk:
+            fill(disk / "ballast", pages)
+            count["attempts"] += 1
+            try:
+                world.install(disk / "store", Optimist())
+            except (DpuError, OSError):
+                count["refused"] += 1
+            (disk / "ballast").unlink()
+            if not (disk / "store" / "state.json").exists():
+                world.install(disk / "store")
+            device = Device.open(disk / "store")
+            count["bad"] += not is_good(disk / "store", device.store.state)
     for name in ("update", "rollback"):
         for pages in range(40):
-            with mounted(
-                folder / "full", "-t", "tmpfs", "-o", "size=4m", "tmpfs"
-            ) as disk:
+            with mounted(folder / "full", *tmpfs) as disk:
                 root = settled(disk)
                 device = Device.open(root, files=Optimist(), trial=world.no_trial)
                 before = device.store.state
@@ -138,13 +150,15 @@ def power_cuts(folder, cuts, options="", files=None):
     run("mkfs.ext4", "-q", "-F", str(image))
     mount, root = ("-o", f"loop{options}", str(image)), place / "store"
     with mounted(place, *mount) as disk:
+        start = time.perf_counter()
         promised = Device.open(settled(disk)).store.state
+        some_steps_s = time.perf_counter() - start
     for _ in range(cuts):
         world.next_patch(promised)
         seed = rng.random()
         with mounted(place, *mount):
             child, pipe = spawn(lambda out, s=seed: cut_off(root, out, s, files))
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, some_steps_s))
             handle = os.open(place, os.O_RDONLY)
             fcntl.ioctl(handle, SHUTDOWN, WITHOUT_FLUSH)
             os.close(handle)
@@ -172,7 +186,7 @@ class Careless(Files):
 def cut_off(root, out, seed, files):
     """Work until the disk is gone."""
     with suppress(OSError, DpuError):
-        Worker(root, out, files).work(seed)
+        Worker(world, root, out, world.no_trial, files).work(seed)
 
 
 def careless(folder, cuts):

@@ -49,6 +49,14 @@ def test_updates_and_rollbacks_survive_a_power_cut_anywhere(record):
     assert count.states > 100
 
 
+def test_damage_and_what_mends_it_survive_a_power_cut_anywhere(record):
+    before = (install, update, update, rollback, Recording.rot_slot)
+    count = Count()
+    cut_power(record(Recording.come_forward, Recording.rot_state, before=before), count)
+    assert not count.bad
+    assert count.states > 100
+
+
 def test_a_second_cut_while_the_next_start_recovers_is_survived(record):
     count = Count()
     cut_again(record(rollback, before=(install, update)), count)

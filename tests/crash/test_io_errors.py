@@ -9,9 +9,10 @@ import pytest
 from edge_runtime import files
 from tests.crash import world
 from tests.crash.disk import read_tree
-from tests.crash.explore import Count, fail_everywhere
+from tests.crash.explore import Count, fail_everywhere, fail_reads
 from tests.crash.recording import (
     LIFE,
+    TROUBLE,
     Recording,
     install,
     rollback_far,
@@ -34,6 +35,15 @@ def test_every_operation_may_fail_before_a_power_cut(before, step, fault):
         failures = fail_everywhere(step, read_tree(folder), states, count, [fault])
     assert not count.bad
     assert failures > 25
+
+
+def test_every_read_of_an_update_may_fail():
+    with world.scratch() as folder:
+        states = Recording(folder).play(install, update, update).states()
+        count = Count()
+        failures = fail_reads(update, read_tree(folder), states, count)
+    assert not count.bad
+    assert failures > 5
 
 
 # The seam --------------------------------------------------------------------------
@@ -66,10 +76,12 @@ sys.addaudithook(watch)
 
 
 def test_no_change_goes_around_the_seam():
+    # A file that rots does so by itself.
+    steps = [step for step in TROUBLE if not step.__name__.startswith("rot")]
     with world.scratch() as base:
         watched.within, watched.around, watched.folder = [], [], str(base)
         try:
-            Recording(base).play(install, *LIFE)
+            Recording(base).play(install, *LIFE, *steps)
         finally:
             watched.folder = None
     assert watched.around == []

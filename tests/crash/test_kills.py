@@ -1,21 +1,15 @@
 """Real processes, killed at random moments. ``make test-crash`` kills a thousand."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from tests.conftest import Run
+from tests.crash.kills import in_process
 
 
-def test_killed_processes_and_two_writers_lose_nothing():
-    command = [sys.executable, "-m", "tests.crash.kills", "20", "10"]
-    done = subprocess.run(
-        command,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    result = json.loads(done.stdout)
-    assert result["killed"]["bad"] == 0
-    assert result["killed"]["kills"] == 20
-    assert result["updates"] == result["made"] == 20
+def test_killed_processes_and_two_writers_lose_nothing(tmp_path):
+    run = Run(tmp_path / "tiny")
+    for number in range(4):
+        run.add(number)
+    options = {"--kills": 20, "--commands": 1, "--updates": 10, "--run": run.path}
+    results = in_process(*(word for option in options.items() for word in option))
+    assert [counts["bad"] for counts in results.values()] == [0, 0, 0]
+    assert results["killed at work"]["kills"] == 20
+    assert results["two writers"]["updates"] == 20

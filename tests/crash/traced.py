@@ -7,6 +7,10 @@ from pathlib import Path
 
 from edge_runtime import files
 from edge_runtime.files import Files
+from edge_runtime.store import SPARE_BYTES
+from tests.crash import world
+
+ROT = b"what was here is not readable any more"
 
 
 class Traced(Files):
@@ -63,6 +67,21 @@ class Recorder(Traced):
     def __init__(self, base):
         self.base = base.resolve()
         self.log = []
+        self.room = None
+
+    def free_bytes(self, path):
+        """Return what is free; with ``room`` for some slots and reverse patches."""
+        if self.room is None:
+            return super().free_bytes(path)
+        slots, reverse = (len(list(path.glob(f"{n}/*"))) for n in ("slots", "reverse"))
+        needed = world.INIT.layout.file_size + SPARE_BYTES
+        return needed - max(0, reverse - self.room[1]) if slots < self.room[0] else 0
+
+    def rot(self, path):
+        """Let a file go bad on its own, as no operation of the store does."""
+        path.unlink()
+        path.write_bytes(ROT)
+        self.log.append(("rot", path.relative_to(self.base), ROT))
 
     def do(self, kind, path, *rest, action=lambda: None):
         action()

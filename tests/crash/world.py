@@ -25,6 +25,7 @@ RECIPE = InitRecipe(
 )
 INIT = RECIPE.generate()
 MODEL = model_id(INIT.layout.header, GRAPH)
+bad: dict[int, bytes] = {}  # patches to bad models: no trial here would find them
 
 
 def no_trial(*_, **__):
@@ -42,19 +43,14 @@ def weights(number):
     return pack_weights(arrays)
 
 
-def number_of(fingerprint):
-    """The round that made some weights."""
-    return next(n for n in range(10**6) if weights(n).fingerprint == fingerprint)
-
-
 @cache
-def patch(parent, number):
+def patch(parent, number, counter=None):
     """The patch from one round to another; ``parent`` None means the init weights."""
     base = INIT if parent is None else weights(parent)
-    target = weights(number)
-    size = INIT.layout.file_size
+    target, size = weights(number), INIT.layout.file_size
+    counter = number if counter is None else counter
     header = PatchHeader(
-        MODEL, base.fingerprint, target.fingerprint, number, number, size
+        MODEL, base.fingerprint, target.fingerprint, number, counter, size
     )
     return build_patch(base, target, header, level=1)
 
@@ -62,6 +58,18 @@ def patch(parent, number):
 def next_patch(state):
     """What the server would send to a device in this state."""
     return patch(state.active_slot.round, state.floor + 1)
+
+
+def latest_patch(state):
+    """What leads a device that rolled back to its newest release again."""
+    newest = next(s for s in state.reachable if s.target == state.floor_target)
+    return patch(state.active_slot.round, newest.round, newest.counter)
+
+
+def same_patch(state):
+    """The weights that a device has, released anew."""
+    number = state.active_slot.round
+    return patch(number, number, state.floor + 1)
 
 
 @cache

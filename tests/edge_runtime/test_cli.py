@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -209,6 +211,74 @@ def test_the_store_may_come_from_the_environment(command, installed, edge, monke
     store = json.loads(edge("status", "--json")[1])["store"]
     monkeypatch.setenv("DPU_STORE", store)
     assert command(main, "status")[0] == 0
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_takes_the_store_after_its_name_and_answers_in_json(name):
+    options = {opt for param in main.commands[name].params for opt in param.opts}
+    assert {"--store", "--json"} <= options
+
+
+def test_the_store_may_stand_before_or_after_the_command(
+    command, installed, tmp_path, monkeypatch
+):
+    store = tmp_path / "store"
+    monkeypatch.setenv("DPU_STORE", str(tmp_path / "elsewhere"))
+    before = command(main, "--store", store, "status", "--json")
+    assert before[0] == 0
+    assert command(main, "status", "--json", "--store", store) == before
+    both = command(main, "--store", tmp_path, "status", "--json", "--store", store)
+    assert both == before
+    code, _, err = command(main, "status")
+    assert (code, "elsewhere" in err) == (7, True)
+
+
+def test_wrong_use_is_told_as_json_too(command, monkeypatch):
+    monkeypatch.delenv("DPU_STORE", raising=False)
+    code, out, err = command(main, "status", "--json")
+    record = json.loads(err)
+    assert (out, record["error"], record["exit_code"]) == ("", "UsageError", code)
+    assert "--store" in record["message"]
+
+
+def test_a_bug_says_so_and_keeps_its_traceback(edge, installed, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("edge_runtime.device.Device.status", broken)
+    code, _, err = edge("status")
+    assert (code, "unforeseen" in err, "this is a bug" in err) == (1, True, True)
+    record = json.loads(edge("status", "--json")[2])
+    assert "unforeseen" in "".join(record["traceback"])
+
+
+def test_a_refusal_names_the_patch_and_keeps_those_before_it(edge, installed, tmp_path):
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    code, out, err = edge("apply", installed / "round_01.dpu", tmp_path / "bad")
+    assert (code, "round_01.dpu: applied" in out) == (3, True)
+    assert "error: bad: not a patch" in err
+    assert json.loads(edge("status", "--json")[1])["round"] == 1
+
+
+def test_a_folder_that_may_not_be_written_is_named(edge, installed, monkeypatch):
+    def denied(_, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("edge_runtime.files.Files.open_lock", denied)
+    code, _, err = edge("rollback")
+    assert (code, "lock: Permission denied; run this as" in err) == (10, True)
+
+
+def test_a_reader_that_goes_away_is_no_failure(installed, edge):
+    store = json.loads(edge("status", "--json")[1])["store"]
+    infer = f"{sys.executable} -m edge_runtime infer --golden --store {store}"
+    done = subprocess.run(
+        ["bash", "-c", f"{infer} | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", [None, *main.commands])

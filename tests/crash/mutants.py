@@ -1,0 +1,256 @@
+"""Is the proof any good? Break the store on purpose, one way at a time.
+
+``python -m tests.crash.mutants`` prints, for each way, what found it; it ends with 1 if
+nothing did, or if the line to break is not there any more.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from tests.crash import world
+from tests.crash.disk import read_tree
+from tests.crash.explore import (
+    Count,
+    cut_power,
+    fail_everywhere,
+    fail_reads,
+    kill_then_cut,
+)
+from tests.crash.kills import two_writers
+from tests.crash.recording import (
+    LIFE,
+    TROUBLE,
+    Recording,
+    install,
+    rollback_far,
+    update,
+)
+
+ROOT = Path(__file__).parents[2]
+FULL = (install, update, update, update)
+QUICK = (update, rollback_far)
+
+# What is broken: the file, the text, and what stands there instead.
+MUTANTS = {
+    "no sync of a file's content": (
+        "files",
+        "            self.sync(file.fileno())\n",
+        "",
+    ),
+    "no sync of the store's parent": (
+        "files",
+        "            self.sync_folder(folder.parent)\n",
+        "",
+    ),
+    "'current' is removed, then made": (
+        "files",
+        "self.symlink(part, folder)\n        self.rename(part, link)",
+        "self.unlink(link)\n        self.symlink(link, folder)",
+    ),
+    "no sync of model/": ("store", "        store.files.sync_folder(folder)\n", ""),
+    "no sync of a slot's names": (
+        "store",
+        "            self.files.sync_folder(part)\n",
+        "",
+    ),
+    "no sync of slots/": (
+        "store",
+        "            self.files.sync_folder(folder.parent)\n",
+        "",
+    ),
+    "no sync of reverse/": (
+        "store",
+        "                self.files.sync_folder(path.parent)\n",
+        "",
+    ),
+    "a way back is promised, not written": (
+        "store",
+        "                self.files.write(path, [data])\n",
+        "",
+    ),
+    "no sync after a commit": (
+        "store",
+        "                self.files.sync_folder(self.root)\n        except",
+        "        except",
+    ),
+    "the state is written in place": (
+        "store",
+        'part = path.with_name(path.name + ".part")\n'
+        "                self.files.write(part, [data])\n"
+        "                self.files.rename(part, path)",
+        "self.files.write(path, [data])",
+    ),
+    "the copy is written after the state": (
+        "store",
+        "for path in (self._copy_path, self._state_path):",
+        "for path in (self._state_path, self._copy_path):",
+    ),
+    "no copy of the state": (
+        "store",
+        "for path in (self._copy_path, self._state_path):",
+        "for path in (self._state_path,):",
+    ),
+    "the copy is not mended": (
+        "store",
+        "            if not mended:\n                self.commit(state)\n",
+        "",
+    ),
+    "the state's checksum is not looked at": (
+        "state",
+        "if digest != _digest(record):",
+        "if digest is None:",
+    ),
+    "no sync before old slots are removed": (
+        "store",
+        "        if doomed:\n",
+        "        if not doomed:\n",
+    ),
+    "old slots are removed before the commit": (
+        "device",
+        "        self.store.commit(state)\n        try:\n            self._run_hooks",
+        "        self.store._state = state\n        self.store._collect()\n"
+        "        self.store.commit(state)\n        try:\n            self._run_hooks",
+    ),
+    "nothing is tidied up": (
+        "store",
+        "        for path in doomed:\n            self.files.remove(path)\n",
+        "",
+    ),
+    "a try is not counted before the trial": (
+        "device",
+        "            self.store.commit(state)\n            self._trial",
+        "            self._trial",
+    ),
+    "hooks run before the commit": (
+        "device",
+        "        self.store.commit(state)\n        try:\n            self._run_hooks(",
+        '        self._run_hooks("after-apply", event, slot)\n'
+        "        self.store.commit(state)\n        try:\n            self._run_hooks(",
+    ),
+    "a damaged kept slot stays in the state": (
+        "device",
+        "            self.store.commit(self.store.state.without(kept))\n",
+        "            pass\n",
+    ),
+    "a kept slot is not looked at": (
+        "device",
+        "                self.store.check_slot(target)\n                return",
+        "                return",
+    ),
+    "room is made at the cost of the active slot": (
+        "store",
+        "if s.target not in (self.state.active, parent)",
+        "if s.target != parent",
+    ),
+    "a rollback lowers the release floor": (
+        "state",
+        "raised = slot.counter > self.floor",
+        "raised = True",
+    ),
+    "no lock": ("store", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    "the state is not read again under the lock": (
+        "store",
+        "state = self.reload()\n",
+        "state = self._state or self.reload()\n",
+    ),
+    "believed before it is written": (
+        "store",
+        "        data = encode_state(state)\n",
+        "        data, self._state = encode_state(state), state\n",
+    ),
+}
+
+
+def hunt(folder):
+    """Return what is found first, and by which part of the suite; None for nothing."""
+    for name, work in (
+        ("power cut", lambda c: cut_power(_record(folder, FULL, QUICK), c)),
+        ("two writers", lambda c: _two(folder, c)),
+        ("power cut", lambda c: cut_power(_record(folder, (), (install,)), c)),
+        ("killed, then power cut", lambda c: _kill(folder, c)),
+        ("power cut", lambda c: cut_power(_record(folder, (install,), LIFE), c)),
+        ("power cut", lambda c: cut_power(_record(folder, (install,), TROUBLE), c)),
+        ("I/O errors", lambda c: _fail(folder, fail_everywhere, c)),
+        ("read errors", lambda c: _fail(folder, fail_reads, c)),
+    ):
+        count = Count(enough=1)
+        try:
+            work(count)
+        except Exception as err:  # noqa: BLE001 - any failure is a find
+            return name, f"{type(err).__name__}: {err}"
+        if count.bad:
+            return name, next(iter(count.bad))
+    return None
+
+
+def _record(folder, before, steps):
+    base = Path(tempfile.mkdtemp(dir=folder))
+    states = Recording(base).play(*before).states() if before else [None]
+    return Recording(base, states=states).play(*steps)
+
+
+def _two(folder, count):
+    counts = two_writers(folder / "shared", 30)
+    if counts["bad"]:
+        count.report(f"{counts['updates']} updates, {counts['bad']} bad", "two writers")
+
+
+def _kill(folder, count):
+    kill_then_cut(_record(folder, FULL, QUICK), count, after="rename")
+
+
+def _fail(folder, work, count):
+    for before, step in (((), install), (FULL, update), (FULL, rollback_far)):
+        base = Path(tempfile.mkdtemp(dir=folder))
+        states = Recording(base).play(*before).states() if before else [None]
+        work(step, read_tree(base), states, count)
+
+
+def break_and_hunt(name):
+    """Break a copy of the runtime, and let another process hunt for it."""
+    module, old, new = MUTANTS[name]
+    with world.scratch() as folder:
+        for package in ("tests", "packager"):
+            (folder / package).symlink_to(ROOT / package)
+        (folder / "edge_runtime").mkdir()
+        for path in (ROOT / "edge_runtime").glob("*.py"):
+            text = path.read_text()
+            if path.stem == module:
+                if text.count(old) != 1:
+                    return None, f"found {text.count(old)} times in {module}.py"
+                text = text.replace(old, new)
+            (folder / "edge_runtime" / path.name).write_text(text)
+        command = [sys.executable, "-m", "tests.crash.mutants", "--hunt"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        return None, done.stderr.strip()[-160:] or f"ended {done.returncode}"
+    return json.loads(done.stdout) or (None, "not found")
+
+
+@click.command()
+@click.option("--hunt", "hunting", is_flag=True, help="Look for a fault in this one.")
+@click.option("--only", default="", help="Only names with this text.")
+def main(*, hunting, only):
+    """Break the store on purpose; the suite must find out each time."""
+    if hunting:
+        with world.scratch() as folder:
+            print(json.dumps(hunt(folder)))
+        return
+    missed = 0
+    for name in (name for name in MUTANTS if only in name):
+        start = time.perf_counter()
+        found, how = break_and_hunt(name)
+        missed += found is None
+        text = f"{found or 'MISSED':<24}{time.perf_counter() - start:4.0f} s  {how}"
+        print(f"{name:<45}{text[:160]}", flush=True)
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
