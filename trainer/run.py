@@ -102,14 +102,12 @@ class Run:
         self.run_dir = run_dir
         self._progress = progress
         # One size for all processes, as what they do next depends on it.
-        self._pack = pack and (
-            lambda base, target: by_first(lambda: pack(base, target))
-        )
+        self._pack = pack and (lambda *ends: by_first(lambda: pack(*ends)))
         self.device = choose_device(config.train.device)
         with first_before_others():
             self._source = source or load_source(config.data)
-        seed, rounds = config.run.seed, config.run.rounds
-        self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
+        seed, data, rounds = config.run.seed, config.data, config.run.rounds
+        self.split = split_source(self._source, data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
             self._source.prepared(samples, self.device)
             for samples in (self.split.pool, self.split.validation, self.split.test)
