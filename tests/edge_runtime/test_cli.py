@@ -261,6 +261,28 @@ def test_a_refusal_names_the_patch_and_keeps_those_before_it(edge, installed, tm
     assert json.loads(edge("status", "--json")[1])["round"] == 1
 
 
+def test_a_refusal_as_json_says_what_was_applied_before_it(edge, installed, tmp_path):
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    good = installed / "round_01.dpu"
+    code, out, err = edge("apply", "--json", good, tmp_path / "bad")
+    record = json.loads(err)
+    assert (code, out, record["error"]) == (3, "", "PatchFormatError")
+    assert record["patches"] == [{"patch": str(good), "result": "applied", "round": 1}]
+
+
+def test_a_patch_that_went_away_as_json_says_what_was_applied_before_it(
+    edge, installed, tmp_path
+):
+    first, second = (installed / f"round_0{number}.dpu" for number in (1, 2))
+    hook = tmp_path / "store" / "hooks" / "after-apply.d" / "10-tidy"
+    hook.parent.mkdir(parents=True, exist_ok=True)
+    hook.write_text(f"#!/bin/sh\nrm {second}\n")
+    hook.chmod(0o755)
+    code, out, err = edge("apply", "--json", first, second)
+    assert (code, out, json.loads(err)["error"]) == (10, "", "FileNotFoundError")
+    assert [done["round"] for done in json.loads(err)["patches"]] == [1]
+
+
 def test_a_folder_that_may_not_be_written_is_named(edge, installed, monkeypatch):
     def denied(_, path):
         raise PermissionError(13, "Permission denied", str(path))
