@@ -18,7 +18,13 @@ from typing import Any, Self
 
 from edge_runtime.apply import check_model
 from edge_runtime.device import Device, Trial, UpdateResult
-from edge_runtime.errors import DpuError, HeldError, PatchError, StoreError
+from edge_runtime.errors import (
+    BackendError,
+    DpuError,
+    HeldError,
+    PatchError,
+    StoreError,
+)
 from edge_runtime.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.patch import open_patch
 from edge_runtime.report import Report
@@ -77,7 +83,7 @@ class Agent:
             report: Where to tell what it does.
             remove: Remove patches that are applied, or passed by newer ones.
             ping: Called whenever there is progress, during an update too.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
             clock: Seconds, to tell when to try again.
         """
         self.stopping = False
@@ -124,6 +130,7 @@ class Agent:
 
         Raises:
             StoreError: The device's own files are at fault.
+            BackendError: No runtime here can try new weights.
             OSError: The folder cannot be read, or the status file not be written.
         """
         self._ping()
@@ -132,7 +139,7 @@ class Agent:
             self._report.succeed(worked=worked)
             if worked or self._report.is_old:
                 self._publish()
-        except (StoreError, OSError) as err:
+        except (StoreError, BackendError, OSError) as err:
             self._retry_later()
             self._report.fail(err)
             with suppress(OSError):
@@ -243,7 +250,7 @@ class Agent:
         start = time.monotonic()
         try:
             result = self._device.update(self._folder / offer.name)
-        except (StoreError, OSError, HeldError):
+        except (StoreError, BackendError, OSError, HeldError):
             found.attempts = 0
             raise
         except DpuError as err:

@@ -135,12 +135,14 @@ def apply(
     It ends at the first patch that is refused; those before it stay applied.
     """
     device = open_device(context)
-    results = []
+    results: list[dict[str, Any]] = []
     for patch in patches:
         try:
             result = device.update(patch, force=force)
-        except DpuError as err:
-            err.args = (f"{patch.name}: {err}",)
+        except (DpuError, OSError) as err:
+            if isinstance(err, DpuError):
+                err.args = (f"{patch.name}: {err}",)
+            vars(err)["patches"] = results  # told with --json: these stay applied
             raise
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.command import SCHEMA, say
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.notify import Notifier
 from edge_runtime.report import STATUS_NAME, Report, now
 
@@ -81,7 +81,7 @@ def _watch(
         notify.tell("READY=1")
         while not agent.stopping:
             # It was reported; the agent tries again.
-            with suppress(StoreError, OSError):
+            with suppress(StoreError, BackendError, OSError):
                 agent.look()
             notify.tell(f"STATUS=at round {agent.state.active_slot.round}")
             until = time.monotonic() + interval_s

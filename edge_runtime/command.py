@@ -133,7 +133,7 @@ def _report(error: BaseException, *, as_json: bool) -> None:
     if as_json:
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
         record |= {"exit_code": code}
-        record |= vars(error) if isinstance(error, errors.DpuError) else {}
+        record |= vars(error) if isinstance(error, errors.DpuError | OSError) else {}
         record |= {"traceback": traceback.format_exception(error)} if bug else {}
         say(json.dumps(record, default=str))
     elif isinstance(error, click.ClickException):

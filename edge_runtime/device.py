@@ -18,6 +18,7 @@ from typing import Any
 from edge_runtime.apply import apply_chunks, check_model
 from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
 from edge_runtime.errors import (
+    BackendError,
     BundleError,
     DpuError,
     HeldError,
@@ -73,7 +74,7 @@ class Device:
         Args:
             root: The store's directory.
             files: The seam to the disk.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
             StoreError: Nothing is installed there, or it is damaged.
@@ -101,7 +102,7 @@ class Device:
             trust: Whose signatures the bundle, and every patch after it, needs; by
                 default nobody's.
             files: The seam to the disk.
-            trial: Called with slot and model folder; raises TrialError.
+            trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
             OSError: The bundle cannot be read.
@@ -176,6 +177,7 @@ class Device:
                 that was active, or it failed its trial before.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
+            BackendError: No runtime here can try them; the release stays welcome.
             HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
@@ -193,7 +195,7 @@ class Device:
             admit(state, header, force=force)
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
-            self._try(self._slot_folder(patch), slot)
+            self._try(self._slot_folder(patch), slot, patch.outputs)
             self._activate(slot, "updated")
         return UpdateResult.APPLIED
 
@@ -309,9 +311,10 @@ class Device:
                 "or install the bundle into an empty folder"
             ) from err
 
-    def _try(self, folder: Path, slot: Slot) -> None:
+    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
-        state = self.store.state.tried(slot.target)
+        before = self.store.state
+        state = before.tried(slot.target)
         try:
             if state.tries > MAX_TRIES:
                 raise TrialError(
@@ -319,7 +322,11 @@ class Device:
                     "refused until it is forced"
                 )
             self.store.commit(state)
-            self._trial(folder, self.store.root / "model")
+            self._trial(folder, self.store.root / "model", expected=outputs or False)
+        except BackendError:
+            # The device is at fault: no try of the release, however often it happens.
+            self.store.commit(before)
+            raise
         except TrialError as err:
             event = event_now("refused", slot, str(err))
             self.store.commit(self.store.state.skipping(slot.target, event))

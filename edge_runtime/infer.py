@@ -6,6 +6,7 @@ be imported, :mod:`edge_runtime.numpy_backend` answers.
 
 import ctypes
 import gc
+import os
 import threading
 import time
 import weakref
@@ -196,10 +197,25 @@ def choose_backend(wanted: Backend) -> Backend:
     if wanted != Backend.AUTO:
         return Backend(wanted)
     try:
-        import onnxruntime  # noqa: F401
-    except ImportError:
+        _import_onnxruntime()
+    except BackendError:
         return Backend.NUMPY
     return Backend.ONNXRUNTIME
+
+
+def _import_onnxruntime() -> Any:
+    # Its wheel else writes an id of the device and a database of events for Microsoft
+    # into the home folder: nothing that a device should do unasked.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        # Imported late: looking at patches and stores must not need a runtime.
+        import onnxruntime
+    except Exception as err:  # a broken installation raises anything
+        raise BackendError(
+            f"onnxruntime cannot be imported ({err}): pip install onnxruntime, or "
+            "choose the numpy backend"
+        ) from err
+    return onnxruntime
 
 
 def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:
@@ -221,14 +237,7 @@ def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:
         from edge_runtime.numpy_backend import NumpySession
 
         return NumpySession(folder)
-    try:
-        # Imported late: looking at patches and stores must not need a runtime.
-        import onnxruntime
-    except ImportError as err:
-        raise BackendError(
-            f"onnxruntime cannot be imported ({err}): pip install onnxruntime, or "
-            "choose the numpy backend"
-        ) from err
+    onnxruntime = _import_onnxruntime()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1

@@ -33,6 +33,7 @@ from edge_runtime.header import PatchHeader, encode_header, parse_header, read_h
 from edge_runtime.sections import (
     COUNTS,
     FORMS,
+    OUTPUTS,
     Body,
     encode_body,
     encode_varint,
@@ -93,6 +94,8 @@ class Patch:
         sections: The section table.
         counts: For each tensor of the weight file, in file order, how many of its
             elements travel; the element count of the tensor means all of them.
+        outputs: What the network gives with the target's weights for the first golden
+            inputs, as little-endian float32; empty where the patch does not say.
         size: Bytes of the whole file.
     """
 
@@ -110,6 +113,7 @@ class Patch:
         self.sections = body.sections
         self.size = size
         self.counts = body.numbers(COUNTS)
+        self.outputs = body.outputs()
         self._plan: _Plan | None = None
 
     def __enter__(self) -> Self:
@@ -317,6 +321,7 @@ def encode_patch(
     target: Weights,
     *,
     level: int = 19,
+    outputs: bytes = b"",
 ) -> bytes:
     """Encode a patch, unsigned.
 
@@ -328,6 +333,7 @@ def encode_patch(
         base: The weights that the patch leads from.
         target: The weights that it leads to, of the same layout.
         level: zstd level, 1 to 22.
+        outputs: As :attr:`Patch.outputs`.
 
     Returns:
         The bytes of the patch file.
@@ -340,6 +346,7 @@ def encode_patch(
         [(t.shape, found) for t, found in zip(tensors, changes, strict=True)]
     )
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
+    sections[OUTPUTS] = [outputs]
     groups: dict[int, list[TensorValues]] = {}
     for tensor, found in zip(tensors, changes, strict=True):
         if len(found):

@@ -17,13 +17,13 @@ from edge_runtime.header import exactly
 
 STORED, ZSTD = 0, 1
 MAX_SECTIONS = 64
-MAX_NUMBERS_BYTES = 1 << 20  # a section of varints
+MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a section
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 _READ_BYTES = 1 << 16
 
-COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS = 0x01, 0x02, 0x03, 0x04, 0x05
+COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS = range(0x01, 0x07)
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8
@@ -42,6 +42,7 @@ def group_kind(item_size: int, dense: bool) -> int:
 def _names() -> Iterator[tuple[int, str]]:
     yield from ((COUNTS, "counts"), (FORMS, "forms"))
     yield from ((INDEX, "index"), (INDEX_BITS, "index bits"), (COLUMNS, "columns"))
+    yield OUTPUTS, "expected outputs"
     for size in (1, 2, 4, 8):
         for dense in (False, True):
             kind = group_kind(size, dense)
@@ -85,7 +86,7 @@ class Section:
     def part(self) -> str:
         """What its bytes are for: ``header``, ``index``, ``values`` or ``dense``."""
         if self.kind < VALUES:
-            return "header" if self.kind == FORMS else "index"
+            return "header" if self.kind in (FORMS, OUTPUTS) else "index"
         return "dense" if self.kind & DENSE else "values"
 
 
@@ -192,15 +193,33 @@ class Body:
         Raises:
             PatchFormatError: It is malformed or too large.
         """
-        # A number is at least one byte, and nothing says how many there are: the raw
-        # size bounds it, and is bounded here, before it is unpacked.
-        size = self._by_kind[kind].raw_size if kind in self._by_kind else 0
-        if size > MAX_NUMBERS_BYTES:
-            raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")
-        source, numbers = io.BytesIO(self.reader(kind).take(size)), []
-        while source.tell() < size:
+        # A number is at least one byte: the raw size bounds how many there are.
+        data, numbers = self._whole(kind), []
+        source = io.BytesIO(data)
+        while source.tell() < len(data):
             numbers.append(decode_varint(source))
         return tuple(numbers)
+
+    def outputs(self) -> bytes:
+        """Read the expected outputs: float32 values, none where none are there.
+
+        Raises:
+            PatchFormatError: They are too many, or the last one is cut off.
+        """
+        data = self._whole(OUTPUTS)
+        if len(data) % 4:
+            raise PatchFormatError(
+                f"the expected outputs of the patch have {len(data)} bytes, which is "
+                "not a whole number of float32 values"
+            )
+        return data
+
+    def _whole(self, kind: int) -> bytes:
+        # Nothing else bounds its size, so that is done here, before it is unpacked.
+        size = self._by_kind[kind].raw_size if kind in self._by_kind else 0
+        if size > MAX_COUNTED_BYTES:
+            raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")
+        return self.reader(kind).take(size)
 
     def check_values(self, expected: Mapping[int, int]) -> None:
         """Insist on the raw sizes of the sections of values.

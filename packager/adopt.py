@@ -24,9 +24,10 @@ from edge_runtime.errors import ContractError
 from edge_runtime.init import InitRecipe, TensorInit, philox, uniform, write_recipe
 from edge_runtime.weights import Weights
 from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
-from packager.bundle import PackedBundle, with_outputs
+from packager.bundle import PackedBundle
 from packager.diff import diff
 from packager.foreign import Model, header_between
+from packager.golden import with_outputs
 from packager.signing import carried_keys, sign
 
 if TYPE_CHECKING:

@@ -55,6 +55,7 @@ def pack_round(
     max_size: int | None = None,
     counter: int | None = None,
     signers: Sequence["Ed25519PrivateKey"] = (),
+    expect_outputs: int = 0,
 ) -> PackedPatch | None:
     """Pack the update of one round.
 
@@ -66,6 +67,8 @@ def pack_round(
         counter: Release counter; by default the one that the round states. A reverse
             patch, to an older round, needs a higher one than its parent has.
         signers: Whose keys sign it (:mod:`packager.signing`).
+        expect_outputs: For how many golden inputs the patch carries the outputs that
+            a device's trial must give; needs ONNX Runtime and the run's model folder.
 
     Returns:
         The proven patch; None where there is nothing to send, because the round kept
@@ -78,6 +81,7 @@ def pack_round(
         WrongModelError: The parent is of another network.
         BudgetError: The patch is larger than ``max_size``.
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
+        DpuError: As :func:`packager.golden.expected_outputs`.
     """
     record = round_.record
     if record.outcome is Outcome.KEPT_BASE and parent is None:
@@ -104,8 +108,19 @@ def pack_round(
         counter=counter,
         file_size=round_.weights.layout.file_size,
     )
+    outputs = b""
+    if expect_outputs:
+        from packager.golden import expected_outputs  # with ONNX Runtime
+
+        outputs = expected_outputs(round_, expect_outputs)
     data = encode_changes(
-        parent.weights, round_.weights, header, changes, level=level, signers=signers
+        parent.weights,
+        round_.weights,
+        header,
+        changes,
+        level=level,
+        signers=signers,
+        outputs=outputs,
     )
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change.positions) for change in changes}
@@ -143,11 +158,12 @@ def encode_changes(
     *,
     level: int = LEVEL,
     signers: Sequence["Ed25519PrivateKey"] = (),
+    outputs: bytes = b"",
 ) -> bytes:
     """Build a patch from changes that are known already; as :func:`build_patch`."""
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
-    data = encode_patch(header, positions, base, target, level=level)
+    data = encode_patch(header, positions, base, target, level=level, outputs=outputs)
     if signers:
         from packager.signing import sign  # cryptography only where it is needed
 

@@ -6,23 +6,15 @@ ONNX Runtime here, so that a device can tell whether its own runtime computes th
 The layout of the file is in :mod:`edge_runtime.bundle`.
 """
 
-import io
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edge_runtime import bundle as layout
-from edge_runtime.contract import parse_contract
 from edge_runtime.errors import RoundError
-from edge_runtime.infer import Predictor
-from edge_runtime.trial import TrialResult, judge
-from edge_runtime.weights import FILE_NAME, Weights
 from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
+from packager.golden import with_outputs
 from packager.graph import check_graph
 from packager.rounds import RoundFolder, read_init, read_model_file
 from packager.signing import carried_keys, sign
@@ -112,37 +104,3 @@ def _model_files(round_: RoundFolder) -> dict[str, bytes]:
     optional = [name for name in layout.OPTIONAL if (folder / name).exists()]
     names = {*layout.REQUIRED, *optional} - {layout.PATCH_NAME}
     return {name: read_model_file(round_, name) for name in names}
-
-
-def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
-    """Return ``golden.npz`` with the outputs of these weights, after their trial.
-
-    Args:
-        files: ``graph.onnx``, ``contract.json`` and ``golden.npz``, by name. Golden
-            inputs without labels get what these weights answer, so that the contract's
-            floor says how far later releases may stray from them.
-        weights: What the graph reads.
-
-    Raises:
-        ContractError: The contract is malformed or the golden inputs do not fit it.
-        TrialError: Devices would refuse these weights.
-        StoreError: ONNX Runtime cannot load the graph.
-    """
-    with np.load(io.BytesIO(files["golden.npz"]), allow_pickle=False) as golden:
-        inputs, labels = golden["inputs"], golden.get("labels")
-    contract = parse_contract(files["contract.json"])
-    with tempfile.TemporaryDirectory() as name:
-        slot = Path(name)
-        (slot / "graph.onnx").write_bytes(files["graph.onnx"])
-        (slot / FILE_NAME).write_bytes(weights.data)
-        outputs = Predictor(slot, contract).predict(inputs)
-    if labels is None:
-        # What is no classifier has no answer; any label of the right length will do.
-        answers = outputs.argmax(axis=-1)
-        labels = answers if outputs.ndim > 1 else np.zeros(len(inputs), np.int64)
-    right = int(np.sum(outputs.argmax(axis=-1) == labels))
-    finite = bool(np.isfinite(outputs).all())
-    judge(TrialResult(len(labels), right, finite), contract, expected=False)
-    file = io.BytesIO()
-    np.savez(file, inputs=inputs, labels=labels, outputs=outputs)
-    return file.getvalue()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from packager.rounds import Parent, RoundFolder
 
 INIT = "init"  # for --from: the init weights
+OUTPUTS = 8  # golden inputs: more cost bytes, and a wrong weight shows in any
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 _folder = click.Path(file_okay=False, path_type=Path)
@@ -93,6 +94,16 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 )
 @file_options
 @click.option(
+    "--expect-outputs",
+    metavar="[N]",
+    type=click.IntRange(1),
+    is_flag=False,
+    flag_value=OUTPUTS,
+    default=None,
+    help="Add what the first N golden inputs must give on the device (after ROUND; "
+    f"N is {OUTPUTS} where left out).",
+)
+@click.option(
     "--max-size",
     metavar="SIZE",
     type=parse_size,
@@ -125,6 +136,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     parent: str | None,
     counter: int | None,
     bundle: bool,
+    expect_outputs: int | None,
     max_size: int | None,
     level: int,
     keys: tuple[Path, ...],
@@ -153,8 +165,11 @@ def pack(  # noqa: PLR0913 - one argument for each option
     if any(files.values()):
         from packager.foreign_cli import pack_files
 
-        if rounds or parent:
-            raise click.UsageError("give either rounds or --base, not both")
+        if rounds or parent or expect_outputs:
+            raise click.UsageError(
+                "give either rounds or --base, not both; --from and --expect-outputs "
+                "are for rounds"
+            )
         made = pack_files(files, output, names, bundle=bundle, options=options)
     else:
         if not rounds:
@@ -164,6 +179,8 @@ def pack(  # noqa: PLR0913 - one argument for each option
         folders = [find_round(name, runs) for name in rounds]
         paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
         places = list(zip(folders, paths, strict=True))
+        if expect_outputs:
+            options["expect_outputs"] = expect_outputs
         made = _pack_rounds(places, runs, parent, names, bundle=bundle, options=options)
     records = []
     for path, data, record, text in made:
@@ -195,6 +212,8 @@ def _pack_rounds(
 
     if bundle and parent:
         raise click.UsageError("a bundle leads from the init weights: no --from")
+    if bundle and "expect_outputs" in options:
+        raise click.UsageError("a bundle holds all outputs: no --expect-outputs")
     if options["counter"] is not None and len(rounds) > 1:
         raise click.UsageError("--counter is for one round at a time")
     for folder, path in rounds:

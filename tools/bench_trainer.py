@@ -145,8 +145,8 @@ def make_network(name: str) -> "tuple[nn.Module, tuple[int, ...]]":
     """Return a network of the recipes and the shape of its input."""
     import torch
 
-    from trainer.config import ModelConfig
     from trainer.models import build_model
+    from trainer.sections import ModelConfig
 
     shape = (1, 28, 28) if name == "mlp" else (3, 32, 32)
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ def compare_epoch(turns: int) -> Iterator[Figure]:
     """Compare an epoch of the MLP on MNIST-like images, and its data alone."""
     import torch
 
-    from tools.trainer_rivals import image_loader
+    from tools.trainer_rivals import image_loader, plain_epoch, plain_mlp
     from trainer.data import DataSource, Samples, batches
     from trainer.loop import train_epoch
 
@@ -225,13 +225,13 @@ def compare_epoch(turns: int) -> Iterator[Figure]:
     def ours() -> Iterator[tuple["Tensor", "Tensor"]]:
         return batches(prepared, BATCH["mlp"], torch.randperm(EPOCH_IMAGES))
 
-    networks = [make_network("mlp")[0] for _ in range(2)]
-    fused = torch.optim.Adam(networks[0].parameters(), 5e-3, fused=True)
-    default = torch.optim.Adam(networks[1].parameters(), 5e-3)
+    mine, plain = make_network("mlp")[0], plain_mlp()
+    fused = torch.optim.Adam(mine.parameters(), 5e-3, fused=True)
+    default = torch.optim.Adam(plain.parameters(), 5e-3)
     found = medians(
         {
-            "ours": lambda: train_epoch(networks[0], fused, ours()),
-            "theirs": lambda: train_epoch(networks[1], default, loader),
+            "ours": lambda: train_epoch(mine, fused, ours()),
+            "theirs": lambda: plain_epoch(plain, default, loader),
             "our data": lambda: list(ours()),
             "their data": lambda: list(loader),
         },
@@ -239,7 +239,7 @@ def compare_epoch(turns: int) -> Iterator[Figure]:
     )
     what = f"mlp epoch of {EPOCH_IMAGES} MNIST-like images"
     yield gain(
-        f"{what}: tensors and fused Adam / image loader and default Adam",
+        f"{what}: trainer / image loader, torch's layers and default Adam",
         found["ours"],
         found["theirs"],
         "ms",

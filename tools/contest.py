@@ -29,6 +29,8 @@ Say = Callable[[str], None]
 
 BARS = {
     "smaller": "smaller than every other",
+    "a tenth smaller": "at least a tenth smaller than every general delta tool, on "
+    "rounds of DPU",
     "faster": "faster to apply than every general delta tool",
     "faster than naive": "faster to apply than the naive deltas",
 }
@@ -254,6 +256,8 @@ def judge(contests: Sequence[Contest]) -> Iterator[Bar]:
                 yield Bar(bar, contest.pair.name, False, contest.ours.problem)
             continue
         yield _beats("smaller", contest, _size, Kind.DELTA, Kind.NAIVE, Kind.FULL)
+        if contest.pair.method == "dpu":
+            yield _beats("a tenth smaller", contest, _size, Kind.DELTA, share=0.9)
         yield _beats("faster", contest, _apply_ms, Kind.DELTA)
         yield _beats("faster than naive", contest, _apply_ms, Kind.NAIVE)
 
@@ -272,6 +276,7 @@ def _beats(
     contest: Contest,
     key: Callable[[Entry], tuple[float, str]],
     *kinds: Kind,
+    share: float = 1.0,
 ) -> Bar:
     name, others = contest.pair.name, contest.others(*kinds)
     if not others:
@@ -279,7 +284,7 @@ def _beats(
     best = min(others, key=lambda entry: key(entry)[0])
     (ours, ours_text), (other, other_text) = key(contest.ours), key(best)
     text = f"{ours_text} beside {other_text} of {best.title}"
-    return Bar(bar, name, ours < other, text)
+    return Bar(bar, name, ours < share * other, text)
 
 
 def chosen_tools(keys: Sequence[str]) -> list[Tool]:

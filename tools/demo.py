@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime import Device, Weights
-    from trainer.folder import RoundRecord
+    from trainer.record import RoundRecord
 
 TOLERANCE = 1e-4  # of the largest output, as in the contract
 

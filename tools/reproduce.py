@@ -22,6 +22,9 @@ from edge_runtime.command import CONTEXT, Command, Group, emit, json_option, say
 from edge_runtime.errors import ConfigError
 from tools.reproduction import (
     METHODS,
+    PAPER,
+    SMALLER,
+    VARIANTS,
     compare,
     plot,
     read_result,
@@ -31,12 +34,12 @@ from tools.reproduction import (
 )
 
 if TYPE_CHECKING:
-    from trainer.folder import RoundRecord
+    from trainer.record import RoundRecord
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
 RESULTS = HERE / "results" / "reproduction"
-NETWORKS = ("mnist_mlp", "cifar10_vgg", "cifar100_resnet56")
+NETWORKS = tuple(PAPER) + tuple(SMALLER)
 
 _network_option = click.option(
     "--network",
@@ -74,9 +77,9 @@ def main() -> None:
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(METHODS),
+    type=click.Choice(METHODS + VARIANTS),
     default=METHODS,
-    help="One row; may be repeated.  [default: all]",
+    help="One row; may be repeated.  [default: the paper's five]",
 )
 def run(
     network: str,
@@ -88,31 +91,28 @@ def run(
     methods: Sequence[str],
 ) -> None:
     """Train the rounds that are not there yet; stop and start it as you like."""
+    from trainer.config import load_config
+    from trainer.rounds import run_rounds
+    from trainer.sources import load_source
+
     runs = work / network
     overrides = [f"data.root={json.dumps(data)}"] if data else []
     overrides.append(f"run.seed={seed}")
+    source = None  # is the same for all methods
     for number in range(rounds):
         for method in methods:
             name = f"{method}_seed{seed}"
             recipe = RECIPES / network / f"{method}.toml"
-            records = _advance(recipe, overrides, runs, name, number + 1)
+            now = [*overrides, f"run.rounds={number + 1}"]
+            config = load_config(recipe, now, name=name)
+            source = source or load_source(config.data)
+            records = run_rounds(config, runs, source=source)
             for row in _extend(results / network / f"{name}.json", records, runs):
                 say(
                     f"{name:<14} round_{row['round']:02d} {row['outcome']:<9} "
                     f"val {row['val']:6.2f} test {row['test']:6.2f} "
                     f"{row['changed']:>7} changed {row['bytes']:>8} bytes"
                 )
-
-
-def _advance(
-    recipe: Path, overrides: Sequence[str], runs: Path, name: str, rounds: int
-) -> "list[RoundRecord]":
-    """Train a recipe's run up to a number of rounds and return all its records."""
-    from trainer.config import load_config
-    from trainer.rounds import run_rounds
-
-    overrides = [*overrides, f"run.rounds={rounds}"]
-    return run_rounds(load_config(recipe, overrides, name=name), runs)
 
 
 def _extend(
@@ -139,7 +139,9 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
     """Return what one round came to, accuracies in per cent."""
     from packager import pack_round, read_round
 
-    packed = pack_round(read_round(runs / record.run / f"round_{record.round:02d}"))
+    packed = None
+    if record.packable:
+        packed = pack_round(read_round(runs / record.run / f"round_{record.round:02d}"))
     metrics = record.metrics
     return {
         "round": record.round,

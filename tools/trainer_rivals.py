@@ -1,10 +1,11 @@
-"""What the trainer is measured against: official selection, usual image loader."""
+"""What the trainer is measured against: official selection, usual loader and loop."""
 
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from trainer.data import Samples
@@ -55,3 +56,25 @@ def image_loader(samples: Samples, batch: int) -> DataLoader[Any]:
 
     images: Any = Images()
     return DataLoader(images, batch, shuffle=True, num_workers=0)
+
+
+def plain_mlp() -> nn.Module:
+    """Return the paper's MLP of torch's own layers."""
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(784, 512), nn.ReLU()),
+        *(nn.Linear(512, 512), nn.ReLU()),
+        nn.Linear(512, 10),
+    )
+
+
+def plain_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any]
+) -> None:
+    """Train an epoch as tutorials do."""
+    model.train()
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()

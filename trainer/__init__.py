@@ -31,7 +31,7 @@ _HOMES = {
     "DataSource": "data",
     "Evidence": "scores",
     "PartialUpdater": "updater",
-    "RoundRecord": "folder",
+    "RoundRecord": "record",
     "export_graph": "export",
     "fisher_scores": "fisher",
     "lightning_callback": "callbacks",

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from edge_runtime.errors import TrainingError
 from edge_runtime.weights import pack_weights
-from trainer.methods import Masks, Pack, RoundTraining, new_updater
+from trainer.methods import Masks, Pack, new_updater
 from trainer.scores import Evidence, Score
 from trainer.selection import select_top_k
 from trainer.tensors import weights_of
+from trainer.training import RoundTraining
 
 LEAST_USE = 0.95  # of the limit; an update below it gets more weights
 AIM = 0.98  # of the limit: fine-tuning changes the size by about a per cent

@@ -26,9 +26,9 @@ from edge_runtime.command import (
 from edge_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from trainer.config import Config
-    from trainer.folder import RoundRecord
+    from trainer.record import RoundRecord
     from trainer.rounds import Progress
+    from trainer.sections import Config
 
 SUFFIX = ".toml"
 

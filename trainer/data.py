@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.init import philox
-from trainer.config import DataConfig
+from trainer.sections import DataConfig
 
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
 CROP_PADDING = 4  # pixels

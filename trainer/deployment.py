@@ -12,8 +12,9 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.init import InitRecipe, read_recipe
 from edge_runtime.weights import Weights, model_id
 from trainer.data import DataSource, Samples
-from trainer.export import GRAPH_NAME, export_graph
+from trainer.export import export_graph
 from trainer.folder import MODEL_NAME, make_contract, write_model
+from trainer.graph_check import GRAPH_NAME
 from trainer.initial import make_recipe
 from trainer.parallel import by_first
 

@@ -17,21 +17,17 @@ are imported where they are used: every round needs the tensors, a run needs one
 """
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.weights import FILE_NAME, Layout, write_weights
+from edge_runtime.weights import FILE_NAME, Layout
+from trainer.graph_check import as_tuple, check_graph, rows_of
 from trainer.tensors import (
-    TYPES,
     deployed_tensors,
     layout_of,
     load_weights,
@@ -47,9 +43,6 @@ __all__ = [
     "load_weights",
     "weights_of",
 ]
-
-GRAPH_NAME = "graph.onnx"
-OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6
 
 
 def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> bytes:
@@ -73,7 +66,7 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     groups = owners(tensors)
     _refuse_hidden_weights(model, tensors)
     twin = _copy_with(model, groups, copy.deepcopy).cpu()
-    inputs = tuple(x.detach().cpu() for x in _as_tuple(example, "the example"))
+    inputs = tuple(x.detach().cpu() for x in as_tuple(example, "the example"))
     if any(x.dim() == 0 or len(x) == 0 for x in inputs):
         raise ExportError("the example needs a batch axis with at least one row")
     try:
@@ -94,46 +87,6 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     graph = _serialise(exported.model, layout_of(twin))
     check_graph(graph, twin, inputs)
     return graph
-
-
-def check_graph(
-    graph: bytes, model: nn.Module, example: Tensor | tuple[Tensor, ...]
-) -> None:
-    """Prove that a graph runs from the model's weight file and gives its outputs.
-
-    Args:
-        graph: The bytes of ``graph.onnx``.
-        model: On the CPU and in eval mode.
-        example: As for :func:`export_graph`.
-
-    Raises:
-        ExportError: A deployed tensor is not an initializer of the graph, ONNX
-            Runtime refuses the graph, or its outputs differ from torch's.
-    """
-    _check_initializers(graph, deployed_tensors(model), layout_of(model))
-    inputs = _as_tuple(example, "the example")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, GRAPH_NAME)
-        path.write_bytes(graph)
-        write_weights(weights_of(model), Path(folder, FILE_NAME))
-        # Not the number of rows that was traced: no batch size may be baked in.
-        for count in (1, 3):
-            batch = tuple(_rows(x, count) for x in inputs)
-            with torch.no_grad():
-                expected = _as_tuple(model(*batch), "what forward returns")
-            _compare(_run(path, batch), expected)
-
-
-def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
-    values = tuple(value) if isinstance(value, tuple | list) else (value,)
-    if not values or not all(isinstance(item, Tensor) for item in values):
-        raise ExportError(f"{what} must be a tensor or a tuple of tensors")
-    return values
-
-
-def _rows(x: Tensor, count: int) -> Tensor:
-    """Return ``count`` rows of a batch, repeating them where it is shorter."""
-    return x[torch.arange(count) % len(x)]
 
 
 def _refuse_hidden_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +124,7 @@ def _trace(twin: nn.Module, groups: Mapping[str, str], inputs: Sequence[Tensor])
 
     fake = _copy_with(twin, groups, FakeTensorMode().from_tensor)
     # Two rows: torch takes a batch of one for a constant.
-    batch = tuple(_rows(x, 2) for x in inputs)
+    batch = tuple(rows_of(x, 2) for x in inputs)
     shapes = tuple({0: torch.export.Dim("batch")} for _ in batch)
     # Without gradients always: names of inner values differ with and without.
     with torch.no_grad(), warnings.catch_warnings():
@@ -241,73 +194,3 @@ def _strip(message: Any) -> None:
         elif field.message_type is not None:
             for item in value if field.is_repeated else [value]:
                 _strip(item)
-
-
-def _check_initializers(
-    graph: bytes, tensors: Mapping[str, Tensor], layout: Layout
-) -> None:
-    import onnx
-
-    proto = onnx.load_model_from_string(graph).graph
-    found = {init.name: init for init in proto.initializer}
-    outside = {value.name for value in [*proto.input, *proto.output]}
-    for name, tensor in tensors.items():
-        if name in outside:
-            raise ExportError(
-                f"tensor {name!r} has the name of a graph input or output; rename it"
-            )
-        if name not in found:
-            raise ExportError(
-                f"tensor {name!r} is not in the graph: forward does not read it in "
-                f"eval mode; remove it from the model, or let forward use it"
-            )
-        place, init = layout.by_name[name], found[name]
-        there = {entry.key: entry.value for entry in init.external_data}
-        actual = (init.data_type, list(init.dims), there)
-        expected = (
-            onnx.TensorProto.DataType.Value(TYPES[tensor.dtype][1]),
-            list(place.shape),
-            {
-                "location": FILE_NAME,
-                "offset": str(place.start),
-                "length": str(place.stop - place.start),
-            },
-        )
-        if actual != expected:
-            raise ExportError(
-                f"tensor {name!r} is {actual} in the graph, expected {expected}; the "
-                f"graph is another model's: export this one"
-            )
-
-
-def _run(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Return ONNX Runtime's outputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        names = [value.name for value in session.get_inputs()]
-        arrays = (x.numpy() for x in batch)
-        return list(session.run(None, dict(zip(names, arrays, strict=True))))
-    except Exception as err:
-        # ONNX Runtime's exceptions have no common base of their own.
-        raise ExportError(f"ONNX Runtime refuses the exported graph: {err}") from err
-
-
-def _compare(found: Sequence[NDArray[Any]], expected: Sequence[Tensor]) -> None:
-    for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        y = wanted.double().numpy()
-        limit = OUTPUT_TOLERANCE * np.abs(y).max(initial=0)
-        if value.shape != y.shape or not np.allclose(
-            value, y, rtol=0, atol=limit, equal_nan=True
-        ):
-            raise ExportError(
-                f"output {index} of the exported graph, shape {list(value.shape)}, "
-                f"differs from torch's, shape {list(y.shape)}, by more than "
-                f"{OUTPUT_TOLERANCE} of its largest value; forward does something that "
-                f"the graph does not keep (random numbers, state between calls)"
-            )

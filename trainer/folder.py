@@ -12,12 +12,10 @@ process writes to a run at a time.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from enum import StrEnum
+from dataclasses import asdict, replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -29,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_runtime.errors import RoundError, TrainingError
+from edge_runtime.errors import TrainingError
 from edge_runtime.init import InitRecipe, read_recipe, write_recipe
 from edge_runtime.weights import (
     FILE_NAME,
@@ -40,61 +38,18 @@ from edge_runtime.weights import (
     pack_weights,
     write_weights,
 )
-from trainer.export import GRAPH_NAME, OUTPUT_TOLERANCE
+from trainer.graph_check import GRAPH_NAME, OUTPUT_TOLERANCE
+from trainer.record import (
+    RECORD_NAME,
+    SCHEMA,
+    Outcome,
+    RoundRecord,
+    list_rounds,
+    read_round_record,
+)
 from trainer.tensors import check_fit
 
-SCHEMA = 1
 MODEL_NAME = "model"
-RECORD_NAME = "round.json"
-
-
-class Outcome(StrEnum):
-    """How a round ended."""
-
-    UPDATED = "updated"
-    KEPT_BASE = "kept_base"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundRecord:
-    """The content of ``round.json``.
-
-    Attributes:
-        run: The run's name.
-        round: Number of the round, from 0.
-        counter: Release counter of the target.
-        outcome: Whether there is an update to send.
-        model: Identity of the network, hexadecimal; filled in by :func:`write_round`.
-        parent: Fingerprint of the weights that the update leads from: the last
-            deployed ones, or the init weights (round_00, re-initialised rounds).
-        target: Fingerprint of the deployed weights; filled in by :func:`write_round`.
-        method: What selected the weights, for example ``"dpu"``.
-        ratio: Share of the selectable weights that was selected; None for all.
-        reinitialised: Whether training started from the init weights again.
-        packable: False if devices were never meant to get these weights.
-        samples: Number of training samples.
-        metrics: Numbers by name, ``val_accuracy`` and ``test_accuracy`` among them.
-        seeds: Every seed that decided the round, by purpose.
-        versions: Of Python and the libraries; filled in by :func:`write_round`.
-        config: The recipe of the run, resolved.
-    """
-
-    run: str
-    round: int
-    counter: int
-    outcome: Outcome
-    model: str = ""
-    parent: str
-    target: str = ""
-    method: str
-    ratio: float | None
-    reinitialised: bool
-    packable: bool
-    samples: int
-    metrics: Mapping[str, float]
-    seeds: Mapping[str, int]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, Any]
 
 
 def make_contract(
@@ -230,32 +185,6 @@ def write_round(
         (folder / "metrics.jsonl").write_text(lines)
         (folder / RECORD_NAME).write_text(text)
     return complete
-
-
-def list_rounds(run_dir: str | PathLike[str]) -> list[Path]:
-    """Return a run's complete round folders, oldest first; none if there is no run."""
-    found = [
-        p for p in Path(run_dir).glob("round_*") if re.fullmatch(r"\d+", p.name[6:])
-    ]
-    return sorted(found, key=lambda path: int(path.name[6:]))
-
-
-def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
-    """Read what a round folder states about its round.
-
-    Raises:
-        RoundError: ``round.json`` is malformed or of another schema.
-        OSError: It cannot be read.
-    """
-    path = Path(folder, RECORD_NAME)
-    try:
-        raw = json.loads(path.read_text())
-        if raw["schema"] != SCHEMA:
-            raise RoundError(f"{path} has schema {raw['schema']}, expected {SCHEMA}")
-        known = {part.name: raw[part.name] for part in fields(RoundRecord)}
-        return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
-    except (ValueError, KeyError, TypeError) as err:
-        raise RoundError(f"{path} is malformed ({err!r})") from err
 
 
 def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:

@@ -10,10 +10,12 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer import parallel
-from trainer.config import TrainConfig
 from trainer.data import Samples, batches
+from trainer.sections import TrainConfig
 
-EVALUATION_BATCH = 1000  # samples
+# Of one evaluation batch: 1000 images of CIFAR's size, 27 of 224x224 pixels. What the
+# network holds on its way is a multiple of its input.
+EVALUATION_SAMPLES, EVALUATION_BYTES = 1000, 1 << 24
 
 
 def train_epoch(
@@ -52,9 +54,11 @@ def evaluate(model: nn.Module, samples: Samples) -> float:
     Several processes share the batches; all of them must call it.
     """
     model.eval()
+    one = 4 * math.prod(samples.inputs.shape[1:])  # bytes, as float32
+    size = max(1, min(EVALUATION_SAMPLES, EVALUATION_BYTES // one))
     right = sum(
         int((model(inputs).argmax(1) == labels).sum())
-        for index, (inputs, labels) in enumerate(batches(samples, EVALUATION_BATCH))
+        for index, (inputs, labels) in enumerate(batches(samples, size))
         if parallel.is_mine(index)
     )
     return int(parallel.total(torch.tensor(right))) / len(samples)

@@ -20,8 +20,9 @@ from torch.nn import functional
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import read_weights
-from trainer.config import ModelConfig
 from trainer.factory import call_factory
+from trainer.linear import Linear
+from trainer.sections import ModelConfig
 from trainer.tensors import TYPES
 
 Shape = tuple[int, ...]  # of one input, (C, H, W)
@@ -38,9 +39,9 @@ def mlp(
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(shape)
     for size in hidden:
-        layers += [nn.Linear(width, size), *_norm(nn.BatchNorm1d, size, batch_norm)]
+        layers += [Linear(width, size), *_norm(nn.BatchNorm1d, size, batch_norm)]
         width = size
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+    return nn.Sequential(*layers, Linear(width, classes))
 
 
 def small_cnn(
@@ -56,41 +57,54 @@ def small_cnn(
     for size in channels:
         layers += [*_convolution(width, size), nn.MaxPool2d(2)]
         width, area = size, tuple(side // 2 for side in area)
-    head = [nn.Linear(width * math.prod(area), hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), *head, nn.Linear(hidden, classes))
+    head = [Linear(width * math.prod(area), hidden), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *head, Linear(hidden, classes))
 
 
-def vgg(shape: Shape, classes: int, *, batch_norm: bool = True) -> nn.Module:
+def vgg(
+    shape: Shape, classes: int, *, width: int = 128, batch_norm: bool = True
+) -> nn.Module:
     """The paper's 2x128C3-MP2-2x256C3-MP2-2x512C3-MP2-2x1024FC; 14 M weights on CIFAR.
 
     The paper's code comes without its models; BatchNorm after every hidden layer is
-    what this network has in the papers that it is taken from.
+    what this network has in the papers that it is taken from. ``width`` is the channels
+    of the first layers, and the others are multiples of it.
     """
     layers: list[nn.Module] = []
-    width = shape[0]
-    for size in (128, 256, 512):
+    inputs = shape[0]
+    for channels in (width, 2 * width, 4 * width):
         for _ in range(2):
-            layers += _convolution(width, size, batch_norm)
-            width = size
+            layers += _convolution(inputs, channels, batch_norm)
+            inputs = channels
         layers.append(nn.MaxPool2d(2))
     layers.append(nn.Flatten())
-    width *= math.prod(side // 8 for side in shape[1:])
+    inputs *= math.prod(side // 8 for side in shape[1:])
     for _ in range(2):
-        layers += [nn.Linear(width, 1024), *_norm(nn.BatchNorm1d, 1024, batch_norm)]
-        width = 1024
-    return nn.Sequential(*layers, nn.Linear(width, classes))
+        units = 8 * width
+        layers += [Linear(inputs, units), *_norm(nn.BatchNorm1d, units, batch_norm)]
+        inputs = units
+    return nn.Sequential(*layers, Linear(inputs, classes))
 
 
-def resnet56(shape: Shape, classes: int) -> nn.Module:
-    """The CIFAR ResNet with 3x9 blocks of 16, 32 and 64 channels."""
-    layers: list[nn.Module] = [*_convolution(shape[0], 16)]
-    width = 16
-    for size in (16, 32, 64):
-        for _ in range(9):
-            layers.append(_Block(width, size))
-            width = size
+def resnet20(shape: Shape, classes: int, *, width: int = 16) -> nn.Module:
+    """The CIFAR ResNet with 3x3 blocks of 16, 32 and 64 channels (``width`` = 16)."""
+    return _cifar_resnet(shape, classes, blocks=3, width=width)
+
+
+def resnet56(shape: Shape, classes: int, *, width: int = 16) -> nn.Module:
+    """The CIFAR ResNet with 3x9 blocks of 16, 32 and 64 channels (``width`` = 16)."""
+    return _cifar_resnet(shape, classes, blocks=9, width=width)
+
+
+def _cifar_resnet(shape: Shape, classes: int, *, blocks: int, width: int) -> nn.Module:
+    layers: list[nn.Module] = [*_convolution(shape[0], width)]
+    inputs = width
+    for channels in (width, 2 * width, 4 * width):
+        for _ in range(blocks):
+            layers.append(_Block(inputs, channels))
+            inputs = channels
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *pool, nn.Linear(width, classes))
+    return nn.Sequential(*layers, *pool, Linear(inputs, classes))
 
 
 class _Block(nn.Module):
@@ -128,6 +142,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "small_cnn": small_cnn,
     "vgg": vgg,
+    "resnet20": resnet20,
     "resnet56": resnet56,
 }
 

@@ -15,16 +15,9 @@ from torch import Tensor, nn
 
 from edge_runtime.init import read_recipe
 from trainer.export import export_graph
-from trainer.folder import (
-    MODEL_NAME,
-    Outcome,
-    RoundRecord,
-    list_rounds,
-    read_round_record,
-    write_model,
-    write_round,
-)
+from trainer.folder import MODEL_NAME, write_model, write_round
 from trainer.initial import make_recipe
+from trainer.record import Outcome, RoundRecord, list_rounds, read_round_record
 from trainer.tensors import load_weights, weights_of
 
 

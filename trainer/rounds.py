@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from trainer.config import PARTIAL_METHODS, Config, as_dict, make_config
-from trainer.folder import RoundRecord, list_rounds, read_round_record
+from trainer.config import as_dict, make_config
+from trainer.data import DataSource
 from trainer.loop import cpu_settings
 from trainer.methods import Pack
 from trainer.parallel import processes
+from trainer.record import RoundRecord, list_rounds, read_round_record
 from trainer.run import Progress, Report, Run, choose_device
+from trainer.sections import PARTIAL_METHODS, Config
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
 
@@ -36,6 +38,7 @@ def run_rounds(
     progress: Report = lambda _progress: None,
     resume: bool = True,
     pack: Pack | None = None,
+    source: DataSource | None = None,
 ) -> list[RoundRecord]:
     """Train every round of a recipe that is not there yet.
 
@@ -48,6 +51,8 @@ def run_rounds(
         resume: Continue a run that has rounds already; otherwise refuse.
         pack: From base and target to the size of their patch in bytes, such as
             ``packager.size.patch_size``; needed where the recipe has a budget.
+        source: The recipe's data set where it is loaded already
+            (:func:`trainer.sources.load_source`), as several runs may share one.
 
     Returns:
         The records of all the run's rounds, those found included.
@@ -70,7 +75,7 @@ def run_rounds(
         return records
     device, threads = config.train.device, cpu_settings(config.train.threads)
     with processes(choose_device(device)), threads, torch.random.fork_rng(devices=[]):
-        run = Run(config, run_dir, progress, new=not records, pack=pack)
+        run = Run(config, run_dir, progress, new=not records, pack=pack, source=source)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)
             reinitialise = _must_reinitialise(config, records, samples)

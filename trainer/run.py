@@ -15,21 +15,24 @@ from torch import nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import FILE_NAME, Weights, read_weights
-from trainer.config import PARTIAL_METHODS, Config, as_dict
-from trainer.data import split_source
+from trainer.config import as_dict
+from trainer.data import DataSource, split_source
 from trainer.deployment import (
     GOLDEN_SAMPLES,
     make_deployment,
     read_deployment,
     write_deployment,
 )
-from trainer.folder import Outcome, RoundRecord, write_round
+from trainer.folder import write_round
 from trainer.loop import evaluate
-from trainer.methods import Masks, Pack, RoundTraining, is_full, train_round
+from trainer.methods import Masks, Pack, is_full, train_round
 from trainer.models import build_model
 from trainer.parallel import by_first, first_before_others
+from trainer.record import Outcome, RoundRecord
+from trainer.sections import PARTIAL_METHODS, Config
 from trainer.sources import load_source
 from trainer.tensors import load_weights
+from trainer.training import RoundTraining
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,9 @@ class Run:
         *,
         new: bool,
         pack: Pack | None = None,
+        source: DataSource | None = None,
     ) -> None:
-        """Load the data; draw init weights and export the graph of a new run.
+        """Load the data, unless given; draw init and export the graph of a new run.
 
         Raises:
             ConfigError: The data set is too small.
@@ -98,14 +102,12 @@ class Run:
         self.run_dir = run_dir
         self._progress = progress
         # One size for all processes, as what they do next depends on it.
-        self._pack = pack and (
-            lambda base, target: by_first(lambda: pack(base, target))
-        )
+        self._pack = pack and (lambda *ends: by_first(lambda: pack(*ends)))
         self.device = choose_device(config.train.device)
         with first_before_others():
-            self._source = load_source(config.data)
-        seed, rounds = config.run.seed, config.run.rounds
-        self.split = split_source(self._source, config.data, seed=seed, rounds=rounds)
+            self._source = source or load_source(config.data)
+        seed, data, rounds = config.run.seed, config.data, config.run.rounds
+        self.split = split_source(self._source, data, seed=seed, rounds=rounds)
         self._pool, self._validation, self._test = (
             self._source.prepared(samples, self.device)
             for samples in (self.split.pool, self.split.validation, self.split.test)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
-from trainer.config import DataConfig, parse_size
 from trainer.data import DataSource, Samples, Stored, generator
 from trainer.factory import call_factory
+from trainer.sections import DataConfig, parse_size
 
 STATISTICS_SAMPLES = 2000
 DIGITS_TEST = 400  # samples; scikit-learn's digits come without a test set

@@ -10,8 +10,8 @@ import pytest
 
 from edge_runtime import Device
 from edge_runtime import agent as module
-from edge_runtime.agent import BACKOFF_S, MAX_ATTEMPTS, Agent
-from edge_runtime.errors import StoreError, TrialError
+from edge_runtime.agent import BACKOFF_S, MAX_ATTEMPTS, MAX_BACKOFF_S, Agent
+from edge_runtime.errors import BackendError, StoreError, TrialError
 from edge_runtime.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.metrics import render_metrics
 from edge_runtime.report import Report
@@ -269,7 +269,7 @@ def test_a_rollback_is_respected_until_something_newer_comes(watch):
 def test_a_signed_but_bad_model_is_tried_once_and_gone_around(watch):
     tried = []
 
-    def trial(slot, *_):
+    def trial(slot, *_, **__):
         tried.append(slot.name)
         if slot.name == world.weights(1).fingerprint[:32]:
             raise TrialError("outputs that are not finite")
@@ -286,6 +286,21 @@ def test_a_signed_but_bad_model_is_tried_once_and_gone_around(watch):
     assert ("applied", "0-2.dpu") in watch.look()
     assert watch.device.verify() == world.weights(2).fingerprint
     assert watch.counts["patches_refused_total"] == {"TrialError": 1}
+
+
+def test_a_device_without_a_runtime_tries_again_and_refuses_nothing(watch):
+    def no_runtime(*_, **__):
+        raise BackendError("onnxruntime cannot be imported")
+
+    watch.trial = no_runtime
+    watch.put(name(1), world.patch(0, 1))
+    for _ in range(MAX_ATTEMPTS + 1):
+        with pytest.raises(BackendError):
+            watch.look()
+        watch.time += MAX_BACKOFF_S
+    assert watch.counts["patches_refused_total"] == {}
+    watch.trial = world.no_trial
+    assert ("applied", name(1)) in watch.look()
 
 
 def test_a_patch_with_a_wrong_result_is_staged_once(watch):

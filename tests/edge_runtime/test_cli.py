@@ -216,7 +216,8 @@ def test_the_store_may_come_from_the_environment(command, installed, edge, monke
 @pytest.mark.parametrize("name", sorted(main.commands))
 def test_every_command_takes_the_store_after_its_name_and_answers_in_json(name):
     options = {opt for param in main.commands[name].params for opt in param.opts}
-    assert {"--store", "--json"} <= options
+    # What service prints is a unit file; its other options are the agent's.
+    assert options >= ({"--store"} if name == "service" else {"--store", "--json"})
 
 
 def test_the_store_may_stand_before_or_after_the_command(
@@ -258,6 +259,28 @@ def test_a_refusal_names_the_patch_and_keeps_those_before_it(edge, installed, tm
     assert (code, "round_01.dpu: applied" in out) == (3, True)
     assert "error: bad: not a patch" in err
     assert json.loads(edge("status", "--json")[1])["round"] == 1
+
+
+def test_a_refusal_as_json_says_what_was_applied_before_it(edge, installed, tmp_path):
+    (tmp_path / "bad").write_bytes(b"nonsense")
+    good = installed / "round_01.dpu"
+    code, out, err = edge("apply", "--json", good, tmp_path / "bad")
+    record = json.loads(err)
+    assert (code, out, record["error"]) == (3, "", "PatchFormatError")
+    assert record["patches"] == [{"patch": str(good), "result": "applied", "round": 1}]
+
+
+def test_a_patch_that_went_away_as_json_says_what_was_applied_before_it(
+    edge, installed, tmp_path
+):
+    first, second = (installed / f"round_0{number}.dpu" for number in (1, 2))
+    hook = tmp_path / "store" / "hooks" / "after-apply.d" / "10-tidy"
+    hook.parent.mkdir(parents=True, exist_ok=True)
+    hook.write_text(f"#!/bin/sh\nrm {second}\n")
+    hook.chmod(0o755)
+    code, out, err = edge("apply", "--json", first, second)
+    assert (code, out, json.loads(err)["error"]) == (10, "", "FileNotFoundError")
+    assert [done["round"] for done in json.loads(err)["patches"]] == [1]
 
 
 def test_a_folder_that_may_not_be_written_is_named(edge, installed, monkeypatch):

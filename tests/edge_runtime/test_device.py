@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from edge_runtime import Device, UpdateResult, fingerprint_file, read_weights
+from edge_runtime.device import MAX_TRIES
 from edge_runtime.errors import (
+    BackendError,
     BundleError,
     ContractError,
     DpuError,
@@ -357,6 +359,38 @@ def test_a_trial_that_hangs_is_ended(device):
 def test_a_trial_that_cannot_load_says_why(device, tmp_path):
     with pytest.raises(TrialError, match="cannot load"):
         run_trial(tmp_path, device.store.root / "model")
+
+
+@pytest.fixture
+def only_onnx_runtime(new_run, reload_graph):
+    """A run of two rounds whose graph the NumPy backend cannot run."""
+
+    def edit(model):
+        model.graph.node[1].op_type = "Softsign"
+
+    run = new_run("softsign")
+    run.graph = reload_graph(run, edit)
+    return [run.add(0), run.add(1)]
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_device_that_cannot_load_its_runtime_does_not_blame_the_release(
+    only_onnx_runtime, tmp_path, monkeypatch, error
+):
+    first, second = only_onnx_runtime
+    device = Device.install(tmp_path / "store", build_bundle(read_round(first)).data)
+    state = (tmp_path / "store" / "state.json").read_bytes()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "onnxruntime.py").write_text(f"raise {error}('no libonnxruntime.so')")
+    with monkeypatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(broken))  # of the trial's process
+        for _ in range(MAX_TRIES + 1):
+            with pytest.raises(BackendError, match=r"no trial.*lacks.*Softsign"):
+                device.update(patch_of(second))
+    # Not skipped, no try counted.
+    assert (tmp_path / "store" / "state.json").read_bytes() == state
+    assert device.update(patch_of(second)) is UpdateResult.APPLIED
 
 
 def test_outputs_that_are_not_the_servers_are_refused_at_installation(run, tmp_path):

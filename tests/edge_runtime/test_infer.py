@@ -1,6 +1,7 @@
 """Predictions go on while the weights change, and come from one version each."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -455,3 +456,24 @@ def test_bench_without_onnx_runtime_measures_numpy_alone(slots, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     found = bench(slots[0], CONTRACT, ONES, seconds=0.05)
     assert (found["backend"], found["raw"]) == ("numpy", None)
+
+
+def test_onnx_runtime_writes_nothing_into_the_home_folder(device, tmp_path):
+    """Its telemetry would, as soon as a fresh process makes a session."""
+    home = tmp_path / "home"
+    home.mkdir()
+    keep = os.environ.keys() - {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    code = (
+        "import sys; from edge_runtime import Device; "
+        "print(Device.open(sys.argv[1]).predictor().backend)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, device.store.root],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={name: os.environ[name] for name in keep} | {"HOME": str(home)},
+    )
+    assert done.stdout.strip() == "onnxruntime"
+    assert list(home.rglob("*")) == []

@@ -71,7 +71,7 @@ def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:
             window = get_frame_parameters(data).window_size
             _must(window <= 1 << 18 and data[4] & 3 == 0, "frame header")
             data = ZstdDecompressor().decompress(data, allow_extra_data=False)
-        _must(data != b"", "empty section")
+        _must(len(data) in range(4, 2**20 + 1, 4) if kind == 6 else data != b"", "size")
         parts[kind] = _Bits(data)
     _must(rest.size == 0, "bytes behind the last section")
     return parts
@@ -145,6 +145,6 @@ def apply(base: bytes, patch: bytes) -> bytes:
             at = slice(start + i * size, start + (i + 1) * size)
             new = _element(base[at], MANTISSA.get(dtype), *groups[kind])
             target[at] = new.to_bytes(size, "little")
-    _must(not parts and all(p.size < 8 and p.left == 0 for p in used), "leftovers")
+    _must(parts.keys() <= {6} and all(p.size < 8 and p.left == 0 for p in used), "left")
     _must(sha256(target).digest() == patch[92:124], "fingerprint of the target")
     return bytes(target)

@@ -14,11 +14,13 @@ import numpy as np
 
 from edge_runtime.header import VERSION, PatchHeader
 from edge_runtime.weights import pack_weights
-from packager.build import build_patch
+from packager.build import encode_changes
+from packager.diff import diff
 from packager.signing import generate_key, sign_patch
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 MODEL = "5a" * 32
+OUTPUTS = {"outputs": np.linspace(-3, 4, 20, dtype="<f4").tobytes()}  # expected ones
 
 
 def rounded(array, bits):
@@ -143,6 +145,9 @@ def cases():
         },
         {},
     )
+    few = {"fc.weight": normal(8, 5), "fc.bias": normal(8)}
+    moved = {name: changed(rng, array, 0.2) for name, array in few.items()}
+    yield "outputs", few, moved, {}
 
 
 def main(folder):
@@ -160,7 +165,9 @@ def main(folder):
             number,
             old.layout.file_size,
         )
-        patch = build_patch(old, new, header)
+        changes = diff(old, new)
+        outputs = OUTPUTS.get(name, b"")
+        patch = encode_changes(old, new, header, changes, outputs=outputs)
         for suffix, data in (
             (".base", old.data),
             (".target", new.data),

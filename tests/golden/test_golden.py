@@ -10,6 +10,7 @@ from edge_runtime.header import VERSION
 from edge_runtime.patch import open_patch
 from edge_runtime.weights import read_weights
 from tests.golden import independent
+from tests.golden.make import OUTPUTS
 
 PATCHES = sorted(Path(__file__).parent.glob("v*/*.dpu"))
 
@@ -35,6 +36,12 @@ def test_a_golden_patch_leads_to_its_target(path):
     base, target = weights_beside(path)
     with open_patch(path) as patch:
         assert bytes(apply_patch(read_weights(base), patch).data) == target
+
+
+def test_only_one_golden_patch_expects_outputs():
+    for path in PATCHES:
+        with open_patch(path) as patch:
+            assert patch.outputs == OUTPUTS.get(path.stem, b""), path
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=names)

@@ -28,6 +28,7 @@ from edge_runtime.sections import (
     FORMS,
     INDEX,
     INDEX_BITS,
+    OUTPUTS,
     PLANES,
     REST,
     SYMBOLS,
@@ -279,8 +280,22 @@ def test_forms_that_do_not_fit_are_refused(at, value):
         refused(forged)
 
 
-@pytest.mark.parametrize("kind", [COUNTS, FORMS])
-def test_a_section_of_numbers_as_large_as_memory_is_refused(kind):
+@pytest.mark.parametrize("size", [1, 3, 5, (1 << 20) - 1])
+def test_expected_outputs_that_end_within_a_value_are_refused(size):
+    forged = with_sections({OUTPUTS: RNG.bytes(size)})
+    assert "not a whole number of float32" in str(refused(forged))
+
+
+def test_as_many_expected_outputs_as_a_patch_can_carry_are_read():
+    data = RNG.bytes(1 << 20)
+    with open_patch(with_sections({OUTPUTS: data})) as patch:
+        assert patch.outputs == data
+        assert apply_patch(BASE, patch).data == TARGET.data
+    assert "too large" in str(refused(with_sections({OUTPUTS: data + bytes(4)})))
+
+
+@pytest.mark.parametrize("kind", [COUNTS, FORMS, OUTPUTS])
+def test_a_section_of_any_length_as_large_as_memory_is_refused(kind):
     data = forge(sorted((raw_sections() | {kind: bytes(1 << 24)}).items()))
     tracemalloc.start()
     refused(data)

@@ -131,6 +131,13 @@ def test_equal_is_not_smaller(pair):
     assert not smaller.holds
 
 
+@pytest.mark.parametrize(("size", "holds"), [(89, True), (90, False)])
+def test_rounds_of_dpu_have_to_be_a_tenth_smaller(pair, size, holds):
+    dpu = replace(pair, method="dpu")
+    result = made_up(dpu, ours=(size, 2.0), delta=(100, 3.0), naive=(95, 3.0))
+    assert {bar.bar: bar.holds for bar in judge([result])}["a tenth smaller"] is holds
+
+
 def test_a_bar_does_not_hold_where_nobody_can_be_beaten(pair):
     assert not any(bar.holds for bar in judge([made_up(pair, ours=(90, 2.0))]))
 

@@ -6,6 +6,7 @@ from tools.reproduce import NETWORKS, RECIPES
 from tools.reproduction import (
     METHODS,
     PAPER,
+    SMALLER,
     compare,
     monotone,
     plot,
@@ -13,7 +14,7 @@ from tools.reproduction import (
     table,
     write_result,
 )
-from trainer.config import load_config
+from trainer.config import as_dict, load_config
 
 
 def rows(*tried):
@@ -54,9 +55,34 @@ def test_the_table_shows_the_papers_figure():
     assert "| -0.17 |" in "\n".join(table("mnist_mlp", compare(RESULTS)))
 
 
+def test_a_smaller_protocol_says_that_it_is_one():
+    lines = list(table("cifar10_vgg_small", compare(RESULTS)))
+    assert lines[0].startswith("Smaller than the paper's protocol: VGG of a quarter")
+    assert "(not comparable)" in lines[2]
+    assert "| +0.33 |" in lines[-1]
+
+
 def test_the_plot_is_well_formed_with_one_line_a_run():
     root = ET.fromstring(plot(RESULTS))
     assert len(root.findall("{*}polyline")) == len(RESULTS)
+
+
+def test_the_papers_own_chain_is_a_row_beside_dpu(tmp_path):
+    for name in ("fu", "dpu", "dpu_paper_chain"):
+        about = {"method": name.partition("_")[0], "seeds": {"run": 1}}
+        write_result(tmp_path / f"{name}_seed1.json", about, RESULTS["dpu", 1])
+    found = compare(read_results(tmp_path))
+    assert [row.method for row in found] == ["fu", "dpu", "dpu_paper_chain"]
+    assert list(table("mnist_mlp", found))[-1].count("-0.17") == 1
+
+
+def test_its_recipe_differs_in_the_chain_alone():
+    dpu, own = (
+        as_dict(load_config(RECIPES / "mnist_mlp" / f"{name}.toml", name="same"))
+        for name in ("dpu", "dpu_paper_chain")
+    )
+    own["update"].pop("chain"), dpu["update"].pop("chain")
+    assert own == dpu
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -72,4 +98,5 @@ def test_each_row_of_the_papers_table_has_a_valid_recipe(network, method):
     config = load_config(RECIPES / network / f"{method}.toml")
     assert config.update.method == method
     assert config.data.validation_from == "test"
-    assert method == "fu" or method in PAPER[network]
+    column = SMALLER[network][0] if network in SMALLER else network
+    assert method == "fu" or method in PAPER[column]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import ConfigError
-from trainer.config import as_dict, load_config, make_config, parse_size
+from trainer.config import as_dict, load_config, make_config
+from trainer.sections import parse_size
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.toml"))
 

@@ -4,7 +4,6 @@ import torch
 from PIL import Image
 
 from edge_runtime.errors import ConfigError
-from trainer.config import DataConfig
 from trainer.data import (
     DataSource,
     Samples,
@@ -13,6 +12,7 @@ from trainer.data import (
     generator,
     split_source,
 )
+from trainer.sections import DataConfig
 from trainer.sources import load_source
 
 torch.set_num_threads(1)

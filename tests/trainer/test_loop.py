@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import TrainConfig
 from trainer.data import Samples, batches
 from trainer.loop import (
     cpu_settings,
@@ -14,6 +13,7 @@ from trainer.loop import (
     recompute_batchnorm,
     train_epoch,
 )
+from trainer.sections import TrainConfig
 
 torch.set_num_threads(1)
 

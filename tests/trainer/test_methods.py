@@ -7,12 +7,13 @@ from trainer.config import as_dict, make_config
 from trainer.data import split_source
 from trainer.fisher import fisher_scores
 from trainer.loop import evaluate
-from trainer.methods import RoundTraining, train_round
+from trainer.methods import train_round
 from trainer.models import build_model
 from trainer.scores import magnitude_scores
 from trainer.selection import select_top_k
 from trainer.sources import load_source
 from trainer.tensors import load_weights, weights_of
+from trainer.training import RoundTraining
 
 torch.set_num_threads(1)
 

@@ -3,9 +3,9 @@ import torch
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.weights import write_weights
-from trainer.config import ModelConfig
 from trainer.initial import make_recipe
 from trainer.models import build_model, option_problems
+from trainer.sections import ModelConfig
 from trainer.tensors import weights_of
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def test_names_what_is_wrong_with_options():
     assert list(option_problems("mlp", {"hidden": (8,)}))  # TOML gives lists
     assert list(option_problems("mlp", {"batch_norm": 1}))
     assert list(option_problems("resnet56", {"depth": 3})) == [
-        "[model] depth is unknown; resnet56 has no options"
+        "[model] depth is unknown; resnet56 has width"
     ]
     assert not list(option_problems("mobilenet_v2", {"width_mult": 0.5}))
 

@@ -13,7 +13,7 @@ from edge_runtime.weights import read_weights
 from packager.build import pack_round
 from packager.rounds import read_round
 from trainer import parallel
-from trainer.folder import list_rounds, read_round_record
+from trainer.record import list_rounds, read_round_record
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from edge_runtime.init import read_recipe
 from edge_runtime.weights import read_weights
 from packager.rounds import read_round
 from trainer.config import as_dict, make_config
-from trainer.folder import Outcome
+from trainer.record import Outcome
 from trainer.rounds import as_reported, run_rounds
 
 torch.set_num_threads(1)

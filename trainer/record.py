@@ -1,0 +1,90 @@
+"""What a round folder states about its round: ``round.json``."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import RoundError
+
+SCHEMA = 1
+RECORD_NAME = "round.json"
+
+
+class Outcome(StrEnum):
+    """How a round ended."""
+
+    UPDATED = "updated"
+    KEPT_BASE = "kept_base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """The content of ``round.json``.
+
+    Attributes:
+        run: The run's name.
+        round: Number of the round, from 0.
+        counter: Release counter of the target.
+        outcome: Whether there is an update to send.
+        model: Identity of the network, hexadecimal; filled in by :func:`write_round`.
+        parent: Fingerprint of the weights that the update leads from: the last
+            deployed ones, or the init weights (round_00, re-initialised rounds).
+        target: Fingerprint of the deployed weights; filled in by :func:`write_round`.
+        method: What selected the weights, for example ``"dpu"``.
+        ratio: Share of the selectable weights that was selected; None for all.
+        reinitialised: Whether training started from the init weights again.
+        packable: False if devices were never meant to get these weights.
+        samples: Number of training samples.
+        metrics: Numbers by name, ``val_accuracy`` and ``test_accuracy`` among them.
+        seeds: Every seed that decided the round, by purpose.
+        versions: Of Python and the libraries; filled in by :func:`write_round`.
+        config: The recipe of the run, resolved.
+    """
+
+    run: str
+    round: int
+    counter: int
+    outcome: Outcome
+    model: str = ""
+    parent: str
+    target: str = ""
+    method: str
+    ratio: float | None
+    reinitialised: bool
+    packable: bool
+    samples: int
+    metrics: Mapping[str, float]
+    seeds: Mapping[str, int]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any]
+
+
+def list_rounds(run_dir: str | PathLike[str]) -> list[Path]:
+    """Return a run's complete round folders, oldest first; none if there is no run."""
+    found = [
+        p for p in Path(run_dir).glob("round_*") if re.fullmatch(r"\d+", p.name[6:])
+    ]
+    return sorted(found, key=lambda path: int(path.name[6:]))
+
+
+def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
+    """Read what a round folder states about its round.
+
+    Raises:
+        RoundError: ``round.json`` is malformed or of another schema.
+        OSError: It cannot be read.
+    """
+    path = Path(folder, RECORD_NAME)
+    try:
+        raw = json.loads(path.read_text())
+        if raw["schema"] != SCHEMA:
+            raise RoundError(f"{path} has schema {raw['schema']}, expected {SCHEMA}")
+        known = {part.name: raw[part.name] for part in fields(RoundRecord)}
+        return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
+    except (ValueError, KeyError, TypeError) as err:
+        raise RoundError(f"{path} is malformed ({err!r})") from err

@@ -1,0 +1,229 @@
+"""The sections of a recipe: every key with its default, its rule and what it means."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+# Those that rank what a full phase did; a budget needs them.
+RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
+PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
+METHODS = (*PARTIAL_METHODS, "fu", "pruning")
+SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
+
+
+Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
+
+
+def _from(low: float, high: float = float("inf")) -> Rule:
+    span = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+    return span, lambda value: low <= value <= high
+
+
+def _one_of(*choices: str) -> Rule:
+    return "one of " + ", ".join(choices), lambda value: value in choices
+
+
+_ANY: Rule = ("", lambda _value: True)
+_ABOVE_0: Rule = ("above 0", lambda value: value > 0)
+_SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
+_SIZE: Rule = (
+    "a size such as 64KB (1000 each) or 64KiB (1024 each)",
+    lambda value: value == "" or parse_size(value) is not None,
+)
+_FACTORY: Rule = (
+    "package.module:function",
+    lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
+)
+_REINIT: Rule = (
+    "auto, never, or a number of rounds",
+    lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
+)
+
+
+def parse_size(text: str) -> int | None:
+    """Return a size such as ``64KB`` or ``1.5MiB`` in bytes; None if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in SIZE_UNITS:
+        return None
+    return int(float(match[1]) * SIZE_UNITS[match[2]]) or None
+
+
+def _key(
+    help_text: str, rule: Rule = _ANY, *, default: Any = MISSING, toml: str = ""
+) -> Any:
+    metadata = {"help": help_text, "rule": rule, "toml": toml}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Section ``[run]``."""
+
+    name: str = _key("folder below --runs; default: the recipe's name")
+    rounds: int = _key("number of rounds, round_00 included", _from(1))
+    seed: int = _key("keys every random stream of the run", default=0)
+    accuracy_floor: float | None = _key(
+        "share of golden labels that a device must get right before it takes new "
+        "weights; default: halfway between chance and round_00's share",
+        ("from 0 to 1", lambda value: value is None or 0 <= value <= 1),
+        default=None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Section ``[data]``."""
+
+    set: str = _key(
+        "the data set",
+        (_one_of(*DATA_SETS)[0], lambda value: value in ("", *DATA_SETS)),
+        default="",
+    )
+    factory: str = _key(
+        "in place of set: package.module:function that returns your own data",
+        _FACTORY,
+        default="",
+    )
+    initial: int = _key("training samples in round_00", _from(2))
+    growth: int = _key("training samples that every later round adds", _from(0))
+    root: str = _key(
+        "where the data set lies or is downloaded to; for folder: the directory with "
+        "train/CLASS/* and test/CLASS/* (or val/)",
+        default="~/.cache/dpu-edge/data",
+    )
+    size: int = _key(
+        "folder only: resize and crop to this many pixels; 0: images are equal already",
+        _from(0),
+        default=0,
+    )
+    memory: str = _key(
+        "folder and factory: what is larger is read batch by batch",
+        _SIZE,
+        default="4GB",
+    )
+    validation: int = _key("samples that choose the epoch", _from(1), default=1000)
+    validation_from: str = _key(
+        "train, or test (the paper's protocol, which leaves fewer test samples)",
+        _one_of("train", "test"),
+        default="train",
+    )
+    normalise: bool = _key(
+        "subtract the data set's mean, divide by its deviation, per channel",
+        default=True,
+    )
+    augment: str = _key(
+        "crop_flip: random crop after padding by 4 pixels, random horizontal flip",
+        _one_of("none", "crop_flip"),
+        default="none",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Section ``[model]``: a name, and that model's own options."""
+
+    name: str = _key(
+        "mlp, small_cnn, vgg, resnet56 or a torchvision classifier", default=""
+    )
+    factory: str = _key(
+        "in place of name: package.module:function that builds your own network, given "
+        "the shape of an input and the number of classes, or nothing",
+        _FACTORY,
+        default="",
+    )
+    weights: str = _key(
+        "file with pretrained weights: safetensors, or a torch state dict", default=""
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """Section ``[update]``."""
+
+    method: str = _key("how weights are selected", _one_of(*METHODS), default="dpu")
+    ratio: float = _key("share of the weights that may change", _SHARE, default=0.01)
+    lam: float = _key(
+        "dpu only: 1 is the global contribution alone, 0 the local one alone",
+        _from(0, 1),
+        default=0.5,
+        toml="lambda",
+    )
+    reinit: int | str = _key(
+        "when to start from the init weights again; auto: the data grew more than "
+        "twofold since the last time (fu and pruning: every round), never, or every "
+        "so many rounds",
+        _REINIT,
+        default="auto",
+    )
+    first: str = _key(
+        "how round_00 is made: partial, as every other round (the paper), or full: "
+        "every weight trains, and the bundle carries them all",
+        _one_of("partial", "full"),
+        default="partial",
+    )
+    chain: str = _key(
+        "what the next round starts from: deployed, or paper: a re-initialised model "
+        "goes on even where it is worse; for reproduction, cannot be packed",
+        _one_of("deployed", "paper"),
+        default="deployed",
+    )
+    budget: str = _key(
+        "largest patch, such as 64KB; how many weights that allows is found by "
+        "packing, and ratio is only where the search starts",
+        _SIZE,
+        default="",
+    )
+    dense: str = _key(
+        "biases and normalisation: train (the paper), freeze (unless a round starts "
+        "from the init weights), or budget: selected like any other weight",
+        _one_of("train", "freeze", "budget"),
+        default="train",
+    )
+    mantissa_bits: int = _key(
+        "what is deployed is rounded to so many mantissa bits: 23 (float32 as it is), "
+        "10 or 7",
+        ("23, 10 or 7", lambda value: value in (23, 10, 7)),
+        default=23,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Section ``[train]``."""
+
+    epochs: int = _key("epochs of one phase; a round has two phases", _from(1))
+    batch: int = _key("samples of one step", _from(2), default=128)
+    optimizer: str = _key("the optimizer", _one_of("adam", "sgd"), default="adam")
+    lr: float = _key("learning rate at the start of a phase", _ABOVE_0, default=5e-3)
+    momentum: float = _key("sgd only", _from(0, 1), default=0.0)
+    nesterov: bool = _key("sgd only; needs momentum", default=False)
+    weight_decay: float = _key("L2 penalty", _from(0), default=0.0)
+    schedule: str = _key(
+        "step: times factor after each third of a phase; cosine: down to 0; constant",
+        _one_of("step", "cosine", "constant"),
+        default="step",
+    )
+    factor: float = _key("of schedule step", _SHARE, default=0.1)
+    device: str = _key(
+        "auto: a GPU where there is one",
+        _one_of("auto", "cpu", "cuda"),
+        default="auto",
+    )
+    threads: int = _key(
+        "CPU threads; part of what decides the bits", _from(1), default=1
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole recipe, checked."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    update: UpdateConfig
+    train: TrainConfig
