@@ -5,6 +5,7 @@ what did not run proves nothing.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ import click
 from tests.crash import kills as killing
 from tests.crash import world
 from tests.crash.disk import read_tree
-from tests.crash.examine import insist
 from tests.crash.explore import (
     Count,
     cut_again,
@@ -23,6 +23,7 @@ from tests.crash.explore import (
     fail_everywhere,
     fail_reads,
     kill_then_cut,
+    live,
 )
 from tests.crash.realdisk import in_namespace
 from tests.crash.recording import (
@@ -36,6 +37,7 @@ from tests.crash.recording import (
 from tests.crash.traced import Recorder
 
 FULL = (install, update, update, update)  # two slots and two reverse patches
+SHARE = 0.2  # of the states of the largest explorations, or they would take an hour
 
 
 class Report:
@@ -47,35 +49,43 @@ class Report:
     """
 
     def __init__(self, *, as_json):
-        self.rows, self.failed, self._as_json = {}, [], as_json
-        self._last = time.perf_counter()
+        self.rows, self.failed = {}, []
+        self._out = sys.stderr if as_json else sys.stdout
+        self._last = time.perf_counter(), _cpu_s()
 
     def add(self, name, counts):
         """Add one line."""
-        now = time.perf_counter()
-        self.rows[name] = counts | {"seconds": round(now - self._last, 1)}
+        now, last = (time.perf_counter(), _cpu_s()), self._last
+        times = zip(("seconds", "cpu_seconds"), now, last, strict=True)
+        self.rows[name] = counts | {n: round(end - start, 1) for n, end, start in times}
         self._last = now
         if counts.get("bad", 1):
             self.failed.append(name)
-        if not self._as_json:
-            text = ", ".join(
-                f"{value:,} {key.replace('_', ' ')}" if key != "not run" else value
-                for key, value in counts.items()
-                if key != "problems"
-            )
-            print(f"{name:<42} {text}", flush=True)
-            for what, times in counts.get("problems", {}).items():
-                print(f"    {times} x {what}", flush=True)
+        text = ", ".join(
+            f"{value:,} {key.replace('_', ' ')}" if key != "not run" else value
+            for key, value in counts.items()
+            if key != "problems"
+        )
+        print(f"{name:<42} {text}", flush=True, file=self._out)
+        for what, times in counts.get("problems", {}).items():
+            print(f"    {times} x {what}", flush=True, file=self._out)
 
-    def explore(self, name, work, *arguments, **options):
-        """Add a line for an exploration."""
-        count = Count()
+    def explore(self, name, work, *arguments, share=1.0, **options):
+        """Add a line for an exploration, of all states or of a share drawn."""
+        count = Count(share=share)
         failures = work(*arguments, count, **options)
         counts = {} if failures is None else {"failures": failures}
         counts |= {"places": count.points, "states": count.states}
+        counts |= {"states not drawn": count.passed} if share < 1 else {}
         counts |= {"bad": count.bad.total()}
         problems = dict(count.bad.most_common(10))
         self.add(name, counts | ({"problems": problems} if problems else {}))
+
+
+def _cpu_s():
+    """Processor time of this process, and of all that it waited for."""
+    times = os.times()
+    return sum(times[:4])
 
 
 def record(base, before, steps, files=Recorder):
@@ -95,10 +105,18 @@ def explore(report, folder):
     report.explore("power cut: updates, rollbacks, refusals", cut_power, life)
     for name, recording in (("update", step), ("installation", installation)):
         report.explore(
-            f"killed, then power cut: {name}", kill_then_cut, recording, after="rename"
+            f"killed, then power cut: {name}",
+            kill_then_cut,
+            recording,
+            after="rename",
+            share=1 if recording is step else SHARE,
         )
-    report.explore("power cut, and again in the next start", cut_again, step)
-    report.explore("power cut: little room, retries, damage", cut_power, trouble)
+    report.explore(
+        "power cut, and again in the next start", cut_again, step, share=SHARE
+    )
+    report.explore(
+        "power cut: little room, retries, damage", cut_power, trouble, share=2 * SHARE
+    )
 
 
 def refuse(report, folder):
@@ -107,7 +125,7 @@ def refuse(report, folder):
         ("every write, rename, sync ... fails", fail_everywhere),
         ("every read fails", fail_reads),
     ):
-        report.explore(name, _each_step, folder / work.__name__, work)
+        report.explore(name, _each_step, folder / work.__name__, work, share=SHARE)
 
 
 def _each_step(folder, work, count):
@@ -127,10 +145,10 @@ def set_clock_back(folder):
     """Each look at the clock shows a day before the one that it showed last."""
     days = iter(range(20_000, 0, -1))
     steps = install, *LIFE, *TROUBLE
+    folder.mkdir()
     with mock.patch("time.gmtime", lambda: real_gmtime(86_400 * next(days))):
-        device = record(folder, (), steps).device
+        device = live(folder, *steps)
     times = [event.at for event in device.store.state.history]
-    insist(device, device.store.state.active)
     return {"steps": len(steps), "bad": int(times != sorted(times, reverse=True))}
 
 
@@ -149,6 +167,7 @@ real_gmtime = time.gmtime
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(kills, commands, cuts, run, *, as_json):
     """Prove that a store survives."""
+    world.sweep()
     report = Report(as_json=as_json)
     options = ["--kills", kills, "--commands", commands]
     done = killing.in_process(*options, *(["--run", run.resolve()] if run else []))

@@ -12,6 +12,7 @@ as two names of one file: whoever writes into one of them changes the other.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 Tree = tuple[str, object]
@@ -159,14 +160,12 @@ class Disk:
         """What a process sees as long as the power stays on."""
         return _freeze(self.root)
 
-    def after_power_cut(self) -> set[Tree]:
-        """Every tree that a power cut may leave now."""
+    def after_power_cut(self) -> Iterator[Tree]:
+        """Every tree that a power cut may leave now, in the same order each time."""
         dirty = [file for file in self.files if file.durable != file.content]
-        trees = set()
         for contents in itertools.product(*(file.variants() for file in dirty)):
             chosen = dict(zip(map(id, dirty), contents, strict=True))
-            trees.update(_trees(self.root, chosen))
-        return trees
+            yield from _trees(self.root, chosen)
 
 
 def _freeze(node) -> Tree:
@@ -179,18 +178,16 @@ def _freeze(node) -> Tree:
 
 def _trees(node, contents):
     if isinstance(node, Link):
-        return [("l", node.text)]
+        yield ("l", node.text)
+        return
     if isinstance(node, File):
-        return [("f", contents.get(id(node), node.content))]
-    found = []
+        yield ("f", contents.get(id(node), node.content))
+        return
     for names in node.variants():
         order = sorted(names)
         below = [_trees(names[name], contents) for name in order]
-        found += [
-            ("d", tuple(zip(order, combination, strict=True)))
-            for combination in itertools.product(*below)
-        ]
-    return found
+        for combination in itertools.product(*below):
+            yield ("d", tuple(zip(order, combination, strict=True)))
 
 
 def read_tree(path) -> Tree:

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import random
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from edge_runtime.errors import DpuError, StoreError
 from edge_runtime.state import decode_state
 from tests.crash import world
 from tests.crash.disk import Disk, write_tree
-from tests.crash.examine import BadStateError, examine, go_on
+from tests.crash.examine import BadStateError, examine, go_on, insist
 from tests.crash.recording import Recording, install, update
 from tests.crash.traced import Failing, Recorder
 
@@ -47,6 +48,9 @@ class Count:
         bad: How many of them broke a promise, by what and where.
         seen: States that need not be looked at again.
         enough: Stop at this many bad states.
+        share: Of the new states, the share that is looked at, drawn with a
+            fixed seed.
+        passed: States that were not drawn.
     """
 
     points: int = 0
@@ -54,12 +58,21 @@ class Count:
     bad: Counter = field(default_factory=Counter)
     seen: set = field(default_factory=set, repr=False)
     enough: int = 10**9
+    share: float = 1.0
+    passed: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(0), repr=False)
 
     def is_new(self, tree, states):
         key = hash((_timeless(tree), _plain(repr(states))))
         new = key not in self.seen
         self.seen.add(key)
         return new
+
+    def draw(self):
+        """Whether a new state is to be looked at."""
+        drawn = self.share == 1 or self.rng.random() < self.share
+        self.states, self.passed = self.states + drawn, self.passed + (not drawn)
+        return drawn
 
     def report(self, problem, where):
         text = re.sub(r"/[^\s':]*/(store|state)", r"\1", str(problem))
@@ -106,9 +119,8 @@ def cut_power(recording, count, *, disk=None, start=0, examined=examine):
         for tree in disk.after_power_cut():
             if count.bad.total() >= count.enough:
                 return
-            if not count.is_new(tree, states):
+            if not (count.is_new(tree, states) and count.draw()):
                 continue
-            count.states += 1
             with written(tree) as base:
                 try:
                     examined(base, states)
@@ -129,7 +141,7 @@ def cut_again(recording, count, files=Recorder):
         again.play(update if (base / "store" / "state.json").exists() else install)
         cut_power(again, count)
 
-    cut_power(recording, Count(), examined=recover)
+    cut_power(recording, Count(share=count.share), examined=recover)
 
 
 def kill_then_cut(recording, count, *, files=Recorder, after=None):
@@ -165,6 +177,20 @@ def found(base):
     with suppress(OSError, StoreError):
         states.append(decode_state((root / "state.copy").read_bytes()))
     return states
+
+
+def live(folder, *steps):
+    """Take steps, no harm done in between; after each the store is as promised."""
+    recording, floor = Recording(folder), 0
+    for step in steps:
+        recording.play(step)
+        state = recording.device.store.state
+        if not step.__name__.startswith("rot"):
+            insist(recording.device, state.active)
+        if state.floor < floor:
+            raise BadStateError(f"{step.__name__} lowered the release floor")
+        floor = state.floor
+    return recording.device
 
 
 # What to refuse ---------------------------------------------------------------------

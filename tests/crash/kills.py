@@ -22,7 +22,13 @@ import click
 
 from edge_runtime import Device
 from edge_runtime.contract import parse_contract
-from edge_runtime.errors import DpuError, StoreError, TrialError
+from edge_runtime.errors import (
+    DpuError,
+    StoreError,
+    TrialError,
+    TrustError,
+    WrongParentError,
+)
 from edge_runtime.state import decode_state, encode_state
 from edge_runtime.trial import TrialResult, judge, try_slot
 from tests.crash import world
@@ -288,17 +294,32 @@ def two_writers(root, updates):
             try:
                 patch = world.next_patch(device.store.reload())
                 done += device.update(patch) == "applied"
-            except DpuError:
-                refused += 1  # the other was at work, or faster: the patch is old now
+            except (TrustError, WrongParentError):
+                refused += 1  # the other was faster: the patch is old now
+            except StoreError as err:
+                if "another process" not in str(err):
+                    raise
+                refused += 1
         os.write(out, json.dumps([done, refused]).encode())
 
-    world.install(root)
+    device = world.install(root)
+    # One that opened the store before an update knows of it when it writes.
+    late = Device.open(root, trial=world.no_trial)
+    device.update(world.next_patch(device.store.state))
+    late.pin()
+    late.pin(held=False)
+    before = device.store.reload().floor
     workers = [spawn(work) for _ in range(2)]
     told = [json.loads(read_all(pipe) or b"[0, 0]") for _, pipe in workers]
     ends = [os.waitpid(child, 0)[1] for child, _ in workers]
     state = Device.open(root).store.state
     made = sum(done for done, _ in told)
-    bad = (made != state.floor) + sum(map(bool, ends)) + (not is_good(root, state))
+    bad = (
+        (before != 1)
+        + (before + made != state.floor)
+        + sum(map(bool, ends))
+        + (not is_good(root, state))
+    )
     return {
         "updates": made,
         "turned_away": sum(refused for _, refused in told),
@@ -331,7 +352,10 @@ def in_process(*options):
         The results by name.
     """
     command = [sys.executable, "-m", "tests.crash.kills", *map(str, options)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
+    finally:
+        world.sweep()
     return json.loads(done.stdout)
 
 

@@ -21,6 +21,7 @@ from tests.crash.explore import (
     fail_everywhere,
     fail_reads,
     kill_then_cut,
+    live,
 )
 from tests.crash.kills import two_writers
 from tests.crash.recording import (
@@ -28,6 +29,7 @@ from tests.crash.recording import (
     TROUBLE,
     Recording,
     install,
+    rollback,
     rollback_far,
     update,
 )
@@ -35,6 +37,7 @@ from tests.crash.recording import (
 ROOT = Path(__file__).parents[2]
 FULL = (install, update, update, update)
 QUICK = (update, rollback_far)
+ROTTEN = (install, update, update, rollback, Recording.rot_slot)
 
 # What is broken: the file, the text, and what stands there instead.
 MUTANTS = {
@@ -170,16 +173,19 @@ MUTANTS = {
 def hunt(folder):
     """Return what is found first, and by which part of the suite; None for nothing."""
     for name, work in (
-        ("power cut", lambda c: cut_power(_record(folder, FULL, QUICK), c)),
+        ("no harm done", lambda _: _live(folder)),
+        ("cut: update", lambda c: _cut(folder, c, FULL, *QUICK)),
+        ("cut: damage", lambda c: _cut(folder, c, ROTTEN, Recording.come_forward)),
         ("two writers", lambda c: _two(folder, c)),
-        ("power cut", lambda c: cut_power(_record(folder, (), (install,)), c)),
-        ("killed, then power cut", lambda c: _kill(folder, c)),
-        ("power cut", lambda c: cut_power(_record(folder, (install,), LIFE), c)),
-        ("power cut", lambda c: cut_power(_record(folder, (install,), TROUBLE), c)),
-        ("I/O errors", lambda c: _fail(folder, fail_everywhere, c)),
+        ("cut: installation", lambda c: _cut(folder, c, (), install)),
+        ("killed, then cut", lambda c: _kill(folder, c)),
         ("read errors", lambda c: _fail(folder, fail_reads, c)),
+        ("I/O errors", lambda c: _fail(folder, fail_everywhere, c)),
+        ("cut: life", lambda c: _cut(folder, c, (install,), *LIFE)),
+        ("cut: trouble", lambda c: _cut(folder, c, (install,), *TROUBLE)),
     ):
         count = Count(enough=1)
+        print(name, file=sys.stderr, flush=True)
         try:
             work(count)
         except Exception as err:  # noqa: BLE001 - any failure is a find
@@ -193,6 +199,15 @@ def _record(folder, before, steps):
     base = Path(tempfile.mkdtemp(dir=folder))
     states = Recording(base).play(*before).states() if before else [None]
     return Recording(base, states=states).play(*steps)
+
+
+def _cut(folder, count, before, *steps):
+    cut_power(_record(folder, before, steps), count)
+
+
+def _live(folder):
+    base = Path(tempfile.mkdtemp(dir=folder))
+    live(base, install, *LIFE, *TROUBLE)
 
 
 def _two(folder, count):
@@ -212,7 +227,7 @@ def _fail(folder, work, count):
         work(step, read_tree(base), states, count)
 
 
-def break_and_hunt(name):
+def break_and_hunt(name, seconds):
     """Break a copy of the runtime, and let another process hunt for it."""
     module, old, new = MUTANTS[name]
     with world.scratch() as folder:
@@ -227,7 +242,15 @@ def break_and_hunt(name):
                 text = text.replace(old, new)
             (folder / "edge_runtime" / path.name).write_text(text)
         command = [sys.executable, "-m", "tests.crash.mutants", "--hunt"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=seconds
+            )
+        except subprocess.TimeoutExpired as err:
+            last = (err.stderr or b"").decode().split("\n")[-2:-1]
+            return None, f"not found in {seconds} s, of which the last in: {last}"
+        finally:
+            world.sweep()
     if done.returncode:
         return None, done.stderr.strip()[-160:] or f"ended {done.returncode}"
     return json.loads(done.stdout) or (None, "not found")
@@ -235,17 +258,20 @@ def break_and_hunt(name):
 
 @click.command()
 @click.option("--hunt", "hunting", is_flag=True, help="Look for a fault in this one.")
-@click.option("--only", default="", help="Only names with this text.")
-def main(*, hunting, only):
+@click.option("--only", multiple=True, help="Only names with one of these texts.")
+@click.option("--seconds", default=300, show_default=True, help="For each of them.")
+def main(*, hunting, only, seconds):
     """Break the store on purpose; the suite must find out each time."""
     if hunting:
         with world.scratch() as folder:
             print(json.dumps(hunt(folder)))
         return
     missed = 0
-    for name in (name for name in MUTANTS if only in name):
+    for name in MUTANTS:
+        if only and not any(text in name for text in only):
+            continue
         start = time.perf_counter()
-        found, how = break_and_hunt(name)
+        found, how = break_and_hunt(name, seconds)
         missed += found is None
         text = f"{found or 'MISSED':<24}{time.perf_counter() - start:4.0f} s  {how}"
         print(f"{name:<45}{text[:160]}", flush=True)

@@ -229,7 +229,10 @@ def in_namespace(cuts):
     if shutil.which("unshare") is None:
         return {"real disks": {"not run": "unshare is not installed"}}
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    finally:
+        world.sweep()
     if done.returncode:
         return {"real disks": {"not run": done.stderr.strip()[-300:]}}
     return json.loads(done.stdout)

@@ -143,6 +143,15 @@ class Recording:
         self.files.room = 2, 1
         self.update()
 
+    def no_room(self):
+        """Not even for one slot more; the patch does not lead from the active one."""
+        self.files.room = 1, 0
+        try:
+            self._update(lambda state: world.patch(None, state.floor + 1))
+        except StoreError:
+            return
+        raise StoreError("the active slot made room")
+
     def rollback(self):
         self.device.rollback()
 
@@ -193,7 +202,7 @@ LIFE = (
 TROUBLE = (
     *(update, update, update, Recording.little_room),
     *(rollback, Recording.come_forward, Recording.release_again),
-    *(Recording.too_many_tries, Recording.hook_after_fails),
+    *(Recording.too_many_tries, Recording.hook_after_fails, Recording.no_room),
     *(rollback, Recording.rot_slot, Recording.come_forward),
     *(Recording.rot_state, update, Recording.rot_copy, rollback_far),
 )

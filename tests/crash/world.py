@@ -1,6 +1,8 @@
 """The server's side in memory: one small model, and a patch to whatever comes next."""
 
 import json
+import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +27,7 @@ RECIPE = InitRecipe(
 )
 INIT = RECIPE.generate()
 MODEL = model_id(INIT.layout.header, GRAPH)
+PREFIX = "dpu-crash-"  # of a folder in memory; the owner's process id follows
 bad: dict[int, bytes] = {}  # patches to bad models: no trial here would find them
 
 
@@ -106,7 +109,23 @@ def install(root, files=None, trial=no_trial):
 @contextmanager
 def scratch():
     """A folder in memory, where thousands of small stores cost little."""
-    memory = Path("/dev/shm")
-    parent = memory if memory.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="dpu-crash-", dir=parent) as path:
+    prefix = f"{PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=_memory()) as path:
         yield Path(path)
+
+
+def sweep():
+    """Remove what a killed process of this suite left in memory."""
+    for folder in _memory().glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue  # not ours to judge
+
+
+def _memory():
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(tempfile.gettempdir())
