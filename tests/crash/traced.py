@@ -64,6 +64,8 @@ class Traced(Files):
 class Recorder(Traced):
     """Writes down what was done, with paths relative to a folder."""
 
+    failed = False  # whether an operation was refused
+
     def __init__(self, base):
         self.base = base.resolve()
         self.log = []
@@ -136,6 +138,10 @@ class Failing(Recorder):
     def __init__(self, base, first, error, *, for_good=False):
         super().__init__(base)
         self.left, self.error, self.for_good = first, error, for_good
+
+    @property
+    def failed(self):
+        return self.left < 0
 
     def do(self, kind, path, *rest, action=lambda: None):
         self.left -= 1
