@@ -47,12 +47,12 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1640,
+        1620,
         "apply codec header init patch sections signing values weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1120,
+        1110,
         "bundle contract device files hooks reverse state store trial",
     ),
     "inference": _ring(
@@ -62,12 +62,12 @@ RINGS = {
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        960,
+        700,
         "agent live metrics notify proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        800,
+        775,
         "__init__ __main__ cli cli_agent cli_infer cli_proof command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),

@@ -157,25 +157,34 @@ class _Table:
                 self.problems[tool.key] = f"absent: {absent} ({tool.install})"
                 self.say(f"  {tool.title}: {self.problems[tool.key]}")
         for turn in range(repeats):
-            self.say(f"  turn {turn + 1} of {repeats}")
+            self.say(f"  making, turn {turn + 1} of {repeats}")
             for tool in tools:
-                if tool.key not in self.problems:
-                    self._turn(tool, first=turn == 0)
+                self._turn(tool, "make", self.made)
+        self.say("  applying, once to fill the caches")
+        for tool in tools:
+            self._turn(tool, "apply", {})
+        for turn in range(repeats):
+            self.say(f"  applying, turn {turn + 1} of {repeats}")
+            # Each begins where the one before it ends: what a process leaves of fresh
+            # pages shows in the next one's writing, so the order changes.
+            start = turn * len(tools) // repeats
+            for tool in (*tools[start:], *tools[:start]):
+                self._turn(tool, "apply", self.applied)
         return Contest(self.pair, tuple(self._entry(tool) for tool in tools))
 
-    def _turn(self, tool: Tool, *, first: bool) -> None:
+    def _turn(self, tool: Tool, verb: str, samples: dict[str, list[Sample]]) -> None:
+        known = samples.setdefault(tool.key, [])
+        slow = verb == "make" and known and known[0].work_s >= SLOW_MAKE_S
+        if tool.key in self.problems or slow:
+            return
         try:
-            if first or self.made[tool.key][0].work_s < SLOW_MAKE_S:
-                sample = self._measure(tool, "make")
-                self.made.setdefault(tool.key, []).append(sample)
-                if first:
-                    self.say(f"    {tool.title}: made in {sample.work_s:.2f} s")
-                    self._measure(tool, "apply")  # fills the caches, not counted
-            sample = self._measure(tool, "apply")
-            self.applied.setdefault(tool.key, []).append(sample)
+            known.append(self._measure(tool, verb))
         except ToolFailedError as err:
             self.problems[tool.key] = str(err)
             self.say(f"    {tool.title}: {err}")
+            return
+        if verb == "make" and len(known) == 1:
+            self.say(f"    {tool.title}: made in {known[0].work_s:.2f} s")
 
     def _patch(self, tool: Tool) -> Path:
         return self.folder / f"{tool.key}.patch"
