@@ -12,6 +12,7 @@ import hashlib
 import io
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import islice
@@ -275,11 +276,11 @@ def open_patch(
         TrustError: The trusted keys did not sign it.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
-    try:
-        return _open(file, limits or Limits(), trust or signing.Trust())
-    except BaseException:
-        file.close()
-        raise
+    with ExitStack() as opened:
+        opened.enter_context(file)
+        patch = _open(file, limits or Limits(), trust or signing.Trust())
+        opened.pop_all()  # open from here on: the patch reads from it
+    return patch
 
 
 def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:

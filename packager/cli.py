@@ -24,6 +24,7 @@ from packager.compose_cli import compose
 from packager.foreign_cli import file_options, pack_extra
 from packager.keys import keygen, read_signers, sign
 from packager.look import diff, extract, info, report, verify
+from packager.options import runs_option
 from packager.proof_cli import check_proof
 
 if TYPE_CHECKING:
@@ -64,16 +65,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     metavar="FILE|DIR",
     help="Where to write.  [default: beside the round folder]",
 )
-@click.option(
-    "--runs",
-    type=_folder,
-    envvar="DPU_RUNS",
-    show_envvar=True,
-    default=Path("runs"),
-    show_default=True,
-    is_eager=True,  # known when ROUND is completed
-    help="Where names of rounds are looked up.",
-)
+@runs_option
 @click.option(
     "--from",
     "parent",

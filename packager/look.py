@@ -13,6 +13,7 @@ import click
 
 from edge_runtime.command import SCHEMA, emit, json_option, say
 from packager.foreign_cli import pack_extra
+from packager.options import runs_option
 
 if TYPE_CHECKING:
     from edge_runtime.patch import Patch
@@ -108,15 +109,7 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     metavar="RUN",
     help="For a run: another run to compare with, such as one of full updating.",
 )
-@click.option(
-    "--runs",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="DPU_RUNS",
-    show_envvar=True,
-    default=Path("runs"),
-    show_default=True,
-    help="Where names of runs are looked up.",
-)
+@runs_option
 @shown
 def report(
     path: str, *, base: Path | None, beside: tuple[str, ...], runs: Path, **how: Any

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.command import OK, emit, json_option
+from packager.options import runs_option
 from packager.words import duration
 
 if TYPE_CHECKING:
@@ -27,15 +28,7 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
     metavar="FILE",
     help="What it should hold: a weight file, or any safetensors or ONNX file.",
 )
-@click.option(
-    "--runs",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="DPU_RUNS",
-    show_envvar=True,
-    default=Path("runs"),
-    show_default=True,
-    help="Where rounds are looked up.",
-)
+@runs_option
 @click.option(
     "--key",
     "keys",

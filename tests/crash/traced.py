@@ -17,7 +17,7 @@ class Traced(Files):
     """Sends every primitive operation through :meth:`do`."""
 
     def do(self, kind, path, *rest, action=lambda: None):
-        raise NotImplementedError
+        action()
 
     def mkdir(self, path):
         if not path.is_dir():
