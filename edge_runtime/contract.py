@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import MALFORMED, ContractError
 
 SCHEMA = 1
 
@@ -136,7 +136,7 @@ def parse_contract(text: str | bytes) -> Contract:
             float(record.get("accuracy_floor", 0.0)),
             float(record.get("output_tolerance", 1e-4)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except MALFORMED as err:
         raise ContractError(f"the contract is malformed ({err!r})") from err
 
 

@@ -9,9 +9,8 @@ from edge_runtime import Device, PatchHeader, UpdateResult, open_patch, pack_wei
 from edge_runtime.apply import apply_patch
 from edge_runtime.errors import StoreError, TrustError
 from edge_runtime.files import Files
-from edge_runtime.reverse import MAX_CHANGES, encode_reverse
+from edge_runtime.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.state import MAX_FORMER
-from edge_runtime.store import SPARE_BYTES
 from edge_runtime.weights import write_weights
 from tests.crash import world
 
