@@ -77,7 +77,10 @@ def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
     """
     with _opened(source) as archive:
         signed = _member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        signatures = _signatures(archive)
+        block = b""
+        if SIGNATURES_NAME in archive.namelist():
+            block = _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
+        signatures = signing.decode_signatures(block)
         (trust or signing.Trust()).check(signing.BUNDLE_CONTEXT, signed, signatures)
         manifest = json.loads(signed)
         if manifest["schema"] != SCHEMA:
@@ -131,21 +134,13 @@ def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
     try:
         with file, zipfile.ZipFile(file) as archive:
             yield archive
+    except PatchError as err:
+        raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
     # RuntimeError: an encrypted member, or one of an unknown kind.
     except (zipfile.BadZipFile, EOFError, RuntimeError, *MALFORMED) as err:
         raise BundleError(
             f"not an installation bundle, or damaged ({err}); fetch it again"
         ) from err
-
-
-def _signatures(archive: zipfile.ZipFile) -> tuple[signing.Signature, ...]:
-    if SIGNATURES_NAME not in archive.namelist():
-        return ()
-    block = _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
-    try:
-        return signing.decode_signatures(block)
-    except PatchError as err:
-        raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
 
 
 def _member(

@@ -104,15 +104,11 @@ class Contract:
         """
         names = [spec.name for spec in self.inputs]
         if not isinstance(raw, Mapping):
-            if len(names) != 1:
-                raise ContractError(
-                    f"the model takes several inputs ({', '.join(names)}); give them "
-                    "by name"
-                )
-            raw = {names[0]: raw}
+            raw = {names[0] if len(names) == 1 else "one array": raw}
         if set(raw) != set(names):
             raise ContractError(
-                f"the model takes {', '.join(names)}; got {', '.join(raw) or 'nothing'}"
+                f"the model takes its inputs by name, {', '.join(names)}; got "
+                f"{', '.join(raw) or 'nothing'}"
             )
         return {spec.name: spec.prepare(raw[spec.name]) for spec in self.inputs}
 

@@ -274,13 +274,7 @@ class Device:
                 self.store.commit(state.noted("hook failed", slot, str(err)))
 
     def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
-        facts = {
-            "DPU_STORE": str(self.store.root),
-            "DPU_EVENT": event,
-            "DPU_ROUND": str(slot.round),
-            "DPU_FINGERPRINT": slot.target,
-        }
-        run_hooks(self.store.root / "hooks" / f"{when}.d", facts)
+        run_hooks(self.store.root, when, event, slot)
 
     # Asking -------------------------------------------------------------------------
 

@@ -15,37 +15,38 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 from edge_runtime.errors import HeldError
+from edge_runtime.state import Slot
 
 TIMEOUT_S = 60.0  # for each program
 _SAID_BYTES = 1 << 16  # of what a program says, the last so many are looked at
 
 
 def run_hooks(
-    folder: Path, facts: Mapping[str, str], *, timeout_s: float = TIMEOUT_S
+    root: Path, when: str, event: str, slot: Slot, *, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Run the programs in a folder, one after the other.
+    """Run the owner's programs, one after the other.
 
     Args:
-        folder: Where they are; it need not exist.
-        facts: Environment variables for them.
+        root: The store's directory.
+        when: ``before-apply`` or ``after-apply``.
+        event: What happens, in the words of the history.
+        slot: What it leads to.
         timeout_s: Kill a program, and all that it started, after this many seconds.
 
     Raises:
         HeldError: One failed or took too long; those after it did not run.
     """
-    for path in sorted(folder.glob("*")):
+    facts = {"DPU_STORE": str(root), "DPU_EVENT": event, "DPU_ROUND": str(slot.round)}
+    facts["DPU_FINGERPRINT"] = slot.target
+    for path in sorted(root.glob(f"hooks/{when}.d/*")):
         if not path.is_file() or not os.access(path, os.X_OK):
             continue
         try:
-            code, said = run_program([str(path)], facts, timeout_s)
+            _, problem = run_program([str(path)], facts, timeout_s)
         except OSError as err:
-            raise HeldError(
-                f"the hook {path.name} cannot be run ({err.strerror})"
-            ) from err
-        if code != 0:
-            late = f"did not end within {timeout_s:g} s"
-            problem = late if code is None else f"ended with {code}"
-            raise HeldError(f"the hook {path.name} {problem}: {said}")
+            problem = f"cannot be run ({err.strerror})"
+        if problem:
+            raise HeldError(f"the hook {path.name} {problem}")
 
 
 def run_program(
@@ -53,7 +54,7 @@ def run_program(
     facts: Mapping[str, str],
     timeout_s: float,
     given: bytes = b"",
-) -> tuple[int | None, str]:
+) -> tuple[int, str]:
     """Run a program in a process group of its own.
 
     Args:
@@ -63,7 +64,8 @@ def run_program(
         given: What it finds on standard input.
 
     Returns:
-        What it ended with, None if it was killed for its time; the last line it said.
+        What it ended with; and, unless that is 0, what went wrong, in words, with the
+        last line that it said.
 
     Raises:
         OSError: It cannot be run.
@@ -73,14 +75,16 @@ def run_program(
         process = Popen(
             command, stdin=PIPE, stdout=output, stderr=STDOUT, env=env, process_group=0
         )
+        problem = f"did not end within {timeout_s:g} s"
         try:
             with suppress(TimeoutExpired):
                 process.communicate(given, timeout_s)
+                problem = f"ended with {process.returncode}"
         finally:
-            code = process.poll()
-            if code is None:
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            code = process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - _SAID_BYTES))
         said = output.read().decode(errors="replace").strip()
-    return code, (said.splitlines() or ["it said nothing"])[-1]
+    last = (said.splitlines() or ["it said nothing"])[-1]
+    return code, f"{problem}: {last}" if code else ""

@@ -51,15 +51,10 @@ def run_trial(
     found = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     facts = {"PYTHONPATH": os.pathsep.join(filter(None, found))}
     # In a group of its own: Ctrl-C for the caller is no verdict on the weights.
-    code, said = run_program(command, facts, timeout_s, given)
-    if code is None:
-        raise TrialError(
-            f"the new weights gave no answer within {timeout_s:g} s; nothing changed"
-        )
-    if code == NO_BACKEND:
-        raise BackendError(f"no trial, so nothing changed: {said}")
-    if code:
-        raise TrialError(f"the trial ended with {code}: {said}; nothing changed")
+    code, problem = run_program(command, facts, timeout_s, given)
+    if problem:
+        error = BackendError if code == NO_BACKEND else TrialError
+        raise error(f"nothing changed: the trial {problem}")
 
 
 def try_slot(slot: Path, model: Path, expected: bytes | bool = False) -> None:

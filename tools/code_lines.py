@@ -53,7 +53,7 @@ RINGS = {
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
         1110,
-        "bundle contract device files hooks reverse state store trial",
+        "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",
