@@ -71,6 +71,16 @@ def test_another_release_starts_with_no_tries(device):
     assert device.update(world.patch(0, 2)) is UpdateResult.APPLIED
 
 
+def test_a_trial_that_the_system_cannot_start_is_no_try(device):
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = device.store.state
+    with pytest.raises(OSError, match="No space left"):
+        Device.open(device.store.root, trial=no_room).update(next_patch(device))
+    assert device.store.reload() == before
+
+
 # Pins ------------------------------------------------------------------------------
 
 
@@ -143,6 +153,12 @@ def test_a_hook_after_is_too_late_to_refuse(device, hook):
     event = Device.open(device.store.root).status()["history"][-1]
     assert event["event"] == "hook failed"
     assert event["reason"] == "the hook restart ended with 1: no such service"
+
+
+def test_the_last_line_of_a_talkative_hook_is_told(device, hook):
+    hook("before-apply", "talks", "seq 100000; echo the reason; exit 2")
+    with pytest.raises(HeldError, match="talks ended with 2: the reason"):
+        device.update(next_patch(device))
 
 
 def test_what_is_not_executable_is_no_hook(device, hook):

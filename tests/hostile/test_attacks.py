@@ -509,6 +509,32 @@ def test_damaged_signatures_of_a_bundle_are_refused_without_any_key(
         not_installed(encode_members(members), BundleError, r"bundle\.sig", trust=None)
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        *(b"[" * 100_000, b"[]", b"null", b'{"schema": 1, "files": [1]}'),
+        b'{"schema": 1, "files": {"keys/0.pem": 0}}',
+    ],
+)
+def test_manifest_of_any_other_shape(bundle, manifest, not_installed):
+    data = encode_members(members_of(bundle) | {"bundle.json": manifest})
+    not_installed(data, BundleError, trust=None)
+    with pytest.raises(BundleError):
+        carried_trust(data)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(6, 99), (8, 1)])
+def test_bundle_whose_members_no_reader_knows(bundle, offset, value, not_installed):
+    """Of a zip version to come, or said to be encrypted."""
+    data = bytearray(bundle)
+    entry = data.index(b"PK\x01\x02")
+    while data[entry : entry + 4] == b"PK\x01\x02":
+        data[entry + offset] = value
+        sizes = struct.unpack_from("<HHH", data, entry + 28)
+        entry += 46 + sum(sizes)
+    not_installed(bytes(data), BundleError, trust=None)
+
+
 def test_keys_that_a_bundle_brings_along_do_not_count(tmp_path, not_installed):
     carrying = sign_bundle(bundle_of(tmp_path, keys=[THEIRS]), THEIRS)
     not_installed(carrying, match="expected 1 of")
