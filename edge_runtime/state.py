@@ -1,4 +1,7 @@
-"""What a store knows, as plain data, and which releases it admits. No I/O."""
+"""What a store knows, as plain data, and which releases it admits.
+
+No I/O but a look at the clock, for the history.
+"""
 
 import hashlib
 import json
