@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -236,10 +237,7 @@ def read_weights(source: str | PathLike[str] | bytes) -> Weights:
         WeightsError: Malformed, truncated or not canonical.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
-        raise WeightsError("not a weight file, or truncated inside its header")
-    return Weights(parse_layout(data[: 8 + length]), data)
+    return Weights(read_layout(BytesIO(data)), data)
 
 
 def type_code(array: NDArray[Any]) -> str:

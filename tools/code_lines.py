@@ -63,7 +63,7 @@ RINGS = {
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
         700,
-        "agent live metrics notify proof report route",
+        "agent live notify proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
