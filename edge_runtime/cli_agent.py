@@ -17,7 +17,7 @@ import click
 from edge_runtime.command import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.notify import ping, tell
-from edge_runtime.report import utc
+from edge_runtime.report import Report, utc
 
 if TYPE_CHECKING:
     from edge_runtime.agent import Agent
@@ -57,7 +57,6 @@ def agent(
     """
     from edge_runtime.agent import Agent, only_agent
     from edge_runtime.device import Device
-    from edge_runtime.report import Report
 
     log = _log_json if as_json else _log
     with only_agent(root):

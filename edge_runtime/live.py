@@ -23,7 +23,7 @@ from typing import Any
 
 from edge_runtime.report import utc
 from edge_runtime.store import GRAPH_NAME, Store
-from edge_runtime.weights import FILE_NAME, fingerprint_file
+from edge_runtime.weights import CHUNK_BYTES, FILE_NAME, Layout, fingerprint_file
 
 _log = logging.getLogger("edge_runtime")
 _SIZE = 1024  # of a file: one write replaces all that it said
@@ -39,27 +39,51 @@ class Status(StrEnum):
     UNKNOWN = "unknown"  # what it tells cannot be read
 
 
-def measure(folder: Path) -> dict[str, Any] | None:
+def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None:
     """Hash the files of a slot, and say which weight file it was.
 
+    Args:
+        folder: The slot.
+        layout: Also hash the weight file's header and each tensor, in the same pass.
+
     Returns:
-        ``fingerprint`` and ``graph`` (SHA-256), ``device`` and ``inode`` of the weight
-        file, and ``changed_ns``, when that inode last changed (by a write, a rename, a
-        chmod); None if a file cannot be read.
+        ``fingerprint`` and ``graph`` (SHA-256); ``bytes``, ``device`` and ``inode`` of
+        the weight file, and ``changed_ns``, when that inode last changed (by a write, a
+        rename, a chmod); with a layout, ``header`` and ``tensors``. None if a file
+        cannot be read.
     """
+    whole = hashlib.sha256()
+    found: dict[str, Any] = {}
     try:
         with open(folder / FILE_NAME, "rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+
+            def piece(size: int) -> str:
+                digest = hashlib.sha256()
+                while size and (chunk := file.read(min(size, CHUNK_BYTES))):
+                    whole.update(chunk)
+                    digest.update(chunk)
+                    size -= len(chunk)
+                return digest.hexdigest()
+
+            if layout is not None:
+                found["header"] = piece(len(layout.header))
+                parts = {t.name: piece(t.stop - t.start) for t in layout.tensors}
+                found["tensors"] = parts
+            while chunk := file.read(CHUNK_BYTES):  # all, or what lies behind the last
+                whole.update(chunk)
             status = os.fstat(file.fileno())  # of what was hashed, whatever its name
-        return {
-            "fingerprint": fingerprint,
-            "graph": fingerprint_file(folder / GRAPH_NAME),
-            "device": status.st_dev,
-            "inode": status.st_ino,
-            "changed_ns": status.st_ctime_ns,
-        }
+            size = file.tell()
+        graph = fingerprint_file(folder / GRAPH_NAME)
     except OSError:
         return None
+    return found | {
+        "fingerprint": whole.hexdigest(),
+        "graph": graph,
+        "bytes": size,
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
 class Entry:
@@ -116,9 +140,10 @@ def _create(folder: Path) -> FileIO:
     while True:
         path = folder / f"{os.getpid()}-{time.time_ns()}.json"
         file = open(path, "xb", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
         file.close()
 
 

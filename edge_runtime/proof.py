@@ -5,9 +5,7 @@ The signature is over that form without its ``signature`` member. What a proof s
 and what not, is in ``edge_runtime/README.md``.
 """
 
-import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,7 @@ from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.live import measure, read_entries, untold
 from edge_runtime.report import utc
 from edge_runtime.signing import framed, key_id
-from edge_runtime.store import GRAPH_NAME, Store
-from edge_runtime.weights import CHUNK_BYTES, FILE_NAME, Layout, fingerprint_file
+from edge_runtime.store import Store
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -71,45 +68,13 @@ def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
             "fingerprint": state.active,
             "release_counter": state.active_slot.counter,
             "release_floor": state.floor,
-            "disk": _disk(folder, store.layout if tensors else None),
+            "disk": measure(folder, store.layout if tensors else None),
             "live": live,
             "untold": untold(store, {entry["pid"] for entry in live}),
         }
         if store.stamp() == stamp:
             return facts
     raise StoreError("the store changes while it is read; ask for the proof again")
-
-
-def _disk(folder: Path, layout: Layout | None) -> dict[str, Any] | None:
-    """Hash a slot as it is now; None if it cannot be read."""
-    try:
-        found = _hash_pieces(folder / FILE_NAME, layout)
-        graph = fingerprint_file(folder / GRAPH_NAME)
-    except OSError:
-        return None
-    return found | {"graph": graph}
-
-
-def _hash_pieces(path: Path, layout: Layout | None) -> dict[str, Any]:
-    """Hash a weight file, and the tensors of a layout in the same pass."""
-    whole = hashlib.sha256()
-    with open(path, "rb") as file:
-
-        def piece(size: int) -> str:
-            digest = hashlib.sha256()
-            while size and (chunk := file.read(min(size, CHUNK_BYTES))):
-                whole.update(chunk)
-                digest.update(chunk)
-                size -= len(chunk)
-            return digest.hexdigest()
-
-        found: dict[str, Any] = {}
-        if layout is not None:
-            found["header"] = piece(len(layout.header))
-            parts = {t.name: piece(t.stop - t.start) for t in layout.tensors}
-            found["tensors"] = parts
-        piece(sys.maxsize)  # all of it, or what lies behind the last tensor
-        return found | {"fingerprint": whole.hexdigest(), "bytes": file.tell()}
 
 
 def _live(store: Store, entry: dict[str, Any]) -> dict[str, Any]:

@@ -57,12 +57,12 @@ RINGS = {
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",
-        370,
+        365,
         "bench follow infer inputs",
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        605,
+        595,
         "agent live notify proof report route",
     ),
     "commands": _ring(

@@ -1,6 +1,7 @@
 """From a device's proof to the server's verdict, with real processes that predict."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -21,14 +22,8 @@ from edge_runtime import Device, RunOptions, Store, make_proof
 from edge_runtime.cli import main as edge
 from edge_runtime.errors import ProofError, TrustError
 from edge_runtime.infer import SwapPolicy
-from edge_runtime.live import Status, read_entries
-from edge_runtime.proof import (
-    _hash_pieces,
-    canonical,
-    device_key,
-    public_key,
-    read_key,
-)
+from edge_runtime.live import Status, measure, read_entries
+from edge_runtime.proof import canonical, device_key, public_key, read_key
 from edge_runtime.weights import FILE_NAME
 from packager.build import pack_round
 from packager.bundle import build_bundle
@@ -190,20 +185,27 @@ def test_what_nobody_holds_is_not_believed_whatever_its_pid(device):
     del predictor
 
 
-def test_a_reader_that_comes_before_the_lock_loses_nobody(device, monkeypatch):
-    """It finds a file that nobody holds yet, and removes it."""
-    flock, seen = edge_runtime.live.fcntl.flock, []
+@pytest.mark.parametrize("does", ["removes", "holds"])
+def test_a_reader_that_comes_before_the_lock_loses_nobody(device, monkeypatch, does):
+    """It finds a file that nobody holds yet."""
+    flock, seen = fcntl.flock, []
 
     def late(file, how):
-        if how == edge_runtime.live.fcntl.LOCK_EX and not seen:
-            seen.append(list(device.store.root.glob("live/*")))
-            assert list(read_entries(device.store)) == []
+        if how & fcntl.LOCK_EX and not seen:
+            (path,) = device.store.root.glob("live/*")
+            seen.append(open(path, "rb"))
+            if does == "removes":
+                assert list(read_entries(device.store)) == []
+            else:
+                flock(seen[0], fcntl.LOCK_SH)
         return flock(file, how)
 
     monkeypatch.setattr(edge_runtime.live.fcntl, "flock", late)
     predictor = device.predictor()
+    seen[0].close()
     (entry,) = read_entries(device.store)
-    assert (len(seen[0]), entry["status"]) == (1, "loaded")
+    assert entry["status"] == "loaded"
+    assert len(list(device.store.root.glob("live/*"))) == 1
     del predictor
 
 
@@ -221,7 +223,7 @@ def test_a_reader_meets_whole_entries_or_none(device):
     predictor = device.predictor()
     path = next(device.store.root.glob("live/*"))
     folder = predictor.folder
-    source = edge_runtime.live.measure(folder)
+    source = measure(folder)
     stop, found = threading.Event(), set()
 
     def write():
@@ -348,27 +350,29 @@ def test_any_byte_that_changes_is_named_with_its_tensor(run, tmp_path):
     weights = read_round(run.path / "round_00").weights
     layout, path = weights.layout, tmp_path / FILE_NAME
     path.write_bytes(weights.data)
-    assert differing(_hash_pieces(path, layout), weights) == []
+    path.with_name("graph.onnx").write_bytes(b"not looked at")
+    assert differing(measure(tmp_path, layout), weights) == []
     owner = ["header"] * len(layout.header)
     for tensor in layout.tensors:
         owner += [tensor.name] * (tensor.stop - tensor.start)
     assert len(owner) == layout.file_size
     for at, name in enumerate(owner):
         flip(path, at)
-        found = _hash_pieces(path, layout)
+        found = measure(tmp_path, layout)
         assert differing(found, weights) == [name]
         assert found["fingerprint"] != weights.fingerprint
         flip(path, at)
-    assert _hash_pieces(path, layout)["fingerprint"] == weights.fingerprint
+    assert measure(tmp_path, layout)["fingerprint"] == weights.fingerprint
 
 
 def test_a_file_of_another_length_is_named_too(run, tmp_path):
     weights = read_round(run.path / "round_00").weights
     path = tmp_path / FILE_NAME
+    path.with_name("graph.onnx").write_bytes(b"not looked at")
     path.write_bytes(bytes(weights.data) + b"\0")
-    assert differing(_hash_pieces(path, weights.layout), weights) == ["end"]
+    assert differing(measure(tmp_path, weights.layout), weights) == ["end"]
     path.write_bytes(weights.data[:-1])
-    found = differing(_hash_pieces(path, weights.layout), weights)
+    found = differing(measure(tmp_path, weights.layout), weights)
     assert found == [weights.layout.tensors[-1].name, "end"]
 
 
