@@ -91,8 +91,9 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
     """
     if not paths:
         return [], []
+    from edge_runtime.proof import public_key
     from edge_runtime.signing import key_id
-    from packager.signing import is_encrypted, load_private, public_key
+    from packager.signing import is_encrypted, load_private
 
     keys = []
     for path in paths:

@@ -33,6 +33,7 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.errors import KeyFileError, PatchFormatError
 from edge_runtime.header import parse_header, read_header
+from edge_runtime.proof import encode_public, public_key
 from edge_runtime.signing import (
     BUNDLE_CONTEXT,
     MAX_BLOCK_BYTES,
@@ -152,18 +153,6 @@ def carried_keys(keys: Iterable[Ed25519PrivateKey]) -> dict[str, bytes]:
 def generate_key() -> Ed25519PrivateKey:
     """Generate a private key."""
     return Ed25519PrivateKey.generate()
-
-
-def public_key(key: Ed25519PrivateKey) -> str:
-    """Return the public half of a key: 32 raw bytes, in hex."""
-    return key.public_key().public_bytes_raw().hex()
-
-
-def encode_public(key: Ed25519PrivateKey) -> bytes:
-    """Encode the public half of a key as PEM (SubjectPublicKeyInfo)."""
-    return key.public_key().public_bytes(
-        Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
 
 
 def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> bytes:

@@ -47,7 +47,7 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1620,
+        1610,
         "apply codec header init patch sections signing values weights",
     ),
     "store": _ring(
@@ -57,17 +57,17 @@ RINGS = {
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",
-        390,
+        365,
         "bench follow infer inputs",
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        700,
-        "agent live metrics notify proof report route",
+        595,
+        "agent live notify proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        775,
+        705,
         "__init__ __main__ cli cli_agent cli_infer cli_proof command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),
