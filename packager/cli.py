@@ -18,6 +18,7 @@ from edge_runtime.command import (
     Group,
     emit,
     json_option,
+    progress,
     say,
 )
 from packager.compose_cli import compose
@@ -169,7 +170,10 @@ def pack(  # noqa: PLR0913 - one argument for each option
         from packager.rounds import find_round
 
         folders = [find_round(name, runs) for name in rounds]
-        paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+        # Beside the round's own patch, which must not be overwritten by this one.
+        name = f"_from_{Path(parent).resolve().name}" if parent else ""
+        suffix = ".bundle.zip" if bundle else f"{name}.dpu"
+        paths = _places(folders, output, suffix)
         places = list(zip(folders, paths, strict=True))
         if expect_outputs:
             options["expect_outputs"] = expect_outputs
@@ -178,11 +182,10 @@ def pack(  # noqa: PLR0913 - one argument for each option
     for path, data, record, text in made:
         record["written"] = bool(data) and not dry_run
         if record["written"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(data, path)
         records.append(record)
         if not (as_json or quiet):
-            print(text)
+            progress(text)
             if data:
                 say(f"dry run: {path} not written" if dry_run else f"wrote {path}")
     if as_json:

@@ -38,7 +38,7 @@ def compose(
     counter of the last one.
     """
     from edge_runtime.patch import open_patch
-    from packager.build import write_file
+    from packager.build import about, write_file
     from packager.compose import compose_patches
     from packager.foreign import read_model
     from packager.foreign_cli import pack_extra
@@ -47,7 +47,10 @@ def compose(
     with pack_extra("an ONNX file"):
         weights = read_model(base).weights
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_patch(path)) for path in paths]
+        opened = []
+        for path in paths:
+            with about(path):
+                opened.append(stack.enter_context(open_patch(path)))
         total = sum(patch.size for patch in opened)
         named = list(zip(map(str, paths), opened, strict=True))
         packed = compose_patches(weights, named, level=level)
@@ -66,7 +69,6 @@ def compose(
         text = f"they lead back to {base}: nothing to send, nothing written"
         emit(record, as_json=as_json, text=text)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_file(packed.data, output)
     size = len(packed.data)
     text = (

@@ -64,7 +64,6 @@ def show(
         text = (
             to_text(document) + "\n" if output.suffix == ".txt" else to_html(document)
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_file(text.encode(), output)
     say(f"wrote {output}")
 
@@ -159,12 +158,14 @@ def verify(
     """
     from edge_runtime.apply import apply_patch
     from edge_runtime.signing import trust_keys
+    from packager.build import about
 
     trust = trust_keys({str(key): key.read_bytes() for key in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
-    with _open_trusted(path, trust) as opened:
-        if base is not None:
-            apply_patch(_read_weights(base), opened)
+    weights = _read_weights(base) if base is not None else None
+    with about(path), _open_trusted(path, trust) as opened:
+        if weights is not None:
+            apply_patch(weights, opened)
         header = opened.header
     record = {
         "path": str(path),
@@ -224,7 +225,6 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 
     with pack_extra("an ONNX file"):
         model = read_model(source)
-    output.mkdir(parents=True, exist_ok=True)
     write_file(bytes(model.weights.data), output / FILE_NAME)
     if model.graph:
         write_file(model.graph, output / "graph.onnx")
@@ -244,9 +244,10 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 def _look_into(path: Path, base: Path | None) -> "Look":
     from edge_runtime.patch import open_patch
     from packager.anatomy import patch_record
+    from packager.build import about
     from packager.views import patch_document
 
-    with open_patch(path) as patch:
+    with about(path), open_patch(path) as patch:
         weights = _weights_for(path, patch, base)
         layout = weights.layout if weights else None
         if layout is not None:

@@ -1,6 +1,7 @@
 """A run's rounds as a document: accuracy, bytes, where the changes were."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from packager.curves import Series, column_chart, line_chart
@@ -46,10 +47,10 @@ def _method(entry: Record) -> str:
 
 def _figures(record: Record) -> list[tuple[str, str]]:
     rounds, sent = record["rounds"], record["bytes"]
-    full = record["full_bytes"] * len(rounds)
+    full = record["full_bytes"] * record["patches"]
     figures = [(short_bytes(sent), f"sent in {record['patches']} patches")]
     if sent:
-        figures.append((times(full / sent, 0), "less than the full weights"))
+        figures.append((times(full / sent, 0), "less than full weights as often"))
     if accuracy := [
         e["test_accuracy"] for e in rounds if e["test_accuracy"] is not None
     ]:
@@ -178,17 +179,17 @@ def _cumulative(record: Record) -> Section | None:
         known = [(e["round"], e["cumulative_bytes"]) for e in other["rounds"]]
         if known := [(x, y) for x, y in known if y]:
             lines.append(Series(other["run"], known, 2 + number))
-    each = [(e["round"], full * (n + 1)) for n, e in enumerate(rounds)]
+    # A round that sent nothing would have sent nothing as full weights either.
+    sent = accumulate(full * (e["outcome"] != "kept_base") for e in rounds)
+    each = [(e["round"], y) for e, y in zip(rounds, sent, strict=True) if y]
     if not any(line.points == each for line in lines):
-        lines.append(Series("full weights each round", each, 5, dashed=True))
-    rows = [
-        [
-            line.name,
-            short_bytes(line.points[-1][1]),
-            f"{each[-1][1] / line.points[-1][1]:.1f}",
-        ]
-        for line in lines
-    ]
+        lines.append(Series("full weights as often", each, 5, dashed=True))
+    by_round = dict(each)
+    rows = []
+    for line in lines:
+        last, size = line.points[-1]
+        smaller = f"{by_round[last] / size:.1f}" if last in by_round else "-"
+        rows.append([line.name, short_bytes(size), smaller])
     picture = line_chart(
         "Bytes sent so far, logarithmic",
         lines,

@@ -163,6 +163,17 @@ def test_the_report_tells_all_of_it(history, full):
     assert all(section.picture for section in document.sections)
 
 
+def test_full_weights_are_counted_as_often_as_patches_were_sent(history, full):
+    record = run_record(history.path, [full.path])
+    document = run_document(record)
+    three = 3 * record["full_bytes"]  # of five: one kept its base, one is not packable
+    assert f"{three / record['bytes']:.0f}\u00d7" in dict(document.figures)
+    table = next(s.table for s in document.sections if s.title == "Bytes so far")
+    found = {row[0]: row[2] for row in table.rows}
+    assert found["mine"] == f"{three / record['bytes']:.1f}"
+    assert found["full weights as often"] == "1.0"
+
+
 def test_a_run_that_sent_nothing_still_has_a_report(new_run):
     run = new_run()
     run.add(0, run.init, metrics={"test_accuracy": 0.5})
