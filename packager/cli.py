@@ -25,7 +25,7 @@ from packager.compose_cli import compose
 from packager.foreign_cli import file_options, pack_extra
 from packager.keys import keygen, read_signers, sign
 from packager.look import diff, extract, info, report, verify
-from packager.options import runs_option
+from packager.options import FILE, runs_option
 from packager.proof_cli import check_proof
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ OUTPUTS = 8  # golden inputs: more cost bytes, and a wrong weight shows in any
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 _folder = click.Path(file_okay=False, path_type=Path)
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def parse_size(text: str) -> int:
@@ -114,7 +113,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "keys",
     metavar="KEY.pem",
     multiple=True,
-    type=_file,
+    type=FILE,
     help="Sign with this private key (repeatable).",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")

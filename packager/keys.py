@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.command import emit, json_option
+from packager.options import FILE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -45,14 +44,14 @@ def keygen(path: Path, *, encrypt: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=_file)
+@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=FILE)
 @click.option(
     "--key",
     "keys",
     metavar="KEY.pem",
     multiple=True,
     required=True,
-    type=_file,
+    type=FILE,
     help="Sign with this private key (repeatable).",
 )
 @json_option

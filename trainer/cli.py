@@ -4,6 +4,7 @@ torch is imported inside the commands, so that ``--help`` and completion answer 
 """
 
 import difflib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from edge_runtime.command import (
     say,
 )
 from edge_runtime.errors import ConfigError
+from edge_runtime.files import Files
 
 if TYPE_CHECKING:
     from trainer.record import RoundRecord
@@ -149,7 +151,8 @@ def run(
     )
     updated = [record.round for record in records if record.outcome == "updated"]
     if updated and not quiet:
-        say(f"next: dpu-pack --runs {runs} {config.run.name}/round_{updated[-1]:02d}")
+        round_ = f"{config.run.name}/round_{updated[-1]:02d}"
+        say(f"next: {shlex.join(['dpu-pack', '--runs', str(runs), round_])}")
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
@@ -168,7 +171,12 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
         source = _recipe(name)
         if target.exists():
             raise ConfigError(f"{target} exists; choose another FILE")
-        target.write_bytes(source.read_bytes())
+        part = target.with_name(target.name + ".part")
+        try:
+            Files().write(part, [source.read_bytes()])
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
         emit(
             {"recipe": name, "file": str(target)},
             as_json=as_json,

@@ -1,4 +1,7 @@
 import json
+import resource
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +143,27 @@ def test_recipes_lists_all_and_copies_one(command, tmp_path):
     code, _, err = command("recipes", "--copy", "digits", target)
     assert code == 2
     assert "exists" in err
+
+
+def test_a_recipe_that_the_disk_has_no_room_for_is_named(command, tmp_path):
+    target = tmp_path / "mine.toml"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        code, _, err = command("recipes", "--copy", "digits", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, err) == (10, f"error: {target}.part: File too large\n")
+    assert not target.exists()
+
+
+def test_the_next_command_can_be_pasted_where_names_have_spaces(
+    command, runs, tmp_path
+):
+    moved = shutil.copytree(runs, tmp_path / "my runs")
+    err = command("run", "digits", "--runs", moved, *QUICK)[2]
+    words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
+    assert words == ["dpu-pack", "--runs", str(moved), "digits/round_01"]
 
 
 def test_check_prints_every_key_as_set_takes_it(command):
