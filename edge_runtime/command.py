@@ -159,7 +159,9 @@ def _report(error: BaseException, *, as_json: bool) -> None:
         traceback.print_exception(error)
         say("this is a bug: please report it with the lines above")
     else:
-        say(click.style("error: ", fg="red", bold=True) + message)
+        plain = bool(os.environ.get("NO_COLOR"))
+        label = "error: "
+        say((label if plain else click.style(label, fg="red", bold=True)) + message)
 
 
 def _message(error: BaseException) -> str:

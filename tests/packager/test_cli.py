@@ -169,6 +169,17 @@ def test_every_round_is_packed_though_nobody_reads_the_words(run):
     assert (ended.returncode, files_of(run)) == (0, ["round_01.dpu", "round_02.dpu"])
 
 
+@pytest.mark.parametrize(("value", "coloured"), [("1", False), ("", True)])
+def test_no_color_is_heeded_on_a_terminal(tmp_path, value, coloured):
+    words = [sys.executable, "-m", "packager", "nope", "--runs", str(tmp_path)]
+    reader, terminal = os.openpty()
+    env = os.environ | {"NO_COLOR": value}
+    subprocess.run(words, stderr=terminal, env=env, check=False)
+    os.close(terminal)
+    assert (b"\x1b[31m" in os.read(reader, 1 << 16)) == coloured
+    os.close(reader)
+
+
 def test_a_closed_standard_stream_is_an_empty_one(run):
     words = f"{sys.executable} -m packager round_01 --runs {run.path.parent}"
     command = f"{words} <&- >&- 2>&-"

@@ -2,6 +2,7 @@ import json
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_the_next_command_can_be_pasted_where_names_have_spaces(
     err = command("run", "digits", "--runs", moved, *QUICK)[2]
     words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
     assert words == ["dpu-pack", "--runs", str(moved), "digits/round_01"]
+
+
+def test_ctrl_c_is_an_interruption_whatever_a_library_makes_of_it(
+    command, tmp_path, monkeypatch
+):
+    (tmp_path / "stubborn.py").write_text(
+        "import os, signal, time\n"
+        "def network():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(9)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise RuntimeError('this model cannot be traced') from None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, err = command("run", "digits", *QUICK[:4], "--model", "stubborn:network")
+    assert (code, err.strip()) == (130, "error: interrupted")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_check_prints_every_key_as_set_takes_it(command):
