@@ -127,7 +127,8 @@ def test_selections_overlap_as_far_as_they_do(new_run):
 def test_selections_overlap_in_the_tensors_that_both_rounds_select_from(new_run):
     run = new_run()
     run.add(0)  # the biases train freely
-    rest = {n: np.zeros(run.init[n].shape, bool) for n in ("fc1.bias", "fc2.bias")}
+    others = ("fc1.bias", "fc2.bias", "fc2.weight")
+    rest = {n: np.zeros(run.init[n].shape, bool) for n in others}
     arrays = {n: a.copy() for n, a in run.deployed.items()}
     mask = np.zeros(run.init["fc1.weight"].shape, bool)
     mask[0] = True

@@ -164,7 +164,8 @@ def test_the_next_command_can_be_pasted_where_names_have_spaces(
     moved = shutil.copytree(runs, tmp_path / "my runs")
     err = command("run", "digits", "--runs", moved, *QUICK)[2]
     words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
-    assert words == ["dpu-pack", "--runs", str(moved), "digits/round_01"]
+    assert words[:3] == ["dpu-pack", "--runs", str(moved)]
+    assert words[3].startswith("digits/round_")
 
 
 def test_ctrl_c_is_an_interruption_whatever_a_library_makes_of_it(
