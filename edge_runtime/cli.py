@@ -12,6 +12,7 @@ from edge_runtime.command import (
     Group,
     emit,
     json_option,
+    progress,
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError
@@ -127,7 +128,7 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})
         if not as_json:
-            print(f"{patch.name}: {result}, now at round {slot.round}")
+            progress(f"{patch.name}: {result}, now at round {slot.round}")
     if as_json:
         emit({"patches": results} | device.status(), as_json=True, text="")
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``options`` and ``batch``: how the model runs."""
 
-    @click.option("--threads", default=1, help="CPU threads.")
+    @click.option(
+        "--threads", type=click.IntRange(0, 512), default=1, help="CPU threads; 0: all."
+    )
     @click.option("--batch", type=click.IntRange(1), default=1, help="Samples a call.")
     @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
     @click.option(

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from errno import EACCES, ENOSPC, EPERM
 from types import UnionType
 from typing import Any, NoReturn
 
@@ -87,6 +88,18 @@ def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
     print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
 
 
+def progress(text: str) -> None:
+    """Print what is done so far; the work goes on if nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _read_by_nobody()
+
+
+def _read_by_nobody() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(message: str) -> None:
     """Tell a person something, on standard error."""
     click.echo(message, err=True)
@@ -99,6 +112,10 @@ class _CatchErrors:
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> NoReturn:
         args = sys.argv[1:] if args is None else list(args)
+        # Closed streams (``>&-``) are None; no other file may get their numbers.
+        sys.stdin = sys.stdin or open(os.devnull)
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         kwargs["standalone_mode"] = False
         try:
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
@@ -116,7 +133,7 @@ class _CatchErrors:
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-edge infer ... | head``): not our failure.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _read_by_nobody()
             return OK
         return result
 
@@ -137,16 +154,19 @@ def _report(error: BaseException, *, as_json: bool) -> None:
         traceback.print_exception(error)
         say("this is a bug: please report it with the lines above")
     else:
-        say(click.style("error: ", fg="red", bold=True) + message)
+        plain = bool(os.environ.get("NO_COLOR"))
+        label = "error: "
+        say((label if plain else click.style(label, fg="red", bold=True)) + message)
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        denied = isinstance(error, PermissionError)
-        hint = "; run this as a user who may" if denied else ""
-        return f"{error.filename}: {error.strerror}{hint}"
+    if isinstance(error, OSError) and error.strerror:
+        hint = "; run this as a user who may" if error.errno in (EACCES, EPERM) else ""
+        hint = "; make room and try again" if error.errno == ENOSPC else hint
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}{hint}"
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted"
     return str(error) or repr(error)

@@ -52,7 +52,7 @@ RINGS = {
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1110,
+        1115,
         "bundle contract device files hooks reverse state store trial",
     ),
     "inference": _ring(
@@ -67,7 +67,7 @@ RINGS = {
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        705,
+        725,
         "__init__ __main__ cli cli_agent cli_infer cli_proof command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),

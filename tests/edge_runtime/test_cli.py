@@ -113,6 +113,11 @@ def test_how_a_model_runs_does_not_change_what_it_answers(edge, installed, optio
     )
 
 
+@pytest.mark.parametrize("threads", [-1, 10**8])
+def test_threads_that_no_board_has_are_a_usage_error(edge, installed, threads):
+    assert edge("infer", "--golden", "--threads", threads)[0] == 2
+
+
 def test_infer_takes_folders_and_standard_input(edge, installed, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name in ("b", "a"):
