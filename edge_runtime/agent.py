@@ -10,14 +10,14 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from edge_runtime.apply import check_model
-from edge_runtime.device import Device, Trial, UpdateResult
+from edge_runtime.device import Device, UpdateResult
 from edge_runtime.errors import (
     BackendError,
     DpuError,
@@ -25,12 +25,12 @@ from edge_runtime.errors import (
     PatchError,
     StoreError,
 )
-from edge_runtime.header import KNOWN_CRITICAL, VERSION
+from edge_runtime.header import KNOWN_CRITICAL, VERSION, PatchHeader
+from edge_runtime.notify import ping
 from edge_runtime.patch import open_patch
 from edge_runtime.report import Report
 from edge_runtime.route import Offer, Verdict, find_chain, judge
 from edge_runtime.state import State
-from edge_runtime.trial import run_trial
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
 MAX_ATTEMPTS = 5  # times that applying one file may end the whole process
@@ -47,6 +47,7 @@ class Found:
         reason: Why.
         error: The kind of error for which this very file is refused for good.
         attempts: How often applying it was begun and did not end.
+        offer: What it holds, once that was read; not kept over a restart.
     """
 
     name: str
@@ -55,10 +56,36 @@ class Found:
     reason: str = ""
     error: str = ""
     attempts: int = 0
+    offer: Offer | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the status file keeps of it."""
+        facts = asdict(self)
+        del facts["offer"]
+        return facts
+
+
+@contextmanager
+def only_agent(root: Path) -> Iterator[None]:
+    """Be the one agent of a store.
+
+    Raises:
+        StoreError: It has one already, or nothing is installed there.
+        OSError: The store cannot be locked.
+    """
+    Device.open(root)  # else a lock would be left where there is no store
+    with open(root / "agent.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise StoreError(
+                f"another agent is at work for {root}; stop it first"
+            ) from err
+        yield
 
 
 class Agent:
-    """Watches one folder for one store. Enter it (``with``) before the first look.
+    """Watches one folder for one store.
 
     Attributes:
         stopping: Set it, and no further update is begun.
@@ -66,57 +93,31 @@ class Agent:
 
     def __init__(
         self,
-        root: Path,
+        open_device: Callable[[], Device],
         folder: Path,
         report: Report,
         *,
-        remove: bool = False,
-        ping: Callable[[], None] = lambda: None,
-        trial: Trial = run_trial,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare to watch.
 
         Args:
-            root: The store.
+            open_device: Opens the device; called anew when the store has changed.
             folder: Where patches arrive.
             report: Where to tell what it does.
-            remove: Remove patches that are applied, or passed by newer ones.
-            ping: Called whenever there is progress, during an update too.
-            trial: Called as :func:`edge_runtime.trial.run_trial`.
             clock: Seconds, to tell when to try again.
+
+        Raises:
+            StoreError: Nothing is installed there.
         """
         self.stopping = False
-        self._root, self._folder, self._report = root, folder, report
-        self._remove, self._ping, self._trial = remove, ping, trial
+        self._open, self._device = open_device, open_device()
+        self._folder, self._report = folder, report
         self._clock, self._retry_at = clock, math.inf
         self._delay = self._last_delay = 0.0
         self._view: object = None
-        self._files: dict[str, Found] = {}
-        self._offers: dict[str, Offer] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        """Become the one agent of this store.
-
-        Raises:
-            StoreError: Nothing is installed there, or it has an agent already.
-            OSError: The store cannot be locked.
-        """
-        self._device = self._open()
-        lock = self._stack.enter_context(open(self._root / "agent.lock", "ab"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise StoreError(
-                f"another agent is at work for {self._root}; stop it first"
-            ) from err
-        files = self._report.record["files"].items()
+        files = report.record["files"].items()
         self._files = {name: Found(**facts) for name, facts in files}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     @property
     def state(self) -> State:
@@ -133,7 +134,7 @@ class Agent:
             BackendError: No runtime here can try new weights.
             OSError: The folder cannot be read, or the status file not be written.
         """
-        self._ping()
+        ping()
         try:
             worked = self._look()
             self._report.succeed(worked=worked)
@@ -157,9 +158,9 @@ class Agent:
         self._device = self._open()
         self._recognise(seen)
         held = self._apply_all()
-        for name, offer in self._offers.items():
-            if not self.stopping:
-                self._settle(self._files[name], offer, held)
+        for found in self._files.values():
+            if found.offer and not self.stopping:
+                self._settle(found, found.offer.header, held)
         return True
 
     def _scan(self) -> dict[str, list[int]]:
@@ -184,9 +185,8 @@ class Agent:
         basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
         if basis != record["basis"]:
-            record["basis"], self._files, self._offers = basis, {}, {}
+            record["basis"], self._files = basis, {}
         former, self._files = self._files, {}
-        offers, self._offers = self._offers, {}
         for name, identity in seen.items():
             found = former.get(name, Found(name, []))
             is_new = found.identity != identity
@@ -195,19 +195,16 @@ class Agent:
                 verdict = found.verdict if found.verdict == Verdict.WAITING else ""
                 found = Found(name, identity, verdict, found.reason)
             self._files[name] = found
-            if name in offers and not is_new:
-                self._offers[name] = offers[name]
-            elif not found.error:
+            if not (found.offer or found.error):
                 self._read(found, is_new=is_new)
 
     def _read(self, found: Found, *, is_new: bool) -> None:
         path, state = self._folder / found.name, self.state
-        self._ping()
+        ping()
         try:
             with open_patch(path, trust=state.trust) as patch:
                 check_model(patch, state.model)
-                offer = Offer(found.name, patch.size, patch.header)
-                self._offers[found.name] = offer
+                found.offer = Offer(found.name, patch.size, patch.header)
         except PatchError as err:
             if is_new:
                 # The rest of it may still come: then the next look finds it changed.
@@ -226,18 +223,19 @@ class Agent:
     def _apply_all(self) -> str:
         """Apply all that leads to the newest release; return why it is held, if so."""
         while not self.stopping:
-            usable = [o for n, o in self._offers.items() if not self._files[n].error]
+            found = self._files.values()
+            usable = [f.offer for f in found if f.offer and not f.error]
             chain = find_chain(self.state, usable)
             if not chain:
                 break
             try:
-                self._apply(self._files[chain[0].name], chain[0])
+                self._apply(self._files[chain[0].name], chain[0].size)
             except HeldError as err:
                 self._retry_later()
                 return str(err)
         return ""
 
-    def _apply(self, found: Found, offer: Offer) -> None:
+    def _apply(self, found: Found, size: int) -> None:
         found.attempts += 1
         if found.attempts > MAX_ATTEMPTS:
             text = f"the agent was ended {MAX_ATTEMPTS} times while it applied this"
@@ -246,10 +244,10 @@ class Agent:
         # Written before, so that it counts. Not being able to tell is no hindrance.
         with suppress(OSError):
             self._publish()
-        self._ping()
+        ping()
         start = time.monotonic()
         try:
-            result = self._device.update(self._folder / offer.name)
+            result = self._device.update(self._folder / found.name)
         except (StoreError, BackendError, OSError, HeldError):
             found.attempts = 0
             raise
@@ -257,39 +255,29 @@ class Agent:
             self._decide(found, Verdict.REFUSED, str(err), err)
         else:
             if result is UpdateResult.APPLIED:
-                self._count(found, offer, time.monotonic() - start)
+                self._applied(found, size, round(time.monotonic() - start, 3))
         found.attempts = 0
 
-    def _count(self, found: Found, offer: Offer, seconds: float) -> None:
-        slot, counts = self.state.active_slot, self._report.counts
+    def _applied(self, found: Found, size: int, seconds: float) -> None:
         found.verdict, found.reason = Verdict.APPLIED, ""
-        counts["patches_applied_total"] += 1
-        counts["apply_seconds"] = round(counts["apply_seconds"] + seconds, 3)
-        self._report.note(
-            "applied",
-            file=offer.name,
-            round=slot.round,
-            fingerprint=slot.target,
-            bytes=offer.size,
-            seconds=round(seconds, 3),
-        )
+        self._report.counts["patches_applied_total"] += 1
+        slot = self.state.active_slot
+        facts = {"round": slot.round, "fingerprint": slot.target, "bytes": size}
+        self._report.log("applied", file=found.name, **facts, seconds=seconds)
 
-    def _settle(self, found: Found, offer: Offer, held: str) -> None:
+    def _settle(self, found: Found, header: PatchHeader, held: str) -> None:
         """Say what becomes of a patch that is not applied now."""
-        verdict, reason = judge(self.state, offer.header)
+        verdict, reason = judge(self.state, header)
         if verdict is Verdict.APPLIED:
             found.verdict, found.reason = verdict, reason
         elif not found.error:
             if verdict is None:
                 verdict = Verdict.HELD if held else Verdict.WAITING
                 reason = held or (
-                    f"it leads from weights {offer.header.parent[:12]}; nothing here "
+                    f"it leads from weights {header.parent[:12]}; nothing here "
                     f"leads to them from round {self.state.active_slot.round}"
                 )
             self._decide(found, verdict, reason)
-        if self._remove and found.verdict in (Verdict.APPLIED, Verdict.PASSED):
-            (self._folder / found.name).unlink(missing_ok=True)
-            self._report.note("removed", file=found.name)
 
     def _decide(
         self, found: Found, verdict: Verdict, reason: str, error: DpuError | None = None
@@ -303,7 +291,7 @@ class Agent:
             found.error = facts["error"] = type(error).__name__
             refused = self._report.counts["patches_refused_total"]
             refused[found.error] = refused.get(found.error, 0) + 1
-        self._report.note(verdict, **facts)
+        self._report.log(verdict, **facts)
 
     # The rest -----------------------------------------------------------------------
 
@@ -312,14 +300,6 @@ class Agent:
         self._retry_at = min(self._retry_at, self._clock() + self._delay)
 
     def _publish(self) -> None:
-        files = {name: asdict(found) for name, found in self._files.items()}
+        files = {name: found.facts() for name, found in self._files.items()}
         self._report.record["files"] = files
         self._report.publish(self.state)
-
-    def _open(self) -> Device:
-        return Device.open(self._root, trial=self._try)
-
-    def _try(self, *args: Any, **options: Any) -> None:
-        self._ping()
-        self._trial(*args, **options)
-        self._ping()

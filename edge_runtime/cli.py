@@ -1,7 +1,7 @@
 """``dpu-edge``: the device's command line."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,12 +12,10 @@ from edge_runtime.command import (
     Group,
     emit,
     json_option,
+    progress,
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError
-
-if TYPE_CHECKING:
-    from edge_runtime.device import Device
 
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -38,23 +36,6 @@ _settings = CONTEXT | {"show_default": True}
 )
 def main() -> None:
     """Keep a model on this device up to date, and run it."""
-
-
-def store_root(context: click.Context) -> Path:
-    """Return the directory that ``--store`` names."""
-    if context.obj is None:
-        raise click.UsageError(
-            f"which store? Give 'dpu-edge {context.info_name} --store DIR', or set "
-            "DPU_STORE"
-        )
-    return Path(context.obj)
-
-
-def open_device(context: click.Context) -> "Device":
-    """Open the device that ``--store`` names."""
-    from edge_runtime.device import Device
-
-    return Device.open(store_root(context))
 
 
 @main.command()
@@ -80,9 +61,9 @@ def open_device(context: click.Context) -> "Device":
     help="Trust the keys that the bundle itself carries.",
 )
 @json_option
-@click.pass_context
+@click.pass_obj
 def init(
-    context: click.Context,
+    root: Path,
     bundle: Path,
     *,
     keys: tuple[Path, ...],
@@ -102,7 +83,7 @@ def init(
         if carried
         else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
     )
-    status = Device.install(store_root(context), bundle, trust=trust).status()
+    status = Device.install(root, bundle, trust=trust).status()
     emit(
         status,
         as_json=as_json,
@@ -126,15 +107,15 @@ def _keys(status: dict[str, Any]) -> str:
     "--force", is_flag=True, help="Try a release again that failed its trial."
 )
 @json_option
-@click.pass_context
-def apply(
-    context: click.Context, patches: tuple[Path, ...], *, force: bool, as_json: bool
-) -> None:
+@click.pass_obj
+def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) -> None:
     """Apply patches, in the order given. A patch that is refused changes nothing.
 
     It ends at the first patch that is refused; those before it stay applied.
     """
-    device = open_device(context)
+    from edge_runtime.device import Device
+
+    device = Device.open(root)
     results: list[dict[str, Any]] = []
     for patch in patches:
         try:
@@ -147,20 +128,21 @@ def apply(
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})
         if not as_json:
-            print(f"{patch.name}: {result}, now at round {slot.round}")
+            progress(f"{patch.name}: {result}, now at round {slot.round}")
     if as_json:
         emit({"patches": results} | device.status(), as_json=True, text="")
 
 
 @main.command()
 @json_option
-@click.pass_context
-def status(context: click.Context, *, as_json: bool) -> None:
+@click.pass_obj
+def status(root: Path, *, as_json: bool) -> None:
     """Show what is installed and how it got here."""
-    from edge_runtime.report import STATUS_NAME, read_status, status_lines
+    from edge_runtime.device import Device
+    from edge_runtime.report import read_status, status_lines
 
-    record = open_device(context).status()
-    agent = read_status(store_root(context) / STATUS_NAME)
+    record = Device.open(root).status()
+    agent = read_status(root)
     record |= {"agent": agent} if agent else {}
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
@@ -194,10 +176,12 @@ def status(context: click.Context, *, as_json: bool) -> None:
     help="Compare with this fingerprint, or with that of a weight file.",
 )
 @json_option
-@click.pass_context
-def verify(context: click.Context, expect: str | None, *, as_json: bool) -> None:
+@click.pass_obj
+def verify(root: Path, expect: str | None, *, as_json: bool) -> None:
     """Check by SHA-256 that the weights on disk are the right ones."""
-    device = open_device(context)
+    from edge_runtime.device import Device
+
+    device = Device.open(root)
     fingerprint = device.verify()
     if expect is not None:
         _compare(fingerprint, expect)
@@ -234,10 +218,12 @@ def _compare(fingerprint: str, expect: str) -> None:
     help="A round that 'status' calls within reach.  [default: the one before]",
 )
 @json_option
-@click.pass_context
-def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> None:
+@click.pass_obj
+def rollback(root: Path, round_: int | None, *, as_json: bool) -> None:
     """Go back to earlier weights. Newer releases stay welcome, older ones do not."""
-    device = open_device(context)
+    from edge_runtime.device import Device
+
+    device = Device.open(root)
     slot = device.rollback(round_)
     emit(
         device.status(),
@@ -249,10 +235,12 @@ def rollback(context: click.Context, round_: int | None, *, as_json: bool) -> No
 @main.command()
 @click.option("--off", is_flag=True, help="Allow updates again.")
 @json_option
-@click.pass_context
-def pin(context: click.Context, *, off: bool, as_json: bool) -> None:
+@click.pass_obj
+def pin(root: Path, *, off: bool, as_json: bool) -> None:
     """Hold updates back, or allow them again. A rollback works all the same."""
-    device = open_device(context)
+    from edge_runtime.device import Device
+
+    device = Device.open(root)
     device.pin(held=not off)
     text = "updates are allowed" if off else "pinned: updates are held back"
     emit(device.status(), as_json=as_json, text=text)

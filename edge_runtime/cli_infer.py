@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``options`` and ``batch``: how the model runs."""
 
-    @click.option("--threads", default=1, help="CPU threads.")
+    @click.option(
+        "--threads", type=click.IntRange(0, 512), default=1, help="CPU threads; 0: all."
+    )
     @click.option("--batch", type=click.IntRange(1), default=1, help="Samples a call.")
     @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
     @click.option(
@@ -63,9 +65,9 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Write the raw outputs to this .npy file too.",
 )
 @json_option
-@click.pass_context
+@click.pass_obj
 def infer(  # noqa: PLR0913 - one for each option
-    context: click.Context,
+    root: Path,
     inputs: tuple[Path, ...],
     *,
     golden: bool,
@@ -82,12 +84,12 @@ def infer(  # noqa: PLR0913 - one for each option
     """
     import numpy as np
 
-    from edge_runtime.cli import open_device
+    from edge_runtime.device import Device
     from edge_runtime.inputs import in_batches, read_samples
 
     if bool(inputs) == golden:
         raise click.UsageError("give INPUT files, or --golden")
-    device = open_device(context)
+    device = Device.open(root)
     spec = _only_input(device.store.contract)
     paths = inputs or (device.store.root / "model" / "golden.npz",)
     predictor = device.predictor(options)
@@ -115,9 +117,9 @@ def infer(  # noqa: PLR0913 - one for each option
 @_run_options
 @click.option("--seconds", default=3.0, help="How long to measure.")
 @json_option
-@click.pass_context
+@click.pass_obj
 def bench(
-    context: click.Context,
+    root: Path,
     *,
     batch: int,
     options: "RunOptions",
@@ -131,38 +133,33 @@ def bench(
     import numpy as np
 
     from edge_runtime.bench import bench as measure
-    from edge_runtime.cli import open_device
+    from edge_runtime.device import Device
     from edge_runtime.inputs import read_samples
 
-    store = open_device(context).store
+    store = Device.open(root).store
     spec = _only_input(store.contract)
     golden = read_samples([store.root / "model" / "golden.npz"], spec)
     inputs = np.stack([values for _, values in islice(cycle(golden), batch)])
     folder = store.slot_folder(store.state.active)
     result = measure(folder, store.contract, inputs, options, seconds=seconds)
-    emit(result, as_json=as_json, text="\n".join(_lines(result, options.threads)))
+    emit(result, as_json=as_json, text="\n".join(_lines(result)))
 
 
-def _lines(result: dict[str, Any], threads: int) -> list[str]:
-    def row(what: str, latency: dict[str, float]) -> str:
-        times = "  ".join(f"{k} {1e3 * s:.3f}" for k, s in latency.items())
-        return f"{what:<12} {times} ms"
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    def times(latency: dict[str, float]) -> str:
+        return "  ".join(f"{k} {1e3 * s:.3f}" for k, s in latency.items()) + " ms"
 
-    lines = [
-        f"{result['calls']} calls of {result['batch']} sample(s): {result['backend']}, "
-        f"{threads} thread(s)",
-        f"load         {result['load_s']:.3f} s, with the first answer",
-        row("latency", result["latency_s"]),
-        f"throughput   {result['samples_per_s']:.1f} samples/s",
-        f"peak memory  {result['memory_bytes'] / 1e6:.0f} MB of this process",
-    ]
+    yield (
+        f"{result['calls']} calls of {result['batch']} sample(s): {result['backend']}"
+    )
+    yield f"load         {result['load_s']:.3f} s, with the first answer"
+    yield f"latency      {times(result['latency_s'])}"
+    yield f"throughput   {result['samples_per_s']:.1f} samples/s"
+    yield f"peak memory  {result['memory_bytes'] / 1e6:.0f} MB of this process"
     if raw := result["raw"]:
-        lines += [
-            row("onnxruntime", raw["latency_s"]),
-            f"beside it    {1e6 * raw['overhead_s']:+.1f} us a call, "
-            f"{raw['ratio']:.3f}x",
-        ]
-    return lines
+        overhead_us, ratio = 1e6 * raw["overhead_s"], raw["ratio"]
+        yield f"onnxruntime  {times(raw['latency_s'])}"
+        yield f"beside it    {overhead_us:+.1f} us a call, {ratio:.3f}x"
 
 
 def _only_input(contract: "Contract") -> "InputSpec":
@@ -187,9 +184,5 @@ def _answer(
     shares = np.exp(row - row.max())
     shares /= shares.sum()
     best = np.argsort(-row, kind="stable")[:count]
-    return {
-        "top": [
-            {"class": classes[i], "probability": round(float(shares[i]), 6)}
-            for i in best
-        ]
-    }
+    likely = [(classes[i], round(float(shares[i]), 6)) for i in best]
+    return {"top": [{"class": name, "probability": share} for name, share in likely]}

@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from errno import EACCES, ENOSPC, EPERM
+from types import UnionType
 from typing import Any, NoReturn
 
 import click
@@ -18,30 +20,30 @@ from click.core import ParameterSource
 from edge_runtime import errors
 
 SCHEMA = 1
-OK, BUG, USAGE, INTERRUPTED, OS_ERROR = 0, 1, 2, 130, 10
+OK, BUG = 0, 1
 
-# The first class that matches decides, so a subclass stands before its base.
-EXIT_CODES: dict[type[errors.DpuError], int] = {
-    errors.ConfigError: USAGE,
-    errors.RoundNotFoundError: USAGE,
-    errors.PatchError: 3,
-    errors.WeightsError: 3,
-    errors.BundleError: 3,
-    errors.RoundError: 3,
-    errors.ProofError: 3,
-    errors.ContractError: USAGE,
-    errors.KeyFileError: USAGE,
-    errors.WrongParentError: 4,
-    errors.WrongModelError: 4,
-    errors.VerificationError: 5,
-    errors.TrialError: 5,
-    errors.BudgetError: 6,
-    errors.StoreError: 7,
-    errors.BackendError: 11,
-    errors.TrustError: 8,
-    errors.TrainingError: 9,
-    errors.HeldError: 12,
-    errors.DpuError: BUG,
+# The first code that matches is an exception's; any other exception is a bug.
+EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
+    2: click.ClickException
+    | errors.ConfigError
+    | errors.ContractError
+    | errors.KeyFileError
+    | errors.RoundNotFoundError,
+    3: errors.PatchError
+    | errors.BundleError
+    | errors.ProofError
+    | errors.RoundError
+    | errors.WeightsError,
+    4: errors.WrongParentError | errors.WrongModelError,
+    5: errors.VerificationError | errors.TrialError,
+    6: errors.BudgetError,
+    7: errors.StoreError,
+    8: errors.TrustError,
+    9: errors.TrainingError,
+    10: OSError,
+    11: errors.BackendError,
+    12: errors.HeldError,
+    130: KeyboardInterrupt | click.Abort,
 }
 
 EXIT_CODE_HELP = """\b
@@ -65,14 +67,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends a command with."""
-    for kind, code in EXIT_CODES.items():
-        if isinstance(error, kind):
-            return code
-    if isinstance(error, click.ClickException):
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return INTERRUPTED
-    return OS_ERROR if isinstance(error, OSError) else BUG
+    return next((c for c, kind in EXIT_CODES.items() if isinstance(error, kind)), BUG)
 
 
 def json_option(command: Any) -> Any:
@@ -93,6 +88,18 @@ def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
     print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
 
 
+def progress(text: str) -> None:
+    """Print what is done so far; the work goes on if nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _read_by_nobody()
+
+
+def _read_by_nobody() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(message: str) -> None:
     """Tell a person something, on standard error."""
     click.echo(message, err=True)
@@ -105,6 +112,10 @@ class _CatchErrors:
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> NoReturn:
         args = sys.argv[1:] if args is None else list(args)
+        # Closed streams (``>&-``) are None; no other file may get their numbers.
+        sys.stdin = sys.stdin or open(os.devnull)
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         kwargs["standalone_mode"] = False
         try:
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
@@ -122,38 +133,43 @@ class _CatchErrors:
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-edge infer ... | head``): not our failure.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _read_by_nobody()
             return OK
         return result
 
 
 def _report(error: BaseException, *, as_json: bool) -> None:
     code, message = exit_code(error), _message(error)
-    bug = code == BUG and not isinstance(error, errors.DpuError | click.ClickException)
     if as_json:
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
         record |= {"exit_code": code}
         record |= vars(error) if isinstance(error, errors.DpuError | OSError) else {}
-        record |= {"traceback": traceback.format_exception(error)} if bug else {}
+        record |= (
+            {"traceback": traceback.format_exception(error)} if code == BUG else {}
+        )
         say(json.dumps(record, default=str))
     elif isinstance(error, click.ClickException):
         error.show()
-    elif bug:
+    elif code == BUG:
         traceback.print_exception(error)
         say("this is a bug: please report it with the lines above")
     else:
-        say(click.style("error: ", fg="red", bold=True) + message)
+        plain = bool(os.environ.get("NO_COLOR"))
+        label = "error: "
+        say((label if plain else click.style(label, fg="red", bold=True)) + message)
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        denied = isinstance(error, PermissionError)
-        hint = "; run this as a user who may" if denied else ""
-        return f"{error.filename}: {error.strerror}{hint}"
-    interrupted = exit_code(error) == INTERRUPTED
-    return "interrupted" if interrupted else str(error) or repr(error)
+    if isinstance(error, OSError) and error.strerror:
+        hint = "; run this as a user who may" if error.errno in (EACCES, EPERM) else ""
+        hint = "; make room and try again" if error.errno == ENOSPC else hint
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}{hint}"
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted"
+    return str(error) or repr(error)
 
 
 class Command(_CatchErrors, click.Command):
@@ -164,11 +180,14 @@ def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
     """Keep an option's value as ``context.obj``: the callback of shared options.
 
     An option of a group with this callback may also follow a command's name, as if it
-    stood before it; what is given last wins, over the environment too.
+    stood before it; what is given last wins, over the environment too. Commands insist
+    on it and take it by ``click.pass_obj``.
     """
     source = context.get_parameter_source(str(option.name))
     if source is ParameterSource.COMMANDLINE or context.obj is None:
         context.obj = value
+    if context.obj is None and context.parent:
+        raise click.MissingParameter(f"Or set {option.envvar}.", context, option)
 
 
 class Group(_CatchErrors, click.Group):

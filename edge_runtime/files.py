@@ -32,11 +32,15 @@ class Files:
         cut rename left behind. ``mode``, less the umask, is its own from the start.
         """
         self.unlink(path)
-        with open(path, "xb", opener=partial(os.open, mode=mode)) as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            self.sync(file.fileno())
+        try:
+            with open(path, "xb", opener=partial(os.open, mode=mode)) as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                self.sync(file.fileno())
+        except OSError as err:
+            err.filename = err.filename or str(path)  # a full disk names no file
+            raise
 
     def hardlink(self, source: Path, target: Path) -> None:
         """Give a file a second name."""

@@ -2,11 +2,11 @@
 
 import logging
 import threading
+import time
 import weakref
 from pathlib import Path
-from typing import Self
 
-from edge_runtime.errors import DpuError, StoreError
+from edge_runtime.errors import DpuError
 from edge_runtime.infer import Predictor, RunOptions
 from edge_runtime.live import Entry, Status, measure
 from edge_runtime.store import Store
@@ -52,15 +52,14 @@ class StorePredictor(Predictor):
         self._stamp = self.store.stamp()
         state = self.store.reload()
         folder = self.store.slot_folder(state.active)
-        self._entry = Entry(self.store, self)
+        self._entry = Entry(self.store)
         self._sources = {folder: measure(folder)}
         super().__init__(folder, self.store.contract, options)
         self._tell()
         self._refreshing = threading.RLock()
-        self._closed = threading.Event()
         if follow:
             # By a weak reference: a predictor that nobody holds ends its thread.
-            work = (weakref.ref(self), self._closed, follow)
+            work = (weakref.ref(self), follow)
             threading.Thread(target=_follow, args=work, daemon=True).start()
 
     def refresh(self) -> bool:
@@ -78,18 +77,12 @@ class StorePredictor(Predictor):
         with self._refreshing:
             if self._entry.pending:
                 self._entry.try_again()
-            former = self.folder
-            while (stamp := self.store.stamp()) != self._stamp:
+            former, stamp = self.folder, self.store.stamp()
+            if stamp != self._stamp:
                 folder = self.store.slot_folder(self.store.reload().active)
-                try:
-                    if folder != self.folder or self._session is None:
-                        self.swap(folder)
-                except StoreError:
-                    # Removed by yet another update while it was loading?
-                    if self.store.stamp() == stamp:
-                        raise
-                else:
-                    self._stamp = stamp
+                if folder != former or self._session is None:
+                    self.swap(folder)
+                self._stamp = stamp
             return self.folder != former
 
     def swap(self, folder: Path) -> None:
@@ -116,22 +109,11 @@ class StorePredictor(Predictor):
         else:
             self._entry.tell(self.folder, Status.LOADED, before)
 
-    def close(self) -> None:
-        """Follow the store no longer; calls still get answers."""
-        self._closed.set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _follow(
-    target: "weakref.ref[StorePredictor]", closed: threading.Event, every: float
-) -> None:
+def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:
     wait = every
-    while not closed.wait(wait):
+    while True:
+        time.sleep(wait)
         predictor = target()
         if predictor is None:
             return

@@ -68,7 +68,7 @@ def read_header(file: BinaryIO) -> bytes:
     """
     start = file.read(12)
     if start[:8] != MAGIC[: len(start)] or len(start) < 8:
-        raise PatchFormatError("not a patch: it does not begin with the .dpu magic")
+        raise PatchFormatError(f"not a patch: it begins with {start[:8]!r}")
     if len(start) < 12:
         raise PatchFormatError("the patch is truncated; fetch it again")
     version, size = struct.unpack_from("<HH", start, 8)

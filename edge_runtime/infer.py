@@ -130,30 +130,18 @@ class Predictor:
         """
         with self._lock:
             old = self._session and weakref.ref(self._session)
-            if old and self._frugal():
-                self._swap_frugally(folder)
-            else:
-                try:
-                    self._session = self._load(folder)
-                except StoreError as err:
-                    automatic = self.options.policy == SwapPolicy.AUTO
-                    if not (old and automatic and "bad_alloc" in str(err)):
-                        raise
-                    # The process has a limit that the system's memory does not show.
-                    self._swap_frugally(folder)
+            if frugal := old and self._frugal():
+                self._session = None  # calls wait from here until the lock is free
+                _drain(old)
+            try:
+                self._session = self._load(folder)
+            except DpuError:
+                if frugal:
+                    # If this fails too, calls raise until a swap succeeds.
+                    self._session = self._load(self.folder)
+                raise
             self.folder = folder
         _drain(old)
-
-    def _swap_frugally(self, folder: Path) -> None:
-        old = weakref.ref(self._session)
-        self._session = None  # calls wait from here until the lock is free
-        _drain(old)
-        try:
-            self._session = self._load(folder)
-        except DpuError:
-            # If this fails too, calls raise until a swap succeeds.
-            self._session = self._load(self.folder)
-            raise
 
     def _load(self, folder: Path) -> Any:
         try:

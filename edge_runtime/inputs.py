@@ -36,7 +36,7 @@ def read_samples(paths: Iterable[Path], spec: InputSpec) -> Iterator[Sample]:
         ContractError: A file is of no such kind, or does not fit; the message names it.
     """
     for name, data in _files(paths):
-        is_array = _is_array(name, data)
+        is_array = data[:6] == b"\x93NUMPY" or Path(name).suffix.lower() in ARRAYS
         values = _array(name, data) if is_array else _image(name, data, spec)
         try:
             batch = spec.batch(values)
@@ -77,10 +77,6 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
             yield from ((str(file), file.read_bytes()) for file in found)
         else:
             yield str(path), path.read_bytes()
-
-
-def _is_array(name: str, data: bytes) -> bool:
-    return data[:6] == b"\x93NUMPY" or Path(name).suffix.lower() in ARRAYS
 
 
 def _array(name: str, data: bytes) -> NDArray[Any]:

@@ -1,35 +1,32 @@
 """Every live predictor tells in ``STORE/live`` what its session was made from.
 
-One file each, named after its process as no other process ever is: by boot, PID
-namespace, PID, and the time that the process started. So what a dead process left is
-known as such, also after its PID was given to another, and goes when somebody looks.
+One file each, which its process keeps locked (``flock``) as long as the predictor
+lives. The kernel lets go of the lock when the process ends, however it ends and
+whichever container it is in. So what a dead process left is known as such, also after
+its PID was given to another, and goes when somebody looks. Nothing is synced: what is
+told matters to nobody after a power cut.
 """
 
+import fcntl
+import hashlib
 import json
 import logging
 import os
-import re
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
-from itertools import count
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.files import Files
+from edge_runtime.report import utc
 from edge_runtime.store import GRAPH_NAME, Store
-from edge_runtime.weights import (
-    CHUNK_BYTES,
-    FILE_NAME,
-    fingerprint_chunks,
-    fingerprint_file,
-)
+from edge_runtime.weights import CHUNK_BYTES, FILE_NAME, Layout, fingerprint_file
 
 _log = logging.getLogger("edge_runtime")
-_numbers = count()
-_NAME = re.compile(r"([0-9a-f]+)-(\d+)-(\d{1,7})-(\d+)-\d+\.(json|part)")
+_SIZE = 1024  # of a file: one write replaces all that it said
 
 
 class Status(StrEnum):
@@ -39,49 +36,70 @@ class Status(StrEnum):
     LOADING = "loading"  # between two sessions: either may answer
     CHANGED = "changed"  # its files changed while they were loaded
     EMPTY = "empty"  # no session: calls fail
-    UNKNOWN = "unknown"  # cannot be read, or its process cannot be seen from here
+    UNKNOWN = "unknown"  # what it tells cannot be read
 
 
-def measure(folder: Path) -> dict[str, Any] | None:
+def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None:
     """Hash the files of a slot, and say which weight file it was.
 
+    Args:
+        folder: The slot.
+        layout: Also hash the weight file's header and each tensor, in the same pass.
+
     Returns:
-        ``fingerprint`` and ``graph`` (SHA-256), ``device`` and ``inode`` of the weight
-        file, and ``changed_ns``, when that inode last changed (by a write, a rename, a
-        chmod); None if a file cannot be read.
+        ``fingerprint`` and ``graph`` (SHA-256); ``bytes``, ``device`` and ``inode`` of
+        the weight file, and ``changed_ns``, when that inode last changed (by a write, a
+        rename, a chmod); with a layout, ``header`` and ``tensors``. None if a file
+        cannot be read.
     """
+    whole = hashlib.sha256()
+    found: dict[str, Any] = {}
     try:
         with open(folder / FILE_NAME, "rb") as file:
-            chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-            fingerprint = fingerprint_chunks(chunks)
+
+            def piece(size: int) -> str:
+                digest = hashlib.sha256()
+                while size and (chunk := file.read(min(size, CHUNK_BYTES))):
+                    whole.update(chunk)
+                    digest.update(chunk)
+                    size -= len(chunk)
+                return digest.hexdigest()
+
+            if layout is not None:
+                found["header"] = piece(len(layout.header))
+                parts = {t.name: piece(t.stop - t.start) for t in layout.tensors}
+                found["tensors"] = parts
+            while chunk := file.read(CHUNK_BYTES):  # all, or what lies behind the last
+                whole.update(chunk)
             status = os.fstat(file.fileno())  # of what was hashed, whatever its name
-        return {
-            "fingerprint": fingerprint,
-            "graph": fingerprint_file(folder / GRAPH_NAME),
-            "device": status.st_dev,
-            "inode": status.st_ino,
-            "changed_ns": status.st_ctime_ns,
-        }
+            size = file.tell()
+        graph = fingerprint_file(folder / GRAPH_NAME)
     except OSError:
         return None
+    return found | {
+        "fingerprint": whole.hexdigest(),
+        "graph": graph,
+        "bytes": size,
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
 class Entry:
-    """What one predictor tells; withdrawn when the predictor is gone.
+    """What one predictor tells; it goes with its only owner, the predictor.
 
     Attributes:
-        path: The file.
         pending: Whether the disk did not take what is to be told.
     """
 
-    def __init__(self, store: Store, predictor: object) -> None:
+    def __init__(self, store: Store) -> None:
         """Prepare to tell, and clear away what dead processes told."""
-        self._store = store
+        self._folder = store.root / "live"
+        self._about = {"pid": os.getpid(), "started": utc()}
         self._text = b""
+        self._file: FileIO | None = None
         self.pending = False
-        name = f"{_process_name()}-{next(_numbers)}.json"
-        self.path = store.root / "live" / name
-        weakref.finalize(predictor, _withdraw, store.files, self.path, os.getpid())
         list(read_entries(store))
 
     def tell(
@@ -94,52 +112,69 @@ class Entry:
             status: What is known.
             source: What :func:`measure` found, where that is certain.
         """
-        known = source | {"loaded": utc_now()} if source else {}
-        record = known | {"slot": folder.name, "status": status}
-        self._text = json.dumps(record, sort_keys=True).encode()
+        known = source | {"loaded": utc()} if source else {}
+        record = self._about | known | {"slot": folder.name, "status": status}
+        self._text = json.dumps(record).encode().ljust(_SIZE)
         self.try_again()
 
     def try_again(self) -> None:
         """Write what was to be told last. A disk that refuses must stop no answers."""
-        files, part = self._store.files, self.path.with_suffix(".part")
         try:
-            files.mkdir(self.path.parent)
-            files.write(part, [self._text])
-            files.rename(part, self.path)
+            if self._file is None:
+                self._file = _create(self._folder)
+                self._end = weakref.finalize(self, _withdraw, self._file, os.getpid())
+            # Whoever reads it meanwhile finds the old or the new, or no JSON at all.
+            os.pwrite(self._file.fileno(), self._text, 0)
             self.pending = False
         except OSError as err:
-            for path in (part, self.path):  # better nothing than what was true once
-                with suppress(OSError):
-                    files.unlink(path)
+            if self._file is not None:  # better nothing than what was true once
+                self._file = self._end()
             if not self.pending:
                 _log.warning("proofs cannot vouch for this process: %s", err)
             self.pending = True
 
 
-def _withdraw(files: Files, path: Path, pid: int) -> None:
+def _create(folder: Path) -> FileIO:
+    """Create a file and lock it; a reader may take it for left behind in between."""
+    folder.mkdir(exist_ok=True)
+    while True:
+        path = folder / f"{os.getpid()}-{time.time_ns()}.json"
+        file = open(path, "xb", buffering=0)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        file.close()
+
+
+def _withdraw(file: FileIO, pid: int) -> None:
     if os.getpid() == pid:  # a forked child does not speak for its parent
         with suppress(OSError):
-            files.unlink(path)
+            Path(str(file.name)).unlink()
+    file.close()
 
 
 def read_entries(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield what live predictors tell, with their ``pid``; remove what dead ones told.
+    """Yield what live predictors tell; remove what dead ones told."""
+    for path in sorted(store.root.glob("live/*.json")):
+        record: dict[str, Any] = {"pid": 0, "status": Status.UNKNOWN}
+        with suppress(OSError, ValueError, TypeError):
+            if (text := _read(path)) is None:
+                continue
+            record |= json.loads(text)
+        yield record
 
-    The status is ``unknown`` where a process runs in another container or is hidden.
-    """
-    for path in sorted(store.root.glob("live/*")):
-        match = _NAME.fullmatch(path.name)
-        if not match:
-            continue
-        lives = _lives(*match.groups()[:4])
-        if lives is False:
-            with suppress(OSError):
-                store.files.unlink(path)
-        elif match[5] == "json":
-            record = {"status": Status.UNKNOWN}
-            with suppress(OSError, ValueError, TypeError):
-                record = json.loads(path.read_bytes()) | {} if lives else record
-            yield record | {"pid": int(match[3]), "started": int(match[4])}
+
+def _read(path: Path) -> bytes | None:
+    """Return what a file says; None, and no file any more, if nobody holds it."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read()
+        with suppress(OSError):
+            path.unlink()
+    return None
 
 
 def untold(store: Store, known: set[int]) -> list[int]:
@@ -155,49 +190,3 @@ def untold(store: Store, known: set[int]) -> list[int]:
             if int(path.parent.name) not in known and slots in path.read_text():
                 found.append(int(path.parent.name))
     return sorted(found)
-
-
-def utc_now() -> str:
-    """Return the time by the device's own clock."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _process_name() -> str:
-    try:
-        return "-".join((*_here(), str(os.getpid()), _started("self")))
-    except OSError:
-        return f"0-0-{os.getpid()}-0"  # without /proc nobody can judge it
-
-
-def _here() -> tuple[str, str]:
-    namespace = re.sub(r"\D", "", str(Path("/proc/self/ns/pid").readlink()))
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8], namespace
-    except OSError:
-        return "0", namespace  # a service's hardening may hide it
-
-
-def _started(pid: str) -> str:
-    """Return a process's start in clock ticks since boot; "" if it has ended."""
-    # Its program's name, in brackets, may hold anything.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return "" if fields[0] in "ZX" else fields[19]
-
-
-def _lives(boot: str, namespace: str, pid: str, started: str) -> bool | None:
-    """Whether a process lives; None if that cannot be told from here."""
-    here = _here()
-    if boot != here[0] and "0" not in (boot, here[0]):
-        return False
-    if namespace != here[1]:
-        return None
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    try:
-        return _started(pid) == started
-    except OSError:
-        return None  # /proc may hide it

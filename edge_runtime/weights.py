@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,11 +49,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_NATIVE_CODES = {
-    dtype: code
-    for code, dtype in DTYPES.items()
-    if code not in {"BF16", "F8_E5M2", "F8_E4M3"}
-}
+# Of types that share one of NumPy's the last counts: U16 and U8.
+_NATIVE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,22 +234,7 @@ def read_weights(source: str | PathLike[str] | bytes) -> Weights:
         WeightsError: Malformed, truncated or not canonical.
     """
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
-        raise WeightsError("not a weight file, or truncated inside its header")
-    return Weights(parse_layout(data[: 8 + length]), data)
-
-
-def type_code(array: NDArray[Any]) -> str:
-    """Return the safetensors type code of a NumPy array.
-
-    Raises:
-        WeightsError: The type has no counterpart in a weight file.
-    """
-    code = _NATIVE_CODES.get(array.dtype.newbyteorder("<"))
-    if code is None:
-        raise WeightsError(f"{array.dtype} has no place in a weight file")
-    return code
+    return Weights(read_layout(BytesIO(data)), data)
 
 
 def pack_weights(
@@ -267,13 +250,13 @@ def pack_weights(
     Raises:
         WeightsError: An array's type has no place in a weight file.
     """
-    types = types or {}
-    layout = make_layout(
-        {
-            name: (types.get(name) or type_code(array), array.shape)
-            for name, array in tensors.items()
-        }
-    )
+    specs = {}
+    for name, array in tensors.items():
+        native = _NATIVE_CODES.get(array.dtype.newbyteorder("<"))
+        if not (code := (types or {}).get(name, native)):
+            raise WeightsError(f"{array.dtype} has no place in a weight file")
+        specs[name] = code, array.shape
+    layout = make_layout(specs)
     data = bytearray(layout.file_size)
     data[: len(layout.header)] = layout.header
     for tensor in layout.tensors:

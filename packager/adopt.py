@@ -9,7 +9,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from edge_runtime.errors import ContractError
 from edge_runtime.init import InitRecipe, TensorInit, philox, uniform, write_recipe
 from edge_runtime.weights import Weights
 from packager.archive import encode_bundle
-from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
+from packager.build import LEVEL, PackedPatch, about, check_budget, encode_changes
 from packager.bundle import PackedBundle
 from packager.diff import diff
 from packager.foreign import Model, header_between
@@ -38,6 +38,7 @@ SAMPLES = 4  # golden inputs that are made up where none are given
 # Allowed difference of outputs between CPUs, relative to the largest one: kernels for
 # half precision and 8 bits round and saturate differently from CPU to CPU.
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
+INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std")
 COARSE_TYPES = {"F16", "BF16", "I8", "U8", "F8_E5M2", "F8_E4M3"}
 
 
@@ -129,21 +130,32 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
             graph does not say what its inputs are.
     """
     stated = _read_json(Path(given)) if given is not None else {}
+    name = "the contract" if given is None else given
     graph = onnx.load_model_from_string(model.graph).graph
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [_describe(v) for v in graph.input if v.name not in weights]
     coarse = any(t.dtype in COARSE_TYPES for t in model.weights.layout.tensors)
     derived = {
         "schema": 1,
-        "inputs": _merge(inputs, stated.get("inputs", [])),
+        "inputs": inputs,
         "outputs": [_describe(value) for value in graph.output],
         "classes": [],
         "accuracy_floor": 0.0,
         "output_tolerance": COARSE_TOLERANCE if coarse else EXACT_TOLERANCE,
     }
-    text = json.dumps(derived | {k: v for k, v in stated.items() if k != "inputs"})
-    parse_contract(text)
+    with about(name):
+        _check_known(stated, derived.keys())
+        merged = _merge(inputs, stated.get("inputs", []))
+        text = json.dumps(derived | stated | {"inputs": merged})
+        parse_contract(text)
     return text.encode() + b"\n"
+
+
+def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:
+    """Insist on known names: a slip of the pen would be no part of the contract."""
+    for name in stated:
+        if name not in known:
+            raise ContractError(f"{name!r} is no field; there are {', '.join(known)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -160,6 +172,7 @@ def _merge(derived: list[dict[str, Any]], stated: list[Any]) -> list[dict[str, A
     names = [entry["name"] for entry in derived]
     found: dict[str, dict[str, Any]] = {}
     for entry in stated:
+        _check_known(entry, INPUT_FIELDS)
         name = entry.get("name", names[0] if len(names) == 1 else None)
         if name not in names:
             raise ContractError(
@@ -220,7 +233,10 @@ def _read_golden(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, AttributeError) as err:
-        raise ContractError(f"{path} is no .npz file of arrays: {err}") from err
+        raise ContractError(
+            f"{path} is no .npz file of arrays; make one with numpy.savez(FILE, "
+            "inputs=..., labels=...)"
+        ) from err
     if "inputs" not in arrays:
         raise ContractError(
             f"{path} has {', '.join(arrays) or 'nothing'}, expected inputs and, where "

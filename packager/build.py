@@ -6,16 +6,23 @@ it is complete and on the disk.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
+from errno import ENOTDIR
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_runtime.apply import apply_patch
-from edge_runtime.errors import BudgetError, RoundError, VerificationError
+from edge_runtime.errors import (
+    BudgetError,
+    DpuError,
+    RoundError,
+    VerificationError,
+)
 from edge_runtime.files import Files
 from edge_runtime.header import PatchHeader
 from edge_runtime.patch import encode_patch, open_patch
@@ -224,16 +231,32 @@ def check_budget(what: str, size: int, limit: int | None) -> None:
         )
 
 
+@contextmanager
+def about(name: str | PathLike[str]) -> Iterator[None]:
+    """Let errors begin with the file that they are about."""
+    try:
+        yield
+    except DpuError as err:
+        err.args = (f"{fspath(name)}: {err}",)
+        raise
+
+
 def write_file(data: bytes, path: str | PathLike[str]) -> None:
     """Write a finished file: complete, on the disk and read back, or absent.
 
-    An earlier file of that name stays as it is until then.
+    An earlier file of that name stays as it is until then. Folders on the way to it
+    are made.
 
     Raises:
         OSError: It cannot be written.
         VerificationError: The disk gives other bytes than were written.
     """
     path, files = Path(path), Files()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as err:
+        words = "is a file, expected a folder"
+        raise NotADirectoryError(ENOTDIR, words, err.filename) from err
     part = path.with_name(path.name + ".part")
     try:
         files.write(part, [data])

@@ -18,13 +18,14 @@ from edge_runtime.command import (
     Group,
     emit,
     json_option,
+    progress,
     say,
 )
 from packager.compose_cli import compose
 from packager.foreign_cli import file_options, pack_extra
 from packager.keys import keygen, read_signers, sign
 from packager.look import diff, extract, info, report, verify
-from packager.options import runs_option
+from packager.options import FILE, runs_option
 from packager.proof_cli import check_proof
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ OUTPUTS = 8  # golden inputs: more cost bytes, and a wrong weight shows in any
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 _folder = click.Path(file_okay=False, path_type=Path)
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def parse_size(text: str) -> int:
@@ -113,7 +113,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "keys",
     metavar="KEY.pem",
     multiple=True,
-    type=_file,
+    type=FILE,
     help="Sign with this private key (repeatable).",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -169,7 +169,10 @@ def pack(  # noqa: PLR0913 - one argument for each option
         from packager.rounds import find_round
 
         folders = [find_round(name, runs) for name in rounds]
-        paths = _places(folders, output, ".bundle.zip" if bundle else ".dpu")
+        # Beside the round's own patch, which must not be overwritten by this one.
+        name = f"_from_{Path(parent).resolve().name}" if parent else ""
+        suffix = ".bundle.zip" if bundle else f"{name}.dpu"
+        paths = _places(folders, output, suffix)
         places = list(zip(folders, paths, strict=True))
         if expect_outputs:
             options["expect_outputs"] = expect_outputs
@@ -178,11 +181,10 @@ def pack(  # noqa: PLR0913 - one argument for each option
     for path, data, record, text in made:
         record["written"] = bool(data) and not dry_run
         if record["written"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(data, path)
         records.append(record)
         if not (as_json or quiet):
-            print(text)
+            progress(text)
             if data:
                 say(f"dry run: {path} not written" if dry_run else f"wrote {path}")
     if as_json:

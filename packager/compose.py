@@ -11,7 +11,7 @@ from edge_runtime.errors import WrongModelError, WrongParentError
 from edge_runtime.header import PatchHeader
 from edge_runtime.patch import Patch
 from edge_runtime.weights import Weights
-from packager.build import LEVEL, PackedPatch, encode_changes
+from packager.build import LEVEL, PackedPatch, about, encode_changes
 from packager.diff import diff
 
 Named = tuple[str, Patch]  # a patch, and what to call it in messages
@@ -43,8 +43,9 @@ def compose_patches(
     """
     check_chain(base.fingerprint, [(name, patch.header) for name, patch in patches])
     target = base
-    for _, patch in patches:
-        target = apply_patch(target, patch)
+    for name, patch in patches:
+        with about(name):
+            target = apply_patch(target, patch)
     if target.fingerprint == base.fingerprint:
         return None
     last = patches[-1][1].header

@@ -6,16 +6,16 @@ from pathlib import Path
 import click
 
 from edge_runtime.command import emit, json_option, say
-
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+from packager.foreign_cli import read_any
+from packager.options import FILE
 
 
 @click.command()
-@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=_file)
+@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=FILE)
 @click.option(
     "--base",
     required=True,
-    type=_file,
+    type=FILE,
     metavar="FILE",
     help="The weights that the first patch leads from.",
 )
@@ -38,16 +38,16 @@ def compose(
     counter of the last one.
     """
     from edge_runtime.patch import open_patch
-    from packager.build import write_file
+    from packager.build import about, write_file
     from packager.compose import compose_patches
-    from packager.foreign import read_model
-    from packager.foreign_cli import pack_extra
     from packager.words import percent, spaced
 
-    with pack_extra("an ONNX file"):
-        weights = read_model(base).weights
+    weights = read_any(base).weights
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_patch(path)) for path in paths]
+        opened = []
+        for path in paths:
+            with about(path):
+                opened.append(stack.enter_context(open_patch(path)))
         total = sum(patch.size for patch in opened)
         named = list(zip(map(str, paths), opened, strict=True))
         packed = compose_patches(weights, named, level=level)
@@ -66,7 +66,6 @@ def compose(
         text = f"they lead back to {base}: nothing to send, nothing written"
         emit(record, as_json=as_json, text=text)
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_file(packed.data, output)
     size = len(packed.data)
     text = (

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,7 @@ def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:
     from packager.graph import check_graph
 
     graph = Path(path).read_bytes()
-    check_graph(graph, weights.layout)
+    check_graph(graph, weights.layout, fspath(path))
     return graph
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from packager.options import FILE
+
 if TYPE_CHECKING:
     from packager.build import PackedPatch
     from packager.foreign import Model
     from packager.report import Made
-
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +25,7 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ("--golden", "With --base --bundle: .npz with inputs, and labels if any."),
     ]
     for name, words in reversed(options):
-        command = click.option(name, type=_file, metavar="FILE", help=words)(command)
+        command = click.option(name, type=FILE, metavar="FILE", help=words)(command)
     return command
 
 
@@ -38,6 +38,14 @@ def pack_extra(what: str) -> Iterator[None]:
         raise click.ClickException(
             f"{what} needs {err.name}: pip install 'dpu-edge[pack]'"
         ) from err
+
+
+def read_any(path: Path, graph: Path | None = None) -> "Model":
+    """Read a weight file, or any ONNX or safetensors file."""
+    from packager.foreign import read_model
+
+    with pack_extra("an ONNX file"):
+        return read_model(path, graph)
 
 
 def pack_files(
@@ -61,16 +69,14 @@ def pack_files(
         What is to be written.
     """
     base, target = _check_usage(files, bundle=bundle)
-    from packager.foreign import read_model
     from packager.report import Made, files_record, files_text
 
-    with pack_extra("an ONNX file"):
-        model = read_model(base, files["graph"])
-        if target is None:
-            newer, (packed, data) = model, _bundle(model, files, options)
-        else:
-            newer = read_model(target, files["graph"])
-            packed, data = _patch(model, newer, options)
+    model = read_any(base, files["graph"])
+    newer = model if target is None else read_any(target, files["graph"])
+    if target is None:
+        packed, data = _bundle(model, files, options)
+    else:
+        packed, data = _patch(model, newer, options)
     path = _place(newer.path, output, ".bundle.zip" if bundle else ".dpu")
     record = files_record((model, newer), packed, path, len(data), names)
     record["golden"] = "given" if files["golden"] else "made up"
@@ -106,7 +112,8 @@ def _patch(
 def _bundle(
     model: "Model", files: Mapping[str, Path | None], options: dict[str, Any]
 ) -> "tuple[PackedPatch | None, bytes]":
-    from packager.adopt import adopt_model
+    with pack_extra("--bundle"):
+        from packager.adopt import adopt_model
 
     if not model.graph:
         raise click.UsageError(

@@ -30,12 +30,13 @@ ONNX_TYPES = {
 }
 
 
-def check_graph(graph: bytes, layout: Layout) -> None:
+def check_graph(graph: bytes, layout: Layout, path: str = "graph.onnx") -> None:
     """Insist that a graph and a weight file fit each other.
 
     Args:
         graph: The bytes of the ONNX file.
         layout: Of the weight file.
+        path: What to call it in an error.
 
     Raises:
         RoundError: A tensor of the weight file is not an initializer of the graph, or
@@ -44,7 +45,7 @@ def check_graph(graph: bytes, layout: Layout) -> None:
     try:
         model = onnx.load_model_from_string(graph)
     except DecodeError as err:
-        raise RoundError(f"graph.onnx is not an ONNX file: {err}") from err
+        raise RoundError(f"{path} is not an ONNX file: {err}") from err
     external = {
         tensor.name: tensor
         for tensor in model.graph.initializer
@@ -53,17 +54,17 @@ def check_graph(graph: bytes, layout: Layout) -> None:
     for name in [*layout.by_name, *external]:
         if name not in external:
             raise RoundError(
-                f"graph.onnx does not read {name!r} from {FILE_NAME}, so new values of "
+                f"{path} does not read {name!r} from {FILE_NAME}, so new values of "
                 "it would change nothing; export the graph with it as an initializer "
                 "with external data"
             )
         if name not in layout.by_name:
-            raise RoundError(f"graph.onnx reads {name!r}, which {FILE_NAME} lacks")
+            raise RoundError(f"{path} reads {name!r}, which {FILE_NAME} lacks")
         found = _found(external[name])
         for what, expected in _expected(layout, name).items():
             if found[what] != expected:
                 raise RoundError(
-                    f"graph.onnx reads {name!r} with {what} {found[what]}, but in "
+                    f"{path} reads {name!r} with {what} {found[what]}, but in "
                     f"{FILE_NAME} it is {expected}; export the graph again"
                 )
 

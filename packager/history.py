@@ -4,11 +4,12 @@ Plain data for ``--json``; :mod:`packager.views` puts it into words and pictures
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.patch import open_patch
@@ -18,6 +19,7 @@ from packager.record import RECORD_NAME, Outcome, RoundRecord, read_record
 from packager.rounds import RoundFolder, list_rounds, read_round
 
 Record = dict[str, Any]
+Masks = Mapping[str, NDArray[np.uint8]]
 # What a trainer may state beside what packing needs; a run without it has no curves.
 FIELDS = ("method", "ratio", "samples", "reinitialised")
 METRICS = ("val_accuracy", "test_accuracy")
@@ -174,15 +176,14 @@ def overlap_record(folders: Sequence[Path]) -> Record:
         selections of these sizes. Rounds that select nothing or everything are left
         out: they overlap with anything or nothing.
     """
-    found: dict[int, tuple[bytes, int]] = {}
+    found: dict[int, tuple[Masks, int]] = {}
     weights = 0
     for folder in folders:
         round_ = read_round(folder)
-        masks = b"".join(mask.tobytes() for mask in round_.selection.values())
-        tensors = round_.weights.layout.by_name
-        weights = sum(tensors[name].size for name in round_.selection)
-        count = _ones(np.frombuffer(masks, np.uint8))
-        if 0 < count < weights:
+        masks, tensors = round_.selection, round_.weights.layout.by_name
+        weights = max(weights, sum(tensors[name].size for name in masks))
+        count = sum(map(_ones, masks.values()))
+        if 0 < count < sum(tensors[name].size for name in masks):
             found[round_.record.round] = masks, count
     pairs = [[(a, b) for b in found.values()] for a in found.values()]
     return {
@@ -192,13 +193,14 @@ def overlap_record(folders: Sequence[Path]) -> Record:
     }
 
 
-def _common(a: tuple[bytes, int], b: tuple[bytes, int]) -> float:
-    both = np.frombuffer(a[0], np.uint8) & np.frombuffer(b[0], np.uint8)
-    return _ones(both) / min(a[1], b[1])
+def _common(a: tuple[Masks, int], b: tuple[Masks, int]) -> float:
+    # A round that trains the dense part freely does not select from it; another may.
+    names = a[0].keys() & b[0].keys()
+    return sum(_ones(a[0][name] & b[0][name]) for name in names) / min(a[1], b[1])
 
 
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
 
 
-def _ones(masks: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+def _ones(masks: NDArray[np.uint8]) -> int:
     return int(_ONES[masks].sum())

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.command import emit, json_option
+from packager.options import FILE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -45,14 +44,14 @@ def keygen(path: Path, *, encrypt: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=_file)
+@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=FILE)
 @click.option(
     "--key",
     "keys",
     metavar="KEY.pem",
     multiple=True,
     required=True,
-    type=_file,
+    type=FILE,
     help="Sign with this private key (repeatable).",
 )
 @json_option
@@ -66,11 +65,14 @@ def sign(
 
     The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
     """
-    from packager.build import write_file
+    from packager.build import about, write_file
     from packager.signing import sign as sign_with
 
     signers, names = read_signers(keys)
-    signed = [(path, sign_with(path.read_bytes(), signers)) for path in paths]
+    signed = []
+    for path in paths:
+        with about(path):
+            signed.append((path, sign_with(path.read_bytes(), signers)))
     for path, data in signed:
         write_file(data, path)
     emit(
@@ -91,8 +93,9 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
     """
     if not paths:
         return [], []
+    from edge_runtime.proof import public_key
     from edge_runtime.signing import key_id
-    from packager.signing import is_encrypted, load_private, public_key
+    from packager.signing import is_encrypted, load_private
 
     keys = []
     for path in paths:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.command import SCHEMA, emit, json_option, say
-from packager.foreign_cli import pack_extra
-from packager.options import runs_option
+from packager.foreign_cli import read_any
+from packager.options import FILE, runs_option
 
 if TYPE_CHECKING:
     from edge_runtime.patch import Patch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     Look = tuple[dict[str, Any], Document]
 
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _base_help = "A weight file of the network, or its ONNX or safetensors file."
 
 
@@ -64,14 +63,13 @@ def show(
         text = (
             to_text(document) + "\n" if output.suffix == ".txt" else to_html(document)
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_file(text.encode(), output)
     say(f"wrote {output}")
 
 
 @click.command()
-@click.argument("path", metavar="PATCH", type=_file)
-@click.option("--base", type=_file, metavar="FILE", help=_base_help)
+@click.argument("path", metavar="PATCH", type=FILE)
+@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
 @shown
 def info(path: Path, *, base: Path | None, **how: Any) -> None:
     """Say what a patch is for and where its bytes go.
@@ -83,8 +81,8 @@ def info(path: Path, *, base: Path | None, **how: Any) -> None:
 
 
 @click.command()
-@click.argument("base", metavar="A", type=_file)
-@click.argument("target", metavar="B", type=_file)
+@click.argument("base", metavar="A", type=FILE)
+@click.argument("target", metavar="B", type=FILE)
 @shown
 def diff(base: Path, target: Path, **how: Any) -> None:
     """Count, tensor by tensor, which elements differ between two models.
@@ -95,14 +93,14 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     from packager.diff import diff as compare
     from packager.views import diff_document
 
-    a, b = _read_weights(base), _read_weights(target)
+    a, b = read_any(base).weights, read_any(target).weights
     record = diff_record(a, b, compare(a, b))
     show((record, diff_document(record, (str(base), str(target)))), **how)
 
 
 @click.command()
 @click.argument("path", metavar="PATCH|RUN")
-@click.option("--base", type=_file, metavar="FILE", help=_base_help)
+@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
 @click.option(
     "--beside",
     multiple=True,
@@ -139,14 +137,14 @@ def report(
 
 
 @click.command()
-@click.argument("path", metavar="PATCH", type=_file)
-@click.option("--base", type=_file, help="The parent weights: apply, prove the target.")
+@click.argument("path", metavar="PATCH", type=FILE)
+@click.option("--base", type=FILE, help="The parent weights: apply, prove the target.")
 @click.option(
     "--key",
     "keys",
     metavar="KEY.pub.pem",
     multiple=True,
-    type=_file,
+    type=FILE,
     help="Insist on the signature of this public key (repeatable).",
 )
 @json_option
@@ -159,12 +157,14 @@ def verify(
     """
     from edge_runtime.apply import apply_patch
     from edge_runtime.signing import trust_keys
+    from packager.build import about
 
     trust = trust_keys({str(key): key.read_bytes() for key in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
-    with _open_trusted(path, trust) as opened:
-        if base is not None:
-            apply_patch(_read_weights(base), opened)
+    weights = read_any(base).weights if base is not None else None
+    with about(path), _open_trusted(path, trust) as opened:
+        if weights is not None:
+            apply_patch(weights, opened)
         header = opened.header
     record = {
         "path": str(path),
@@ -202,7 +202,7 @@ def _open_trusted(path: Path, trust: "Trust") -> "Patch":
 
 
 @click.command()
-@click.argument("source", metavar="FILE", type=_file)
+@click.argument("source", metavar="FILE", type=FILE)
 @click.option(
     "-o",
     "--output",
@@ -220,11 +220,8 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
     """
     from edge_runtime.weights import FILE_NAME
     from packager.build import write_file
-    from packager.foreign import read_model
 
-    with pack_extra("an ONNX file"):
-        model = read_model(source)
-    output.mkdir(parents=True, exist_ok=True)
+    model = read_any(source)
     write_file(bytes(model.weights.data), output / FILE_NAME)
     if model.graph:
         write_file(model.graph, output / "graph.onnx")
@@ -244,9 +241,10 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 def _look_into(path: Path, base: Path | None) -> "Look":
     from edge_runtime.patch import open_patch
     from packager.anatomy import patch_record
+    from packager.build import about
     from packager.views import patch_document
 
-    with open_patch(path) as patch:
+    with about(path), open_patch(path) as patch:
         weights = _weights_for(path, patch, base)
         layout = weights.layout if weights else None
         if layout is not None:
@@ -260,15 +258,8 @@ def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | No
     from packager.rounds import find_weights
 
     if base is not None:
-        return _read_weights(base)
+        return read_any(base).weights
     return find_weights(path.parent, patch.header)
-
-
-def _read_weights(path: Path) -> "Weights":
-    from packager.foreign import read_model
-
-    with pack_extra("an ONNX file"):
-        return read_model(path).weights
 
 
 def _find_run(name: str, runs: Path) -> Path:

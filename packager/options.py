@@ -1,8 +1,10 @@
-"""Options that several commands share."""
+"""Options and arguments that several commands share."""
 
 from pathlib import Path
 
 import click
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 runs_option = click.option(
     "--runs",

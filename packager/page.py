@@ -93,7 +93,8 @@ td:not(.number) { color: var(--soft); padding-left: 14px; }
 th:not(:first-child):not(.number) { padding-left: 14px; }
 footer { color: var(--soft); font-size: 13px; }
 @media (max-width: 640px) { main { padding: 20px 10px; }
-  section { padding: 16px 14px; } }
+  section { padding: 16px 14px; }
+  svg { min-width: 480px; } } /* words stay legible; the figure scrolls */
 @media print { body { font-size: 11px; } main { max-width: none; padding: 0; }
   h1 { font-size: 22px; } h2 { font-size: 15px; }
   h2, section > p { break-after: avoid; }
@@ -118,7 +119,7 @@ def to_html(document: Document) -> str:
             *_figures(document),
             *_facts(document),
             *(part for section in document.sections for part in _section(section)),
-            "<footer>Made by dpu-patch report.</footer>\n",
+            "<footer>Made by dpu-patch.</footer>\n",
             "</main>\n</body>\n</html>\n",
         ]
     )

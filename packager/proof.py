@@ -303,7 +303,10 @@ def _process(
             "loading": "is changing its weights right now; ask again",
             "changed": "loaded files that changed meanwhile; restart it",
             "empty": "has no weights and answers nothing; restart it",
-        }.get(entry["status"], "cannot be seen from where the proof was made")
+        }.get(
+            entry["status"],
+            "tells nothing that can be read; ask as its user, or as root",
+        )
         return part
     found = part.fingerprint = entry["fingerprint"]
     if found != expected.weights.fingerprint:

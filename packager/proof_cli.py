@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.command import OK, emit, json_option
-from packager.options import runs_option
+from packager.foreign_cli import read_any
+from packager.options import FILE, runs_option
 from packager.words import duration
 
 if TYPE_CHECKING:
@@ -15,16 +16,14 @@ if TYPE_CHECKING:
 
 DIFFERENT = 5  # as for any verification that failed
 
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 
 @click.command("check-proof")
-@click.argument("path", metavar="PROOF", type=_file)
+@click.argument("path", metavar="PROOF", type=FILE)
 @click.option("--nonce", required=True, help="What the device was asked with.")
 @click.option("--round", "round_", metavar="ROUND", help="Where it should be.")
 @click.option(
     "--weights",
-    type=_file,
+    type=FILE,
     metavar="FILE",
     help="What it should hold: a weight file, or any safetensors or ONNX file.",
 )
@@ -34,7 +33,7 @@ _file = click.Path(exists=True, dir_okay=False, path_type=Path)
     "keys",
     metavar="DEVICE.pub.pem",
     multiple=True,
-    type=_file,
+    type=FILE,
     help="Insist that this device, or another one given, signed it (repeatable).",
 )
 @click.option(
@@ -120,11 +119,8 @@ def _words(part: "Part") -> str:
 def _expected_file(path: Path) -> "Expected":
     import hashlib
 
-    from packager.foreign import read_model
-    from packager.foreign_cli import pack_extra
     from packager.proof import Expected
 
-    with pack_extra("an ONNX file"):
-        model = read_model(path)
+    model = read_any(path)
     graph = hashlib.sha256(model.graph).hexdigest() if model.graph else ""
     return Expected(str(path), model.weights, graph)

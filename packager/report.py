@@ -93,8 +93,7 @@ def pack_text(record: Record) -> str:
     lines = [
         f"{name}  parent {record['parent_name']} {record['parent'][:12]}  →  "
         f"{record['target'][:12]}",
-        f"  changed  {spaced(changed):>11} of {spaced(weights)} weights "
-        f"({percent(changed, weights)}) in {record['tensors_changed']} tensors",
+        _changed_line(record, changed, weights, "weights"),
         f"  dense    {spaced(record['dense_changed']):>11} values "
         "(biases, normalisation)",
         _patch_line(record, travelling),
@@ -113,6 +112,14 @@ def pack_text(record: Record) -> str:
             f"{record['round_counter']}: every later release needs a higher one"
         )
     return "\n".join(lines)
+
+
+def _changed_line(record: Record, changed: int, of: int, what: str) -> str:
+    tensors = record["tensors_changed"]
+    return (
+        f"  changed  {spaced(changed):>11} of {spaced(of)} {what} "
+        f"({percent(changed, of)}) in {tensors} tensor{'s' * (tensors != 1)}"
+    )
 
 
 def _patch_line(record: Record, values: int) -> str:
@@ -198,8 +205,7 @@ def files_text(record: Record) -> str:
 def _change_lines(record: Record, base: str) -> list[str]:
     changed, values = record["changed"], record["values"]
     lines = [
-        f"  changed  {spaced(changed):>11} of {spaced(values)} values "
-        f"({percent(changed, values)}) in {record['tensors_changed']} tensors",
+        _changed_line(record, changed, values, "values"),
         _patch_line(record, changed),
         f"  checked  applied to {base}, result identical",
     ]

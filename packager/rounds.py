@@ -259,7 +259,9 @@ def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> 
     near = difflib.get_close_matches(str(path), dict.fromkeys(keys), n=3)
     hint = ", ".join(n for n, key in zip(names, keys, strict=True) if key in near)
     raise RoundNotFoundError(
-        f"no round {name_or_path} in {runs} ({len(known)} rounds); "
+        f"no round {name_or_path} in {runs} ("
+        + (f"{len(known)} rounds" if runs.is_dir() else "no such folder")
+        + "); "
         + (f"nearest: {hint}" if hint else "give a path, or another --runs")
     )
 

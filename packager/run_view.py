@@ -1,6 +1,7 @@
 """A run's rounds as a document: accuracy, bytes, where the changes were."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from packager.curves import Series, column_chart, line_chart
@@ -46,10 +47,10 @@ def _method(entry: Record) -> str:
 
 def _figures(record: Record) -> list[tuple[str, str]]:
     rounds, sent = record["rounds"], record["bytes"]
-    full = record["full_bytes"] * len(rounds)
+    full = record["full_bytes"] * record["patches"]
     figures = [(short_bytes(sent), f"sent in {record['patches']} patches")]
     if sent:
-        figures.append((times(full / sent, 0), "less than the full weights"))
+        figures.append((times(full / sent, 0), "smaller than full weights"))
     if accuracy := [
         e["test_accuracy"] for e in rounds if e["test_accuracy"] is not None
     ]:
@@ -178,17 +179,16 @@ def _cumulative(record: Record) -> Section | None:
         known = [(e["round"], e["cumulative_bytes"]) for e in other["rounds"]]
         if known := [(x, y) for x, y in known if y]:
             lines.append(Series(other["run"], known, 2 + number))
-    each = [(e["round"], full * (n + 1)) for n, e in enumerate(rounds)]
+    sent = accumulate(full * (e["outcome"] != "kept_base") for e in rounds)
+    each = [(e["round"], y) for e, y in zip(rounds, sent, strict=True) if y]
     if not any(line.points == each for line in lines):
-        lines.append(Series("full weights each round", each, 5, dashed=True))
-    rows = [
-        [
-            line.name,
-            short_bytes(line.points[-1][1]),
-            f"{each[-1][1] / line.points[-1][1]:.1f}",
-        ]
-        for line in lines
-    ]
+        lines.append(Series("full weights instead", each, 5, dashed=True))
+    by_round = dict(each)
+    rows = []
+    for line in lines:
+        last, size = line.points[-1]
+        smaller = f"{by_round[last] / size:.1f}" if last in by_round else "-"
+        rows.append([line.name, short_bytes(size), smaller])
     picture = line_chart(
         "Bytes sent so far, logarithmic",
         lines,
@@ -198,7 +198,10 @@ def _cumulative(record: Record) -> Section | None:
     )
     columns = ["", "after the last round", "times smaller than full weights"]
     legend = [(line.colour, line.name) for line in lines]
-    text = "A round of full updating counts as its weight file: that would be sent."
+    text = (
+        "A round of full updating counts as its weight file: that would be sent. A "
+        "round that kept its base sends nothing either way."
+    )
     table = Table(columns, rows)
     caption = "The scale is logarithmic."
     return Section("Bytes so far", text, table, picture, caption, legend)
@@ -208,8 +211,10 @@ def _shares(record: Record) -> Section | None:
     sent = [e for e in record["rounds"] if e["tensors"]]
     if not sent:
         return None
-    names = sorted({n for e in sent for n, _, _ in _layers(e)}, key=_layer_order)
-    known = [{name: (c, n) for name, c, n in _layers(e)} for e in sent]
+    # What trains freely in one round may be frozen, and so selectable, in another.
+    free = {t["name"] for e in sent for t in e["tensors"] if t["dense"]}
+    known = [{name: (c, n) for name, c, n in _layers(e, free)} for e in sent]
+    names = sorted({name for shares in known for name in shares}, key=_layer_order)
     grid = [(name, [_ratio(shares.get(name)) for shares in known]) for name in names]
     columns = [str(e["round"]) for e in sent]
     picture = heat_map(
@@ -229,11 +234,11 @@ def _shares(record: Record) -> Section | None:
     return Section("What changes, layer by layer", text, table, picture, caption)
 
 
-def _layers(entry: Record) -> Iterator[tuple[str, int, int]]:
+def _layers(entry: Record, free: Collection[str]) -> Iterator[tuple[str, int, int]]:
     """Yield name, changed and all elements of the selectable tensors, then the rest."""
-    dense = [t for t in entry["tensors"] if t["dense"]]
+    dense = [t for t in entry["tensors"] if t["name"] in free]
     for tensor in entry["tensors"]:
-        if not tensor["dense"]:
+        if tensor["name"] not in free:
             yield tensor["name"], tensor["changed"], tensor["size"]
     if dense:
         yield DENSE, sum(t["changed"] for t in dense), sum(t["size"] for t in dense)

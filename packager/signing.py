@@ -17,6 +17,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -32,6 +33,7 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.errors import KeyFileError, PatchFormatError
 from edge_runtime.header import parse_header, read_header
+from edge_runtime.proof import encode_public, public_key
 from edge_runtime.signing import (
     BUNDLE_CONTEXT,
     MAX_BLOCK_BYTES,
@@ -154,18 +156,6 @@ def generate_key() -> Ed25519PrivateKey:
     return Ed25519PrivateKey.generate()
 
 
-def public_key(key: Ed25519PrivateKey) -> str:
-    """Return the public half of a key: 32 raw bytes, in hex."""
-    return key.public_key().public_bytes_raw().hex()
-
-
-def encode_public(key: Ed25519PrivateKey) -> bytes:
-    """Encode the public half of a key as PEM (SubjectPublicKeyInfo)."""
-    return key.public_key().public_bytes(
-        Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-
-
 def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> bytes:
     """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase."""
     lock: serialization.KeySerializationEncryption = serialization.NoEncryption()
@@ -231,14 +221,21 @@ def write_key_pair(path: Path, passphrase: str | None = None) -> tuple[Path, str
     Raises:
         OSError: A file of either name exists, or cannot be written.
     """
-    public = path.with_suffix(".pub.pem")
-    if public.exists():
-        raise FileExistsError(f"{public} exists; a key is never overwritten")
+    public = path.with_name(path.name.removesuffix(".pem") + ".pub.pem")
+    for place in (path, public):
+        if place.exists():
+            raise FileExistsError(f"{place} exists; a key is never overwritten")
     key = generate_key()
-    # Exclusive, and private from its first byte on.
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(handle, "wb") as file:
-        file.write(encode_private(key, passphrase))
-    with open(public, "xb") as file:
-        file.write(encode_public(key))
+    private = encode_private(key, passphrase)
+    with ExitStack() as undo:  # both or none: half of a pair would block the next try
+        for place, mode, data in (
+            (path, 0o600, private),
+            (public, 0o644, encode_public(key)),
+        ):
+            # Exclusive, and private from its first byte on.
+            handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            undo.callback(place.unlink)
+            with open(handle, "wb") as file:
+                file.write(data)
+        undo.pop_all()
     return public, key_id(public_key(key))

@@ -47,27 +47,27 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1615,
+        1605,
         "apply codec header init patch sections signing values weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1005,
+        1010,
         "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",
-        390,
+        365,
         "bench follow infer inputs",
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        700,
-        "agent live metrics notify proof report route",
+        595,
+        "agent live notify proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        775,
+        725,
         "__init__ __main__ cli cli_agent cli_infer cli_proof command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),

@@ -217,10 +217,11 @@ def table(rows: list[Row]) -> Iterator[str]:
         f"{len(updates)} updates in {sent} bytes instead of {full}: "
         f"{full / sent:.0f} times smaller"
     )
-    yield (
-        "verified: the device's weight file has the server's SHA-256, and ONNX Runtime "
-        f"answers\nas torch does within {TOLERANCE:g} of the largest output"
-    )
+    if all(row.verified for row in rows):
+        yield (
+            "verified: the device's weight file has the server's SHA-256, and ONNX "
+            f"Runtime answers\nas torch does within {TOLERANCE:g} of the largest output"
+        )
     for row in rows:
         if row.outcome == "re-init":
             yield f"round {row.round} began anew from the init weights"
@@ -240,7 +241,7 @@ def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
     yield f"  dpu-edge status {store}"
     yield f"  dpu-edge infer --golden {store}"
     yield f"  dpu-edge rollback {store}"
-    yield f"  dpu-patch info {final}.dpu --base {final}/weights.safetensors"
+    yield f"  dpu-patch info {final}.dpu"
     yield f"  dpu-patch report {demo.run} -o report.html"
 
 

@@ -4,6 +4,8 @@ torch is imported inside the commands, so that ``--help`` and completion answer 
 """
 
 import difflib
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from edge_runtime.command import (
     say,
 )
 from edge_runtime.errors import ConfigError
+from edge_runtime.files import Files
 
 if TYPE_CHECKING:
     from trainer.record import RoundRecord
@@ -132,13 +135,15 @@ def run(
     """
     size = own.pop("pack")
     config = _load(recipe, overrides, name=name or "", **own)
-    from trainer.factory import load_factory
-    from trainer.parallel import is_first
-    from trainer.rounds import run_rounds
+    with _interrupted_as_such():
+        from trainer.factory import load_factory
+        from trainer.parallel import is_first
+        from trainer.rounds import run_rounds
 
-    pack = load_factory(size) if config.update.budget else None
-    with shown_progress(config.run.rounds, quiet=quiet or not is_first()) as progress:
-        records = run_rounds(config, runs, progress=progress, pack=pack)
+        pack = load_factory(size) if config.update.budget else None
+        silent = quiet or not is_first()
+        with shown_progress(config.run.rounds, quiet=silent) as progress:
+            records = run_rounds(config, runs, progress=progress, pack=pack)
     if not is_first():
         return
     folder = runs / config.run.name
@@ -149,7 +154,8 @@ def run(
     )
     updated = [record.round for record in records if record.outcome == "updated"]
     if updated and not quiet:
-        say(f"next: dpu-pack --runs {runs} {config.run.name}/round_{updated[-1]:02d}")
+        round_ = f"{config.run.name}/round_{updated[-1]:02d}"
+        say(f"next: {shlex.join(['dpu-pack', '--runs', str(runs), round_])}")
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
@@ -168,7 +174,12 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
         source = _recipe(name)
         if target.exists():
             raise ConfigError(f"{target} exists; choose another FILE")
-        target.write_bytes(source.read_bytes())
+        part = target.with_name(target.name + ".part")
+        try:
+            Files().write(part, [source.read_bytes()])
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
         emit(
             {"recipe": name, "file": str(target)},
             as_json=as_json,
@@ -223,6 +234,30 @@ def _load(
     from trainer.config import load_config
 
     return load_config(path or OWN, overrides, name=name, model=model, data=data)
+
+
+@contextmanager
+def _interrupted_as_such() -> Iterator[None]:
+    """Let Ctrl-C be an interruption, whatever a library makes of it on its way.
+
+    torch's exporter turns it into errors of its own, about the model.
+    """
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as err:
+        if interrupted:
+            raise KeyboardInterrupt from err
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _toml(value: Any) -> str:

@@ -16,16 +16,16 @@ from tools.code_lines import RINGS
 
 RUNTIME = Path(__file__).parents[2] / "edge_runtime"
 STANDARD_LIBRARY = (
-    "collections contextlib ctypes dataclasses enum fcntl functools gc "
-    "hashlib importlib inspect io itertools json logging math os pathlib platform "
-    "re select shlex shutil signal socket struct subprocess sys tempfile threading "
-    "time traceback typing weakref zipfile zlib"
+    "collections contextlib copy ctypes dataclasses enum errno fcntl functools gc "
+    "hashlib importlib inspect io itertools json logging math os pathlib "
+    "re shlex shutil signal socket struct subprocess sys tempfile threading "
+    "time traceback types typing weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {
     "onnxruntime": {"infer"},
     "zstandard": {"sections"},
-    "cryptography": {"cli_proof", "proof", "signing"},
+    "cryptography": {"proof", "signing"},
     "PIL": {"inputs"},
 }
 

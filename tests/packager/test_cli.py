@@ -1,4 +1,6 @@
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -142,6 +144,70 @@ def test_a_round_that_is_not_packable_is_refused(run, runs, command):
     code, _, err = command(pack, "round_02")
     assert (code, files_of(run)) == (3, [])
     assert "not packable" in err
+
+
+def test_a_patch_from_another_parent_does_not_replace_the_rounds_own(
+    run, runs, command
+):
+    run.add(2)
+    for options in ((), ("--from", "round_00"), ("--from", "init")):
+        assert command(pack, "round_02", *options)[0] == 0
+    assert files_of(run) == [
+        "round_02.dpu",
+        "round_02_from_init.dpu",
+        "round_02_from_round_00.dpu",
+    ]
+
+
+def test_every_round_is_packed_though_nobody_reads_the_words(run):
+    run.add(2)
+    words = ["-m", "packager", "round_01", "round_02", "--runs", str(run.path.parent)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, *words], stdout=writer, check=False)
+    os.close(writer)
+    assert (ended.returncode, files_of(run)) == (0, ["round_01.dpu", "round_02.dpu"])
+
+
+@pytest.mark.parametrize(("value", "coloured"), [("1", False), ("", True)])
+def test_no_color_is_heeded_on_a_terminal(tmp_path, value, coloured):
+    words = [sys.executable, "-m", "packager", "nope", "--runs", str(tmp_path)]
+    reader, terminal = os.openpty()
+    env = os.environ | {"NO_COLOR": value}
+    subprocess.run(words, stderr=terminal, env=env, check=False)
+    os.close(terminal)
+    assert (b"\x1b[31m" in os.read(reader, 1 << 16)) == coloured
+    os.close(reader)
+
+
+def test_a_closed_standard_stream_is_an_empty_one(run):
+    words = f"{sys.executable} -m packager round_01 --runs {run.path.parent}"
+    command = f"{words} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    assert files_of(run) == ["round_01.dpu"]
+
+
+def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        code, _, err = command(pack, "round_01")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    part = run.path / "round_01.dpu.part"
+    assert (code, err) == (10, f"error: {part}: File too large\n")
+    assert files_of(run) == []
+
+
+def test_a_file_where_a_folder_is_needed_is_called_one(run, runs, command, tmp_path):
+    (tmp_path / "out").write_bytes(b"mine")
+    code, _, err = command(pack, "round_01", "-o", tmp_path / "out" / "p.dpu")
+    assert (code, "out: is a file, expected a folder" in err) == (10, True)
+
+
+def test_a_folder_of_runs_that_is_not_there_is_said_so(run, command, tmp_path):
+    code, _, err = command(pack, "round_01", "--runs", tmp_path / "none")
+    assert (code, "none (no such folder)" in err) == (2, True)
 
 
 def test_leads_from_another_parent_where_asked(run, runs, command, tmp_path):

@@ -120,6 +120,15 @@ def test_the_command_names_the_files_that_do_not_chain(command, files, tmp_path)
     assert not out.exists()
 
 
+def test_the_command_names_the_file_that_is_no_patch(command, files, tmp_path):
+    (good, *_), base = files
+    bad = tmp_path / "bad.dpu"
+    bad.write_bytes(b"PK")
+    out = tmp_path / "x.dpu"
+    code, _, err = command(patch, "compose", good, bad, "--base", base, "-o", out)
+    assert (code, f"{bad}: not a patch: it begins with b'PK'" in err) == (3, True)
+
+
 def test_the_command_writes_nothing_where_nothing_is_to_send(
     chain, command, files, tmp_path
 ):

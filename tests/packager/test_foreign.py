@@ -377,7 +377,9 @@ def test_what_is_stated_replaces_what_is_derived(old, tmp_path):
         ("[]", "no contract"),
         ('{"inputs": [{"name": "image"}]}', "an input 'image', the graph takes x"),
         ('{"inputs": [{"scale": "a"}]}', "malformed"),
-        ('{"schema": 9}', "schema 9"),
+        ('{"schema": 9}', "c.json: .*schema 9"),
+        ('{"clases": []}', "c.json: 'clases' is no field; there are .*classes"),
+        ('{"inputs": [{"sclae": 1}]}', "'sclae' is no field; there are .*scale"),
     ],
 )
 def test_a_contract_that_does_not_fit_is_refused(old, tmp_path, text, words):

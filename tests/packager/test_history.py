@@ -124,6 +124,27 @@ def test_selections_overlap_as_far_as_they_do(new_run):
     assert overlap["by_chance"][0][1] == 4 / 256
 
 
+def test_selections_overlap_in_the_tensors_that_both_rounds_select_from(new_run):
+    run = new_run()
+    run.add(0)  # the biases train freely
+    others = ("fc1.bias", "fc2.bias", "fc2.weight")
+    rest = {n: np.zeros(run.init[n].shape, bool) for n in others}
+    arrays = {n: a.copy() for n, a in run.deployed.items()}
+    mask = np.zeros(run.init["fc1.weight"].shape, bool)
+    mask[0] = True
+    arrays["fc1.weight"][mask] += 1
+    run.add(1, arrays, masks=rest | {"fc1.weight": mask})  # the biases are frozen
+    overlap = overlap_record(list_rounds(run.path))
+    layers = next(
+        s.table
+        for s in run_document(run_record(run.path)).sections
+        if s.title == "What changes, layer by layer"
+    )
+    assert [row[0] for row in layers.rows] == ["fc1.weight", "fc2.weight", "dense part"]
+    assert overlap["rounds"] == [0, 1]
+    assert 0 <= overlap["shares"][0][1] == overlap["shares"][1][0] <= 1
+
+
 def test_a_run_of_another_trainer_without_metrics_has_no_accuracy(run):
     record = run_record(run.path)
     assert [e["test_accuracy"] for e in record["rounds"]] == [None, None]
@@ -161,6 +182,17 @@ def test_the_report_tells_all_of_it(history, full):
     assert [row[0] for row in layers.rows] == ["fc1.weight", "fc2.weight", "dense part"]
     assert layers.rows[2][1:] == ["100 %"] * 3
     assert all(section.picture for section in document.sections)
+
+
+def test_full_weights_are_counted_as_often_as_patches_were_sent(history, full):
+    record = run_record(history.path, [full.path])
+    document = run_document(record)
+    three = 3 * record["full_bytes"]  # of five: one kept its base, one is not packable
+    assert f"{three / record['bytes']:.0f}\u00d7" in dict(document.figures)
+    table = next(s.table for s in document.sections if s.title == "Bytes so far")
+    found = {row[0]: row[2] for row in table.rows}
+    assert found["mine"] == f"{three / record['bytes']:.1f}"
+    assert found["full weights instead"] == "1.0"
 
 
 def test_a_run_that_sent_nothing_still_has_a_report(new_run):

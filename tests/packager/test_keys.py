@@ -1,6 +1,7 @@
 """Keys on the command line, from keygen to a device that trusts nobody else."""
 
 import json
+import resource
 import stat
 
 import pytest
@@ -147,6 +148,32 @@ def test_keygen_never_overwrites(command, key):
     code, _, err = command(patch, "keygen", key)
     assert (code, "never overwritten" in err) == (10, True)
     assert key.read_bytes() == before
+
+
+def test_the_public_half_keeps_the_whole_name(command, tmp_path):
+    assert command(patch, "keygen", tmp_path / "fleet.v2")[0] == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["fleet.v2", "fleet.v2.pub.pem"]
+
+
+def test_a_key_that_the_disk_has_no_room_for_leaves_no_half(command, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        code = command(patch, "keygen", tmp_path / "fleet.pem")[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, list(tmp_path.iterdir())) == (10, [])
+
+
+def test_of_several_files_the_bad_one_is_named_and_none_is_signed(command, key, make):
+    good = make("round_01")
+    bad = good.with_name("bad.dpu")
+    bad.write_bytes(good.read_bytes()[:-1])
+    before = good.read_bytes()
+    code, _, err = command(patch, "sign", good, bad, "--key", key)
+    assert (code, f"{bad}: the patch is damaged" in err) == (3, True)
+    assert good.read_bytes() == before
 
 
 def test_an_encrypted_key_takes_its_passphrase_from_the_environment(

@@ -1,12 +1,14 @@
 """From a device's proof to the server's verdict, with real processes that predict."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,14 +17,13 @@ import pytest
 
 import edge_runtime.follow
 import edge_runtime.infer
+import edge_runtime.live
 from edge_runtime import Device, RunOptions, Store, make_proof
 from edge_runtime.cli import main as edge
 from edge_runtime.errors import ProofError, TrustError
 from edge_runtime.infer import SwapPolicy
-from edge_runtime.live import Status, read_entries
-from edge_runtime.proof import _hash_pieces, canonical, device_key
-from edge_runtime.proof import public_key as public_half
-from edge_runtime.proof import read_key as read_device_key
+from edge_runtime.live import Status, measure, read_entries
+from edge_runtime.proof import canonical, device_key, public_key, read_key
 from edge_runtime.weights import FILE_NAME
 from packager.build import pack_round
 from packager.bundle import build_bundle
@@ -169,52 +170,77 @@ def test_a_killed_process_counts_no_more(check, device, serve):
 def test_a_predictor_that_is_gone_tells_nothing(device):
     predictor = device.predictor()
     assert len(list(read_entries(device.store))) == 1
-    predictor.close()  # still answers
-    assert len(list(read_entries(device.store))) == 1
     del predictor
     assert list(device.store.root.glob("live/*")) == []
 
 
-@pytest.mark.parametrize("field", [0, 3])
-def test_the_same_pid_in_another_boot_or_life_is_not_believed(device, field):
+def test_what_nobody_holds_is_not_believed_whatever_its_pid(device):
+    """Of another boot, or of a process whose PID was given to this one."""
     predictor = device.predictor()
     path = next(device.store.root.glob("live/*"))
-    words = path.name.split("-")
-    words[field] = {0: "00000000", 3: "1"}[field]
-    forged = path.with_name("-".join(words))
-    forged.write_bytes(path.read_bytes())
+    left = path.with_name(f"{os.getpid()}-1.json")
+    left.write_bytes(path.read_bytes())
     assert [entry["pid"] for entry in read_entries(device.store)] == [os.getpid()]
-    assert not forged.exists()
+    assert list(device.store.root.glob("live/*")) == [path]
     del predictor
 
 
-def test_a_process_of_another_container_makes_the_answer_unclear(check, device):
+@pytest.mark.parametrize("does", ["removes", "holds"])
+def test_a_reader_that_comes_before_the_lock_loses_nobody(device, monkeypatch, does):
+    """It finds a file that nobody holds yet."""
+    flock, seen = fcntl.flock, []
+
+    def late(file, how):
+        if how & fcntl.LOCK_EX and not seen:
+            (path,) = device.store.root.glob("live/*")
+            seen.append(open(path, "rb"))
+            if does == "removes":
+                assert list(read_entries(device.store)) == []
+            else:
+                flock(seen[0], fcntl.LOCK_SH)
+        return flock(file, how)
+
+    monkeypatch.setattr(edge_runtime.live.fcntl, "flock", late)
     predictor = device.predictor()
-    path = next(device.store.root.glob("live/*"))
-    words = path.name.split("-")
-    path.with_name("-".join([words[0], "1", *words[2:]])).write_bytes(b"{}")
+    seen[0].close()
+    (entry,) = read_entries(device.store)
+    assert entry["status"] == "loaded"
+    assert len(list(device.store.root.glob("live/*"))) == 1
+    del predictor
+
+
+def test_an_entry_that_cannot_be_read_makes_the_answer_unclear(check, device):
+    predictor = device.predictor()
+    next(device.store.root.glob("live/*")).write_bytes(b"{")
     code, record = check()
     assert (code, record["verdict"]) == (5, "unclear")
-    assert len(list(device.store.root.glob("live/*"))) == 2
+    assert "nothing that can be read" in parts(record)["process 0"]["reason"]
     del predictor
 
 
-def test_without_the_boots_id_pid_and_start_still_tell(check, device, monkeypatch):
-    """Hardened services do not see it."""
-    read = Path.read_text
+def test_a_reader_meets_whole_entries_or_none(device):
+    """While the weights change as fast as they can."""
+    predictor = device.predictor()
+    path = next(device.store.root.glob("live/*"))
+    folder = predictor.folder
+    source = measure(folder)
+    stop, found = threading.Event(), set()
 
-    def hidden(path, *rest, **options):
-        if path.name == "boot_id":
-            raise PermissionError(path)
-        return read(path, *rest, **options)
+    def write():
+        while not stop.is_set():
+            predictor._entry.tell(folder, Status.LOADING)
+            predictor._entry.tell(folder, Status.LOADED, source)
 
-    with monkeypatch.context() as hardened:
-        hardened.setattr(Path, "read_text", hidden)
-        predictor = device.predictor()
-        assert check()[0] == 0
-    code, record = check()
-    assert (code, len(record["parts"])) == (0, 2)
-    del predictor
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(3000):
+        (entry,) = read_entries(device.store)
+        found.add((entry["status"], entry.get("fingerprint")))
+    stop.set()
+    writer.join()
+    whole = {("loading", None), ("loaded", source["fingerprint"])}
+    assert found <= whole | {("unknown", None)}
+    assert path.exists()
 
 
 @pytest.mark.parametrize("status", [Status.LOADING, Status.EMPTY])
@@ -324,27 +350,29 @@ def test_any_byte_that_changes_is_named_with_its_tensor(run, tmp_path):
     weights = read_round(run.path / "round_00").weights
     layout, path = weights.layout, tmp_path / FILE_NAME
     path.write_bytes(weights.data)
-    assert differing(_hash_pieces(path, layout), weights) == []
+    path.with_name("graph.onnx").write_bytes(b"not looked at")
+    assert differing(measure(tmp_path, layout), weights) == []
     owner = ["header"] * len(layout.header)
     for tensor in layout.tensors:
         owner += [tensor.name] * (tensor.stop - tensor.start)
     assert len(owner) == layout.file_size
     for at, name in enumerate(owner):
         flip(path, at)
-        found = _hash_pieces(path, layout)
+        found = measure(tmp_path, layout)
         assert differing(found, weights) == [name]
         assert found["fingerprint"] != weights.fingerprint
         flip(path, at)
-    assert _hash_pieces(path, layout)["fingerprint"] == weights.fingerprint
+    assert measure(tmp_path, layout)["fingerprint"] == weights.fingerprint
 
 
 def test_a_file_of_another_length_is_named_too(run, tmp_path):
     weights = read_round(run.path / "round_00").weights
     path = tmp_path / FILE_NAME
+    path.with_name("graph.onnx").write_bytes(b"not looked at")
     path.write_bytes(bytes(weights.data) + b"\0")
-    assert differing(_hash_pieces(path, weights.layout), weights) == ["end"]
+    assert differing(measure(tmp_path, weights.layout), weights) == ["end"]
     path.write_bytes(weights.data[:-1])
-    found = differing(_hash_pieces(path, weights.layout), weights)
+    found = differing(measure(tmp_path, weights.layout), weights)
     assert found == [weights.layout.tensors[-1].name, "end"]
 
 
@@ -421,7 +449,7 @@ def test_a_device_key_is_made_once_and_is_for_its_owner_only(device, key, comman
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     again = command(edge, "--store", device.store.root, "device-key", "--json")[1]
     assert json.loads(again)["public"] == key.read_text().strip()
-    assert device_key(device.store) == path
+    assert public_key(device_key(device.store)) == public_key(read_key(path))
 
 
 def test_a_disk_that_fails_while_a_key_is_made_leaves_none_or_all(tmp_path):
@@ -434,7 +462,7 @@ def test_a_disk_that_fails_while_a_key_is_made_leaves_none_or_all(tmp_path):
             kept = list(root.glob("device.key*"))
             assert kept in ([], [root / "device.key"])
         if (root / "device.key").exists():
-            read_device_key(root / "device.key")
+            assert read_key(root / "device.key")
             assert stat.S_IMODE((root / "device.key").stat().st_mode) == 0o600
             break
     assert number > 3
@@ -474,8 +502,7 @@ def test_a_proof_that_is_too_old_is_refused(device, run, command, tmp_path):
 
 
 def test_no_byte_of_a_signed_proof_can_be_changed(device):
-    path = device_key(device.store)
-    keys = {public_half(read_device_key(path)): "board"}
+    keys = {public_key(device_key(device.store)): "board"}
     data = make_proof(device.store, NONCE)
     check_origin(read_proof(data), NONCE, keys)
     for at in range(len(data)):
@@ -491,7 +518,7 @@ def test_no_byte_of_a_signed_proof_can_be_changed(device):
 
 def test_a_patch_signature_is_worth_nothing_on_a_proof(device):
     """The fleet's own key, and the right bytes, but for another purpose."""
-    from packager.signing import PATCH_CONTEXT, add_signature, generate_key, public_key
+    from packager.signing import PATCH_CONTEXT, add_signature, generate_key
 
     key = generate_key()
     proof = json.loads(make_proof(device.store, NONCE))
@@ -531,25 +558,27 @@ def test_exit_3_for_what_is_no_proof(device, command, tmp_path, change):
 def test_from_the_nonce_to_the_verdict(device, key, run, command, serve, tmp_path):
     server, path = serve(), tmp_path / "board.proof"
     store = ("--store", device.store.root)
-    code, out, err = command(edge, *store, "proof", "--nonce", NONCE, "-o", path)
-    assert (code, out, f"wrote {path}" in err) == (0, "", True)
+    code, out, err = command(edge, *store, "proof", "--nonce", NONCE)
+    assert (code, err) == (0, "")
+    path.write_text(out)
     words = ("--nonce", NONCE, "--runs", run.path.parent, "--key", key)
     code, out, _ = command(patch, "check-proof", path, *words)
     assert (code, out.startswith("EQUAL  tiny/round_00  ")) == (0, True)
     assert f"process {server.pid}" in out
     assert f"signed by {key}" in out
-    printed = command(edge, *store, "proof", "--nonce", NONCE)[1]
-    assert set(json.loads(printed)) == set(json.loads(path.read_bytes()))
     assert command(edge, *store, "proof", "--nonce", "")[0] == 2
     both = ("--round", "round_00", "--weights", run.path / "round_00" / FILE_NAME)
     assert command(patch, "check-proof", path, *words, *both)[0] == 2
 
 
-def test_a_key_that_is_none_ends_with_2(device, command, tmp_path):
-    (tmp_path / "k").write_bytes(b"nonsense")
+def test_a_key_that_is_none_ends_with_2(device, command):
     store = ("--store", device.store.root)
-    words = ("proof", "--nonce", NONCE, "--key", tmp_path / "k")
-    assert command(edge, *store, *words)[0] == 2
+    words = ("proof", "--nonce", NONCE)
+    code, _, err = command(edge, *store, *words)
+    assert (code, "not signed" in err) == (0, True)
+    (device.store.root / "device.key").write_text("nonsense")
+    code, _, err = command(edge, *store, *words)
+    assert (code, "does not hold a device's private key" in err) == (2, True)
 
 
 def test_a_proof_is_small(device):

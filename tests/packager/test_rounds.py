@@ -149,7 +149,7 @@ def test_an_unknown_name_lists_the_nearest(run):
 
 
 def test_an_unknown_name_without_any_runs_says_what_to_give(tmp_path):
-    with pytest.raises(RoundNotFoundError, match=r"0 rounds.*another --runs"):
+    with pytest.raises(RoundNotFoundError, match=r"no such folder.*another --runs"):
         find_round("round_01", tmp_path / "nowhere")
 
 

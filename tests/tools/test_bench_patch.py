@@ -112,7 +112,9 @@ def made_up(pair, **sizes_and_times):
     for key, (size, apply_s) in sizes_and_times.items():
         sample = Sample(apply_s, apply_s, 0.1, 2 << 20, 1 << 20)
         kind = Kind(key.partition("_")[0])
-        entries.append(Entry(key, f"<{key}>", kind, size, sample, sample, 1, 1))
+        entries.append(
+            Entry(key, f"<{key}>", kind, size, sample, sample, apply_s, 1, 1)
+        )
     return Contest(pair, tuple(entries))
 
 

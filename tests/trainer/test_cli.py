@@ -1,4 +1,8 @@
 import json
+import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +144,47 @@ def test_recipes_lists_all_and_copies_one(command, tmp_path):
     code, _, err = command("recipes", "--copy", "digits", target)
     assert code == 2
     assert "exists" in err
+
+
+def test_a_recipe_that_the_disk_has_no_room_for_is_named(command, tmp_path):
+    target = tmp_path / "mine.toml"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        code, _, err = command("recipes", "--copy", "digits", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, err) == (10, f"error: {target}.part: File too large\n")
+    assert not target.exists()
+
+
+def test_the_next_command_can_be_pasted_where_names_have_spaces(
+    command, runs, tmp_path
+):
+    moved = shutil.copytree(runs, tmp_path / "my runs")
+    err = command("run", "digits", "--runs", moved, *QUICK)[2]
+    words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
+    assert words[:3] == ["dpu-pack", "--runs", str(moved)]
+    assert words[3].startswith("digits/round_")
+
+
+def test_ctrl_c_is_an_interruption_whatever_a_library_makes_of_it(
+    command, tmp_path, monkeypatch
+):
+    (tmp_path / "stubborn.py").write_text(
+        "import os, signal, time\n"
+        "def network():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(9)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise RuntimeError('this model cannot be traced') from None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, err = command("run", "digits", *QUICK[:4], "--model", "stubborn:network")
+    assert (code, err.strip()) == (130, "error: interrupted")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_check_prints_every_key_as_set_takes_it(command):
