@@ -12,7 +12,7 @@
     keys/*.pem      public keys that a device may come to trust (optional)
 
 Any zip tool opens it. The runtime reads only members that it knows, and only as many
-bytes as it expects.
+bytes as it expects; ``packager.archive`` writes it.
 
 Signatures are made over the exact bytes of ``bundle.json``. As that holds the SHA-256
 of every member, they cover graph, init recipe, contract, golden inputs and patch alike.
@@ -24,15 +24,14 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from edge_runtime import signing
-from edge_runtime.errors import BundleError, PatchError, TrustError
+from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
 
 SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
@@ -41,10 +40,9 @@ KEYS_FOLDER = "keys/"
 PATCH_NAME = "patch.dpu"
 REQUIRED = ("graph.onnx", "init.json", "contract.json", "golden.npz", PATCH_NAME)
 OPTIONAL = ("init.safetensors",)
-MAX_MEMBER_BYTES = 2 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_KEY_BYTES = 4096
-
+MAX_MEMBER_BYTES = 2 << 30  # of any other
 Source = str | PathLike[str] | bytes
 
 
@@ -53,17 +51,15 @@ class Bundle:
     """The content of an installation bundle.
 
     Attributes:
-        run: Name of the run.
-        round: The round that it installs.
-        target: Fingerprint of that round's weights, hex.
         model: Identity of the network, hex.
-        files: The members by name, without ``bundle.json``.
+        target: Fingerprint of the weights that it installs, hex.
+        patch: The bytes of the patch that leads to them from the init weights.
+        files: The other members that a device keeps, by name.
     """
 
-    run: str
-    round: int
-    target: str
     model: str
+    target: str
+    patch: bytes
     files: dict[str, bytes]
 
 
@@ -81,23 +77,25 @@ def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
     """
     with _opened(source) as archive:
         signed = _member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
-        (trust or signing.Trust()).check(
-            signing.BUNDLE_CONTEXT, signed, _signatures(archive)
-        )
+        block = b""
+        if SIGNATURES_NAME in archive.namelist():
+            block = _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
+        signatures = signing.decode_signatures(block)
+        (trust or signing.Trust()).check(signing.BUNDLE_CONTEXT, signed, signatures)
         manifest = json.loads(signed)
         if manifest["schema"] != SCHEMA:
             raise BundleError(
                 f"bundle of schema {manifest['schema']}, this runtime knows "
                 f"{SCHEMA}; install a newer dpu-edge"
             )
-        files = _members(archive, manifest["files"])
-        return Bundle(
-            str(manifest["run"]),
-            int(manifest["round"]),
-            str(manifest["target"]),
-            str(manifest["model"]),
-            files,
-        )
+        digests = manifest["files"]
+        missing = [name for name in REQUIRED if name not in digests]
+        if missing:
+            raise BundleError(f"the bundle lacks {', '.join(missing)}; make it anew")
+        names = [name for name in (*REQUIRED, *OPTIONAL) if name in digests]
+        files = {name: _member(archive, name, digest=digests[name]) for name in names}
+        patch = files.pop(PATCH_NAME)
+        return Bundle(str(manifest["model"]), str(manifest["target"]), patch, files)
 
 
 def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
@@ -117,44 +115,17 @@ def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
         TrustError: It carries fewer keys than that.
     """
     with _opened(source) as archive:
-        digests = json.loads(_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES))[
-            "files"
-        ]
-        names = [name for name in sorted(digests) if name.startswith(KEYS_FOLDER)]
-        pems = {name: _listed(archive, name, digests, MAX_KEY_BYTES) for name in names}
+        manifest = json.loads(_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES))
+        pems = {
+            name: _member(archive, name, MAX_KEY_BYTES, digest)
+            for name, digest in sorted(manifest["files"].items())
+            if name.startswith(KEYS_FOLDER)
+        }
     if not pems:
         raise TrustError(
             "the bundle carries no keys; give the key with --trust KEY.pem"
         )
     return signing.trust_keys(pems, threshold)
-
-
-def write_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> bytes:
-    """Write a bundle; the same content gives the same bytes.
-
-    Args:
-        manifest: ``run``, ``round``, ``model`` and ``target``.
-        files: The members, without ``bundle.json``.
-
-    Returns:
-        The bytes of the zip file.
-    """
-    files = dict(sorted(files.items()))
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    text = json.dumps({"schema": SCHEMA} | manifest | {"files": digests}, indent=1)
-    return write_members({MANIFEST_NAME: text.encode()} | files)
-
-
-def write_members(members: Mapping[str, bytes]) -> bytes:
-    """Write members into a zip file, in this order; they alone decide its bytes."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in members.items():
-            # A fixed date and mode, so that the bytes depend on the content alone.
-            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.create_system, info.external_attr = 3, 0o644 << 16
-            archive.writestr(info, data)
-    return out.getvalue()
 
 
 @contextmanager
@@ -163,45 +134,20 @@ def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
     try:
         with file, zipfile.ZipFile(file) as archive:
             yield archive
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError) as err:
+    except PatchError as err:
+        raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
+    # RuntimeError: an encrypted member, or one of an unknown kind.
+    except (zipfile.BadZipFile, EOFError, RuntimeError, *MALFORMED) as err:
         raise BundleError(
             f"not an installation bundle, or damaged ({err}); fetch it again"
         ) from err
 
 
-def _signatures(archive: zipfile.ZipFile) -> tuple[signing.Signature, ...]:
-    if SIGNATURES_NAME not in archive.namelist():
-        return ()
-    try:
-        return signing.decode_signatures(
-            _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
-        )
-    except PatchError as err:
-        raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
-
-
-def _members(archive: zipfile.ZipFile, digests: dict[str, str]) -> dict[str, bytes]:
-    missing = [name for name in REQUIRED if name not in digests]
-    if missing:
-        raise BundleError(f"the bundle lacks {', '.join(missing)}; make it anew")
-    names = [name for name in (*REQUIRED, *OPTIONAL) if name in digests]
-    return {name: _listed(archive, name, digests) for name in names}
-
-
-def _listed(
+def _member(
     archive: zipfile.ZipFile,
     name: str,
-    digests: Mapping[str, str],
     limit: int = MAX_MEMBER_BYTES,
-) -> bytes:
-    data = _member(archive, name, limit)
-    if hashlib.sha256(data).hexdigest() != digests[name]:
-        raise BundleError(f"the bundle's {name} is damaged; fetch it again")
-    return data
-
-
-def _member(
-    archive: zipfile.ZipFile, name: str, limit: int = MAX_MEMBER_BYTES
+    digest: str | None = None,
 ) -> bytes:
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
@@ -209,4 +155,7 @@ def _member(
             f"the bundle's {name} is compressed or larger than {limit} bytes; make it "
             "with dpu-pack --bundle"
         )
-    return archive.read(info)
+    data = archive.read(info)
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        raise BundleError(f"the bundle's {name} is damaged; fetch it again")
+    return data

@@ -162,7 +162,7 @@ def status(root: Path, *, as_json: bool) -> None:
         "history",
         *(
             f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
-            + (f"  {e['reason']}" if "reason" in e else "")
+            + (f"  {e['reason']}" if e["reason"] else "")
             for e in record["history"]
         ),
     ]

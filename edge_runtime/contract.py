@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import MALFORMED, ContractError
 
 SCHEMA = 1
 
@@ -104,15 +104,11 @@ class Contract:
         """
         names = [spec.name for spec in self.inputs]
         if not isinstance(raw, Mapping):
-            if len(names) != 1:
-                raise ContractError(
-                    f"the model takes several inputs ({', '.join(names)}); give them "
-                    "by name"
-                )
-            raw = {names[0]: raw}
+            raw = {names[0] if len(names) == 1 else "one array": raw}
         if set(raw) != set(names):
             raise ContractError(
-                f"the model takes {', '.join(names)}; got {', '.join(raw) or 'nothing'}"
+                f"the model takes its inputs by name, {', '.join(names)}; got "
+                f"{', '.join(raw) or 'nothing'}"
             )
         return {spec.name: spec.prepare(raw[spec.name]) for spec in self.inputs}
 
@@ -136,7 +132,7 @@ def parse_contract(text: str | bytes) -> Contract:
             float(record.get("accuracy_floor", 0.0)),
             float(record.get("output_tolerance", 1e-4)),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except MALFORMED as err:
         raise ContractError(f"the contract is malformed ({err!r})") from err
 
 

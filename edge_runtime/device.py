@@ -7,16 +7,16 @@ Example::
     scores = device.predictor().predict(image)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.apply import apply_chunks, check_model
-from edge_runtime.bundle import PATCH_NAME, Bundle, read_bundle
+from edge_runtime.apply import check_model
+from edge_runtime.bundle import Bundle, read_bundle
 from edge_runtime.errors import (
     BackendError,
     BundleError,
@@ -24,21 +24,22 @@ from edge_runtime.errors import (
     HeldError,
     StoreError,
     TrialError,
-    VerificationError,
     WrongParentError,
 )
 from edge_runtime.files import Files
 from edge_runtime.follow import LOOK_S, StorePredictor
 from edge_runtime.hooks import run_hooks
 from edge_runtime.infer import RunOptions
-from edge_runtime.patch import Limits, Patch, open_patch
+from edge_runtime.patch import Patch, open_patch
 from edge_runtime.signing import Trust
-from edge_runtime.state import Slot, State, admit
-from edge_runtime.store import KEPT_SLOTS, Store, event_now
+from edge_runtime.slots import build_slot, retire
+from edge_runtime.state import Slot, admit
+from edge_runtime.store import Store
 from edge_runtime.trial import run_trial
-from edge_runtime.weights import fingerprint_chunks, model_id
 
-Trial = Callable[..., Any]
+Trial = Callable[..., None]
+StrPath = str | PathLike[str]
+KEPT_SLOTS = 2
 MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 
 
@@ -63,11 +64,7 @@ class Device:
 
     @classmethod
     def open(
-        cls,
-        root: str | PathLike[str],
-        *,
-        files: Files | None = None,
-        trial: Trial = run_trial,
+        cls, root: StrPath, *, files: Files | None = None, trial: Trial = run_trial
     ) -> "Device":
         """Open an installed device.
 
@@ -84,8 +81,8 @@ class Device:
     @classmethod
     def install(
         cls,
-        root: str | PathLike[str],
-        bundle: str | PathLike[str] | bytes,
+        root: StrPath,
+        bundle: StrPath | bytes,
         *,
         trust: Trust | None = None,
         files: Files | None = None,
@@ -112,61 +109,38 @@ class Device:
             StoreError: Something is installed there already.
         """
         content = read_bundle(bundle, trust)
-        model = {n: data for n, data in content.files.items() if n != PATCH_NAME}
-        lock = Store(Path(root), None, files or Files()).lock()
-        with lock, open_patch(content.files[PATCH_NAME]) as patch:
-            store = Store.create(root, model, files)
-            device = cls(store, trial)
-            device._install(content, patch, trust or Trust())
+        device = cls(Store(root, files), trial)
+        with device.store.lock(), open_patch(content.patch) as patch:
+            device.store.create(content.files, trust or Trust())
+            device._install(content, patch)
         return device
 
-    def _install(self, content: Bundle, patch: Patch, trust: Trust) -> None:
-        header = patch.header
+    def _install(self, content: Bundle, patch: Patch) -> None:
+        state, header = self.store.state, patch.header
         if (header.model, header.target) != (content.model, content.target):
             raise BundleError("the bundle's patch is not for the bundle's weights")
-        check_model(patch, self.store.model)
-        init = fingerprint_chunks(self.store.recipe.chunks())
-        if header.parent != init:
+        check_model(patch, state.model)
+        if header.parent != state.init:
             raise WrongParentError(
                 f"the bundle's patch leads from {header.parent[:12]}, its init recipe "
-                f"gives {init[:12]}: the bundle is damaged, or this machine generates "
-                "other init weights than the server",
+                f"gives {state.init[:12]}: the bundle is damaged, or this machine "
+                "generates other init weights than the server",
                 expected=header.parent,
-                actual=init,
+                actual=state.init,
             )
-        patch.check(self.store.layout)
-        self.store.make_room(init)
-        folder = self._stage(patch, self.store.recipe.chunks())
+        folder = build_slot(self.store, header.parent, [patch], header.target)
         self._trial(folder, self.store.root / "model", expected=True)
         slot = Slot(header.target, header.round, header.counter)
-        self.store.commit(
-            State(
-                model=header.model,
-                init=init,
-                active=slot.target,
-                floor=slot.counter,
-                floor_target=slot.target,
-                slots=(slot,),
-                trust=trust,
-                history=(event_now("installed", slot),),
-            )
-        )
+        self.store.commit(state.activated(slot, "installed"))
 
     # Moving on ----------------------------------------------------------------------
 
-    def update(
-        self,
-        source: str | PathLike[str] | bytes,
-        *,
-        force: bool = False,
-        limits: Limits | None = None,
-    ) -> UpdateResult:
+    def update(self, source: StrPath | bytes, *, force: bool = False) -> UpdateResult:
         """Apply a patch: check, write beside, try, switch. Or change nothing.
 
         Args:
             source: A patch file, or its bytes.
             force: Try a release again that failed its trial before.
-            limits: What to accept of a patch file.
 
         Raises:
             OSError: The patch cannot be read.
@@ -184,7 +158,7 @@ class Device:
         # The lock first: whom to trust is part of the state.
         with (
             self.store.lock(),
-            open_patch(source, limits, self.store.state.trust) as patch,
+            open_patch(source, trust=self.store.state.trust) as patch,
         ):
             state, header = self.store.state, patch.header
             check_model(patch, state.model)
@@ -235,22 +209,18 @@ class Device:
             StoreError: The state cannot be written.
         """
         with self.store.lock():
-            state = self.store.state
-            event = event_now("pinned" if held else "unpinned", state.active_slot)
-            self.store.commit(replace(state, pinned=held).noted(event))
+            state, event = self.store.state, "pinned" if held else "unpinned"
+            state = replace(state, pinned=held)
+            self.store.commit(state.noted(event, state.active_slot))
 
     def _restore(self, slot: Slot) -> None:
         """Make a slot again from a kept one and reverse patches."""
         start, links = self.store.state.way_back(slot.target)
-        chunks: Iterable[bytes | memoryview] = self.store.base(start) or ()
         try:
             with ExitStack() as stack:
-                for link in links:
-                    patch = open_patch(self.store.reverse_path(link.target))
-                    stack.enter_context(patch).check(self.store.layout)
-                    chunks = apply_chunks(chunks, self.store.layout, patch)
-                self.store.make_room(start)
-                self.store.stage(chunks, slot.target)
+                paths = (self.store.reverse_path(link.target) for link in links)
+                patches = [stack.enter_context(open_patch(path)) for path in paths]
+                build_slot(self.store, start, patches, slot.target)
             self.store.check_slot(slot.target)
         except (DpuError, OSError) as err:
             raise StoreError(
@@ -259,57 +229,17 @@ class Device:
 
     def _slot_folder(self, patch: Patch) -> Path:
         """Return the folder of the patch's target, staged or kept since a rollback."""
-        target = patch.header.target
+        parent, target = patch.header.parent, patch.header.target
         kept = self.store.state.slot(target)
         if kept:
             try:
-                self.store.check_slot(target)
-                return self.store.slot_folder(target)
+                return self.store.check_slot(target)
             except StoreError:
                 if target == self.store.state.active:
                     raise
             # Damaged: written anew, once no state names it.
             self.store.commit(self.store.state.without(kept))
-        base = self._base(patch)
-        patch.check(self.store.layout)
-        self.store.make_room(patch.header.parent)
-        return self._stage(patch, base)
-
-    def _base(self, patch: Patch) -> Iterable[bytes | memoryview]:
-        header, state = patch.header, self.store.state
-        base = self.store.base(header.parent)
-        if base is None:
-            active = state.active_slot
-            known = any(event.target == header.parent for event in state.history)
-            raise WrongParentError(
-                f"round {header.round} leads from weights {header.parent[:12]}; this "
-                f"device is at round {active.round} ({active.target[:12]})"
-                + (
-                    " and no longer keeps them; ask for a patch from its own round"
-                    if known
-                    else "; apply the rounds between them first"
-                ),
-                expected=header.parent,
-                actual=active.target,
-                known=known,
-            )
-        return base
-
-    def _stage(self, patch: Patch, base: Iterable[bytes | memoryview]) -> Path:
-        header, layout = patch.header, self.store.layout
-        try:
-            return self.store.stage(apply_chunks(base, layout, patch), header.target)
-        except VerificationError as err:
-            # Which of the two is at fault: the patch, or the parent on this disk?
-            again = self.store.base(header.parent)
-            actual = fingerprint_chunks(again) if again is not None else ""
-            if actual == header.parent:
-                raise
-            raise StoreError(
-                f"the parent on this device is damaged: its SHA-256 is {actual}, "
-                f"expected {header.parent}; nothing changed. Run 'dpu-edge rollback' "
-                "or install the bundle into an empty folder"
-            ) from err
+        return build_slot(self.store, parent, [patch], target)
 
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
@@ -322,37 +252,29 @@ class Device:
                     "refused until it is forced"
                 )
             self.store.commit(state)
-            self._trial(folder, self.store.root / "model", expected=outputs or False)
-        except BackendError:
+            self._trial(folder, self.store.root / "model", expected=outputs)
+        except (BackendError, OSError):
             # The device is at fault: no try of the release, however often it happens.
             self.store.commit(before)
             raise
         except TrialError as err:
-            event = event_now("refused", slot, str(err))
-            self.store.commit(self.store.state.skipping(slot.target, event))
+            self.store.commit(self.store.state.skipping(slot, str(err)))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
-        state = self.store.state.activated(slot, event_now(event, slot))
+        state = self.store.state.activated(slot, event)
         while len(state.slots) > KEPT_SLOTS:
-            state = self.store.retire(state, state.slots[-1])
+            state = retire(self.store, state, state.slots[-1])
         self.store.commit(state)
         try:
             self._run_hooks("after-apply", event, slot)
         except HeldError as err:
             # The update counts all the same.
             with suppress(StoreError):
-                note = event_now("hook failed", slot, str(err))
-                self.store.commit(state.noted(note))
+                self.store.commit(state.noted("hook failed", slot, str(err)))
 
     def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
-        facts = {
-            "DPU_STORE": str(self.store.root),
-            "DPU_EVENT": event,
-            "DPU_ROUND": str(slot.round),
-            "DPU_FINGERPRINT": slot.target,
-        }
-        run_hooks(self.store.root / "hooks" / f"{when}.d", facts)
+        run_hooks(self.store.root, when, event, slot)
 
     # Asking -------------------------------------------------------------------------
 
@@ -382,15 +304,14 @@ class Device:
         Raises:
             StoreError: They are not what the state says.
         """
-        self.store.check_slot(self.store.state.active)
-        if model_id(self.store.layout.header, self.store.graph_path.read_bytes()) != (
-            self.store.state.model
-        ):
+        state = self.store.state
+        self.store.check_slot(state.active)
+        if self.store.model != state.model:
             raise StoreError(
                 f"{self.store.root / 'model'} is damaged; install the bundle into an "
                 "empty folder"
             )
-        return self.store.state.active
+        return state.active
 
     def status(self) -> dict[str, Any]:
         """Return what is installed, as plain data."""
@@ -411,9 +332,5 @@ class Device:
             "reachable_rounds": [slot.round for slot in state.reachable],
             "pinned": state.pinned,
             "skipped": list(state.skipped),
-            "history": [
-                {"at": e.at, "event": e.event, "round": e.round, "target": e.target}
-                | ({"reason": e.reason} if e.reason else {})
-                for e in state.history
-            ],
+            "history": [asdict(event) for event in state.history],
         }

@@ -10,7 +10,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + WeightsError                 a weight file or init recipe is malformed
      + BundleError                  an installation bundle is malformed
      + ContractError                an input does not fit the model's contract
-     + WrongParentError             patch is for other weights .expected .actual .known
+     + WrongParentError             patch is for other weights   .expected .actual
      + WrongModelError              patch is for another network .expected .actual
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
@@ -36,6 +36,12 @@ are normal on bad links. The library knows nothing of exit codes; they are in
 """
 
 from collections.abc import Sequence
+
+# What JSON of an unexpected shape raises where it is parsed.
+MALFORMED = (
+    *(ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 class DpuError(Exception):
@@ -85,16 +91,7 @@ class ContractError(DpuError):
 
 
 class WrongParentError(_MismatchError):
-    """The patch leads from weights that this device does not have.
-
-    ``known`` is true when the device has been at the patch's target before.
-    """
-
-    def __init__(
-        self, message: str, *, expected: str, actual: str, known: bool = False
-    ) -> None:
-        super().__init__(message, expected=expected, actual=actual)
-        self.known = known
+    """The patch leads from weights that this device does not have."""
 
 
 class WrongModelError(_MismatchError):

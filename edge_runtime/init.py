@@ -13,7 +13,7 @@ holds exactly, times one float32 scale, which IEEE 754 rounds in one way.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import WeightsError
+from edge_runtime.errors import MALFORMED, WeightsError
 from edge_runtime.weights import (
     CHUNK_BYTES,
     DTYPES,
@@ -128,11 +128,7 @@ def write_recipe(recipe: InitRecipe, folder: str | PathLike[str]) -> None:
         OSError: The files cannot be written.
     """
     folder = Path(folder)
-    entries = {
-        name: {"dtype": t.dtype, "shape": list(t.shape), "kind": t.kind}
-        | ({} if t.kind == "file" else {"value": t.value})
-        for name, t in recipe.tensors.items()
-    }
+    entries = {name: asdict(init) for name, init in recipe.tensors.items()}
     if recipe.stored:
         types = {name: recipe.tensors[name].dtype for name in recipe.stored}
         stored = pack_weights(recipe.stored, types)
@@ -149,24 +145,10 @@ def read_recipe(folder: str | PathLike[str]) -> InitRecipe:
         WeightsError: The recipe is malformed or does not fit its stored tensors.
     """
     folder = Path(folder)
-    text = (folder / RECIPE_NAME).read_text()
     stored_path = folder / TENSORS_NAME
     stored = read_weights(stored_path) if stored_path.exists() else None
-    return parse_recipe(text, stored)
-
-
-def parse_recipe(text: str, stored: Weights | None = None) -> InitRecipe:
-    """Parse the text of ``init.json``.
-
-    Args:
-        text: The JSON text.
-        stored: The tensors of kind ``file``, where there are any.
-
-    Raises:
-        WeightsError: The recipe is malformed or does not fit its stored tensors.
-    """
     try:
-        record = json.loads(text)
+        record = json.loads((folder / RECIPE_NAME).read_bytes())
         if record["schema"] != SCHEMA:
             raise WeightsError(
                 f"init recipe of schema {record['schema']}, this runtime knows "
@@ -182,9 +164,9 @@ def parse_recipe(text: str, stored: Weights | None = None) -> InitRecipe:
             for name, entry in record["tensors"].items()
         }
         recipe = InitRecipe(int(record["seed"]), tensors, stored or {})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        _check(recipe, stored)
+    except MALFORMED as err:
         raise WeightsError(f"the init recipe is malformed ({err!r})") from err
-    _check(recipe, stored)
     return recipe
 
 

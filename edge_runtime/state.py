@@ -1,12 +1,16 @@
-"""What a store knows, as plain data, and which releases it admits. No I/O."""
+"""What a store knows, as plain data, and which releases it admits.
+
+No I/O but a look at the clock, for the history.
+"""
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from edge_runtime.errors import HeldError, StoreError, TrustError
+from edge_runtime.errors import MALFORMED, HeldError, StoreError, TrustError
 from edge_runtime.header import PatchHeader
 from edge_runtime.signing import Trust
 
@@ -59,10 +63,10 @@ class State:
     Attributes:
         model: Identity of the network.
         init: Fingerprint of the init weights.
-        active: Fingerprint of the weights in use.
+        active: Fingerprint of the weights in use; none before the installation.
         floor: Highest release counter ever active; never lowered.
         floor_target: The target of that counter.
-        slots: Kept copies, the newest first; one of them is active.
+        slots: Kept copies, the active one first, then as they were left.
         trust: Whose signatures a patch needs. The keys themselves are here, so that
             they cannot be lost or exchanged apart from the floor.
         skipped: Targets that failed their trial and are refused until forced.
@@ -75,10 +79,10 @@ class State:
 
     model: str
     init: str
-    active: str
-    floor: int
-    floor_target: str
-    slots: tuple[Slot, ...]
+    active: str = ""
+    floor: int = -1
+    floor_target: str = ""
+    slots: tuple[Slot, ...] = ()
     trust: Trust = field(default_factory=Trust)
     skipped: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
@@ -122,42 +126,43 @@ class State:
                 target = link.parent
         return target, links
 
-    def activated(self, slot: Slot, event: Event) -> "State":
+    def activated(self, slot: Slot, event: str) -> "State":
         """Return the state after a slot became the active one.
 
         Args:
             slot: The new active slot; it and the former one become the first.
-            event: What to write into the history.
+            event: What to call it in the history.
         """
-        slot = replace(slot, parent="")
-        others = [s for s in self.slots if s.target not in (slot.target, self.active)]
-        former = [s for s in self.slots if s.target == self.active != slot.target]
-        raised = slot.counter > self.floor
+        slot, raised = replace(slot, parent=""), slot.counter > self.floor
+        others = (kept for kept in self.slots if kept.target != slot.target)
         return replace(
             self,
             active=slot.target,
             floor=slot.counter if raised else self.floor,
             floor_target=slot.target if raised else self.floor_target,
-            slots=(slot, *former, *others),
+            slots=(slot, *others),
             former=tuple(link for link in self.former if link.target != slot.target),
             skipped=tuple(t for t in self.skipped if t != slot.target),
             trying="",
             tries=0,
-        ).noted(event)
+        ).noted(event, slot)
 
     def tried(self, target: str) -> "State":
         """Return the state with one more try of a target."""
         tries = self.tries + 1 if self.trying == target else 1
         return replace(self, trying=target, tries=tries)
 
-    def skipping(self, target: str, event: Event) -> "State":
-        """Return the state that refuses a target until it is forced."""
-        skipped = tuple(dict.fromkeys((*self.skipped, target)))[-MAX_HISTORY:]
-        return replace(self, skipped=skipped, trying="", tries=0).noted(event)
+    def skipping(self, slot: Slot, reason: str) -> "State":
+        """Return the state that refuses a slot's weights until they are forced."""
+        skipped = tuple(dict.fromkeys((*self.skipped, slot.target)))[-MAX_HISTORY:]
+        state = replace(self, skipped=skipped, trying="", tries=0)
+        return state.noted("refused", slot, reason)
 
-    def noted(self, event: Event) -> "State":
-        """Return the state with one more event in its history."""
-        return replace(self, history=(*self.history, event)[-MAX_HISTORY:])
+    def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
+        """Return the state with one more event, of now, in its history."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        entry = Event(at, event, slot.round, slot.target, reason)
+        return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
 
     def without(self, slot: Slot, link: Slot | None = None) -> "State":
         """Return the state without a kept slot.
@@ -247,7 +252,7 @@ def decode_state(data: bytes) -> State:
             }
         )
         _ = state.active_slot
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as err:
+    except (StopIteration, *MALFORMED) as err:
         raise StoreError(
             f"state.json is damaged ({err!r}); restore it from a backup, or install "
             "the bundle again into an empty folder"

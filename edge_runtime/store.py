@@ -18,28 +18,27 @@
 ONNX Runtime maps the weight file into memory, so a slot is never written to once it
 has its name: new weights are written beside, synced, renamed, and become active when
 ``state.json`` is replaced. Cut the power at any point and the state names a slot that
-is whole.
+is whole. What is written into a slot, and what makes room for it, is in
+:mod:`edge_runtime.slots`.
 """
 
 import fcntl
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
 from edge_runtime.contract import Contract, parse_contract
-from edge_runtime.errors import StoreError, WeightsError
+from edge_runtime.errors import StoreError, WrongParentError
 from edge_runtime.files import Files
-from edge_runtime.header import PatchHeader
 from edge_runtime.init import InitRecipe, read_recipe
-from edge_runtime.reverse import encode_reverse
-from edge_runtime.state import Event, Slot, State, decode_state, encode_state
+from edge_runtime.signing import Trust
+from edge_runtime.state import State, decode_state, encode_state
 from edge_runtime.weights import (
     FILE_NAME,
     Layout,
+    fingerprint_chunks,
     fingerprint_file,
     model_id,
     read_chunks,
@@ -47,11 +46,6 @@ from edge_runtime.weights import (
 )
 
 GRAPH_NAME = "graph.onnx"
-CONTRACT_NAME = "contract.json"
-GOLDEN_NAME = "golden.npz"
-KEPT_SLOTS = 2
-REVERSE_SHARE = 8  # a reverse patch may have one part in this many of a slot's size
-SPARE_BYTES = 1 << 20  # left free beside a new slot, for state and directory blocks
 _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
 
 
@@ -61,13 +55,16 @@ class Store:
     Attributes:
         root: The directory.
         files: The seam to the disk.
+        state: What ``state.json`` said when it was last read or written.
     """
 
-    def __init__(self, root: Path, state: State | None, files: Files) -> None:
-        """Use :meth:`open` or :meth:`create` instead."""
-        self.root = root
-        self._state = state
-        self.files = files
+    state: State
+
+    def __init__(self, root: str | PathLike[str], files: Files | None = None) -> None:
+        """Name a store that is to be created; :meth:`open` is for the others."""
+        self.root, self.files = Path(root), files or Files()
+        self._state_path = self.root / "state.json"
+        self._copy_path = self.root / "state.copy"
 
     @classmethod
     def open(cls, root: str | PathLike[str], files: Files | None = None) -> "Store":
@@ -76,62 +73,37 @@ class Store:
         Raises:
             StoreError: Nothing is installed there, or the state is damaged.
         """
-        store = cls(Path(root), None, files or Files())
+        store = cls(root, files)
         store.reload()
         return store
 
-    @classmethod
-    def create(
-        cls,
-        root: str | PathLike[str],
-        model: Mapping[str, bytes],
-        files: Files | None = None,
-    ) -> "Store":
-        """Lay out a new store; it counts as installed after the first commit.
+    def create(self, model: Mapping[str, bytes], trust: Trust) -> None:
+        """Lay a new store out; it counts as installed after the first commit.
 
         Args:
-            root: The directory; created where missing.
             model: The files of ``model/``, by name.
-            files: The seam to the disk.
+            trust: Whose signatures patches will need.
 
         Raises:
             StoreError: Something is installed there already.
+            WeightsError: The init recipe is malformed.
         """
-        store = cls(Path(root), None, files or Files())
-        if store._state_path.exists():
+        if self._state_path.exists():
             raise StoreError(
-                f"{root} already holds an installed model; use 'dpu-edge apply' to "
-                "update it, or remove the folder to install anew"
+                f"{self.root} already holds an installed model; use 'dpu-edge apply' "
+                "to update it, or remove the folder to install anew"
             )
-        folder = store.root / "model"
+        folder = self.root / "model"
         # The first commit makes the names of these durable.
-        for path in (folder, store.root / "slots", store.root / "reverse"):
-            store.files.mkdir(path)
+        for path in (folder, self.root / "slots", self.root / "reverse"):
+            self.files.mkdir(path)
         for name, data in model.items():
-            store.files.write(folder / name, [data])
-        store.files.sync_folder(folder)
-        return store
+            self.files.write(folder / name, [data])
+        self.files.sync_folder(folder)
+        init = fingerprint_chunks(self.recipe.chunks())
+        self.state = State(self.model, init, trust=trust)
 
     # What is there ------------------------------------------------------------------
-
-    @property
-    def state(self) -> State:
-        """What ``state.json`` said when it was last read or written.
-
-        Raises:
-            StoreError: The installation was cut off before its first commit.
-        """
-        if self._state is None:
-            raise StoreError(f"the installation in {self.root} is not complete")
-        return self._state
-
-    @property
-    def _state_path(self) -> Path:
-        return self.root / "state.json"
-
-    @property
-    def _copy_path(self) -> Path:
-        return self.root / "state.copy"
 
     def reload(self) -> State:
         """Read ``state.json`` again, or its copy if it is damaged.
@@ -139,22 +111,22 @@ class Store:
         Raises:
             StoreError: Nothing is installed there, or both are damaged.
         """
-        if not self._state_path.exists():
+        try:
+            self.state = decode_state(self._state_path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as err:
             raise StoreError(
                 f"nothing is installed in {self.root}; run 'dpu-edge --store "
                 f"{self.root} init BUNDLE' first"
-            )
-        try:
-            self._state = decode_state(self._state_path.read_bytes())
+            ) from err
         except (OSError, StoreError):
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
                 state = decode_state(self._copy_path.read_bytes())
-                note = event_now("mended", state.active_slot, "state.json was damaged")
-                self._state = state.noted(note)
-                return self._state
+                reason = "state.json was damaged"
+                self.state = state.noted("mended", state.active_slot, reason)
+                return self.state
             raise
-        return self._state
+        return self.state
 
     def stamp(self) -> tuple[int, int]:
         """Return what changes with every commit, at the cost of one ``stat``.
@@ -173,11 +145,6 @@ class Store:
         """Return the reverse patch that leads to some weights."""
         return self.root / "reverse" / (target[:_NAME_LENGTH] + ".dpu")
 
-    @property
-    def graph_path(self) -> Path:
-        """The graph that all slots share."""
-        return self.root / "model" / GRAPH_NAME
-
     @cached_property
     def recipe(self) -> InitRecipe:
         """What regenerates the init weights."""
@@ -186,47 +153,59 @@ class Store:
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        return parse_contract((self.root / "model" / CONTRACT_NAME).read_text())
+        return parse_contract((self.root / "model" / "contract.json").read_bytes())
 
     @cached_property
     def layout(self) -> Layout:
         """The layout of every weight file of this model."""
         return self.recipe.layout()
 
-    @cached_property
+    @property
     def model(self) -> str:
         """The network's identity, computed from the files."""
-        return model_id(self.layout.header, self.graph_path.read_bytes())
+        graph = self.root / "model" / GRAPH_NAME
+        return model_id(self.layout.header, graph.read_bytes())
 
-    def base(self, parent: str) -> Iterable[bytes | memoryview] | None:
-        """Return the bytes of weights that a patch may lead from.
+    def base(self, parent: str) -> Iterable[bytes | memoryview]:
+        """Return the bytes of weights that a patch may lead from, in pieces.
 
         Args:
-            parent: Their fingerprint.
+            parent: Their fingerprint. They are read from a slot or regenerated.
 
-        Returns:
-            The weight file in pieces, from a slot or regenerated; None if the store
-            does not have them.
+        Raises:
+            WrongParentError: The store does not have them.
         """
-        if self._state and self._state.slot(parent):
+        if self.state.slot(parent):
             return read_chunks(self.slot_folder(parent) / FILE_NAME)
-        init = self._state.init if self._state else None
-        if init in (None, parent):
+        if parent == self.state.init:
             return self.recipe.chunks()
-        return None
+        active = self.state.active_slot
+        was_here = any(event.target == parent for event in self.state.history)
+        raise WrongParentError(
+            f"the patch leads from weights {parent[:12]}; this device is at round "
+            f"{active.round} ({active.target[:12]})"
+            + (
+                " and no longer keeps them; ask for a patch from its own round"
+                if was_here
+                else "; apply the rounds between them first"
+            ),
+            expected=parent,
+            actual=active.target,
+        )
 
-    def check_slot(self, target: str) -> None:
-        """Hash a slot's weight file and look at its header and graph.
+    def check_slot(self, target: str) -> Path:
+        """Hash a slot's weight file, look at its header and graph; return its folder.
 
         Raises:
             StoreError: It is missing or damaged.
         """
-        path = self.slot_folder(target) / FILE_NAME
+        folder = self.slot_folder(target)
+        path = folder / FILE_NAME
         try:
             actual = fingerprint_file(path)
             with open(path, "rb") as file:
                 header = read_layout(file).header if actual == target else b""
-            graph = (path.parent / GRAPH_NAME).read_bytes()
+            graph = (folder / GRAPH_NAME).read_bytes()
         except OSError as err:
             raise StoreError(f"the slot {target[:12]} cannot be read: {err}") from err
         if actual != target:
@@ -234,11 +213,12 @@ class Store:
                 f"{path} is damaged: its SHA-256 is {actual}, expected {target}; run "
                 "'dpu-edge rollback', or install the bundle into an empty folder"
             )
-        if self._state and model_id(header, graph) != self._state.model:
+        if model_id(header, graph) != self.state.model:
             raise StoreError(
-                f"{path.parent / GRAPH_NAME} is damaged or was exchanged; install the "
+                f"{folder / GRAPH_NAME} is damaged or was exchanged; install the "
                 "bundle into an empty folder"
             )
+        return folder
 
     # Changing it --------------------------------------------------------------------
 
@@ -267,55 +247,6 @@ class Store:
                 with suppress(OSError, StoreError):
                     self._settle()
 
-    def make_room(self, parent: str) -> None:
-        """Drop kept slots until a new one fits.
-
-        Args:
-            parent: A slot that is still needed, beside the active one.
-
-        Raises:
-            StoreError: There is not enough space even so.
-        """
-        needed = self.layout.file_size + SPARE_BYTES
-        while (free := self.files.free_bytes(self.root)) < needed:
-            slots = self._state.slots if self._state else ()
-            spare = [s for s in slots if s.target not in (self.state.active, parent)]
-            ways = sum(path.stat().st_size for path in self.root.glob("reverse/*"))
-            if spare:
-                self.commit(self.retire(self.state, spare[-1]))
-            elif free + ways >= needed:
-                self.commit(replace(self.state, former=()))
-            else:
-                raise StoreError(
-                    f"{self.root} has {free} bytes free, a new slot needs {needed}; "
-                    "free some space and apply the patch again"
-                )
-            self._collect()
-
-    def retire(self, state: State, slot: Slot) -> State:
-        """Return a state without a kept slot, and write the way back if it is small.
-
-        Args:
-            state: A state with other slots beside this one.
-            slot: The slot to give up; it is removed once the result is committed.
-        """
-        parent = next(s for s in reversed(state.slots) if s != slot)
-        size, path = self.layout.file_size, self.reverse_path(slot.target)
-        header = PatchHeader(
-            state.model, parent.target, slot.target, slot.round, slot.counter, size
-        )
-        # A convenience: that it cannot be written must not stop an update.
-        with suppress(OSError, WeightsError):
-            base, target = (self.slot_folder(s.target) for s in (parent, slot))
-            data = encode_reverse(
-                self.layout, base / FILE_NAME, target / FILE_NAME, header
-            )
-            if data and len(data) <= size // REVERSE_SHARE:
-                self.files.write(path, [data])
-                self.files.sync_folder(path.parent)
-                return state.without(slot, replace(slot, parent=parent.target))
-        return state.without(slot)
-
     def stage(self, chunks: Iterable[bytes | memoryview], target: str) -> Path:
         """Write a slot beside the others; it is not active yet.
 
@@ -337,7 +268,7 @@ class Store:
             self.files.remove(folder)
             self.files.remove(part)
             self.files.mkdir(part)
-            self.files.link(self.graph_path, part / GRAPH_NAME)
+            self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
             self.files.write(part / FILE_NAME, chunks)
             self.files.sync_folder(part)
             self.files.rename(part, folder)
@@ -361,7 +292,7 @@ class Store:
                 self.files.sync_folder(self.root)
         except OSError as err:
             raise StoreError(f"cannot write {path}: {err}") from err
-        self._state = state
+        self.state = state
 
     def _settle(self) -> None:
         """Read the state, mend its copy, and remove what a cut left behind."""
@@ -373,10 +304,14 @@ class Store:
                 mended = False
             if not mended:
                 self.commit(state)
-            self._collect()
+            self.collect()
 
-    def _collect(self) -> None:
-        """Let ``current`` follow the state, and remove what the state does not name."""
+    def collect(self) -> None:
+        """Let ``current`` follow the state, and remove what the state does not name.
+
+        Raises:
+            OSError: The disk refuses.
+        """
         wanted = f"slots/{self.slot_folder(self.state.active).name}"
         link = self.root / "current"
         if not link.is_symlink() or str(link.readlink()) != wanted:
@@ -388,19 +323,10 @@ class Store:
                     raise
         named = {self.slot_folder(slot.target) for slot in self.state.slots}
         named |= {self.reverse_path(link.target) for link in self.state.former}
-        doomed = [
-            *self.root.glob("*.part"),
-            *(p for p in self.root.glob("slots/*") if p not in named),
-            *(p for p in self.root.glob("reverse/*") if p not in named),
-        ]
+        patterns = ("*.part", "slots/*", "reverse/*")
+        doomed = {path for p in patterns for path in self.root.glob(p)} - named
         if doomed:
             # A state or link that a killed process left may not be durable yet.
             self.files.sync_folder(self.root)
-        for path in doomed:
+        for path in sorted(doomed):
             self.files.remove(path)
-
-
-def event_now(event: str, slot: Slot, reason: str = "") -> Event:
-    """Return an entry for the history."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Event(at, event, slot.round, slot.target, reason)

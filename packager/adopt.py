@@ -23,6 +23,7 @@ from edge_runtime.contract import Contract, InputSpec, parse_contract
 from edge_runtime.errors import ContractError
 from edge_runtime.init import InitRecipe, TensorInit, philox, uniform, write_recipe
 from edge_runtime.weights import Weights
+from packager.archive import encode_bundle
 from packager.build import LEVEL, PackedPatch, about, check_budget, encode_changes
 from packager.bundle import PackedBundle
 from packager.diff import diff
@@ -89,7 +90,7 @@ def adopt_model(
         "target": patch.header.target,
     }
     files |= carried_keys(signers)
-    data = sign(layout.write_bundle(manifest, files), signers)
+    data = sign(encode_bundle(manifest, files), signers)
     check_budget(f"the bundle of {model.path.name}", len(data), max_size)
     return PackedBundle(data, patch)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_runtime import bundle as layout
 from edge_runtime.errors import RoundError
+from packager.archive import encode_bundle
 from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
 from packager.golden import with_outputs
 from packager.graph import check_graph
@@ -80,7 +81,7 @@ def build_bundle(
         "target": round_.record.target,
     }
     files |= carried_keys(signers)
-    data = sign(layout.write_bundle(manifest, files), signers)
+    data = sign(encode_bundle(manifest, files), signers)
     check_budget(f"the bundle of {round_.name}", len(data), max_size)
     return PackedBundle(data, patch)
 

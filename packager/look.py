@@ -189,7 +189,7 @@ def verify(
 
 
 def _open_trusted(path: Path, trust: "Trust") -> "Patch":
-    from edge_runtime.bundle import PATCH_NAME, read_bundle
+    from edge_runtime.bundle import read_bundle
     from edge_runtime.patch import open_patch
     from packager.signing import is_bundle
 
@@ -197,7 +197,7 @@ def _open_trusted(path: Path, trust: "Trust") -> "Patch":
         bundle = is_bundle(file.read(4))
     if bundle:
         # What is signed is the bundle; the patch in it needs no signature.
-        return open_patch(read_bundle(path, trust).files[PATCH_NAME])
+        return open_patch(read_bundle(path, trust).patch)
     return open_patch(path, trust=trust)
 
 

@@ -30,7 +30,6 @@ from edge_runtime.bundle import (
     MANIFEST_NAME,
     SIGNATURES_NAME,
     read_bundle,
-    write_members,
 )
 from edge_runtime.errors import KeyFileError, PatchFormatError
 from edge_runtime.header import parse_header, read_header
@@ -46,6 +45,7 @@ from edge_runtime.signing import (
     key_id,
     read_signatures,
 )
+from packager.archive import encode_members
 
 
 def sign(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:
@@ -117,7 +117,7 @@ def sign_bundle(data: bytes, key: Ed25519PrivateKey) -> bytes:
     signatures = decode_signatures(members.pop(SIGNATURES_NAME, b""))
     signatures = add_signature(signatures, BUNDLE_CONTEXT, manifest, key)
     signed = {MANIFEST_NAME: manifest, SIGNATURES_NAME: encode_signatures(signatures)}
-    return write_members(signed | members)
+    return encode_members(signed | members)
 
 
 def add_signature(

@@ -28,8 +28,8 @@ from edge_runtime.command import CONTEXT, Command, emit, json_option, say
 from edge_runtime.header import PatchHeader
 from edge_runtime.init import InitRecipe, TensorInit, write_recipe
 from edge_runtime.signing import Trust
-from edge_runtime.state import Slot, State
-from edge_runtime.store import Store, event_now
+from edge_runtime.state import Slot
+from edge_runtime.store import Store
 from edge_runtime.weights import (
     model_id,
     pack_weights,
@@ -192,21 +192,10 @@ def _install(root: Path, base: Path, parent: str) -> None:
         write_recipe(InitRecipe(0, tensors, {}), name)
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     root.mkdir()
-    store = Store.create(root, files | {"graph.onnx": _GRAPH})
+    store = Store(root)
+    store.create(files | {"graph.onnx": _GRAPH}, Trust())
     store.stage(read_chunks(base), parent)
-    slot = Slot(parent, 0, 0)
-    store.commit(
-        State(
-            model=store.model,
-            init="00" * 32,
-            active=parent,
-            floor=0,
-            floor_target=parent,
-            slots=(slot,),
-            trust=Trust(),
-            history=(event_now("installed", slot),),
-        )
-    )
+    store.commit(store.state.activated(Slot(parent, 0, 0), "installed"))
 
 
 def make_synthetic(folder: Path, density: float) -> tuple[Path, Path]:

@@ -47,13 +47,13 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1610,
+        1605,
         "apply codec header init patch sections signing values weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1115,
-        "bundle contract device files hooks reverse state store trial",
+        1010,
+        "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",

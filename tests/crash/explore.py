@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from edge_runtime import Device, fingerprint_file, store
+from edge_runtime import Device, fingerprint_file, slots
 from edge_runtime.errors import DpuError, StoreError
 from edge_runtime.state import decode_state
 from tests.crash import world
@@ -21,7 +21,7 @@ from tests.crash.examine import BadStateError, examine, go_on, insist
 from tests.crash.recording import Recording, install, update
 from tests.crash.traced import Failing, Recorder
 
-_encode_reverse, _encoded = store.encode_reverse, {}
+_encode_reverse, _encoded = slots.encode_reverse, {}
 
 
 def encode_reverse(layout, base, target, header):
@@ -32,7 +32,7 @@ def encode_reverse(layout, base, target, header):
     return _encoded[key]
 
 
-store.encode_reverse = encode_reverse  # half the time of thousands of small stores
+slots.encode_reverse = encode_reverse  # half the time of thousands of small stores
 
 
 # Where to cut ----------------------------------------------------------------------

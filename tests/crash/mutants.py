@@ -56,7 +56,7 @@ MUTANTS = {
         "self.symlink(part, folder)\n        self.rename(part, link)",
         "self.unlink(link)\n        self.symlink(link, folder)",
     ),
-    "no sync of model/": ("store", "        store.files.sync_folder(folder)\n", ""),
+    "no sync of model/": ("store", "        self.files.sync_folder(folder)\n", ""),
     "no sync of a slot's names": (
         "store",
         "            self.files.sync_folder(part)\n",
@@ -68,13 +68,13 @@ MUTANTS = {
         "",
     ),
     "no sync of reverse/": (
-        "store",
-        "                self.files.sync_folder(path.parent)\n",
+        "slots",
+        "            store.files.sync_folder(path.parent)\n",
         "",
     ),
     "a way back is promised, not written": (
-        "store",
-        "                self.files.write(path, [data])\n",
+        "slots",
+        "            store.files.write(path, [data])\n",
         "",
     ),
     "no sync after a commit": (
@@ -117,12 +117,12 @@ MUTANTS = {
     "old slots are removed before the commit": (
         "device",
         "        self.store.commit(state)\n        try:\n            self._run_hooks",
-        "        self.store._state = state\n        self.store._collect()\n"
+        "        self.store.state = state\n        self.store.collect()\n"
         "        self.store.commit(state)\n        try:\n            self._run_hooks",
     ),
     "nothing is tidied up": (
         "store",
-        "        for path in doomed:\n            self.files.remove(path)\n",
+        "        for path in sorted(doomed):\n            self.files.remove(path)\n",
         "",
     ),
     "a try is not counted before the trial": (
@@ -143,29 +143,29 @@ MUTANTS = {
     ),
     "a kept slot is not looked at": (
         "device",
-        "                self.store.check_slot(target)\n                return",
-        "                return",
+        "                return self.store.check_slot(target)\n",
+        "                return self.store.slot_folder(target)\n",
     ),
     "room is made at the cost of the active slot": (
-        "store",
-        "if s.target not in (self.state.active, parent)",
+        "slots",
+        "if s.target not in (state.active, parent)",
         "if s.target != parent",
     ),
     "a rollback lowers the release floor": (
         "state",
-        "raised = slot.counter > self.floor",
-        "raised = True",
+        'replace(slot, parent=""), slot.counter > self.floor\n',
+        'replace(slot, parent=""), True\n',
     ),
     "no lock": ("store", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     "the state is not read again under the lock": (
         "store",
         "state = self.reload()\n",
-        "state = self._state or self.reload()\n",
+        'state = getattr(self, "state", None) or self.reload()\n',
     ),
     "believed before it is written": (
         "store",
         "        data = encode_state(state)\n",
-        "        data, self._state = encode_state(state), state\n",
+        "        data, self.state = encode_state(state), state\n",
     ),
 }
 

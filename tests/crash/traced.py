@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edge_runtime import files
 from edge_runtime.files import Files
-from edge_runtime.store import SPARE_BYTES
+from edge_runtime.slots import SPARE_BYTES
 from tests.crash import world
 
 ROT = b"what was here is not readable any more"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime import Device, PatchHeader, pack_weights
-from edge_runtime.bundle import write_bundle
 from edge_runtime.init import InitRecipe, TensorInit, write_recipe
 from edge_runtime.weights import model_id
+from packager.archive import encode_bundle
 from packager.build import build_patch
 
 GRAPH = b"not looked at: no trial runs here, the files are what is tried"
@@ -98,7 +98,7 @@ def bundle():
         "model": MODEL,
         "target": weights(0).fingerprint,
     }
-    return write_bundle(manifest, members() | {"patch.dpu": patch(None, 0)})
+    return encode_bundle(manifest, members() | {"patch.dpu": patch(None, 0)})
 
 
 def install(root, files=None, trial=no_trial):

@@ -60,9 +60,9 @@ def contract(**fields):
 def test_several_inputs_are_given_by_name():
     feed = contract().prepare({"a": [[1, 2]], "b": [[3, 4]]})
     assert feed["b"].tolist() == [[3, 4]]
-    with pytest.raises(ContractError, match="by name"):
+    with pytest.raises(ContractError, match="by name, a, b; got one array"):
         contract().prepare([[1, 2]])
-    with pytest.raises(ContractError, match="takes a, b; got a"):
+    with pytest.raises(ContractError, match="by name, a, b; got a"):
         contract().prepare({"a": [[1, 2]]})
 
 

@@ -9,7 +9,6 @@ from edge_runtime.errors import WeightsError
 from edge_runtime.init import (
     InitRecipe,
     TensorInit,
-    parse_recipe,
     read_recipe,
     write_recipe,
 )
@@ -73,6 +72,8 @@ def test_a_recipe_survives_its_files(tmp_path):
         (lambda r: r["tensors"]["w"].update(shape=[-1]), "not valid"),
         (lambda r: r["tensors"]["table"].update(shape=[4]), "differs"),
         (lambda r: r["tensors"]["b"].update(kind="file"), "missing"),
+        (lambda r: r["tensors"]["b"].update(dtype=[]), "malformed"),
+        (lambda r: r["tensors"]["b"].update(value=10**400), "malformed"),
     ],
 )
 def test_a_malformed_recipe_is_refused(tmp_path, change, message):
@@ -85,6 +86,8 @@ def test_a_malformed_recipe_is_refused(tmp_path, change, message):
         read_recipe(tmp_path)
 
 
-def test_text_that_is_no_json_is_refused():
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
+def test_text_that_is_no_recipe_is_refused(tmp_path, text):
+    (tmp_path / "init.json").write_text(text, "latin-1")
     with pytest.raises(WeightsError, match="malformed"):
-        parse_recipe("{")
+        read_recipe(tmp_path)

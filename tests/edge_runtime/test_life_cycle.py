@@ -71,6 +71,16 @@ def test_another_release_starts_with_no_tries(device):
     assert device.update(world.patch(0, 2)) is UpdateResult.APPLIED
 
 
+def test_a_trial_that_the_system_cannot_start_is_no_try(device):
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = device.store.state
+    with pytest.raises(OSError, match="No space left"):
+        Device.open(device.store.root, trial=no_room).update(next_patch(device))
+    assert device.store.reload() == before
+
+
 # Pins ------------------------------------------------------------------------------
 
 
@@ -145,6 +155,12 @@ def test_a_hook_after_is_too_late_to_refuse(device, hook):
     assert event["reason"] == "the hook restart ended with 1: no such service"
 
 
+def test_the_last_line_of_a_talkative_hook_is_told(device, hook):
+    hook("before-apply", "talks", "seq 100000; echo the reason; exit 2")
+    with pytest.raises(HeldError, match="talks ended with 2: the reason"):
+        device.update(next_patch(device))
+
+
 def test_what_is_not_executable_is_no_hook(device, hook):
     hook("before-apply", "README", "exit 1", mode=0o644)
     (device.store.root / "hooks" / "before-apply.d" / "folder").mkdir()
@@ -162,9 +178,12 @@ def test_a_hook_that_cannot_be_run_refuses(device, hook, tmp_path):
 def test_a_hook_that_hangs_is_ended_with_all_that_it_started(hook, device, tmp_path):
     pid = tmp_path / "pid"
     hook("before-apply", "hangs", f"sleep 60 & echo $! > {pid}; wait")
-    folder = device.store.root / "hooks" / "before-apply.d"
+    store = device.store
     with pytest.raises(HeldError, match=r"hangs did not end within 0\.3 s"):
-        run_hooks(folder, {}, timeout_s=0.3)
+        run_hooks(
+            *(store.root, "before-apply", "updated", store.state.active_slot),
+            timeout_s=0.3,
+        )
     deadline = time.monotonic() + 10
     while is_running(int(pid.read_text())) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -9,9 +9,8 @@ from edge_runtime import Device, PatchHeader, UpdateResult, open_patch, pack_wei
 from edge_runtime.apply import apply_patch
 from edge_runtime.errors import StoreError, TrustError
 from edge_runtime.files import Files
-from edge_runtime.reverse import MAX_CHANGES, encode_reverse
+from edge_runtime.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.state import MAX_FORMER
-from edge_runtime.store import SPARE_BYTES
 from edge_runtime.weights import write_weights
 from tests.crash import world
 
@@ -127,6 +126,16 @@ def test_a_rollback_that_finds_no_room_costs_nothing(device):
     device.store.files = Files()
     device.rollback(0)
     assert device.verify() == world.weights(0).fingerprint
+
+
+def test_an_installation_gives_up_nothing_to_make_room(tmp_path):
+    """What lies in the folder is no way back that a state of this device names."""
+    (tmp_path / "store" / "reverse").mkdir(parents=True)
+    (tmp_path / "store" / "reverse" / "old.dpu").write_bytes(bytes(2 * SPARE_BYTES))
+    crowded = Crowded(slots=1, reverse=0)
+    with pytest.raises(StoreError, match="free some space"):
+        world.install(tmp_path / "store", crowded)
+    assert not (tmp_path / "store" / "state.json").exists()
 
 
 def test_the_ways_back_are_given_up_last(device):

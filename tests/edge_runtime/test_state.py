@@ -9,7 +9,6 @@ from edge_runtime.errors import StoreError, TrustError
 from edge_runtime.header import PatchHeader
 from edge_runtime.state import (
     MAX_HISTORY,
-    Event,
     Slot,
     State,
     admit,
@@ -21,13 +20,9 @@ A, B, C = (Slot(letter * 64, number, number) for number, letter in enumerate("ab
 STATE = State("m", "i", A.target, A.counter, A.target, (A,))
 
 
-def event(slot, word="updated"):
-    return Event("2026-01-01T00:00:00Z", word, slot.round, slot.target)
-
-
 def moved(state, *slots, keep=2):
     for slot in slots:
-        state = state.activated(slot, event(slot))
+        state = state.activated(slot, "updated")
         while len(state.slots) > keep:
             state = state.without(state.slots[-1])
     return state
@@ -90,7 +85,7 @@ def test_force_does_not_lower_the_floor():
 def test_history_is_bounded():
     state = STATE
     for _ in range(MAX_HISTORY + 5):
-        state = state.noted(event(A))
+        state = state.noted("updated", A)
     assert len(state.history) == MAX_HISTORY
 
 

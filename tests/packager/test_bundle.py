@@ -32,8 +32,7 @@ def test_a_device_is_installed_from_a_bundle(run, tmp_path):
 def test_the_patch_inside_leads_from_the_init_to_the_round(run):
     bundle = build_bundle(read_round(run.path / "round_01"))
     content = read_bundle(bundle.data)
-    assert (content.run, content.round) == ("tiny", 1)
-    with open_patch(content.files["patch.dpu"]) as patch:
+    with open_patch(content.patch) as patch:
         assert patch.header.parent == run.init.fingerprint
         assert patch.header.target == content.target == run.deployed.fingerprint
 

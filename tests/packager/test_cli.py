@@ -295,7 +295,7 @@ def test_a_counter_is_for_one_round(runs, command):
 def test_a_bundle_can_be_a_newer_release_too(run, runs, command):
     command(pack, "round_00", "--bundle", "--counter", 9, "-q")
     content = read_bundle(run.path / "round_00.bundle.zip")
-    with open_patch(content.files["patch.dpu"]) as opened:
+    with open_patch(content.patch) as opened:
         assert opened.header.counter == 9
 
 

@@ -274,7 +274,7 @@ def test_a_signed_bundle_carries_the_keys_and_an_unsigned_patch(run):
     data = build_bundle(read_round(run.path / "round_00"), signers=[key]).data
     assert carried_trust(data).keys == (public_key(key),)
     content = read_bundle(data, carried_trust(data))
-    assert open_patch(content.files["patch.dpu"]).signatures == ()
+    assert open_patch(content.patch).signatures == ()
 
 
 def test_a_signed_patch_is_still_no_other_patch(run):
