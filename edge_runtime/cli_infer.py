@@ -56,7 +56,9 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(exists=True, allow_dash=True, path_type=Path),
 )
 @click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
-@click.option("--top", default=1, help="Classes to name per sample.")
+@click.option(
+    "--top", type=click.IntRange(1), default=1, help="Classes to name per sample."
+)
 @_run_options
 @click.option(
     "-o",

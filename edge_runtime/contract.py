@@ -126,10 +126,16 @@ def parse_contract(text: str | bytes) -> Contract:
                 f"contract of schema {record['schema']}, this runtime knows {SCHEMA}; "
                 "install a newer dpu-edge"
             )
+        floor = float(record.get("accuracy_floor", 0.0))
+        if not 0 <= floor <= 1:
+            raise ContractError(
+                f"the contract's accuracy_floor is {floor:g}, expected a share of the "
+                "golden labels, from 0 to 1"
+            )
         return Contract(
             tuple(_parse_input(entry) for entry in record["inputs"]),
             tuple(str(name) for name in record.get("classes", ())),
-            float(record.get("accuracy_floor", 0.0)),
+            floor,
             float(record.get("output_tolerance", 1e-4)),
         )
     except MALFORMED as err:

@@ -115,6 +115,8 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
         with Image.open(io.BytesIO(data)) as file:
             image = ImageOps.exif_transpose(file).convert(mode)
     except (OSError, ValueError, Image.DecompressionBombError) as err:
-        raise ContractError(f"{name} is no image that can be read ({err})") from err
+        # Pillow names the buffer that it was given, not the file.
+        reason = str(err).partition(" <")[0]
+        raise ContractError(f"{name} is no image that can be read ({reason})") from err
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)

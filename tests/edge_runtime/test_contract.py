@@ -1,6 +1,7 @@
 """What goes into a model: raw values become what the graph takes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -76,6 +77,12 @@ def test_unknown_fields_are_ignored_for_later_versions():
 def test_a_malformed_contract_is_refused(text):
     with pytest.raises(ContractError, match="malformed"):
         parse_contract(text)
+
+
+@pytest.mark.parametrize("floor", [7, -0.1, math.nan])
+def test_a_floor_that_is_no_share_is_refused_before_any_trial(floor):
+    with pytest.raises(ContractError, match="accuracy_floor is .*, expected a share"):
+        contract(accuracy_floor=floor)
 
 
 def test_a_newer_schema_is_refused():
