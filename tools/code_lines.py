@@ -52,7 +52,7 @@ RINGS = {
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1010,
+        1015,
         "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
