@@ -68,8 +68,8 @@ def _text(file: IO[str]) -> str:
     return file.read()
 
 
-def _resident(group: int) -> int:
-    """Return the resident bytes of a process group."""
+def _resident(session: int) -> int:
+    """Return the resident bytes of a session; a trial is a process group in it."""
     total = 0
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -79,6 +79,6 @@ def _resident(group: int) -> int:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it ended meanwhile
-        if int(fields[2]) == group:
+        if int(fields[3]) == session:
             total += int(fields[21]) * _PAGE
     return total

@@ -66,3 +66,11 @@ def test_the_report_says_what_is_wrong():
     checks = [Check("one", True, "fine", 1.0, 1.0), Check("two", False, "differs")]
     text = "\n".join(table(checks, {"machine": "aarch64"}))
     assert "WRONG" in text and "differs" in text and "2 checks, 1 wrong" in text
+
+
+def test_memory_is_counted_of_children_in_groups_of_their_own_too():
+    child = "b = bytearray(64 << 20); import time; time.sleep(0.3)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]"
+    done = run([sys.executable, "-c", code + ", process_group=0)"])
+    assert done.code == 0
+    assert done.peak_mb > 64
