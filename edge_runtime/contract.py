@@ -46,10 +46,11 @@ class InputSpec:
         values = np.asarray(raw)
         if values.ndim == len(self.shape) - 1:
             values = values[np.newaxis]
-        fits = values.ndim == len(self.shape) and all(
-            want in (None, found)
-            for want, found in zip(self.shape, values.shape, strict=True)
-        )
+        # A plain loop: after a large network's run all of this is cold in the caches.
+        fits = values.ndim == len(self.shape)
+        for want, found in zip(self.shape, values.shape, strict=False):
+            if want is not None and want != found:
+                fits = False
         if not fits or values.dtype.kind not in "biuf":
             raise ContractError(
                 f"input {self.name!r} takes numbers of shape {_show(self.shape)}, "
@@ -102,6 +103,9 @@ class Contract:
         Raises:
             ContractError: An input is missing, unknown, or does not fit.
         """
+        if isinstance(raw, np.ndarray) and len(self.inputs) == 1:
+            (spec,) = self.inputs  # the usual case, without a detour
+            return {spec.name: spec.prepare(raw)}
         names = [spec.name for spec in self.inputs]
         if not isinstance(raw, Mapping):
             raw = {names[0] if len(names) == 1 else "one array": raw}
