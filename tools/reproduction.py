@@ -160,7 +160,7 @@ def plot(results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> str:
     last = max(1, max(len(curve) for curve in curves.values()) - 1)
 
     def place(number: float, share: float) -> tuple[float, float]:
-        x = MARGIN + number / last * (WIDTH - 3 * MARGIN)
+        x = MARGIN + number / last * (WIDTH - 4 * MARGIN)
         return x, HEIGHT - MARGIN - (share - low) / (100 - low) * (HEIGHT - 2 * MARGIN)
 
     parts = [
@@ -187,7 +187,7 @@ def plot(results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> str:
         )
     for line, method in enumerate(dict.fromkeys(method for method, _ in curves)):
         parts.append(
-            f'<text x="{WIDTH - 2 * MARGIN + 12}" y="{MARGIN + 18 * line}" '
+            f'<text x="{WIDTH - 3 * MARGIN + 12}" y="{MARGIN + 18 * line}" '
             f'fill="{COLOURS[method]}">{method}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
