@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.report import utc
+from edge_runtime.state import utc
 from edge_runtime.store import GRAPH_NAME, Store
 from edge_runtime.weights import CHUNK_BYTES, FILE_NAME, Layout, fingerprint_file
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.live import measure, read_entries, untold
-from edge_runtime.report import utc
 from edge_runtime.signing import framed, key_id
+from edge_runtime.state import utc
 from edge_runtime.store import Store
 
 if TYPE_CHECKING:

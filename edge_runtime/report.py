@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.route import Verdict
-from edge_runtime.state import State
+from edge_runtime.state import State, utc
 
 SCHEMA = 2
 HEARTBEAT_S = 600.0  # the files are written at least this often
@@ -148,8 +148,3 @@ def _replace(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.new")
     part.write_text(text)
     part.replace(path)
-
-
-def utc(seconds: float | None = None) -> str:
-    """Return a time, or this moment, by the device's own clock, for people."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

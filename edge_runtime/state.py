@@ -19,6 +19,11 @@ MAX_HISTORY = 100  # events kept, and skipped targets
 MAX_FORMER = 8  # reverse patches kept
 
 
+def utc(seconds: float | None = None) -> str:
+    """Return a time, or this moment, by the device's own clock, for people."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One complete copy of the weights, or a reverse patch that leads back to them.
@@ -160,8 +165,7 @@ class State:
 
     def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
         """Return the state with one more event, of now, in its history."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entry = Event(at, event, slot.round, slot.target, reason)
+        entry = Event(utc(), event, slot.round, slot.target, reason)
         return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
 
     def without(self, slot: Slot, link: Slot | None = None) -> "State":
