@@ -13,12 +13,11 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from edge_runtime.codec import PIECE, Positions
+from edge_runtime.codec import PIECE
 from edge_runtime.errors import (
     PatchFormatError,
     VerificationError,
@@ -26,7 +25,7 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.patch import Patch
-from edge_runtime.values import ValueReader
+from edge_runtime.positions import Run
 from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
 
 
@@ -149,55 +148,47 @@ class _Lookahead:
 
     def __init__(self, patch: Patch, layout: Layout) -> None:
         self._values = patch.values(layout)
-        self._pieces = patch.positions(layout)
-        self._next = next(self._pieces, None)
+        self._batches = patch.runs(layout)
+        self._next = next(self._batches, [])
 
     def write_into(self, window: memoryview, start: int) -> None:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
-        stop = start + len(window)
-        # Small tensors are written together: what NumPy costs a call counts there.
-        waiting: dict[ValueReader, _Run] = {}
-        while self._next is not None:
-            tensor, positions = self._next
-            size, values = tensor.item_size, self._values[tensor.name]
-            inside = len(positions)
-            if tensor.stop > stop:
-                inside = int(positions.searchsorted((stop - tensor.start) // size))
-            if inside:
-                run = waiting.get(values)
-                if run and (run.dtype != tensor.dtype or run.count + inside > PIECE):
-                    run.write_into(window)
-                    run = None
-                if run is None:
-                    run = waiting[values] = _Run(values, tensor.dtype, size)
-                run.parts.append(positions[:inside] + (tensor.start - start) // size)
-                run.count += inside
-            if inside < len(positions):
-                self._next = tensor, positions[inside:]
+        # Small runs are written together: what NumPy costs a call counts there.
+        waiting: dict[int, list[Run]] = {}
+        for run in self._until(start + len(window)):
+            runs = waiting.setdefault(run.group, [])
+            count = sum(len(one.positions) for one in (*runs, run))
+            if runs and (count > PIECE or runs[0].dtype != run.dtype):
+                self._write(window, start, runs)
+                runs.clear()
+            runs.append(run)
+        for runs in waiting.values():
+            self._write(window, start, runs)
+
+    def _until(self, stop: int) -> Iterator[Run]:
+        """Yield what lies before the file's byte ``stop``, and keep what is behind."""
+        while self._next:
+            behind = []
+            for run in self._next:
+                inside = int(run.positions.searchsorted(stop // run.item_size))
+                if inside:
+                    yield run._replace(positions=run.positions[:inside])
+                if inside < len(run.positions):
+                    behind.append(run._replace(positions=run.positions[inside:]))
+            self._next = behind or next(self._batches, [])
+            if behind:
                 break
-            self._next = next(self._pieces, None)
-        for run in waiting.values():
-            run.write_into(window)
+
+    def _write(self, window: memoryview, start: int, runs: Sequence[Run]) -> None:
+        """Write runs of one group and type."""
+        size = runs[0].item_size
+        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
+        at = np.concatenate([run.positions for run in runs])
+        at -= start // size
+        view[at] = self._values[runs[0].group].take(runs[0].dtype, view[at])
 
     def finish(self) -> None:
-        if self._next is not None:
+        if self._next:
             raise PatchFormatError("the patch changes bytes behind the weight file")
-        for values in set(self._values.values()):
+        for values in self._values.values():
             values.finish()
-
-
-@dataclass(slots=True)
-class _Run:
-    """Elements of one group and type, in one window."""
-
-    values: ValueReader
-    dtype: str
-    item_size: int
-    parts: list[Positions] = field(default_factory=list)
-    count: int = 0
-
-    def write_into(self, window: memoryview) -> None:
-        size = self.item_size
-        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-        at = np.concatenate(self.parts)
-        view[at] = self.values.take(self.dtype, view[at])

@@ -1,41 +1,29 @@
-"""Numbers as symbols and bits, and positions as numbers: both directions side by side.
+"""Numbers as symbols and bits: both directions side by side.
 
 Every decoder reads from :class:`SectionReader` objects in bounded pieces, so that the
 memory needed to apply a patch does not depend on its size. FORMAT.md is the normative
 description.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import (
-    COLUMNS,
-    INDEX,
-    INDEX_BITS,
-    SectionReader,
-    quick_size,
-)
+from edge_runtime.sections import SectionReader
 
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.
 PIECE = 1 << 14
+# glibc hands freed memory back to the kernel, and page faults to get it again cost more
+# than decoding, until a block larger than what pieces need has come and gone.
+np.empty(1 << 21, np.uint8)
 MAX_FINE = 7
 MAX_WIDTH = 32  # of a number's low bits
-MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 _MASKS = ((1 << np.arange(MAX_WIDTH + 1)) - 1).astype(np.uint32)
-_SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 
 Integers = NDArray[np.int64]
-Positions = Integers
-Mask = NDArray[np.bool_]
-
-
-# Numbers: a symbol each, and the low bits of large ones ------------------------------
 
 
 def encode_numbers(numbers: Integers, fine: int) -> tuple[bytes, Integers]:
@@ -78,6 +66,13 @@ def finenesses(largest: int) -> list[int]:
     return found
 
 
+def _length(symbol: int, fine: int) -> int:
+    """Return how many bits the numbers of a symbol have; 256 if it stands for none."""
+    width = max((symbol >> fine) - 1, 0)
+    top = symbol - (width << fine)
+    return top.bit_length() + width if width <= MAX_WIDTH else 256
+
+
 class NumberReader:
     """Decodes what :func:`encode_numbers` and :func:`encode_bits` wrote."""
 
@@ -97,45 +92,37 @@ class NumberReader:
         """
         if fine > MAX_FINE:
             raise PatchFormatError(f"{fine} fine bits in the patch, at most {MAX_FINE}")
-        symbol = np.arange(256)
-        self._widths = np.maximum((symbol >> fine) - 1, 0)
-        tops = symbol - (self._widths << fine)
         # A symbol tells how many bits its number has; larger symbols have more.
-        fits = bit_lengths(tops) + self._widths <= length
-        self._largest = np.flatnonzero(fits & (self._widths <= MAX_WIDTH))[-1]
-        tops <<= np.minimum(self._widths, MAX_WIDTH)
+        fits = (one for one in range(255, -1, -1) if _length(one, fine) <= length)
+        largest = next(fits)
+        symbol = np.arange(largest + 1)
+        self._widths = np.maximum((symbol >> fine) - 1, 0)
+        tops = symbol - (self._widths << fine) << self._widths
         self._tops = tops.astype(np.uint32) if length <= 32 else tops
-        self._literals = min(2 << fine, 255)
+        self._literals = min(2 << fine, largest + 1)
         self._symbols, self._bits = symbols, BitReader(bits)
-        self._ready: NDArray[Any] = self._tops[:0]
 
-    def take(self, count: int, ahead: int = 0) -> NDArray[Any]:
+    def take(self, count: int) -> NDArray[Any]:
         """Return the next ``count`` numbers.
-
-        Args:
-            count: How many.
-            ahead: How many are certain to follow, these included: small calls are cheap
-                where it is many.
 
         Raises:
             PatchFormatError: A section ends early, or a number is out of range.
         """
-        if count > len(self._ready):
-            more = max(count, min(ahead, PIECE)) - len(self._ready)
-            self._ready = np.concatenate([self._ready, self._decode(more)])
-        numbers, self._ready = self._ready[:count], self._ready[count:]
+        symbols = np.frombuffer(self._symbols.take(count), np.uint8)
+        (large,) = (symbols >= self._literals).nonzero()
+        if 2 * large.size > count:
+            return self._decoded(symbols)
+        numbers: NDArray[Any] = symbols.astype(self._tops.dtype)
+        numbers[large] = self._decoded(symbols[large])
         return numbers
 
-    def _decode(self, count: int) -> NDArray[Any]:
-        symbols = np.frombuffer(self._symbols.take(count), np.uint8)
-        if symbols.max(initial=0) > self._largest:
-            raise PatchFormatError("a number in the patch is out of range")
-        numbers: NDArray[Any] = self._tops.take(symbols)
-        large = np.flatnonzero(symbols >= self._literals)
-        if 2 * large.size < count:
-            numbers[large] |= self._bits.take(self._widths.take(symbols[large]))
-        else:
-            numbers |= self._bits.take(self._widths.take(symbols))
+    def _decoded(self, symbols: NDArray[np.uint8]) -> NDArray[Any]:
+        at = symbols.astype(np.intp)
+        try:
+            numbers: NDArray[Any] = self._tops.take(at)
+        except IndexError as err:
+            raise PatchFormatError("a number in the patch is out of range") from err
+        numbers |= self._bits.take(self._widths.take(at))
         return numbers
 
     def finish(self) -> None:
@@ -205,238 +192,3 @@ class BitReader:
         self._section.finish()
         if self._byte and self._byte[0] >> self._bit:
             raise PatchFormatError("the patch has bits left over")
-
-
-# Positions: gaps between the listed ones, or a bitmap --------------------------------
-
-
-def _is_bitmap(size: int, count: int) -> bool:
-    """Tell whether a tensor has a bitmap; otherwise its positions are listed."""
-    return size < 4 * count < 3 * size
-
-
-def gaps_ahead(tensors: Sequence[tuple[int, int]]) -> list[int]:
-    """Return how many gaps follow one another from each tensor on.
-
-    Args:
-        tensors: Element count of each, and how many of them travel.
-    """
-    ahead, found = 0, []
-    for size, count in reversed(tensors):
-        listed = min(count, size - count)
-        ahead = 0 if _is_bitmap(size, count) else ahead + listed
-        found.append(ahead)
-    return found[::-1]
-
-
-def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
-    """Return number and depth of a tensor's columns, where unused ones are left out.
-
-    A column is a slice along the second axis: an input of a layer. Its depth is the
-    number of its elements in a row.
-    """
-    if len(shape) < 2 or not 0 < 4 * count <= math.prod(shape):
-        return None
-    columns, depth = shape[1], math.prod(shape[2:])
-    return (columns, depth) if columns * depth <= MAX_ROW else None
-
-
-def encode_positions(
-    tensors: Sequence[tuple[tuple[int, ...], Positions]],
-) -> tuple[int, dict[int, list[bytes]]]:
-    """Encode which elements travel, tensor by tensor.
-
-    Of a tensor of which up to a quarter travels the positions are listed, as gaps: the
-    number of elements skipped since the one before. Columns in which nothing travels
-    (dead inputs, borders of images) may be left out of the count. Where three quarters
-    or more travel, the elements that stay are listed; in between it is a bitmap.
-
-    Args:
-        tensors: Shape and strictly increasing positions of each tensor.
-
-    Returns:
-        The fineness of the gaps, and the sections, in parts.
-
-    Raises:
-        PatchFormatError: A gap is too large.
-    """
-    taken = [_take_apart(shape, positions) for shape, positions in tensors]
-    numbers = np.concatenate([np.zeros(0, np.int64), *(gaps for gaps, _, _ in taken)])
-    candidates = finenesses(int(numbers.max(initial=0)))
-    if not candidates:
-        raise PatchFormatError(
-            f"two changes are {numbers.max()} elements apart, which is too far for a "
-            "patch; split the tensor"
-        )
-    sample = numbers[:: len(numbers) // _SAMPLE + 1]
-    fine = min(candidates, key=lambda one: _size(sample, one))
-    symbols, widths = encode_numbers(numbers, fine)
-    stops = np.cumsum([len(gaps) for gaps, _, _ in taken])
-    used = [columns for _, _, columns in taken if columns is not None]
-    return fine, {
-        INDEX: [
-            bitmap or symbols[stop - len(gaps) : stop]
-            for (gaps, bitmap, _), stop in zip(taken, stops, strict=True)
-        ],
-        INDEX_BITS: [encode_bits(numbers, widths)],
-        COLUMNS: [_pack(one) for one in used if not all(map(np.all, used))],
-    }
-
-
-def _take_apart(
-    shape: tuple[int, ...], positions: Positions
-) -> tuple[Integers, bytes, Mask | None]:
-    """Return the gaps or the bitmap of one tensor, and which columns count."""
-    size, grid = math.prod(shape), _grid(shape, len(positions))
-    if _is_bitmap(size, len(positions)):
-        return positions[:0], _pack(_mask(size, positions)), None
-    if 2 * len(positions) > size:
-        positions = np.flatnonzero(~_mask(size, positions))
-    gaps = np.diff(positions, prepend=-1) - 1
-    if grid is None:
-        return gaps, b"", None
-    columns, depth = grid
-    row, at = np.divmod(positions, columns * depth)
-    used = _mask(columns, at // depth)
-    offsets = np.flatnonzero(np.repeat(used, depth))
-    fewer = row * len(offsets) + np.searchsorted(offsets, at)
-    closer = np.diff(fewer, prepend=-1) - 1
-    if _size(closer, 2) + columns < _size(gaps, 2):
-        return closer, b"", used
-    return gaps, b"", np.ones(columns, bool)
-
-
-def _size(numbers: Integers, fine: int) -> int:
-    """Return about how many bits numbers take."""
-    symbols, widths = encode_numbers(numbers, fine)
-    return 8 * quick_size(symbols) + int(widths.sum())
-
-
-def _mask(size: int, positions: Positions) -> Mask:
-    mask = np.zeros(size, bool)
-    mask[positions] = True
-    return mask
-
-
-def _pack(mask: Mask) -> bytes:
-    return np.packbits(mask, bitorder="little").tobytes()
-
-
-class PositionReader:
-    """Decodes what :func:`encode_positions` wrote, in bounded pieces."""
-
-    def __init__(self, section: Callable[[int], SectionReader], fine: int) -> None:
-        """Prepare to read.
-
-        Args:
-            section: Opens a section by its kind.
-            fine: The fineness of the gaps.
-
-        Raises:
-            PatchFormatError: ``fine`` is out of range.
-        """
-        self._index, self._columns = section(INDEX), section(COLUMNS)
-        self._all_columns = self._columns.is_empty
-        self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
-
-    def pieces(
-        self, shape: tuple[int, ...], count: int, ahead: int = 0
-    ) -> Iterator[Positions]:
-        """Yield the positions that travel of the next tensor, in ascending pieces.
-
-        Args:
-            shape: The tensor's.
-            count: How many of its elements travel.
-            ahead: What :func:`gaps_ahead` says of it.
-
-        Yields:
-            One to ``PIECE`` positions.
-
-        Raises:
-            PatchFormatError: A section ends early or contradicts the tensor.
-        """
-        size, grid = math.prod(shape), _grid(shape, count)
-        if count == size:
-            return (
-                np.arange(start, min(start + PIECE, size))
-                for start in range(0, size, PIECE)
-            )
-        if _is_bitmap(size, count):
-            found = self._bitmap(size, count)
-        elif 2 * count > size:
-            found = self._others(size, size - count, ahead)
-        elif grid is None or self._all_columns:
-            found = self._listed(size, count, ahead)
-        else:
-            found = self._in_columns(shape[0], grid, count, ahead)
-        return filter(len, found)
-
-    def _in_columns(
-        self, rows: int, grid: tuple[int, int], count: int, ahead: int
-    ) -> Iterator[Positions]:
-        columns, depth = grid
-        used = self._bits(self._columns, columns)
-        offsets = np.flatnonzero(np.repeat(used, depth))
-        for positions in self._listed(rows * len(offsets), count, ahead):
-            row = positions // len(offsets)  # faster than divmod, by far
-            positions -= row * len(offsets)
-            row *= columns * depth
-            row += offsets.take(positions)
-            yield row
-
-    def _listed(self, size: int, count: int, ahead: int) -> Iterator[Positions]:
-        previous = -1
-        for start in range(0, count, PIECE):
-            gaps = self._gaps.take(min(PIECE, count - start), ahead - start)
-            gaps += 1
-            positions: Positions = gaps.cumsum()
-            positions += previous
-            previous = int(positions[-1])
-            # What still has to come needs room behind this piece.
-            if previous >= size - (count - start - len(gaps)):
-                raise PatchFormatError(
-                    f"a position in the patch is out of bounds: {previous} of {size} "
-                    "elements"
-                )
-            yield positions
-
-    def _others(self, size: int, count: int, ahead: int) -> Iterator[Positions]:
-        stays, listed = np.empty(0, np.int64), self._listed(size, count, ahead)
-        left = count
-        for start in range(0, size, PIECE):
-            stop = min(start + PIECE, size)
-            while left and (not stays.size or stays[-1] < stop):
-                found = next(listed)
-                left -= len(found)
-                stays = np.concatenate([stays, found])
-            inside = int(np.searchsorted(stays, stop))
-            yield np.flatnonzero(~_mask(stop - start, stays[:inside] - start)) + start
-            stays = stays[inside:]
-
-    def _bitmap(self, size: int, count: int) -> Iterator[Positions]:
-        left = count
-        for start in range(0, size, PIECE):
-            piece = min(PIECE, size - start)
-            found = np.flatnonzero(self._bits(self._index, piece)) + start
-            left -= len(found)
-            yield found
-        if left:
-            raise PatchFormatError(
-                f"a bitmap in the patch has {count - left} bits, expected {count}"
-            )
-
-    def _bits(self, section: SectionReader, count: int) -> NDArray[np.uint8]:
-        raw = np.frombuffer(section.take((count + 7) // 8), np.uint8)
-        bits = np.unpackbits(raw, bitorder="little")
-        if bits[count:].any():
-            raise PatchFormatError("a bitmap in the patch has bits behind its end")
-        return bits[:count]
-
-    def finish(self) -> None:
-        """Insist that everything is used up.
-
-        Raises:
-            PatchFormatError: Something is left over.
-        """
-        self._gaps.finish()
-        self._columns.finish()

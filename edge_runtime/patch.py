@@ -3,14 +3,14 @@
 Reading is in steps, cheapest refusal first, and needs no more memory for a large patch
 than for a small one: :func:`open_patch` proves size, magic, version, checksum and the
 SHA-256 of everything behind the header before a single byte is decompressed.
-:meth:`Patch.positions` and :meth:`Patch.values` then decode against a weight file's
-layout. FORMAT.md is the normative description; :mod:`edge_runtime.apply` holds the
-rules of acceptance.
+:meth:`Patch.runs` and :meth:`Patch.values` then decode against a weight file's layout.
+FORMAT.md is the normative description; :mod:`edge_runtime.apply` holds the rules of
+acceptance.
 """
 
 import hashlib
 import io
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -23,22 +23,23 @@ from typing import Any, BinaryIO, Self
 from numpy.typing import NDArray
 
 from edge_runtime import signing
-from edge_runtime.codec import (
-    PositionReader,
-    Positions,
-    encode_positions,
-    gaps_ahead,
-)
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
+from edge_runtime.positions import (
+    Changes,
+    PositionReader,
+    Positions,
+    Run,
+    encode_positions,
+)
 from edge_runtime.sections import (
     COUNTS,
     FORMS,
     OUTPUTS,
+    READ_BYTES,
     Body,
     encode_body,
     encode_varint,
-    group_kind,
 )
 from edge_runtime.values import (
     MANTISSA_BITS,
@@ -48,7 +49,7 @@ from edge_runtime.values import (
     ValueReader,
     encode_values,
 )
-from edge_runtime.weights import CHUNK_BYTES, Layout, Tensor, Weights
+from edge_runtime.weights import DTYPES, Layout, Weights
 
 KEPT_POSITIONS = 1 << 20  # up to so many are decoded once only
 
@@ -72,17 +73,19 @@ class _Plan:
 
     Attributes:
         layout: The layout.
-        changed: Every tensor of which something travels: its group, and how much.
+        changes: How much travels, of each tensor.
+        types: Every group of values with every type in it.
         fine: The fineness of the gaps.
         forms: Of each group.
         kept: The positions, where they have been decoded and are few.
     """
 
     layout: Layout
-    changed: list[tuple[int, Tensor, int]]
+    changes: Changes
+    types: set[tuple[int, str]]
     fine: int
     forms: dict[int, Form]
-    kept: list[tuple[Tensor, Positions]] | None = None
+    kept: list[list[Run]] | None = None
 
 
 class Patch:
@@ -127,11 +130,8 @@ class Patch:
         """Close the file."""
         self._file.close()
 
-    def values(self, layout: Layout) -> dict[str, ValueReader]:
-        """Return what reads the values of each tensor of which something travels.
-
-        Tensors of one group share a reader, which gives values in the order of
-        :meth:`positions`.
+    def values(self, layout: Layout) -> dict[int, ValueReader]:
+        """Return what reads the values of each group, in the order of :meth:`runs`.
 
         Args:
             layout: Of the weight file that the patch is for.
@@ -140,19 +140,17 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        readers = {
+        return {
             group: ValueReader(
-                tensor.item_size, plan.forms[group], partial(self._body.reader, group)
+                DTYPES[dtype].itemsize,
+                plan.forms[group],
+                partial(self._body.reader, group),
             )
-            for group, tensor in {g: tensor for g, tensor, _ in plan.changed}.items()
+            for group, dtype in plan.types  # types of a group are of one size
         }
-        return {tensor.name: readers[group] for group, tensor, _ in plan.changed}
 
-    def positions(self, layout: Layout) -> Iterator[tuple[Tensor, Positions]]:
-        """Yield what travels, in the order of the weight file and in small pieces.
-
-        Yields:
-            A tensor, and at most ``codec.PIECE`` ascending flat positions in it.
+    def runs(self, layout: Layout) -> Iterator[list[Run]]:
+        """Yield what travels, as :meth:`PositionReader.batches` does.
 
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
@@ -167,38 +165,34 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        pieces = self._decode(plan)
+        batches = self._decode(plan)
         if sum(self.counts) <= KEPT_POSITIONS:
-            plan.kept = list(pieces)
-        deque(pieces, maxlen=0)
-        totals = Counter[tuple[int, int]]()
-        for group, tensor, count in plan.changed:
-            totals[group, tensor.item_size] += count
+            plan.kept = list(batches)
+        deque(batches, maxlen=0)
+        counts, groups = plan.changes.counts, plan.changes.groups
         self._body.check_values(
             {
-                group + kind: count
-                for (group, item_size), count in totals.items()
-                for kind in plan.forms[group].kinds(item_size)
+                group + kind: int(counts[groups == group].sum())
+                for group, dtype in plan.types
+                for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize)
             }
         )
 
-    def _decode(self, plan: "_Plan") -> Iterator[tuple[Tensor, Positions]]:
+    def _decode(self, plan: "_Plan") -> Iterator[list[Run]]:
         index = PositionReader(self._body.reader, plan.fine)
-        ahead = gaps_ahead([(tensor.size, count) for _, tensor, count in plan.changed])
-        for (_, tensor, count), gaps in zip(plan.changed, ahead, strict=True):
-            for positions in index.pieces(tensor.shape, count, gaps):
-                yield tensor, positions
+        yield from index.batches(plan.changes)
         index.finish()
 
     def _plan_for(self, layout: Layout) -> "_Plan":
         """Hold counts and forms against a layout; done once for each."""
         if self._plan is None or self._plan.layout is not layout:
-            changed = self._changed(layout)
-            self._plan = _Plan(layout, changed, *self._forms(changed))
+            changes = self._changes(layout)
+            names = [tensor.dtype for tensor in changes.tensors]
+            types = set(zip(changes.groups.tolist(), names, strict=True))
+            self._plan = _Plan(layout, changes, types, *self._forms(types))
         return self._plan
 
-    def _changed(self, layout: Layout) -> list[tuple[int, Tensor, int]]:
-        """Return every tensor of which something travels: its group, and how much."""
+    def _changes(self, layout: Layout) -> Changes:
         if self.header.file_size != layout.file_size or len(self.counts) != len(
             layout.tensors
         ):
@@ -207,50 +201,25 @@ class Patch:
                 f"{self.header.file_size} bytes; this weight file has "
                 f"{len(layout.tensors)} in {layout.file_size}"
             )
-        changed = []
-        for tensor, count in zip(layout.tensors, self.counts, strict=True):
-            if count > tensor.size:
-                raise PatchFormatError(
-                    f"the patch changes {count} elements of tensor {tensor.name!r}, "
-                    f"which has {tensor.size}"
-                )
-            if count:
-                changed.append((group_of(tensor, count), tensor, count))
-        return changed
+        return Changes.of(layout.tensors, self.counts)
 
-    def _forms(
-        self, changed: Sequence[tuple[int, Tensor, int]]
-    ) -> tuple[int, dict[int, Form]]:
+    def _forms(self, types: set[tuple[int, str]]) -> tuple[int, dict[int, Form]]:
         """Read the fineness of gaps, and the form of every group of values."""
-        types: dict[int, dict[str, int]] = {}
-        for group, tensor, _ in changed:
-            types.setdefault(group, {})[tensor.dtype] = tensor.item_size
+        kinds = sorted({group for group, _ in types})
         numbers = self._body.numbers(FORMS)
-        if len(numbers) != (4 * len(types) + 1 if types else 0):
+        if len(numbers) != (4 * len(kinds) + 1 if kinds else 0):
             raise PatchFormatError(
-                f"the patch has {len(numbers)} numbers for the forms of {len(types)} "
+                f"the patch has {len(numbers)} numbers for the forms of {len(kinds)} "
                 "groups of values"
             )
-        forms, fields = {}, iter(numbers[1:])
-        for group, sizes in sorted(types.items()):
-            form = forms[group] = Form(*islice(fields, 4))
-            for dtype, item_size in sizes.items():
-                form.check(dtype, item_size)
-            if form.unit != 1 and not MANTISSA_BITS.keys() & sizes.keys():
-                raise PatchFormatError(
-                    "the patch has a unit for a group without floats"
-                )
+        fields = iter(numbers[1:])
+        forms = {group: Form(*islice(fields, 4)) for group in kinds}
+        for group, dtype in types:
+            forms[group].check(dtype, DTYPES[dtype].itemsize)
+        floats = {group for group, dtype in types if dtype in MANTISSA_BITS}
+        if any(form.unit != 1 for group, form in forms.items() if group not in floats):
+            raise PatchFormatError("the patch has a unit for a group without floats")
         return numbers[0] if numbers else 0, forms
-
-
-def group_of(tensor: Tensor, count: int) -> int:
-    """Return the group of values (its first kind) that a tensor belongs to.
-
-    Args:
-        tensor: The tensor.
-        count: How many of its elements travel.
-    """
-    return group_kind(tensor.item_size, 2 * count > tensor.size)
 
 
 def open_patch(
@@ -302,7 +271,7 @@ def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
             "the download is incomplete or something follows it; fetch it again"
         )
     digest = hashlib.sha256()
-    while chunk := file.read(CHUNK_BYTES):
+    while chunk := file.read(READ_BYTES):
         digest.update(chunk)
     if digest.digest() != body_digest:
         raise PatchIntegrityError(
@@ -349,11 +318,12 @@ def encode_patch(
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     sections[OUTPUTS] = [outputs]
     groups: dict[int, list[TensorValues]] = {}
-    for tensor, found in zip(tensors, changes, strict=True):
-        if len(found):
-            old, new = (_bits(w[tensor.name])[found] for w in (base, target))
-            group = groups.setdefault(group_of(tensor, len(found)), [])
-            group.append(TensorValues(tensor.dtype, old, new))
+    some = Changes.of(tensors, [len(found) for found in changes])
+    moved = zip(some.tensors, some.groups.tolist(), filter(len, changes), strict=True)
+    for tensor, group, found in moved:
+        old, new = (_bits(w[tensor.name])[found] for w in (base, target))
+        values = TensorValues(tensor.dtype, old, new)
+        groups.setdefault(group, []).append(values)
     forms = [fine] if groups else []
     for kind, group in sorted(groups.items()):
         form, parts = encode_values(group)

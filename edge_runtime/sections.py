@@ -5,9 +5,10 @@ pieces, so that the memory needed to apply a patch does not depend on its size.
 FORMAT.md is the normative description.
 """
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import BinaryIO, cast
 
 import zstandard
@@ -21,7 +22,7 @@ MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a section
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
-_READ_BYTES = 1 << 16
+READ_BYTES = 1 << 16
 
 COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS = range(0x01, 0x07)
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
@@ -102,20 +103,20 @@ def encode_varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def decode_varint(file: BinaryIO) -> int:
+def decode_varint(source: Iterator[int]) -> int:
     """Decode one LEB128 integer below 2**63, in its shortest form.
+
+    Args:
+        source: The bytes; those behind the integer are left.
 
     Raises:
         PatchFormatError: Too long, not shortest, or cut off.
     """
     value = 0
-    for shift in range(0, 63, 7):
-        byte = file.read(1)
-        if not byte:
-            break
-        value |= (byte[0] & 127) << shift
-        if byte[0] < 128:
-            if byte[0] == 0 and shift:
+    for shift, byte in zip(range(0, 63, 7), source, strict=False):
+        value |= (byte & 127) << shift
+        if byte < 128:
+            if byte == 0 and shift:
                 break
             return value
     raise PatchFormatError("a number in the patch is malformed or cut off")
@@ -194,11 +195,11 @@ class Body:
             PatchFormatError: It is malformed or too large.
         """
         # A number is at least one byte: the raw size bounds how many there are.
-        data, numbers = self._whole(kind), []
-        source = io.BytesIO(data)
-        while source.tell() < len(data):
-            numbers.append(decode_varint(source))
-        return tuple(numbers)
+        source = iter(self._whole(kind))
+        return tuple(
+            byte if byte < 128 else decode_varint(chain([byte], source))
+            for byte in source
+        )
 
     def outputs(self) -> bytes:
         """Read the expected outputs: float32 values, none where none are there.
@@ -246,7 +247,7 @@ class Body:
 
 def _read_entry(file: BinaryIO) -> tuple[int, int, int]:
     kind, encoding = exactly(file, 2)
-    packed = decode_varint(file)
+    packed = decode_varint(chain.from_iterable(iter(partial(file.read, 1), b"")))
     if kind not in SECTION_NAMES or encoding > ZSTD:
         raise PatchFormatError(
             f"the patch has a section of kind {kind:#x} and encoding {encoding} that "
@@ -388,7 +389,7 @@ class SectionReader:
         if section.encoding == ZSTD:
             self._source = zstandard.ZstdDecompressor(
                 max_window_size=1 << MAX_WINDOW_LOG
-            ).stream_reader(packed, read_size=_READ_BYTES)
+            ).stream_reader(packed, read_size=READ_BYTES)
 
     @property
     def is_empty(self) -> bool:

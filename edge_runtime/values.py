@@ -20,7 +20,6 @@ from edge_runtime.codec import (
     BitReader,
     Integers,
     NumberReader,
-    bit_lengths,
     encode_bits,
     encode_numbers,
     finenesses,
@@ -41,6 +40,8 @@ MANTISSA_BITS = {
     "F8_E4M3": 3,
 }
 _SAMPLE = 1 << 16  # elements that a form is chosen on
+_NO_LENGTH = 1022  # what _lengths gives more than a length
+_LENGTHS = _NO_LENGTH + MAX_LINE_WIDTH + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,15 @@ class Form:
         Raises:
             PatchFormatError: The form does not fit the type.
         """
-        if not self.is_plain(item_size):
-            Line(dtype, item_size, self)
-        elif self.unit != 1 or self.fine:
+        width, mantissa = 8 * item_size - self.shift, MANTISSA_BITS.get(dtype)
+        if self.is_plain(item_size):
+            fits = self.unit == 1 and not self.fine
+        else:
+            fits = 0 < width <= MAX_LINE_WIDTH and self.fine <= MAX_FINE
+            if mantissa is not None:
+                exponents = 1 << (8 * item_size - 1 - mantissa)
+                fits &= self.shift <= mantissa and 1 <= self.unit < exponents
+        if not fits:
             raise PatchFormatError(f"the patch writes {dtype} values as {self}")
 
 
@@ -105,57 +112,51 @@ class Line:
         Raises:
             PatchFormatError: The form does not fit the type.
         """
+        form.check(dtype, item_size)
         mantissa = MANTISSA_BITS.get(dtype)
-        self.width = max(0, 8 * item_size - form.shift)
+        self.width = 8 * item_size - form.shift
         self._shift, self._is_float = form.shift, mantissa is not None
-        self._mantissa = 0 if mantissa is None else mantissa - form.shift
-        self._unit = form.unit if self._is_float else 1
-        if (
-            not 0 < self.width <= MAX_LINE_WIDTH
-            or self._mantissa < 0
-            or form.fine > MAX_FINE
-            or not 1 <= self._unit < 1 << (self.width - self._is_float - self._mantissa)
-        ):
-            raise PatchFormatError(f"the patch writes {dtype} values as {form}")
         self._sign = 1 << (self.width - 1)
         self._spare = MAX_LINE_WIDTH - self.width
-        if self._is_float:
-            self._tables(self._mantissa, self._unit)
+        if mantissa is not None:
+            self._mantissa = mantissa - form.shift
+            self._tables(self._mantissa, form.unit)
 
     def _tables(self, mantissa: int, unit: int) -> None:
         # By the exponent field of a float: what to take away and how far to shift.
         exponent = np.maximum(np.arange(1 << (self.width - 1 - mantissa)), 1)
-        self._far = np.clip(unit - exponent, 0, 31).astype(np.uint32)
-        self._off = ((np.minimum(exponent, unit) - 1) << mantissa).astype(np.uint32)
-        # By the bit length of an integer: how many bits tell its floats apart, and
-        # what makes it a float again.
-        length = np.arange(MAX_LINE_WIDTH + 1)
-        self._rest = np.clip(mantissa + 1 - length, 0, unit - 1)
-        self._on = (unit - 1 - self._rest) << mantissa
+        low = np.minimum(exponent, unit)
+        self._far = np.minimum(unit - low, 31).astype(np.uint32)
+        self._off = ((low - 1) << mantissa).astype(np.uint32)
+        # By the length of an integer, as _lengths gives it: how many bits tell its
+        # floats apart, and what makes it a float again.
+        length = np.arange(_LENGTHS) - _NO_LENGTH
+        self._rest = np.minimum(np.maximum(mantissa + 1 - length, 0), unit - 1)
+        self._on = ((unit - 1 - self._rest) << mantissa).astype(np.uint32)
         zeros = ((max(unit - mantissa, 1) << mantissa) - 1).bit_length()
         self._rest[0], self._on[0] = min(unit - 1, zeros), 0
-        self._on = self._on.astype(np.uint32)
 
     def numbers(self, elements: Bits) -> Steps:
         """Return the integers that elements fall on, from -2**(width - 1) up."""
-        number = (elements >> self._shift).astype(np.uint32)
+        number = elements >> self._shift if self._shift else elements
+        number = number.astype(np.uint32)
         signed = self._extended(number.view(np.int32))
         if not self._is_float:
             return signed
+        negative = signed >> (MAX_LINE_WIDTH - 1)
         number &= self._sign - 1
-        exponent = number >> self._mantissa
+        exponent = (number >> self._mantissa).astype(np.intp)
         number -= self._off.take(exponent)
         number >>= self._far.take(exponent)
-        signed >>= MAX_LINE_WIDTH - 1
-        signed ^= number.view(np.int32)
-        return signed
+        negative ^= number.view(np.int32)
+        return negative
 
     def rests(self, elements: Bits, numbers: Steps) -> tuple[Integers, Integers]:
         """Return what tells elements from others on their integers, and its width."""
         high: Integers = (elements >> self._shift).astype(np.int64)
         if not self._is_float:
             return high, np.zeros_like(high)
-        return high, self._rest.take(bit_lengths(numbers ^ (numbers >> 31)))
+        return high, self._rest.take(_lengths(numbers ^ (numbers >> 31)))
 
     def elements(self, numbers: Steps, rest: BitReader) -> NDArray[np.uint32]:
         """Return the elements, shifted down, that :meth:`numbers` maps to ``numbers``.
@@ -166,10 +167,9 @@ class Line:
         if not self._is_float:
             return numbers.view(np.uint32) & np.uint32(2 * self._sign - 1)
         negative = numbers >> (MAX_LINE_WIDTH - 1)
-        numbers = numbers ^ negative
-        length = bit_lengths(numbers)
+        magnitude = (numbers ^ negative).view(np.uint32)
+        length = _lengths(magnitude)
         widths = self._rest.take(length)
-        magnitude = numbers.view(np.uint32)
         magnitude <<= widths.astype(np.uint32)
         magnitude |= rest.take(widths)
         magnitude += self._on.take(length)
@@ -184,9 +184,18 @@ class Line:
 
     def _extended(self, numbers: Steps) -> Steps:
         """Return the lowest ``width`` bits of integers with their sign."""
-        numbers = numbers << self._spare
-        numbers >>= self._spare
+        if self._spare:
+            numbers = numbers << self._spare
+            numbers >>= self._spare
         return numbers
+
+
+def _lengths(numbers: NDArray[Any]) -> Integers:
+    """Return the bit lengths of numbers up to 2**32, plus 1022; of zero, zero.
+
+    As exact doubles: what they have in their exponent field.
+    """
+    return numbers.astype(np.float64).view(np.int64) >> 52
 
 
 class ValueReader:
@@ -222,8 +231,10 @@ class ValueReader:
         Raises:
             PatchFormatError: A section ends early, or the form does not fit the type.
         """
-        form, out = self._form, np.zeros_like(base)
-        if not form.is_plain(self._item_size):
+        form = self._form
+        if form.is_plain(self._item_size):
+            out = np.zeros_like(base)
+        else:
             line = self._lines.get(dtype) or Line(dtype, self._item_size, form)
             self._lines[dtype] = line
             steps = self._steps.take(len(base))
@@ -231,7 +242,9 @@ class ValueReader:
             steps >>= 1
             steps ^= np.negative(odd, out=odd)
             numbers = line.step(line.numbers(base), steps.view(np.int32))
-            out |= line.elements(numbers, self._rest).astype(base.dtype) << form.shift
+            out = line.elements(numbers, self._rest).astype(base.dtype, copy=False)
+            if form.shift:
+                out <<= form.shift
         for plane, section in enumerate(self._planes):
             raw = np.frombuffer(section.take(len(base)), np.uint8)
             out |= raw.astype(base.dtype) << (form.drop + 8 * plane)

@@ -11,6 +11,7 @@ and the exponents of floats are no noise, so a good patch is smaller than its fl
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,10 @@ def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
     """Return the share of changed elements along each tensor."""
     none = np.zeros(0, np.int64)
     found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
-    for tensor, positions in patch.positions(layout):
-        found[tensor.name] += _histogram(tensor, positions)
+    for run in chain.from_iterable(patch.runs(layout)):
+        for tensor in run.tensors:
+            positions = run.positions - tensor.start // tensor.item_size
+            found[tensor.name] += _histogram(tensor, positions)
     return list(found.values())
 
 

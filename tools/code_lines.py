@@ -48,7 +48,7 @@ RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
         1605,
-        "apply codec header init patch sections signing values weights",
+        "apply codec header init patch positions sections signing values weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",

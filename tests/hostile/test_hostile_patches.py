@@ -1,7 +1,6 @@
 """Damaged and malicious patches are refused before anything is written."""
 
 import hashlib
-import io
 import struct
 import tracemalloc
 import zlib
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from edge_runtime import codec, sections
+from edge_runtime import positions, sections
 from edge_runtime.apply import apply_patch
 from edge_runtime.errors import (
     DpuError,
@@ -164,7 +163,7 @@ def index_of(changes):
     """The sections that hold these positions."""
     # As vectors: without columns, where any position can be written.
     shapes = [(tensor.size,) for tensor in BASE.layout.tensors]
-    fine, found = codec.encode_positions(list(zip(shapes, changes, strict=True)))
+    fine, found = positions.encode_positions(list(zip(shapes, changes, strict=True)))
     forms = bytes([fine]) + raw_sections()[FORMS][1:]
     return {kind: b"".join(parts) for kind, parts in found.items()} | {FORMS: forms}
 
@@ -267,7 +266,7 @@ def test_numbers_that_are_not_in_their_shortest_form_are_refused():
     "value", [b"\x09", b"\x21", b"\xff\xff\x03", b"\xff" * 8 + b"\x7f"]
 )
 def test_forms_that_do_not_fit_are_refused(at, value):
-    file = io.BytesIO(raw_sections()[FORMS])
+    file = iter(raw_sections()[FORMS])
     numbers = [sections.decode_varint(file) for _ in range(13)]
     forms = [encode_varint(number) for number in numbers]
     forms[at] = value
