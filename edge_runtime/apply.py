@@ -13,7 +13,7 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -153,39 +153,26 @@ class _Lookahead:
 
     def write_into(self, window: memoryview, start: int) -> None:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
-        # Small runs are written together: what NumPy costs a call counts there.
-        waiting: dict[int, list[Run]] = {}
-        for run in self._until(start + len(window)):
-            runs = waiting.setdefault(run.group, [])
-            count = sum(len(one.positions) for one in (*runs, run))
-            if runs and (count > PIECE or runs[0].dtype != run.dtype):
-                self._write(window, start, runs)
-                runs.clear()
-            runs.append(run)
-        for runs in waiting.values():
-            self._write(window, start, runs)
-
-    def _until(self, stop: int) -> Iterator[Run]:
-        """Yield what lies before the file's byte ``stop``, and keep what is behind."""
+        stop = start + len(window)
         while self._next:
             behind = []
             for run in self._next:
                 inside = int(run.positions.searchsorted(stop // run.item_size))
-                if inside:
-                    yield run._replace(positions=run.positions[:inside])
+                for low in range(0, inside, PIECE):
+                    self._write(
+                        window, start, run, slice(low, min(low + PIECE, inside))
+                    )
                 if inside < len(run.positions):
                     behind.append(run._replace(positions=run.positions[inside:]))
             self._next = behind or next(self._batches, [])
             if behind:
                 break
 
-    def _write(self, window: memoryview, start: int, runs: Sequence[Run]) -> None:
-        """Write runs of one group and type."""
-        size = runs[0].item_size
+    def _write(self, window: memoryview, start: int, run: Run, part: slice) -> None:
+        size = run.item_size
         view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-        at = np.concatenate([run.positions for run in runs])
-        at -= start // size
-        view[at] = self._values[runs[0].group].take(runs[0].dtype, view[at])
+        at = run.positions[part] - start // size
+        view[at] = self._values[run.group].take(run.dtype, view[at])
 
     def finish(self) -> None:
         if self._next:

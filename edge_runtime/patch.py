@@ -10,8 +10,8 @@ acceptance.
 
 import hashlib
 import io
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, Self
 from numpy.typing import NDArray
 
 from edge_runtime import signing
+from edge_runtime.codec import PIECE
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
 from edge_runtime.positions import (
-    Changes,
     PositionReader,
     Positions,
     Run,
@@ -40,6 +40,7 @@ from edge_runtime.sections import (
     Body,
     encode_body,
     encode_varint,
+    group_kind,
 )
 from edge_runtime.values import (
     MANTISSA_BITS,
@@ -49,7 +50,7 @@ from edge_runtime.values import (
     ValueReader,
     encode_values,
 )
-from edge_runtime.weights import DTYPES, Layout, Weights
+from edge_runtime.weights import DTYPES, Layout, Tensor, Weights
 
 KEPT_POSITIONS = 1 << 20  # up to so many are decoded once only
 
@@ -73,16 +74,16 @@ class _Plan:
 
     Attributes:
         layout: The layout.
-        changes: How much travels, of each tensor.
-        types: Every group of values with every type in it.
+        changed: Every tensor of which something travels: its group, and how much.
+        totals: How much travels of each group and type.
         fine: The fineness of the gaps.
         forms: Of each group.
         kept: The positions, where they have been decoded and are few.
     """
 
     layout: Layout
-    changes: Changes
-    types: set[tuple[int, str]]
+    changed: list[tuple[int, Tensor, int]]
+    totals: Mapping[tuple[int, str], int]
     fine: int
     forms: dict[int, Form]
     kept: list[list[Run]] | None = None
@@ -146,7 +147,7 @@ class Patch:
                 plan.forms[group],
                 partial(self._body.reader, group),
             )
-            for group, dtype in plan.types  # types of a group are of one size
+            for group, dtype in plan.totals  # types of one group are of one size
         }
 
     def runs(self, layout: Layout) -> Iterator[list[Run]]:
@@ -165,34 +166,32 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        batches = self._decode(plan)
         if sum(self.counts) <= KEPT_POSITIONS:
-            plan.kept = list(batches)
-        deque(batches, maxlen=0)
-        counts, groups = plan.changes.counts, plan.changes.groups
-        self._body.check_values(
-            {
-                group + kind: int(counts[groups == group].sum())
-                for group, dtype in plan.types
-                for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize)
-            }
-        )
+            plan.kept = list(self._decode(plan, max(PIECE, sum(self.counts))))
+        else:
+            deque(self._decode(plan), maxlen=0)
+        expected = Counter[int]()
+        for (group, dtype), count in plan.totals.items():
+            for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize):
+                expected[group + kind] += count
+        self._body.check_values(expected)
 
-    def _decode(self, plan: "_Plan") -> Iterator[list[Run]]:
+    def _decode(self, plan: "_Plan", limit: int = PIECE) -> Iterator[list[Run]]:
         index = PositionReader(self._body.reader, plan.fine)
-        yield from index.batches(plan.changes)
+        yield from index.batches(plan.changed, limit)
         index.finish()
 
     def _plan_for(self, layout: Layout) -> "_Plan":
         """Hold counts and forms against a layout; done once for each."""
         if self._plan is None or self._plan.layout is not layout:
-            changes = self._changes(layout)
-            names = [tensor.dtype for tensor in changes.tensors]
-            types = set(zip(changes.groups.tolist(), names, strict=True))
-            self._plan = _Plan(layout, changes, types, *self._forms(types))
+            changed, totals = self._changed(layout), Counter[tuple[int, str]]()
+            for group, tensor, count in changed:
+                totals[group, tensor.dtype] += count
+            self._plan = _Plan(layout, changed, totals, *self._forms(totals))
         return self._plan
 
-    def _changes(self, layout: Layout) -> Changes:
+    def _changed(self, layout: Layout) -> list[tuple[int, Tensor, int]]:
+        """Return every tensor of which something travels: its group, and how much."""
         if self.header.file_size != layout.file_size or len(self.counts) != len(
             layout.tensors
         ):
@@ -201,10 +200,26 @@ class Patch:
                 f"{self.header.file_size} bytes; this weight file has "
                 f"{len(layout.tensors)} in {layout.file_size}"
             )
-        return Changes.of(layout.tensors, self.counts)
+        changed: list[tuple[int, Tensor, int]] = []
+        whole = None  # the tensor before, if all of it travels
+        for tensor, count in zip(layout.tensors, self.counts, strict=True):
+            if count > tensor.size:
+                raise PatchFormatError(
+                    f"the patch changes {count} elements of tensor {tensor.name!r}, "
+                    f"which has {tensor.size}"
+                )
+            if whole and count == tensor.size and whole.dtype == tensor.dtype:
+                # Neighbours that travel whole are as good as one tensor.
+                count += whole.size
+                tensor = whole._replace(stop=tensor.stop, size=count)
+                del changed[-1]
+            whole = tensor if 0 < count == tensor.size else None
+            if count:
+                changed.append((group_of(tensor, count), tensor, count))
+        return changed
 
-    def _forms(self, types: set[tuple[int, str]]) -> tuple[int, dict[int, Form]]:
-        """Read the fineness of gaps, and the form of every group of values."""
+    def _forms(self, types: Collection[tuple[int, str]]) -> tuple[int, dict[int, Form]]:
+        """Read the fineness of gaps, and the form of every group of these types."""
         kinds = sorted({group for group, _ in types})
         numbers = self._body.numbers(FORMS)
         if len(numbers) != (4 * len(kinds) + 1 if kinds else 0):
@@ -220,6 +235,16 @@ class Patch:
         if any(form.unit != 1 for group, form in forms.items() if group not in floats):
             raise PatchFormatError("the patch has a unit for a group without floats")
         return numbers[0] if numbers else 0, forms
+
+
+def group_of(tensor: Tensor, count: int) -> int:
+    """Return the group of values (its first kind) that a tensor belongs to.
+
+    Args:
+        tensor: The tensor.
+        count: How many of its elements travel.
+    """
+    return group_kind(tensor.item_size, 2 * count > tensor.size)
 
 
 def open_patch(
@@ -318,12 +343,11 @@ def encode_patch(
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     sections[OUTPUTS] = [outputs]
     groups: dict[int, list[TensorValues]] = {}
-    some = Changes.of(tensors, [len(found) for found in changes])
-    moved = zip(some.tensors, some.groups.tolist(), filter(len, changes), strict=True)
-    for tensor, group, found in moved:
-        old, new = (_bits(w[tensor.name])[found] for w in (base, target))
-        values = TensorValues(tensor.dtype, old, new)
-        groups.setdefault(group, []).append(values)
+    for tensor, found in zip(tensors, changes, strict=True):
+        if len(found):
+            old, new = (_bits(w[tensor.name])[found] for w in (base, target))
+            group = groups.setdefault(group_of(tensor, len(found)), [])
+            group.append(TensorValues(tensor.dtype, old, new))
     forms = [fine] if groups else []
     for kind, group in sorted(groups.items()):
         form, parts = encode_values(group)

@@ -6,10 +6,9 @@ normative description.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import compress, groupby
-from typing import NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,22 +24,18 @@ from edge_runtime.codec import (
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.sections import (
     COLUMNS,
-    DENSE,
     INDEX,
     INDEX_BITS,
     SectionReader,
-    group_kind,
     quick_size,
 )
-from edge_runtime.weights import Tensor
+from edge_runtime.weights import DTYPES, Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 
 Positions = Integers
 Mask = NDArray[np.bool_]
-
-_SPARSE = {size: group_kind(size, dense=False) for size in (1, 2, 4, 8)}
 
 
 def _is_bitmap(size: int, count: int) -> bool:
@@ -147,72 +142,23 @@ def _pack(mask: Mask) -> bytes:
 # Decoding ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Changes:
-    """How much travels, of each tensor of which something does.
-
-    In arrays: a loop over small tensors costs more than decoding them.
-
-    Attributes:
-        tensors: In the order of the file.
-        counts: How many of their elements travel.
-        sizes: How many elements they have.
-        firsts: Where they begin, in elements of their size from the start of the file.
-        groups: The groups of values that they belong to.
-    """
-
-    tensors: Sequence[Tensor]
-    counts: Integers
-    sizes: Integers
-    firsts: Integers
-    groups: Integers
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], counts: Sequence[int]) -> Self:
-        """Hold counts against the tensors that they are for.
-
-        Raises:
-            PatchFormatError: A count is too large.
-        """
-        for tensor, count in zip(tensors, counts, strict=True):
-            if count > tensor.size:
-                raise PatchFormatError(
-                    f"the patch changes {count} elements of tensor {tensor.name!r}, "
-                    f"which has {tensor.size}"
-                )
-        tensors = list(compress(tensors, counts))
-        some = np.array(list(filter(None, counts)), np.int64)
-        sizes = np.array([tensor.size for tensor in tensors], np.int64)
-        starts = np.array([tensor.start for tensor in tensors], np.int64)
-        item_sizes = [tensor.item_size for tensor in tensors]
-        groups = np.array([_SPARSE[size] for size in item_sizes], np.int64)
-        groups += DENSE * (2 * some > sizes)
-        firsts = starts // np.array(item_sizes, np.int64)
-        return cls(tensors, some, sizes, firsts, groups)
-
-
 class Run(NamedTuple):
     """Elements whose values follow one another in the patch.
 
     Attributes:
         group: The group of values that they belong to.
-        tensors: Neighbours of one type, in which they lie.
-        positions: Ascending, counted in elements from the start of the *file*.
+        dtype: Their type.
+        positions: Ascending, counted in such elements from the start of the *file*.
     """
 
     group: int
-    tensors: Sequence[Tensor]
+    dtype: str
     positions: Positions
-
-    @property
-    def dtype(self) -> str:
-        """The type of its elements."""
-        return self.tensors[0].dtype
 
     @property
     def item_size(self) -> int:
         """Bytes of one of its elements."""
-        return self.tensors[0].item_size
+        return DTYPES[self.dtype].itemsize
 
 
 class PositionReader:
@@ -231,151 +177,133 @@ class PositionReader:
         self._index, self._columns = section(INDEX), section(COLUMNS)
         self._all_columns = self._columns.is_empty
         self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
-        # Of the list that was read last, as it may go on: its last position, and which
-        # elements of a row it counts; None stands for all of them.
-        self._last = -1
-        self._used: Integers | None = None
+        # Gaps are summed up ahead of the tensor that is read, as small tensors cost as
+        # many calls as large ones: sums not yet used, the one before, gaps that follow.
+        self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
 
-    def batches(self, changes: Changes) -> Iterator[list[Run]]:
+    def batches(
+        self, tensors: Sequence[tuple[int, Tensor, int]], limit: int
+    ) -> Iterator[list[Run]]:
         """Yield what travels, in the order of the file.
 
+        Args:
+            tensors: Of which something travels, in the order of the file: the group
+                of values, the tensor, and how many of its elements.
+            limit: How many positions a batch may have, at least ``PIECE``.
+
         Yields:
-            Runs of different groups, of one to ``PIECE`` positions, all of them before
-            those of the next batch.
+            One run for each group that has any position. All of them lie before those
+            of the next batch.
 
         Raises:
             PatchFormatError: A section ends early or contradicts a tensor.
         """
-        # Neighbours of one type are read together, but for those that need a mask.
-        masked = (4 * changes.counts > changes.sizes) & (changes.counts < changes.sizes)
-        types = (tensor.dtype for tensor in changes.tensors)
-        stop = 0
-        for (_, mask), alike in groupby(zip(types, masked.tolist(), strict=True)):
-            start, stop = stop, stop + len(list(alike))
-            if not mask:
-                yield from self._together(changes, start, stop)
-                continue
-            for at in range(start, stop):
-                size, count = int(changes.sizes[at]), int(changes.counts[at])
-                read = self._bitmap if _is_bitmap(size, count) else self._others
-                for positions in filter(len, read(size, count)):
-                    positions += changes.firsts[at]
-                    tensors = changes.tensors[at : at + 1]
-                    yield [Run(int(changes.groups[at]), tensors, positions)]
+        # Elements of files below 2 GiB are counted in half the memory.
+        kind = np.int32 if tensors and tensors[-1][1].stop >> 31 == 0 else np.int64
+        held, dtype = 0, ""
+        found: dict[int, Positions] = {}
+        sizes: dict[int, int] = {}
+        for group, tensor, positions in self._pieces(tensors):
+            if held + len(positions) > limit or tensor.dtype != dtype:
+                if held:
+                    yield [Run(g, dtype, found[g][:n]) for g, n in sizes.items()]
+                held, dtype, found, sizes = 0, tensor.dtype, {}, {}
+            if group not in sizes:
+                found[group], sizes[group] = np.empty(limit, kind), 0
+            start = sizes[group]
+            sizes[group] = stop = start + len(positions)
+            found[group][start:stop] = positions
+            held += len(positions)
+        if held:
+            yield [Run(g, dtype, found[g][:n]) for g, n in sizes.items()]
 
-    def _together(self, changes: Changes, start: int, stop: int) -> Iterator[list[Run]]:
-        """Yield what travels of neighbours that are listed or whole."""
-        stops = changes.counts[start:stop].cumsum()
-        total = int(stops[-1])
-        for low in range(0, total, PIECE):
-            high = min(low + PIECE, total)
-            first, last = stops.searchsorted([low, high - 1], "right").tolist()
-            part = slice(start + first, start + last + 1)
-            counts = changes.counts[part]
-            # Some positions of the first may have come before, of the last come behind.
-            done, left = low - stops[first] + counts[0], 0 * counts
-            left[-1] = stops[last] - high
-            now = counts - left
-            now[0] -= done
-            whole = counts == changes.sizes[part]
-            batch = []
-            for kind, read in ((~whole, self._listed), (whole, _whole)):
-                (at,) = kind.nonzero()
-                if at.size:
-                    some = _Part(
-                        at + part.start, now[at], left[at], 0 if at[0] else int(done)
-                    )
-                    group = int(changes.groups[some.at[0]])
-                    batch.append(Run(group, changes.tensors[part], read(changes, some)))
-            yield batch
+    def _pieces(
+        self, tensors: Iterable[tuple[int, Tensor, int]]
+    ) -> Iterator[tuple[int, Tensor, Positions]]:
+        """Yield groups and tensors with one to ``PIECE`` positions each."""
 
-    def _listed(self, changes: Changes, part: "_Part") -> Positions:
-        """Read positions of tensors that are listed, from the start of the file."""
-        sizes, firsts = changes.sizes[part.at], changes.firsts[part.at]
-        fewer = []  # tensors of which not all columns count
-        for number, at in enumerate([] if self._all_columns else part.at.tolist()):
-            if number or not part.done:
-                self._used = self._columns_of(changes.tensors[at], changes.counts[at])
-            if self._used is not None:
-                sizes[number] = changes.tensors[at].shape[0] * len(self._used)
-                firsts[number] = 0
-                fewer.append((number, changes.tensors[at], self._used))
-        positions = self._list(part, sizes, firsts)
-        stops = part.now.cumsum()
-        for number, tensor, used in fewer:
-            among = positions[stops[number] - part.now[number] : stops[number]]
-            row = among // len(used)  # faster than divmod, by far
-            among -= row * len(used)
-            row *= tensor.size // tensor.shape[0]
-            row += tensor.start // tensor.item_size
-            np.add(row, used.take(among), out=among)
-        return positions
+        def is_bitmap(one: tuple[int, Tensor, int]) -> bool:
+            return _is_bitmap(one[1].size, one[2])
 
-    def _columns_of(self, tensor: Tensor, count: int) -> Integers | None:
-        """Read which elements of a row count; None stands for all of them."""
-        grid = _grid(tensor.shape, count)
-        if grid is None:
-            return None
-        columns, depth = grid
-        bitmap = _bitmap(self._columns, columns)
-        if int.from_bytes(bitmap, "little").bit_count() == columns:
-            return None
-        (used,) = _bits(bitmap, columns).repeat(depth).nonzero()
-        return used
+        for bitmap, alike in groupby(tensors, is_bitmap):
+            some = list(alike)
+            if not bitmap:
+                self._ahead = sum(min(n, tensor.size - n) for _, tensor, n in some)
+            for group, tensor, count in some:
+                for positions in filter(len, self._positions(tensor, count)):
+                    yield group, tensor, positions
 
-    def _list(self, part: "_Part", sizes: Integers, firsts: Integers) -> Positions:
-        """Read lists of positions, one behind the other.
+    def _positions(self, tensor: Tensor, count: int) -> Iterable[Positions]:
+        """Return the positions of the next tensor, in pieces."""
+        size, first = tensor.size, tensor.start // tensor.item_size
+        if count == size:
+            starts = range(first, first + size, PIECE)
+            return map(np.arange, starts, [*starts[1:], first + size])
+        if _is_bitmap(size, count):
+            return self._bitmap(size, count, first)
+        if 2 * count > size:
+            return self._others(size, size - count, first)
+        grid = None if self._all_columns else _grid(tensor.shape, count)
+        if grid is not None:
+            bitmap = _bitmap(self._columns, grid[0])
+            if int.from_bytes(bitmap, "little").bit_count() < grid[0]:
+                (used,) = _bits(bitmap, grid[0]).repeat(grid[1]).nonzero()
+                return self._in_columns(tensor, used, count, first)
+        return self._listed(size, count, first)
 
-        Args:
-            part: What to read.
-            sizes: What every position of each must be below.
-            firsts: What is then added to each.
-        """
-        stops = part.now.cumsum()
-        sums = self._gaps.take(int(stops[-1]))
-        sums += 1
-        sums.cumsum(out=sums)
-        # One sum over all lists, but each begins anew, or where its part before ended.
-        last = sums[stops - 1]
-        shifts = -1 - np.concatenate([[0], last[:-1]])
-        if part.done:
-            shifts[0] = self._last
-        last += shifts
-        # What still has to come needs room too.
-        (beyond,) = (last >= sizes - part.left).nonzero()
-        if beyond.size:
-            raise PatchFormatError(
-                f"a position in the patch is out of bounds: {last[beyond[0]]} of "
-                f"{sizes[beyond[0]]} elements"
-            )
-        self._last = int(last[-1])
-        shifts += firsts
-        sums += shifts.repeat(part.now)
-        return sums
+    def _listed(self, size: int, count: int, first: int) -> Iterator[Positions]:
+        last, left = -1, count
+        while left:
+            if not self._sums.size:
+                gaps = self._gaps.take(min(PIECE, self._ahead))
+                self._ahead -= len(gaps)
+                gaps += 1
+                self._sums, self._before = gaps.cumsum(out=gaps), 0
+            sums, self._sums = self._sums[:left], self._sums[left:]
+            left -= len(sums)
+            shift, self._before = last - self._before, int(sums[-1])
+            last = self._before + shift
+            # What still has to come needs room behind this piece.
+            if last >= size - left:
+                raise PatchFormatError(
+                    f"a position in the patch is out of bounds: {last} of {size} "
+                    "elements"
+                )
+            yield sums + (shift + first)
 
-    def _others(self, size: int, count: int) -> Iterator[Positions]:
-        """Yield the positions of a tensor of which those that stay are listed."""
-        stays, done, total = np.empty(0, np.int64), 0, size - count
+    def _in_columns(
+        self, tensor: Tensor, used: Integers, count: int, first: int
+    ) -> Iterator[Positions]:
+        rows, width = tensor.shape[0], len(used)
+        for positions in self._listed(rows * width, count, 0):
+            row = positions // width  # faster than divmod, by far
+            positions -= row * width
+            row *= tensor.size // rows
+            row += first
+            row += used.take(positions)
+            yield row
+
+    def _others(self, size: int, count: int, first: int) -> Iterator[Positions]:
+        stays, listed = np.empty(0, np.int64), self._listed(size, count, 0)
+        left = count
         for start in range(0, size, PIECE):
             stop = min(start + PIECE, size)
-            while done < total and (not stays.size or stays[-1] < stop):
-                now = min(PIECE, total - done)
-                none, left = np.zeros(1, np.int64), total - done - now
-                part = _Part(none, none + now, none + left, done)
-                stays = np.concatenate([stays, self._list(part, none + size, none)])
-                done += now
+            while left and (not stays.size or stays[-1] < stop):
+                found = next(listed)
+                left -= len(found)
+                stays = np.concatenate([stays, found])
             inside = int(stays.searchsorted(stop))
-            yield np.flatnonzero(~_mask(stop - start, stays[:inside] - start)) + start
+            (found,) = (~_mask(stop - start, stays[:inside] - start)).nonzero()
+            yield found + (start + first)
             stays = stays[inside:]
 
-    def _bitmap(self, size: int, count: int) -> Iterator[Positions]:
+    def _bitmap(self, size: int, count: int, first: int) -> Iterator[Positions]:
         left = count
         for start in range(0, size, PIECE):
             piece = min(PIECE, size - start)
             (found,) = _bits(_bitmap(self._index, piece), piece).nonzero()
-            found += start
             left -= len(found)
-            yield found
+            yield found + (start + first)
         if left:
             raise PatchFormatError(
                 f"a bitmap in the patch has {count - left} bits, expected {count}"
@@ -391,39 +319,12 @@ class PositionReader:
         self._columns.finish()
 
 
-class _Part(NamedTuple):
-    """What is read of some tensors at once.
-
-    Attributes:
-        at: Which tensors.
-        now: How many positions of each.
-        left: How many of each come later; only the last one may have such.
-        done: How many of the first have come before.
-    """
-
-    at: Integers
-    now: Integers
-    left: Integers
-    done: int
-
-
-def _whole(changes: Changes, part: _Part) -> Positions:
-    """Return positions of tensors that travel whole, from the start of the file."""
-    stops = part.now.cumsum()
-    shifts = changes.firsts[part.at] - stops
-    shifts += part.now
-    shifts[0] += part.done
-    positions = np.arange(stops[-1])
-    positions += shifts.repeat(part.now)
-    return positions
-
-
 def _bitmap(section: SectionReader, count: int) -> bytes:
-    """Read a bitmap of so many bits."""
-    raw = section.take((count + 7) // 8)
-    if raw[-1] >> ((count - 1) % 8 + 1):
+    """Read a bitmap of so many bits, at least one."""
+    bitmap = section.take((count + 7) // 8)
+    if bitmap[-1] >> ((count - 1) % 8 + 1):
         raise PatchFormatError("a bitmap in the patch has bits behind its end")
-    return raw
+    return bitmap
 
 
 def _bits(bitmap: bytes, count: int) -> NDArray[np.uint8]:

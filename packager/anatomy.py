@@ -195,16 +195,20 @@ def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
     none = np.zeros(0, np.int64)
     found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
     for run in chain.from_iterable(patch.runs(layout)):
-        for tensor in run.tensors:
-            positions = run.positions - tensor.start // tensor.item_size
-            found[tensor.name] += _histogram(tensor, positions)
+        for tensor in layout.tensors:
+            if tensor.dtype == run.dtype:
+                first = tensor.start // tensor.item_size
+                found[tensor.name] += _histogram(tensor, run.positions, first)
     return list(found.values())
 
 
-def _histogram(tensor: Tensor, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+def _histogram(
+    tensor: Tensor, positions: NDArray[np.int64], first: int = 0
+) -> NDArray[np.float64]:
+    """Return the share of each bin of a tensor whose elements count from ``first``."""
     bins = max(1, min(BINS, tensor.size))
     edges = np.arange(bins + 1) * tensor.size // bins  # of flat positions, C order
-    counts = np.diff(np.searchsorted(positions, edges))
+    counts = np.diff(np.searchsorted(positions, first + edges))
     shares: NDArray[np.float64] = counts / np.maximum(np.diff(edges), 1)
     return shares
 

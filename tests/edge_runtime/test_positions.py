@@ -2,7 +2,6 @@
 
 import io
 import math
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ from hypothesis import strategies as st
 from edge_runtime import positions
 from edge_runtime.codec import encode_bits, encode_numbers
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.positions import Changes, PositionReader
+from edge_runtime.patch import group_of
+from edge_runtime.positions import PositionReader
 from edge_runtime.sections import (
     COLUMNS,
     INDEX,
@@ -71,29 +71,38 @@ def index_reader(fine, sections):
     return PositionReader(lambda kind: reader(raw.get(kind, b"")), fine)
 
 
-def read(index, tensors, counts):
+def read(index, tensors, counts, limit=positions.PIECE):
     """The positions of each tensor, each from the tensor's own start, and all runs."""
-    changes = Changes.of(tensors, counts)
-    runs = list(chain.from_iterable(index.batches(changes)))
+    changed = [
+        (group_of(tensor, count), tensor, count)
+        for tensor, count in zip(tensors, counts, strict=True)
+        if count
+    ]
+    batches = list(index.batches(changed, limit))
     index.finish()
-    found = {tensor.name: [ints([])] for tensor in tensors}
-    for run in runs:
-        assert 0 < len(run.positions) <= positions.PIECE
-        assert {(t.dtype, t.item_size) for t in run.tensors} == {
-            (run.dtype, run.item_size)
-        }
-        start = run.positions * run.item_size
-        for tensor in run.tensors:
-            inside = (start >= tensor.start) & (start < tensor.stop)
-            first = tensor.start // tensor.item_size
-            found[tensor.name].append(run.positions[inside] - first)
-    return [np.concatenate(found[tensor.name]) for tensor in tensors], runs
+    found, behind = {tensor.name: ints([]) for tensor in tensors}, -1
+    for batch in batches:
+        assert 0 < sum(len(run.positions) for run in batch) <= limit
+        assert len({run.group for run in batch}) == len(batch)
+        starts = [run.positions.astype(np.int64) * run.item_size for run in batch]
+        assert min(map(np.min, starts)) > behind
+        behind = max(map(np.max, starts))
+        for (group, dtype, _), start in zip(batch, starts, strict=True):
+            for tensor, count in zip(tensors, counts, strict=True):
+                if (group_of(tensor, count), tensor.dtype) == (group, dtype):
+                    inside = start[(start >= tensor.start) & (start < tensor.stop)]
+                    some = (inside - tensor.start) // tensor.item_size
+                    found[tensor.name] = np.append(found[tensor.name], some)
+    assert sum(map(len, found.values())) == sum(
+        len(run.positions) for batch in batches for run in batch
+    )
+    return [found[tensor.name] for tensor in tensors]
 
 
 def decoded(tensors):
     index = index_reader(*positions.encode_positions(tensors))
     layout = tensors_of([shape for shape, _ in tensors])
-    return read(index, layout, [len(some) for _, some in tensors])[0]
+    return read(index, layout, [len(some) for _, some in tensors])
 
 
 @given(st.lists(tensors(), max_size=5))
@@ -144,7 +153,7 @@ def test_gaps_that_are_too_large_are_refused():
 
 def pieces(shape, count, index, *, columns=b"", fine=0):
     sections = {INDEX: [index], COLUMNS: [columns]}
-    return read(index_reader(fine, sections), tensors_of([shape]), [count])[0]
+    return read(index_reader(fine, sections), tensors_of([shape]), [count])
 
 
 @pytest.mark.parametrize("count", [2, 18])
@@ -214,8 +223,11 @@ def one_by_one(tensors, counts, fine, raw):
     return found
 
 
-@given(files(), st.sampled_from([8, 16, 64, positions.PIECE]))
-def test_many_tensors_at_once_are_what_each_of_them_is(file, piece):
+PIECES = st.sampled_from([8, 16, 64, positions.PIECE])
+
+
+@given(files(), PIECES, st.integers(1, 3))
+def test_many_tensors_at_once_are_what_each_of_them_is(file, piece, times):
     tensors, wanted = file
     shapes = [tensor.shape for tensor in tensors]
     fine, sections = positions.encode_positions(list(zip(shapes, wanted, strict=True)))
@@ -223,13 +235,10 @@ def test_many_tensors_at_once_are_what_each_of_them_is(file, piece):
     counts = [len(some) for some in wanted]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(positions, "PIECE", piece)
-        found, runs = read(index_reader(fine, sections), tensors, counts)
+        found = read(index_reader(fine, sections), tensors, counts, times * piece)
     alone = one_by_one(tensors, counts, fine, raw)
     for some, other, third in zip(found, wanted, alone, strict=True):
         assert some.tolist() == other.tolist() == third
-    for group in {run.group for run in runs}:
-        starts = [run.positions * run.item_size for run in runs if run.group == group]
-        assert np.all(np.diff(np.concatenate(starts)) > 0)
 
 
 @settings(max_examples=300)
@@ -255,15 +264,13 @@ def test_what_one_tensor_would_not_accept_many_do_not_accept_either(file, data):
     except ValueError:
         wanted = None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            positions, "PIECE", data.draw(st.sampled_from([8, 64, 1 << 14]))
-        )
+        patched.setattr(positions, "PIECE", data.draw(PIECES))
         index = index_reader(fine, {kind: [bytes(one)] for kind, one in raw.items()})
         if wanted is None:
             with pytest.raises(PatchFormatError):
                 read(index, tensors, counts)
         else:
-            found, _ = read(index, tensors, counts)
+            found = read(index, tensors, counts)
             assert [some.tolist() for some in found] == wanted
 
 
@@ -283,7 +290,7 @@ def test_a_gap_that_would_land_in_the_next_tensor_is_refused(
         symbols, widths = encode_numbers(gaps, 2)
         bits = encode_bits(gaps, widths)
         sections = {INDEX: [symbols], INDEX_BITS: [bits], COLUMNS: [b"\xf7"]}
-        return read(index_reader(2, sections), tensors, counts)[0]
+        return read(index_reader(2, sections), tensors, counts)
 
     assert [len(found) for found in decoded()] == counts
     if not listed[number]:
