@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from edge_runtime.codec import PIECE
 from edge_runtime.errors import (
     PatchFormatError,
     VerificationError,
@@ -25,8 +24,7 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.patch import Patch
-from edge_runtime.positions import Run
-from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
+from edge_runtime.weights import CHUNK_BYTES, DTYPES, Layout, Weights
 
 
 def check_model(patch: Patch, model: str) -> None:
@@ -157,22 +155,17 @@ class _Lookahead:
         while self._next:
             behind = []
             for run in self._next:
-                inside = int(run.positions.searchsorted(stop // run.item_size))
-                for low in range(0, inside, PIECE):
-                    self._write(
-                        window, start, run, slice(low, min(low + PIECE, inside))
-                    )
+                size = DTYPES[run.dtype].itemsize
+                inside = int(run.positions.searchsorted(stop // size))
+                if inside:
+                    view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
+                    at = run.positions[:inside] - start // size
+                    view[at] = self._values[run.group].take(run.dtype, view[at])
                 if inside < len(run.positions):
                     behind.append(run._replace(positions=run.positions[inside:]))
             self._next = behind or next(self._batches, [])
             if behind:
                 break
-
-    def _write(self, window: memoryview, start: int, run: Run, part: slice) -> None:
-        size = run.item_size
-        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-        at = run.positions[part] - start // size
-        view[at] = self._values[run.group].take(run.dtype, view[at])
 
     def finish(self) -> None:
         if self._next:

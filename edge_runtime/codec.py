@@ -164,10 +164,8 @@ class BitReader:
         Raises:
             PatchFormatError: The section ends early.
         """
-        starts = np.cumsum(widths)
-        starts += self._bit
-        stop = int(starts[-1]) if starts.size else self._bit
-        starts -= widths
+        starts = np.concatenate([[self._bit], widths]).cumsum()
+        stop, starts = int(starts[-1]), starts[:-1]
         need = (stop + 7) // 8
         data = self._byte + self._section.take(need - len(self._byte))
         self._bit = stop & 7

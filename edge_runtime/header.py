@@ -66,23 +66,17 @@ def read_header(file: BinaryIO) -> bytes:
         PatchFormatError: Not a patch, or truncated.
         PatchVersionError: Made for a newer runtime.
     """
-    start = file.read(12)
-    if start[:8] != MAGIC[: len(start)] or len(start) < 8:
-        raise PatchFormatError(f"not a patch: it begins with {start[:8]!r}")
-    if len(start) < 12:
-        raise PatchFormatError("the patch is truncated; fetch it again")
-    version, size = struct.unpack_from("<HH", start, 8)
-    if version > VERSION:
+    start = file.read(len(MAGIC))
+    if start != MAGIC:
+        raise PatchFormatError(f"not a patch: it begins with {start!r}")
+    start += exactly(file, 4)
+    version, size = struct.unpack_from("<HH", start, len(MAGIC))
+    if version != VERSION:
+        what = "which was never settled; pack its round again"
+        if version > VERSION:
+            what = f"this runtime reads up to {VERSION}; install a newer dpu-edge"
         raise PatchVersionError(
-            f"the patch is of format version {version}, this runtime reads up to "
-            f"{VERSION}; install a newer dpu-edge",
-            found=version,
-            supported=VERSION,
-        )
-    if version < VERSION:
-        raise PatchVersionError(
-            f"the patch is of format version {version}, which was never settled; pack "
-            "its round again",
+            f"the patch is of format version {version}, {what}",
             found=version,
             supported=VERSION,
         )
@@ -111,8 +105,7 @@ def parse_header(data: bytes) -> tuple[PatchHeader, int, bytes]:
             actual=f"{actual:08x}",
         )
     fields = _HEADER.unpack_from(data)
-    critical, optional, round_, counter, model, parent, target = fields[3:10]
-    file_size, body_size, body_digest = fields[10:]
+    critical, optional, round_, counter, *digests, file_size = fields[3:11]
     if critical & ~KNOWN_CRITICAL:
         raise PatchVersionError(
             f"the patch needs features {critical & ~KNOWN_CRITICAL:#x} that this "
@@ -120,17 +113,11 @@ def parse_header(data: bytes) -> tuple[PatchHeader, int, bytes]:
             found=critical,
             supported=KNOWN_CRITICAL,
         )
+    model, parent, target = (digest.hex() for digest in digests)
     header = PatchHeader(
-        model.hex(),
-        parent.hex(),
-        target.hex(),
-        round_,
-        counter,
-        file_size,
-        critical,
-        optional,
+        model, parent, target, round_, counter, file_size, critical, optional
     )
-    return header, body_size, body_digest
+    return header, *fields[11:]
 
 
 def encode_header(header: PatchHeader, body: bytes) -> bytes:

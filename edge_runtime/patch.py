@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, Self
 from numpy.typing import NDArray
 
 from edge_runtime import signing
-from edge_runtime.codec import PIECE
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
 from edge_runtime.positions import (
+    Change,
     PositionReader,
     Positions,
     Run,
@@ -82,7 +82,7 @@ class _Plan:
     """
 
     layout: Layout
-    changed: list[tuple[int, Tensor, int]]
+    changed: list[Change]
     totals: Mapping[tuple[int, str], int]
     fine: int
     forms: dict[int, Form]
@@ -166,19 +166,19 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
+        batches = self._decode(plan)
         if sum(self.counts) <= KEPT_POSITIONS:
-            plan.kept = list(self._decode(plan, max(PIECE, sum(self.counts))))
-        else:
-            deque(self._decode(plan), maxlen=0)
+            plan.kept = list(batches)
+        deque(batches, maxlen=0)
         expected = Counter[int]()
         for (group, dtype), count in plan.totals.items():
             for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize):
                 expected[group + kind] += count
         self._body.check_values(expected)
 
-    def _decode(self, plan: "_Plan", limit: int = PIECE) -> Iterator[list[Run]]:
+    def _decode(self, plan: "_Plan") -> Iterator[list[Run]]:
         index = PositionReader(self._body.reader, plan.fine)
-        yield from index.batches(plan.changed, limit)
+        yield from index.batches(plan.changed)
         index.finish()
 
     def _plan_for(self, layout: Layout) -> "_Plan":
@@ -190,7 +190,7 @@ class Patch:
             self._plan = _Plan(layout, changed, totals, *self._forms(totals))
         return self._plan
 
-    def _changed(self, layout: Layout) -> list[tuple[int, Tensor, int]]:
+    def _changed(self, layout: Layout) -> list[Change]:
         """Return every tensor of which something travels: its group, and how much."""
         if self.header.file_size != layout.file_size or len(self.counts) != len(
             layout.tensors
@@ -200,7 +200,7 @@ class Patch:
                 f"{self.header.file_size} bytes; this weight file has "
                 f"{len(layout.tensors)} in {layout.file_size}"
             )
-        changed: list[tuple[int, Tensor, int]] = []
+        changed: list[Change] = []
         whole = None  # the tensor before, if all of it travels
         for tensor, count in zip(layout.tensors, self.counts, strict=True):
             if count > tensor.size:
@@ -211,7 +211,7 @@ class Patch:
             if whole and count == tensor.size and whole.dtype == tensor.dtype:
                 # Neighbours that travel whole are as good as one tensor.
                 count += whole.size
-                tensor = whole._replace(stop=tensor.stop, size=count)
+                tensor = Tensor(*whole[:4], tensor.stop, count, tensor.item_size)
                 del changed[-1]
             whole = tensor if 0 < count == tensor.size else None
             if count:

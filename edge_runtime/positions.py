@@ -6,8 +6,8 @@ normative description.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +29,14 @@ from edge_runtime.sections import (
     SectionReader,
     quick_size,
 )
-from edge_runtime.weights import DTYPES, Tensor
+from edge_runtime.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 
 Positions = Integers
 Mask = NDArray[np.bool_]
+Change = tuple[int, Tensor, int]  # group of values, tensor, how many elements travel
 
 
 def _is_bitmap(size: int, count: int) -> bool:
@@ -155,11 +156,6 @@ class Run(NamedTuple):
     dtype: str
     positions: Positions
 
-    @property
-    def item_size(self) -> int:
-        """Bytes of one of its elements."""
-        return DTYPES[self.dtype].itemsize
-
 
 class PositionReader:
     """Decodes what :func:`encode_positions` wrote, in bounded pieces."""
@@ -181,73 +177,59 @@ class PositionReader:
         # many calls as large ones: sums not yet used, the one before, gaps that follow.
         self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
 
-    def batches(
-        self, tensors: Sequence[tuple[int, Tensor, int]], limit: int
-    ) -> Iterator[list[Run]]:
+    def batches(self, tensors: Iterable[Change]) -> Iterator[list[Run]]:
         """Yield what travels, in the order of the file.
 
         Args:
-            tensors: Of which something travels, in the order of the file: the group
-                of values, the tensor, and how many of its elements.
-            limit: How many positions a batch may have, at least ``PIECE``.
+            tensors: Those of which something travels, in the order of the file.
 
         Yields:
-            One run for each group that has any position. All of them lie before those
-            of the next batch.
+            Up to ``PIECE`` positions, in one run for each group that has any. All of
+            them lie before those of the next batch.
 
         Raises:
             PatchFormatError: A section ends early or contradicts a tensor.
         """
-        # Elements of files below 2 GiB are counted in half the memory.
-        kind = np.int32 if tensors and tensors[-1][1].stop >> 31 == 0 else np.int64
+        parts: dict[int, list[Positions]] = {}
         held, dtype = 0, ""
-        found: dict[int, Positions] = {}
-        sizes: dict[int, int] = {}
-        for group, tensor, positions in self._pieces(tensors):
-            if held + len(positions) > limit or tensor.dtype != dtype:
-                if held:
-                    yield [Run(g, dtype, found[g][:n]) for g, n in sizes.items()]
-                held, dtype, found, sizes = 0, tensor.dtype, {}, {}
-            if group not in sizes:
-                found[group], sizes[group] = np.empty(limit, kind), 0
-            start = sizes[group]
-            sizes[group] = stop = start + len(positions)
-            found[group][start:stop] = positions
+        for (group, tensor, _), positions in self._pieces(tensors):
+            if held + len(positions) > PIECE or tensor.dtype != dtype:
+                if parts:
+                    yield _runs(dtype, parts)
+                parts, held, dtype = {}, 0, tensor.dtype
+            parts.setdefault(group, []).append(positions)
             held += len(positions)
-        if held:
-            yield [Run(g, dtype, found[g][:n]) for g, n in sizes.items()]
+        if parts:
+            yield _runs(dtype, parts)
 
-    def _pieces(
-        self, tensors: Iterable[tuple[int, Tensor, int]]
-    ) -> Iterator[tuple[int, Tensor, Positions]]:
-        """Yield groups and tensors with one to ``PIECE`` positions each."""
-
-        def is_bitmap(one: tuple[int, Tensor, int]) -> bool:
-            return _is_bitmap(one[1].size, one[2])
-
-        for bitmap, alike in groupby(tensors, is_bitmap):
+    def _pieces(self, tensors: Iterable[Change]) -> Iterator[tuple[Change, Positions]]:
+        """Yield each tensor with one to ``PIECE`` of its positions, until all are."""
+        # Gaps follow one another up to the next bitmap.
+        for bitmap, alike in groupby(
+            tensors, lambda one: _is_bitmap(one[1].size, one[2])
+        ):
             some = list(alike)
             if not bitmap:
                 self._ahead = sum(min(n, tensor.size - n) for _, tensor, n in some)
-            for group, tensor, count in some:
-                for positions in filter(len, self._positions(tensor, count)):
-                    yield group, tensor, positions
+            for change in some:
+                for positions in filter(len, self._positions(*change[1:])):
+                    yield change, positions
 
     def _positions(self, tensor: Tensor, count: int) -> Iterable[Positions]:
         """Return the positions of the next tensor, in pieces."""
         size, first = tensor.size, tensor.start // tensor.item_size
         if count == size:
             starts = range(first, first + size, PIECE)
-            return map(np.arange, starts, [*starts[1:], first + size])
+            return map(np.arange, starts, chain(starts[1:], [first + size]))
         if _is_bitmap(size, count):
             return self._bitmap(size, count, first)
         if 2 * count > size:
             return self._others(size, size - count, first)
-        grid = None if self._all_columns else _grid(tensor.shape, count)
-        if grid is not None:
-            bitmap = _bitmap(self._columns, grid[0])
-            if int.from_bytes(bitmap, "little").bit_count() < grid[0]:
-                (used,) = _bits(bitmap, grid[0]).repeat(grid[1]).nonzero()
+        if not self._all_columns and (grid := _grid(tensor.shape, count)):
+            columns, depth = grid
+            bitmap = _bitmap(self._columns, columns)
+            if int.from_bytes(bitmap, "little").bit_count() < columns:
+                (used,) = _bits(bitmap, columns).repeat(depth).nonzero()
                 return self._in_columns(tensor, used, count, first)
         return self._listed(size, count, first)
 
@@ -330,3 +312,7 @@ def _bitmap(section: SectionReader, count: int) -> bytes:
 def _bits(bitmap: bytes, count: int) -> NDArray[np.uint8]:
     raw = np.frombuffer(bitmap, np.uint8)
     return np.unpackbits(raw, count=count, bitorder="little")
+
+
+def _runs(dtype: str, parts: Mapping[int, Sequence[Positions]]) -> list[Run]:
+    return [Run(group, dtype, np.concatenate(some)) for group, some in parts.items()]

@@ -40,24 +40,12 @@ def group_kind(item_size: int, dense: bool) -> int:
     return VALUES + ((item_size.bit_length() - 1) << 5) + dense * DENSE
 
 
-def _names() -> Iterator[tuple[int, str]]:
-    yield from ((COUNTS, "counts"), (FORMS, "forms"))
-    yield from ((INDEX, "index"), (INDEX_BITS, "index bits"), (COLUMNS, "columns"))
-    yield OUTPUTS, "expected outputs"
-    for size in (1, 2, 4, 8):
-        for dense in (False, True):
-            kind = group_kind(size, dense)
-            name = f"{'dense' if dense else 'sparse'} {8 * size}-bit values"
-            yield from (
-                (kind + SYMBOLS, f"{name}, steps"),
-                (kind + BITS, f"{name}, bits"),
-            )
-            yield kind + REST, f"{name}, rest"
-            for plane in range(size):
-                yield kind + PLANES + plane, f"{name}, byte {plane}"
-
-
-SECTION_NAMES = dict(_names())
+KINDS = {COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS} | {
+    group_kind(size, dense) + kind
+    for size in (1, 2, 4, 8)
+    for dense in (False, True)
+    for kind in (SYMBOLS, BITS, REST, *range(PLANES, PLANES + size))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +53,7 @@ class Section:
     """One entry of the section table.
 
     Attributes:
-        kind: What it holds, a key of ``SECTION_NAMES``.
+        kind: What it holds, one of ``KINDS``.
         encoding: ``STORED`` or ``ZSTD``.
         packed_size: Bytes in the file.
         raw_size: Bytes once unpacked.
@@ -77,18 +65,6 @@ class Section:
     packed_size: int
     raw_size: int
     offset: int
-
-    @property
-    def name(self) -> str:
-        """The kind in words."""
-        return SECTION_NAMES[self.kind]
-
-    @property
-    def part(self) -> str:
-        """What its bytes are for: ``header``, ``index``, ``values`` or ``dense``."""
-        if self.kind < VALUES:
-            return "header" if self.kind in (FORMS, OUTPUTS) else "index"
-        return "dense" if self.kind & DENSE else "values"
 
 
 # Unsigned integers of variable length ------------------------------------------------
@@ -248,7 +224,7 @@ class Body:
 def _read_entry(file: BinaryIO) -> tuple[int, int, int]:
     kind, encoding = exactly(file, 2)
     packed = decode_varint(chain.from_iterable(iter(partial(file.read, 1), b"")))
-    if kind not in SECTION_NAMES or encoding > ZSTD:
+    if kind not in KINDS or encoding > ZSTD:
         raise PatchFormatError(
             f"the patch has a section of kind {kind:#x} and encoding {encoding} that "
             "this runtime does not know"

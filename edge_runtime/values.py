@@ -138,8 +138,7 @@ class Line:
 
     def numbers(self, elements: Bits) -> Steps:
         """Return the integers that elements fall on, from -2**(width - 1) up."""
-        number = elements >> self._shift if self._shift else elements
-        number = number.astype(np.uint32)
+        number = (elements >> self._shift).astype(np.uint32)
         signed = self._extended(number.view(np.int32))
         if not self._is_float:
             return signed
@@ -243,8 +242,7 @@ class ValueReader:
             steps ^= np.negative(odd, out=odd)
             numbers = line.step(line.numbers(base), steps.view(np.int32))
             out = line.elements(numbers, self._rest).astype(base.dtype, copy=False)
-            if form.shift:
-                out <<= form.shift
+            out <<= form.shift
         for plane, section in enumerate(self._planes):
             raw = np.frombuffer(section.take(len(base)), np.uint8)
             out |= raw.astype(base.dtype) << (form.drop + 8 * plane)

@@ -19,12 +19,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.patch import Patch
-from edge_runtime.sections import STORED, ZSTD, Section
+from edge_runtime.sections import (
+    BITS,
+    COLUMNS,
+    COUNTS,
+    DENSE,
+    FORMS,
+    INDEX,
+    INDEX_BITS,
+    OUTPUTS,
+    PLANES,
+    REST,
+    STORED,
+    SYMBOLS,
+    VALUES,
+    ZSTD,
+    Section,
+)
 from edge_runtime.signing import encode_signatures
 from edge_runtime.weights import Layout, Tensor, Weights
 from packager.diff import TensorChange
 from packager.links import link_records
 
+NAMES = {
+    COUNTS: "counts",
+    FORMS: "forms",
+    INDEX: "index",
+    INDEX_BITS: "index bits",
+    COLUMNS: "columns",
+    OUTPUTS: "expected outputs",
+}
+VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
 ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
 BINS = 48  # of a tensor's flat positions, to see where in it something changes
 FLOATS = {"F64", "F32", "F16"}
@@ -80,9 +105,26 @@ def patch_record(
     return record
 
 
+def section_name(kind: int) -> str:
+    """Return the kind of a section in words."""
+    if kind < VALUES:
+        return NAMES[kind]
+    bits = 8 << ((kind - VALUES) >> 5)
+    within = kind % DENSE
+    what = VALUE_NAMES.get(within, f"byte {within - PLANES}")
+    return f"{'dense' if kind & DENSE else 'sparse'} {bits}-bit values, {what}"
+
+
+def section_part(kind: int) -> str:
+    """Say what a section is for: ``header``, ``index``, ``values`` or ``dense``."""
+    if kind < VALUES:
+        return "header" if kind in (FORMS, OUTPUTS) else "index"
+    return "dense" if kind & DENSE else "values"
+
+
 def _section_record(section: Section) -> Record:
     return {
-        "name": section.name,
+        "name": section_name(section.kind),
         "kind": section.kind,
         "encoding": ENCODINGS[section.encoding],
         "packed_bytes": section.packed_size,
@@ -100,7 +142,7 @@ def patch_parts(patch: Patch) -> dict[str, int]:
     """
     parts = {"header": 0, "signatures": 0, "index": 0, "values": 0, "dense": 0}
     for section in patch.sections:
-        parts[section.part] += section.packed_size
+        parts[section_part(section.kind)] += section.packed_size
     parts["signatures"] = len(encode_signatures(patch.signatures))
     parts["header"] += patch.size - sum(parts.values())
     return parts

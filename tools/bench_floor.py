@@ -26,6 +26,7 @@ from edge_runtime.patch import open_patch
 from edge_runtime.positions import encode_positions
 from edge_runtime.sections import pack_section
 from edge_runtime.weights import Layout, Weights
+from packager.anatomy import section_part
 from packager.build import encode_changes
 from packager.diff import diff
 from tools.bench_rounds import Pair, find_pairs, make_rounds
@@ -137,7 +138,7 @@ def measure(pair: Pair) -> Sizes:
     with open_patch(encode_changes(base, target, header, found)) as patch:
         parts = dict.fromkeys(("header", "index", "values", "dense"), 0)
         for section in patch.sections:
-            parts[section.part] += section.packed_size
+            parts[section_part(section.kind)] += section.packed_size
         content = parts["index"] + parts["values"] + parts["dense"]
         tensors = list(zip(layout.tensors, changes, sparse, strict=True))
         return Sizes(
