@@ -13,10 +13,12 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from edge_runtime.codec import PIECE
 from edge_runtime.errors import (
     PatchFormatError,
     VerificationError,
@@ -24,7 +26,8 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.patch import Patch
-from edge_runtime.weights import CHUNK_BYTES, DTYPES, Layout, Weights
+from edge_runtime.positions import Run
+from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
 
 
 def check_model(patch: Patch, model: str) -> None:
@@ -146,26 +149,41 @@ class _Lookahead:
 
     def __init__(self, patch: Patch, layout: Layout) -> None:
         self._values = patch.values(layout)
-        self._batches = patch.runs(layout)
-        self._next = next(self._batches, [])
+        self._runs = patch.runs(layout)
+        self._next = next(self._runs, None)
 
     def write_into(self, window: memoryview, start: int) -> None:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
         stop = start + len(window)
-        while self._next:
-            behind = []
-            for run in self._next:
-                size = DTYPES[run.dtype].itemsize
-                inside = int(run.positions.searchsorted(stop // size))
-                if inside:
-                    view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
-                    at = run.positions[:inside] - start // size
-                    view[at] = self._values[run.group].take(run.dtype, view[at])
-                if inside < len(run.positions):
-                    behind.append(run._replace(positions=run.positions[inside:]))
-            self._next = behind or next(self._batches, [])
-            if behind:
+        # Small tensors are written together: what NumPy costs a call counts there.
+        waiting: dict[int, list[Run]] = {}
+        held = Counter[int]()
+        while run := self._next:
+            inside = int(run.positions.searchsorted(stop // run.item_size))
+            if inside:
+                runs = waiting.setdefault(run.group, [])
+                if runs and (
+                    held[run.group] + inside > PIECE or run.dtype != runs[0].dtype
+                ):
+                    self._write(window, start, runs)
+                    runs.clear()
+                    held[run.group] = 0
+                runs.append(run._replace(positions=run.positions[:inside]))
+                held[run.group] += inside
+            if inside < len(run.positions):
+                self._next = run._replace(positions=run.positions[inside:])
                 break
+            self._next = next(self._runs, None)
+        for runs in waiting.values():
+            self._write(window, start, runs)
+
+    def _write(self, window: memoryview, start: int, runs: Sequence[Run]) -> None:
+        """Write runs of one group and type."""
+        group, dtype, size, _ = runs[0]
+        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
+        at = np.concatenate([run.positions for run in runs])
+        at -= start // size
+        view[at] = self._values[group].take(dtype, view[at])
 
     def finish(self) -> None:
         if self._next:

@@ -109,20 +109,19 @@ class NumberReader:
             PatchFormatError: A section ends early, or a number is out of range.
         """
         symbols = np.frombuffer(self._symbols.take(count), np.uint8)
-        (large,) = (symbols >= self._literals).nonzero()
-        if 2 * large.size > count:
+        large = symbols >= self._literals
+        if 2 * np.count_nonzero(large) > count:
             return self._decoded(symbols)
         numbers: NDArray[Any] = symbols.astype(self._tops.dtype)
         numbers[large] = self._decoded(symbols[large])
         return numbers
 
     def _decoded(self, symbols: NDArray[np.uint8]) -> NDArray[Any]:
-        at = symbols.astype(np.intp)
         try:
-            numbers: NDArray[Any] = self._tops.take(at)
+            numbers: NDArray[Any] = self._tops.take(symbols)
         except IndexError as err:
             raise PatchFormatError("a number in the patch is out of range") from err
-        numbers |= self._bits.take(self._widths.take(at))
+        numbers |= self._bits.take(self._widths.take(symbols))
         return numbers
 
     def finish(self) -> None:

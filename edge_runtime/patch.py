@@ -86,7 +86,7 @@ class _Plan:
     totals: Mapping[tuple[int, str], int]
     fine: int
     forms: dict[int, Form]
-    kept: list[list[Run]] | None = None
+    kept: list[Run] | None = None
 
 
 class Patch:
@@ -150,8 +150,8 @@ class Patch:
             for group, dtype in plan.totals  # types of one group are of one size
         }
 
-    def runs(self, layout: Layout) -> Iterator[list[Run]]:
-        """Yield what travels, as :meth:`PositionReader.batches` does.
+    def runs(self, layout: Layout) -> Iterator[Run]:
+        """Yield what travels, in the order of the weight file and in small pieces.
 
         Raises:
             PatchFormatError: The patch contradicts the layout or itself.
@@ -166,19 +166,19 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        batches = self._decode(plan)
+        runs = self._decode(plan)
         if sum(self.counts) <= KEPT_POSITIONS:
-            plan.kept = list(batches)
-        deque(batches, maxlen=0)
+            plan.kept = list(runs)
+        deque(runs, maxlen=0)
         expected = Counter[int]()
         for (group, dtype), count in plan.totals.items():
             for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize):
                 expected[group + kind] += count
         self._body.check_values(expected)
 
-    def _decode(self, plan: "_Plan") -> Iterator[list[Run]]:
+    def _decode(self, plan: "_Plan") -> Iterator[Run]:
         index = PositionReader(self._body.reader, plan.fine)
-        yield from index.batches(plan.changed)
+        yield from index.runs(plan.changed)
         index.finish()
 
     def _plan_for(self, layout: Layout) -> "_Plan":

@@ -1,12 +1,11 @@
 """Positions as numbers: which elements travel, both directions side by side.
 
-What NumPy costs a call is what small tensors cost. So a reader decodes neighbouring
-tensors together, as many as fit into a batch of bounded size. FORMAT.md is the
-normative description.
+Every decoder reads in bounded pieces, so that the memory needed to apply a patch does
+not depend on its size. FORMAT.md is the normative description.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -144,16 +143,18 @@ def _pack(mask: Mask) -> bytes:
 
 
 class Run(NamedTuple):
-    """Elements whose values follow one another in the patch.
+    """Elements of one tensor, or of some, that travel.
 
     Attributes:
         group: The group of values that they belong to.
         dtype: Their type.
-        positions: Ascending, counted in such elements from the start of the *file*.
+        item_size: Its bytes.
+        positions: At least one, ascending, in elements from the start of the *file*.
     """
 
     group: int
     dtype: str
+    item_size: int
     positions: Positions
 
 
@@ -177,33 +178,15 @@ class PositionReader:
         # many calls as large ones: sums not yet used, the one before, gaps that follow.
         self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
 
-    def batches(self, tensors: Iterable[Change]) -> Iterator[list[Run]]:
-        """Yield what travels, in the order of the file.
+    def runs(self, tensors: Iterable[Change]) -> Iterator[Run]:
+        """Yield what travels, in the order of the file, at most ``PIECE`` at a time.
 
         Args:
             tensors: Those of which something travels, in the order of the file.
 
-        Yields:
-            Up to ``PIECE`` positions, in one run for each group that has any. All of
-            them lie before those of the next batch.
-
         Raises:
             PatchFormatError: A section ends early or contradicts a tensor.
         """
-        parts: dict[int, list[Positions]] = {}
-        held, dtype = 0, ""
-        for (group, tensor, _), positions in self._pieces(tensors):
-            if held + len(positions) > PIECE or tensor.dtype != dtype:
-                if parts:
-                    yield _runs(dtype, parts)
-                parts, held, dtype = {}, 0, tensor.dtype
-            parts.setdefault(group, []).append(positions)
-            held += len(positions)
-        if parts:
-            yield _runs(dtype, parts)
-
-    def _pieces(self, tensors: Iterable[Change]) -> Iterator[tuple[Change, Positions]]:
-        """Yield each tensor with one to ``PIECE`` of its positions, until all are."""
         # Gaps follow one another up to the next bitmap.
         for bitmap, alike in groupby(
             tensors, lambda one: _is_bitmap(one[1].size, one[2])
@@ -211,9 +194,9 @@ class PositionReader:
             some = list(alike)
             if not bitmap:
                 self._ahead = sum(min(n, tensor.size - n) for _, tensor, n in some)
-            for change in some:
-                for positions in filter(len, self._positions(*change[1:])):
-                    yield change, positions
+            for group, tensor, count in some:
+                for positions in filter(len, self._positions(tensor, count)):
+                    yield Run(group, tensor.dtype, tensor.item_size, positions)
 
     def _positions(self, tensor: Tensor, count: int) -> Iterable[Positions]:
         """Return the positions of the next tensor, in pieces."""
@@ -312,7 +295,3 @@ def _bitmap(section: SectionReader, count: int) -> bytes:
 def _bits(bitmap: bytes, count: int) -> NDArray[np.uint8]:
     raw = np.frombuffer(bitmap, np.uint8)
     return np.unpackbits(raw, count=count, bitorder="little")
-
-
-def _runs(dtype: str, parts: Mapping[int, Sequence[Positions]]) -> list[Run]:
-    return [Run(group, dtype, np.concatenate(some)) for group, some in parts.items()]

@@ -11,7 +11,6 @@ and the exponents of floats are no noise, so a good patch is smaller than its fl
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
     """Return the share of changed elements along each tensor."""
     none = np.zeros(0, np.int64)
     found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
-    for run in chain.from_iterable(patch.runs(layout)):
+    for run in patch.runs(layout):
         for tensor in layout.tensors:
             if tensor.dtype == run.dtype:
                 first = tensor.start // tensor.item_size

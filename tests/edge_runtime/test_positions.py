@@ -22,7 +22,7 @@ from edge_runtime.sections import (
     SectionReader,
     pack_section,
 )
-from edge_runtime.weights import DTYPES, make_layout
+from edge_runtime.weights import make_layout
 from tests.golden import independent
 
 
@@ -78,24 +78,21 @@ def read(index, tensors, counts):
         for tensor, count in zip(tensors, counts, strict=True)
         if count
     ]
-    batches = list(index.batches(changed))
+    runs = list(index.runs(changed))
     index.finish()
     found, behind = {tensor.name: ints([]) for tensor in tensors}, -1
-    for batch in batches:
-        assert 0 < sum(len(run.positions) for run in batch) <= positions.PIECE
-        assert len({run.group for run in batch}) == len(batch)
-        starts = [run.positions * DTYPES[run.dtype].itemsize for run in batch]
-        assert min(map(np.min, starts)) > behind
-        behind = max(map(np.max, starts))
-        for (group, dtype, _), start in zip(batch, starts, strict=True):
-            for tensor, count in zip(tensors, counts, strict=True):
-                if (group_of(tensor, count), tensor.dtype) == (group, dtype):
-                    inside = start[(start >= tensor.start) & (start < tensor.stop)]
-                    some = (inside - tensor.start) // tensor.item_size
-                    found[tensor.name] = np.append(found[tensor.name], some)
-    assert sum(map(len, found.values())) == sum(
-        len(run.positions) for batch in batches for run in batch
-    )
+    for group, dtype, item_size, some in runs:
+        assert 0 < len(some) <= positions.PIECE
+        starts = some * item_size
+        assert np.all(np.diff(starts, prepend=behind) > 0)
+        behind = starts[-1]
+        for tensor, count in zip(tensors, counts, strict=True):
+            inside = (starts >= tensor.start) & (starts < tensor.stop)
+            if inside.any():
+                assert (group_of(tensor, count), tensor.dtype) == (group, dtype)
+                mine = (starts[inside] - tensor.start) // tensor.item_size
+                found[tensor.name] = np.append(found[tensor.name], mine)
+    assert sum(map(len, found.values())) == sum(len(run.positions) for run in runs)
     return [found[tensor.name] for tensor in tensors]
 
 
