@@ -160,20 +160,22 @@ class _Lookahead:
         held = Counter[int]()
         while run := self._next:
             inside = int(run.positions.searchsorted(stop // run.item_size))
+            if ends := inside < len(run.positions):
+                self._next = run._replace(positions=run.positions[inside:])
+                run = run._replace(positions=run.positions[:inside])
+            else:
+                self._next = next(self._runs, None)
             if inside:
                 runs = waiting.setdefault(run.group, [])
-                if runs and (
-                    held[run.group] + inside > PIECE or run.dtype != runs[0].dtype
-                ):
+                full = held[run.group] + inside > PIECE
+                if runs and (full or run.dtype != runs[0].dtype):
                     self._write(window, start, runs)
                     runs.clear()
                     held[run.group] = 0
-                runs.append(run._replace(positions=run.positions[:inside]))
+                runs.append(run)
                 held[run.group] += inside
-            if inside < len(run.positions):
-                self._next = run._replace(positions=run.positions[inside:])
+            if ends:
                 break
-            self._next = next(self._runs, None)
         for runs in waiting.values():
             self._write(window, start, runs)
 

@@ -210,9 +210,9 @@ class PositionReader:
             return self._others(size, size - count, first)
         if not self._all_columns and (grid := _grid(tensor.shape, count)):
             columns, depth = grid
-            bitmap = _bitmap(self._columns, columns)
-            if int.from_bytes(bitmap, "little").bit_count() < columns:
-                (used,) = _bits(bitmap, columns).repeat(depth).nonzero()
+            bits = _bits(self._columns, columns)
+            if np.count_nonzero(bits) < columns:
+                (used,) = bits.repeat(depth).nonzero()
                 return self._in_columns(tensor, used, count, first)
         return self._listed(size, count, first)
 
@@ -265,8 +265,7 @@ class PositionReader:
     def _bitmap(self, size: int, count: int, first: int) -> Iterator[Positions]:
         left = count
         for start in range(0, size, PIECE):
-            piece = min(PIECE, size - start)
-            (found,) = _bits(_bitmap(self._index, piece), piece).nonzero()
+            (found,) = _bits(self._index, min(PIECE, size - start)).nonzero()
             left -= len(found)
             yield found + (start + first)
         if left:
@@ -284,14 +283,9 @@ class PositionReader:
         self._columns.finish()
 
 
-def _bitmap(section: SectionReader, count: int) -> bytes:
+def _bits(section: SectionReader, count: int) -> NDArray[np.uint8]:
     """Read a bitmap of so many bits, at least one."""
-    bitmap = section.take((count + 7) // 8)
-    if bitmap[-1] >> ((count - 1) % 8 + 1):
+    raw = np.frombuffer(section.take((count + 7) // 8), np.uint8)
+    if int(raw[-1]) >> ((count - 1) % 8 + 1):
         raise PatchFormatError("a bitmap in the patch has bits behind its end")
-    return bitmap
-
-
-def _bits(bitmap: bytes, count: int) -> NDArray[np.uint8]:
-    raw = np.frombuffer(bitmap, np.uint8)
     return np.unpackbits(raw, count=count, bitorder="little")

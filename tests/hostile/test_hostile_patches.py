@@ -18,7 +18,7 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     VerificationError,
 )
-from edge_runtime.header import HEADER_BYTES, PatchHeader
+from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.patch import encode_patch, open_patch
 from edge_runtime.sections import (
     BITS,
@@ -173,6 +173,34 @@ def test_an_index_out_of_bounds_is_refused(position):
     changes = [np.array([*CHANGES[0][:-1], position]), *CHANGES[1:]]
     forged = with_sections(index_of(changes))
     assert f"out of bounds: {position} of 10000" in str(refused(forged))
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_gap_from_one_small_tensor_into_the_next_is_refused(number):
+    base = pack_weights({f"t{n:02}": np.zeros(40, "<f4") for n in range(12)})
+    moved = {name: array.copy() for name, array in base.items()}
+    for array in moved.values():
+        array[[1, 5]] = 1
+    target, changes = pack_weights(moved), [np.array([1, 5])] * 12
+    header = PatchHeader(
+        "00" * 32, base.fingerprint, target.fingerprint, 1, 1, base.layout.file_size
+    )
+    with open_patch(encode_patch(header, changes, base, target)) as patch:
+        reader = patch._body.reader
+        raw = {s.kind: reader(s.kind).take(s.raw_size) for s in patch.sections}
+    raw[FORMS] = bytes([7]) + raw[FORMS][1:]  # every gap is its own symbol
+    for gap, error in [(3, None), (37, VerificationError), (38, PatchFormatError)]:
+        index = bytearray(bytes([1, 3]) * 12)
+        index[2 * number + 1] = gap
+        body = sections.encode_body(
+            {k: [v] for k, v in (raw | {INDEX: index}).items()}, 3
+        )
+        with open_patch(encode_header(header, body) + b"\0\0" + body) as patch:
+            if error is None:
+                assert apply_patch(base, patch).data == target.data
+            else:
+                with pytest.raises(error, match=r"40 of 40|fingerprint"):
+                    apply_patch(base, patch)
 
 
 def test_positions_that_stay_out_of_bounds_are_refused():
