@@ -20,7 +20,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.patch import Limits, encode_patch, open_patch
-from edge_runtime.sections import FORMS, encode_body
+from edge_runtime.sections import FORMS, SYMBOLS, encode_body, group_kind
 from edge_runtime.weights import CHUNK_BYTES, pack_weights
 
 TYPES = ["<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?"]
@@ -118,6 +118,26 @@ def trained(shape, density, seed=0):
     one = pack_weights({"w": base, "b": bias})
     two = pack_weights({"w": base + step.astype("<f4"), "b": bias * np.float32(1.01)})
     return one, two
+
+
+def test_small_tensors_of_types_of_one_size_each_keep_their_line():
+    rng = np.random.default_rng(0)
+    base, target = {}, {}
+    for number in range(20):
+        name = f"t{number:02}"
+        if number % 2:
+            base[name] = rng.integers(-900, 900, 60, "<i4")
+            target[name] = base[name] + rng.integers(-3, 4, 60, "<i4")
+        else:
+            base[name] = rng.normal(0, 0.05, 60).astype("<f4")
+            target[name] = base[name] + rng.normal(0, 0.02, 60).astype("<f4")
+    base, target = pack_weights(base), pack_weights(target)
+    header = header_of(base, target)
+    with open_patch(
+        encode_patch(header, differences(base, target), base, target)
+    ) as patch:
+        assert any(s.kind == group_kind(4, True) + SYMBOLS for s in patch.sections)
+        assert apply_patch(base, patch).data == target.data
 
 
 def test_framing_takes_at_most_250_bytes():
