@@ -4,7 +4,7 @@
 
     runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz
     runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
-                          metrics.jsonl
+                          metrics.jsonl; shadow.safetensors where there is one
 
 A folder is written under a temporary name and renamed: it is complete or absent.
 Fingerprints and the network's identity are computed here, from the bytes written. One
@@ -36,6 +36,7 @@ from edge_runtime.weights import (
     fingerprint_chunks,
     model_id,
     pack_weights,
+    read_weights,
     write_weights,
 )
 from trainer.graph_check import GRAPH_NAME, OUTPUT_TOLERANCE
@@ -50,6 +51,7 @@ from trainer.record import (
 from trainer.tensors import check_fit
 
 MODEL_NAME = "model"
+SHADOW_NAME = "shadow.safetensors"
 
 
 def make_contract(
@@ -143,6 +145,7 @@ def write_round(
     weights: Weights,
     masks: Mapping[str, Tensor],
     epochs: Sequence[Mapping[str, Any]],
+    shadow: Weights | None = None,
 ) -> RoundRecord:
     """Write a round folder and return its record as written.
 
@@ -153,6 +156,7 @@ def write_round(
         masks: For each selectable tensor, in its shape, what was selected. Tensors
             without a mask are the dense part.
         epochs: What happened in each epoch, one line of ``metrics.jsonl`` each.
+        shadow: Weights that no device gets yet, and that the next round trains on.
 
     Raises:
         TrainingError: Weights, masks or record do not fit the run or each other, or
@@ -182,9 +186,22 @@ def write_round(
     with _written_once(_round_folder(run_dir, record.round)) as folder:
         write_weights(weights, folder / FILE_NAME)
         write_weights(_packed(masks), folder / "selection.safetensors")
+        if shadow:
+            write_weights(shadow, folder / SHADOW_NAME)
         (folder / "metrics.jsonl").write_text(lines)
         (folder / RECORD_NAME).write_text(text)
     return complete
+
+
+def read_shadow(folder: Path) -> Weights | None:
+    """Read the weights that a round trained unseen; None where it has none.
+
+    Raises:
+        OSError: They cannot be read.
+        WeightsError: They are malformed.
+    """
+    path = folder / SHADOW_NAME
+    return read_weights(path) if path.exists() else None
 
 
 def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:

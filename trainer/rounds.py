@@ -18,11 +18,11 @@ import torch
 from edge_runtime.errors import ConfigError
 from trainer.config import as_dict, make_config
 from trainer.data import DataSource
-from trainer.loop import cpu_settings
+from trainer.loop import choose_device, cpu_settings
 from trainer.methods import Pack
 from trainer.parallel import processes
 from trainer.record import RoundRecord, list_rounds, read_round_record
-from trainer.run import Progress, Report, Run, choose_device
+from trainer.run import Progress, Report, Run
 from trainer.sections import PARTIAL_METHODS, Config
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
@@ -140,14 +140,19 @@ def _must_reinitialise(
 ) -> bool:
     """Tell whether the next round starts from the init weights again.
 
-    A re-initialised model that was discarded does not count, so it stays due.
+    A re-initialised model that was discarded does not count, so it stays due; one
+    that is trained on unseen counts.
     """
     rule = config.update.reinit
     if rule == "never" or not records:
         return False
     if rule == "auto" and config.update.method not in PARTIAL_METHODS:
         return True
-    last = [r for r in records if r.round == 0 or r.reinitialised][-1]
+    shadow = config.update.chain == "shadow"
+    last = records[0]
+    for record in records[1:]:
+        if record.metrics["tried_reinit"] if shadow else record.reinitialised:
+            last = record
     if isinstance(rule, int):
         return len(records) - last.round >= rule
     return samples > 2 * last.samples
