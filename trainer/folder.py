@@ -8,10 +8,12 @@
 
 A folder is written under a temporary name and renamed: it is complete or absent.
 Fingerprints and the network's identity are computed here, from the bytes written. One
-process writes to a run at a time.
+process trains a run at a time (:func:`alone`).
 """
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_runtime.errors import TrainingError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.init import InitRecipe, read_recipe, write_recipe
 from edge_runtime.weights import (
     FILE_NAME,
@@ -191,6 +193,31 @@ def write_round(
         (folder / "metrics.jsonl").write_text(lines)
         (folder / RECORD_NAME).write_text(text)
     return complete
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training the same run; the kernel lets go if we die.
+
+    Raises:
+        ConfigError: Another process is training it.
+        OSError: The folder cannot be made or opened.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ConfigError(
+                f"another process is training {run_dir}; wait for it, or choose "
+                "another run.name"
+            ) from err
+        yield
+    finally:
+        os.close(handle)
+        if not any(run_dir.iterdir()):
+            run_dir.rmdir()
 
 
 def read_shadow(folder: Path) -> Weights | None:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -321,6 +323,27 @@ def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
 def test_refuses_to_continue_when_told_not_to(copied):
     with pytest.raises(ConfigError, match="has 3 rounds already"):
         run_rounds(config_of(), copied, resume=False)
+
+
+def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from trainer.folder import alone\n"
+        "with alone(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(copied / "tiny")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another process is training"):
+            run_rounds(config_of(run={"rounds": 4}), copied)
+        other.kill()
+    assert len(run_rounds(config_of(run={"rounds": 4}), copied)) == 4
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="samples"):
+        run_rounds(config_of(data={"initial": 5000}), tmp_path)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_refuses_a_run_with_a_missing_round(copied):
