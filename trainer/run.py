@@ -160,12 +160,9 @@ class Run:
         trials = list(self._trials(number, deployed, before, fresh))
         trial = trials[-1]
         target = trial.new or deployed
-        model = self.build().to(self.device)
-        load_weights(model, target)
         start = trial.parent if trial.new else deployed
         metrics = {
-            "val_accuracy": evaluate(model, self._validation),
-            "test_accuracy": evaluate(model, self._test),
+            **self._measure(number, target),
             "test_best": trial.test_best,
             "tried_reinit": int(reinitialise),
             **{f"val_{k}": share for k, share in trial.training.accuracy.items()},
@@ -175,8 +172,6 @@ class Run:
             metrics["val_reinit"] = trials[0].training.accuracy["best"]
         if trial.new and self._pack and update.budget:
             metrics["patch_bytes"] = self._pack(start, target)
-        if not records:
-            self._write_deployment(model)
         everything = update.method == "fu" or is_full(self.config, number)
         counted = update.budget or trial.training.start is not trial.parent
         ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
@@ -249,6 +244,17 @@ class Run:
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
         test_best = evaluate(model, self._test)
         return _Trial(training, parent, masks, best, new, test_best, epochs)
+
+    def _measure(self, number: int, target: Weights) -> dict[str, float]:
+        """Evaluate what is deployed after a round; round_00 decides the contract."""
+        model = self.build().to(self.device)
+        load_weights(model, target)
+        if not number:
+            self._write_deployment(model)
+        return {
+            "val_accuracy": evaluate(model, self._validation),
+            "test_accuracy": evaluate(model, self._test),
+        }
 
     def _prepare(
         self, model: nn.Module, number: int, *, from_init: bool
