@@ -33,14 +33,13 @@ from edge_runtime.infer import RunOptions
 from edge_runtime.patch import Patch, open_patch
 from edge_runtime.signing import Trust
 from edge_runtime.slots import build_slot, retire
-from edge_runtime.state import Slot, admit
+from edge_runtime.state import MAX_TRIES, Slot, admit
 from edge_runtime.store import Store
 from edge_runtime.trial import run_trial
 
 Trial = Callable[..., None]
 StrPath = str | PathLike[str]
 KEPT_SLOTS = 2
-MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 
 
 class UpdateResult(StrEnum):
@@ -244,21 +243,16 @@ class Device:
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
         before = self.store.state
-        state = before.tried(slot.target)
+        self.store.commit(before.tried(slot.target))
         try:
-            if state.tries > MAX_TRIES:
-                raise TrialError(
-                    f"{MAX_TRIES} trials of round {slot.round} were cut off; it is "
-                    "refused until it is forced"
-                )
-            self.store.commit(state)
             self._trial(folder, self.store.root / "model", expected=outputs)
         except (BackendError, OSError):
             # The device is at fault: no try of the release, however often it happens.
             self.store.commit(before)
             raise
         except TrialError as err:
-            self.store.commit(self.store.state.skipping(slot, str(err)))
+            state = before.tried(slot.target, MAX_TRIES)
+            self.store.commit(state.noted("refused", slot, str(err)))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
@@ -331,6 +325,6 @@ class Device:
             "kept_rounds": [slot.round for slot in state.slots],
             "reachable_rounds": [slot.round for slot in state.reachable],
             "pinned": state.pinned,
-            "skipped": list(state.skipped),
+            "skipped": state.skipped,
             "history": [asdict(event) for event in state.history],
         }

@@ -127,8 +127,8 @@ MUTANTS = {
     ),
     "a try is not counted before the trial": (
         "device",
-        "            self.store.commit(state)\n            self._trial",
-        "            self._trial",
+        "        self.store.commit(before.tried(slot.target))\n",
+        "",
     ),
     "hooks run before the commit": (
         "device",

@@ -12,7 +12,6 @@ import pytest
 
 from edge_runtime import Device, UpdateResult, fingerprint_file, read_weights
 from edge_runtime.contract import Contract
-from edge_runtime.device import MAX_TRIES
 from edge_runtime.errors import (
     BackendError,
     BundleError,
@@ -28,6 +27,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.header import PatchHeader
 from edge_runtime.infer import Predictor
+from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import judge, run_trial, try_slot
 from packager.archive import encode_bundle
 from packager.build import build_patch, pack_round

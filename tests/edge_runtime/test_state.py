@@ -1,6 +1,5 @@
 """What a store knows, and which releases it admits."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from edge_runtime.errors import StoreError, TrustError
 from edge_runtime.header import PatchHeader
 from edge_runtime.state import (
     MAX_HISTORY,
+    MAX_TRIES,
     Slot,
     State,
     admit,
@@ -70,11 +70,11 @@ def test_another_target_under_the_same_counter_is_refused():
 
 
 def test_a_release_that_failed_its_trial_is_refused_until_forced():
-    state = dataclasses.replace(STATE, skipped=(B.target,))
+    state = STATE.tried(B.target, MAX_TRIES)
     with pytest.raises(TrustError, match="--force"):
         admit(state, header(B))
     admit(state, header(B), force=True)
-    assert moved(state, B).skipped == ()
+    assert moved(state, B).tries == {}
 
 
 def test_force_does_not_lower_the_floor():
@@ -84,13 +84,13 @@ def test_force_does_not_lower_the_floor():
 
 def test_history_is_bounded():
     state = STATE
-    for _ in range(MAX_HISTORY + 5):
-        state = state.noted("updated", A)
-    assert len(state.history) == MAX_HISTORY
+    for number in range(MAX_HISTORY + 5):
+        state = state.noted("updated", A).tried(f"w{number}")
+    assert len(state.history) == len(state.tries) == MAX_HISTORY
 
 
 def test_a_state_comes_back_from_its_file():
-    state = dataclasses.replace(moved(STATE, B, C), skipped=("x",))
+    state = moved(STATE, B, C).tried("x").tried("y", MAX_TRIES)
     assert decode_state(encode_state(state)) == state
 
 
