@@ -310,21 +310,14 @@ class Device:
     def status(self) -> dict[str, Any]:
         """Return what is installed, as plain data."""
         state = self.store.state
-        active = state.active_slot
-        return {
+        return state.summary() | {
             "store": str(self.store.root),
-            "model": state.model,
-            "round": active.round,
-            "fingerprint": active.target,
-            "weights": str(self.store.slot_folder(active.target)),
+            "weights": str(self.store.slot_folder(state.active)),
             "weights_bytes": self.store.layout.file_size,
-            "release_counter": active.counter,
-            "release_floor": state.floor,
             "trusted_keys": list(state.trust.ids),
             "signatures_needed": state.trust.threshold if state.trust.keys else 0,
             "kept_rounds": [slot.round for slot in state.slots],
             "reachable_rounds": [slot.round for slot in state.reachable],
-            "pinned": state.pinned,
             "skipped": state.skipped,
             "history": [asdict(event) for event in state.history],
         }

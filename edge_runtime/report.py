@@ -66,25 +66,15 @@ class Report:
             self.record["failing"] = ""
             self.log("recovered")
 
-    @property
-    def is_old(self) -> bool:
-        """Whether the files are due to be written even without news."""
-        return time.monotonic() - self._written_at >= HEARTBEAT_S
-
-    def publish(self, state: State) -> None:
-        """Write status file and metrics.
+    def publish(self, state: State, *, news: bool) -> None:
+        """Write status file and metrics; without news now and then only.
 
         Raises:
             OSError: They cannot be written.
         """
-        active = state.active_slot
-        self.record["installed"] = {
-            "round": active.round,
-            "fingerprint": active.target,
-            "model": state.model,
-            "release_floor": state.floor,
-            "pinned": state.pinned,
-        }
+        if not news and time.monotonic() - self._written_at < HEARTBEAT_S:
+            return
+        self.record["installed"] = state.summary()
         record = {"at": utc()} | self.record
         _replace(self._status, json.dumps(record, indent=1) + "\n")
         if self._metrics:

@@ -105,6 +105,18 @@ class State:
         """The slot in use."""
         return next(slot for slot in self.slots if slot.target == self.active)
 
+    def summary(self) -> dict[str, Any]:
+        """Return what statuses, metrics and proofs say of it, as plain data."""
+        slot = self.active_slot
+        return {
+            "model": self.model,
+            "round": slot.round,
+            "fingerprint": slot.target,
+            "release_counter": slot.counter,
+            "release_floor": self.floor,
+            "pinned": self.pinned,
+        }
+
     def slot(self, target: str) -> Slot | None:
         """Return the kept slot of these weights, if there is one."""
         return next((slot for slot in self.slots if slot.target == target), None)

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_runtime.contract import Contract, parse_contract
 from edge_runtime.errors import StoreError, WrongParentError
@@ -47,6 +48,21 @@ from edge_runtime.weights import (
 
 GRAPH_NAME = "graph.onnx"
 _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
+
+
+@contextmanager
+def only_one(file: BinaryIO, problem: str) -> Iterator[None]:
+    """Hold the lock of an open file, which is closed in the end.
+
+    Raises:
+        StoreError: Another process holds it; ``problem`` says so.
+    """
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise StoreError(problem) from err
+        yield
 
 
 class Store:
@@ -231,14 +247,9 @@ class Store:
         """
         if not self._state_path.exists():
             self.files.make_folder(self.root.absolute())
-        with self.files.open_lock(self.root / "lock") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise StoreError(
-                    f"another process is updating {self.root}; try again when it is "
-                    "done"
-                ) from err
+        lock = self.files.open_lock(self.root / "lock")
+        problem = f"another process is updating {self.root}; try again when it is done"
+        with only_one(lock, problem):
             self._settle()
             try:
                 yield

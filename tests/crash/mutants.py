@@ -156,7 +156,7 @@ MUTANTS = {
         'replace(slot, parent=""), slot.counter > self.floor\n',
         'replace(slot, parent=""), True\n',
     ),
-    "no lock": ("store", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    "no lock": ("store", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     "the state is not read again under the lock": (
         "store",
         "state = self.reload()\n",
