@@ -26,12 +26,13 @@ from edge_runtime.errors import (
 from edge_runtime.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.notify import ping
 from edge_runtime.patch import open_patch
-from edge_runtime.report import Report
+from edge_runtime.report import read_status, write_status
 from edge_runtime.route import Offer, Verdict, find_chain, judge
 from edge_runtime.state import State
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
 MAX_ATTEMPTS = 5  # times that applying one file may end the whole process
+HEARTBEAT_S = 600.0  # the status is written at least this often
 # The device is at fault, or nobody: what failed so is tried again.
 FAILURES = (StoreError, BackendError, OSError)
 
@@ -66,16 +67,18 @@ class Agent:
         self,
         open_device: Callable[[], Device],
         folder: Path,
-        report: Report,
+        log: Callable[..., None],
         *,
+        metrics: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare to watch.
+        """Prepare to watch; what the status file says is remembered.
 
         Args:
             open_device: Opens the device; called anew when the store has changed.
             folder: Where patches arrive.
-            report: Where to tell what it does.
+            log: Called with the name of an event and its facts.
+            metrics: A file for the textfile collector of Prometheus.
             clock: Seconds, to tell when to try again.
 
         Raises:
@@ -83,10 +86,15 @@ class Agent:
         """
         self.stopping = False
         self._open, self._device = open_device, open_device()
-        self._folder, self._report, self._clock = folder, report, clock
+        self._folder, self._log, self._metrics = folder, log, metrics
+        self._clock, self._written_at = clock, -math.inf
         self._failed, self._delay, self._retry_at = False, 0.0, math.inf
         self._view: object = None  # what the last look saw; None: look in any case
-        files = report.record["files"].items()
+        status = read_status(self._device.store.root)
+        self._last_success = status.get("last_success", 0)
+        self._failing = status.get("failing", "")
+        self._basis = status.get("basis", [])
+        files = status.get("files", {}).items()
         self._files = {name: Found(**facts) for name, facts in files}
 
     @property
@@ -107,11 +115,17 @@ class Agent:
         ping()
         try:
             worked = self._look()
-            self._report.succeed(worked=worked)
-            self._publish(news=worked)
+            self._last_success = int(time.time())
+            if worked and self._failing:
+                self._failing = ""
+                self._log("recovered")
+            if worked or time.monotonic() - self._written_at >= HEARTBEAT_S:
+                self._publish()
         except FAILURES as err:
             self._failed = True
-            self._report.fail(err)
+            if self._failing != str(err):  # else it goes on, and was told
+                self._failing = str(err)
+                self._log("failed", error=type(err).__name__, reason=self._failing)
             with suppress(OSError):
                 self._publish()
             raise
@@ -154,12 +168,12 @@ class Agent:
 
     def _recognise(self, seen: dict[str, list[int]]) -> list[Offer]:
         """Open what was not refused before, and forget what is gone."""
-        state, record = self.state, self._report.record
+        state = self.state
         # What a refusal depends on beside the file.
         basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
-        if basis != record["basis"]:
-            record["basis"], self._files = basis, {}
+        if basis != self._basis:
+            self._basis, self._files = basis, {}
         former, self._files, offers = self._files, {}, []
         for name, identity in seen.items():
             found = former.get(name, Found([]))
@@ -235,9 +249,8 @@ class Agent:
     def _applied(self, offer: Offer, seconds: float) -> None:
         found, slot = self._files[offer.name], self.state.active_slot
         found.verdict, found.reason = Verdict.APPLIED, ""
-        self._report.counts["patches_applied_total"] += 1
         facts = {"round": slot.round, "fingerprint": slot.target, "bytes": offer.size}
-        self._report.log("applied", file=offer.name, **facts, seconds=seconds)
+        self._log("applied", file=offer.name, **facts, seconds=seconds)
 
     def _settle(self, offer: Offer, held: str) -> None:
         """Say what becomes of a patch that is not applied now."""
@@ -261,12 +274,16 @@ class Agent:
         facts = {"file": name, "reason": reason}
         if error:
             found.error = facts["error"] = type(error).__name__
-            refused = self._report.counts["patches_refused_total"]
-            refused[found.error] = refused.get(found.error, 0) + 1
         if verdict is not Verdict.APPLIED:  # that is told when it happens
-            self._report.log(verdict, **facts)
+            self._log(verdict, **facts)
 
-    def _publish(self, *, news: bool = True) -> None:
-        files = {name: asdict(found) for name, found in self._files.items()}
-        self._report.record["files"] = files
-        self._report.publish(self.state, news=news)
+    def _publish(self) -> None:
+        record = {
+            "installed": self.state.summary(),
+            "last_success": self._last_success,
+            "failing": self._failing,
+            "basis": self._basis,
+            "files": {name: asdict(found) for name, found in self._files.items()},
+        }
+        write_status(self._device.store.root, record, self._metrics)
+        self._written_at = time.monotonic()

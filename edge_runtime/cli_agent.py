@@ -17,7 +17,6 @@ import click
 from edge_runtime.command import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.notify import ping, tell
-from edge_runtime.report import Report
 from edge_runtime.state import utc
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def agent(
     Device.open(root)  # else a lock would be left where there is no store
     problem = f"another agent is at work for {root}; stop it first"
     with only_one(open(root / "agent.lock", "ab"), problem):
-        report = Report(log, root, metrics)
-        watcher = Agent(partial(Device.open, root), folder, report)
+        watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
         if once:
             watcher.look()
         else:
