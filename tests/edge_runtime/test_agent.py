@@ -475,12 +475,8 @@ def test_metrics_are_what_prometheus_reads(watch):
     info = ("fingerprint", weights), ("model", world.MODEL)
     assert samples[("dpu_edge_installed_info", *info)] == 1
     assert samples[("dpu_edge_round",)] == 1
-    for verdict, number in (
-        ("applied", 1),
-        ("waiting", 1),
-        ("refused", 1),
-        ("held", 0),
-    ):
+    counts = {"applied": 1, "waiting": 1, "refused": 1, "held": 0, "passed": 0}
+    for verdict, number in counts.items():
         assert samples[("dpu_edge_patches", ("verdict", verdict))] == number
     assert samples[("dpu_edge_last_success_timestamp_seconds",)] > 1.6e9
     assert not any(
