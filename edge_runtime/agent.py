@@ -24,9 +24,8 @@ from edge_runtime.errors import (
     StoreError,
 )
 from edge_runtime.header import KNOWN_CRITICAL, VERSION
-from edge_runtime.notify import ping
 from edge_runtime.patch import open_patch
-from edge_runtime.report import read_status, write_status
+from edge_runtime.report import ping, read_status, write_status
 from edge_runtime.route import Offer, Verdict, find_chain, judge
 from edge_runtime.state import State
 

@@ -16,7 +16,7 @@ import click
 
 from edge_runtime.command import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
-from edge_runtime.notify import ping, tell
+from edge_runtime.report import ping, tell
 from edge_runtime.state import utc
 
 if TYPE_CHECKING:

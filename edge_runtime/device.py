@@ -33,7 +33,7 @@ from edge_runtime.infer import RunOptions
 from edge_runtime.patch import Patch, open_patch
 from edge_runtime.signing import Trust
 from edge_runtime.slots import build_slot, retire
-from edge_runtime.state import MAX_TRIES, Slot, admit
+from edge_runtime.state import MAX_TRIES, Slot, refusal
 from edge_runtime.store import Store
 from edge_runtime.trial import run_trial
 
@@ -101,7 +101,7 @@ class Device:
             trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
-            OSError: The bundle cannot be read.
+            OSError: The bundle cannot be read, or the disk is full or refuses.
             BundleError: The bundle is damaged or contradicts itself.
             TrustError: The trusted keys did not sign it.
             DpuError: Its patch is refused; nothing is installed then.
@@ -142,7 +142,7 @@ class Device:
             force: Try a release again that failed its trial before.
 
         Raises:
-            OSError: The patch cannot be read.
+            OSError: The patch cannot be read, or the disk is full or refuses.
             PatchError: The patch is at fault.
             WrongModelError: It is for another network.
             WrongParentError: It leads from weights that this device does not have.
@@ -165,7 +165,8 @@ class Device:
                 return UpdateResult.ALREADY_CURRENT
             # The active weights under a higher counter are a release too: left out, one
             # that was held back in between could be played later.
-            admit(state, header, force=force)
+            if error := refusal(state, header, force=force):
+                raise error
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
             self._try(self._slot_folder(patch), slot, patch.outputs)
@@ -184,6 +185,7 @@ class Device:
 
         Raises:
             StoreError: There is no way back to it, or it is damaged.
+            OSError: The disk is full or refuses.
         """
         with self.store.lock():
             state = self.store.state
@@ -205,7 +207,8 @@ class Device:
         """Hold every update back, or allow updates again; rollbacks are never held.
 
         Raises:
-            StoreError: The state cannot be written.
+            StoreError: Another process is writing.
+            OSError: The disk is full or refuses.
         """
         with self.store.lock():
             state, event = self.store.state, "pinned" if held else "unpinned"
@@ -264,7 +267,7 @@ class Device:
             self._run_hooks("after-apply", event, slot)
         except HeldError as err:
             # The update counts all the same.
-            with suppress(StoreError):
+            with suppress(OSError):
                 self.store.commit(state.noted("hook failed", slot, str(err)))
 
     def _run_hooks(self, when: str, event: str, slot: Slot) -> None:

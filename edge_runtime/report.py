@@ -1,6 +1,8 @@
-"""What the agent tells of itself: a status file, for people, and as metrics."""
+"""What the agent tells: a status file, the same as metrics, and words for systemd."""
 
 import json
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import groupby
@@ -83,3 +85,21 @@ def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
     for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
         yield f"# TYPE dpu_edge_{name} gauge"
         yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
+
+
+def tell(*lines: str) -> None:
+    """Send messages such as ``READY=1`` to systemd, where it listens (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    # An abstract socket is written with @ for its leading zero byte.
+    address = address.replace("@", "\0", 1 if address[0] == "@" else 0)
+    # A manager that does not listen is no reason to leave the model out of date.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.connect(address)
+        out.sendall("\n".join(lines).encode())
+
+
+def ping() -> None:
+    """Tell the watchdog that there is progress; call it nowhere else."""
+    tell("WATCHDOG=1")

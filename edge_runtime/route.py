@@ -1,6 +1,6 @@
 """Which patches lead a device to the newest release. No I/O.
 
-The rules of admission are those of :func:`edge_runtime.state.admit`; here is only what
+The rules of admission are in :func:`edge_runtime.state.refusal`; here is only what
 follows from them for many patches at once, and one rule of the agent's own: a device
 that was rolled back is brought forward to newer releases only, never to the one that
 its owner went back from.
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
-from edge_runtime.errors import HeldError, TrustError
+from edge_runtime.errors import HeldError
 from edge_runtime.header import PatchHeader
-from edge_runtime.state import State, admit
+from edge_runtime.state import State, refusal
 
 
 class Verdict(StrEnum):
@@ -64,12 +64,11 @@ def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
         event.target == target and event.event != "refused" for event in state.history
     ):
         return Verdict.APPLIED, ""
-    try:
-        admit(state, header)
-    except HeldError as err:
-        return Verdict.HELD, str(err)
-    except TrustError as err:
-        return Verdict.PASSED if past else Verdict.REFUSED, str(err)
+    error = refusal(state, header)
+    if isinstance(error, HeldError):
+        return Verdict.HELD, str(error)
+    if error:
+        return Verdict.PASSED if past else Verdict.REFUSED, str(error)
     return None, ""
 
 
@@ -88,7 +87,7 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
     newest = start
     # Along a chain the counters increase: one pass in their order sees every chain.
     admitted = sorted(
-        (offer for offer in offers if _is_admitted(state, offer.header)),
+        (offer for offer in offers if not refusal(state, offer.header)),
         key=lambda offer: offer.header.counter,
     )
     for counter, release in groupby(admitted, lambda offer: offer.header.counter):
@@ -104,11 +103,3 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
             ways[target] = min(way, ways.get(target, way))
             newest = way if counter > state.floor else newest
     return list(newest[2])
-
-
-def _is_admitted(state: State, header: PatchHeader) -> bool:
-    try:
-        admit(state, header)
-    except (HeldError, TrustError):
-        return False
-    return True

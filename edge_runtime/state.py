@@ -189,8 +189,10 @@ class State:
         return replace(state, former=tuple(useful[:MAX_FORMER]))
 
 
-def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
-    """Insist that a store may move to a patch's target.
+def refusal(
+    state: State, header: PatchHeader, *, force: bool = False
+) -> HeldError | TrustError | None:
+    """Say why a store may not move to a patch's target; None if it may.
 
     A counter must be above the floor, or equal to it with the same target (so that a
     device that rolled back can come forward again).
@@ -200,12 +202,12 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
         header: The patch's header.
         force: Admit a release that failed its trial before. Never lowers the floor.
 
-    Raises:
-        HeldError: The device is pinned.
-        TrustError: The release is older than one that was active, or failed its trial.
+    Returns:
+        A HeldError if the device is pinned; a TrustError if the release is older than
+        one that was active, or failed its trial.
     """
     if state.pinned:
-        raise HeldError(
+        return HeldError(
             f"this device is pinned to round {state.active_slot.round}; allow updates "
             "again with 'dpu-edge pin --off'"
         )
@@ -213,7 +215,7 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
         header.counter == state.floor and header.target != state.floor_target
     ):
         past = any(event.target == header.target for event in state.history)
-        raise TrustError(
+        return TrustError(
             f"round {header.round} has release counter {header.counter}, this device "
             f"has already been at {state.floor}"
             + ("; it is past that round" if past else "")
@@ -221,11 +223,12 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
             "new release with a higher counter"
         )
     if header.target in state.skipped and not force:
-        raise TrustError(
+        return TrustError(
             f"round {header.round} ({header.target[:12]}) failed its trial on this "
             f"device before, or was cut off in {MAX_TRIES} of them; apply a newer "
             "round, or try again with --force"
         )
+    return None
 
 
 def encode_state(state: State) -> bytes:

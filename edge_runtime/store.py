@@ -244,6 +244,7 @@ class Store:
 
         Raises:
             StoreError: Another process is writing, or the state is damaged.
+            OSError: The disk is full or refuses.
         """
         if not self._state_path.exists():
             self.files.make_folder(self.root.absolute())
@@ -270,39 +271,33 @@ class Store:
             The slot's folder, complete and durable.
 
         Raises:
-            StoreError: The disk is full or refuses.
+            OSError: The disk is full or refuses.
             DpuError: Whatever ``chunks`` raises.
         """
         folder = self.slot_folder(target)
         part = folder.with_name(folder.name + ".part")
-        try:
-            self.files.remove(folder)
-            self.files.remove(part)
-            self.files.mkdir(part)
-            self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
-            self.files.write(part / FILE_NAME, chunks)
-            self.files.sync_folder(part)
-            self.files.rename(part, folder)
-            self.files.sync_folder(folder.parent)
-        except OSError as err:
-            raise StoreError(f"cannot write a new slot: {err}") from err
+        self.files.remove(folder)
+        self.files.remove(part)
+        self.files.mkdir(part)
+        self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
+        self.files.write(part / FILE_NAME, chunks)
+        self.files.sync_folder(part)
+        self.files.rename(part, folder)
+        self.files.sync_folder(folder.parent)
         return folder
 
     def commit(self, state: State) -> None:
         """Replace ``state.json``: before this the old state holds, after it the new.
 
         Raises:
-            StoreError: The disk is full or refuses.
+            OSError: The disk is full or refuses.
         """
         data = encode_state(state)
-        try:
-            for path in (self._copy_path, self._state_path):
-                part = path.with_name(path.name + ".part")
-                self.files.write(part, [data])
-                self.files.rename(part, path)
-                self.files.sync_folder(self.root)
-        except OSError as err:
-            raise StoreError(f"cannot write {path}: {err}") from err
+        for path in (self._copy_path, self._state_path):
+            part = path.with_name(path.name + ".part")
+            self.files.write(part, [data])
+            self.files.rename(part, path)
+            self.files.sync_folder(self.root)
         self.state = state
 
     def _settle(self) -> None:

@@ -63,7 +63,7 @@ RINGS = {
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
         595,
-        "agent live notify proof report route",
+        "agent live proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",

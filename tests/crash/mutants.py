@@ -59,12 +59,12 @@ MUTANTS = {
     "no sync of model/": ("store", "        self.files.sync_folder(folder)\n", ""),
     "no sync of a slot's names": (
         "store",
-        "            self.files.sync_folder(part)\n",
+        "        self.files.sync_folder(part)\n",
         "",
     ),
     "no sync of slots/": (
         "store",
-        "            self.files.sync_folder(folder.parent)\n",
+        "        self.files.sync_folder(folder.parent)\n",
         "",
     ),
     "no sync of reverse/": (
@@ -79,14 +79,14 @@ MUTANTS = {
     ),
     "no sync after a commit": (
         "store",
-        "                self.files.sync_folder(self.root)\n        except",
-        "        except",
+        "            self.files.sync_folder(self.root)\n        self.state",
+        "        self.state",
     ),
     "the state is written in place": (
         "store",
         'part = path.with_name(path.name + ".part")\n'
-        "                self.files.write(part, [data])\n"
-        "                self.files.rename(part, path)",
+        "            self.files.write(part, [data])\n"
+        "            self.files.rename(part, path)",
         "self.files.write(path, [data])",
     ),
     "the copy is written after the state": (

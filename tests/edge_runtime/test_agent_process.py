@@ -16,7 +16,7 @@ import pytest
 from edge_runtime import Device
 from edge_runtime.cli import main
 from edge_runtime.errors import TrialError
-from edge_runtime.notify import tell
+from edge_runtime.report import tell
 from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import run_trial
 from packager.build import pack_round

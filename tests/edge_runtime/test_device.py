@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_changes_nothing(device, run, refused, place):
     slot = device.store.layout.file_size
     room = {"at the first byte": 0, "in the slot": slot - 1, "in the state": slot + 9}
     device.store.files = FullDisk(room[place])
-    refused(patch_of(run.path / "round_01"), StoreError, "No space left")
+    refused(patch_of(run.path / "round_01"), OSError, "No space left")
     device.store.files = Files()
     assert device.update(patch_of(run.path / "round_01")) is UpdateResult.APPLIED
 

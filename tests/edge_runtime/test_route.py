@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.errors import HeldError, TrustError
 from edge_runtime.header import PatchHeader
 from edge_runtime.route import Offer, Verdict, find_chain, judge
-from edge_runtime.state import MAX_TRIES, Event, Slot, State, admit
+from edge_runtime.state import MAX_TRIES, Event, Slot, State, refusal
 
 
 def state(active=3, kept=(), floor=None, **fields):
@@ -148,9 +147,7 @@ def walk(at, order):
         target = o.header.target
         is_current = target == at.active and o.header.counter <= at.floor
         known = {at.init, *(slot.target for slot in at.slots)}
-        try:
-            admit(at, o.header)
-        except (HeldError, TrustError):
+        if refusal(at, o.header):
             return None
         if is_current or not {target, o.header.parent} & known:
             return None
