@@ -145,7 +145,7 @@ class Agent:
         held = self._apply_all(offers)
         for offer in offers:
             if not (self._files[offer.name].error or self.stopping):
-                self._settle(offer, held)
+                self._decide(offer.name, *judge(self.state, offer.header, held))
         if not self._failed:
             self._delay, self._retry_at = 0.0, math.inf
         return True
@@ -250,17 +250,6 @@ class Agent:
         found.verdict, found.reason = Verdict.APPLIED, ""
         facts = {"round": slot.round, "fingerprint": slot.target, "bytes": offer.size}
         self._log("applied", file=offer.name, **facts, seconds=seconds)
-
-    def _settle(self, offer: Offer, held: str) -> None:
-        """Say what becomes of a patch that is not applied now."""
-        verdict, reason = judge(self.state, offer.header)
-        if verdict is None:
-            verdict = Verdict.HELD if held else Verdict.WAITING
-            reason = held or (
-                f"it leads from weights {offer.header.parent[:12]}; nothing here "
-                f"leads to them from round {self.state.active_slot.round}"
-            )
-        self._decide(offer.name, verdict, reason)
 
     def _decide(
         self, name: str, verdict: Verdict, reason: str, error: DpuError | None = None

@@ -45,12 +45,16 @@ class Offer:
 _Way = tuple[int, int, tuple[Offer, ...]]
 
 
-def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
-    """Say what a store's state alone makes of a release.
+def judge(state: State, header: PatchHeader, held: str = "") -> tuple[Verdict, str]:
+    """Say what becomes of a patch that does not lead to the newest release now.
+
+    Args:
+        state: Of the store.
+        header: The patch's header.
+        held: Why the owner holds back what could be applied, if so.
 
     Returns:
-        Verdict and reason; no verdict where all that matters is whether patches lead
-        there.
+        Verdict and reason.
     """
     target, past = header.target, header.counter <= state.floor
     if (header.counter, target) == (state.floor, state.floor_target) and (
@@ -69,7 +73,12 @@ def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
         return Verdict.HELD, str(error)
     if error:
         return Verdict.PASSED if past else Verdict.REFUSED, str(error)
-    return None, ""
+    if held:
+        return Verdict.HELD, held
+    return Verdict.WAITING, (
+        f"it leads from weights {header.parent[:12]}; nothing here leads to them from "
+        f"round {state.active_slot.round}"
+    )
 
 
 def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:

@@ -100,7 +100,7 @@ def test_a_rollback_is_not_undone_but_newer_releases_come():
         (offer(1, 2).header, Verdict.PASSED),
         (offer(2, 9, counter=3).header, Verdict.PASSED),
         (offer(3, 4).header, Verdict.REFUSED),
-        (offer(3, 5).header, None),
+        (offer(3, 5).header, Verdict.WAITING),
     ],
 )
 def test_the_state_alone_says_what_becomes_of_a_release(header, verdict):
