@@ -30,7 +30,6 @@ from edge_runtime.route import Offer, Verdict, find_chain, judge
 from edge_runtime.state import State
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
-MAX_ATTEMPTS = 5  # times that applying one file may end the whole process
 HEARTBEAT_S = 600.0  # the status is written at least this often
 # The device is at fault, or nobody: what failed so is tried again.
 FAILURES = (StoreError, BackendError, OSError)
@@ -45,14 +44,12 @@ class Found:
         verdict: What was decided last.
         reason: Why.
         error: The kind of error for which this very file is refused for good.
-        attempts: How often applying it was begun and did not end.
     """
 
     identity: list[int]
     verdict: str = ""
     reason: str = ""
     error: str = ""
-    attempts: int = 0
 
 
 class Agent:
@@ -222,28 +219,17 @@ class Agent:
         return ""
 
     def _apply(self, offer: Offer) -> None:
-        name, found = offer.name, self._files[offer.name]
-        found.attempts += 1
-        if found.attempts > MAX_ATTEMPTS:
-            text = f"the agent was ended {MAX_ATTEMPTS} times while it applied this"
-            self._decide(name, Verdict.REFUSED, text, StoreError())
-            return
-        # Written before, so that it counts. Not being able to tell is no hindrance.
-        with suppress(OSError):
-            self._publish()
         ping()
         start = time.monotonic()
         try:
-            result = self._device.update(self._folder / name)
+            result = self._device.update(self._folder / offer.name)
         except (HeldError, *FAILURES):
-            found.attempts = 0
             raise
         except DpuError as err:
-            self._decide(name, Verdict.REFUSED, str(err), err)
+            self._decide(offer.name, Verdict.REFUSED, str(err), err)
         else:
             if result is UpdateResult.APPLIED:
                 self._applied(offer, round(time.monotonic() - start, 3))
-        found.attempts = 0
 
     def _applied(self, offer: Offer, seconds: float) -> None:
         found, slot = self._files[offer.name], self.state.active_slot

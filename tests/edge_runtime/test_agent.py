@@ -10,11 +10,12 @@ import pytest
 
 from edge_runtime import Device
 from edge_runtime import agent as module
-from edge_runtime.agent import BACKOFF_S, MAX_ATTEMPTS, MAX_BACKOFF_S, Agent
+from edge_runtime.agent import BACKOFF_S, MAX_BACKOFF_S, Agent
 from edge_runtime.errors import BackendError, StoreError, TrialError
 from edge_runtime.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.report import metric_lines, read_status
 from edge_runtime.signing import trust_keys
+from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import run_trial
 from packager.build import pack_round
 from packager.bundle import build_bundle
@@ -288,7 +289,7 @@ def test_a_device_without_a_runtime_tries_again_and_refuses_nothing(watch):
 
     watch.trial = no_runtime
     watch.put(name(1), world.patch(0, 1))
-    for _ in range(MAX_ATTEMPTS + 1):
+    for _ in range(MAX_TRIES + 1):
         with pytest.raises(BackendError):
             watch.look()
         watch.time += MAX_BACKOFF_S
@@ -325,21 +326,20 @@ def test_a_real_model_that_computes_nan_is_rolled_back_by_itself(tmp_path, new_r
     assert watch.look() == []
 
 
-def test_an_update_that_ends_the_agent_every_time_is_given_up(watch, monkeypatch):
+def test_a_trial_that_ends_everything_each_time_is_given_up(watch):
     class KilledError(BaseException):
         pass
 
-    def kill(*_):
+    def kill(*_, **__):
         raise KilledError
 
+    watch.trial = kill
     watch.put(name(1), world.patch(0, 1))
-    with monkeypatch.context() as patched:
-        patched.setattr(Device, "update", kill)
-        for _ in range(MAX_ATTEMPTS):
-            with pytest.raises(KilledError):
-                watch.start().look()
+    for _ in range(MAX_TRIES):
+        with pytest.raises(KilledError):
+            watch.start().look()
     assert watch.start().look() == [("refused", name(1))]
-    assert "ended 5 times" in watch.reason
+    assert "cut off in 3 of them" in watch.reason
     assert watch.look() == []
 
 
