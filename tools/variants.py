@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "fisher": ('update.method="fisher"',),
     "magnitude": ('update.method="magnitude"',),
     "never re-initialised": ('update.reinit="never"',),
+    "re-initialised unseen": ('update.chain="shadow"',),
     "full first round": ('update.first="full"',),
     "cosine schedule": ('train.schedule="cosine"',),
     "twice the epochs": ("train.epochs=60",),

@@ -21,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from edge_runtime.errors import ConfigError
 from trainer.sections import (
+    PARTIAL_METHODS,
     RANKED_METHODS,
     Config,
     DataConfig,
@@ -155,12 +156,8 @@ def _disagreements(section: Any) -> Iterable[str]:
             yield "[train] nesterov needs momentum above 0"
         case DataConfig(size=size, set=name) if size and name != "folder":
             yield "[data] size is for set folder only"
-        case UpdateConfig(method=method) if (
-            section.budget and method not in RANKED_METHODS
-        ):
-            yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
-        case UpdateConfig(method="fu" | "pruning", dense="freeze" | "budget"):
-            yield "[update] dense other than train is for methods that select only"
+        case UpdateConfig():
+            yield from _update_disagreements(section)
         case RunConfig(name=name) if not name or Path(name).name != name:
             yield f"[run] name should be a plain folder name, found {name!r}"
         case DataConfig(set=name, factory=own) if bool(name) == bool(own):
@@ -171,6 +168,20 @@ def _disagreements(section: Any) -> Iterable[str]:
             from trainer.models import option_problems  # late: it brings torch
 
             yield from option_problems(section.name, section.options)
+
+
+def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
+    if section.budget and section.method not in RANKED_METHODS:
+        yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
+    if section.dense != "train" and section.method not in PARTIAL_METHODS:
+        yield "[update] dense other than train is for methods that select only"
+    if section.chain == "shadow" and section.method not in PARTIAL_METHODS:
+        yield "[update] chain shadow is for methods that select only"
+    if section.chain == "shadow" and section.budget:
+        yield (
+            "[update] chain shadow cannot keep a budget: when it is deployed, a patch "
+            "holds the changes of several rounds; choose deployed"
+        )
 
 
 def _unknown(found: Iterable[str], known: Iterable[str], form: str) -> Iterable[str]:

@@ -4,14 +4,16 @@
 
     runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz
     runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
-                          metrics.jsonl
+                          metrics.jsonl; shadow.safetensors where there is one
 
 A folder is written under a temporary name and renamed: it is complete or absent.
 Fingerprints and the network's identity are computed here, from the bytes written. One
-process writes to a run at a time.
+process trains a run at a time (:func:`alone`).
 """
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_runtime.errors import TrainingError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.init import InitRecipe, read_recipe, write_recipe
 from edge_runtime.weights import (
     FILE_NAME,
@@ -36,6 +38,7 @@ from edge_runtime.weights import (
     fingerprint_chunks,
     model_id,
     pack_weights,
+    read_weights,
     write_weights,
 )
 from trainer.graph_check import GRAPH_NAME, OUTPUT_TOLERANCE
@@ -50,6 +53,7 @@ from trainer.record import (
 from trainer.tensors import check_fit
 
 MODEL_NAME = "model"
+SHADOW_NAME = "shadow.safetensors"
 
 
 def make_contract(
@@ -143,6 +147,7 @@ def write_round(
     weights: Weights,
     masks: Mapping[str, Tensor],
     epochs: Sequence[Mapping[str, Any]],
+    shadow: Weights | None = None,
 ) -> RoundRecord:
     """Write a round folder and return its record as written.
 
@@ -153,6 +158,7 @@ def write_round(
         masks: For each selectable tensor, in its shape, what was selected. Tensors
             without a mask are the dense part.
         epochs: What happened in each epoch, one line of ``metrics.jsonl`` each.
+        shadow: Weights that no device gets yet, and that the next round trains on.
 
     Raises:
         TrainingError: Weights, masks or record do not fit the run or each other, or
@@ -182,9 +188,47 @@ def write_round(
     with _written_once(_round_folder(run_dir, record.round)) as folder:
         write_weights(weights, folder / FILE_NAME)
         write_weights(_packed(masks), folder / "selection.safetensors")
+        if shadow:
+            write_weights(shadow, folder / SHADOW_NAME)
         (folder / "metrics.jsonl").write_text(lines)
         (folder / RECORD_NAME).write_text(text)
     return complete
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training the same run; the kernel lets go if we die.
+
+    Raises:
+        ConfigError: Another process is training it.
+        OSError: The folder cannot be made or opened.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ConfigError(
+                f"another process is training {run_dir}; wait for it, or choose "
+                "another run.name"
+            ) from err
+        yield
+    finally:
+        os.close(handle)
+        if not any(run_dir.iterdir()):
+            run_dir.rmdir()
+
+
+def read_shadow(folder: Path) -> Weights | None:
+    """Read the weights that a round trained unseen; None where it has none.
+
+    Raises:
+        OSError: They cannot be read.
+        WeightsError: They are malformed.
+    """
+    path = folder / SHADOW_NAME
+    return read_weights(path) if path.exists() else None
 
 
 def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:

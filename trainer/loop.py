@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from edge_runtime.errors import ConfigError
 from trainer import parallel
 from trainer.data import Samples, batches
 from trainer.sections import TrainConfig
@@ -16,6 +17,20 @@ from trainer.sections import TrainConfig
 # Of one evaluation batch: 1000 images of CIFAR's size, 27 of 224x224 pixels. What the
 # network holds on its way is a multiple of its input.
 EVALUATION_SAMPLES, EVALUATION_BYTES = 1000, 1 << 24
+
+
+def choose_device(name: str) -> torch.device:
+    """Return where to train: ``cpu``, ``cuda``, or what there is for ``auto``.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError(
+            'train.device is "cuda", but torch finds no GPU; choose "auto" or "cpu"'
+        )
+    return torch.device("cuda" if found and name != "cpu" else "cpu")
 
 
 def train_epoch(

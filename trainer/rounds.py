@@ -9,6 +9,7 @@ recipe, its number and the weights deployed before it, and on nothing else.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 from edge_runtime.errors import ConfigError
 from trainer.config import as_dict, make_config
 from trainer.data import DataSource
-from trainer.loop import cpu_settings
+from trainer.folder import alone
+from trainer.loop import choose_device, cpu_settings
 from trainer.methods import Pack
-from trainer.parallel import processes
+from trainer.parallel import is_first, processes
 from trainer.record import RoundRecord, list_rounds, read_round_record
-from trainer.run import Progress, Report, Run, choose_device
+from trainer.run import Progress, Report, Run
 from trainer.sections import PARTIAL_METHODS, Config
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
@@ -58,8 +60,8 @@ def run_rounds(
         The records of all the run's rounds, those found included.
 
     Raises:
-        ConfigError: The run folder was made with another recipe, or the data set is
-            too small for this one.
+        ConfigError: The run folder was made with another recipe, another process is
+            training it, or the data set is too small for this one.
         ExportError: The network cannot be deployed weight for weight.
         TrainingError: The loss is not finite, or the data set cannot be had.
         OSError: Files cannot be read or written.
@@ -70,11 +72,16 @@ def run_rounds(
             "for example packager.size.patch_size"
         )
     run_dir = Path(runs_dir) / config.run.name
-    records = _finished(run_dir, config, resume=resume)
-    if len(records) >= config.run.rounds:
-        return records
     device, threads = config.train.device, cpu_settings(config.train.threads)
-    with processes(choose_device(device)), threads, torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack:
+        if is_first():
+            stack.enter_context(alone(run_dir))
+        records = _finished(run_dir, config, resume=resume)
+        if len(records) >= config.run.rounds:
+            return records
+        stack.enter_context(processes(choose_device(device)))
+        stack.enter_context(threads)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         run = Run(config, run_dir, progress, new=not records, pack=pack, source=source)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)
@@ -140,14 +147,19 @@ def _must_reinitialise(
 ) -> bool:
     """Tell whether the next round starts from the init weights again.
 
-    A re-initialised model that was discarded does not count, so it stays due.
+    A re-initialised model that was discarded does not count, so it stays due; one
+    that is trained on unseen counts.
     """
     rule = config.update.reinit
     if rule == "never" or not records:
         return False
     if rule == "auto" and config.update.method not in PARTIAL_METHODS:
         return True
-    last = [r for r in records if r.round == 0 or r.reinitialised][-1]
+    shadow = config.update.chain == "shadow"
+    last = records[0]
+    for record in records[1:]:
+        if record.metrics["tried_reinit"] if shadow else record.reinitialised:
+            last = record
     if isinstance(rule, int):
         return len(records) - last.round >= rule
     return samples > 2 * last.samples

@@ -4,12 +4,11 @@
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,15 +22,15 @@ from trainer.deployment import (
     read_deployment,
     write_deployment,
 )
-from trainer.folder import write_round
-from trainer.loop import evaluate
+from trainer.folder import read_shadow, write_round
+from trainer.loop import choose_device, evaluate
 from trainer.methods import Masks, Pack, is_full, train_round
-from trainer.models import build_model
+from trainer.models import build_model, check_outputs
 from trainer.parallel import by_first, first_before_others
 from trainer.record import Outcome, RoundRecord
 from trainer.sections import PARTIAL_METHODS, Config
 from trainer.sources import load_source
-from trainer.tensors import load_weights
+from trainer.tensors import changed_elements, load_weights
 from trainer.training import RoundTraining
 
 
@@ -62,14 +61,18 @@ class _Trial:
 
     Attributes:
         training: How it went.
-        masks: What was selected.
+        parent: What devices would update from.
+        masks: What was selected, or has changed since the parent.
+        best: The best weights; what it started from where none are better.
         new: Weights to deploy; None where they are no better than what there is.
         test_best: Test accuracy of the best weights, deployed or not.
         epochs: The records of its epochs, with what it started from.
     """
 
     training: RoundTraining
+    parent: Weights
     masks: Masks
+    best: Weights
     new: Weights | None
     test_best: float
     epochs: Sequence[Mapping[str, Any]]
@@ -130,7 +133,7 @@ class Run:
         shape = self._source.input_shape
         model = build_model(self.config.model, shape, classes)
         if self.config.model.factory:
-            _check_outputs(model, shape, classes)
+            check_outputs(model, shape, classes)
         return model
 
     def train(
@@ -143,7 +146,8 @@ class Run:
             records: Of the rounds before it.
             reinitialise: Start from the init weights again, and keep the result only
                 if it validates no worse than what is deployed. Where it does not, a
-                partial method updates the deployed weights instead.
+                partial method updates the deployed weights instead, and with
+                ``update.chain = "shadow"`` later rounds go on with it unseen.
 
         Returns:
             The round's record, once its folder is complete.
@@ -152,33 +156,25 @@ class Run:
         folder = self.run_dir / f"round_{number - 1:02d}"
         deployed = read_weights(folder / FILE_NAME) if records else init
         before = records[-1].metrics["val_accuracy"] if records else 0.0
-        paper = update.chain == "paper"
-        floor = 0.0 if paper and reinitialise else before
-        trial = self._try(number, init if reinitialise else deployed, floor)
-        epochs, extra = trial.epochs, {}
-        if reinitialise and trial.new is None and update.method in PARTIAL_METHODS:
-            extra = {"val_reinit": trial.training.accuracy["best"]}
-            trial = self._try(number, deployed, before)
-            epochs = [*epochs, *trial.epochs]
+        fresh = init if reinitialise else read_shadow(folder)
+        trials = list(self._trials(number, deployed, before, fresh))
+        trial = trials[-1]
         target = trial.new or deployed
-        model = self.build().to(self.device)
-        load_weights(model, target)
-        start = trial.training.start if trial.new else deployed
+        start = trial.parent if trial.new else deployed
         metrics = {
-            "val_accuracy": evaluate(model, self._validation),
-            "test_accuracy": evaluate(model, self._test),
+            **self._measure(number, target),
             "test_best": trial.test_best,
             "tried_reinit": int(reinitialise),
             **{f"val_{k}": share for k, share in trial.training.accuracy.items()},
-            **extra,
             **_counts(start, target, trial.masks),
         }
+        if len(trials) > 1:
+            metrics["val_reinit"] = trials[0].training.accuracy["best"]
         if trial.new and self._pack and update.budget:
             metrics["patch_bytes"] = self._pack(start, target)
-        if not records:
-            self._write_deployment(model)
         everything = update.method == "fu" or is_full(self.config, number)
-        ratio = metrics["selected"] / metrics["weights"] if update.budget else None
+        counted = update.budget or trial.training.start is not trial.parent
+        ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
         record = RoundRecord(
             run=self.config.run.name,
             round=number,
@@ -186,42 +182,79 @@ class Run:
             outcome=Outcome.UPDATED if trial.new else Outcome.KEPT_BASE,
             parent=start.fingerprint,
             method="fu" if everything else update.method,
-            ratio=None if everything else ratio or update.ratio,
+            ratio=None if everything else ratio,
             reinitialised=bool(records) and trial.new is not None and start is init,
-            packable=not paper,
+            packable=update.chain != "paper",
             samples=self.split.size_at(number),
             metrics=metrics,
             seeds={"run": self.config.run.seed},
             config=as_dict(self.config),
         )
         masks = {**trial.masks, **trial.training.dense.masks()}
+        epochs = [epoch for one in trials for epoch in one.epochs]
+        unseen = len(trials) > 1 and update.chain == "shadow"
+        shadow = trials[0].best if unseen and trials[0].best is not init else None
         record = by_first(
-            lambda: write_round(self.run_dir, record, target, masks, epochs)
+            lambda: write_round(self.run_dir, record, target, masks, epochs, shadow)
         )
         self._report(number, "done", 2 * self.config.train.epochs, record)
         return record
 
-    def _try(self, number: int, start: Weights, floor: float) -> "_Trial":
+    def _trials(
+        self, number: int, deployed: Weights, before: float, fresh: Weights | None
+    ) -> Iterator[_Trial]:
+        """Train on from fresh weights, and from deployed ones where that falls short.
+
+        Args:
+            number: Of the round.
+            deployed: The deployed weights.
+            before: Their accuracy on validation.
+            fresh: The init weights, or what earlier rounds made of them unseen.
+        """
+        update = self.config.update
+        if fresh is not None:
+            floor = 0.0 if update.chain == "paper" else before
+            trial = self._try(number, fresh, floor, parent=self._deployment.init)
+            yield trial
+            if trial.new is not None or update.method not in PARTIAL_METHODS:
+                return
+        yield self._try(number, deployed, before, parent=deployed)
+
+    def _try(
+        self, number: int, start: Weights, floor: float, *, parent: Weights
+    ) -> _Trial:
         """Train from some weights; the result counts where it is no worse than floor.
 
         Equal weights are no result: there is nothing to send.
         """
-        from_init = start is self._deployment.init
         model = self.build().to(self.device)
         load_weights(model, start)
+        from_init = parent is self._deployment.init
         training = self._prepare(model, number, from_init=from_init)
         training.start = start
         masks = train_round(training, self.config, self._pack)
-        load_weights(model, training.best or start)
-        test_best = evaluate(model, self._test)
-        new = training.best
-        if new is not None and (
-            training.accuracy["best"] < floor or new.fingerprint == start.fingerprint
-        ):
+        best = training.best or start
+        load_weights(model, best)
+        new = best if training.accuracy["best"] >= floor else None
+        if best.fingerprint in (start.fingerprint, parent.fingerprint):
             new = None
-        origin = {"start": "init" if from_init else "deployed"}
-        epochs = [origin | epoch for epoch in training.epochs]
-        return _Trial(training, masks, new, test_best, epochs)
+        origin = "init" if from_init else "deployed"
+        if start is not parent:
+            origin, masks = "shadow", _with_changes(masks, parent, best)
+        epochs = [{"start": origin} | epoch for epoch in training.epochs]
+        test_best = evaluate(model, self._test)
+        return _Trial(training, parent, masks, best, new, test_best, epochs)
+
+    def _measure(self, number: int, target: Weights) -> dict[str, float]:
+        """Evaluate what is deployed after a round; round_00 decides the contract."""
+        model = self.build().to(self.device)
+        load_weights(model, target)
+        if not number:
+            self._write_deployment(model)
+        return {
+            "val_accuracy": evaluate(model, self._validation),
+            "test_accuracy": evaluate(model, self._test),
+        }
 
     def _prepare(
         self, model: nn.Module, number: int, *, from_init: bool
@@ -260,42 +293,20 @@ class Run:
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """Return where to train: ``cpu``, ``cuda``, or what there is for ``auto``.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ConfigError(
-            'train.device is "cuda", but torch finds no GPU; choose "auto" or "cpu"'
-        )
-    return torch.device("cuda" if found and name != "cpu" else "cpu")
-
-
-@torch.no_grad()
-def _check_outputs(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Refuse a network of your own that does not give one output a class."""
-    training = model.training
-    outputs = model.eval()(torch.zeros(2, *shape))
-    model.train(training)
-    found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs)
-    if found != (2, classes):
-        raise ConfigError(
-            f"the network gives {found} for two inputs of shape {shape}, expected "
-            f"{(2, classes)}: one logit for each of {classes} classes"
-        )
+def _with_changes(masks: Masks, parent: Weights, target: Weights) -> Masks:
+    """Return masks that also hold what has changed since the parent, as bits."""
+    changed = {name: changed_elements(parent, target, name) for name in masks}
+    return {
+        name: mask | torch.from_numpy(changed[name]).to(mask.device)
+        for name, mask in masks.items()
+    }
 
 
 def _counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:
     """Count selectable weights: all, selected, and changed (compared as bits)."""
-    changed = 0
-    for name in masks:
-        bits = np.dtype(f"u{start.layout.by_name[name].item_size}")
-        changed += int((start[name].view(bits) != target[name].view(bits)).sum())
+    changed = (changed_elements(start, target, name) for name in masks)
     return {
         "weights": sum(mask.numel() for mask in masks.values()),
         "selected": sum(int(mask.sum()) for mask in masks.values()),
-        "changed": changed,
+        "changed": sum(int(elements.sum()) for elements in changed),
     }

@@ -166,9 +166,11 @@ class UpdateConfig:
         default="partial",
     )
     chain: str = _key(
-        "what the next round starts from: deployed, or paper: a re-initialised model "
-        "goes on even where it is worse; for reproduction, cannot be packed",
-        _one_of("deployed", "paper"),
+        "what becomes of a re-initialised model that validates worse than the deployed "
+        "one; deployed: nothing, it is tried again in the next round; shadow: it is "
+        "trained on unseen and deployed once it is no worse; paper: the run goes on "
+        "with it, for reproduction; cannot be packed",
+        _one_of("deployed", "shadow", "paper"),
         default="deployed",
     )
     budget: str = _key(

@@ -159,6 +159,12 @@ def owners(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return groups
 
 
+def changed_elements(base: Weights, target: Weights, name: str) -> NDArray[np.bool_]:
+    """Return where a tensor differs, compared as bits, in its shape."""
+    bits = np.dtype(f"u{base.layout.by_name[name].item_size}")
+    return np.asarray(base[name].view(bits) != target[name].view(bits))
+
+
 def _array(tensor: Tensor) -> NDArray[Any]:
     """Return a tensor's bits; types that NumPy lacks come as unsigned integers."""
     raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -191,6 +193,83 @@ def test_a_discarded_re_initialisation_leaves_the_round_to_an_ordinary_update(co
         assert fourth.parent == record["target"]
 
 
+SHADOWED = config_of(run={"rounds": 6}, update={"chain": "shadow", "reinit": 3})
+
+
+@pytest.fixture(scope="module")
+def shadowed(tmp_path_factory):
+    """A run that re-initialises, falls short, and trains on unseen: runs, records."""
+    runs = tmp_path_factory.mktemp("shadowed")
+    return runs, run_rounds(SHADOWED, runs)
+
+
+def starts_of(runs, number):
+    lines = (runs / "tiny" / f"round_{number:02d}" / "metrics.jsonl").read_text()
+    return list(dict.fromkeys(json.loads(row)["start"] for row in lines.splitlines()))
+
+
+def shadow_of(runs, number):
+    return runs / "tiny" / f"round_{number:02d}" / "shadow.safetensors"
+
+
+def test_a_re_initialised_model_that_falls_short_is_trained_on_unseen(shadowed):
+    runs, records = shadowed
+    shares = [record.metrics["val_accuracy"] for record in records]
+    assert shares == sorted(shares)
+    seen = set()
+    for number, record in enumerate(records[1:], 1):
+        fresh = "shadow" if shadow_of(runs, number - 1).exists() else None
+        if record.metrics["tried_reinit"]:
+            fresh = "init"
+        starts = starts_of(runs, number)
+        if record.reinitialised:
+            assert starts == [fresh]
+            assert record.parent == records[0].parent
+        elif fresh:
+            assert starts == [fresh, "deployed"]
+            assert record.metrics["val_reinit"] < shares[number - 1]
+        else:
+            assert starts == ["deployed"]
+        kept = fresh is not None and not record.reinitialised
+        assert shadow_of(runs, number).exists() == kept
+        seen.add((fresh, record.reinitialised))
+    assert {("init", False), ("shadow", True)} <= seen
+
+
+def test_what_was_trained_unseen_is_packed_from_the_init_weights(shadowed):
+    runs, records = shadowed
+    (deployed,) = [r for r in records[1:] if starts_of(runs, r.round) == ["shadow"]]
+    found = read_round(runs / "tiny" / f"round_{deployed.round:02d}")
+    assert found.record.parent == records[0].parent
+    counts = deployed.metrics
+    assert counts["changed"] <= counts["selected"]
+    assert deployed.ratio == counts["selected"] / counts["weights"]
+    assert deployed.ratio > SHADOWED.update.ratio
+
+
+def test_resuming_goes_on_with_the_unseen_model(shadowed, tmp_path):
+    runs, records = shadowed
+    shutil.copytree(runs, tmp_path / "runs")
+    first = next(r.round for r in records if shadow_of(runs, r.round).exists())
+    for number in range(first + 1, len(records)):
+        shutil.rmtree(tmp_path / "runs" / "tiny" / f"round_{number:02d}")
+    run_rounds(SHADOWED, tmp_path / "runs")
+    assert contents(tmp_path / "runs") == contents(runs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "fu"}, "chain shadow is for methods that select only"),
+        ({"budget": "2KB"}, "chain shadow cannot keep a budget"),
+    ],
+)
+def test_unseen_training_is_refused_where_it_makes_no_sense(wrong, message):
+    with pytest.raises(ConfigError) as caught:
+        config_of(update={"chain": "shadow"} | wrong)
+    assert message in str(caught.value.problems)
+
+
 def test_the_papers_chain_goes_on_from_a_worse_model_and_cannot_be_packed(tmp_path):
     config = config_of(
         run={"rounds": 4},
@@ -244,6 +323,27 @@ def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
 def test_refuses_to_continue_when_told_not_to(copied):
     with pytest.raises(ConfigError, match="has 3 rounds already"):
         run_rounds(config_of(), copied, resume=False)
+
+
+def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from trainer.folder import alone\n"
+        "with alone(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(copied / "tiny")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another process is training"):
+            run_rounds(config_of(run={"rounds": 4}), copied)
+        other.kill()
+    assert len(run_rounds(config_of(run={"rounds": 4}), copied)) == 4
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="samples"):
+        run_rounds(config_of(data={"initial": 5000}), tmp_path)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_refuses_a_run_with_a_missing_round(copied):
