@@ -6,15 +6,13 @@ each file is remembered by the file's identity, over restarts too: what was refu
 tried again only when it is another file.
 """
 
-import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from edge_runtime.apply import check_model
 from edge_runtime.device import Device, UpdateResult
@@ -25,63 +23,33 @@ from edge_runtime.errors import (
     PatchError,
     StoreError,
 )
-from edge_runtime.header import KNOWN_CRITICAL, VERSION, PatchHeader
-from edge_runtime.notify import ping
+from edge_runtime.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.patch import open_patch
-from edge_runtime.report import Report
+from edge_runtime.report import ping, read_status, write_status
 from edge_runtime.route import Offer, Verdict, find_chain, judge
 from edge_runtime.state import State
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
-MAX_ATTEMPTS = 5  # times that applying one file may end the whole process
+HEARTBEAT_S = 600.0  # the status is written at least this often
+# The device is at fault, or nobody: what failed so is tried again.
+FAILURES = (StoreError, BackendError, OSError)
 
 
 @dataclass(slots=True)
 class Found:
-    """A patch file in the folder, and what became of it.
+    """What became of a patch file, as the status file keeps it.
 
     Attributes:
-        name: Of the file.
         identity: Inode, size and times: another file, or other content, has another.
         verdict: What was decided last.
         reason: Why.
         error: The kind of error for which this very file is refused for good.
-        attempts: How often applying it was begun and did not end.
-        offer: What it holds, once that was read; not kept over a restart.
     """
 
-    name: str
     identity: list[int]
     verdict: str = ""
     reason: str = ""
     error: str = ""
-    attempts: int = 0
-    offer: Offer | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the status file keeps of it."""
-        facts = asdict(self)
-        del facts["offer"]
-        return facts
-
-
-@contextmanager
-def only_agent(root: Path) -> Iterator[None]:
-    """Be the one agent of a store.
-
-    Raises:
-        StoreError: It has one already, or nothing is installed there.
-        OSError: The store cannot be locked.
-    """
-    Device.open(root)  # else a lock would be left where there is no store
-    with open(root / "agent.lock", "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise StoreError(
-                f"another agent is at work for {root}; stop it first"
-            ) from err
-        yield
 
 
 class Agent:
@@ -95,16 +63,18 @@ class Agent:
         self,
         open_device: Callable[[], Device],
         folder: Path,
-        report: Report,
+        log: Callable[..., None],
         *,
+        metrics: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare to watch.
+        """Prepare to watch; what the status file says is remembered.
 
         Args:
             open_device: Opens the device; called anew when the store has changed.
             folder: Where patches arrive.
-            report: Where to tell what it does.
+            log: Called with the name of an event and its facts.
+            metrics: A file for the textfile collector of Prometheus.
             clock: Seconds, to tell when to try again.
 
         Raises:
@@ -112,11 +82,15 @@ class Agent:
         """
         self.stopping = False
         self._open, self._device = open_device, open_device()
-        self._folder, self._report = folder, report
-        self._clock, self._retry_at = clock, math.inf
-        self._delay = self._last_delay = 0.0
-        self._view: object = None
-        files = report.record["files"].items()
+        self._folder, self._log, self._metrics = folder, log, metrics
+        self._clock, self._written_at = clock, -math.inf
+        self._failed, self._delay, self._retry_at = False, 0.0, math.inf
+        self._view: object = None  # what the last look saw; None: look in any case
+        status = read_status(self._device.store.root)
+        self._last_success = status.get("last_success", 0)
+        self._failing = status.get("failing", "")
+        self._basis = status.get("basis", [])
+        files = status.get("files", {}).items()
         self._files = {name: Found(**facts) for name, facts in files}
 
     @property
@@ -137,15 +111,25 @@ class Agent:
         ping()
         try:
             worked = self._look()
-            self._report.succeed(worked=worked)
-            if worked or self._report.is_old:
+            self._last_success = int(time.time())
+            if worked and self._failing:
+                self._failing = ""
+                self._log("recovered")
+            if worked or time.monotonic() - self._written_at >= HEARTBEAT_S:
                 self._publish()
-        except (StoreError, BackendError, OSError) as err:
-            self._retry_later()
-            self._report.fail(err)
+        except FAILURES as err:
+            self._failed = True
+            if self._failing != str(err):  # else it goes on, and was told
+                self._failing = str(err)
+                self._log("failed", error=type(err).__name__, reason=self._failing)
             with suppress(OSError):
                 self._publish()
             raise
+        finally:
+            if self._failed:
+                self._delay = min(max(2 * self._delay, BACKOFF_S), MAX_BACKOFF_S)
+                self._retry_at = self._clock() + self._delay
+                self._failed = False
 
     def _look(self) -> bool:
         last, self._view = self._view, None  # unknown, if the next line fails
@@ -153,14 +137,14 @@ class Agent:
         self._view = (seen, stamp)
         if self._view == last and self._clock() < self._retry_at:
             return False
-        self._retry_at = math.inf
-        self._last_delay, self._delay = self._delay, 0.0
         self._device = self._open()
-        self._recognise(seen)
-        held = self._apply_all()
-        for found in self._files.values():
-            if found.offer and not self.stopping:
-                self._settle(found, found.offer.header, held)
+        offers = self._recognise(seen)
+        held = self._apply_all(offers)
+        for offer in offers:
+            if not (self._files[offer.name].error or self.stopping):
+                self._decide(offer.name, *judge(self.state, offer.header, held))
+        if not self._failed:
+            self._delay, self._retry_at = 0.0, math.inf
         return True
 
     def _scan(self) -> dict[str, list[int]]:
@@ -178,128 +162,102 @@ class Agent:
                         seen[entry.name] = [s.st_ino, s.st_size, *times]
         return dict(sorted(seen.items()))
 
-    def _recognise(self, seen: dict[str, list[int]]) -> None:
-        """Open what is new, and forget what is gone."""
-        state, record = self.state, self._report.record
+    def _recognise(self, seen: dict[str, list[int]]) -> list[Offer]:
+        """Open what was not refused before, and forget what is gone."""
+        state = self.state
         # What a refusal depends on beside the file.
         basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
-        if basis != record["basis"]:
-            record["basis"], self._files = basis, {}
-        former, self._files = self._files, {}
+        if basis != self._basis:
+            self._basis, self._files = basis, {}
+        former, self._files, offers = self._files, {}, []
         for name, identity in seen.items():
-            found = former.get(name, Found(name, []))
+            found = former.get(name, Found([]))
             is_new = found.identity != identity
             if is_new:
                 # A file that grows goes on waiting, without another line in the log.
                 verdict = found.verdict if found.verdict == Verdict.WAITING else ""
-                found = Found(name, identity, verdict, found.reason)
+                found = Found(identity, verdict, found.reason)
             self._files[name] = found
-            if not (found.offer or found.error):
-                self._read(found, is_new=is_new)
+            if not found.error and (offer := self._read(name, is_new=is_new)):
+                offers.append(offer)
+        return offers
 
-    def _read(self, found: Found, *, is_new: bool) -> None:
-        path, state = self._folder / found.name, self.state
+    def _read(self, name: str, *, is_new: bool) -> Offer | None:
+        """Return what a file offers, unless it is refused, or cannot be read yet."""
         ping()
         try:
-            with open_patch(path, trust=state.trust) as patch:
-                check_model(patch, state.model)
-                found.offer = Offer(found.name, patch.size, patch.header)
-        except PatchError as err:
-            if is_new:
-                # The rest of it may still come: then the next look finds it changed.
-                self._retry_at = self._clock()
-                self._decide(found, Verdict.WAITING, "not a whole patch, or not yet")
-            else:
-                self._decide(found, Verdict.REFUSED, str(err), err)
-        except DpuError as err:
-            self._decide(found, Verdict.REFUSED, str(err), err)
+            with open_patch(self._folder / name, trust=self.state.trust) as patch:
+                check_model(patch, self.state.model)
+                return Offer(name, patch.size, patch.header)
         except OSError as err:
-            self._retry_later()
-            self._decide(found, Verdict.WAITING, str(err))
+            self._failed = True
+            self._decide(name, Verdict.WAITING, str(err))
+        except DpuError as err:
+            if isinstance(err, PatchError) and is_new:
+                # The rest of it may still come: then the next look finds it changed.
+                self._view = None
+                self._decide(name, Verdict.WAITING, "not a whole patch, or not yet")
+            else:
+                self._decide(name, Verdict.REFUSED, str(err), err)
+        return None
 
     # Deciding and applying ----------------------------------------------------------
 
-    def _apply_all(self) -> str:
+    def _apply_all(self, offers: list[Offer]) -> str:
         """Apply all that leads to the newest release; return why it is held, if so."""
         while not self.stopping:
-            found = self._files.values()
-            usable = [f.offer for f in found if f.offer and not f.error]
+            usable = [o for o in offers if not self._files[o.name].error]
             chain = find_chain(self.state, usable)
             if not chain:
                 break
             try:
-                self._apply(self._files[chain[0].name], chain[0].size)
+                self._apply(chain[0])
             except HeldError as err:
-                self._retry_later()
+                self._failed = True
                 return str(err)
         return ""
 
-    def _apply(self, found: Found, size: int) -> None:
-        found.attempts += 1
-        if found.attempts > MAX_ATTEMPTS:
-            text = f"the agent was ended {MAX_ATTEMPTS} times while it applied this"
-            self._decide(found, Verdict.REFUSED, text, StoreError())
-            return
-        # Written before, so that it counts. Not being able to tell is no hindrance.
-        with suppress(OSError):
-            self._publish()
+    def _apply(self, offer: Offer) -> None:
         ping()
         start = time.monotonic()
         try:
-            result = self._device.update(self._folder / found.name)
-        except (StoreError, BackendError, OSError, HeldError):
-            found.attempts = 0
+            result = self._device.update(self._folder / offer.name)
+        except (HeldError, *FAILURES):
             raise
         except DpuError as err:
-            self._decide(found, Verdict.REFUSED, str(err), err)
+            self._decide(offer.name, Verdict.REFUSED, str(err), err)
         else:
             if result is UpdateResult.APPLIED:
-                self._applied(found, size, round(time.monotonic() - start, 3))
-        found.attempts = 0
+                self._applied(offer, round(time.monotonic() - start, 3))
 
-    def _applied(self, found: Found, size: int, seconds: float) -> None:
+    def _applied(self, offer: Offer, seconds: float) -> None:
+        found, slot = self._files[offer.name], self.state.active_slot
         found.verdict, found.reason = Verdict.APPLIED, ""
-        self._report.counts["patches_applied_total"] += 1
-        slot = self.state.active_slot
-        facts = {"round": slot.round, "fingerprint": slot.target, "bytes": size}
-        self._report.log("applied", file=found.name, **facts, seconds=seconds)
-
-    def _settle(self, found: Found, header: PatchHeader, held: str) -> None:
-        """Say what becomes of a patch that is not applied now."""
-        verdict, reason = judge(self.state, header)
-        if verdict is Verdict.APPLIED:
-            found.verdict, found.reason = verdict, reason
-        elif not found.error:
-            if verdict is None:
-                verdict = Verdict.HELD if held else Verdict.WAITING
-                reason = held or (
-                    f"it leads from weights {header.parent[:12]}; nothing here "
-                    f"leads to them from round {self.state.active_slot.round}"
-                )
-            self._decide(found, verdict, reason)
+        facts = {"round": slot.round, "fingerprint": slot.target, "bytes": offer.size}
+        self._log("applied", file=offer.name, **facts, seconds=seconds)
 
     def _decide(
-        self, found: Found, verdict: Verdict, reason: str, error: DpuError | None = None
+        self, name: str, verdict: Verdict, reason: str, error: DpuError | None = None
     ) -> None:
         """Report a decision, unless it is the one that was made before."""
+        found = self._files[name]
         if (found.verdict, found.reason) == (verdict, reason):
             return
         found.verdict, found.reason = verdict, reason
-        facts = {"file": found.name, "reason": reason}
+        facts = {"file": name, "reason": reason}
         if error:
             found.error = facts["error"] = type(error).__name__
-            refused = self._report.counts["patches_refused_total"]
-            refused[found.error] = refused.get(found.error, 0) + 1
-        self._report.log(verdict, **facts)
-
-    # The rest -----------------------------------------------------------------------
-
-    def _retry_later(self) -> None:
-        self._delay = min(max(2 * self._last_delay, BACKOFF_S), MAX_BACKOFF_S)
-        self._retry_at = min(self._retry_at, self._clock() + self._delay)
+        if verdict is not Verdict.APPLIED:  # that is told when it happens
+            self._log(verdict, **facts)
 
     def _publish(self) -> None:
-        files = {name: found.facts() for name, found in self._files.items()}
-        self._report.record["files"] = files
-        self._report.publish(self.state)
+        record = {
+            "installed": self.state.summary(),
+            "last_success": self._last_success,
+            "failing": self._failing,
+            "basis": self._basis,
+            "files": {name: asdict(found) for name, found in self._files.items()},
+        }
+        write_status(self._device.store.root, record, self._metrics)
+        self._written_at = time.monotonic()

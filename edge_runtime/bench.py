@@ -9,13 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.contract import Contract
-from edge_runtime.infer import (
-    Backend,
-    Predictor,
-    RunOptions,
-    choose_backend,
-    make_session,
-)
+from edge_runtime.infer import Backend, Predictor, RunOptions
 
 MIN_CALLS = 20
 
@@ -44,14 +38,13 @@ def bench(
         process held until then, interpreter and imports included; ``raw``: the same
         latencies of ONNX Runtime's own ``run`` with prepared values, its calls and ours
         made in turn, with what ours take longer (the median difference of neighbours,
-        and that beside its median as a ratio), or None without ONNX Runtime.
+        and that beside its median as a ratio), or None where NumPy computes.
 
     Raises:
         StoreError: The slot cannot be loaded.
         BackendError: The backend is not installed, or cannot run this graph.
         ContractError: The inputs do not fit.
     """
-    options = options or RunOptions()
     start = time.perf_counter()
     predictor = Predictor(folder, contract, options)
     predictor.predict(inputs)
@@ -59,12 +52,9 @@ def bench(
     calls: list[Callable[[], Any]] = [lambda: predictor.predict(inputs)]
     _in_turn(calls, seconds / 10)
     memory = peak_memory()
-    if choose_backend(Backend.AUTO) is Backend.ONNXRUNTIME:
+    if predictor.backend is Backend.ONNXRUNTIME:
         # The predictor's own: two sessions of one model differ by more than we add.
-        session = predictor._session
-        if predictor.backend is not Backend.ONNXRUNTIME:
-            session = make_session(folder, Backend.ONNXRUNTIME, options)
-        feed = contract.prepare(inputs)
+        session, feed = predictor._session, contract.prepare(inputs)
         calls.append(lambda: session.run(None, feed))
     ours, *raw = _in_turn(calls, seconds)
     return {

@@ -1,25 +1,29 @@
 """``dpu-edge``: the device's command line."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime import cli_agent, cli_infer, cli_proof
+from edge_runtime import cli_agent, cli_infer
 from edge_runtime.command import (
     CONTEXT,
     EXIT_CODE_HELP,
+    Answer,
     Group,
     emit,
     json_option,
+    on_device,
     progress,
+    say,
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError
 
+if TYPE_CHECKING:
+    from edge_runtime.device import Device
+
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 _settings = CONTEXT | {"show_default": True}
 
 
@@ -72,9 +76,8 @@ def init(
     as_json: bool,
 ) -> None:
     """Install a model from a bundle into an empty store."""
+    from edge_runtime import Device, trust_keys
     from edge_runtime.bundle import carried_trust
-    from edge_runtime.device import Device
-    from edge_runtime.signing import trust_keys
 
     if carried and keys:
         raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
@@ -134,15 +137,13 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
 
 
 @main.command()
-@json_option
-@click.pass_obj
-def status(root: Path, *, as_json: bool) -> None:
+@on_device
+def status(device: "Device") -> Answer:
     """Show what is installed and how it got here."""
-    from edge_runtime.device import Device
     from edge_runtime.report import read_status, status_lines
 
-    record = Device.open(root).status()
-    agent = read_status(root)
+    record = device.status()
+    agent = read_status(device.store.root)
     record |= {"agent": agent} if agent else {}
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
@@ -166,7 +167,7 @@ def status(root: Path, *, as_json: bool) -> None:
             for e in record["history"]
         ),
     ]
-    emit(record, as_json=as_json, text="\n".join(lines))
+    return record, "\n".join(lines)
 
 
 @main.command()
@@ -175,80 +176,94 @@ def status(root: Path, *, as_json: bool) -> None:
     metavar="SHA256|FILE",
     help="Compare with this fingerprint, or with that of a weight file.",
 )
-@json_option
-@click.pass_obj
-def verify(root: Path, expect: str | None, *, as_json: bool) -> None:
+@on_device
+def verify(device: "Device", expect: str | None) -> Answer:
     """Check by SHA-256 that the weights on disk are the right ones."""
-    from edge_runtime.device import Device
+    from edge_runtime import fingerprint_file
 
-    device = Device.open(root)
-    fingerprint = device.verify()
+    found, number = device.verify(), device.store.state.active_slot.round
     if expect is not None:
-        _compare(fingerprint, expect)
-    emit(
-        {"fingerprint": fingerprint, "round": device.store.state.active_slot.round},
-        as_json=as_json,
-        text=f"{fingerprint}  round {device.store.state.active_slot.round}  verified",
-    )
-
-
-def _compare(fingerprint: str, expect: str) -> None:
-    from edge_runtime.weights import fingerprint_file
-
-    wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
-    if len(wanted) != 64:
-        raise click.BadParameter(
-            f"{expect!r} is neither a weight file nor a SHA-256 in 64 hex digits",
-            param_hint="--expect",
-        )
-    if wanted != fingerprint:
-        raise VerificationError(
-            f"this device runs {fingerprint}, expected {wanted}",
-            expected=wanted,
-            actual=fingerprint,
-        )
+        wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
+        if len(wanted) != 64:
+            raise click.BadParameter(
+                f"{expect!r} is neither a weight file nor a SHA-256 in 64 hex digits",
+                param_hint="--expect",
+            )
+        if wanted != found:
+            raise VerificationError(
+                f"this device runs {found}, expected {wanted}",
+                expected=wanted,
+                actual=found,
+            )
+    record = {"fingerprint": found, "round": number}
+    return record, f"{found}  round {number}  verified"
 
 
 @main.command()
 @click.option(
     "--to",
-    "round_",
     metavar="ROUND",
     type=int,
     help="A round that 'status' calls within reach.  [default: the one before]",
 )
-@json_option
-@click.pass_obj
-def rollback(root: Path, round_: int | None, *, as_json: bool) -> None:
+@on_device
+def rollback(device: "Device", to: int | None) -> Answer:
     """Go back to earlier weights. Newer releases stay welcome, older ones do not."""
-    from edge_runtime.device import Device
-
-    device = Device.open(root)
-    slot = device.rollback(round_)
-    emit(
-        device.status(),
-        as_json=as_json,
-        text=f"rolled back to round {slot.round} ({slot.target[:12]})",
-    )
+    slot = device.rollback(to)
+    return device.status(), f"rolled back to round {slot.round} ({slot.target[:12]})"
 
 
 @main.command()
 @click.option("--off", is_flag=True, help="Allow updates again.")
-@json_option
-@click.pass_obj
-def pin(root: Path, *, off: bool, as_json: bool) -> None:
+@on_device
+def pin(device: "Device", *, off: bool) -> Answer:
     """Hold updates back, or allow them again. A rollback works all the same."""
-    from edge_runtime.device import Device
-
-    device = Device.open(root)
     device.pin(held=not off)
     text = "updates are allowed" if off else "pinned: updates are held back"
-    emit(device.status(), as_json=as_json, text=text)
+    return device.status(), text
+
+
+@main.command()
+@click.option("--nonce", required=True, help="What the server asks with.")
+@click.option("--tensors", is_flag=True, help="Give the SHA-256 of each tensor too.")
+@click.option("--json", is_flag=True, expose_value=False, help="Errors as JSON too.")
+@click.pass_obj
+def proof(root: Path, *, nonce: str, tensors: bool) -> None:
+    """Prove to the server which weights are on this disk and in live predictors.
+
+    The proof is one JSON object on standard output, signed if this device has a key
+    ('dpu-edge device-key'); 'dpu-patch check-proof' on the server judges it.
+    """
+    from edge_runtime import Store
+    from edge_runtime.proof import KEY_NAME, make_proof
+
+    if not nonce:
+        raise click.BadParameter("the nonce is empty", param_hint="--nonce")
+    print(make_proof(Store.open(root), nonce, tensors=tensors).decode())
+    if not (root / KEY_NAME).exists():
+        say("not signed: make a key with 'dpu-edge device-key'")
+
+
+@main.command("device-key")
+@on_device
+def device_key(device: "Device") -> Answer:
+    """Print the public half of this device's key, which is made at first.
+
+    The server keeps it and checks proofs with it. The private half stays in
+    STORE/device.key; a card that is copied copies it too.
+    """
+    from edge_runtime import proof as proofs
+    from edge_runtime.signing import key_id
+
+    key, path = proofs.device_key(device.store), device.store.root / proofs.KEY_NAME
+    name, text = key_id(proofs.public_key(key)), proofs.encode_public(key).decode()
+    say(f"key {name}; its private half is in {path}")
+    record = {"key_id": name, "public": text.strip(), "private_file": str(path)}
+    return record, text.strip()
 
 
 for _command in (
     *(cli_infer.infer, cli_infer.bench),
     *(cli_agent.agent, cli_agent.service),
-    *(cli_proof.proof, cli_proof.device_key),
 ):
     main.add_command(_command)

@@ -16,8 +16,7 @@ import click
 
 from edge_runtime.command import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
-from edge_runtime.notify import ping, tell
-from edge_runtime.report import Report
+from edge_runtime.report import ping, tell
 from edge_runtime.state import utc
 
 if TYPE_CHECKING:
@@ -56,13 +55,15 @@ def agent(
     Says one line a decision on standard error, and nothing while nothing changes.
     Refused patches are logged and are no failure of this command.
     """
-    from edge_runtime.agent import Agent, only_agent
+    from edge_runtime.agent import Agent
     from edge_runtime.device import Device
+    from edge_runtime.store import only_one
 
     log = _log_json if as_json else _log
-    with only_agent(root):
-        report = Report(log, root, metrics)
-        watcher = Agent(partial(Device.open, root), folder, report)
+    Device.open(root)  # else a lock would be left where there is no store
+    problem = f"another agent is at work for {root}; stop it first"
+    with only_one(open(root / "agent.lock", "ab"), problem):
+        watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
         if once:
             watcher.look()
         else:

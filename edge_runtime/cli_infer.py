@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import emit, json_option, say
+from edge_runtime.command import Answer, emit, json_option, on_device, say
 from edge_runtime.errors import ContractError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edge_runtime.contract import Contract, InputSpec
+    from edge_runtime.device import Device
     from edge_runtime.infer import RunOptions
 
 
@@ -118,16 +119,10 @@ def infer(  # noqa: PLR0913 - one for each option
 @click.command()
 @_run_options
 @click.option("--seconds", default=3.0, help="How long to measure.")
-@json_option
-@click.pass_obj
+@on_device
 def bench(
-    root: Path,
-    *,
-    batch: int,
-    options: "RunOptions",
-    seconds: float,
-    as_json: bool,
-) -> None:
+    device: "Device", *, batch: int, options: "RunOptions", seconds: float
+) -> Answer:
     """Measure load time, latency and memory on this device.
 
     With the active weights and golden inputs, beside ONNX Runtime alone.
@@ -135,16 +130,15 @@ def bench(
     import numpy as np
 
     from edge_runtime.bench import bench as measure
-    from edge_runtime.device import Device
     from edge_runtime.inputs import read_samples
 
-    store = Device.open(root).store
+    store = device.store
     spec = _only_input(store.contract)
     golden = read_samples([store.root / "model" / "golden.npz"], spec)
     inputs = np.stack([values for _, values in islice(cycle(golden), batch)])
     folder = store.slot_folder(store.state.active)
     result = measure(folder, store.contract, inputs, options, seconds=seconds)
-    emit(result, as_json=as_json, text="\n".join(_lines(result)))
+    return result, "\n".join(_lines(result))
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:

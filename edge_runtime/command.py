@@ -5,12 +5,14 @@ command prints exactly one object with a ``schema`` number; an error is one JSON
 on standard error. New exit codes may be added: treat an unknown one as a failure.
 """
 
+import functools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import EACCES, ENOSPC, EPERM
+from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from click.core import ParameterSource
 
 from edge_runtime import errors
 
+Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
 OK, BUG = 0, 1
 
@@ -86,6 +89,23 @@ def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
         text: The result for people.
     """
     print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
+
+
+def on_device(command: Callable[..., Answer]) -> Any:
+    """Give a command the installed device, and print what it answers.
+
+    To be the innermost decorator: it adds ``--json`` and takes the store's directory.
+    """
+
+    @functools.wraps(command)
+    def run(root: Path, *, as_json: bool, **options: Any) -> None:
+        # Imported late: help and wrong use are answered at once on a small board.
+        from edge_runtime.device import Device
+
+        record, text = command(Device.open(root), **options)
+        emit(record, as_json=as_json, text=text)
+
+    return json_option(click.pass_obj(run))
 
 
 def progress(text: str) -> None:

@@ -33,14 +33,13 @@ from edge_runtime.infer import RunOptions
 from edge_runtime.patch import Patch, open_patch
 from edge_runtime.signing import Trust
 from edge_runtime.slots import build_slot, retire
-from edge_runtime.state import Slot, admit
+from edge_runtime.state import MAX_TRIES, Slot, refusal
 from edge_runtime.store import Store
 from edge_runtime.trial import run_trial
 
 Trial = Callable[..., None]
 StrPath = str | PathLike[str]
 KEPT_SLOTS = 2
-MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 
 
 class UpdateResult(StrEnum):
@@ -102,7 +101,7 @@ class Device:
             trial: Called as :func:`edge_runtime.trial.run_trial`.
 
         Raises:
-            OSError: The bundle cannot be read.
+            OSError: The bundle cannot be read, or the disk is full or refuses.
             BundleError: The bundle is damaged or contradicts itself.
             TrustError: The trusted keys did not sign it.
             DpuError: Its patch is refused; nothing is installed then.
@@ -143,7 +142,7 @@ class Device:
             force: Try a release again that failed its trial before.
 
         Raises:
-            OSError: The patch cannot be read.
+            OSError: The patch cannot be read, or the disk is full or refuses.
             PatchError: The patch is at fault.
             WrongModelError: It is for another network.
             WrongParentError: It leads from weights that this device does not have.
@@ -166,7 +165,8 @@ class Device:
                 return UpdateResult.ALREADY_CURRENT
             # The active weights under a higher counter are a release too: left out, one
             # that was held back in between could be played later.
-            admit(state, header, force=force)
+            if error := refusal(state, header, force=force):
+                raise error
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
             self._try(self._slot_folder(patch), slot, patch.outputs)
@@ -185,6 +185,7 @@ class Device:
 
         Raises:
             StoreError: There is no way back to it, or it is damaged.
+            OSError: The disk is full or refuses.
         """
         with self.store.lock():
             state = self.store.state
@@ -206,7 +207,8 @@ class Device:
         """Hold every update back, or allow updates again; rollbacks are never held.
 
         Raises:
-            StoreError: The state cannot be written.
+            StoreError: Another process is writing.
+            OSError: The disk is full or refuses.
         """
         with self.store.lock():
             state, event = self.store.state, "pinned" if held else "unpinned"
@@ -244,21 +246,16 @@ class Device:
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
         # Counted before: a trial that takes the whole device down must count too.
         before = self.store.state
-        state = before.tried(slot.target)
+        self.store.commit(before.tried(slot.target))
         try:
-            if state.tries > MAX_TRIES:
-                raise TrialError(
-                    f"{MAX_TRIES} trials of round {slot.round} were cut off; it is "
-                    "refused until it is forced"
-                )
-            self.store.commit(state)
             self._trial(folder, self.store.root / "model", expected=outputs)
         except (BackendError, OSError):
             # The device is at fault: no try of the release, however often it happens.
             self.store.commit(before)
             raise
         except TrialError as err:
-            self.store.commit(self.store.state.skipping(slot, str(err)))
+            state = before.tried(slot.target, MAX_TRIES)
+            self.store.commit(state.noted("refused", slot, str(err)))
             raise
 
     def _activate(self, slot: Slot, event: str) -> None:
@@ -270,7 +267,7 @@ class Device:
             self._run_hooks("after-apply", event, slot)
         except HeldError as err:
             # The update counts all the same.
-            with suppress(StoreError):
+            with suppress(OSError):
                 self.store.commit(state.noted("hook failed", slot, str(err)))
 
     def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
@@ -316,21 +313,14 @@ class Device:
     def status(self) -> dict[str, Any]:
         """Return what is installed, as plain data."""
         state = self.store.state
-        active = state.active_slot
-        return {
+        return state.summary() | {
             "store": str(self.store.root),
-            "model": state.model,
-            "round": active.round,
-            "fingerprint": active.target,
-            "weights": str(self.store.slot_folder(active.target)),
+            "weights": str(self.store.slot_folder(state.active)),
             "weights_bytes": self.store.layout.file_size,
-            "release_counter": active.counter,
-            "release_floor": state.floor,
             "trusted_keys": list(state.trust.ids),
             "signatures_needed": state.trust.threshold if state.trust.keys else 0,
             "kept_rounds": [slot.round for slot in state.slots],
             "reachable_rounds": [slot.round for slot in state.reachable],
-            "pinned": state.pinned,
-            "skipped": list(state.skipped),
+            "skipped": state.skipped,
             "history": [asdict(event) for event in state.history],
         }

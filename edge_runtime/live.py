@@ -19,7 +19,7 @@ from contextlib import suppress
 from enum import StrEnum
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edge_runtime.state import utc
 from edge_runtime.store import GRAPH_NAME, Store
@@ -44,7 +44,7 @@ def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None
 
     Args:
         folder: The slot.
-        layout: Also hash the weight file's header and each tensor, in the same pass.
+        layout: Also hash the weight file's header and each tensor of it.
 
     Returns:
         ``fingerprint`` and ``graph`` (SHA-256); ``bytes``, ``device`` and ``inode`` of
@@ -52,38 +52,35 @@ def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None
         rename, a chmod); with a layout, ``header`` and ``tensors``. None if a file
         cannot be read.
     """
-    whole = hashlib.sha256()
-    found: dict[str, Any] = {}
     try:
         with open(folder / FILE_NAME, "rb") as file:
-
-            def piece(size: int) -> str:
-                digest = hashlib.sha256()
-                while size and (chunk := file.read(min(size, CHUNK_BYTES))):
-                    whole.update(chunk)
-                    digest.update(chunk)
-                    size -= len(chunk)
-                return digest.hexdigest()
-
-            if layout is not None:
-                found["header"] = piece(len(layout.header))
-                parts = {t.name: piece(t.stop - t.start) for t in layout.tensors}
-                found["tensors"] = parts
-            while chunk := file.read(CHUNK_BYTES):  # all, or what lies behind the last
-                whole.update(chunk)
+            whole, size = hashlib.file_digest(file, "sha256"), file.tell()
             status = os.fstat(file.fileno())  # of what was hashed, whatever its name
-            size = file.tell()
-        graph = fingerprint_file(folder / GRAPH_NAME)
+            found: dict[str, Any] = {
+                "fingerprint": whole.hexdigest(),
+                "graph": fingerprint_file(folder / GRAPH_NAME),
+                "bytes": size,
+                "device": status.st_dev,
+                "inode": status.st_ino,
+                "changed_ns": status.st_ctime_ns,
+            }
+            if layout is not None:
+                file.seek(0)
+                found["header"] = _piece(file, len(layout.header))
+                parts = {t.name: _piece(file, t.stop - t.start) for t in layout.tensors}
+                found["tensors"] = parts
     except OSError:
         return None
-    return found | {
-        "fingerprint": whole.hexdigest(),
-        "graph": graph,
-        "bytes": size,
-        "device": status.st_dev,
-        "inode": status.st_ino,
-        "changed_ns": status.st_ctime_ns,
-    }
+    return found
+
+
+def _piece(file: BinaryIO, size: int) -> str:
+    """Return the SHA-256 of a file's next bytes, of fewer where it ends before."""
+    digest = hashlib.sha256()
+    while size and (chunk := file.read(min(size, CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
 
 
 class Entry:

@@ -60,14 +60,9 @@ def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
         stamp, state = store.stamp(), store.reload()
         folder = store.slot_folder(state.active)
         live = [_live(store, entry) for entry in read_entries(store)]
-        facts = {
+        facts = state.summary() | {
             "schema": SCHEMA,
             "time": utc(),
-            "model": state.model,
-            "round": state.active_slot.round,
-            "fingerprint": state.active,
-            "release_counter": state.active_slot.counter,
-            "release_floor": state.floor,
             "disk": measure(folder, store.layout if tensors else None),
             "live": live,
             "untold": untold(store, {entry["pid"] for entry in live}),

@@ -1,95 +1,18 @@
-"""What the agent tells: a line for each decision, a status file, metrics."""
+"""What the agent tells: a status file, the same as metrics, and words for systemd."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+import os
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.route import Verdict
-from edge_runtime.state import State, utc
+from edge_runtime.state import utc
 
-SCHEMA = 2
-HEARTBEAT_S = 600.0  # the files are written at least this often
-_NOTHING: dict[str, Any] = {
-    "schema": SCHEMA,
-    "last_success": 0,
-    "failing": "",
-    "counts": {
-        "patches_applied_total": 0,
-        "patches_refused_total": {},
-        "failures_total": 0,
-    },
-    "basis": [],
-    "files": {},
-}
-
-
-class Report:
-    """Keeps account of what the agent does; counts go on after a restart.
-
-    Attributes:
-        log: Called with the name of an event and its facts.
-        record: The content of the status file.
-        counts: The part of it that only grows.
-    """
-
-    def __init__(
-        self, log: Callable[..., None], root: Path, metrics: Path | None = None
-    ) -> None:
-        """Read what an earlier agent left in the status file.
-
-        Args:
-            log: Called with the name of an event and its facts.
-            root: The store.
-            metrics: A file for the textfile collector of Prometheus.
-        """
-        self.log, self._status, self._metrics = log, _status_path(root), metrics
-        self._written_at = -HEARTBEAT_S
-        self.record = deepcopy(_NOTHING) | read_status(root)
-        self.counts = self.record["counts"]
-
-    def fail(self, error: Exception) -> None:
-        """Count a failure of disk or store; log it unless it goes on."""
-        self.counts["failures_total"] += 1
-        if self.record["failing"] != str(error):
-            self.record["failing"] = str(error)
-            self.log("failed", error=type(error).__name__, reason=str(error))
-
-    def succeed(self, *, worked: bool) -> None:
-        """Note that a look ended well; ``worked`` if it did more than look."""
-        self.record["last_success"] = int(time.time())
-        if worked and self.record["failing"]:
-            self.record["failing"] = ""
-            self.log("recovered")
-
-    @property
-    def is_old(self) -> bool:
-        """Whether the files are due to be written even without news."""
-        return time.monotonic() - self._written_at >= HEARTBEAT_S
-
-    def publish(self, state: State) -> None:
-        """Write status file and metrics.
-
-        Raises:
-            OSError: They cannot be written.
-        """
-        active = state.active_slot
-        self.record["installed"] = {
-            "round": active.round,
-            "fingerprint": active.target,
-            "model": state.model,
-            "release_floor": state.floor,
-            "pinned": state.pinned,
-        }
-        record = {"at": utc()} | self.record
-        _replace(self._status, json.dumps(record, indent=1) + "\n")
-        if self._metrics:
-            _replace(self._metrics, "\n".join(metric_lines(record)) + "\n")
-        self._written_at = time.monotonic()
+SCHEMA = 3
 
 
 def _status_path(root: Path) -> Path:
@@ -108,6 +31,30 @@ def read_status(root: Path) -> dict[str, Any]:
     return {}
 
 
+def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> None:
+    """Write a store's status file.
+
+    Args:
+        root: The store.
+        record: What it says; ``schema`` and time are added.
+        metrics: A file for the same, for the textfile collector of Prometheus.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    text = json.dumps({"schema": SCHEMA, "at": utc()} | record, indent=1)
+    _replace(_status_path(root), text + "\n")
+    if metrics:
+        _replace(metrics, "\n".join(metric_lines(record)) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # Whoever reads it sees the old file or the new one. A store collects *.part.
+    part = path.with_name(f".{path.name}.new")
+    part.write_text(text)
+    part.replace(path)
+
+
 def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a status file says, for people."""
     if not record:
@@ -122,29 +69,37 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
 
 def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a status file says, in the text format 0.0.4 of Prometheus."""
-    installed, counts = record["installed"], dict(record["counts"])
-    refused = counts.pop("patches_refused_total")
+    installed = record["installed"]
     verdicts = [file["verdict"] for file in record["files"].values()]
-    # Labels are digests and names of classes: nothing in them needs a backslash.
+    # Labels are digests and words of ours: nothing in them needs a backslash.
     labels = 'fingerprint="{fingerprint}",model="{model}"'.format(**installed)
     samples = {
         f"installed_info{{{labels}}}": 1,
         "round": installed["round"],
         "release_floor": installed["release_floor"],
         "pinned": int(installed["pinned"]),
-        "patches_waiting": sum(v in (Verdict.WAITING, Verdict.HELD) for v in verdicts),
+        "failing": int(bool(record["failing"])),
         "last_success_timestamp_seconds": record["last_success"],
-        **counts,
-        **{f'patches_refused_total{{reason="{k}"}}': n for k, n in refused.items()},
+        **{f'patches{{verdict="{v}"}}': verdicts.count(v) for v in Verdict},
     }
     for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield f"# TYPE dpu_edge_{name} {kind}"
+        yield f"# TYPE dpu_edge_{name} gauge"
         yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
 
 
-def _replace(path: Path, text: str) -> None:
-    # Whoever reads it sees the old file or the new one. A store collects *.part.
-    part = path.with_name(f".{path.name}.new")
-    part.write_text(text)
-    part.replace(path)
+def tell(*lines: str) -> None:
+    """Send messages such as ``READY=1`` to systemd, where it listens (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    # An abstract socket is written with @ for its leading zero byte.
+    address = address.replace("@", "\0", 1 if address[0] == "@" else 0)
+    # A manager that does not listen is no reason to leave the model out of date.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.connect(address)
+        out.sendall("\n".join(lines).encode())
+
+
+def ping() -> None:
+    """Tell the watchdog that there is progress; call it nowhere else."""
+    tell("WATCHDOG=1")

@@ -1,6 +1,6 @@
 """Which patches lead a device to the newest release. No I/O.
 
-The rules of admission are those of :func:`edge_runtime.state.admit`; here is only what
+The rules of admission are in :func:`edge_runtime.state.refusal`; here is only what
 follows from them for many patches at once, and one rule of the agent's own: a device
 that was rolled back is brought forward to newer releases only, never to the one that
 its owner went back from.
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
-from edge_runtime.errors import HeldError, TrustError
+from edge_runtime.errors import HeldError
 from edge_runtime.header import PatchHeader
-from edge_runtime.state import State, admit
+from edge_runtime.state import State, refusal
 
 
 class Verdict(StrEnum):
@@ -45,12 +45,16 @@ class Offer:
 _Way = tuple[int, int, tuple[Offer, ...]]
 
 
-def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
-    """Say what a store's state alone makes of a release.
+def judge(state: State, header: PatchHeader, held: str = "") -> tuple[Verdict, str]:
+    """Say what becomes of a patch that does not lead to the newest release now.
+
+    Args:
+        state: Of the store.
+        header: The patch's header.
+        held: Why the owner holds back what could be applied, if so.
 
     Returns:
-        Verdict and reason; no verdict where all that matters is whether patches lead
-        there.
+        Verdict and reason.
     """
     target, past = header.target, header.counter <= state.floor
     if (header.counter, target) == (state.floor, state.floor_target) and (
@@ -64,13 +68,17 @@ def judge(state: State, header: PatchHeader) -> tuple[Verdict | None, str]:
         event.target == target and event.event != "refused" for event in state.history
     ):
         return Verdict.APPLIED, ""
-    try:
-        admit(state, header)
-    except HeldError as err:
-        return Verdict.HELD, str(err)
-    except TrustError as err:
-        return Verdict.PASSED if past else Verdict.REFUSED, str(err)
-    return None, ""
+    error = refusal(state, header)
+    if isinstance(error, HeldError):
+        return Verdict.HELD, str(error)
+    if error:
+        return Verdict.PASSED if past else Verdict.REFUSED, str(error)
+    if held:
+        return Verdict.HELD, held
+    return Verdict.WAITING, (
+        f"it leads from weights {header.parent[:12]}; nothing here leads to them from "
+        f"round {state.active_slot.round}"
+    )
 
 
 def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
@@ -88,7 +96,7 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
     newest = start
     # Along a chain the counters increase: one pass in their order sees every chain.
     admitted = sorted(
-        (offer for offer in offers if _is_admitted(state, offer.header)),
+        (offer for offer in offers if not refusal(state, offer.header)),
         key=lambda offer: offer.header.counter,
     )
     for counter, release in groupby(admitted, lambda offer: offer.header.counter):
@@ -104,11 +112,3 @@ def find_chain(state: State, offers: Iterable[Offer]) -> list[Offer]:
             ways[target] = min(way, ways.get(target, way))
             newest = way if counter > state.floor else newest
     return list(newest[2])
-
-
-def _is_admitted(state: State, header: PatchHeader) -> bool:
-    try:
-        admit(state, header)
-    except (HeldError, TrustError):
-        return False
-    return True

@@ -49,7 +49,8 @@ def build_slot(
         WrongParentError: The store does not have the parent.
         PatchError: A patch contradicts itself or the layout.
         VerificationError: A result is not the promised one, and the parent is right.
-        StoreError: The parent is damaged, or the disk is full or refuses.
+        StoreError: The parent is damaged, or there is no room.
+        OSError: The disk refuses.
     """
     chunks = store.base(parent)
     for patch in patches:

@@ -15,7 +15,8 @@ from edge_runtime.header import PatchHeader
 from edge_runtime.signing import Trust
 
 SCHEMA = 1
-MAX_HISTORY = 100  # events kept, and skipped targets
+MAX_HISTORY = 100  # events kept, and targets whose tries are counted
+MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 MAX_FORMER = 8  # reverse patches kept
 
 
@@ -74,12 +75,12 @@ class State:
         slots: Kept copies, the active one first, then as they were left.
         trust: Whose signatures a patch needs. The keys themselves are here, so that
             they cannot be lost or exchanged apart from the floor.
-        skipped: Targets that failed their trial and are refused until forced.
         history: What happened, oldest first.
         former: Weights that reverse patches lead back to, the newest patch first.
         pinned: Whether updates are held back.
-        trying: The target whose trial was begun and has not ended.
-        tries: How often it was begun.
+        tries: How often the trial of a target was begun, without a good end so far; as
+            often as is allowed where it failed. From then on the target is refused
+            until it is forced.
     """
 
     model: str
@@ -89,17 +90,32 @@ class State:
     floor_target: str = ""
     slots: tuple[Slot, ...] = ()
     trust: Trust = field(default_factory=Trust)
-    skipped: tuple[str, ...] = ()
     history: tuple[Event, ...] = ()
     former: tuple[Slot, ...] = ()
     pinned: bool = False
-    trying: str = ""
-    tries: int = 0
+    tries: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The targets that are refused until they are forced."""
+        return [t for t, tries in self.tries.items() if tries >= MAX_TRIES]
 
     @property
     def active_slot(self) -> Slot:
         """The slot in use."""
         return next(slot for slot in self.slots if slot.target == self.active)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what statuses, metrics and proofs say of it, as plain data."""
+        slot = self.active_slot
+        return {
+            "model": self.model,
+            "round": slot.round,
+            "fingerprint": slot.target,
+            "release_counter": slot.counter,
+            "release_floor": self.floor,
+            "pinned": self.pinned,
+        }
 
     def slot(self, target: str) -> Slot | None:
         """Return the kept slot of these weights, if there is one."""
@@ -147,21 +163,13 @@ class State:
             floor_target=slot.target if raised else self.floor_target,
             slots=(slot, *others),
             former=tuple(link for link in self.former if link.target != slot.target),
-            skipped=tuple(t for t in self.skipped if t != slot.target),
-            trying="",
-            tries=0,
+            tries={t: n for t, n in self.tries.items() if t != slot.target},
         ).noted(event, slot)
 
-    def tried(self, target: str) -> "State":
-        """Return the state with one more try of a target."""
-        tries = self.tries + 1 if self.trying == target else 1
-        return replace(self, trying=target, tries=tries)
-
-    def skipping(self, slot: Slot, reason: str) -> "State":
-        """Return the state that refuses a slot's weights until they are forced."""
-        skipped = tuple(dict.fromkeys((*self.skipped, slot.target)))[-MAX_HISTORY:]
-        state = replace(self, skipped=skipped, trying="", tries=0)
-        return state.noted("refused", slot, reason)
+    def tried(self, target: str, times: int = 1) -> "State":
+        """Return the state with more tries of a target; the others' stay counted."""
+        tries = self.tries | {target: self.tries.get(target, 0) + times}
+        return replace(self, tries=dict(list(tries.items())[-MAX_HISTORY:]))
 
     def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
         """Return the state with one more event, of now, in its history."""
@@ -181,8 +189,10 @@ class State:
         return replace(state, former=tuple(useful[:MAX_FORMER]))
 
 
-def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
-    """Insist that a store may move to a patch's target.
+def refusal(
+    state: State, header: PatchHeader, *, force: bool = False
+) -> HeldError | TrustError | None:
+    """Say why a store may not move to a patch's target; None if it may.
 
     A counter must be above the floor, or equal to it with the same target (so that a
     device that rolled back can come forward again).
@@ -192,12 +202,12 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
         header: The patch's header.
         force: Admit a release that failed its trial before. Never lowers the floor.
 
-    Raises:
-        HeldError: The device is pinned.
-        TrustError: The release is older than one that was active, or failed its trial.
+    Returns:
+        A HeldError if the device is pinned; a TrustError if the release is older than
+        one that was active, or failed its trial.
     """
     if state.pinned:
-        raise HeldError(
+        return HeldError(
             f"this device is pinned to round {state.active_slot.round}; allow updates "
             "again with 'dpu-edge pin --off'"
         )
@@ -205,7 +215,7 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
         header.counter == state.floor and header.target != state.floor_target
     ):
         past = any(event.target == header.target for event in state.history)
-        raise TrustError(
+        return TrustError(
             f"round {header.round} has release counter {header.counter}, this device "
             f"has already been at {state.floor}"
             + ("; it is past that round" if past else "")
@@ -213,10 +223,12 @@ def admit(state: State, header: PatchHeader, *, force: bool = False) -> None:
             "new release with a higher counter"
         )
     if header.target in state.skipped and not force:
-        raise TrustError(
+        return TrustError(
             f"round {header.round} ({header.target[:12]}) failed its trial on this "
-            "device before; apply a newer round, or try again with --force"
+            f"device before, or was cut off in {MAX_TRIES} of them; apply a newer "
+            "round, or try again with --force"
         )
+    return None
 
 
 def encode_state(state: State) -> bytes:
@@ -251,7 +263,6 @@ def decode_state(data: bytes) -> State:
                 "slots": tuple(Slot(**entry) for entry in record["slots"]),
                 "former": tuple(Slot(**entry) for entry in record["former"]),
                 "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
-                "skipped": tuple(record["skipped"]),
                 "history": tuple(Event(**entry) for entry in record["history"]),
             }
         )

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_runtime.contract import Contract, parse_contract
 from edge_runtime.errors import StoreError, WrongParentError
@@ -47,6 +48,21 @@ from edge_runtime.weights import (
 
 GRAPH_NAME = "graph.onnx"
 _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
+
+
+@contextmanager
+def only_one(file: BinaryIO, problem: str) -> Iterator[None]:
+    """Hold the lock of an open file, which is closed in the end.
+
+    Raises:
+        StoreError: Another process holds it; ``problem`` says so.
+    """
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise StoreError(problem) from err
+        yield
 
 
 class Store:
@@ -228,17 +244,13 @@ class Store:
 
         Raises:
             StoreError: Another process is writing, or the state is damaged.
+            OSError: The disk is full or refuses.
         """
         if not self._state_path.exists():
             self.files.make_folder(self.root.absolute())
-        with self.files.open_lock(self.root / "lock") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as err:
-                raise StoreError(
-                    f"another process is updating {self.root}; try again when it is "
-                    "done"
-                ) from err
+        lock = self.files.open_lock(self.root / "lock")
+        problem = f"another process is updating {self.root}; try again when it is done"
+        with only_one(lock, problem):
             self._settle()
             try:
                 yield
@@ -259,39 +271,33 @@ class Store:
             The slot's folder, complete and durable.
 
         Raises:
-            StoreError: The disk is full or refuses.
+            OSError: The disk is full or refuses.
             DpuError: Whatever ``chunks`` raises.
         """
         folder = self.slot_folder(target)
         part = folder.with_name(folder.name + ".part")
-        try:
-            self.files.remove(folder)
-            self.files.remove(part)
-            self.files.mkdir(part)
-            self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
-            self.files.write(part / FILE_NAME, chunks)
-            self.files.sync_folder(part)
-            self.files.rename(part, folder)
-            self.files.sync_folder(folder.parent)
-        except OSError as err:
-            raise StoreError(f"cannot write a new slot: {err}") from err
+        self.files.remove(folder)
+        self.files.remove(part)
+        self.files.mkdir(part)
+        self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
+        self.files.write(part / FILE_NAME, chunks)
+        self.files.sync_folder(part)
+        self.files.rename(part, folder)
+        self.files.sync_folder(folder.parent)
         return folder
 
     def commit(self, state: State) -> None:
         """Replace ``state.json``: before this the old state holds, after it the new.
 
         Raises:
-            StoreError: The disk is full or refuses.
+            OSError: The disk is full or refuses.
         """
         data = encode_state(state)
-        try:
-            for path in (self._copy_path, self._state_path):
-                part = path.with_name(path.name + ".part")
-                self.files.write(part, [data])
-                self.files.rename(part, path)
-                self.files.sync_folder(self.root)
-        except OSError as err:
-            raise StoreError(f"cannot write {path}: {err}") from err
+        for path in (self._copy_path, self._state_path):
+            part = path.with_name(path.name + ".part")
+            self.files.write(part, [data])
+            self.files.rename(part, path)
+            self.files.sync_folder(self.root)
         self.state = state
 
     def _settle(self) -> None:

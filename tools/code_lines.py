@@ -52,23 +52,23 @@ RINGS = {
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1015,
+        1012,
         "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
         "answers with the active weights and moves to new ones",
-        370,
+        360,
         "bench follow infer inputs",
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        595,
-        "agent live notify proof report route",
+        508,
+        "agent live proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        725,
-        "__init__ __main__ cli cli_agent cli_infer cli_proof command errors",
+        700,
+        "__init__ __main__ cli cli_agent cli_infer command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),
 }

@@ -146,7 +146,7 @@ def set_clock_back(folder):
     days = iter(range(20_000, 0, -1))
     steps = install, *LIFE, *TROUBLE
     folder.mkdir()
-    with mock.patch("time.gmtime", lambda: real_gmtime(86_400 * next(days))):
+    with mock.patch("time.gmtime", lambda _: real_gmtime(86_400 * next(days))):
         device = live(folder, *steps)
     times = [event.at for event in device.store.state.history]
     return {"steps": len(steps), "bad": int(times != sorted(times, reverse=True))}

@@ -59,12 +59,12 @@ MUTANTS = {
     "no sync of model/": ("store", "        self.files.sync_folder(folder)\n", ""),
     "no sync of a slot's names": (
         "store",
-        "            self.files.sync_folder(part)\n",
+        "        self.files.sync_folder(part)\n",
         "",
     ),
     "no sync of slots/": (
         "store",
-        "            self.files.sync_folder(folder.parent)\n",
+        "        self.files.sync_folder(folder.parent)\n",
         "",
     ),
     "no sync of reverse/": (
@@ -79,14 +79,14 @@ MUTANTS = {
     ),
     "no sync after a commit": (
         "store",
-        "                self.files.sync_folder(self.root)\n        except",
-        "        except",
+        "            self.files.sync_folder(self.root)\n        self.state",
+        "        self.state",
     ),
     "the state is written in place": (
         "store",
         'part = path.with_name(path.name + ".part")\n'
-        "                self.files.write(part, [data])\n"
-        "                self.files.rename(part, path)",
+        "            self.files.write(part, [data])\n"
+        "            self.files.rename(part, path)",
         "self.files.write(path, [data])",
     ),
     "the copy is written after the state": (
@@ -127,8 +127,8 @@ MUTANTS = {
     ),
     "a try is not counted before the trial": (
         "device",
-        "            self.store.commit(state)\n            self._trial",
-        "            self._trial",
+        "        self.store.commit(before.tried(slot.target))\n",
+        "",
     ),
     "hooks run before the commit": (
         "device",
@@ -156,7 +156,7 @@ MUTANTS = {
         'replace(slot, parent=""), slot.counter > self.floor\n',
         'replace(slot, parent=""), True\n',
     ),
-    "no lock": ("store", "fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    "no lock": ("store", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     "the state is not read again under the lock": (
         "store",
         "state = self.reload()\n",

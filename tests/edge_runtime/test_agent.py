@@ -10,11 +10,12 @@ import pytest
 
 from edge_runtime import Device
 from edge_runtime import agent as module
-from edge_runtime.agent import BACKOFF_S, MAX_ATTEMPTS, MAX_BACKOFF_S, Agent
+from edge_runtime.agent import BACKOFF_S, MAX_BACKOFF_S, Agent
 from edge_runtime.errors import BackendError, StoreError, TrialError
 from edge_runtime.header import HEADER_BYTES, encode_header, parse_header
-from edge_runtime.report import Report, metric_lines
+from edge_runtime.report import metric_lines, read_status
 from edge_runtime.signing import trust_keys
+from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import run_trial
 from packager.build import pack_round
 from packager.bundle import build_bundle
@@ -37,11 +38,11 @@ class Watch:
         self.reason = facts.get("reason", "")
 
     def start(self):
-        report = Report(self.log, self.root, self.prom)
         self.agent = Agent(
             lambda: Device.open(self.root, trial=lambda *a, **k: self.trial(*a, **k)),
             self.folder,
-            report,
+            self.log,
+            metrics=self.prom,
             clock=lambda: self.time,
         )
         return self
@@ -64,8 +65,10 @@ class Watch:
         return self.device.status()["round"]
 
     @property
-    def counts(self):
-        return json.loads(self.status.read_text())["counts"]
+    def errors(self):
+        """Why files are refused for good, as the status file says."""
+        found = read_status(self.root)["files"]
+        return {name: file["error"] for name, file in found.items() if file["error"]}
 
 
 @pytest.fixture
@@ -157,7 +160,7 @@ def test_a_download_is_waited_for_until_it_is_whole(watch):
     assert said == [("waiting", name(1))]
     watch.put(name(1), data)
     assert watch.look() == [("applied", name(1))]
-    assert watch.counts["patches_refused_total"] == {}
+    assert watch.errors == {}
 
 
 def test_a_download_into_a_file_of_full_size_is_waited_for(watch):
@@ -185,7 +188,7 @@ def test_a_bad_file_is_refused_once_and_looked_at_again_when_replaced(watch, dam
     assert watch.look() == []
     watch.put(name(1), data)
     assert watch.look() == [("applied", name(1))]
-    assert sum(watch.counts["patches_refused_total"].values()) == 1
+    assert watch.errors == {}
 
 
 def test_a_bad_file_does_not_hold_up_the_others(watch):
@@ -200,7 +203,7 @@ def test_a_patch_for_another_network_is_refused(watch, new_run):
     watch.put(name(1), pack_round(read_round(run.add(1))).data)
     assert watch.look() == [("refused", name(1))]
     assert "another network" in watch.reason
-    assert watch.counts["patches_refused_total"] == {"WrongModelError": 1}
+    assert watch.errors == {name(1): "WrongModelError"}
 
 
 # Trust and releases ----------------------------------------------------------------
@@ -219,7 +222,7 @@ def test_only_what_the_trusted_key_signed_is_applied(tmp_path):
     assert watch.look() == [("refused", "stranger.dpu"), ("refused", "unsigned.dpu")]
     watch.put("unsigned.dpu", sign_patch(patch, ours))
     assert watch.look() == [("applied", "unsigned.dpu")]
-    assert watch.counts["patches_refused_total"] == {"TrustError": 2}
+    assert watch.errors == {"stranger.dpu": "TrustError"}
 
 
 def test_a_replayed_release_is_passed(watch):
@@ -277,7 +280,7 @@ def test_a_signed_but_bad_model_is_tried_once_and_gone_around(watch):
     watch.put("0-2.dpu", world.patch(0, 2))
     assert ("applied", "0-2.dpu") in watch.look()
     assert watch.device.verify() == world.weights(2).fingerprint
-    assert watch.counts["patches_refused_total"] == {"TrialError": 1}
+    assert watch.errors == {name(1): "TrialError"}
 
 
 def test_a_device_without_a_runtime_tries_again_and_refuses_nothing(watch):
@@ -286,11 +289,11 @@ def test_a_device_without_a_runtime_tries_again_and_refuses_nothing(watch):
 
     watch.trial = no_runtime
     watch.put(name(1), world.patch(0, 1))
-    for _ in range(MAX_ATTEMPTS + 1):
+    for _ in range(MAX_TRIES + 1):
         with pytest.raises(BackendError):
             watch.look()
         watch.time += MAX_BACKOFF_S
-    assert watch.counts["patches_refused_total"] == {}
+    assert watch.errors == {}
     watch.trial = world.no_trial
     assert ("applied", name(1)) in watch.look()
 
@@ -302,7 +305,7 @@ def test_a_patch_with_a_wrong_result_is_staged_once(watch):
     body = other[HEADER_BYTES + 2 :]
     watch.put(name(1), encode_header(header, body) + b"\0\0" + body)
     assert watch.look() == [("refused", name(1))]
-    assert watch.counts["patches_refused_total"] == {"VerificationError": 1}
+    assert watch.errors == {name(1): "VerificationError"}
     watch.start()
     assert watch.look() == []
 
@@ -323,21 +326,20 @@ def test_a_real_model_that_computes_nan_is_rolled_back_by_itself(tmp_path, new_r
     assert watch.look() == []
 
 
-def test_an_update_that_ends_the_agent_every_time_is_given_up(watch, monkeypatch):
+def test_a_trial_that_ends_everything_each_time_is_given_up(watch):
     class KilledError(BaseException):
         pass
 
-    def kill(*_):
+    def kill(*_, **__):
         raise KilledError
 
+    watch.trial = kill
     watch.put(name(1), world.patch(0, 1))
-    with monkeypatch.context() as patched:
-        patched.setattr(Device, "update", kill)
-        for _ in range(MAX_ATTEMPTS):
-            with pytest.raises(KilledError):
-                watch.start().look()
+    for _ in range(MAX_TRIES):
+        with pytest.raises(KilledError):
+            watch.start().look()
     assert watch.start().look() == [("refused", name(1))]
-    assert "ended 5 times" in watch.reason
+    assert "cut off in 3 of them" in watch.reason
     assert watch.look() == []
 
 
@@ -371,10 +373,11 @@ def test_a_failure_is_said_once_and_so_is_its_end(watch):
             watch.look()
         said += watch.said
     assert said == [("failed", None)]
-    assert watch.counts["failures_total"] == 3
+    assert parse(watch.prom.read_text())[("dpu_edge_failing",)] == 1
     watch.folder.mkdir()
     watch.put(name(1), world.patch(0, 1))
     assert watch.look() == [("applied", name(1)), ("recovered", None)]
+    assert parse(watch.prom.read_text())[("dpu_edge_failing",)] == 0
 
 
 def test_a_store_in_use_is_tried_again_and_new_files_are_not_kept_waiting(watch):
@@ -447,7 +450,7 @@ def parse(text):
             _, _, metric, kind = line.split(" ")
             assert metric not in typed
             typed.add(metric)
-            assert kind == ("counter" if metric.endswith("_total") else "gauge")
+            assert kind == "gauge"
         else:
             sample, labels, value = SAMPLE.fullmatch(line).groups()
             assert sample == metric
@@ -472,29 +475,28 @@ def test_metrics_are_what_prometheus_reads(watch):
     info = ("fingerprint", weights), ("model", world.MODEL)
     assert samples[("dpu_edge_installed_info", *info)] == 1
     assert samples[("dpu_edge_round",)] == 1
-    assert samples[("dpu_edge_patches_applied_total",)] == 1
-    assert samples[("dpu_edge_patches_waiting",)] == 1
-    refused = ("dpu_edge_patches_refused_total", ("reason", "PatchFormatError"))
-    assert samples[refused] == 1
+    counts = {"applied": 1, "waiting": 1, "refused": 1, "held": 0, "passed": 0}
+    for verdict, number in counts.items():
+        assert samples[("dpu_edge_patches", ("verdict", verdict))] == number
     assert samples[("dpu_edge_last_success_timestamp_seconds",)] > 1.6e9
     assert not any(
         key[0].startswith("dpu_edge_pinned") and v for key, v in samples.items()
     )
 
 
-def test_counts_go_on_after_a_restart(watch):
-    for number in (1, 2):
-        watch.put(name(number), world.patch(number - 1, number))
-        watch.start().look()
-    assert watch.counts["patches_applied_total"] == 2
-    assert parse(watch.prom.read_text())[("dpu_edge_patches_applied_total",)] == 2
+def test_what_fails_is_remembered_over_a_restart(watch):
+    shutil.rmtree(watch.folder)
+    with pytest.raises(FileNotFoundError):
+        watch.look()
+    watch.folder.mkdir()
+    assert watch.start().look() == [("recovered", None)]
 
 
 def test_a_fresh_agent_has_metrics_of_every_name(watch):
     watch.look()
     record = json.loads(watch.status.read_text())
     names = {key[0] for key in parse("\n".join(metric_lines(record)) + "\n")}
-    assert len(names) == 8  # none refused yet: a counter without a sample
+    assert len(names) == 7
 
 
 def test_a_reader_never_sees_half_a_status_file(watch, monkeypatch):

@@ -15,9 +15,9 @@ import pytest
 
 from edge_runtime import Device
 from edge_runtime.cli import main
-from edge_runtime.device import MAX_TRIES
 from edge_runtime.errors import TrialError
-from edge_runtime.notify import tell
+from edge_runtime.report import tell
+from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import run_trial
 from packager.build import pack_round
 from packager.bundle import build_bundle

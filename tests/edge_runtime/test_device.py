@@ -12,7 +12,6 @@ import pytest
 
 from edge_runtime import Device, UpdateResult, fingerprint_file, read_weights
 from edge_runtime.contract import Contract
-from edge_runtime.device import MAX_TRIES
 from edge_runtime.errors import (
     BackendError,
     BundleError,
@@ -28,6 +27,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.header import PatchHeader
 from edge_runtime.infer import Predictor
+from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import judge, run_trial, try_slot
 from packager.archive import encode_bundle
 from packager.build import build_patch, pack_round
@@ -235,7 +235,7 @@ def test_a_disk_that_fills_up_changes_nothing(device, run, refused, place):
     slot = device.store.layout.file_size
     room = {"at the first byte": 0, "in the slot": slot - 1, "in the state": slot + 9}
     device.store.files = FullDisk(room[place])
-    refused(patch_of(run.path / "round_01"), StoreError, "No space left")
+    refused(patch_of(run.path / "round_01"), OSError, "No space left")
     device.store.files = Files()
     assert device.update(patch_of(run.path / "round_01")) is UpdateResult.APPLIED
 

@@ -16,7 +16,7 @@ from tools.code_lines import RINGS
 
 RUNTIME = Path(__file__).parents[2] / "edge_runtime"
 STANDARD_LIBRARY = (
-    "collections contextlib copy ctypes dataclasses enum errno fcntl functools gc "
+    "collections contextlib ctypes dataclasses enum errno fcntl functools gc "
     "hashlib importlib inspect io itertools json logging math os pathlib "
     "re shlex shutil signal socket struct subprocess sys tempfile threading "
     "time traceback types typing weakref zipfile zlib"

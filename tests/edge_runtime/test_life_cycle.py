@@ -7,10 +7,10 @@ import time
 import pytest
 
 from edge_runtime import Device, UpdateResult
-from edge_runtime.device import MAX_TRIES
-from edge_runtime.errors import HeldError, StoreError, TrialError, TrustError
+from edge_runtime.errors import HeldError, StoreError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.hooks import run_hooks
+from edge_runtime.state import MAX_TRIES
 from tests.crash import world
 
 
@@ -41,15 +41,14 @@ def crash(root):
 
 def test_a_model_that_takes_the_device_down_is_refused_in_the_end(device):
     root, patch = device.store.root, next_patch(device)
+    target = world.weights(1).fingerprint
     for tries in range(1, MAX_TRIES + 1):
         crash(root)
-        assert device.store.reload().tries == tries
-    with pytest.raises(TrialError, match="3 trials of round 1 were cut off"):
-        Device.open(root, trial=cut_off).update(patch)
-    with pytest.raises(TrustError, match="--force"):
+        assert device.store.reload().tries == {target: tries}
+    with pytest.raises(TrustError, match=r"cut off in 3 of them.* --force"):
         device.update(patch)
     assert device.status()["round"] == 0
-    assert device.status()["history"][-1]["event"] == "refused"
+    assert device.status()["skipped"] == [target]
     assert device.update(patch, force=True) is UpdateResult.APPLIED
 
 
@@ -58,17 +57,27 @@ def test_a_try_is_on_the_disk_before_the_trial_begins(device):
 
     def look(*_, **__):
         record = json.loads((device.store.root / "state.json").read_text())
-        seen.append((record["trying"], record["tries"]))
+        seen.append(record["tries"])
 
     Device.open(device.store.root, trial=look).update(next_patch(device))
-    assert seen == [(world.weights(1).fingerprint, 1)]
-    assert device.store.reload().tries == 0
+    assert seen == [{world.weights(1).fingerprint: 1}]
+    assert device.store.reload().tries == {}
 
 
 def test_another_release_starts_with_no_tries(device):
     for _ in range(MAX_TRIES):
         crash(device.store.root)
     assert device.update(world.patch(0, 2)) is UpdateResult.APPLIED
+
+
+def test_two_releases_that_take_turns_are_both_refused_in_the_end(device):
+    root, patches = device.store.root, [world.patch(0, 1), world.patch(0, 2)]
+    for patch in patches * MAX_TRIES:
+        with pytest.raises(PowerCutError):
+            Device.open(root, trial=cut_off).update(patch)
+    for patch in patches:
+        with pytest.raises(TrustError, match="--force"):
+            device.update(patch)
 
 
 def test_a_trial_that_the_system_cannot_start_is_no_try(device):
