@@ -175,8 +175,6 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
         yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
     if section.dense != "train" and section.method not in PARTIAL_METHODS:
         yield "[update] dense other than train is for methods that select only"
-    if section.chain == "shadow" and section.method not in PARTIAL_METHODS:
-        yield "[update] chain shadow is for methods that select only"
     if section.chain == "shadow" and section.budget:
         yield (
             "[update] chain shadow cannot keep a budget: when it is deployed, a patch "

@@ -150,12 +150,12 @@ def _must_reinitialise(
     A re-initialised model that was discarded does not count, so it stays due; one
     that is trained on unseen counts.
     """
-    rule = config.update.reinit
+    rule, partial = config.update.reinit, config.update.method in PARTIAL_METHODS
     if rule == "never" or not records:
         return False
-    if rule == "auto" and config.update.method not in PARTIAL_METHODS:
+    if rule == "auto" and not partial:
         return True
-    shadow = config.update.chain == "shadow"
+    shadow = partial and config.update.chain == "shadow"
     last = records[0]
     for record in records[1:]:
         if record.metrics["tried_reinit"] if shadow else record.reinitialised:

@@ -257,17 +257,16 @@ def test_resuming_goes_on_with_the_unseen_model(shadowed, tmp_path):
     assert contents(tmp_path / "runs") == contents(runs)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"method": "fu"}, "chain shadow is for methods that select only"),
-        ({"budget": "2KB"}, "chain shadow cannot keep a budget"),
-    ],
-)
-def test_unseen_training_is_refused_where_it_makes_no_sense(wrong, message):
+def test_unseen_training_is_refused_under_a_budget():
     with pytest.raises(ConfigError) as caught:
-        config_of(update={"chain": "shadow"} | wrong)
-    assert message in str(caught.value.problems)
+        config_of(update={"chain": "shadow", "budget": "2KB"})
+    assert "chain shadow cannot keep a budget" in str(caught.value.problems)
+
+
+def test_full_updating_keeps_nothing_unseen(tmp_path):
+    update = {"method": "fu", "chain": "shadow"}
+    run_rounds(config_of(update=update, train={"epochs": 1}), tmp_path)
+    assert not list(tmp_path.rglob("shadow.safetensors"))
 
 
 def test_the_papers_chain_goes_on_from_a_worse_model_and_cannot_be_packed(tmp_path):
