@@ -168,8 +168,8 @@ class UpdateConfig:
     chain: str = _key(
         "what becomes of a re-initialised model that validates worse than the deployed "
         "one; deployed: nothing, it is tried again in the next round; shadow: it is "
-        "trained on unseen and deployed once it is no worse (fu and pruning: as deployed); "
-        "paper: the run goes on with it, for reproduction; cannot be packed",
+        "trained on unseen and deployed once it is no worse (fu and pruning: as "
+        "deployed); paper: the run goes on with it, for reproduction; cannot be packed",
         _one_of("deployed", "shadow", "paper"),
         default="deployed",
     )
