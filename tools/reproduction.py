@@ -155,40 +155,61 @@ def table(network: str, comparisons: Sequence[Comparison]) -> Iterator[str]:
 
 
 def plot(results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]) -> str:
-    """Return an SVG: test accuracy after post-processing, round by round."""
-    curves = {key: monotone(rows) for key, rows in results.items()}
-    low = 5 * math.floor(min(min(curve) for curve in curves.values()) / 5)
-    last = max(1, max(len(curve) for curve in curves.values()) - 1)
+    """Return an SVG: difference to full updating after post-processing, by round.
 
-    def place(number: float, share: float) -> tuple[float, float]:
+    A run without full updating of its seed is left out. Where few values are far below
+    all others, their curves leave the picture at its lower edge.
+    """
+    curves = {
+        (method, seed): [
+            mine - full
+            for mine, full in zip(
+                monotone(rows), monotone(results["fu", seed]), strict=False
+            )
+        ]
+        for (method, seed), rows in results.items()
+        if ("fu", seed) in results
+    }
+    values = sorted(value for curve in curves.values() for value in curve)
+    low = math.floor(values[len(values) // 8]) if values else -1
+    high = max(1, math.ceil(values[-1])) if values else 1
+    last = max([1, *(len(curve) - 1 for curve in curves.values())])
+
+    def place(number: float, points: float) -> tuple[float, float]:
         x = MARGIN + number / last * (WIDTH - 4 * MARGIN)
-        return x, HEIGHT - MARGIN - (share - low) / (100 - low) * (HEIGHT - 2 * MARGIN)
+        share = (points - low) / (high - low)
+        return x, HEIGHT - MARGIN - share * (HEIGHT - 2 * MARGIN)
 
+    (left, bottom), (right, top) = place(0, low), place(last, high)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<clipPath id="inside"><rect x="{left}" y="{top}" width="{right - left}" '
+        f'height="{bottom - top}"/></clipPath>',
+        f'<text x="8" y="{MARGIN / 2}">points of test accuracy beside full updating'
+        "</text>",
     ]
-    for share in range(low, 101, 5):
-        (x, y), (end, _) = place(0, share), place(last, share)
-        parts.append(f'<path d="M{x:.1f} {y:.1f}H{end:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="8" y="{y + 4:.1f}">{share} %</text>')
+    step = max(1, (high - low) // 6)
+    for points in range(-(-low // step) * step, high + 1, step):
+        _, y = place(0, points)
+        parts.append(f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="20" y="{y + 4:.1f}">{points}</text>')
     for number in range(0, last + 1, max(1, last // 8)):
-        x, y = place(number, low)
-        parts.append(f'<text x="{x - 4:.1f}" y="{y + 18:.1f}">{number}</text>')
+        x, _ = place(number, low)
+        parts.append(f'<text x="{x - 4:.1f}" y="{bottom + 18:.1f}">{number}</text>')
     parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 8}">round</text>')
     for (method, _), curve in curves.items():
-        points = " ".join(
+        line = " ".join(
             f"{x:.1f},{y:.1f}" for x, y in (place(n, v) for n, v in enumerate(curve))
         )
-        colour = COLOURS[method]
         parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" '
-            'stroke-width="2"/>'
+            f'<polyline points="{line}" fill="none" stroke="{COLOURS[method]}" '
+            'stroke-width="2" clip-path="url(#inside)"/>'
         )
-    for line, method in enumerate(dict.fromkeys(method for method, _ in curves)):
+    for line_number, method in enumerate(dict.fromkeys(method for method, _ in curves)):
         parts.append(
-            f'<text x="{WIDTH - 3 * MARGIN + 12}" y="{MARGIN + 18 * line}" '
+            f'<text x="{WIDTH - 3 * MARGIN + 12}" y="{MARGIN + 18 * line_number}" '
             f'fill="{COLOURS[method]}">{method}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"

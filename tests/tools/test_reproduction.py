@@ -62,9 +62,15 @@ def test_a_smaller_protocol_says_that_it_is_one():
     assert "| +0.33 |" in lines[-1]
 
 
-def test_the_plot_is_well_formed_with_one_line_a_run():
+def test_the_plot_has_one_line_a_run_beside_full_updating_of_its_seed():
     root = ET.fromstring(plot(RESULTS))
-    assert len(root.findall("{*}polyline")) == len(RESULTS)
+    full, dpu = root.findall("{*}polyline")  # seed 2 has no full updating
+    heights = [point.split(",")[1] for point in full.get("points").split()]
+    assert len(set(heights)) == 1 and len(heights) == 3
+    lower, higher = (point.split(",")[1] for point in dpu.get("points").split())
+    assert float(lower) > float(heights[0]) > 0  # 10 points behind, downwards
+    assert float(higher) > float(heights[0])
+    assert float(higher) < float(lower)
 
 
 def test_the_papers_own_chain_is_a_row_beside_dpu(tmp_path):
