@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from os import PathLike
@@ -204,8 +204,9 @@ def alone(run_dir: Path) -> Iterator[None]:
         OSError: The folder cannot be made or opened.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
+        handle = os.open(run_dir, os.O_RDONLY)
+        stack.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
@@ -213,11 +214,14 @@ def alone(run_dir: Path) -> Iterator[None]:
                 f"another process is training {run_dir}; wait for it, or choose "
                 "another run.name"
             ) from err
+        # Not before it is ours: an empty folder may be another's first round.
+        stack.callback(_remove_if_empty, run_dir)
         yield
-    finally:
-        os.close(handle)
-        if not any(run_dir.iterdir()):
-            run_dir.rmdir()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def read_shadow(folder: Path) -> Weights | None:

@@ -13,6 +13,7 @@ from edge_runtime.init import read_recipe
 from edge_runtime.weights import read_weights
 from packager.rounds import read_round
 from trainer.config import as_dict, make_config
+from trainer.folder import alone
 from trainer.record import Outcome
 from trainer.rounds import as_reported, run_rounds
 
@@ -337,6 +338,15 @@ def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
             run_rounds(config_of(run={"rounds": 4}), copied)
         other.kill()
     assert len(run_rounds(config_of(run={"rounds": 4}), copied)) == 4
+
+
+def test_who_is_refused_leaves_the_others_empty_folder_alone(tmp_path):
+    with alone(tmp_path / "run"):  # in its first round: nothing is written yet
+        for _ in range(2):
+            refused = pytest.raises(ConfigError, match="another process")
+            with refused, alone(tmp_path / "run"):
+                pytest.fail("two train one run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
