@@ -236,9 +236,11 @@ def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
     none = np.zeros(0, np.int64)
     found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
     for run in patch.runs(layout):
+        low, high = run.positions[0], run.positions[-1]
         for tensor in layout.tensors:
-            if tensor.dtype == run.dtype:
-                first = tensor.start // tensor.item_size
+            first = tensor.start // tensor.item_size
+            inside = first <= high and low < first + tensor.size
+            if inside and tensor.dtype == run.dtype:
                 found[tensor.name] += _histogram(tensor, run.positions, first)
     return list(found.values())
 
