@@ -15,6 +15,7 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -83,13 +84,14 @@ def apply_chunks(
 
     Args:
         base: The base weight file in pieces of any size, header included. The memory
-            of writable ones is written to.
+            of writable ones is written to; neighbours must not share it.
         layout: The layout of both files.
         patch: An open patch.
 
     Yields:
         The target weight file, in pieces of at most ``CHUNK_BYTES``. A piece is to be
-        written, or copied, before the next one is asked for: its memory is used again.
+        written, or copied, before the next one is asked for, and is not to be changed:
+        its memory is used again, and another thread is hashing it.
 
     Raises:
         PatchFormatError: The base has another size than the layout says.
@@ -97,18 +99,9 @@ def apply_chunks(
             one. The caller must discard all pieces then.
     """
     digest = hashlib.sha256()
-    elements = _Lookahead(patch, layout)
-    start = 0
-    for window in _windows(base, layout.file_size):
-        elements.write_into(window, start)
-        start += len(window)
+    for window in _ahead(_patched(base, layout, patch)):
         digest.update(window)
         yield window
-    if start != layout.file_size:
-        raise PatchFormatError(
-            f"the base has {start} bytes, expected {layout.file_size}"
-        )
-    elements.finish()
     if digest.hexdigest() != patch.header.target:
         raise VerificationError(
             f"the result has fingerprint {digest.hexdigest()[:12]}, the patch promised "
@@ -118,28 +111,54 @@ def apply_chunks(
         )
 
 
+def _ahead(windows: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Make the next window in another thread while the caller has this one."""
+    with ThreadPoolExecutor(1) as worker:
+        future = worker.submit(next, windows, None)
+        while (window := future.result()) is not None:
+            future = worker.submit(next, windows, None)
+            yield window
+
+
+def _patched(
+    base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
+) -> Iterator[memoryview]:
+    elements = _Lookahead(patch, layout)
+    start = 0
+    for window in _windows(base, layout.file_size):
+        elements.write_into(window, start)
+        start += len(window)
+        yield window
+    if start != layout.file_size:
+        raise PatchFormatError(
+            f"the base has {start} bytes, expected {layout.file_size}"
+        )
+    elements.finish()
+
+
 def _windows(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
     """Cut a stream of ``size`` bytes into windows, so that no element lies in two.
 
     A window's length is a multiple of every item size, and the weight file aligns its
     tensors to their item size. A chunk that is such a window is not copied; all others
-    go through the same memory, as fresh memory costs as much as reading the file.
+    go through the same two buffers, as fresh memory costs as much as reading the file.
     """
-    window, filled, seen = memoryview(b""), 0, 0
+    window = other = memoryview(b"")
+    filled, seen = 0, 0
     for chunk in chunks:
         rest = memoryview(chunk)
         seen += rest.nbytes
         if not (filled or rest.readonly or (rest.nbytes % 8 and seen < size)):
             yield rest
             continue
-        window = window or memoryview(bytearray(CHUNK_BYTES))
         while rest.nbytes:
+            window = window or memoryview(bytearray(CHUNK_BYTES))
             part = rest[: CHUNK_BYTES - filled]
             window[filled : filled + len(part)] = part
             filled, rest = filled + len(part), rest[len(part) :]
             if filled == CHUNK_BYTES:
                 yield window
-                filled = 0
+                window, other, filled = other, window, 0
     if filled:
         yield window[:filled]
 

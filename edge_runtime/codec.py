@@ -66,13 +66,6 @@ def finenesses(largest: int) -> list[int]:
     return found
 
 
-def _length(symbol: int, fine: int) -> int:
-    """Return how many bits the numbers of a symbol have; 256 if it stands for none."""
-    width = max((symbol >> fine) - 1, 0)
-    top = symbol - (width << fine)
-    return top.bit_length() + width if width <= MAX_WIDTH else 256
-
-
 class NumberReader:
     """Decodes what :func:`encode_numbers` and :func:`encode_bits` wrote."""
 
@@ -93,13 +86,13 @@ class NumberReader:
         if fine > MAX_FINE:
             raise PatchFormatError(f"{fine} fine bits in the patch, at most {MAX_FINE}")
         # A symbol tells how many bits its number has; larger symbols have more.
-        fits = (one for one in range(255, -1, -1) if _length(one, fine) <= length)
-        largest = next(fits)
-        symbol = np.arange(largest + 1)
+        widest = min(length - 1 - fine, MAX_WIDTH)
+        past = (widest + 2) << fine if widest >= 0 else 1 << length
+        symbol = np.arange(min(past, 256))
         self._widths = np.maximum((symbol >> fine) - 1, 0)
         tops = symbol - (self._widths << fine) << self._widths
         self._tops = tops.astype(np.uint32) if length <= 32 else tops
-        self._literals = min(2 << fine, largest + 1)
+        self._literals = min(2 << fine, len(symbol))
         self._symbols, self._bits = symbols, BitReader(bits)
 
     def take(self, count: int) -> NDArray[Any]:
@@ -117,11 +110,12 @@ class NumberReader:
         return numbers
 
     def _decoded(self, symbols: NDArray[np.uint8]) -> NDArray[Any]:
+        at = symbols.astype(np.intp)  # once, for both tables
         try:
-            numbers: NDArray[Any] = self._tops.take(symbols)
+            numbers: NDArray[Any] = self._tops.take(at)
         except IndexError as err:
             raise PatchFormatError("a number in the patch is out of range") from err
-        numbers |= self._bits.take(self._widths.take(symbols))
+        numbers |= self._bits.take(self._widths.take(at))
         return numbers
 
     def finish(self) -> None:
@@ -163,8 +157,10 @@ class BitReader:
         Raises:
             PatchFormatError: The section ends early.
         """
-        starts = np.concatenate([[self._bit], widths]).cumsum()
-        stop, starts = int(starts[-1]), starts[:-1]
+        starts = widths.cumsum()
+        starts += self._bit
+        stop = int(starts[-1]) if starts.size else self._bit
+        starts -= widths
         need = (stop + 7) // 8
         data = self._byte + self._section.take(need - len(self._byte))
         self._bit = stop & 7

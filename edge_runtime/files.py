@@ -7,6 +7,7 @@ cut could leave behind.
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,13 @@ class Files:
         try:
             with open(path, "xb", opener=partial(os.open, mode=mode)) as file:
                 for chunk in chunks:
-                    file.write(chunk)
+                    at, size = file.tell(), file.write(chunk)
+                    if sys.platform == "linux":
+                        # There it begins to write what the disk does not have yet, and
+                        # keeps it in memory. Less is left to wait for in the end.
+                        os.posix_fadvise(
+                            file.fileno(), at, size, os.POSIX_FADV_DONTNEED
+                        )
                 file.flush()
                 self.sync(file.fileno())
         except OSError as err:

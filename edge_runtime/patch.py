@@ -10,12 +10,12 @@ acceptance.
 
 import hashlib
 import io
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -31,6 +31,8 @@ from edge_runtime.positions import (
     Positions,
     Run,
     encode_positions,
+    pack_run,
+    unpack_run,
 )
 from edge_runtime.sections import (
     COUNTS,
@@ -52,7 +54,7 @@ from edge_runtime.values import (
 )
 from edge_runtime.weights import DTYPES, Layout, Tensor, Weights
 
-KEPT_POSITIONS = 1 << 20  # up to so many are decoded once only
+KEPT_BYTES = 16 << 20  # of positions that are decoded once only
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class _Plan:
         totals: How much travels of each group and type.
         fine: The fineness of the gaps.
         forms: Of each group.
-        kept: The positions, where they have been decoded and are few.
+        kept: The positions, where they have been decoded and take little memory.
     """
 
     layout: Layout
@@ -86,7 +88,7 @@ class _Plan:
     totals: Mapping[tuple[int, str], int]
     fine: int
     forms: dict[int, Form]
-    kept: list[Run] | None = None
+    kept: list[tuple[Run, Any]] | None = None
 
 
 class Patch:
@@ -157,7 +159,9 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        return iter(plan.kept) if plan.kept is not None else self._decode(plan)
+        return (
+            self._decode(plan) if plan.kept is None else starmap(unpack_run, plan.kept)
+        )
 
     def check(self, layout: Layout) -> None:
         """Decode every position and look at every size, without any weight.
@@ -166,10 +170,13 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        runs = self._decode(plan)
-        if sum(self.counts) <= KEPT_POSITIONS:
-            plan.kept = list(runs)
-        deque(runs, maxlen=0)
+        kept, room = list[tuple[Run, Any]](), KEPT_BYTES
+        for run in self._decode(plan):
+            first, steps = pack_run(run)
+            room -= first.positions.nbytes + steps.nbytes
+            if room >= 0:
+                kept.append((first, steps))
+        plan.kept = kept if room >= 0 else None
         expected = Counter[int]()
         for (group, dtype), count in plan.totals.items():
             for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize):

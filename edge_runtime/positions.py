@@ -7,7 +7,7 @@ not depend on its size. FORMAT.md is the normative description.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from edge_runtime.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
+_LONG_RUN = 1 << 13  # positions
 
 Positions = Integers
 Mask = NDArray[np.bool_]
@@ -156,6 +157,26 @@ class Run(NamedTuple):
     dtype: str
     item_size: int
     positions: Positions
+
+
+def pack_run(run: Run) -> tuple[Run, NDArray[Any]]:
+    """Return a long run's first position, and the steps to the rest in little memory.
+
+    A short run is returned whole: packing it takes longer than decoding it again.
+    """
+    if len(run.positions) < _LONG_RUN:
+        return run, run.positions[:0]
+    steps = np.diff(run.positions)
+    first = run._replace(positions=run.positions[:1].copy())
+    return first, steps.astype(np.min_scalar_type(steps.max()))
+
+
+def unpack_run(first: Run, steps: NDArray[Any]) -> Run:
+    """Return the run that :func:`pack_run` took apart."""
+    if not steps.size:
+        return first
+    positions = np.concatenate([first.positions, steps], dtype=np.int64)
+    return first._replace(positions=positions.cumsum(out=positions))
 
 
 class PositionReader:

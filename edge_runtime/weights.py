@@ -318,11 +318,12 @@ def fingerprint_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def read_chunks(path: str | PathLike[str]) -> Iterator[memoryview]:
-    """Yield a file's bytes in chunks of bounded size, each in the same memory."""
-    chunk = np.empty(CHUNK_BYTES, np.uint8).data
+    """Yield a file's bytes in bounded chunks, every other one in the same memory."""
+    chunk, other = (np.empty(CHUNK_BYTES, np.uint8).data for _ in range(2))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(chunk):
             yield chunk[:size]
+            chunk, other = other, chunk
 
 
 def fingerprint_file(path: str | PathLike[str]) -> str:

@@ -47,12 +47,12 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1605,
+        1635,
         "apply codec header init patch positions sections signing values weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1012,
+        1018,
         "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(

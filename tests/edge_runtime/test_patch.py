@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import threading
 import tracemalloc
 
 import numpy as np
@@ -151,9 +152,9 @@ def test_framing_takes_at_most_250_bytes():
 
 
 def test_applying_needs_memory_that_does_not_grow_with_the_patch(monkeypatch):
-    monkeypatch.setattr(patch_module, "KEPT_POSITIONS", 1 << 14)
+    monkeypatch.setattr(patch_module, "KEPT_BYTES", 1 << 14)
     peaks = []
-    for rows in (300, 3000):
+    for rows in (600, 6000):
         base, target = trained((rows, 1000), 0.1)
         header = header_of(base, target)
         data = encode_patch(header, differences(base, target), base, target, level=3)
@@ -165,6 +166,13 @@ def test_applying_needs_memory_that_does_not_grow_with_the_patch(monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 16 << 20
+
+
+def test_a_dense_patch_is_applied_whether_or_not_its_positions_are_kept(monkeypatch):
+    base, target, data = make_patch([("<f4", (300, 1000))], 0.2)
+    for kept in (0, 16 << 20):
+        monkeypatch.setattr(patch_module, "KEPT_BYTES", kept)
+        assert apply_patch(base, open_patch(data)).data == target.data
 
 
 def test_the_same_update_gives_the_same_bytes():
@@ -179,16 +187,29 @@ def test_a_patch_is_read_from_a_file_as_from_bytes(tmp_path):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.integers(5000, 3 * CHUNK_BYTES), min_size=1, max_size=5))
-def test_the_base_may_arrive_in_pieces_of_any_size(sizes):
+@given(
+    st.lists(st.integers(5000, 3 * CHUNK_BYTES), min_size=1, max_size=5),
+    st.sampled_from([bytes, bytearray]),
+)
+def test_the_base_may_arrive_in_pieces_of_any_size(sizes, kind):
     base, target, data = make_patch([("<f8", (200_000,)), ("<f2", (500_001,))], 0.01)
     source, pieces = io.BytesIO(base.data), []
     while piece := source.read(sizes[len(pieces) % len(sizes)]):
-        pieces.append(piece)
+        pieces.append(kind(piece))
     patch = open_patch(data)
     # A piece is valid until the next one is asked for.
     found = b"".join(map(bytes, apply_chunks(pieces, base.layout, patch)))
     assert found == target.data
+
+
+def test_giving_up_half_way_leaves_no_thread_behind():
+    base, _, data = make_patch([("<f4", (1_000_000,))], 0.01)
+    before = threading.active_count()
+    chunks = apply_chunks([base.data], base.layout, open_patch(data))
+    next(chunks)
+    assert threading.active_count() > before
+    chunks.close()
+    assert threading.active_count() == before
 
 
 def test_a_base_of_another_size_is_refused():

@@ -12,7 +12,7 @@ from edge_runtime import positions
 from edge_runtime.codec import encode_bits, encode_numbers
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.patch import group_of
-from edge_runtime.positions import PositionReader
+from edge_runtime.positions import PositionReader, Run, pack_run, unpack_run
 from edge_runtime.sections import (
     COLUMNS,
     INDEX,
@@ -94,6 +94,18 @@ def read(index, tensors, counts):
                 found[tensor.name] = np.append(found[tensor.name], mine)
     assert sum(map(len, found.values())) == sum(len(run.positions) for run in runs)
     return [found[tensor.name] for tensor in tensors]
+
+
+@given(
+    st.lists(st.integers(1, 2**40), min_size=1, max_size=9),
+    st.integers(0, 2**50),
+    st.sampled_from([1, 20_000]),
+)
+def test_a_run_that_was_packed_is_the_same(steps, first, size):
+    some = first + np.cumsum(np.resize(ints(steps), size))
+    run = unpack_run(*pack_run(Run(0x80, "F32", 4, some)))
+    assert run.positions.dtype == some.dtype
+    assert run.positions.tolist() == some.tolist()
 
 
 def decoded(tensors):

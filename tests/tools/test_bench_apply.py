@@ -28,8 +28,8 @@ def test_time_and_memory_are_measured(row):
 
 
 def test_bars_are_missed_by_name():
-    good = Row("good", 9, 9, 1.4, 1.0, 9.0, 1.0, 0, 31 << 20)
-    slow = Row("slow", 9, 9, 1.6, 1.0, 1.0, 1.0, 0, 1)
+    good = Row("good", 9, 9, 9.0, 1.0, 1.4, 1.0, 0, 31 << 20)
+    slow = Row("slow", 9, 9, 1.0, 1.0, 1.6, 1.0, 0, 1)
     large = Row("large", 9, 9, 1.0, 1.0, 1.0, 1.0, 1, 34 << 20)
     assert list(good.missed()) == []
     assert list(slow.missed()) == ["slow: 1.60 of copying, bar 1.5"]
