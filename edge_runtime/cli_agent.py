@@ -121,6 +121,8 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
     options = agent.make_context("agent", list(arguments), parent=context).params
     if options["once"]:
         raise click.UsageError("a service runs on; --once is for cron and timers")
+    if not re.fullmatch(r"[\w.-]+", user, re.ASCII):
+        raise click.BadParameter(f"{user!r} is no user's name", param_hint="--user")
     folder, metrics = options["folder"], options["metrics"]
     for path in (root, folder, *filter(None, [metrics])):
         if not re.fullmatch(r"/[\w ./:=@+,-]*", str(path)):

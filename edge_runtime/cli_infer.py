@@ -101,6 +101,11 @@ def infer(  # noqa: PLR0913 - one for each option
     found = []
     for names, values in in_batches(read_samples(paths, spec), batch):
         outputs = predictor.predict(values)
+        if not np.isfinite(outputs).all():
+            raise ContractError(
+                f"{names[0]}: the model's answer is not finite; look for values that "
+                "are not, or that are too large"
+            )
         found.append(outputs)
         for name, row in zip(names, outputs.reshape(len(outputs), -1), strict=True):
             record = {"sample": len(records), "input": name, "round": number}
@@ -108,6 +113,8 @@ def infer(  # noqa: PLR0913 - one for each option
             records.append(record)
             if not as_json:
                 print(json.dumps(record), flush=True)
+    if not found:
+        raise ContractError("the inputs hold no sample; give at least one")
     if output is not None:
         np.save(output, np.concatenate(found))
         say(f"wrote {output}")

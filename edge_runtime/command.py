@@ -8,10 +8,14 @@ on standard error. New exit codes may be added: treat an unknown one as a failur
 import functools
 import json
 import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from errno import EACCES, ENOSPC, EPERM
+from contextlib import suppress
+from errno import EACCES, ENOSPC, EPERM, EROFS
+from io import TextIOWrapper
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -24,6 +28,9 @@ from edge_runtime import errors
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
 OK, BUG = 0, 1
+HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
+HINTS[ENOSPC] = "; make room and try again"
+HINTS[EROFS] = "; mount it for writing, or choose another place"
 
 # The first code that matches is an exception's; any other exception is a bug.
 EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
@@ -43,7 +50,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     7: errors.StoreError,
     8: errors.TrustError,
     9: errors.TrainingError,
-    10: OSError,
+    10: OSError | MemoryError,
     11: errors.BackendError,
     12: errors.HeldError,
     130: KeyboardInterrupt | click.Abort,
@@ -61,7 +68,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   7  the store is damaged, full or locked
   8  not trusted: unsigned, wrongly signed or replayed release
   9  training or export failed
- 10  the operating system refused (disk full, no permission)
+ 10  the operating system refused (disk full, no permission, no memory)
  11  no runtime on this device can run the model
  12  held back on this device: pinned, or a hook refused
 130  interrupted
@@ -136,12 +143,23 @@ class _CatchErrors:
         sys.stdin = sys.stdin or open(os.devnull)
         sys.stdout = sys.stdout or open(os.devnull, "w")
         sys.stderr = sys.stderr or open(os.devnull, "w")
+        # What a terminal's encoding lacks is spelled out; the work is done by then.
+        if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
         kwargs["standalone_mode"] = False
         try:
+            # Held back by edge_runtime.__main__ while there was no message to give.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            # An empty path would be this folder, where a shell variable was not set.
+            if unset := [a for a in args if not a or re.fullmatch("--[a-z-]+=", a)]:
+                raise click.UsageError(
+                    f"found {unset[0]!r}, expected a value: is a variable not set?"
+                )
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
         # The one place where a bug becomes a message.
         except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
-            _report(err, as_json="--json" in args)
+            with suppress(OSError):  # nobody hears it; the exit code tells
+                _report(err, as_json="--json" in args)
             sys.exit(exit_code(err))
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
@@ -183,12 +201,13 @@ def _message(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
-        hint = "; run this as a user who may" if error.errno in (EACCES, EPERM) else ""
-        hint = "; make room and try again" if error.errno == ENOSPC else hint
+        hint = HINTS.get(error.errno or 0, "")
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}{hint}"
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return "interrupted"
+    if isinstance(error, MemoryError):
+        return "not enough memory; give it smaller files, or end other programs"
     return str(error) or repr(error)
 
 

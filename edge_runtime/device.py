@@ -22,6 +22,7 @@ from edge_runtime.errors import (
     BundleError,
     DpuError,
     HeldError,
+    RoundNotFoundError,
     StoreError,
     TrialError,
     WrongParentError,
@@ -184,7 +185,8 @@ class Device:
             The slot that is active now.
 
         Raises:
-            StoreError: There is no way back to it, or it is damaged.
+            RoundNotFoundError: There is no way back to it.
+            StoreError: It is damaged, or the store is locked.
             OSError: The disk is full or refuses.
         """
         with self.store.lock():
@@ -192,7 +194,7 @@ class Device:
             slot = state.earlier(to)
             if slot is None:
                 reach = ", ".join(str(known.round) for known in state.reachable)
-                raise StoreError(
+                raise RoundNotFoundError(
                     ("there is no earlier slot" if to is None else f"no round {to}")
                     + f" to go back to; rounds within reach: {reach or 'none'}"
                 )

@@ -119,7 +119,7 @@ class TrustError(DpuError):
 
 
 class KeyFileError(DpuError):
-    """A file does not hold the key that is needed."""
+    """A file does not hold the key that is needed, or there are too few of them."""
 
 
 class ProofError(DpuError):

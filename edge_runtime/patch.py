@@ -270,10 +270,15 @@ def open_patch(
         PatchIntegrityError: A checksum does not match.
         TrustError: The trusted keys did not sign it.
     """
+    file: BinaryIO
+    limits = limits or Limits()
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    if not file.seekable():
+        with file:  # a pipe
+            file = io.BytesIO(file.read(limits.patch_bytes + 1))
     with ExitStack() as opened:
         opened.enter_context(file)
-        patch = _open(file, limits or Limits(), trust or signing.Trust())
+        patch = _open(file, limits, trust or signing.Trust())
         opened.pop_all()  # open from here on: the patch reads from it
     return patch
 

@@ -110,8 +110,13 @@ def read_key(path: Path) -> "Ed25519PrivateKey | None":
 
     Raises:
         OSError: The file cannot be read.
-        KeyFileError: It holds something else.
+        KeyFileError: It holds something else, or is a link to nothing.
     """
+    if path.is_symlink() and not path.exists():
+        raise KeyFileError(
+            f"{path} links to {path.readlink()}, which is not there; mount or restore "
+            "it, or remove the link for another key"
+        )
     if not path.exists():
         return None
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from errno import EINVAL
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> No
 
 def _replace(path: Path, text: str) -> None:
     # Whoever reads it sees the old file or the new one. A store collects *.part.
+    if path.exists() and not path.is_file():  # /dev/null and its like stay
+        raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
     part = path.with_name(f".{path.name}.new")
     part.write_text(text)
     part.replace(path)

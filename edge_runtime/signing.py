@@ -61,10 +61,10 @@ class Trust:
         """Insist that the threshold can be met.
 
         Raises:
-            TrustError: It cannot.
+            KeyFileError: It cannot.
         """
         if not 1 <= self.threshold <= max(1, len(set(self.keys))):
-            raise TrustError(
+            raise KeyFileError(
                 f"{self.threshold} signatures cannot be asked of {len(set(self.keys))} "
                 "trusted keys; trust more keys or lower the threshold"
             )

@@ -93,7 +93,7 @@ def make_room(store: Store, parent: str) -> None:
         else:
             raise StoreError(
                 f"{store.root} has {free} bytes free, a new slot needs {needed}; "
-                "free some space and apply the patch again"
+                "free some space and try again"
             )
         store.collect()
 

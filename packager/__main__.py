@@ -1,5 +1,17 @@
-"""``python -m packager`` is ``dpu-pack``."""
+"""``dpu-pack``, also as ``python -m packager``, and ``dpu-patch``."""
 
-from packager.cli import pack
+from edge_runtime.__main__ import start
 
-pack(prog_name="dpu-pack")
+
+def pack() -> None:
+    """Run ``dpu-pack``."""
+    start("packager.cli", "pack", "dpu-pack")
+
+
+def patch() -> None:
+    """Run ``dpu-patch``."""
+    start("packager.cli", "patch", "dpu-patch")
+
+
+if __name__ == "__main__":
+    pack()

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx
@@ -229,10 +230,11 @@ def made_up(spec: InputSpec) -> NDArray[Any]:
 
 
 def _read_golden(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
+    data = io.BytesIO(Path(path).read_bytes())  # np.load leaves a bad file open
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(data, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, AttributeError) as err:
+    except (ValueError, AttributeError, TypeError, EOFError, BadZipFile) as err:
         raise ContractError(
             f"{path} is no .npz file of arrays; make one with numpy.savez(FILE, "
             "inputs=..., labels=...)"

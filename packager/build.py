@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import ENOTDIR
+from errno import EINVAL, ENOTDIR
 from os import PathLike, fspath
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -248,10 +249,14 @@ def write_file(data: bytes, path: str | PathLike[str]) -> None:
     are made.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or something other than a file has that name.
         VerificationError: The disk gives other bytes than were written.
     """
+    # What a link points to is written; /dev/null and its like are not replaced.
     path, files = Path(path), Files()
+    path = Path(realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as err:

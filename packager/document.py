@@ -74,7 +74,7 @@ def to_text(document: Document) -> str:
     lines += [f"  {name:<{width}}{value}" for name, value in document.facts]
     for section in document.sections:
         lines += ["", section.title]
-        lines += [f"  {line}" for line in _wrapped(section.text, 86)]
+        lines += [f"  {line}" for line in _wrapped(section.text, 78)]
         if section.table:
             lines += [f"  {line}" for line in _aligned(section.table)]
     return "\n".join(lines)

@@ -268,7 +268,7 @@ def _find_run(name: str, runs: Path) -> Path:
     for folder in (Path(name), runs / name):
         if folder.is_dir():
             return folder
-    known = sorted(p.name for p in runs.iterdir()) if runs.is_dir() else []
+    known = sorted(p.parent.name for p in runs.glob("*/model"))
     raise RoundNotFoundError(
         f"{name} is neither a patch nor a run; below {runs} there are: "
         f"{', '.join(known) or 'none'}"

@@ -47,13 +47,13 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1640,
+        1648,
         "apply codec frames header init line patch positions sections signing values "
         "weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",
-        1018,
+        1020,
         "bundle contract device files hooks slots state store trial",
     ),
     "inference": _ring(
@@ -63,12 +63,12 @@ RINGS = {
     ),
     "service": _ring(
         "runs all of it without a person, and proves it to the server",
-        508,
+        514,
         "agent live proof report route",
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        700,
+        730,
         "__init__ __main__ cli cli_agent cli_infer command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),

@@ -1,5 +1,12 @@
-"""``python -m trainer`` is ``dpu-train``."""
+"""``dpu-train``, also as ``python -m trainer``."""
 
-from trainer.cli import main
+from edge_runtime.__main__ import start
 
-main(prog_name="dpu-train")
+
+def main() -> None:
+    """Run ``dpu-train``."""
+    start("trainer.cli", "main", "dpu-train")
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ def _one_of(*choices: str) -> Rule:
 
 
 _ANY: Rule = ("", lambda _value: True)
-_ABOVE_0: Rule = ("above 0", lambda value: value > 0)
+_ABOVE_0: Rule = ("above 0, and finite", lambda value: 0 < value < float("inf"))
 _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
 _SIZE: Rule = (
     "a size such as 64KB (1000 each) or 64KiB (1024 each)",

@@ -492,6 +492,13 @@ def test_what_fails_is_remembered_over_a_restart(watch):
     assert watch.start().look() == [("recovered", None)]
 
 
+def test_metrics_never_replace_what_is_no_ordinary_file(watch):
+    os.mkfifo(watch.prom)
+    with pytest.raises(OSError, match="no ordinary file"):
+        watch.look()
+    assert watch.prom.is_fifo()
+
+
 def test_a_fresh_agent_has_metrics_of_every_name(watch):
     watch.look()
     record = json.loads(watch.status.read_text())

@@ -309,6 +309,7 @@ def test_a_unit_names_what_the_agent_may_write(edge, site):
         (["/a$b"], "absolute paths"),
         (["/in", "--metrics", "x"], "absolute paths"),
         (["/in", "--once"], "cron"),
+        (["/in", "--user", "pi\nExecStartPre=/bin/evil"], "no user's name"),
         (["/in", "--no-such-option"], "No such option"),
         ([], "Missing argument"),
     ],

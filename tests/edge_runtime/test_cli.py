@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -55,7 +57,7 @@ def test_a_device_goes_back_to_a_named_round(edge, installed):
     assert "within reach   1" in edge("status")[1]
     assert "rolled back to round 1" in edge("rollback", "--to", 1)[1]
     code, _, err = edge("rollback", "--to", 7)
-    assert (code, "rounds within reach: 2" in err) == (7, True)
+    assert (code, "rounds within reach: 2" in err) == (2, True)
 
 
 def test_a_pinned_device_holds_updates_back(edge, installed):
@@ -321,3 +323,110 @@ def test_a_patch_is_readable_from_a_read_only_folder(edge, installed, tmp_path):
     write_file((installed / "round_01.dpu").read_bytes(), folder / "p.dpu")
     folder.chmod(0o555)
     assert edge("apply", folder / "p.dpu")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["--store", ""], ["--store="]])
+def test_an_empty_word_is_no_folder(command, installed, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    bundle = installed / "round_00.bundle.zip"
+    code, _, err = command(main, *words, "init", bundle)
+    assert (code, "is a variable not set?" in err) == (2, True)
+    assert not (tmp_path / "state.json").exists()
+
+
+def test_a_message_that_cannot_be_written_keeps_the_exit_code(tmp_path):
+    (tmp_path / "bad").write_bytes(b"")
+    words = ["infer", "--store", str(tmp_path), "--golden"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_runtime", *words], stderr=full, check=False
+        )
+    assert done.returncode == 7
+
+
+def test_too_little_memory_is_no_bug(edge, installed, monkeypatch):
+    def greedy(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("edge_runtime.device.Device.status", greedy)
+    code, _, err = edge("status")
+    assert (code, "not enough memory" in err) == (10, True)
+
+
+def test_what_a_terminal_cannot_show_is_spelled_out(installed, tmp_path):
+    patch = tmp_path / "ründe.dpu"
+    shutil.copy(installed / "round_01.dpu", patch)
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", "apply", patch],
+        env=os.environ
+        | {"DPU_STORE": str(tmp_path / "store"), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "r\\xfcnde.dpu: applied, now at round 1\n"
+
+
+def test_a_patch_may_come_through_a_pipe(installed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", "apply", "/dev/stdin"],
+        env=os.environ | {"DPU_STORE": str(tmp_path / "store")},
+        input=(installed / "round_01.dpu").read_bytes(),
+        capture_output=True,
+        check=True,
+    )
+    assert b"applied, now at round 1" in done.stdout
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_refused(edge, installed, tmp_path, fill):
+    np.save(tmp_path / "bad.npy", np.full((2, 12), fill, np.float32))
+    code, out, err = edge("infer", tmp_path / "bad.npy", "--json")
+    record = json.loads(err)
+    assert (code, out, record["error"]) == (2, "", "ContractError")
+    assert "bad.npy: the model's answer is not finite" in record["message"]
+
+
+def test_no_sample_is_no_answer(edge, installed, tmp_path):
+    np.save(tmp_path / "none.npy", np.zeros((0, 12), np.uint8))
+    code, _, err = edge("infer", tmp_path / "none.npy", "-o", tmp_path / "out.npy")
+    assert (code, "hold no sample" in err) == (2, True)
+
+
+def test_what_is_no_patch_is_told_what_one_begins_with(edge, installed, tmp_path):
+    (tmp_path / "empty").touch()
+    code, _, err = edge("apply", tmp_path / "empty")
+    assert (code, "begins with b'', expected b'\\x89DPU" in err) == (3, True)
+    assert "fetch it again" in err
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("edge_runtime", "main"),
+        ("packager", "pack"),
+        ("packager", "patch"),
+        ("trainer", "main"),
+    ],
+)
+def test_ctrl_c_during_the_imports_is_an_interruption(tmp_path, module, command):
+    # The first module that the command line imports is where Ctrl-C comes.
+    (tmp_path / "click.py").write_text(
+        "import importlib, os, signal, sys\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.path.remove(os.environ['HERE'])\n"
+        "del sys.modules['click']\n"
+        "sys.modules['click'] = importlib.import_module('click')\n"
+    )
+    code = (
+        f"import os, sys; sys.path.insert(0, os.environ['HERE'])\n"
+        f"from {module}.__main__ import {command}; {command}()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        env=os.environ | {"HERE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.strip()) == (130, "error: interrupted")

@@ -20,6 +20,7 @@ from edge_runtime.errors import (
     ContractError,
     DpuError,
     PatchIntegrityError,
+    RoundNotFoundError,
     StoreError,
     TrialError,
     TrustError,
@@ -117,7 +118,7 @@ def test_a_rollback_returns_to_the_former_round_and_forward_again(device, run):
 
 
 def test_without_a_former_slot_there_is_no_rollback(device):
-    with pytest.raises(StoreError, match="no earlier slot"):
+    with pytest.raises(RoundNotFoundError, match="no earlier slot"):
         device.rollback()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from edge_runtime import Device, PatchHeader, UpdateResult, open_patch, pack_weights
 from edge_runtime.apply import apply_patch
-from edge_runtime.errors import StoreError, TrustError
+from edge_runtime.errors import RoundNotFoundError, StoreError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.state import MAX_FORMER
@@ -38,7 +38,7 @@ def test_a_rollback_reaches_rounds_whose_slots_are_gone(device):
 def test_a_rollback_without_a_round_goes_back_one_release_each_time(device):
     advance(device, 3)
     assert [device.rollback().round for _ in range(3)] == [2, 1, 0]
-    with pytest.raises(StoreError, match="within reach"):
+    with pytest.raises(RoundNotFoundError, match="within reach"):
         device.rollback()
 
 
@@ -54,7 +54,7 @@ def test_a_far_rollback_never_lowers_the_release_floor(device):
 
 def test_a_round_that_was_never_here_cannot_be_gone_back_to(device):
     advance(device, 2)
-    with pytest.raises(StoreError, match="rounds within reach: 1, 0"):
+    with pytest.raises(RoundNotFoundError, match="rounds within reach: 1, 0"):
         device.rollback(7)
     assert device.status()["round"] == 2
 

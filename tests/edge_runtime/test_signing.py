@@ -190,7 +190,7 @@ def test_one_key_counts_once_however_often_it_signs():
 
 @pytest.mark.parametrize("threshold", [0, -1, 2])
 def test_a_threshold_that_cannot_be_met_is_refused(threshold):
-    with pytest.raises(TrustError, match="cannot be asked of 1"):
+    with pytest.raises(KeyFileError, match="cannot be asked of 1"):
         trust(A, A, threshold=threshold)
 
 

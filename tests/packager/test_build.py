@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -182,8 +184,26 @@ def test_a_written_file_is_complete_and_leaves_nothing_else(tmp_path):
     assert (tmp_path / "round_00.dpu").read_bytes() == b"newer"
 
 
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("pipe")
+    for name in ("pipe", "out"):
+        with pytest.raises(OSError, match="no ordinary file; choose another name"):
+            write_file(b"patch", tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pipe"]
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_leads_to_the_file_that_is_written(tmp_path):
+    (tmp_path / "latest.dpu").symlink_to("round_00.dpu")
+    write_file(b"patch", tmp_path / "latest.dpu")
+    assert (tmp_path / "latest.dpu").is_symlink()
+    assert (tmp_path / "round_00.dpu").read_bytes() == b"patch"
+
+
 def test_a_file_that_cannot_get_its_name_leaves_nothing_behind(tmp_path):
     (tmp_path / "round_00.dpu").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match="no ordinary file"):
         write_file(b"patch", tmp_path / "round_00.dpu")
     assert [path.name for path in tmp_path.iterdir()] == ["round_00.dpu"]

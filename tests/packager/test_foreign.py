@@ -428,9 +428,16 @@ def test_golden_files_that_say_something_else_are_refused(old, tmp_path, arrays)
         adopt_model(read_model(old), golden=tmp_path / "golden.npz")
 
 
-def test_a_golden_file_that_is_none_is_refused(old):
+@pytest.mark.parametrize("data", [None, b"", b"PK\x03\x04cut", "array"])
+def test_a_golden_file_that_is_none_is_refused(old, tmp_path, data):
+    golden = tmp_path / "golden"
+    if data == "array":
+        np.save(golden.with_suffix(".npy"), np.zeros((2, 6)))
+        golden = golden.with_suffix(".npy")
+    else:
+        golden.write_bytes(old.read_bytes() if data is None else data)
     with pytest.raises(ContractError, match=r"no \.npz file"):
-        adopt_model(read_model(old), golden=old)
+        adopt_model(read_model(old), golden=golden)
 
 
 def test_open_sizes_ask_for_golden_inputs(tmp_path):

@@ -452,6 +452,17 @@ def test_a_device_key_is_made_once_and_is_for_its_owner_only(device, key, comman
     assert public_key(device_key(device.store)) == public_key(read_key(path))
 
 
+def test_a_key_that_is_elsewhere_and_out_of_reach_is_not_replaced(device, key, command):
+    path = device.store.root / "device.key"
+    path.unlink()
+    path.symlink_to("/mnt/secure/device.key")
+    for words in (["device-key"], ["proof", "--nonce", "1"]):
+        code, out, err = command(edge, "--store", device.store.root, *words)
+        assert (code, out) == (2, "")
+        assert "links to /mnt/secure/device.key, which is not there; mount" in err
+    assert path.is_symlink()
+
+
 def test_a_disk_that_fails_while_a_key_is_made_leaves_none_or_all(tmp_path):
     root = world.install(tmp_path / "store").store.root
     for number in range(20):

@@ -64,7 +64,7 @@ def test_reports_every_problem_at_once():
     found = problems_of(tables)
     assert "section [trian] is unknown; did you mean train?" in found
     assert "[train] epoch is unknown; did you mean epochs?" in found
-    assert "[train] lr should be above 0, found -1" in found
+    assert "[train] lr should be above 0, and finite, found -1" in found
     assert "[model] hiden is unknown; mlp has hidden, batch_norm" in found
     assert "[data] set should be one of digits" in found
     assert "[run] rounds is missing" in found
@@ -73,6 +73,7 @@ def test_reports_every_problem_at_once():
 @pytest.mark.parametrize(
     ("section", "keys", "expected"),
     [
+        ("train", {"lr": float("inf")}, "lr should be above 0, and finite, found inf"),
         ("train", {"lr": "high"}, "[train] lr should be float, found 'high'"),
         ("train", {"epochs": True}, "[train] epochs should be int, found True"),
         ("train", {"momentum": 0.9}, "for optimizer sgd only"),
