@@ -67,7 +67,9 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"failing        {record['failing']}"
     for name, file in record["files"].items():
         if file["verdict"] in (Verdict.WAITING, Verdict.HELD, Verdict.REFUSED):
-            yield f"{file['verdict']:<13}  {name}: {file['reason']}"
+            # Whoever may name a file must not write on the terminal.
+            shown = name if name.isprintable() else ascii(name)
+            yield f"{file['verdict']:<13}  {shown}: {file['reason']}"
 
 
 def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:

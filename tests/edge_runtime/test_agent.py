@@ -13,7 +13,7 @@ from edge_runtime import agent as module
 from edge_runtime.agent import BACKOFF_S, MAX_BACKOFF_S, Agent
 from edge_runtime.errors import BackendError, StoreError, TrialError
 from edge_runtime.header import HEADER_BYTES, encode_header, parse_header
-from edge_runtime.report import metric_lines, read_status
+from edge_runtime.report import metric_lines, read_status, status_lines
 from edge_runtime.signing import trust_keys
 from edge_runtime.state import MAX_TRIES
 from edge_runtime.trial import run_trial
@@ -490,6 +490,14 @@ def test_what_fails_is_remembered_over_a_restart(watch):
         watch.look()
     watch.folder.mkdir()
     assert watch.start().look() == [("recovered", None)]
+
+
+def test_a_file_name_cannot_write_on_the_terminal_of_status(watch):
+    watch.put("a\n\x1b[2Jpinned.dpu", b"not a patch")
+    watch.look()
+    lines = list(status_lines(read_status(watch.root)))
+    assert [line for line in lines if not line.isprintable()] == []
+    assert any(r"'a\n\x1b[2Jpinned.dpu'" in line for line in lines)
 
 
 def test_metrics_never_replace_what_is_no_ordinary_file(watch):
