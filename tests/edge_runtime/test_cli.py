@@ -1,5 +1,6 @@
 """dpu-edge: data on stdout, messages on stderr, documented exit codes."""
 
+import errno
 import io
 import json
 import os
@@ -290,13 +291,19 @@ def test_a_patch_that_went_away_as_json_says_what_was_applied_before_it(
     assert [done["round"] for done in json.loads(err)["patches"]] == [1]
 
 
-def test_a_folder_that_may_not_be_written_is_named(edge, installed, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.EACCES, "run this as a user who"), (errno.EROFS, "mount it for writing")],
+)
+def test_a_folder_that_may_not_be_written_is_named(
+    edge, installed, monkeypatch, number, hint
+):
     def denied(_, path):
-        raise PermissionError(13, "Permission denied", str(path))
+        raise OSError(number, "Denied", str(path))
 
     monkeypatch.setattr("edge_runtime.files.Files.open_lock", denied)
     code, _, err = edge("rollback")
-    assert (code, "lock: Permission denied; run this as" in err) == (10, True)
+    assert (code, f"lock: Denied; {hint}" in err) == (10, True)
 
 
 def test_a_reader_that_goes_away_is_no_failure(installed, edge):

@@ -46,6 +46,11 @@ def test_text_aligns_names_left_and_numbers_right(document):
     assert len(head) == len(row)
 
 
+def test_paragraphs_fit_a_terminal_of_80_columns():
+    text = to_text(Document("A", sections=[Section("B", "some words " * 40)]))
+    assert 75 < max(map(len, text.splitlines())) <= 80
+
+
 def test_markdown_has_tables_that_no_name_breaks(document):
     lines = to_markdown(document).splitlines()
     assert lines[0] == "## A report"
