@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import SectionReader
+from edge_runtime.frames import SectionReader
 
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -39,10 +40,12 @@ class Files:
                     at, size = file.tell(), file.write(chunk)
                     if sys.platform == "linux":
                         # There it begins to write what the disk does not have yet, and
-                        # keeps it in memory. Less is left to wait for in the end.
-                        os.posix_fadvise(
-                            file.fileno(), at, size, os.POSIX_FADV_DONTNEED
-                        )
+                        # keeps it in memory. Less is left to wait for in the end. It is
+                        # advice: a sandbox that forbids it must not cost the update.
+                        with suppress(OSError):
+                            os.posix_fadvise(
+                                file.fileno(), at, size, os.POSIX_FADV_DONTNEED
+                            )
                 file.flush()
                 self.sync(file.fileno())
         except OSError as err:

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from edge_runtime import signing
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
+from edge_runtime.frames import READ_BYTES
 from edge_runtime.header import PatchHeader, encode_header, parse_header, read_header
+from edge_runtime.line import MANTISSA_BITS, Bits, Form
 from edge_runtime.positions import (
     Change,
     PositionReader,
@@ -38,20 +40,12 @@ from edge_runtime.sections import (
     COUNTS,
     FORMS,
     OUTPUTS,
-    READ_BYTES,
     Body,
     encode_body,
     encode_varint,
     group_kind,
 )
-from edge_runtime.values import (
-    MANTISSA_BITS,
-    Bits,
-    Form,
-    TensorValues,
-    ValueReader,
-    encode_values,
-)
+from edge_runtime.values import TensorValues, ValueReader, encode_values
 from edge_runtime.weights import DTYPES, Layout, Tensor, Weights
 
 KEPT_BYTES = 16 << 20  # of positions that are decoded once only

@@ -21,13 +21,8 @@ from edge_runtime.codec import (
     finenesses,
 )
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import (
-    COLUMNS,
-    INDEX,
-    INDEX_BITS,
-    SectionReader,
-    quick_size,
-)
+from edge_runtime.frames import SectionReader, quick_size
+from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS
 from edge_runtime.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out

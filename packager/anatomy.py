@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.frames import STORED, ZSTD, Section
 from edge_runtime.patch import Patch
 from edge_runtime.sections import (
     BITS,
@@ -29,11 +30,8 @@ from edge_runtime.sections import (
     OUTPUTS,
     PLANES,
     REST,
-    STORED,
     SYMBOLS,
     VALUES,
-    ZSTD,
-    Section,
 )
 from edge_runtime.signing import encode_signatures
 from edge_runtime.weights import Layout, Tensor, Weights

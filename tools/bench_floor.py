@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.command import CONTEXT, Command, emit, json_option, say
+from edge_runtime.frames import pack_section
 from edge_runtime.header import PatchHeader
 from edge_runtime.patch import open_patch
 from edge_runtime.positions import encode_positions
-from edge_runtime.sections import pack_section
 from edge_runtime.weights import Layout, Weights
 from packager.anatomy import section_part
 from packager.build import encode_changes

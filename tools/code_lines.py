@@ -47,8 +47,9 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1635,
-        "apply codec header init patch positions sections signing values weights",
+        1640,
+        "apply codec frames header init line patch positions sections signing values "
+        "weights",
     ),
     "store": _ring(
         "keeps the weights whole on disk and decides what becomes active",

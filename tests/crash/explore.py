@@ -7,10 +7,10 @@ import random
 import re
 import shutil
 import sys
-import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from edge_runtime import Device, fingerprint_file, slots
 from edge_runtime.errors import DpuError, StoreError
@@ -272,12 +272,12 @@ def _go_on_after(recording, count, where):
         count.report(err, f"{where}, then the same process")
 
 
-_reads = threading.local()
+_reads = SimpleNamespace(folder=None, left=0)  # of all threads: one reads ahead
 
 
 def _refuse(event, arguments):
     """Refuse to open one file for reading, as a disk with a bad block would."""
-    folder = getattr(_reads, "folder", None)
+    folder = _reads.folder
     if folder is None or event != "open" or not str(arguments[0]).startswith(folder):
         return
     if not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_DIRECTORY):

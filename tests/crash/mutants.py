@@ -43,7 +43,7 @@ ROTTEN = (install, update, update, rollback, Recording.rot_slot)
 MUTANTS = {
     "no sync of a file's content": (
         "files",
-        "            self.sync(file.fileno())\n",
+        "                self.sync(file.fileno())\n",
         "",
     ),
     "no sync of the store's parent": (

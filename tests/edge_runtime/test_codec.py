@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime import codec
 from edge_runtime.codec import BitReader, NumberReader
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import STORED, Section, SectionReader
+from edge_runtime.frames import STORED, Section, SectionReader
 
 
 def reader(data):

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,21 @@ def test_a_disk_that_fills_up_changes_nothing(device, run, refused, place):
     refused(patch_of(run.path / "round_01"), OSError, "No space left")
     device.store.files = Files()
     assert device.update(patch_of(run.path / "round_01")) is UpdateResult.APPLIED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="advice is given on Linux")
+def test_a_sandbox_that_forbids_advice_to_the_kernel_costs_no_update(
+    device, run, monkeypatch
+):
+    asked = []
+
+    def forbidden(*args):
+        asked.append(args)
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "posix_fadvise", forbidden)
+    assert device.update(patch_of(run.path / "round_01")) is UpdateResult.APPLIED
+    assert asked
 
 
 class LittleRoom(Files):

@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 from edge_runtime import positions
 from edge_runtime.codec import encode_bits, encode_numbers
 from edge_runtime.errors import PatchFormatError
+from edge_runtime.frames import STORED, Section, SectionReader, pack_section
 from edge_runtime.patch import group_of
 from edge_runtime.positions import PositionReader, Run, pack_run, unpack_run
-from edge_runtime.sections import (
-    COLUMNS,
-    INDEX,
-    INDEX_BITS,
-    STORED,
-    Section,
-    SectionReader,
-    pack_section,
-)
+from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS
 from edge_runtime.weights import make_layout
 from tests.golden import independent
 

@@ -9,16 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import PatchFormatError
+from edge_runtime.frames import STORED, ZSTD, pack_section
 from edge_runtime.sections import (
     COUNTS,
     INDEX,
-    STORED,
-    ZSTD,
     Body,
     decode_varint,
     encode_body,
     encode_varint,
-    pack_section,
 )
 
 NOISE = np.random.default_rng(0).bytes(1000)

@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from edge_runtime import values
 from edge_runtime.codec import BitReader, encode_bits
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.sections import (
-    BITS,
-    STORED,
-    SYMBOLS,
-    Section,
-    SectionReader,
-    pack_section,
-)
-from edge_runtime.values import Form, Line, TensorValues, ValueReader, encode_values
+from edge_runtime.frames import STORED, Section, SectionReader, pack_section
+from edge_runtime.line import Form, Line
+from edge_runtime.sections import BITS, SYMBOLS
+from edge_runtime.values import TensorValues, ValueReader, encode_values
 from edge_runtime.weights import DTYPES
 
 EDGES = {1: [0, 1, 127, 128, 255], 2: [0, 1, 0x3C00, 0x7C00, 0x7E01, 0x8000, 0xFFFF]}

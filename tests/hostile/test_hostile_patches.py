@@ -18,6 +18,7 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     VerificationError,
 )
+from edge_runtime.frames import ZSTD, pack_section
 from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.patch import encode_patch, open_patch
 from edge_runtime.sections import (
@@ -31,10 +32,8 @@ from edge_runtime.sections import (
     PLANES,
     REST,
     SYMBOLS,
-    ZSTD,
     encode_varint,
     group_kind,
-    pack_section,
 )
 from edge_runtime.weights import pack_weights
 

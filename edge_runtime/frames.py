@@ -1,0 +1,200 @@
+"""One section of a patch: stored as it is, or one zstd frame; both directions.
+
+Readers hand out its bytes in pieces, so that the memory needed to apply a patch does
+not depend on its size. FORMAT.md is the normative description.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+import zstandard
+
+from edge_runtime.errors import PatchFormatError
+
+STORED, ZSTD = 0, 1
+MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a section
+_BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
+_SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
+READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One entry of the section table.
+
+    Attributes:
+        kind: What it holds, one of ``KINDS``.
+        encoding: ``STORED`` or ``ZSTD``.
+        packed_size: Bytes in the file.
+        raw_size: Bytes once unpacked.
+        offset: Where the packed bytes begin, from the start of the file.
+    """
+
+    kind: int
+    encoding: int
+    packed_size: int
+    raw_size: int
+    offset: int
+
+
+def pack_section(parts: Sequence[bytes], level: int) -> tuple[int, bytes]:
+    """Choose the smallest encoding of a section.
+
+    Args:
+        parts: Its content; a new zstd block may begin with a part, so that parts of
+            different statistics do not share one Huffman table.
+        level: zstd level, 1 to 22.
+
+    Returns:
+        The encoding and the packed bytes.
+    """
+    raw = b"".join(parts)
+    if len(raw) <= _SEARCH_BYTES:
+        # Matches among symbols are mostly chance: how short a one may be matters.
+        split = [
+            (how, match) for how in ([raw], _blocks(parts)) for match in (3, 4, 5, 7)
+        ]
+    else:
+        split = [([raw], 3), (_blocks(parts), 7)]
+    packed = min((_compress(how, match, level) for how, match in split), key=len)
+    return (ZSTD, packed) if len(packed) < len(raw) else (STORED, raw)
+
+
+def _compress(blocks: Sequence[bytes], min_match: int, level: int) -> bytes:
+    size = sum(map(len, blocks))
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        level,
+        source_size=size,
+        window_log=min(MAX_WINDOW_LOG, max(10, (size - 1).bit_length())),
+        min_match=min_match,
+    )
+    out = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size)
+    packed = [
+        out.compress(block) + out.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        for block in blocks[:-1]
+    ]
+    return b"".join([*packed, out.compress(blocks[-1]), out.flush()])
+
+
+def _blocks(parts: Sequence[bytes]) -> list[bytes]:
+    """Join neighbouring parts wherever one Huffman table serves both better."""
+    blocks: list[bytes] = []
+    for part in filter(None, parts):
+        if blocks and len(blocks[-1]) < _BLOCK_BYTES:
+            joined = blocks[-1] + part
+            if quick_size(joined) <= quick_size(blocks[-1]) + quick_size(part):
+                blocks[-1] = joined
+                continue
+        blocks.append(part)
+    return blocks
+
+
+def quick_size(raw: bytes) -> int:
+    """Return about how many bytes ``raw`` takes in a frame: the same on any machine.
+
+    Used to choose between encodings, where floating-point estimates could differ from
+    one processor to the next and with them the bytes of the patch.
+    """
+    return len(_QUICK.compress(raw)) - _FRAME_BYTES
+
+
+_FRAME_BYTES = 6  # that a block in a running frame does not need again
+_QUICK = zstandard.ZstdCompressor(
+    compression_params=zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
+)
+
+
+class _Slice:
+    """A part of an open file, as a source that a zstd reader can read from."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._next, self._stop = file, start, start + size
+
+    def read(self, size: int) -> bytes:
+        self._file.seek(self._next)
+        data = self._file.read(min(size, self._stop - self._next))
+        self._next += len(data)
+        return data
+
+
+class SectionReader:
+    """Reads one section of an open patch, in bounded pieces."""
+
+    def __init__(self, file: BinaryIO, section: Section) -> None:
+        """Prepare to read.
+
+        Args:
+            file: The open patch; several readers share it and seek before each read.
+            section: What to read, as :class:`Body` checked it.
+        """
+        self._left = section.raw_size
+        packed = cast(BinaryIO, _Slice(file, section.offset, section.packed_size))
+        self._source: BinaryIO | zstandard.ZstdDecompressionReader = packed
+        if section.encoding == ZSTD:
+            self._source = zstandard.ZstdDecompressor(
+                max_window_size=1 << MAX_WINDOW_LOG
+            ).stream_reader(packed, read_size=READ_BYTES)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left to read."""
+        return not self._left
+
+    def take(self, count: int) -> bytes:
+        """Return exactly the next ``count`` bytes.
+
+        Raises:
+            PatchFormatError: The section ends before, or does not decompress.
+        """
+        if count > self._left:
+            raise PatchFormatError("a section of the patch ends too early")
+        self._left -= count
+        try:
+            data = self._source.read(count)
+        except zstandard.ZstdError as err:
+            raise PatchFormatError(f"a section does not decompress: {err}") from err
+        if len(data) < count:
+            raise PatchFormatError("a section of the patch ends too early")
+        return data
+
+    def finish(self) -> None:
+        """Insist that nothing is left.
+
+        Raises:
+            PatchFormatError: Bytes are left over.
+        """
+        if self._left:
+            raise PatchFormatError(f"a section has {self._left} bytes too many")
+
+
+def frame_size(file: BinaryIO, start: int, packed: int) -> int:
+    """Walk the blocks of a frame: one frame, its size stated, nothing behind.
+
+    python-zstandard ignores ``max_output_size`` when a frame states its size, and
+    accepts trailing bytes; so neither is left to it.
+    """
+    stop = start + packed
+    file.seek(start)
+    head = file.read(min(18, packed))  # the longest frame header
+    try:
+        frame = zstandard.get_frame_parameters(head)
+        offset = start + zstandard.frame_header_size(head)
+    except zstandard.ZstdError as err:
+        raise PatchFormatError(f"a section is not a zstd frame: {err}") from err
+    # A frame that states no size states 2**64 - 1 here.
+    if not 0 < frame.content_size < 1 << 63 or frame.window_size > 1 << MAX_WINDOW_LOG:
+        raise PatchFormatError(
+            f"a zstd section states {frame.content_size} bytes and a window of "
+            f"{frame.window_size}; at most {1 << MAX_WINDOW_LOG} is allowed"
+        )
+    last = False
+    while not last and offset + 3 <= stop:
+        file.seek(offset)
+        block = int.from_bytes(file.read(3), "little")
+        last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
+        offset += 3 + (1 if kind == 1 else size)  # kind 1: one byte, repeated
+    offset += 4 if frame.has_checksum else 0
+    if not last or offset != stop or head[4] & 3:  # which flags a dictionary id
+        raise PatchFormatError("a zstd frame does not fill its section exactly")
+    return frame.content_size
