@@ -131,6 +131,8 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
                 f"not {str(path)!r}"
             )
     writable = [str(root), *([str(metrics.parent)] if metrics else [])]
+    if "/run" in writable:  # the unit makes it read-only, and that would win
+        raise click.UsageError("units may write to folders in /run, not to /run itself")
     command = [sys.executable, "-m", "edge_runtime", "--store", str(root), "agent"]
     values = {
         "USER": user,

@@ -302,12 +302,23 @@ def test_a_unit_names_what_the_agent_may_write(edge, site):
     assert unit["ExecStart"].endswith(f"--metrics '{site / 'm m'}/dpu.prom'")
 
 
+def test_a_unit_closes_what_a_strict_system_leaves_open(edge, site):
+    """With ProtectProc=, systemd 252 was seen to leave /run writable."""
+    unit = unit_of(edge("service", site / "in")[1])
+    assert (unit["ProtectSystem"], unit["ProtectProc"]) == ("strict", "invisible")
+    assert unit["ReadOnlyPaths"] == "/run"
+    private = [key for key in unit if key.startswith("Private") and unit[key] == "yes"]
+    assert private == ["PrivateTmp", "PrivateIPC", "PrivateDevices", "PrivateNetwork"]
+    assert unit["TemporaryFileSystem"].startswith("/dev/shm:")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["in"], "absolute paths"),
         (["/a$b"], "absolute paths"),
         (["/in", "--metrics", "x"], "absolute paths"),
+        (["/in", "--metrics", "/run/dpu.prom"], "not to /run itself"),
         (["/in", "--once"], "cron"),
         (["/in", "--user", "pi\nExecStartPre=/bin/evil"], "no user's name"),
         (["/in", "--no-such-option"], "No such option"),
