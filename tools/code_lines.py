@@ -68,7 +68,7 @@ RINGS = {
     ),
     "commands": _ring(
         "the command line, the errors and the public names",
-        730,
+        733,
         "__init__ __main__ cli cli_agent cli_infer command errors",
     ),
     "numpy": _ring("computes where ONNX Runtime cannot be had", 230, "numpy_backend"),
