@@ -28,7 +28,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.patch import Patch
 from edge_runtime.positions import Run
-from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
+from edge_runtime.weights import AHEAD_BYTES, CHUNK_BYTES, Layout, Weights
 
 
 def check_model(patch: Patch, model: str) -> None:
@@ -84,14 +84,15 @@ def apply_chunks(
 
     Args:
         base: The base weight file in pieces of any size, header included. The memory
-            of writable ones is written to; neighbours must not share it.
+            of writable ones is written to; from ``AHEAD_BYTES`` on neighbours must not
+            share it.
         layout: The layout of both files.
         patch: An open patch.
 
     Yields:
         The target weight file, in pieces of at most ``CHUNK_BYTES``. A piece is to be
-        written, or copied, before the next one is asked for, and is not to be changed:
-        its memory is used again, and another thread is hashing it.
+        written, or copied, before the next one is asked for: its memory is used again.
+        Of ``AHEAD_BYTES`` or more, another thread makes the next one meanwhile.
 
     Raises:
         PatchFormatError: The base has another size than the layout says.
@@ -99,7 +100,9 @@ def apply_chunks(
             one. The caller must discard all pieces then.
     """
     digest = hashlib.sha256()
-    for window in _ahead(_patched(base, layout, patch)):
+    windows = _patched(base, layout, patch)
+    # A small file is done before a thread and a second buffer have paid for themselves.
+    for window in _ahead(windows) if layout.file_size >= AHEAD_BYTES else windows:
         digest.update(window)
         yield window
     if digest.hexdigest() != patch.header.target:

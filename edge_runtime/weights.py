@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ FILE_NAME = "weights.safetensors"
 MAX_HEADER_BYTES = 8 << 20
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 CHUNK_BYTES = 1 << 20
+AHEAD_BYTES = 8 << 20  # files of which the next chunk is made while one is written
 
 # safetensors type -> NumPy type of the same size. Unsigned where NumPy lacks the type.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -318,9 +320,14 @@ def fingerprint_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def read_chunks(path: str | PathLike[str]) -> Iterator[memoryview]:
-    """Yield a file's bytes in bounded chunks, every other one in the same memory."""
-    chunk, other = (np.empty(CHUNK_BYTES, np.uint8).data for _ in range(2))
+    """Yield a file's bytes in bounded chunks, each in the same memory.
+
+    Of a file of ``AHEAD_BYTES`` or more only every other one is in the same memory.
+    """
     with open(path, "rb", buffering=0) as file:
+        large = os.fstat(file.fileno()).st_size >= AHEAD_BYTES
+        chunk = np.empty(CHUNK_BYTES, np.uint8).data
+        other = np.empty(CHUNK_BYTES, np.uint8).data if large else chunk
         while size := file.readinto(chunk):
             yield chunk[:size]
             chunk, other = other, chunk

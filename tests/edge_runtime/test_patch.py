@@ -22,7 +22,7 @@ from edge_runtime.errors import (
 from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.patch import Limits, encode_patch, open_patch
 from edge_runtime.sections import FORMS, SYMBOLS, encode_body, group_kind
-from edge_runtime.weights import CHUNK_BYTES, pack_weights
+from edge_runtime.weights import AHEAD_BYTES, CHUNK_BYTES, pack_weights
 
 TYPES = ["<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?"]
 STORED_TYPES = {"BF16": "<u2", "F8_E4M3": "u1"}  # that NumPy lacks
@@ -190,9 +190,10 @@ def test_a_patch_is_read_from_a_file_as_from_bytes(tmp_path):
 @given(
     st.lists(st.integers(5000, 3 * CHUNK_BYTES), min_size=1, max_size=5),
     st.sampled_from([bytes, bytearray]),
+    st.sampled_from([200_000, AHEAD_BYTES // 8]),
 )
-def test_the_base_may_arrive_in_pieces_of_any_size(sizes, kind):
-    base, target, data = make_patch([("<f8", (200_000,)), ("<f2", (500_001,))], 0.01)
+def test_the_base_may_arrive_in_pieces_of_any_size(sizes, kind, rows):
+    base, target, data = make_patch([("<f8", (rows,)), ("<f2", (500_001,))], 0.01)
     source, pieces = io.BytesIO(base.data), []
     while piece := source.read(sizes[len(pieces) % len(sizes)]):
         pieces.append(kind(piece))
@@ -203,7 +204,7 @@ def test_the_base_may_arrive_in_pieces_of_any_size(sizes, kind):
 
 
 def test_giving_up_half_way_leaves_no_thread_behind():
-    base, _, data = make_patch([("<f4", (1_000_000,))], 0.01)
+    base, _, data = make_patch([("<f4", (AHEAD_BYTES // 4,))], 0.01)
     before = threading.active_count()
     chunks = apply_chunks([base.data], base.layout, open_patch(data))
     next(chunks)
