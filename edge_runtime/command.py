@@ -13,12 +13,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from errno import EACCES, ENOSPC, EPERM, EROFS
 from io import TextIOWrapper
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
@@ -120,11 +119,11 @@ def progress(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _read_by_nobody()
+        _read_by_nobody(sys.stdout)
 
 
-def _read_by_nobody() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _read_by_nobody(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(message: str) -> None:
@@ -158,8 +157,11 @@ class _CatchErrors:
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
         # The one place where a bug becomes a message.
         except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
-            with suppress(OSError):  # nobody hears it; the exit code tells
+            try:
                 _report(err, as_json="--json" in args)
+            except OSError:  # nobody hears it, at exit neither; the exit code tells
+                _read_by_nobody(sys.stdout)
+                _read_by_nobody(sys.stderr)
             sys.exit(exit_code(err))
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
@@ -171,7 +173,7 @@ class _CatchErrors:
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-edge infer ... | head``): not our failure.
-            _read_by_nobody()
+            _read_by_nobody(sys.stdout)
             return OK
         return result
 

@@ -341,7 +341,8 @@ def test_an_empty_word_is_no_folder(command, installed, monkeypatch, tmp_path, w
     assert not (tmp_path / "state.json").exists()
 
 
-def test_a_message_that_cannot_be_written_keeps_the_exit_code(tmp_path):
+def test_a_message_that_cannot_be_written_keeps_the_exit_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     (tmp_path / "bad").write_bytes(b"")
     words = ["infer", "--store", str(tmp_path), "--golden"]
     with open("/dev/full", "w") as full:

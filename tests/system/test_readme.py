@@ -9,6 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
+import edge_runtime.cli
+import packager.cli
+import trainer.cli
 from edge_runtime import Device, fingerprint_file
 from edge_runtime.command import EXIT_CODE_HELP
 from packager.build import pack_round
@@ -18,10 +21,11 @@ from packager.rounds import read_round
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ON_THE_DEVICE = (ROOT / "edge_runtime" / "README.md").read_text()
-SCRIPTS = {
-    script.name: script
-    for script in entry_points(group="console_scripts")
-    if script.name.startswith("dpu-")
+COMMANDS = {
+    "dpu-edge": edge_runtime.cli.main,
+    "dpu-pack": packager.cli.pack,
+    "dpu-patch": packager.cli.patch,
+    "dpu-train": trainer.cli.main,
 }
 
 
@@ -42,12 +46,17 @@ def test_the_example_trains_rounds_that_a_device_takes(tmp_path, monkeypatch):
         assert device.verify() == fingerprint_file(round_.path / "weights.safetensors")
 
 
+def test_these_commands_are_installed_and_no_others():
+    scripts = {script.name for script in entry_points(group="console_scripts")}
+    assert {name for name in scripts if name.startswith("dpu-")} == set(COMMANDS)
+
+
 @pytest.mark.parametrize(
     "line", sorted(set(re.findall(r"^dpu-.*$", README + ON_THE_DEVICE, re.M)))
 )
 def test_every_command_that_is_shown_exists(line):
     words = shlex.split(line, comments=True)
-    command = SCRIPTS[words[0]].load()
+    command = COMMANDS[words[0]]
     if isinstance(command, click.Group):
         command = command.commands[next(w for w in words[1:] if w in command.commands)]
     words = words[: words.index(">")] if ">" in words else words
