@@ -15,7 +15,8 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.patch import Patch
 from edge_runtime.positions import Run
-from edge_runtime.weights import AHEAD_BYTES, CHUNK_BYTES, Layout, Weights
+from edge_runtime.weights import CHUNK_BYTES, Layout, Weights
 
 
 def check_model(patch: Patch, model: str) -> None:
@@ -84,15 +85,14 @@ def apply_chunks(
 
     Args:
         base: The base weight file in pieces of any size, header included. The memory
-            of writable ones is written to; from ``AHEAD_BYTES`` on neighbours must not
-            share it.
+            of writable ones is written to, and neighbours must not share it.
         layout: The layout of both files.
         patch: An open patch.
 
     Yields:
-        The target weight file, in pieces of at most ``CHUNK_BYTES``. A piece is to be
-        written, or copied, before the next one is asked for: its memory is used again.
-        Of ``AHEAD_BYTES`` or more, another thread makes the next one meanwhile.
+        The target weight file, in read-only pieces of at most ``CHUNK_BYTES``. A piece
+        is to be written, or copied, before the next one is asked for: its memory is
+        used again. Another thread hashes it meanwhile.
 
     Raises:
         PatchFormatError: The base has another size than the layout says.
@@ -100,11 +100,7 @@ def apply_chunks(
             one. The caller must discard all pieces then.
     """
     digest = hashlib.sha256()
-    windows = _patched(base, layout, patch)
-    # A small file is done before a thread and a second buffer have paid for themselves.
-    for window in _ahead(windows) if layout.file_size >= AHEAD_BYTES else windows:
-        digest.update(window)
-        yield window
+    yield from _hashed(_patched(base, layout, patch), digest)
     if digest.hexdigest() != patch.header.target:
         raise VerificationError(
             f"the result has fingerprint {digest.hexdigest()[:12]}, the patch promised "
@@ -114,13 +110,28 @@ def apply_chunks(
         )
 
 
-def _ahead(windows: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Make the next window in another thread while the caller has this one."""
-    with ThreadPoolExecutor(1) as worker:
-        future = worker.submit(next, windows, None)
-        while (window := future.result()) is not None:
-            future = worker.submit(next, windows, None)
-            yield window
+def _hashed(
+    windows: Iterable[memoryview], digest: "hashlib._Hash"
+) -> Iterator[memoryview]:
+    """Pass windows on, while another thread hashes the one before."""
+    todo, done = SimpleQueue[memoryview | None](), SimpleQueue[None]()
+
+    def work() -> None:
+        for window in iter(todo.get, None):
+            digest.update(window)
+            done.put(None)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    done.put(None)
+    try:
+        for window in windows:
+            done.get()  # there are two buffers: the next window takes the other one's
+            todo.put(window)
+            yield window.toreadonly()  # whoever changed it would change the hash
+    finally:
+        todo.put(None)
+        thread.join()
 
 
 def _patched(
@@ -207,7 +218,7 @@ class _Lookahead:
         view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
         at = np.concatenate([run.positions for run in runs])
         at -= start // size
-        view[at] = self._values[group].take(dtype, view[at])
+        view[at] = self._values[group].take(dtype, view.take(at))
 
     def finish(self) -> None:
         if self._next:

@@ -14,12 +14,10 @@ import gc
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from io import BytesIO
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -33,7 +31,6 @@ FILE_NAME = "weights.safetensors"
 MAX_HEADER_BYTES = 8 << 20
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 CHUNK_BYTES = 1 << 20
-AHEAD_BYTES = 8 << 20  # files of which the next chunk is made while one is written
 
 # safetensors type -> NumPy type of the same size. Unsigned where NumPy lacks the type.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -157,30 +154,33 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
                 f"tensor {name!r} has type {dtype!r}; known: {', '.join(DTYPES)}"
             )
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
-    entries, offsets = [], [0]
+    entries, spans, start = [], [], 0
     for name in order:
-        dtype, shape = specs[name]
-        start = offsets[-1]
-        offsets.append(start + math.prod(shape) * DTYPES[dtype].itemsize)
-        # What json.dumps writes, in a third of its time.
-        lengths = ",".join(map(str, shape))
-        entries.append(
-            f'{_QUOTED(name)}:{{"dtype":"{dtype}","shape":[{lengths}],'
-            f'"data_offsets":[{start},{offsets[-1]}]}}'
-        )
-    if offsets[-1] > MAX_DATA_BYTES:
-        raise WeightsError(f"the weights have {offsets[-1]} bytes, which is too many")
+        opening, size, item_size = _shape_entry(*specs[name])
+        stop = start + size * item_size
+        # What json.dumps writes, in a fraction of its time.
+        entries.append(f"{_QUOTED(name)}{opening}{start},{stop}]}}")
+        spans.append((start, stop, size, item_size))
+        start = stop
+    if start > MAX_DATA_BYTES:
+        raise WeightsError(f"the weights have {start} bytes, which is too many")
     text = f"{{{','.join(entries)}}}".encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    tensors = []
-    for name, (start, stop) in zip(order, pairwise(offsets), strict=True):
-        dtype, shape = specs[name]
-        item_size = DTYPES[dtype].itemsize
-        size = (stop - start) // item_size
-        start, stop = start + len(header), stop + len(header)
-        tensors.append(Tensor(name, dtype, shape, start, stop, size, item_size))
+    first = len(header)
+    tensors = (
+        Tensor(name, *specs[name], first + start, first + stop, size, item_size)
+        for name, (start, stop, size, item_size) in zip(order, spans, strict=True)
+    )
     return Layout(header, tuple(tensors))
+
+
+@lru_cache  # most tensors of a network have the shape of another one
+def _shape_entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
+    """Return what stands between name and offsets, elements, and bytes of one."""
+    lengths = ",".join(map(str, shape))
+    opening = f':{{"dtype":"{dtype}","shape":[{lengths}],"data_offsets":['
+    return opening, math.prod(shape), DTYPES[dtype].itemsize
 
 
 def parse_layout(header: bytes) -> Layout:
@@ -320,14 +320,9 @@ def fingerprint_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def read_chunks(path: str | PathLike[str]) -> Iterator[memoryview]:
-    """Yield a file's bytes in bounded chunks, each in the same memory.
-
-    Of a file of ``AHEAD_BYTES`` or more only every other one is in the same memory.
-    """
+    """Yield a file's bytes in bounded chunks, every other one in the same memory."""
     with open(path, "rb", buffering=0) as file:
-        large = os.fstat(file.fileno()).st_size >= AHEAD_BYTES
-        chunk = np.empty(CHUNK_BYTES, np.uint8).data
-        other = np.empty(CHUNK_BYTES, np.uint8).data if large else chunk
+        chunk, other = (np.empty(CHUNK_BYTES, np.uint8).data for _ in range(2))
         while size := file.readinto(chunk):
             yield chunk[:size]
             chunk, other = other, chunk
