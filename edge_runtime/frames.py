@@ -158,6 +158,14 @@ class SectionReader:
             raise PatchFormatError("a section of the patch ends too early")
         return data
 
+    def take_most(self, count: int) -> bytes:
+        """Return the next ``count`` bytes, or those that are left, at least one.
+
+        Raises:
+            PatchFormatError: Nothing is left, or it does not decompress.
+        """
+        return self.take(max(1, min(count, self._left)))
+
     def finish(self) -> None:
         """Insist that nothing is left.
 

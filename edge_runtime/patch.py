@@ -72,7 +72,7 @@ class _Plan:
         layout: The layout.
         changed: Every tensor of which something travels: its group, and how much.
         totals: How much travels of each group and type.
-        fine: The fineness of the gaps.
+        fine: How the gaps are written.
         forms: Of each group.
         kept: The positions, where they have been decoded and take little memory.
     """
@@ -220,7 +220,7 @@ class Patch:
         return changed
 
     def _forms(self, types: Collection[tuple[int, str]]) -> tuple[int, dict[int, Form]]:
-        """Read the fineness of gaps, and the form of every group of these types."""
+        """Read how gaps are written, and the form of every group of these types."""
         kinds = sorted({group for group, _ in types})
         numbers = self._body.numbers(FORMS)
         if len(numbers) != (4 * len(kinds) + 1 if kinds else 0):
@@ -344,7 +344,7 @@ def encode_patch(
     """
     tensors = target.layout.tensors
     fine, sections = encode_positions(
-        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)]
+        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)], level
     )
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     sections[OUTPUTS] = [outputs]

@@ -16,16 +16,21 @@ from edge_runtime.codec import (
     PIECE,
     Integers,
     NumberReader,
+    UnaryReader,
     encode_bits,
     encode_numbers,
+    encode_unary,
     finenesses,
+    unary_width,
 )
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.frames import SectionReader, quick_size
-from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS
+from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, encode_body
 from edge_runtime.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
+UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits
+_DOUBT_BITS = 2560  # what a fine estimate of sizes may be wrong by, tenfold
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 _LONG_RUN = 1 << 13  # positions
 
@@ -55,7 +60,7 @@ def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
 
 
 def encode_positions(
-    tensors: Sequence[tuple[tuple[int, ...], Positions]],
+    tensors: Sequence[tuple[tuple[int, ...], Positions]], level: int = 19
 ) -> tuple[int, dict[int, list[bytes]]]:
     """Encode which elements travel, tensor by tensor.
 
@@ -66,9 +71,11 @@ def encode_positions(
 
     Args:
         tensors: Shape and strictly increasing positions of each tensor.
+        level: zstd level that the sections will be packed with, 1 to 22.
 
     Returns:
-        The fineness of the gaps, and the sections, in parts.
+        How the gaps are written (a fineness, or ``UNARY_GAPS`` and how many low bits
+        they have), and the sections, in parts.
 
     Raises:
         PatchFormatError: A gap is too large.
@@ -86,7 +93,8 @@ def encode_positions(
     symbols, widths = encode_numbers(numbers, fine)
     stops = np.cumsum([len(gaps) for gaps, _, _ in taken])
     used = [columns for _, _, columns in taken if columns is not None]
-    return fine, {
+    bitmaps = [bitmap for _, bitmap, _ in taken]
+    sections = {
         INDEX: [
             bitmap or symbols[stop - len(gaps) : stop]
             for (gaps, bitmap, _), stop in zip(taken, stops, strict=True)
@@ -94,6 +102,17 @@ def encode_positions(
         INDEX_BITS: [encode_bits(numbers, widths)],
         COLUMNS: [_pack(one) for one in used if not all(map(np.all, used))],
     }
+    width = unary_width(sample)
+    bits = len(sample) * (width + 1) + int((sample >> width).sum())
+    if 10 * bits > 11 * _size(sample, fine) + _DOUBT_BITS:
+        return fine, sections
+    # Of two that are close, those tell that are packed to the last byte.
+    low = encode_bits(numbers, np.full(len(numbers), width))
+    unary = encode_unary(numbers, width)
+    even = sections | {INDEX: bitmaps, INDEX_BITS: [low], UNARY: [unary]}
+    if len(encode_body(even, level)) < len(encode_body(sections, level)):
+        return UNARY_GAPS + width, even
+    return fine, sections
 
 
 def _take_apart(
@@ -182,14 +201,19 @@ class PositionReader:
 
         Args:
             section: Opens a section by its kind.
-            fine: The fineness of the gaps.
+            fine: How the gaps are written.
 
         Raises:
-            PatchFormatError: ``fine`` is out of range.
+            PatchFormatError: There is no such way.
         """
         self._index, self._columns = section(INDEX), section(COLUMNS)
         self._all_columns = self._columns.is_empty
-        self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
+        self._gaps: NumberReader | UnaryReader
+        if fine < UNARY_GAPS:
+            self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
+        else:
+            width = fine - UNARY_GAPS
+            self._gaps = UnaryReader(section(UNARY), section(INDEX_BITS), width)
         # Gaps are summed up ahead of the tensor that is read, as small tensors cost as
         # many calls as large ones: sums not yet used, the one before, gaps that follow.
         self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
@@ -296,6 +320,7 @@ class PositionReader:
             PatchFormatError: Something is left over.
         """
         self._gaps.finish()
+        self._index.finish()
         self._columns.finish()
 
 

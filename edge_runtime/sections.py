@@ -23,7 +23,7 @@ from edge_runtime.header import exactly
 MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 
-COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS = range(0x01, 0x07)
+COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY = range(0x01, 0x08)
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8
@@ -39,12 +39,15 @@ def group_kind(item_size: int, dense: bool) -> int:
     return VALUES + ((item_size.bit_length() - 1) << 5) + dense * DENSE
 
 
-KINDS = {COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS} | {
+KINDS = {COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY} | {
     group_kind(size, dense) + kind
     for size in (1, 2, 4, 8)
     for dense in (False, True)
     for kind in (SYMBOLS, BITS, REST, *range(PLANES, PLANES + size))
 }
+
+# Their zeros take time to read, which compressed would cost no bytes.
+STORED_KINDS = {UNARY}
 
 
 # Unsigned integers of variable length ------------------------------------------------
@@ -81,6 +84,13 @@ def decode_varint(source: Iterator[int]) -> int:
 # The body: table and sections --------------------------------------------------------
 
 
+def pack_kind(kind: int, parts: Sequence[bytes], level: int) -> tuple[int, bytes]:
+    """Choose the smallest encoding that a section of some kind may have."""
+    if kind in STORED_KINDS:
+        return STORED, b"".join(parts)
+    return pack_section(parts, level)
+
+
 def encode_body(sections: Mapping[int, Sequence[bytes]], level: int) -> bytes:
     """Encode the body of a patch.
 
@@ -92,7 +102,7 @@ def encode_body(sections: Mapping[int, Sequence[bytes]], level: int) -> bytes:
     used = {kind: parts for kind, parts in sorted(sections.items()) if any(parts)}
     table.append(len(used))
     for kind, parts in used.items():
-        encoding, packed = pack_section(parts, level)
+        encoding, packed = pack_kind(kind, parts, level)
         table += bytes([kind, encoding]) + encode_varint(len(packed))
         body += packed
     return bytes(table + body)
@@ -204,7 +214,7 @@ class Body:
 def _read_entry(file: BinaryIO) -> tuple[int, int, int]:
     kind, encoding = exactly(file, 2)
     packed = decode_varint(chain.from_iterable(iter(partial(file.read, 1), b"")))
-    if kind not in KINDS or encoding > ZSTD:
+    if kind not in KINDS or encoding > (STORED if kind in STORED_KINDS else ZSTD):
         raise PatchFormatError(
             f"the patch has a section of kind {kind:#x} and encoding {encoding} that "
             "this runtime does not know"

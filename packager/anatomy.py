@@ -31,6 +31,7 @@ from edge_runtime.sections import (
     PLANES,
     REST,
     SYMBOLS,
+    UNARY,
     VALUES,
 )
 from edge_runtime.signing import encode_signatures
@@ -44,6 +45,7 @@ NAMES = {
     INDEX: "index",
     INDEX_BITS: "index bits",
     COLUMNS: "columns",
+    UNARY: "index in unary",
     OUTPUTS: "expected outputs",
 }
 VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}

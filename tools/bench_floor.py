@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.command import CONTEXT, Command, emit, json_option, say
-from edge_runtime.frames import pack_section
 from edge_runtime.header import PatchHeader
 from edge_runtime.patch import open_patch
 from edge_runtime.positions import encode_positions
+from edge_runtime.sections import pack_kind
 from edge_runtime.weights import Layout, Weights
 from packager.anatomy import section_part
 from packager.build import encode_changes
@@ -188,7 +188,8 @@ def random_mask(network: str, layout: Layout, density: float) -> RandomMask:
         if len(tensor.shape) > 1
     ]
     _, sections = encode_positions(tensors)
-    index = sum(len(pack_section(p, 19)[1]) for p in sections.values() if any(p))
+    used = ((kind, parts) for kind, parts in sections.items() if any(parts))
+    index = sum(len(pack_kind(kind, parts, 19)[1]) for kind, parts in used)
     bits = sum(entropy_bits(math.prod(shape), len(found)) for shape, found in tensors)
     count = sum(len(found) for _, found in tensors)
     return RandomMask(network, density, count, index, bits / 8)

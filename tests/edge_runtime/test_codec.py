@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import codec
-from edge_runtime.codec import BitReader, NumberReader
+from edge_runtime.codec import BitReader, NumberReader, UnaryReader
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.frames import STORED, Section, SectionReader
 
@@ -81,3 +81,74 @@ def test_bits_left_over_are_refused():
     assert bits.take(ints([6, 1])).tolist() == [1, 0]
     with pytest.raises(PatchFormatError, match="left over"):
         bits.finish()
+
+
+def unary_reader(unary, bits, width):
+    return UnaryReader(reader(unary), reader(bits), width)
+
+
+@given(st.lists(st.integers(0, 2**39), max_size=200), st.integers(0, 32), PIECES)
+def test_numbers_in_unary_come_back_in_pieces_of_any_size(numbers, width, piece):
+    most = 5000 << width  # zeros take time to write, too
+    numbers = ints(numbers) % most
+    widths = np.full(len(numbers), width)
+    unary, bits = (
+        codec.encode_unary(numbers, width),
+        codec.encode_bits(numbers, widths),
+    )
+    decoder = unary_reader(unary, bits, width)
+    found = [decoder.take(len(part)) for part in in_pieces(numbers, piece)]
+    assert np.array_equal(np.concatenate([ints([]), *found]), numbers)
+    decoder.finish()
+
+
+@given(st.lists(st.integers(0, 2**20), min_size=1, max_size=50))
+def test_the_width_of_numbers_in_unary_makes_them_smallest(numbers):
+    numbers = ints(numbers)
+
+    def bits(width):
+        return len(numbers) * width + int((numbers >> width).sum())
+
+    assert bits(codec.unary_width(numbers)) == min(map(bits, range(33)))
+
+
+def test_a_number_in_unary_may_have_40_bits():
+    # 255 zeros and a one, above 32 low bits; then 256.
+    for zeros in (255, 256):
+        unary = (1 << zeros).to_bytes(33, "little")
+        decoder = unary_reader(unary, b"\xff" * 4, 32)
+        if zeros == 255:
+            assert decoder.take(1).tolist() == [2**40 - 1]
+        else:
+            with pytest.raises(PatchFormatError, match="out of range"):
+                decoder.take(1)
+
+
+@pytest.mark.parametrize(
+    ("unary", "bits", "message"),
+    [
+        (b"\x05", b"\x07", None),  # 0 and 1, above the low bits 11 and 01
+        (b"\x01", b"\x07", "too early"),
+        (b"", b"\x07", "too early"),
+        (b"\x05", b"", "too early"),
+        (b"\x0d", b"\x07", "left over"),
+        (b"\x05\0", b"\x07", "left over"),
+        (b"\x05\x01", b"\x07", "left over"),
+        (b"\x05", b"\x17", "left over"),
+        (b"\x05", b"\x07\0", "too many"),
+    ],
+)
+def test_unary_that_is_not_used_up_exactly_is_refused(unary, bits, message):
+    decoder = unary_reader(unary, bits, 2)
+    if message is None:
+        assert decoder.take(2).tolist() == [3, 5]
+        decoder.finish()
+        return
+    with pytest.raises(PatchFormatError, match=message):
+        decoder.take(2)
+        decoder.finish()
+
+
+def test_a_width_out_of_range_is_refused():
+    with pytest.raises(PatchFormatError, match="33 low bits"):
+        unary_reader(b"", b"", 33)

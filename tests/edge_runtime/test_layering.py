@@ -16,9 +16,9 @@ from tools.code_lines import RINGS
 
 RUNTIME = Path(__file__).parents[2] / "edge_runtime"
 STANDARD_LIBRARY = (
-    "collections concurrent contextlib ctypes dataclasses enum errno fcntl functools "
-    "gc hashlib importlib inspect io itertools json logging math os pathlib re shlex "
-    "shutil signal socket struct subprocess sys tempfile threading time traceback "
+    "collections contextlib ctypes dataclasses enum errno fcntl functools gc hashlib "
+    "importlib inspect io itertools json logging math os pathlib queue re shlex shutil "
+    "signal socket struct subprocess sys tempfile threading time traceback "
     "types typing weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.

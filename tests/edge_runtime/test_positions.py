@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from edge_runtime import positions
 from edge_runtime.codec import encode_bits, encode_numbers
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.frames import STORED, Section, SectionReader, pack_section
+from edge_runtime.frames import STORED, Section, SectionReader
 from edge_runtime.patch import group_of
 from edge_runtime.positions import PositionReader, Run, pack_run, unpack_run
-from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS
+from edge_runtime.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, pack_kind
 from edge_runtime.weights import make_layout
 from tests.golden import independent
 
@@ -123,10 +123,12 @@ def test_positions_of_large_tensors_come_back_in_bounded_pieces(density):
 
 def packed_size(tensors):
     _, sections = positions.encode_positions(tensors)
-    return sum(len(pack_section(p, 19)[1]) for p in sections.values() if any(p))
+    return sum(len(pack_kind(k, p, 19)[1]) for k, p in sections.items() if any(p))
 
 
-@pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.38, 0.5, 0.62, 0.9, 0.99])
+@pytest.mark.parametrize(
+    "density", [0.001, 0.003, 0.01, 0.1, 0.3, 0.38, 0.5, 0.62, 0.9, 0.99]
+)
 @pytest.mark.parametrize("shape", [(300_000,), (500, 600), (200, 15, 10, 10)])
 def test_a_random_mask_costs_little_more_than_its_entropy(shape, density):
     size = math.prod(shape)
@@ -134,6 +136,16 @@ def test_a_random_mask_costs_little_more_than_its_entropy(shape, density):
     share = mask.mean()
     entropy = -share * np.log2(share) - (1 - share) * np.log2(1 - share)
     assert packed_size([(shape, np.flatnonzero(mask))]) < 1.03 * size * entropy / 8
+
+
+def test_gaps_are_written_in_the_way_that_is_smaller():
+    even = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.01)
+    rows = np.arange(0, 100_000, 1000)
+    clustered = np.sort(np.concatenate([rows + step for step in range(10)]))
+    for found, unary in [(even, True), (clustered, False)]:
+        fine, sections = positions.encode_positions([((100_000,), found)])
+        assert (fine >= positions.UNARY_GAPS) == unary
+        assert (UNARY in sections) == unary
 
 
 def test_columns_in_which_nothing_travels_cost_nothing_but_their_bit():
@@ -213,7 +225,7 @@ def files(draw):
 
 def one_by_one(tensors, counts, fine, raw):
     """The positions of each tensor as FORMAT.md has them; ValueError where refused."""
-    kinds = (INDEX, INDEX_BITS, COLUMNS)
+    kinds = (INDEX, INDEX_BITS, COLUMNS, UNARY)
     parts = [independent._Bits(raw.get(kind, b"")) for kind in kinds]
     grid = len(raw.get(COLUMNS, b""))
     found = [

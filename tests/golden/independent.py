@@ -4,6 +4,7 @@ import json
 import math
 import zlib
 from hashlib import sha256
+from itertools import count
 from struct import unpack_from
 
 from zstandard import ZstdDecompressor, get_frame_parameters
@@ -33,11 +34,12 @@ class _Bits:  # what is left of a section [Numbers]
         _must(shift < 63 and (byte > 0 or shift == 0), "varint")
         return value | byte << shift
 
-    def number(self, fineness: int, low: "_Bits") -> int:
-        s = self.bits(8)
-        w = max((s >> fineness) - 1, 0)
-        _must(w <= 32, "symbol too large")
-        return ((s - (w << fineness)) << w) + low.bits(w)
+    def number(self, f: int, low: "_Bits", unary: "_Bits") -> int:
+        s = next(i for i in count() if unary.bits(1)) if f > 7 else self.bits(8)
+        w = f - 8 if f > 7 else max((s >> f) - 1, 0)
+        high = s << w if f > 7 else (s - (w << f)) << w
+        _must(w <= 32 and high < 1 << 40, "number too large")
+        return high + low.bits(w)
 
     def bitmap(self, size: int) -> list[int]:
         bitmap = self.bits((size + 7) // 8 * 8)
@@ -45,8 +47,7 @@ class _Bits:  # what is left of a section [Numbers]
         return [i for i in range(size) if bitmap >> i & 1]
 
 
-def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:
-    """Checks the file; returns what every section holds, by kind [File]."""
+def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:  # by kind [File]
     _must(patch[:10] == b"\x89DPU\r\n\x1a\n\1\0" and len(patch) > 177, "magic, version")
     h, critical = unpack_from("<HH", patch, 10)
     _must(critical == 0 and 176 <= h <= min(4096, len(patch) - 2), "header")
@@ -67,7 +68,7 @@ def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:
     for kind, encoding, size in table:
         data = rest.bits(8 * size).to_bytes(size, "little")
         if encoding:
-            _must(encoding == 1 and data[:4] == b"\x28\xb5\x2f\xfd", "encoding")
+            _must(encoding == (kind != 7) and data[:4] == b"(\xb5/\xfd", "encoding")
             window = get_frame_parameters(data).window_size
             _must(window <= 1 << 18 and data[4] & 3 == 0, "frame header")
             data = ZstdDecompressor().decompress(data, allow_extra_data=False)
@@ -78,8 +79,8 @@ def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:
 
 
 def _positions(shape: list, c: int, f: int, parts: list[_Bits], grid: int) -> list[int]:
-    """Reads which elements of one tensor travel [0x03 index ... 0x05 columns]."""
-    n, row, (index, low, columns) = math.prod(shape), math.prod(shape[1:]), parts
+    n, row = math.prod(shape), math.prod(shape[1:])  # [0x03 index ... 0x07 unary]
+    index, low, columns, unary = parts
     counted, stay, listed = [*range(n)], 4 * c >= 3 * n, [-1]
     if n < 4 * c < 3 * n:
         _must(len(found := index.bitmap(n)) == c, "bitmap")
@@ -88,22 +89,21 @@ def _positions(shape: list, c: int, f: int, parts: list[_Bits], grid: int) -> li
         used, depth = set(columns.bitmap(shape[1])), row // shape[1]
         counted = [i for i in counted if i % row // depth in used]
     for _ in range(n - c if stay else c):
-        listed.append(listed[-1] + 1 + index.number(f, low))
+        listed.append(listed[-1] + 1 + index.number(f, low, unary))
         _must(listed[-1] < len(counted), "position beyond the tensor")
     found = [counted[i] for i in listed[1:]]
     return sorted({*counted} - {*found}) if stay else found
 
 
 def _element(old: bytes, m: int | None, form: list, streams: list[_Bits]) -> int:
-    """Returns the next travelling element [0x40 to 0xBF values]."""
     (d, p, unit, fine), (symbols, low, rest, *planes) = form, streams
-    shift, line = d + 8 * p, 8 * len(old) - d - 8 * p
+    shift, line = d + 8 * p, 8 * len(old) - d - 8 * p  # [0x40 to 0xBF values]
     _must(0 <= line <= 32 and (line > 0 or (unit, fine) == (1, 0)), "form")
     new = sum(plane.bits(8) << (d + 8 * j) for j, plane in enumerate(planes))
     if line == 0:
         return new
     half, h = 1 << (line - 1), int.from_bytes(old, "little") >> shift
-    q = (number := symbols.number(fine, low)) >> 1 ^ -(number & 1)
+    q = (number := symbols.number(fine, low, low)) >> 1 ^ -(number & 1)
     _must(number < 2 * half, "step too large")
     if m is None:  # an integer
         return new + ((h + q) % (2 * half) << shift)
@@ -123,7 +123,7 @@ def _element(old: bytes, m: int | None, form: list, streams: list[_Bits]) -> int
 def apply(base: bytes, patch: bytes) -> bytes:
     """Returns what a patch makes of its parent; raises where FORMAT.md forbids it."""
     parts = _sections(patch, base)
-    counts, forms, *index = used = [parts.pop(k, _Bits()) for k in range(1, 6)]
+    counts, forms, *index = used = [parts.pop(k, _Bits()) for k in (1, 2, 3, 4, 5, 7)]
     tensors, groups, sizes = [], {}, [section.size for section in used]
     target, data_at = bytearray(base), 8 + unpack_from("<Q", base)[0]
     for t in json.loads(base[8:data_at]).values():  # [0x01 counts]
@@ -136,7 +136,7 @@ def apply(base: bytes, patch: bytes) -> bytes:
     gaps = forms.varint() if kinds else 0  # [0x02 forms]
     for k in kinds:
         form = [forms.varint() for _ in range(4)]
-        _must(max(gaps, form[3]) <= 7 and form[1] <= 8, "fineness or planes")
+        _must(gaps <= 40 and form[3] <= 7 and form[1] <= 8, "fineness or planes")
         _must(form[2] == 1 or any(t[0] == k and t[5] in MANTISSA for t in tensors), "U")
         own = [parts.pop(k + j, _Bits()) for j in (0, 1, 2, *range(8, 8 + form[1]))]
         groups[k], used = (form, own), used + own

@@ -148,6 +148,9 @@ def cases():
     few = {"fc.weight": normal(8, 5), "fc.bias": normal(8)}
     moved = {name: changed(rng, array, 0.2) for name, array in few.items()}
     yield "outputs", few, moved, {}
+    spread = {f"t{share}": normal(40, 60) for share in (1, 3, 40, 97)}
+    moved = {name: changed(rng, a, int(name[1:]) / 100) for name, a in spread.items()}
+    yield "unary", spread, moved, {}
 
 
 def main(folder):

@@ -11,6 +11,7 @@ import zstandard
 
 from edge_runtime import positions, sections
 from edge_runtime.apply import apply_patch
+from edge_runtime.codec import encode_bits, encode_unary
 from edge_runtime.errors import (
     DpuError,
     PatchError,
@@ -32,6 +33,7 @@ from edge_runtime.sections import (
     PLANES,
     REST,
     SYMBOLS,
+    UNARY,
     encode_varint,
     group_kind,
 )
@@ -188,6 +190,7 @@ def test_a_gap_from_one_small_tensor_into_the_next_is_refused(number):
         reader = patch._body.reader
         raw = {s.kind: reader(s.kind).take(s.raw_size) for s in patch.sections}
     raw[FORMS] = bytes([7]) + raw[FORMS][1:]  # every gap is its own symbol
+    del raw[UNARY], raw[INDEX_BITS]
     for gap, error in [(3, None), (37, VerificationError), (38, PatchFormatError)]:
         index = bytearray(bytes([1, 3]) * 12)
         index[2 * number + 1] = gap
@@ -200,6 +203,37 @@ def test_a_gap_from_one_small_tensor_into_the_next_is_refused(number):
             else:
                 with pytest.raises(error, match=r"40 of 40|fingerprint"):
                     apply_patch(base, patch)
+
+
+def test_gaps_in_unary_are_refused_where_they_are_not_what_they_should_be():
+    # Without columns: of the first tensor, those that stay of the third, of the last.
+    gaps = np.append(np.diff(CHANGES[0], prepend=-1) - 1, [4, 2, *[0] * 9])
+    even = {
+        FORMS: bytes([positions.UNARY_GAPS + 9]) + raw_sections()[FORMS][1:],
+        INDEX: raw_sections()[INDEX][13:20],  # the bitmap of the second
+        INDEX_BITS: encode_bits(gaps, np.full(24, 9)),
+        COLUMNS: b"",
+        UNARY: encode_unary(gaps, 9),
+    }
+    with open_patch(with_sections(even)) as patch:
+        assert apply_patch(BASE, patch).data == TARGET.data
+    unary = even[UNARY]
+    refusals = {
+        "too early": {UNARY: unary[:-1]},
+        "left over": {UNARY: unary + b"\0"},
+        "too many": {INDEX_BITS: even[INDEX_BITS] + b"\1"},
+        "out of bounds": {UNARY: encode_unary(gaps + 512 * (gaps == 0), 9)},
+        "at most 32": {FORMS: b"\x29" + even[FORMS][1:]},
+        "ends too": {FORMS: b"\x02" + even[FORMS][1:]},
+    }
+    for message, change in refusals.items():
+        assert message in str(refused(with_sections(even | change)))
+
+
+def test_unary_may_not_be_compressed():
+    # Ones at the end of zeros: a gigabyte of them would take an hour and 100 KB.
+    raw = sorted((raw_sections() | {UNARY: bytes(1 << 16)}).items())
+    assert "encoding 1" in str(refused(forge(raw)))
 
 
 def test_positions_that_stay_out_of_bounds_are_refused():
