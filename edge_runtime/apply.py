@@ -192,8 +192,9 @@ class _Lookahead:
         waiting: dict[int, list[Run]] = {}
         held = Counter[int]()
         while run := self._next:
-            inside = int(run.positions.searchsorted(stop // run.item_size))
-            if ends := inside < len(run.positions):
+            inside, limit = len(run.positions), stop // run.item_size
+            if ends := run.positions[-1] >= limit:
+                inside = int(run.positions.searchsorted(limit))
                 self._next = run._replace(positions=run.positions[inside:])
                 run = run._replace(positions=run.positions[:inside])
             else:
