@@ -1,10 +1,11 @@
 """Every tool of :mod:`tools.rivals` on the same rounds: measured, then judged.
 
 Each measurement is a process of its own. The tools take turns, each turn in another
-order, so that a busy moment of the machine hits all of them. Times to apply are
-compared at their fastest: what else a machine does only adds to them, and not evenly
+order, so that a busy moment of the machine hits all of them. Each applies twice in a
+row and the second time counts, as what the one before leaves of memory and caches shows
 (writing the same 56 MB took the kernel of a virtual machine 13 to 240 ms, whoever
-asked, depending on the memory that it happened to find).
+asked, depending on the memory that it happened to find). Times to apply are compared at
+their fastest: what else a machine does only adds to them.
 """
 
 import json
@@ -139,7 +140,7 @@ def compete(pair: Pair, tools: Sequence[Tool], repeats: int, say: Say) -> Contes
     Args:
         pair: The round.
         tools: Which tools; ours first.
-        repeats: How often each applies its patch, after one time that is not counted.
+        repeats: How often each applies its patch, each time behind one not counted.
         say: Shows progress.
     """
     with tempfile.TemporaryDirectory(prefix="bench-patch-") as name:
@@ -166,13 +167,10 @@ class _Table:
             self.say(f"  making, turn {turn + 1} of {repeats}")
             for tool in tools:
                 self._turn(tool, "make", self.made)
-        self.say("  applying, once to fill the caches")
-        for tool in tools:
-            self._turn(tool, "apply", {})
         for turn in range(repeats):
             self.say(f"  applying, turn {turn + 1} of {repeats}")
-            # What a process leaves of memory shows in the next one's writing.
             for tool in Random(turn).sample(tools, len(tools)):
+                self._turn(tool, "apply", {})  # leaves the same to each
                 self._turn(tool, "apply", self.applied)
         return Contest(self.pair, tuple(self._entry(tool) for tool in tools))
 

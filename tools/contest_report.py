@@ -9,11 +9,11 @@ from tools.rivals import Kind
 
 NOTES = """\
 Every measurement is a process of its own; the tools take turns, each turn in another
-order. Medians are given, and of the time to apply also the fastest, which the bars are
-about: what else a machine does only adds to it, and not evenly (writing the same 56 MB
-took the kernel of this virtual machine 13 to 240 ms, whoever asked, depending on the
-memory that it happened to find). Applying does equal work in each: read base and patch,
-write the target, take its SHA-256, fsync it; full weights need no base. Times are wall
+order. Each applies twice in a row and the second time counts: what the tool before it
+leaves of memory shows (writing the same 56 MB took the kernel of this virtual machine
+13 to 240 ms, whoever asked). Medians are given, and of the time to apply also the
+fastest, which the bars are about: what else a machine does only adds to it. Applying
+does equal work in each: read base and patch, write the target, take its SHA-256, fsync it; full weights need no base. Times are wall
 times of that work alone; *start-up* comes on top: interpreter, imports and exit, or a
 program's idle run (which its CPU time includes). Peak memory includes start-up; `<`
 marks a program that stays below the process that starts it. Ours is proved while it is
