@@ -13,12 +13,13 @@ order. Each applies twice in a row and the second time counts: what the tool bef
 leaves of memory shows (writing the same 56 MB took the kernel of this virtual machine
 13 to 240 ms, whoever asked). Medians are given, and of the time to apply also the
 fastest, which the bars are about: what else a machine does only adds to it. Applying
-does equal work in each: read base and patch, write the target, take its SHA-256, fsync it; full weights need no base. Times are wall
-times of that work alone; *start-up* comes on top: interpreter, imports and exit, or a
-program's idle run (which its CPU time includes). Peak memory includes start-up; `<`
-marks a program that stays below the process that starts it. Ours is proved while it is
-made (read back, applied, compared), the others are not. What takes longer than 2 s to
-make is made once. Lower is better everywhere.
+does equal work in each: read base and patch, write the target, take its SHA-256, fsync
+it; full weights need no base. Times are wall times of that work alone; *start-up* comes
+on top: interpreter, imports and exit, or a program's idle run (which its CPU time
+includes). Peak memory includes start-up; `<` marks a program that stays below the
+process that starts it. Ours is proved while it is made (read back, applied, compared),
+the others are not. What takes longer than 2 s to make is made once. Lower is better
+everywhere.
 """
 # Picture, in pixels.
 _LABELS, _CELL, _BAR, _ROW, _TOP = 250, 128, 66, 20, 72
