@@ -15,6 +15,7 @@ gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memor
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from errno import EAGAIN
 from queue import SimpleQueue
 from threading import Thread
 
@@ -98,6 +99,7 @@ def apply_chunks(
         PatchFormatError: The base has another size than the layout says.
         VerificationError: After the last piece, if the result is not the promised
             one. The caller must discard all pieces then.
+        OSError: No other thread is to be had.
     """
     digest = hashlib.sha256()
     yield from _hashed(_patched(base, layout, patch), digest)
@@ -122,7 +124,10 @@ def _hashed(
             done.put(None)
 
     thread = Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as err:
+        raise OSError(EAGAIN, "the system has no room for another thread") from err
     done.put(None)
     try:
         for window in windows:

@@ -30,7 +30,7 @@ from edge_runtime.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits
-_DOUBT_BITS = 2560  # what a fine estimate of sizes may be wrong by, tenfold
+_DOUBT = 2560  # tenths of a bit that an estimate of a size may be wrong by
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 _LONG_RUN = 1 << 13  # positions
 
@@ -104,7 +104,7 @@ def encode_positions(
     }
     width = unary_width(sample)
     bits = len(sample) * (width + 1) + int((sample >> width).sum())
-    if 10 * bits > 11 * _size(sample, fine) + _DOUBT_BITS:
+    if 10 * bits > 11 * _size(sample, fine) + _DOUBT:
         return fine, sections
     # Of two that are close, those tell that are packed to the last byte.
     low = encode_bits(numbers, np.full(len(numbers), width))
@@ -208,12 +208,12 @@ class PositionReader:
         """
         self._index, self._columns = section(INDEX), section(COLUMNS)
         self._all_columns = self._columns.is_empty
-        self._gaps: NumberReader | UnaryReader
-        if fine < UNARY_GAPS:
-            self._gaps = NumberReader(self._index, section(INDEX_BITS), fine)
-        else:
-            width = fine - UNARY_GAPS
-            self._gaps = UnaryReader(section(UNARY), section(INDEX_BITS), width)
+        self._unary, bits = section(UNARY), section(INDEX_BITS)
+        self._gaps = (
+            NumberReader(self._index, bits, fine)
+            if fine < UNARY_GAPS
+            else UnaryReader(self._unary, bits, fine - UNARY_GAPS)
+        )
         # Gaps are summed up ahead of the tensor that is read, as small tensors cost as
         # many calls as large ones: sums not yet used, the one before, gaps that follow.
         self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
@@ -320,8 +320,8 @@ class PositionReader:
             PatchFormatError: Something is left over.
         """
         self._gaps.finish()
-        self._index.finish()
-        self._columns.finish()
+        for section in (self._index, self._unary, self._columns):
+            section.finish()
 
 
 def _bits(section: SectionReader, count: int) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -155,8 +155,9 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
             )
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
     entries, spans, start = [], [], 0
+    entry = cache(_entry)  # most tensors of a network have the shape of another one
     for name in order:
-        opening, size, item_size = _shape_entry(*specs[name])
+        opening, size, item_size = entry(*specs[name])
         stop = start + size * item_size
         # What json.dumps writes, in a fraction of its time.
         entries.append(f"{_QUOTED(name)}{opening}{start},{stop}]}}")
@@ -175,8 +176,7 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
     return Layout(header, tuple(tensors))
 
 
-@lru_cache  # most tensors of a network have the shape of another one
-def _shape_entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
+def _entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
     """Return what stands between name and offsets, elements, and bytes of one."""
     lengths = ",".join(map(str, shape))
     opening = f':{{"dtype":"{dtype}","shape":[{lengths}],"data_offsets":['

@@ -47,7 +47,7 @@ def _ring(what: str, budget: int, modules: str) -> Ring:
 RINGS = {
     "patch": _ring(
         "reads, checks and applies a patch: an attacker's bytes end here",
-        1726,
+        1730,
         "apply codec frames header init line patch positions sections signing values "
         "weights",
     ),

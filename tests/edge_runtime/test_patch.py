@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
 import threading
 import tracemalloc
 
@@ -227,6 +229,37 @@ def test_giving_up_half_way_leaves_no_thread_behind():
     assert threading.active_count() > before
     chunks.close()
     assert threading.active_count() == before
+
+
+WITHOUT_ROOM = """
+import resource, sys, threading
+from edge_runtime.apply import apply_patch
+from edge_runtime.patch import open_patch
+from edge_runtime.weights import read_weights
+base, patch = read_weights(sys.argv[1]), open_patch(sys.argv[2])
+threading.stack_size(1 << 30)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+try:
+    apply_patch(base, patch)
+except OSError as err:
+    print(err)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_system_that_has_no_other_thread_is_told_as_such(tmp_path):
+    base, _, data = make_patch()
+    (tmp_path / "base").write_bytes(base.data)
+    (tmp_path / "patch").write_bytes(data)
+    paths = tmp_path / "base", tmp_path / "patch"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROOM, *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "no room for another thread" in done.stdout
 
 
 def test_a_base_of_another_size_is_refused():

@@ -230,6 +230,10 @@ def test_gaps_in_unary_are_refused_where_they_are_not_what_they_should_be():
         assert message in str(refused(with_sections(even | change)))
 
 
+def test_unary_that_nothing_asks_for_is_refused():
+    assert "too many" in str(refused(with_sections({UNARY: b"\1"})))
+
+
 def test_unary_may_not_be_compressed():
     # Ones at the end of zeros: a gigabyte of them would take an hour and 100 KB.
     raw = sorted((raw_sections() | {UNARY: bytes(1 << 16)}).items())
