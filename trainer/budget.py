@@ -108,6 +108,10 @@ def _fine_tune(
                 return masks
         each = max(size - dense_bytes, 1) / k
         k = min(max(k + int((AIM * limit - size) / each), low + 1), high - 1)
+        if low and high <= total:
+            # Sizes jump where another epoch is the best one: halving ends, aiming may
+            # go to and fro between the two sides of a jump.
+            k = (low + high) // 2
         if not low < k < high:
             break
     if fitting is None:
