@@ -115,7 +115,7 @@ def apply_chunks(
 def _hashed(
     windows: Iterable[memoryview], digest: "hashlib._Hash"
 ) -> Iterator[memoryview]:
-    """Pass windows on, while another thread hashes the one before."""
+    """Pass windows on; another thread hashes each until the next one is made."""
     todo, done = SimpleQueue[memoryview | None](), SimpleQueue[None]()
 
     def work() -> None:

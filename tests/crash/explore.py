@@ -272,7 +272,7 @@ def _go_on_after(recording, count, where):
         count.report(err, f"{where}, then the same process")
 
 
-_reads = SimpleNamespace(folder=None, left=0)  # of all threads: one reads ahead
+_reads = SimpleNamespace(folder=None, left=0)  # of all threads
 
 
 def _refuse(event, arguments):
