@@ -14,7 +14,7 @@ test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 	$(BIN)/python -m pytest
 
 test-arm64: $(STAMPS)/train  ## The runtime on emulated aarch64; minutes, never in CI.
-	$(BIN)/python -m tools.arm64
+	$(BIN)/python -m tools.arm64.__main__
 
 test-crash: $(STAMPS)/dev  ## Every crash state, SIGKILLs, full disks: minutes, with counts.
 	$(BIN)/python -m tests.crash

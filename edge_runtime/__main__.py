@@ -15,7 +15,7 @@ def start(module: str, command: str, name: str) -> None:
 
 def main() -> None:
     """Run ``dpu-edge``."""
-    start("edge_runtime.cli", "main", "dpu-edge")
+    start("edge_runtime.cli.main", "main", "dpu-edge")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ One tree, so that a caller can catch as much or as little as needed::
         + ExportError               the model cannot be deployed weight for weight
 
 Messages say what was expected, what was found and what to do next. "Already at the
-target" is a result (:class:`edge_runtime.device.UpdateResult`), not an error: retries
-are normal on bad links. The library knows nothing of exit codes; they are in
-:mod:`edge_runtime.command`.
+target" is a result (:class:`edge_runtime.update.device.UpdateResult`), not an error:
+retries are normal on bad links. The library knows nothing of exit codes; they are in
+:mod:`edge_runtime.commandline`.
 """
 
 from collections.abc import Sequence

@@ -21,12 +21,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from packager.adopt import adopt_model
     from packager.build import PackedPatch, build_patch, pack_round, write_file
-    from packager.bundle import PackedBundle, build_bundle, write_bundle
+    from packager.bundles.from_model import adopt_model
+    from packager.bundles.from_round import PackedBundle, build_bundle, write_bundle
     from packager.compose import compose_patches
-    from packager.foreign import Model, pack_models, read_model
-    from packager.rounds import Parent, RoundFolder, find_parent, find_round, read_round
+    from packager.models.read import Model, pack_models, read_model
+    from packager.rounds.folder import (
+        Parent,
+        RoundFolder,
+        find_parent,
+        find_round,
+        read_round,
+    )
     from packager.signing import generate_key, load_private, sign_bundle, sign_patch
 
 __all__ = [

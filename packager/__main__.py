@@ -5,12 +5,12 @@ from edge_runtime.__main__ import start
 
 def pack() -> None:
     """Run ``dpu-pack``."""
-    start("packager.cli", "pack", "dpu-pack")
+    start("packager.cli.pack", "pack", "dpu-pack")
 
 
 def patch() -> None:
     """Run ``dpu-patch``."""
-    start("packager.cli", "patch", "dpu-patch")
+    start("packager.cli.pack", "patch", "dpu-patch")
 
 
 if __name__ == "__main__":

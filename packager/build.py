@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import (
     BudgetError,
     DpuError,
     RoundError,
     VerificationError,
 )
-from edge_runtime.files import Files
-from edge_runtime.header import PatchHeader
-from edge_runtime.patch import encode_patch, open_patch
-from edge_runtime.weights import Weights, fingerprint_file
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.weights import Weights, fingerprint_file
+from edge_runtime.store.files import Files
 from packager.diff import TensorChange, diff
-from packager.record import Outcome
-from packager.rounds import Parent, RoundFolder, find_parent
+from packager.rounds.folder import Parent, RoundFolder, find_parent
+from packager.rounds.record import Outcome
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -68,7 +68,7 @@ def pack_round(
     """Pack the update of one round.
 
     Args:
-        round_: The round, as :func:`packager.rounds.read_round` returns it.
+        round_: The round, as :func:`packager.rounds.folder.read_round` returns it.
         parent: What the update leads from; by default the round's recorded parent.
         level: zstd level, 1 to 22.
         max_size: Largest patch in bytes, with its signatures.
@@ -89,7 +89,7 @@ def pack_round(
         WrongModelError: The parent is of another network.
         BudgetError: The patch is larger than ``max_size``.
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
-        DpuError: As :func:`packager.golden.expected_outputs`.
+        DpuError: As :func:`packager.rounds.golden.expected_outputs`.
     """
     record = round_.record
     if record.outcome is Outcome.KEPT_BASE and parent is None:
@@ -118,7 +118,7 @@ def pack_round(
     )
     outputs = b""
     if expect_outputs:
-        from packager.golden import expected_outputs  # with ONNX Runtime
+        from packager.rounds.golden import expected_outputs  # with ONNX Runtime
 
         outputs = expected_outputs(round_, expect_outputs)
     data = encode_changes(

@@ -6,11 +6,11 @@ an element that changes twice travels once, and so does the header.
 
 from collections.abc import Sequence
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import WrongModelError, WrongParentError
-from edge_runtime.header import PatchHeader
-from edge_runtime.patch import Patch
-from edge_runtime.weights import Weights
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.weights import Weights
 from packager.build import LEVEL, PackedPatch, about, encode_changes
 from packager.diff import diff
 

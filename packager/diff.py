@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import WrongModelError
-from edge_runtime.weights import Layout, Tensor, Weights
+from edge_runtime.formats.weights import Layout, Tensor, Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,10 +1,10 @@
 """Signing keys, and what they sign: patches and bundles.
 
-Devices verify with :mod:`edge_runtime.signing`; private keys never come near them.
-Ed25519 is deterministic and signatures are kept in the order of their key ids, so the
-same file and keys always give the same bytes, whoever signs first.
+Devices verify with :mod:`edge_runtime.formats.signing`; private keys never come near
+them. Ed25519 is deterministic and signatures are kept in the order of their key ids, so
+the same file and keys always give the same bytes, whoever signs first.
 
-    >>> from edge_runtime.signing import trust_keys
+    >>> from edge_runtime.formats.signing import trust_keys
     >>> key = generate_key()
     >>> trust = trust_keys({"fleet.pub.pem": encode_public(key)})
     >>> signatures = add_signature((), PATCH_CONTEXT, b"some header", key)
@@ -25,16 +25,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from edge_runtime.bundle import (
+from edge_runtime.errors import KeyFileError, PatchFormatError
+from edge_runtime.formats.bundle import (
     KEYS_FOLDER,
     MANIFEST_NAME,
     SIGNATURES_NAME,
     read_bundle,
 )
-from edge_runtime.errors import KeyFileError, PatchFormatError
-from edge_runtime.header import parse_header, read_header
-from edge_runtime.proof import encode_public, public_key
-from edge_runtime.signing import (
+from edge_runtime.formats.header import parse_header, read_header
+from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     MAX_BLOCK_BYTES,
     PATCH_CONTEXT,
@@ -45,7 +44,8 @@ from edge_runtime.signing import (
     key_id,
     read_signatures,
 )
-from packager.archive import encode_members
+from edge_runtime.live.proof import encode_public, public_key
+from packager.zip_file import encode_members
 
 
 def sign(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:

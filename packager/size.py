@@ -3,8 +3,8 @@
 A trainer with a budget is given this function; it need not know any more of packing.
 """
 
-from edge_runtime.header import PatchHeader
-from edge_runtime.weights import Weights
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.weights import Weights
 from packager.build import build_patch
 
 _ANY_MODEL = "0" * 64  # the size does not depend on it

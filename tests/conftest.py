@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper
 
-from edge_runtime.init import InitRecipe, TensorInit, write_recipe
-from edge_runtime.weights import model_id, pack_weights, write_weights
+from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.weights import model_id, pack_weights, write_weights
 
 # Threads that wait for each other on a busy machine made tests ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

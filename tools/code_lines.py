@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from edge_runtime.command import CONTEXT, Command, emit, json_option, say
+from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from tools.wheels import CHECKOUT
 
 PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.command import CONTEXT, Command, emit, json_option, say
+from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from edge_runtime import Device, Weights
-    from trainer.record import RoundRecord
+    from trainer.folder.record import RoundRecord
 
 TOLERANCE = 1e-4  # of the largest output, as in the contract
 
@@ -68,9 +68,9 @@ class Demo:
     """A server, a device, and the comparison between them."""
 
     def __init__(self, folder: Path) -> None:
-        from trainer.config import load_config
-        from trainer.data import split_source
-        from trainer.sources import load_source
+        from trainer.data.samples import split_source
+        from trainer.data.sources import load_source
+        from trainer.recipe.config import load_config
 
         self.run = folder / "runs" / "digits"
         self.store = folder / "device"
@@ -89,7 +89,7 @@ class Demo:
     def train(self) -> "list[RoundRecord]":
         """Train all rounds, with a progress bar."""
         from trainer.cli import shown_progress
-        from trainer.rounds import run_rounds
+        from trainer.rounds.schedule import run_rounds
 
         rounds = self.config.run.rounds
         with shown_progress(rounds, quiet=False) as progress:
@@ -99,8 +99,8 @@ class Demo:
         """Pack a round, update the device with it, compare the two."""
         from edge_runtime import Device
         from packager.build import pack_round, write_file
-        from packager.bundle import write_bundle
-        from packager.rounds import read_round
+        from packager.bundles.from_round import write_bundle
+        from packager.rounds.folder import read_round
 
         folder = self.run / f"round_{record.round:02d}"
         round_ = read_round(folder)
@@ -121,7 +121,7 @@ class Demo:
         import numpy as np
 
         from edge_runtime import fingerprint_file, read_weights
-        from edge_runtime.trial import relative_difference
+        from edge_runtime.update.trial import relative_difference
 
         server = self.run / f"round_{record.round:02d}" / "weights.safetensors"
         found = device.predictor().predict(self.test.read().numpy())
@@ -143,8 +143,8 @@ class Demo:
     def _torch_outputs(self, weights: "Weights") -> "NDArray[np.float32]":
         import torch
 
-        from trainer.export import load_weights
-        from trainer.models import build_model
+        from trainer.export.graph import load_weights
+        from trainer.networks.models import build_model
 
         classes = len(self.source.classes)
         model = build_model(self.config.model, self.source.input_shape, classes)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from edge_runtime.command import CONTEXT, Command, emit, json_option, say
+from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHONS = {"3.11": "Raspberry Pi OS Bookworm", "3.13": "Raspberry Pi OS Trixie"}

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edge_runtime.errors import TrainingError
-from trainer.updater import PartialUpdater, Phase
+from trainer.method.updater import PartialUpdater, Phase
 
 
 class _Round:
@@ -75,7 +75,7 @@ def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
         full_epochs: Epochs in which every weight trains; the others fine-tune.
         **options: As for :class:`PartialUpdater`: ``ratio``, ``score``, ``selectable``.
     """
-    from trainer import vision  # noqa: F401 - first: Lightning imports torchvision
+    from trainer.data import vision  # noqa: F401 - first: Lightning imports torchvision
 
     from lightning.pytorch.callbacks import Callback  # isort: skip
 
@@ -114,7 +114,7 @@ def transformers_callback(*, full_epochs: int, **options: Any) -> Any:
         full_epochs: Epochs in which every weight trains; the others fine-tune.
         **options: As for :class:`PartialUpdater`: ``ratio``, ``score``, ``selectable``.
     """
-    from trainer import vision  # noqa: F401 - first: transformers may import torchvision
+    from trainer.data import vision  # noqa: F401 - first: transformers may import torchvision
 
     from transformers import TrainerCallback  # isort: skip
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import (
+from edge_runtime.commandline import (
     CONTEXT,
     EXIT_CODE_HELP,
     Command,
@@ -26,12 +26,12 @@ from edge_runtime.command import (
     say,
 )
 from edge_runtime.errors import ConfigError
-from edge_runtime.files import Files
+from edge_runtime.store.files import Files
 
 if TYPE_CHECKING:
-    from trainer.record import RoundRecord
-    from trainer.rounds import Progress
-    from trainer.sections import Config
+    from trainer.folder.record import RoundRecord
+    from trainer.recipe.schema import Config
+    from trainer.rounds.schedule import Progress
 
 SUFFIX = ".toml"
 
@@ -136,9 +136,9 @@ def run(
     size = own.pop("pack")
     config = _load(recipe, overrides, name=name or "", **own)
     with _interrupted_as_such():
-        from trainer.factory import load_factory
         from trainer.parallel import is_first
-        from trainer.rounds import run_rounds
+        from trainer.recipe.factory import load_factory
+        from trainer.rounds.schedule import run_rounds
 
         pack = load_factory(size) if config.update.budget else None
         silent = quiet or not is_first()
@@ -205,7 +205,7 @@ def check(
 ) -> None:
     """Check RECIPE and print all its keys, defaults included; train nothing."""
     config = _load(recipe, overrides, **own)
-    from trainer.config import as_dict
+    from trainer.recipe.config import as_dict
 
     tables = as_dict(config)
     lines = [
@@ -231,7 +231,7 @@ def _load(
     path = _recipe(recipe) if recipe else None
     # Where python -m looks as well: your functions are seldom installed.
     sys.path.insert(0, str(Path.cwd()))
-    from trainer.config import load_config
+    from trainer.recipe.config import load_config
 
     return load_config(path or OWN, overrides, name=name, model=model, data=data)
 

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edge_runtime.errors import ConfigError
-from trainer.data import CPU
+from trainer.data.samples import CPU
 
 T = TypeVar("T")
 

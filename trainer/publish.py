@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_runtime.init import read_recipe
-from trainer.export import export_graph
-from trainer.folder import MODEL_NAME, write_model, write_round
-from trainer.initial import make_recipe
-from trainer.record import Outcome, RoundRecord, list_rounds, read_round_record
-from trainer.tensors import load_weights, weights_of
+from edge_runtime.formats.init_weights import read_recipe
+from trainer.export.graph import export_graph
+from trainer.export.init_recipe import make_recipe
+from trainer.export.tensors import load_weights, weights_of
+from trainer.folder.record import Outcome, RoundRecord, list_rounds, read_round_record
+from trainer.folder.write import MODEL_NAME, write_model, write_round
 
 
 def start_run(
@@ -36,7 +36,7 @@ def start_run(
     Args:
         run_dir: The run's folder, for example ``"runs/mine"``.
         build: Builds the network; called several times.
-        contract: What goes in and comes out: :func:`trainer.folder.make_contract`.
+        contract: What goes in and comes out: :func:`make_contract`.
         golden_inputs: Raw samples to try new weights on, shape (samples, ...).
         golden_labels: Their labels, shape (samples,), integers.
         seed: Of the init weights, which a device regenerates.

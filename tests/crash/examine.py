@@ -4,8 +4,8 @@ import re
 
 from edge_runtime import Device, fingerprint_file
 from edge_runtime.errors import DpuError, StoreError
-from edge_runtime.state import decode_state
-from edge_runtime.weights import FILE_NAME
+from edge_runtime.formats.weights import FILE_NAME
+from edge_runtime.store.state import decode_state
 from tests.crash import world
 from tests.crash.recording import without_note
 from tests.crash.traced import ROT

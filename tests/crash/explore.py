@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from edge_runtime import Device, fingerprint_file, slots
+from edge_runtime import Device, fingerprint_file
 from edge_runtime.errors import DpuError, StoreError
-from edge_runtime.state import decode_state
+from edge_runtime.store import slots
+from edge_runtime.store.state import decode_state
 from tests.crash import world
 from tests.crash.disk import Disk, write_tree
 from tests.crash.examine import BadStateError, examine, go_on, insist

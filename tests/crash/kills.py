@@ -28,8 +28,8 @@ from edge_runtime.errors import (
     TrustError,
     WrongParentError,
 )
-from edge_runtime.state import decode_state, encode_state
-from edge_runtime.trial import try_slot
+from edge_runtime.store.state import decode_state, encode_state
+from edge_runtime.update.trial import try_slot
 from tests.crash import world
 from tests.crash.served import ROOT, Server, train
 

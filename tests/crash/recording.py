@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from edge_runtime import Device
 from edge_runtime.errors import HeldError, StoreError, TrialError, TrustError
-from edge_runtime.state import decode_state
+from edge_runtime.store.state import decode_state
 from tests.crash import world
 from tests.crash.disk import read_tree
 from tests.crash.traced import Recorder

@@ -8,8 +8,8 @@ import numpy as np
 
 from edge_runtime import PatchHeader, pack_weights
 from packager.build import build_patch, pack_round
-from packager.bundle import build_bundle
-from packager.rounds import list_rounds, read_round
+from packager.bundles.from_round import build_bundle
+from packager.rounds.folder import list_rounds, read_round
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-from edge_runtime import files
-from edge_runtime.files import Files
-from edge_runtime.slots import SPARE_BYTES
+from edge_runtime.store import files
+from edge_runtime.store.files import Files
+from edge_runtime.store.slots import SPARE_BYTES
 from tests.crash import world
 
 ROT = b"what was here is not readable any more"

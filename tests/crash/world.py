@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime import Device, PatchHeader, pack_weights
-from edge_runtime.init import InitRecipe, TensorInit, write_recipe
-from edge_runtime.weights import model_id
-from packager.archive import encode_bundle
+from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.weights import model_id
 from packager.build import build_patch
+from packager.zip_file import encode_bundle
 
 GRAPH = b"not looked at: no trial runs here, the files are what is tried"
 RECIPE = InitRecipe(

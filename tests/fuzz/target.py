@@ -11,11 +11,11 @@ import zlib
 
 import numpy as np
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import DpuError
-from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
-from edge_runtime.patch import open_patch
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import pack_weights
 
 _RNG = np.random.default_rng(0)
 BASE = pack_weights(

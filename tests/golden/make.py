@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.header import VERSION, PatchHeader
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.header import VERSION, PatchHeader
+from edge_runtime.formats.weights import pack_weights
 from packager.build import encode_changes
 from packager.diff import diff
 from packager.signing import generate_key, sign_patch

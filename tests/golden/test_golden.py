@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import PatchIntegrityError
-from edge_runtime.header import VERSION
-from edge_runtime.patch import open_patch
-from edge_runtime.weights import read_weights
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import VERSION
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import read_weights
 from tests.golden import independent
 from tests.golden.make import OUTPUTS
 

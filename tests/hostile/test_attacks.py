@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from edge_runtime import sections
-from edge_runtime.bundle import carried_trust
-from edge_runtime.device import Device, UpdateResult
 from edge_runtime.errors import (
     BundleError,
     DpuError,
@@ -26,10 +23,12 @@ from edge_runtime.errors import (
     WrongModelError,
     WrongParentError,
 )
-from edge_runtime.header import HEADER_BYTES, PatchHeader
-from edge_runtime.init import InitRecipe, TensorInit, write_recipe
-from edge_runtime.patch import encode_patch
-from edge_runtime.signing import (
+from edge_runtime.formats import sections
+from edge_runtime.formats.bundle import carried_trust
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.patch import encode_patch
+from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     PATCH_CONTEXT,
     Signature,
@@ -37,9 +36,9 @@ from edge_runtime.signing import (
     key_id,
     trust_keys,
 )
-from edge_runtime.state import decode_state, encode_state
-from edge_runtime.weights import model_id, pack_weights
-from packager.archive import encode_bundle, encode_members
+from edge_runtime.formats.weights import model_id, pack_weights
+from edge_runtime.store.state import decode_state, encode_state
+from edge_runtime.update.device import Device, UpdateResult
 from packager.signing import (
     add_signature,
     encode_public,
@@ -47,6 +46,7 @@ from packager.signing import (
     sign_bundle,
     sign_patch,
 )
+from packager.zip_file import encode_bundle, encode_members
 
 
 def key_of(number):

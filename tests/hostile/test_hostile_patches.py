@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import zstandard
 
-from edge_runtime import positions, sections
-from edge_runtime.apply import apply_patch
-from edge_runtime.codec import encode_bits, encode_unary
 from edge_runtime.errors import (
     DpuError,
     PatchError,
@@ -19,10 +16,13 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     VerificationError,
 )
-from edge_runtime.frames import ZSTD, pack_section
-from edge_runtime.header import HEADER_BYTES, PatchHeader, encode_header
-from edge_runtime.patch import encode_patch, open_patch
-from edge_runtime.sections import (
+from edge_runtime.formats import positions, sections
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.frames import ZSTD, pack_section
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
+from edge_runtime.formats.numbers import encode_bits, encode_unary
+from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.sections import (
     BITS,
     COLUMNS,
     COUNTS,
@@ -37,7 +37,7 @@ from edge_runtime.sections import (
     encode_varint,
     group_kind,
 )
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.weights import pack_weights
 
 # One tensor of every kind: listed in one of its columns, a bitmap, those that stay
 # listed, and whole; and values in both forms.

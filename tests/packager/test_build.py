@@ -3,7 +3,6 @@ import os
 import numpy as np
 import pytest
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import (
     BudgetError,
     RoundError,
@@ -11,11 +10,12 @@ from edge_runtime.errors import (
     WrongModelError,
     WrongParentError,
 )
-from edge_runtime.header import PatchHeader
-from edge_runtime.patch import open_patch
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import pack_weights
 from packager.build import build_patch, pack_round, write_file
-from packager.rounds import Parent, parent_from, read_init, read_round
+from packager.rounds.folder import Parent, parent_from, read_init, read_round
 
 
 def header_for(base, target, **fields):

@@ -3,13 +3,13 @@ from itertools import pairwise
 
 import pytest
 
-from edge_runtime.apply import apply_patch
 from edge_runtime.errors import WrongModelError, WrongParentError
-from edge_runtime.patch import open_patch
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.patch import open_patch
 from packager.build import pack_round
-from packager.cli import patch
+from packager.cli.pack import patch
 from packager.compose import compose_patches
-from packager.rounds import parent_from, read_round
+from packager.rounds.folder import parent_from, read_round
 
 
 @pytest.fixture

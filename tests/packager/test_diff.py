@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import WrongModelError
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.weights import pack_weights
 from packager.diff import diff
 
 

@@ -1,8 +1,8 @@
 import textwrap
 
 import packager
-from edge_runtime.patch import open_patch
-from packager.rounds import read_round
+from edge_runtime.formats.patch import open_patch
+from packager.rounds.folder import read_round
 
 
 def test_every_exported_name_is_there():

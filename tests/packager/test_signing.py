@@ -10,10 +10,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 import packager.signing
 from edge_runtime.errors import BundleError, KeyFileError, PatchError, PatchFormatError
-from edge_runtime.header import HEADER_BYTES, PatchHeader
-from edge_runtime.patch import encode_patch, open_patch
-from edge_runtime.signing import key_id, load_public, trust_keys
-from edge_runtime.weights import pack_weights
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.signing import key_id, load_public, trust_keys
+from edge_runtime.formats.weights import pack_weights
 from packager.signing import (
     encode_private,
     encode_public,

@@ -7,11 +7,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.device import Device
-from edge_runtime.patch import open_patch
-from packager.adopt import COARSE_TOLERANCE, adopt_model, make_contract
-from packager.anatomy import patch_parts
-from packager.foreign import pack_models, read_model
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.update.device import Device
+from packager.bundles.from_model import COARSE_TOLERANCE, adopt_model, make_contract
+from packager.models.read import pack_models, read_model
+from packager.report.patch_record import patch_parts
 
 IN, OUT = 12, 5
 

@@ -9,8 +9,8 @@ import pytest
 
 SCRIPTS = {
     "dpu-train": "from trainer.cli import main; main()",
-    "dpu-pack": "from packager.cli import pack; pack()",
-    "dpu-edge": "from edge_runtime.cli import main; main()",
+    "dpu-pack": "from packager.cli.pack import pack; pack()",
+    "dpu-edge": "from edge_runtime.cli.main import main; main()",
 }
 
 

@@ -9,22 +9,22 @@ from pathlib import Path
 import click
 import pytest
 
-import edge_runtime.cli
-import packager.cli
+import edge_runtime.cli.main
+import packager.cli.pack
 import trainer.cli
 from edge_runtime import Device, fingerprint_file
-from edge_runtime.command import EXIT_CODE_HELP
+from edge_runtime.commandline import EXIT_CODE_HELP
 from packager.build import pack_round
-from packager.bundle import build_bundle
-from packager.rounds import read_round
+from packager.bundles.from_round import build_bundle
+from packager.rounds.folder import read_round
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ON_THE_DEVICE = (ROOT / "edge_runtime" / "README.md").read_text()
 COMMANDS = {
-    "dpu-edge": edge_runtime.cli.main,
-    "dpu-pack": packager.cli.pack,
-    "dpu-patch": packager.cli.patch,
+    "dpu-edge": edge_runtime.cli.main.main,
+    "dpu-pack": packager.cli.pack.pack,
+    "dpu-patch": packager.cli.pack.patch,
     "dpu-train": trainer.cli.main,
 }
 

@@ -5,9 +5,9 @@ import sys
 import click
 import pytest
 
-from tools.arm64 import Check, table
-from tools.arm64_root import check_host
-from tools.arm64_run import run
+from tools.arm64.__main__ import Check, table
+from tools.arm64.root import check_host
+from tools.arm64.run import run
 from tools.wheels import check_complete, dependencies, for_aarch64
 
 ALLOCATE = "import time; held = b'x' * (150 << 20); time.sleep(0.3)"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import load_config
-from trainer.rounds import run_rounds
+from trainer.recipe.config import load_config
+from trainer.rounds.schedule import run_rounds
 
 
 def kill_at(moment, runs):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from edge_runtime.errors import TrainingError
 from trainer.callbacks import lightning_callback, transformers_callback
-from trainer.vision import torchvision  # noqa: F401 - before both libraries
+from trainer.data.vision import torchvision  # noqa: F401 - before both libraries
 
 with warnings.catch_warnings():  # theirs, about each other
     warnings.simplefilter("ignore")

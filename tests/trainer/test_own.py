@@ -7,16 +7,16 @@ import torch
 
 from edge_runtime import Device
 from edge_runtime.errors import ConfigError
-from edge_runtime.trial import relative_difference
+from edge_runtime.update.trial import relative_difference
 from packager.build import pack_round
-from packager.bundle import build_bundle
-from packager.rounds import read_round
-from trainer.config import load_config
-from trainer.data import Stored
-from trainer.factory import call_factory, load_factory
-from trainer.rounds import run_rounds
-from trainer.sources import as_source, load_source
-from trainer.tensors import load_weights
+from packager.bundles.from_round import build_bundle
+from packager.rounds.folder import read_round
+from trainer.data.samples import Stored
+from trainer.data.sources import as_source, load_source
+from trainer.export.tensors import load_weights
+from trainer.recipe.config import load_config
+from trainer.recipe.factory import call_factory, load_factory
+from trainer.rounds.schedule import run_rounds
 
 sys.path.insert(0, "tests/trainer")
 torch.set_num_threads(1)

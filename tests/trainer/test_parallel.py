@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from edge_runtime.weights import read_weights
+from edge_runtime.formats.weights import read_weights
 from packager.build import pack_round
-from packager.rounds import read_round
+from packager.rounds.folder import read_round
 from trainer import parallel
-from trainer.record import list_rounds, read_round_record
+from trainer.folder.record import list_rounds, read_round_record
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,1 @@
+"""Updates without a person: look at a folder, decide, apply, report."""

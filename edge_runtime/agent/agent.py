@@ -1,0 +1,263 @@
+"""The agent: keeps a device at the newest release that a folder of patches leads to.
+
+It looks at the folder and at the store, decides (:mod:`edge_runtime.agent.plan`) and
+applies through :class:`edge_runtime.update.device.Device`, as ``dpu-edge apply`` does.
+What became of each file is remembered by the file's identity, over restarts too: what
+was refused is tried again only when it is another file.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edge_runtime.agent.plan import Offer, Verdict, find_chain, judge
+from edge_runtime.agent.status import ping, read_status, write_status
+from edge_runtime.errors import (
+    BackendError,
+    DpuError,
+    HeldError,
+    PatchError,
+    StoreError,
+)
+from edge_runtime.formats.apply import check_model
+from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.store.state import State
+from edge_runtime.update.device import Device, UpdateResult
+
+BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
+HEARTBEAT_S = 600.0  # the status is written at least this often
+# The device is at fault, or nobody: what failed so is tried again.
+FAILURES = (StoreError, BackendError, OSError)
+
+
+@dataclass(slots=True)
+class Found:
+    """What became of a patch file, as the status file keeps it.
+
+    Attributes:
+        identity: Inode, size and times: another file, or other content, has another.
+        verdict: What was decided last.
+        reason: Why.
+        error: The kind of error for which this very file is refused for good.
+    """
+
+    identity: list[int]
+    verdict: str = ""
+    reason: str = ""
+    error: str = ""
+
+
+class Agent:
+    """Watches one folder for one store.
+
+    Attributes:
+        stopping: Set it, and no further update is begun.
+    """
+
+    def __init__(
+        self,
+        open_device: Callable[[], Device],
+        folder: Path,
+        log: Callable[..., None],
+        *,
+        metrics: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare to watch; what the status file says is remembered.
+
+        Args:
+            open_device: Opens the device; called anew when the store has changed.
+            folder: Where patches arrive.
+            log: Called with the name of an event and its facts.
+            metrics: A file for the textfile collector of Prometheus.
+            clock: Seconds, to tell when to try again.
+
+        Raises:
+            StoreError: Nothing is installed there.
+        """
+        self.stopping = False
+        self._open, self._device = open_device, open_device()
+        self._folder, self._log, self._metrics = folder, log, metrics
+        self._clock, self._written_at = clock, -math.inf
+        self._failed, self._delay, self._retry_at = False, 0.0, math.inf
+        self._view: object = None  # what the last look saw; None: look in any case
+        status = read_status(self._device.store.root)
+        self._last_success = status.get("last_success", 0)
+        self._failing = status.get("failing", "")
+        self._basis = status.get("basis", [])
+        files = status.get("files", {}).items()
+        self._files = {name: Found(**facts) for name, facts in files}
+
+    @property
+    def state(self) -> State:
+        """The store's state, as of the last look or update."""
+        return self._device.store.state
+
+    # Looking ------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Look once, do what there is to do, and report.
+
+        Raises:
+            StoreError: The device's own files are at fault.
+            BackendError: No runtime here can try new weights.
+            OSError: The folder cannot be read, or the status file not be written.
+        """
+        ping()
+        try:
+            worked = self._look()
+            self._last_success = int(time.time())
+            if worked and self._failing:
+                self._failing = ""
+                self._log("recovered")
+            if worked or time.monotonic() - self._written_at >= HEARTBEAT_S:
+                self._publish()
+        except FAILURES as err:
+            self._failed = True
+            if self._failing != str(err):  # else it goes on, and was told
+                self._failing = str(err)
+                self._log("failed", error=type(err).__name__, reason=self._failing)
+            with suppress(OSError):
+                self._publish()
+            raise
+        finally:
+            if self._failed:
+                self._delay = min(max(2 * self._delay, BACKOFF_S), MAX_BACKOFF_S)
+                self._retry_at = self._clock() + self._delay
+                self._failed = False
+
+    def _look(self) -> bool:
+        last, self._view = self._view, None  # unknown, if the next line fails
+        seen, stamp = self._scan(), self._device.store.stamp()
+        self._view = (seen, stamp)
+        if self._view == last and self._clock() < self._retry_at:
+            return False
+        self._device = self._open()
+        offers = self._recognise(seen)
+        held = self._apply_all(offers)
+        for offer in offers:
+            if not (self._files[offer.name].error or self.stopping):
+                self._decide(offer.name, *judge(self.state, offer.header, held))
+        if not self._failed:
+            self._delay, self._retry_at = 0.0, math.inf
+        return True
+
+    def _scan(self) -> dict[str, list[int]]:
+        """Return the identities of the patch files, without opening any."""
+        seen = {}
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                # Transports begin the names of unfinished files with a dot.
+                if entry.name.startswith(".") or not entry.name.endswith(".dpu"):
+                    continue
+                with suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        s = entry.stat(follow_symlinks=False)
+                        times = s.st_mtime_ns, s.st_ctime_ns
+                        seen[entry.name] = [s.st_ino, s.st_size, *times]
+        return dict(sorted(seen.items()))
+
+    def _recognise(self, seen: dict[str, list[int]]) -> list[Offer]:
+        """Open what was not refused before, and forget what is gone."""
+        state = self.state
+        # What a refusal depends on beside the file.
+        basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
+        basis += [state.trust.threshold, *state.trust.keys]
+        if basis != self._basis:
+            self._basis, self._files = basis, {}
+        former, self._files, offers = self._files, {}, []
+        for name, identity in seen.items():
+            found = former.get(name, Found([]))
+            is_new = found.identity != identity
+            if is_new:
+                # A file that grows goes on waiting, without another line in the log.
+                verdict = found.verdict if found.verdict == Verdict.WAITING else ""
+                found = Found(identity, verdict, found.reason)
+            self._files[name] = found
+            if not found.error and (offer := self._read(name, is_new=is_new)):
+                offers.append(offer)
+        return offers
+
+    def _read(self, name: str, *, is_new: bool) -> Offer | None:
+        """Return what a file offers, unless it is refused, or cannot be read yet."""
+        ping()
+        try:
+            with open_patch(self._folder / name, trust=self.state.trust) as patch:
+                check_model(patch, self.state.model)
+                return Offer(name, patch.size, patch.header)
+        except OSError as err:
+            self._failed = True
+            self._decide(name, Verdict.WAITING, str(err))
+        except DpuError as err:
+            if isinstance(err, PatchError) and is_new:
+                # The rest of it may still come: then the next look finds it changed.
+                self._view = None
+                self._decide(name, Verdict.WAITING, "not a whole patch, or not yet")
+            else:
+                self._decide(name, Verdict.REFUSED, str(err), err)
+        return None
+
+    # Deciding and applying ----------------------------------------------------------
+
+    def _apply_all(self, offers: list[Offer]) -> str:
+        """Apply all that leads to the newest release; return why it is held, if so."""
+        while not self.stopping:
+            usable = [o for o in offers if not self._files[o.name].error]
+            chain = find_chain(self.state, usable)
+            if not chain:
+                break
+            try:
+                self._apply(chain[0])
+            except HeldError as err:
+                self._failed = True
+                return str(err)
+        return ""
+
+    def _apply(self, offer: Offer) -> None:
+        ping()
+        start = time.monotonic()
+        try:
+            result = self._device.update(self._folder / offer.name)
+        except (HeldError, *FAILURES):
+            raise
+        except DpuError as err:
+            self._decide(offer.name, Verdict.REFUSED, str(err), err)
+        else:
+            if result is UpdateResult.APPLIED:
+                self._applied(offer, round(time.monotonic() - start, 3))
+
+    def _applied(self, offer: Offer, seconds: float) -> None:
+        found, slot = self._files[offer.name], self.state.active_slot
+        found.verdict, found.reason = Verdict.APPLIED, ""
+        facts = {"round": slot.round, "fingerprint": slot.target, "bytes": offer.size}
+        self._log("applied", file=offer.name, **facts, seconds=seconds)
+
+    def _decide(
+        self, name: str, verdict: Verdict, reason: str, error: DpuError | None = None
+    ) -> None:
+        """Report a decision, unless it is the one that was made before."""
+        found = self._files[name]
+        if (found.verdict, found.reason) == (verdict, reason):
+            return
+        found.verdict, found.reason = verdict, reason
+        facts = {"file": name, "reason": reason}
+        if error:
+            found.error = facts["error"] = type(error).__name__
+        if verdict is not Verdict.APPLIED:  # that is told when it happens
+            self._log(verdict, **facts)
+
+    def _publish(self) -> None:
+        record = {
+            "installed": self.state.summary(),
+            "last_success": self._last_success,
+            "failing": self._failing,
+            "basis": self._basis,
+            "files": {name: asdict(found) for name, found in self._files.items()},
+        }
+        write_status(self._device.store.root, record, self._metrics)
+        self._written_at = time.monotonic()

@@ -1,0 +1,110 @@
+"""What the agent tells: a status file, the same as metrics, and words for systemd."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from errno import EINVAL
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.agent.plan import Verdict
+from edge_runtime.store.state import utc
+
+SCHEMA = 3
+
+
+def _status_path(root: Path) -> Path:
+    return root / "agent.json"
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """Read a store's status file; empty if there is none, or none that can be read.
+
+    It is not synced, so a power cut may leave half of it. Nothing in it is needed for
+    safety: the store alone decides what may be installed.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        record: dict[str, Any] = json.loads(_status_path(root).read_bytes())
+        return record if record["schema"] == SCHEMA else {}
+    return {}
+
+
+def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> None:
+    """Write a store's status file.
+
+    Args:
+        root: The store.
+        record: What it says; ``schema`` and time are added.
+        metrics: A file for the same, for the textfile collector of Prometheus.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    text = json.dumps({"schema": SCHEMA, "at": utc()} | record, indent=1)
+    _replace(_status_path(root), text + "\n")
+    if metrics:
+        _replace(metrics, "\n".join(metric_lines(record)) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    # Whoever reads it sees the old file or the new one. A store collects *.part.
+    if path.exists() and not path.is_file():  # /dev/null and its like stay
+        raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
+    part = path.with_name(f".{path.name}.new")
+    part.write_text(text)
+    part.replace(path)
+
+
+def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a status file says, for people."""
+    if not record:
+        return
+    yield f"agent          all was well at {utc(record['last_success'])}"
+    if record["failing"]:
+        yield f"failing        {record['failing']}"
+    for name, file in record["files"].items():
+        if file["verdict"] in (Verdict.WAITING, Verdict.HELD, Verdict.REFUSED):
+            # Whoever may name a file must not write on the terminal.
+            shown = name if name.isprintable() else ascii(name)
+            yield f"{file['verdict']:<13}  {shown}: {file['reason']}"
+
+
+def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a status file says, in the text format 0.0.4 of Prometheus."""
+    installed = record["installed"]
+    verdicts = [file["verdict"] for file in record["files"].values()]
+    # Labels are digests and words of ours: nothing in them needs a backslash.
+    labels = 'fingerprint="{fingerprint}",model="{model}"'.format(**installed)
+    samples = {
+        f"installed_info{{{labels}}}": 1,
+        "round": installed["round"],
+        "release_floor": installed["release_floor"],
+        "pinned": int(installed["pinned"]),
+        "failing": int(bool(record["failing"])),
+        "last_success_timestamp_seconds": record["last_success"],
+        **{f'patches{{verdict="{v}"}}': verdicts.count(v) for v in Verdict},
+    }
+    for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
+        yield f"# TYPE dpu_edge_{name} gauge"
+        yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
+
+
+def tell(*lines: str) -> None:
+    """Send messages such as ``READY=1`` to systemd, where it listens (sd_notify)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    # An abstract socket is written with @ for its leading zero byte.
+    address = address.replace("@", "\0", 1 if address[0] == "@" else 0)
+    # A manager that does not listen is no reason to leave the model out of date.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.connect(address)
+        out.sendall("\n".join(lines).encode())
+
+
+def ping() -> None:
+    """Tell the watchdog that there is progress; call it nowhere else."""
+    tell("WATCHDOG=1")

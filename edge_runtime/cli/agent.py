@@ -1,0 +1,145 @@
+"""``dpu-edge agent`` and ``dpu-edge service``."""
+
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.agent.status import ping, tell
+from edge_runtime.commandline import SCHEMA, say
+from edge_runtime.errors import BackendError, StoreError
+from edge_runtime.store.state import utc
+
+if TYPE_CHECKING:
+    from edge_runtime.agent.agent import Agent
+
+LONGEST_SLEEP_S = 1.0  # a signal waits no longer, and systemd's watchdog neither
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--once", is_flag=True, help="Look once, for cron and timers.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=10.0,
+    help="Seconds between two looks.",
+)
+@click.option(
+    "--metrics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write Prometheus metrics to this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output.")
+@click.pass_obj
+def agent(
+    root: Path,
+    folder: Path,
+    *,
+    once: bool,
+    interval: float,
+    metrics: Path | None,
+    as_json: bool,
+) -> None:
+    """Keep the model at the newest release that patches in FOLDER lead to.
+
+    Says one line a decision on standard error, and nothing while nothing changes.
+    Refused patches are logged and are no failure of this command.
+    """
+    from edge_runtime.agent.agent import Agent
+    from edge_runtime.store.store import only_one
+    from edge_runtime.update.device import Device
+
+    log = _log_json if as_json else _log
+    Device.open(root)  # else a lock would be left where there is no store
+    problem = f"another agent is at work for {root}; stop it first"
+    with only_one(open(root / "agent.lock", "ab"), problem):
+        watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
+        if once:
+            watcher.look()
+        else:
+            _watch(watcher, log, interval)
+
+
+def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
+    """Look again and again until SIGTERM or SIGINT; neither interrupts an update."""
+
+    def stop(*_: object) -> None:
+        agent.stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    log("started", round=agent.state.active_slot.round)
+    tell("READY=1")
+    while not agent.stopping:
+        # It was reported; the agent tries again.
+        with suppress(StoreError, BackendError, OSError):
+            agent.look()
+        tell(f"STATUS=at round {agent.state.active_slot.round}")
+        until = time.monotonic() + interval_s
+        while not agent.stopping and (left := until - time.monotonic()) > 0:
+            ping()
+            time.sleep(min(left, LONGEST_SLEEP_S))
+    tell("STOPPING=1")
+    log("stopped", round=agent.state.active_slot.round)
+
+
+def _log_json(event: str, **facts: Any) -> None:
+    record = {"schema": SCHEMA, "at": utc(), "event": event} | facts
+    print(json.dumps(record), flush=True)
+
+
+def _log(event: str, **facts: Any) -> None:
+    pairs = {"at": utc(), "event": event} | facts
+    say(" ".join(f"{key}={_logfmt(str(value))}" for key, value in pairs.items()))
+
+
+def _logfmt(value: str) -> str:
+    is_plain = re.fullmatch(r"[\w.:/+-]+", value, re.ASCII)
+    return value if is_plain else json.dumps(value)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--user", default="root", help="Who runs the agent.")
+@click.argument("arguments", metavar="FOLDER [AGENT OPTIONS]...", nargs=-1)
+@click.pass_context
+def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> None:
+    """Print a systemd unit that runs 'dpu-edge agent' for this store.
+
+    To be written to /etc/systemd/system/dpu-edge-agent.service.
+    """
+    root: Path = context.obj
+    options = agent.make_context("agent", list(arguments), parent=context).params
+    if options["once"]:
+        raise click.UsageError("a service runs on; --once is for cron and timers")
+    if not re.fullmatch(r"[\w.-]+", user, re.ASCII):
+        raise click.BadParameter(f"{user!r} is no user's name", param_hint="--user")
+    folder, metrics = options["folder"], options["metrics"]
+    for path in (root, folder, *filter(None, [metrics])):
+        if not re.fullmatch(r"/[\w ./:=@+,-]*", str(path)):
+            raise click.UsageError(
+                f"a unit needs absolute paths of letters, digits and ' ./:=@+,-', "
+                f"not {str(path)!r}"
+            )
+    writable = [str(root), *([str(metrics.parent)] if metrics else [])]
+    if "/run" in writable:  # the unit makes it read-only, and that would win
+        raise click.UsageError("units may write to folders in /run, not to /run itself")
+    command = [sys.executable, "-m", "edge_runtime", "--store", str(root), "agent"]
+    values = {
+        "USER": user,
+        "STORE": str(root),
+        "COMMAND": shlex.join([*command, *arguments]),
+        "MOUNTS": shlex.join([str(root), str(folder)]),
+        "WRITABLE": shlex.join(writable),
+    }
+    unit = Path(__file__).with_name("dpu-edge-agent.service").read_text()
+    print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], unit), end="")

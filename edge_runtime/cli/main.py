@@ -1,0 +1,270 @@
+"""``dpu-edge``: the device's command line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.cli import agent as cli_agent
+from edge_runtime.cli import infer as cli_infer
+from edge_runtime.commandline import (
+    CONTEXT,
+    EXIT_CODE_HELP,
+    Answer,
+    Group,
+    emit,
+    json_option,
+    on_device,
+    progress,
+    say,
+    shared,
+)
+from edge_runtime.errors import DpuError, VerificationError
+
+if TYPE_CHECKING:
+    from edge_runtime.update.device import Device
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+_settings = CONTEXT | {"show_default": True}
+
+
+@click.group(cls=Group, context_settings=_settings, epilog=EXIT_CODE_HELP)
+@click.version_option(package_name="dpu-edge")
+@click.option(
+    "--store",
+    expose_value=False,
+    callback=shared,
+    envvar="DPU_STORE",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The device's directory (or set DPU_STORE).",
+)
+def main() -> None:
+    """Keep a model on this device up to date, and run it."""
+
+
+@main.command()
+@click.argument("bundle", type=_file)
+@click.option(
+    "--trust",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=_file,
+    help="Accept only what this key signed (repeatable).",
+)
+@click.option(
+    "--threshold",
+    type=click.IntRange(1),
+    default=1,
+    help="How many of the trusted keys must sign.",
+)
+@click.option(
+    "--trust-on-first-use",
+    "carried",
+    is_flag=True,
+    help="Trust the keys that the bundle itself carries.",
+)
+@json_option
+@click.pass_obj
+def init(
+    root: Path,
+    bundle: Path,
+    *,
+    keys: tuple[Path, ...],
+    threshold: int,
+    carried: bool,
+    as_json: bool,
+) -> None:
+    """Install a model from a bundle into an empty store."""
+    from edge_runtime import Device, trust_keys
+    from edge_runtime.formats.bundle import carried_trust
+
+    if carried and keys:
+        raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
+    trust = (
+        carried_trust(bundle, threshold)
+        if carried
+        else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
+    )
+    status = Device.install(root, bundle, trust=trust).status()
+    emit(
+        status,
+        as_json=as_json,
+        text=f"installed round {status['round']} in {status['store']}\n"
+        f"  fingerprint   {status['fingerprint']}\n"
+        f"  trusted keys  {_keys(status)}",
+    )
+
+
+def _keys(status: dict[str, Any]) -> str:
+    """Name whom a device trusts, in words."""
+    keys, needed = status["trusted_keys"], status["signatures_needed"]
+    if not keys:
+        return "none: patches need no signature (install with --trust KEY.pem)"
+    return ", ".join(keys) + (f" ({needed} of them must sign)" if needed > 1 else "")
+
+
+@main.command()
+@click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
+@click.option(
+    "--force", is_flag=True, help="Try a release again that failed its trial."
+)
+@json_option
+@click.pass_obj
+def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) -> None:
+    """Apply patches, in the order given. A patch that is refused changes nothing.
+
+    It ends at the first patch that is refused; those before it stay applied.
+    """
+    from edge_runtime.update.device import Device
+
+    device = Device.open(root)
+    results: list[dict[str, Any]] = []
+    for patch in patches:
+        try:
+            result = device.update(patch, force=force)
+        except (DpuError, OSError) as err:
+            if isinstance(err, DpuError):
+                err.args = (f"{patch.name}: {err}",)
+            vars(err)["patches"] = results  # told with --json: these stay applied
+            raise
+        slot = device.store.state.active_slot
+        results.append({"patch": str(patch), "result": result, "round": slot.round})
+        if not as_json:
+            progress(f"{patch.name}: {result}, now at round {slot.round}")
+    if as_json:
+        emit({"patches": results} | device.status(), as_json=True, text="")
+
+
+@main.command()
+@on_device
+def status(device: "Device") -> Answer:
+    """Show what is installed and how it got here."""
+    from edge_runtime.agent.status import read_status, status_lines
+
+    record = device.status()
+    agent = read_status(device.store.root)
+    record |= {"agent": agent} if agent else {}
+    kept, reach = (
+        ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
+    )
+    lines = [
+        f"round          {record['round']}",
+        f"fingerprint    {record['fingerprint']}",
+        f"model          {record['model']}",
+        f"weights        {record['weights']} ({record['weights_bytes']} bytes)",
+        f"release floor  {record['release_floor']}",
+        f"kept rounds    {kept}",
+        f"within reach   {reach or 'none'}",
+        *(["pinned         updates are held back"] if record["pinned"] else []),
+        f"trusted keys   {_keys(record)}",
+        *(f"skipped        {target}" for target in record["skipped"]),
+        *status_lines(agent),
+        "history",
+        *(
+            f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
+            + (f"  {e['reason']}" if e["reason"] else "")
+            for e in record["history"]
+        ),
+    ]
+    return record, "\n".join(lines)
+
+
+@main.command()
+@click.option(
+    "--expect",
+    metavar="SHA256|FILE",
+    help="Compare with this fingerprint, or with that of a weight file.",
+)
+@on_device
+def verify(device: "Device", expect: str | None) -> Answer:
+    """Check by SHA-256 that the weights on disk are the right ones."""
+    from edge_runtime import fingerprint_file
+
+    found, number = device.verify(), device.store.state.active_slot.round
+    if expect is not None:
+        wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
+        if len(wanted) != 64:
+            raise click.BadParameter(
+                f"{expect!r} is neither a weight file nor a SHA-256 in 64 hex digits",
+                param_hint="--expect",
+            )
+        if wanted != found:
+            raise VerificationError(
+                f"this device runs {found}, expected {wanted}",
+                expected=wanted,
+                actual=found,
+            )
+    record = {"fingerprint": found, "round": number}
+    return record, f"{found}  round {number}  verified"
+
+
+@main.command()
+@click.option(
+    "--to",
+    metavar="ROUND",
+    type=int,
+    help="A round that 'status' calls within reach.  [default: the one before]",
+)
+@on_device
+def rollback(device: "Device", to: int | None) -> Answer:
+    """Go back to earlier weights. Newer releases stay welcome, older ones do not."""
+    slot = device.rollback(to)
+    return device.status(), f"rolled back to round {slot.round} ({slot.target[:12]})"
+
+
+@main.command()
+@click.option("--off", is_flag=True, help="Allow updates again.")
+@on_device
+def pin(device: "Device", *, off: bool) -> Answer:
+    """Hold updates back, or allow them again. A rollback works all the same."""
+    device.pin(held=not off)
+    text = "updates are allowed" if off else "pinned: updates are held back"
+    return device.status(), text
+
+
+@main.command()
+@click.option("--nonce", required=True, help="What the server asks with.")
+@click.option("--tensors", is_flag=True, help="Give the SHA-256 of each tensor too.")
+@click.option("--json", is_flag=True, expose_value=False, help="Errors as JSON too.")
+@click.pass_obj
+def proof(root: Path, *, nonce: str, tensors: bool) -> None:
+    """Prove to the server which weights are on this disk and in live predictors.
+
+    The proof is one JSON object on standard output, signed if this device has a key
+    ('dpu-edge device-key'); 'dpu-patch check-proof' on the server judges it.
+    """
+    from edge_runtime import Store
+    from edge_runtime.live.proof import KEY_NAME, make_proof
+
+    if not nonce:
+        raise click.BadParameter("the nonce is empty", param_hint="--nonce")
+    print(make_proof(Store.open(root), nonce, tensors=tensors).decode())
+    if not (root / KEY_NAME).exists():
+        say("not signed: make a key with 'dpu-edge device-key'")
+
+
+@main.command("device-key")
+@on_device
+def device_key(device: "Device") -> Answer:
+    """Print the public half of this device's key, which is made at first.
+
+    The server keeps it and checks proofs with it. The private half stays in
+    STORE/device.key; a card that is copied copies it too.
+    """
+    from edge_runtime.formats.signing import key_id
+    from edge_runtime.live import proof as proofs
+
+    key, path = proofs.device_key(device.store), device.store.root / proofs.KEY_NAME
+    name, text = key_id(proofs.public_key(key)), proofs.encode_public(key).decode()
+    say(f"key {name}; its private half is in {path}")
+    record = {"key_id": name, "public": text.strip(), "private_file": str(path)}
+    return record, text.strip()
+
+
+for _command in (
+    *(cli_infer.infer, cli_infer.bench),
+    *(cli_agent.agent, cli_agent.service),
+):
+    main.add_command(_command)

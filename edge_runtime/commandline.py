@@ -1,0 +1,243 @@
+"""What every command of this project shares: exit codes, ``--json``, error messages.
+
+Data goes to standard output, everything else to standard error. With ``--json`` a
+command prints exactly one object with a ``schema`` number; an error is one JSON object
+on standard error. New exit codes may be added: treat an unknown one as a failure.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from errno import EACCES, ENOSPC, EPERM, EROFS
+from io import TextIOWrapper
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, TextIO
+
+import click
+from click.core import ParameterSource
+
+from edge_runtime import errors
+
+Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
+SCHEMA = 1
+OK, BUG = 0, 1
+HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
+HINTS[ENOSPC] = "; make room and try again"
+HINTS[EROFS] = "; mount it for writing, or choose another place"
+
+# The first code that matches is an exception's; any other exception is a bug.
+EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
+    2: click.ClickException
+    | errors.ConfigError
+    | errors.ContractError
+    | errors.KeyFileError
+    | errors.RoundNotFoundError,
+    3: errors.PatchError
+    | errors.BundleError
+    | errors.ProofError
+    | errors.RoundError
+    | errors.WeightsError,
+    4: errors.WrongParentError | errors.WrongModelError,
+    5: errors.VerificationError | errors.TrialError,
+    6: errors.BudgetError,
+    7: errors.StoreError,
+    8: errors.TrustError,
+    9: errors.TrainingError,
+    10: OSError | MemoryError,
+    11: errors.BackendError,
+    12: errors.HeldError,
+    130: KeyboardInterrupt | click.Abort,
+}
+
+EXIT_CODE_HELP = """\b
+Exit codes (new ones may be added; treat an unknown one as a failure):
+  0  done, or nothing to do
+  1  unexpected: a bug, please report it
+  2  usage: wrong arguments, unknown round, bad recipe, input or key file
+  3  not a valid patch, bundle, weight file, round or proof
+  4  the patch is for other weights or for another model
+  5  verification or trial failed, nothing changed
+  6  the patch is over its size limit
+  7  the store is damaged, full or locked
+  8  not trusted: unsigned, wrongly signed or replayed release
+  9  training or export failed
+ 10  the operating system refused (disk full, no permission, no memory)
+ 11  no runtime on this device can run the model
+ 12  held back on this device: pinned, or a hook refused
+130  interrupted
+"""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an exception ends a command with."""
+    return next((c for c, kind in EXIT_CODES.items() if isinstance(error, kind)), BUG)
+
+
+def json_option(command: Any) -> Any:
+    """Add ``--json`` to a command."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+    )(command)
+
+
+def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """Print a command's result to standard output.
+
+    Args:
+        record: The result as data; ``schema`` is added.
+        as_json: Print the record; otherwise the text.
+        text: The result for people.
+    """
+    print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
+
+
+def on_device(command: Callable[..., Answer]) -> Any:
+    """Give a command the installed device, and print what it answers.
+
+    To be the innermost decorator: it adds ``--json`` and takes the store's directory.
+    """
+
+    @functools.wraps(command)
+    def run(root: Path, *, as_json: bool, **options: Any) -> None:
+        # Imported late: help and wrong use are answered at once on a small board.
+        from edge_runtime.update.device import Device
+
+        record, text = command(Device.open(root), **options)
+        emit(record, as_json=as_json, text=text)
+
+    return json_option(click.pass_obj(run))
+
+
+def progress(text: str) -> None:
+    """Print what is done so far; the work goes on if nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _read_by_nobody(sys.stdout)
+
+
+def _read_by_nobody(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(message: str) -> None:
+    """Tell a person something, on standard error."""
+    click.echo(message, err=True)
+
+
+class _CatchErrors:
+    """Turns exceptions into messages and documented exit codes."""
+
+    def main(
+        self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
+    ) -> NoReturn:
+        args = sys.argv[1:] if args is None else list(args)
+        # Closed streams (``>&-``) are None; no other file may get their numbers.
+        sys.stdin = sys.stdin or open(os.devnull)
+        sys.stdout = sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
+        # What a terminal's encoding lacks is spelled out; the work is done by then.
+        if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")
+        kwargs["standalone_mode"] = False
+        try:
+            # Held back by edge_runtime.__main__ while there was no message to give.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            # An empty path would be this folder, where a shell variable was not set.
+            if unset := [a for a in args if not a or re.fullmatch("--[a-z-]+=", a)]:
+                raise click.UsageError(
+                    f"found {unset[0]!r}, expected a value: is a variable not set?"
+                )
+            result = super().main(args, *more, **kwargs)  # type: ignore[misc]
+        # The one place where a bug becomes a message.
+        except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
+            try:
+                _report(err, as_json="--json" in args)
+            except OSError:  # nobody hears it, at exit neither; the exit code tells
+                _read_by_nobody(sys.stdout)
+                _read_by_nobody(sys.stderr)
+            sys.exit(exit_code(err))
+        # Without standalone mode, click hands back the code of ctx.exit(), or what
+        # the command returned.
+        sys.exit(result if isinstance(result, int) else OK)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)  # type: ignore[misc]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader went away (``dpu-edge infer ... | head``): not our failure.
+            _read_by_nobody(sys.stdout)
+            return OK
+        return result
+
+
+def _report(error: BaseException, *, as_json: bool) -> None:
+    code, message = exit_code(error), _message(error)
+    if as_json:
+        record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
+        record |= {"exit_code": code}
+        record |= vars(error) if isinstance(error, errors.DpuError | OSError) else {}
+        record |= (
+            {"traceback": traceback.format_exception(error)} if code == BUG else {}
+        )
+        say(json.dumps(record, default=str))
+    elif isinstance(error, click.ClickException):
+        error.show()
+    elif code == BUG:
+        traceback.print_exception(error)
+        say("this is a bug: please report it with the lines above")
+    else:
+        plain = bool(os.environ.get("NO_COLOR"))
+        label = "error: "
+        say((label if plain else click.style(label, fg="red", bold=True)) + message)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        hint = HINTS.get(error.errno or 0, "")
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}{hint}"
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return "interrupted"
+    if isinstance(error, MemoryError):
+        return "not enough memory; give it smaller files, or end other programs"
+    return str(error) or repr(error)
+
+
+class Command(_CatchErrors, click.Command):
+    """A click command with this project's errors and exit codes."""
+
+
+def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keep an option's value as ``context.obj``: the callback of shared options.
+
+    An option of a group with this callback may also follow a command's name, as if it
+    stood before it; what is given last wins, over the environment too. Commands insist
+    on it and take it by ``click.pass_obj``.
+    """
+    source = context.get_parameter_source(str(option.name))
+    if source is ParameterSource.COMMANDLINE or context.obj is None:
+        context.obj = value
+    if context.obj is None and context.parent:
+        raise click.MissingParameter(f"Or set {option.envvar}.", context, option)
+
+
+class Group(_CatchErrors, click.Group):
+    """A click group with this project's errors and exit codes."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, with the options that the group shares."""
+        cmd.params += [p for p in self.params if p.callback is shared]
+        super().add_command(cmd, name)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 88}

@@ -1,0 +1,233 @@
+"""From base weights and a patch to target weights: every rule of acceptance, no I/O.
+
+The rules, in order:
+
+1. The patch is for this network (:class:`WrongModelError`).
+2. The base is the patch's parent (:class:`WrongParentError`).
+3. Every position lies inside its tensor and every size adds up
+   (:class:`PatchFormatError`), before the first byte of the result exists.
+4. The result has the promised fingerprint (:class:`VerificationError`).
+
+:func:`apply_chunks` works on a stream of bytes and needs about as much memory for a
+gigabyte as for a kilobyte; :func:`apply_patch` is the same for weights in memory.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from errno import EAGAIN
+from queue import SimpleQueue
+from threading import Thread
+
+import numpy as np
+
+from edge_runtime.errors import (
+    PatchFormatError,
+    VerificationError,
+    WrongModelError,
+    WrongParentError,
+)
+from edge_runtime.formats.numbers import PIECE
+from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.positions import Run
+from edge_runtime.formats.weights import CHUNK_BYTES, Layout, Weights
+
+
+def check_model(patch: Patch, model: str) -> None:
+    """Insist that a patch is for the network ``model``.
+
+    Raises:
+        WrongModelError: It is for another one.
+    """
+    if patch.header.model != model:
+        raise WrongModelError(
+            f"the patch is for another network: it names model "
+            f"{patch.header.model[:12]}, here is {model[:12]}; fetch the patch of this "
+            "device's run, or install that run's bundle",
+            expected=patch.header.model,
+            actual=model,
+        )
+
+
+def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Weights:
+    """Apply a patch to weights in memory.
+
+    Args:
+        base: The weights that the patch leads from.
+        patch: An open patch.
+        model: The network's identity; checked where given.
+
+    Raises:
+        WrongModelError: The patch is for another network.
+        WrongParentError: The patch leads from other weights.
+        PatchFormatError: The patch contradicts itself or the layout.
+        VerificationError: The result is not the promised one.
+    """
+    if model is not None:
+        check_model(patch, model)
+    if base.fingerprint != patch.header.parent:
+        raise WrongParentError(
+            f"the patch leads from weights {patch.header.parent[:12]}, here are "
+            f"{base.fingerprint[:12]}; apply the rounds between them first",
+            expected=patch.header.parent,
+            actual=base.fingerprint,
+        )
+    patch.check(base.layout)
+    data = b"".join(map(bytes, apply_chunks([base.data], base.layout, patch)))
+    return Weights(base.layout, data)
+
+
+def apply_chunks(
+    base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
+) -> Iterator[memoryview]:
+    """Turn a stream of base bytes into the stream of target bytes.
+
+    The caller has checked model and parent, and has called :meth:`Patch.check`.
+
+    Args:
+        base: The base weight file in pieces of any size, header included. The memory
+            of writable ones is written to, and neighbours must not share it.
+        layout: The layout of both files.
+        patch: An open patch.
+
+    Yields:
+        The target weight file, in read-only pieces of at most ``CHUNK_BYTES``. A piece
+        is to be written, or copied, before the next one is asked for: its memory is
+        used again. Another thread hashes it meanwhile.
+
+    Raises:
+        PatchFormatError: The base has another size than the layout says.
+        VerificationError: After the last piece, if the result is not the promised
+            one. The caller must discard all pieces then.
+        OSError: No other thread is to be had.
+    """
+    digest = hashlib.sha256()
+    yield from _hashed(_patched(base, layout, patch), digest)
+    if digest.hexdigest() != patch.header.target:
+        raise VerificationError(
+            f"the result has fingerprint {digest.hexdigest()[:12]}, the patch promised "
+            f"{patch.header.target[:12]}; nothing was installed",
+            expected=patch.header.target,
+            actual=digest.hexdigest(),
+        )
+
+
+def _hashed(
+    windows: Iterable[memoryview], digest: "hashlib._Hash"
+) -> Iterator[memoryview]:
+    """Pass windows on; another thread hashes each until the next one is made."""
+    todo, done = SimpleQueue[memoryview | None](), SimpleQueue[None]()
+
+    def work() -> None:
+        for window in iter(todo.get, None):
+            digest.update(window)
+            done.put(None)
+
+    thread = Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as err:
+        raise OSError(EAGAIN, "the system has no room for another thread") from err
+    done.put(None)
+    try:
+        for window in windows:
+            done.get()  # there are two buffers: the next window takes the other one's
+            todo.put(window)
+            yield window.toreadonly()  # whoever changed it would change the hash
+    finally:
+        todo.put(None)
+        thread.join()
+
+
+def _patched(
+    base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
+) -> Iterator[memoryview]:
+    elements = _Lookahead(patch, layout)
+    start = 0
+    for window in _windows(base, layout.file_size):
+        elements.write_into(window, start)
+        start += len(window)
+        yield window
+    if start != layout.file_size:
+        raise PatchFormatError(
+            f"the base has {start} bytes, expected {layout.file_size}"
+        )
+    elements.finish()
+
+
+def _windows(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
+    """Cut a stream of ``size`` bytes into windows, so that no element lies in two.
+
+    A window's length is a multiple of every item size, and the weight file aligns its
+    tensors to their item size. A chunk that is such a window is not copied; all others
+    go through the same two buffers, as fresh memory costs as much as reading the file.
+    """
+    window = other = memoryview(b"")
+    filled, seen = 0, 0
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        seen += rest.nbytes
+        if not (filled or rest.readonly or (rest.nbytes % 8 and seen < size)):
+            yield rest
+            continue
+        while rest.nbytes:
+            window = window or memoryview(bytearray(CHUNK_BYTES))
+            part = rest[: CHUNK_BYTES - filled]
+            window[filled : filled + len(part)] = part
+            filled, rest = filled + len(part), rest[len(part) :]
+            if filled == CHUNK_BYTES:
+                yield window
+                window, other, filled = other, window, 0
+    if filled:
+        yield window[:filled]
+
+
+class _Lookahead:
+    """Hands out the patch's elements window by window."""
+
+    def __init__(self, patch: Patch, layout: Layout) -> None:
+        self._values = patch.values(layout)
+        self._runs = patch.runs(layout)
+        self._next = next(self._runs, None)
+
+    def write_into(self, window: memoryview, start: int) -> None:
+        """Write what lies in the file's bytes from ``start`` on into ``window``."""
+        stop = start + len(window)
+        # Small tensors are written together: what NumPy costs a call counts there.
+        waiting: dict[int, list[Run]] = {}
+        held = Counter[int]()
+        while run := self._next:
+            inside, limit = len(run.positions), stop // run.item_size
+            if ends := run.positions[-1] >= limit:
+                inside = int(run.positions.searchsorted(limit))
+                self._next = run._replace(positions=run.positions[inside:])
+                run = run._replace(positions=run.positions[:inside])
+            else:
+                self._next = next(self._runs, None)
+            if inside:
+                runs = waiting.setdefault(run.group, [])
+                full = held[run.group] + inside > PIECE
+                if runs and (full or run.dtype != runs[0].dtype):
+                    self._write(window, start, runs)
+                    runs.clear()
+                    held[run.group] = 0
+                runs.append(run)
+                held[run.group] += inside
+            if ends:
+                break
+        for runs in waiting.values():
+            self._write(window, start, runs)
+
+    def _write(self, window: memoryview, start: int, runs: Sequence[Run]) -> None:
+        """Write runs of one group and type."""
+        group, dtype, size, _ = runs[0]
+        view = np.frombuffer(window, f"<u{size}", count=len(window) // size)
+        at = np.concatenate([run.positions for run in runs])
+        at -= start // size
+        view[at] = self._values[group].take(dtype, view.take(at))
+
+    def finish(self) -> None:
+        if self._next:
+            raise PatchFormatError("the patch changes bytes behind the weight file")
+        for values in self._values.values():
+            values.finish()

@@ -1,0 +1,189 @@
+"""Init weights: what training started from, regenerated on a device from a seed.
+
+Each tensor is one of three kinds: ``uniform`` (from the seed), ``constant``, or
+``file`` (taken from ``init.safetensors`` beside the recipe). The first deployment
+can then be a seed and a patch instead of the full weights, and a re-initialised round
+needs only what training changed.
+
+Uniform values are the same bits on every CPU: raw Philox words (NumPy guarantees that
+stream), keyed by SHA-256 of seed and tensor name, to 24-bit integers, which float32
+holds exactly, times one float32 scale, which IEEE 754 rounds in one way.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import MALFORMED, WeightsError
+from edge_runtime.formats.weights import (
+    CHUNK_BYTES,
+    DTYPES,
+    Layout,
+    Tensor,
+    Weights,
+    make_layout,
+    pack_weights,
+    read_weights,
+)
+
+SCHEMA = 1
+RECIPE_NAME = "init.json"
+TENSORS_NAME = "init.safetensors"
+KINDS = ("uniform", "constant", "file")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInit:
+    """How one tensor starts.
+
+    Attributes:
+        dtype: Safetensors type code; ``uniform`` needs ``"F32"``.
+        shape: The shape.
+        kind: ``"uniform"``, ``"constant"`` or ``"file"``.
+        value: For ``uniform`` the scale ``a`` of [-a, a); for ``constant`` the value
+            of every element. Rounded to the tensor's type when used.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class InitRecipe:
+    """What regenerates the init weights of one network, bit for bit.
+
+    Attributes:
+        seed: Any integer; keys every uniform tensor together with its name.
+        tensors: One entry a tensor of the weight file.
+        stored: The tensors of kind ``file``, by name.
+    """
+
+    seed: int
+    tensors: Mapping[str, TensorInit]
+    stored: Mapping[str, NDArray[Any]]
+
+    def layout(self) -> Layout:
+        """Return the layout of the weight file that this recipe generates."""
+        return make_layout(
+            {name: (init.dtype, init.shape) for name, init in self.tensors.items()}
+        )
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the init weights as a weight file, in pieces of bounded size."""
+        layout = self.layout()
+        yield layout.header
+        for tensor in layout.tensors:
+            yield from self._tensor_chunks(tensor, self.tensors[tensor.name])
+
+    def generate(self) -> Weights:
+        """Return the init weights in memory."""
+        return Weights(self.layout(), b"".join(self.chunks()))
+
+    def _tensor_chunks(self, tensor: Tensor, init: TensorInit) -> Iterator[bytes]:
+        if init.kind == "file":
+            yield self.stored[tensor.name].tobytes()
+            return
+        step = CHUNK_BYTES // tensor.item_size
+        words = philox(self.seed, tensor.name) if init.kind == "uniform" else None
+        for start in range(0, tensor.size, step):
+            count = min(step, tensor.size - start)
+            if words is None:
+                yield np.full(count, init.value, DTYPES[tensor.dtype]).tobytes()
+            else:
+                yield uniform(words, count, init.value).tobytes()
+
+
+def philox(seed: int, name: str) -> np.random.Philox:
+    """Return the random stream of one tensor."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return np.random.Philox(key=np.frombuffer(digest[:16], "<u8"))
+
+
+def uniform(words: np.random.Philox, count: int, scale: float) -> NDArray[np.float32]:
+    """Draw float32 values from [-scale, scale), exactly reproducible.
+
+    Args:
+        words: The stream; one 64-bit word is used for each value.
+        count: Number of values.
+        scale: Half the width of the interval; rounded to float32.
+    """
+    integers = (words.random_raw(count) >> np.uint64(40)).astype(np.int32) - (1 << 23)
+    # Both factors are exact in float32, so one rounding is all that happens.
+    return integers.astype("<f4") * (np.float32(scale) * np.float32(2.0**-23))
+
+
+def write_recipe(recipe: InitRecipe, folder: str | PathLike[str]) -> None:
+    """Write ``init.json``, and ``init.safetensors`` where tensors are stored.
+
+    Raises:
+        OSError: The files cannot be written.
+    """
+    folder = Path(folder)
+    entries = {name: asdict(init) for name, init in recipe.tensors.items()}
+    if recipe.stored:
+        types = {name: recipe.tensors[name].dtype for name in recipe.stored}
+        stored = pack_weights(recipe.stored, types)
+        (folder / TENSORS_NAME).write_bytes(stored.data)
+    text = json.dumps({"schema": SCHEMA, "seed": recipe.seed, "tensors": entries})
+    (folder / RECIPE_NAME).write_text(text + "\n")
+
+
+def read_recipe(folder: str | PathLike[str]) -> InitRecipe:
+    """Read an init recipe from a folder.
+
+    Raises:
+        OSError: A file cannot be read.
+        WeightsError: The recipe is malformed or does not fit its stored tensors.
+    """
+    folder = Path(folder)
+    stored_path = folder / TENSORS_NAME
+    stored = read_weights(stored_path) if stored_path.exists() else None
+    try:
+        record = json.loads((folder / RECIPE_NAME).read_bytes())
+        if record["schema"] != SCHEMA:
+            raise WeightsError(
+                f"init recipe of schema {record['schema']}, this runtime knows "
+                f"{SCHEMA}; install a newer runtime"
+            )
+        tensors = {
+            str(name): TensorInit(
+                entry["dtype"],
+                tuple(int(n) for n in entry["shape"]),
+                entry["kind"],
+                float(entry.get("value", 0.0)),
+            )
+            for name, entry in record["tensors"].items()
+        }
+        recipe = InitRecipe(int(record["seed"]), tensors, stored or {})
+        _check(recipe, stored)
+    except MALFORMED as err:
+        raise WeightsError(f"the init recipe is malformed ({err!r})") from err
+    return recipe
+
+
+def _check(recipe: InitRecipe, stored: Weights | None) -> None:
+    for name, init in recipe.tensors.items():
+        if (
+            init.kind not in KINDS
+            or init.dtype not in DTYPES
+            or min(init.shape, default=0) < 0
+        ):
+            raise WeightsError(f"init recipe: tensor {name!r} is not valid ({init})")
+        if init.kind == "uniform" and init.dtype != "F32":
+            raise WeightsError(f"init recipe: uniform tensor {name!r} must be F32")
+        if init.kind == "file":
+            found = stored.layout.by_name.get(name) if stored else None
+            if found is None or (found.dtype, found.shape) != (init.dtype, init.shape):
+                raise WeightsError(
+                    f"init recipe: tensor {name!r} ({init.dtype} {list(init.shape)}) "
+                    f"is missing from {TENSORS_NAME} or differs there"
+                )

@@ -1,0 +1,373 @@
+"""The patch file: header, signature block, and a body of sections.
+
+Reading is in steps, cheapest refusal first, and needs no more memory for a large patch
+than for a small one: :func:`open_patch` proves size, magic, version, checksum and the
+SHA-256 of everything behind the header before a single byte is decompressed.
+:meth:`Patch.runs` and :meth:`Patch.values` then decode against a weight file's layout.
+FORMAT.md is the normative description; :mod:`edge_runtime.formats.apply` holds the
+rules of acceptance.
+"""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import islice, starmap
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from numpy.typing import NDArray
+
+from edge_runtime.errors import PatchFormatError, PatchIntegrityError
+from edge_runtime.formats import signing
+from edge_runtime.formats.frames import READ_BYTES
+from edge_runtime.formats.header import (
+    PatchHeader,
+    encode_header,
+    parse_header,
+    read_header,
+)
+from edge_runtime.formats.positions import (
+    Change,
+    PositionReader,
+    Positions,
+    Run,
+    encode_positions,
+    pack_run,
+    unpack_run,
+)
+from edge_runtime.formats.sections import (
+    COUNTS,
+    FORMS,
+    OUTPUTS,
+    Body,
+    encode_body,
+    encode_varint,
+    group_kind,
+)
+from edge_runtime.formats.value_line import MANTISSA_BITS, Bits, Form
+from edge_runtime.formats.values import TensorValues, ValueReader, encode_values
+from edge_runtime.formats.weights import DTYPES, Layout, Tensor, Weights
+
+KEPT_BYTES = 16 << 20  # of positions that are decoded once only
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a reader accepts.
+
+    Attributes:
+        patch_bytes: Largest patch file.
+        signature_bytes: Largest signature block.
+    """
+
+    patch_bytes: int = 1 << 30
+    signature_bytes: int = signing.MAX_BLOCK_BYTES
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a patch says of one layout.
+
+    Attributes:
+        layout: The layout.
+        changed: Every tensor of which something travels: its group, and how much.
+        totals: How much travels of each group and type.
+        fine: How the gaps are written.
+        forms: Of each group.
+        kept: The positions, where they have been decoded and take little memory.
+    """
+
+    layout: Layout
+    changed: list[Change]
+    totals: Mapping[tuple[int, str], int]
+    fine: int
+    forms: dict[int, Form]
+    kept: list[tuple[Run, Any]] | None = None
+
+
+class Patch:
+    """An open patch whose integrity is proved; made by :func:`open_patch`.
+
+    Attributes:
+        header: What the patch is for.
+        signatures: Whose signatures the patch carries; they are proved only if it was
+            opened with trusted keys.
+        sections: The section table.
+        counts: For each tensor of the weight file, in file order, how many of its
+            elements travel; the element count of the tensor means all of them.
+        outputs: What the network gives with the target's weights for the first golden
+            inputs, as little-endian float32; empty where the patch does not say.
+        size: Bytes of the whole file.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        header: PatchHeader,
+        signatures: Sequence[signing.Signature],
+        body: Body,
+        size: int,
+    ) -> None:
+        self._file, self._body = file, body
+        self.header = header
+        self.signatures = tuple(signatures)
+        self.sections = body.sections
+        self.size = size
+        self.counts = body.numbers(COUNTS)
+        self.outputs = body.outputs()
+        self._plan: _Plan | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def values(self, layout: Layout) -> dict[int, ValueReader]:
+        """Return what reads the values of each group, in the order of :meth:`runs`.
+
+        Args:
+            layout: Of the weight file that the patch is for.
+
+        Raises:
+            PatchFormatError: The patch contradicts the layout or itself.
+        """
+        plan = self._plan_for(layout)
+        return {
+            group: ValueReader(
+                DTYPES[dtype].itemsize,
+                plan.forms[group],
+                partial(self._body.reader, group),
+            )
+            for group, dtype in plan.totals  # types of one group are of one size
+        }
+
+    def runs(self, layout: Layout) -> Iterator[Run]:
+        """Yield what travels, in the order of the weight file and in small pieces.
+
+        Raises:
+            PatchFormatError: The patch contradicts the layout or itself.
+        """
+        plan = self._plan_for(layout)
+        return (
+            self._decode(plan) if plan.kept is None else starmap(unpack_run, plan.kept)
+        )
+
+    def check(self, layout: Layout) -> None:
+        """Decode every position and look at every size, without any weight.
+
+        Raises:
+            PatchFormatError: The patch contradicts the layout or itself.
+        """
+        plan = self._plan_for(layout)
+        kept, room = list[tuple[Run, Any]](), KEPT_BYTES
+        for run in self._decode(plan):
+            first, steps = pack_run(run)
+            room -= first.positions.nbytes + steps.nbytes
+            if room >= 0:
+                kept.append((first, steps))
+        plan.kept = kept if room >= 0 else None
+        expected = Counter[int]()
+        for (group, dtype), count in plan.totals.items():
+            for kind in plan.forms[group].kinds(DTYPES[dtype].itemsize):
+                expected[group + kind] += count
+        self._body.check_values(expected)
+
+    def _decode(self, plan: "_Plan") -> Iterator[Run]:
+        index = PositionReader(self._body.reader, plan.fine)
+        yield from index.runs(plan.changed)
+        index.finish()
+
+    def _plan_for(self, layout: Layout) -> "_Plan":
+        """Hold counts and forms against a layout; done once for each."""
+        if self._plan is None or self._plan.layout is not layout:
+            changed, totals = self._changed(layout), Counter[tuple[int, str]]()
+            for group, tensor, count in changed:
+                totals[group, tensor.dtype] += count
+            self._plan = _Plan(layout, changed, totals, *self._forms(totals))
+        return self._plan
+
+    def _changed(self, layout: Layout) -> list[Change]:
+        """Return every tensor of which something travels: its group, and how much."""
+        if self.header.file_size != layout.file_size or len(self.counts) != len(
+            layout.tensors
+        ):
+            raise PatchFormatError(
+                f"the patch describes {len(self.counts)} tensors in a file of "
+                f"{self.header.file_size} bytes; this weight file has "
+                f"{len(layout.tensors)} in {layout.file_size}"
+            )
+        changed: list[Change] = []
+        whole = None  # the tensor before, if all of it travels
+        for tensor, count in zip(layout.tensors, self.counts, strict=True):
+            if count > tensor.size:
+                raise PatchFormatError(
+                    f"the patch changes {count} elements of tensor {tensor.name!r}, "
+                    f"which has {tensor.size}"
+                )
+            if whole and count == tensor.size and whole.dtype == tensor.dtype:
+                # Neighbours that travel whole are as good as one tensor.
+                count += whole.size
+                tensor = Tensor(*whole[:4], tensor.stop, count, tensor.item_size)
+                del changed[-1]
+            whole = tensor if 0 < count == tensor.size else None
+            if count:
+                changed.append((group_of(tensor, count), tensor, count))
+        return changed
+
+    def _forms(self, types: Collection[tuple[int, str]]) -> tuple[int, dict[int, Form]]:
+        """Read how gaps are written, and the form of every group of these types."""
+        kinds = sorted({group for group, _ in types})
+        numbers = self._body.numbers(FORMS)
+        if len(numbers) != (4 * len(kinds) + 1 if kinds else 0):
+            raise PatchFormatError(
+                f"the patch has {len(numbers)} numbers for the forms of {len(kinds)} "
+                "groups of values"
+            )
+        fields = iter(numbers[1:])
+        forms = {group: Form(*islice(fields, 4)) for group in kinds}
+        for group, dtype in types:
+            forms[group].check(dtype, DTYPES[dtype].itemsize)
+        floats = {group for group, dtype in types if dtype in MANTISSA_BITS}
+        if any(form.unit != 1 for group, form in forms.items() if group not in floats):
+            raise PatchFormatError("the patch has a unit for a group without floats")
+        return numbers[0] if numbers else 0, forms
+
+
+def group_of(tensor: Tensor, count: int) -> int:
+    """Return the group of values (its first kind) that a tensor belongs to.
+
+    Args:
+        tensor: The tensor.
+        count: How many of its elements travel.
+    """
+    return group_kind(tensor.item_size, 2 * count > tensor.size)
+
+
+def open_patch(
+    source: str | PathLike[str] | bytes,
+    limits: Limits | None = None,
+    trust: signing.Trust | None = None,
+) -> Patch:
+    """Open a patch and prove everything that needs no weights.
+
+    Args:
+        source: A path, or the bytes of the file.
+        limits: What to accept.
+        trust: Whose signatures it needs; by default nobody's.
+
+    Returns:
+        The open patch; close it, or use it in a ``with`` statement.
+
+    Raises:
+        OSError: The file cannot be read.
+        PatchFormatError: Not a patch, truncated, malformed or over a limit.
+        PatchVersionError: Made for a newer runtime.
+        PatchIntegrityError: A checksum does not match.
+        TrustError: The trusted keys did not sign it.
+    """
+    file: BinaryIO
+    limits = limits or Limits()
+    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    if not file.seekable():
+        with file:  # a pipe
+            file = io.BytesIO(file.read(limits.patch_bytes + 1))
+    with ExitStack() as opened:
+        opened.enter_context(file)
+        patch = _open(file, limits, trust or signing.Trust())
+        opened.pop_all()  # open from here on: the patch reads from it
+    return patch
+
+
+def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if size > limits.patch_bytes:
+        raise PatchFormatError(
+            f"the patch has {size} bytes, this device accepts {limits.patch_bytes}"
+        )
+    # Read once: what is believed below are the very bytes that were signed.
+    signed = read_header(file)
+    header, body_size, body_digest = parse_header(signed)
+    signatures = signing.read_signatures(file, limits.signature_bytes)
+    trust.check(signing.PATCH_CONTEXT, signed, signatures)
+    body = file.tell()
+    if size != body + body_size:
+        raise PatchFormatError(
+            f"the patch has {size} bytes, its header describes {body + body_size}: "
+            "the download is incomplete or something follows it; fetch it again"
+        )
+    digest = hashlib.sha256()
+    while chunk := file.read(READ_BYTES):
+        digest.update(chunk)
+    if digest.digest() != body_digest:
+        raise PatchIntegrityError(
+            "the patch is damaged: its content does not match its checksum; fetch it "
+            "again",
+            expected=body_digest.hex(),
+            actual=digest.hexdigest(),
+        )
+    file.seek(body)
+    return Patch(file, header, signatures, Body(file, size), size)
+
+
+def encode_patch(
+    header: PatchHeader,
+    changes: Sequence[Positions],
+    base: Weights,
+    target: Weights,
+    *,
+    level: int = 19,
+    outputs: bytes = b"",
+) -> bytes:
+    """Encode a patch, unsigned.
+
+    Args:
+        header: What the patch is for.
+        changes: For each tensor of the layout, in file order, the increasing flat
+            positions that travel; empty where nothing changed. If they are all of the
+            tensor's elements, no position is sent.
+        base: The weights that the patch leads from.
+        target: The weights that it leads to, of the same layout.
+        level: zstd level, 1 to 22.
+        outputs: As :attr:`Patch.outputs`.
+
+    Returns:
+        The bytes of the patch file.
+
+    Raises:
+        PatchFormatError: Two changes are too far apart for the format.
+    """
+    tensors = target.layout.tensors
+    fine, sections = encode_positions(
+        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)], level
+    )
+    sections[COUNTS] = [encode_varint(len(found)) for found in changes]
+    sections[OUTPUTS] = [outputs]
+    groups: dict[int, list[TensorValues]] = {}
+    for tensor, found in zip(tensors, changes, strict=True):
+        if len(found):
+            old, new = (_bits(w[tensor.name])[found] for w in (base, target))
+            group = groups.setdefault(group_of(tensor, len(found)), [])
+            group.append(TensorValues(tensor.dtype, old, new))
+    forms = [fine] if groups else []
+    for kind, group in sorted(groups.items()):
+        form, parts = encode_values(group)
+        forms += astuple(form)
+        sections |= {kind + offset: part for offset, part in parts.items()}
+    sections[FORMS] = [encode_varint(number) for number in forms]
+    body = encode_body(sections, level)
+    return encode_header(header, body) + b"\0\0" + body
+
+
+def _bits(array: NDArray[Any]) -> Bits:
+    return array.reshape(-1).view(f"<u{array.dtype.itemsize}")

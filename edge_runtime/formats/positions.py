@@ -1,0 +1,332 @@
+"""Positions as numbers: which elements travel, both directions side by side.
+
+Every decoder reads in bounded pieces, so that the memory needed to apply a patch does
+not depend on its size. FORMAT.md is the normative description.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import PatchFormatError
+from edge_runtime.formats.frames import SectionReader, quick_size
+from edge_runtime.formats.numbers import (
+    PIECE,
+    Integers,
+    NumberReader,
+    UnaryReader,
+    encode_bits,
+    encode_numbers,
+    encode_unary,
+    finenesses,
+    unary_width,
+)
+from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, encode_body
+from edge_runtime.formats.weights import Tensor
+
+MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
+UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits
+_DOUBT = 2560  # tenths of a bit that an estimate of a size may be wrong by
+_SAMPLE = 1 << 20  # numbers that a fineness is chosen on
+_LONG_RUN = 1 << 13  # positions
+
+Positions = Integers
+Mask = NDArray[np.bool_]
+Change = tuple[int, Tensor, int]  # group of values, tensor, how many elements travel
+
+
+def _is_bitmap(size: int, count: int) -> bool:
+    """Tell whether a tensor has a bitmap; otherwise its positions are listed."""
+    return size < 4 * count < 3 * size
+
+
+def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
+    """Return number and depth of a tensor's columns, where unused ones are left out.
+
+    A column is a slice along the second axis: an input of a layer. Its depth is the
+    number of its elements in a row.
+    """
+    if len(shape) < 2 or not 0 < 4 * count <= math.prod(shape):
+        return None
+    columns, depth = shape[1], math.prod(shape[2:])
+    return (columns, depth) if columns * depth <= MAX_ROW else None
+
+
+# Encoding ----------------------------------------------------------------------------
+
+
+def encode_positions(
+    tensors: Sequence[tuple[tuple[int, ...], Positions]], level: int = 19
+) -> tuple[int, dict[int, list[bytes]]]:
+    """Encode which elements travel, tensor by tensor.
+
+    Of a tensor of which up to a quarter travels the positions are listed, as gaps: the
+    number of elements skipped since the one before. Columns in which nothing travels
+    (dead inputs, borders of images) may be left out of the count. Where three quarters
+    or more travel, the elements that stay are listed; in between it is a bitmap.
+
+    Args:
+        tensors: Shape and strictly increasing positions of each tensor.
+        level: zstd level that the sections will be packed with, 1 to 22.
+
+    Returns:
+        How the gaps are written (a fineness, or ``UNARY_GAPS`` and how many low bits
+        they have), and the sections, in parts.
+
+    Raises:
+        PatchFormatError: A gap is too large.
+    """
+    taken = [_take_apart(shape, positions) for shape, positions in tensors]
+    numbers = np.concatenate([np.zeros(0, np.int64), *(gaps for gaps, _, _ in taken)])
+    candidates = finenesses(int(numbers.max(initial=0)))
+    if not candidates:
+        raise PatchFormatError(
+            f"two changes are {numbers.max()} elements apart, which is too far for a "
+            "patch; split the tensor"
+        )
+    sample = numbers[:: len(numbers) // _SAMPLE + 1]
+    fine = min(candidates, key=lambda one: _size(sample, one))
+    symbols, widths = encode_numbers(numbers, fine)
+    stops = np.cumsum([len(gaps) for gaps, _, _ in taken])
+    used = [columns for _, _, columns in taken if columns is not None]
+    bitmaps = [bitmap for _, bitmap, _ in taken]
+    sections = {
+        INDEX: [
+            bitmap or symbols[stop - len(gaps) : stop]
+            for (gaps, bitmap, _), stop in zip(taken, stops, strict=True)
+        ],
+        INDEX_BITS: [encode_bits(numbers, widths)],
+        COLUMNS: [_pack(one) for one in used if not all(map(np.all, used))],
+    }
+    width = unary_width(sample)
+    bits = len(sample) * (width + 1) + int((sample >> width).sum())
+    if 10 * bits > 11 * _size(sample, fine) + _DOUBT:
+        return fine, sections
+    # Of two that are close, those tell that are packed to the last byte.
+    low = encode_bits(numbers, np.full(len(numbers), width))
+    unary = encode_unary(numbers, width)
+    even = sections | {INDEX: bitmaps, INDEX_BITS: [low], UNARY: [unary]}
+    if len(encode_body(even, level)) < len(encode_body(sections, level)):
+        return UNARY_GAPS + width, even
+    return fine, sections
+
+
+def _take_apart(
+    shape: tuple[int, ...], positions: Positions
+) -> tuple[Integers, bytes, Mask | None]:
+    """Return the gaps or the bitmap of one tensor, and which columns count."""
+    size, grid = math.prod(shape), _grid(shape, len(positions))
+    if _is_bitmap(size, len(positions)):
+        return positions[:0], _pack(_mask(size, positions)), None
+    if 2 * len(positions) > size:
+        positions = np.flatnonzero(~_mask(size, positions))
+    gaps = np.diff(positions, prepend=-1) - 1
+    if grid is None:
+        return gaps, b"", None
+    columns, depth = grid
+    row, at = np.divmod(positions, columns * depth)
+    used = _mask(columns, at // depth)
+    offsets = np.flatnonzero(np.repeat(used, depth))
+    fewer = row * len(offsets) + np.searchsorted(offsets, at)
+    closer = np.diff(fewer, prepend=-1) - 1
+    if _size(closer, 2) + columns < _size(gaps, 2):
+        return closer, b"", used
+    return gaps, b"", np.ones(columns, bool)
+
+
+def _size(numbers: Integers, fine: int) -> int:
+    """Return about how many bits numbers take."""
+    symbols, widths = encode_numbers(numbers, fine)
+    return 8 * quick_size(symbols) + int(widths.sum())
+
+
+def _mask(size: int, positions: Positions) -> Mask:
+    mask = np.zeros(size, bool)
+    mask[positions] = True
+    return mask
+
+
+def _pack(mask: Mask) -> bytes:
+    return np.packbits(mask, bitorder="little").tobytes()
+
+
+# Decoding ----------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Elements of one tensor, or of some, that travel.
+
+    Attributes:
+        group: The group of values that they belong to.
+        dtype: Their type.
+        item_size: Its bytes.
+        positions: At least one, ascending, in elements from the start of the *file*.
+    """
+
+    group: int
+    dtype: str
+    item_size: int
+    positions: Positions
+
+
+def pack_run(run: Run) -> tuple[Run, NDArray[Any]]:
+    """Return a long run's first position, and the steps to the rest in little memory.
+
+    A short run is returned whole: packing it takes longer than decoding it again.
+    """
+    if len(run.positions) < _LONG_RUN:
+        return run, run.positions[:0]
+    steps = np.diff(run.positions)
+    first = run._replace(positions=run.positions[:1].copy())
+    return first, steps.astype(np.min_scalar_type(steps.max()))
+
+
+def unpack_run(first: Run, steps: NDArray[Any]) -> Run:
+    """Return the run that :func:`pack_run` took apart."""
+    if not steps.size:
+        return first
+    positions = np.concatenate([first.positions, steps], dtype=np.int64)
+    return first._replace(positions=positions.cumsum(out=positions))
+
+
+class PositionReader:
+    """Decodes what :func:`encode_positions` wrote, in bounded pieces."""
+
+    def __init__(self, section: Callable[[int], SectionReader], fine: int) -> None:
+        """Prepare to read.
+
+        Args:
+            section: Opens a section by its kind.
+            fine: How the gaps are written.
+
+        Raises:
+            PatchFormatError: There is no such way.
+        """
+        self._index, self._columns = section(INDEX), section(COLUMNS)
+        self._all_columns = self._columns.is_empty
+        self._unary, bits = section(UNARY), section(INDEX_BITS)
+        self._gaps = (
+            NumberReader(self._index, bits, fine)
+            if fine < UNARY_GAPS
+            else UnaryReader(self._unary, bits, fine - UNARY_GAPS)
+        )
+        # Gaps are summed up ahead of the tensor that is read, as small tensors cost as
+        # many calls as large ones: sums not yet used, the one before, gaps that follow.
+        self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
+
+    def runs(self, tensors: Iterable[Change]) -> Iterator[Run]:
+        """Yield what travels, in the order of the file, at most ``PIECE`` at a time.
+
+        Args:
+            tensors: Those of which something travels, in the order of the file.
+
+        Raises:
+            PatchFormatError: A section ends early or contradicts a tensor.
+        """
+        # Gaps follow one another up to the next bitmap.
+        for bitmap, alike in groupby(
+            tensors, lambda one: _is_bitmap(one[1].size, one[2])
+        ):
+            some = list(alike)
+            if not bitmap:
+                self._ahead = sum(min(n, tensor.size - n) for _, tensor, n in some)
+            for group, tensor, count in some:
+                for positions in filter(len, self._positions(tensor, count)):
+                    yield Run(group, tensor.dtype, tensor.item_size, positions)
+
+    def _positions(self, tensor: Tensor, count: int) -> Iterable[Positions]:
+        """Return the positions of the next tensor, in pieces."""
+        size, first = tensor.size, tensor.start // tensor.item_size
+        if count == size:
+            starts = range(first, first + size, PIECE)
+            return map(np.arange, starts, chain(starts[1:], [first + size]))
+        if _is_bitmap(size, count):
+            return self._bitmap(size, count, first)
+        if 2 * count > size:
+            return self._others(size, size - count, first)
+        if not self._all_columns and (grid := _grid(tensor.shape, count)):
+            columns, depth = grid
+            bits = _bits(self._columns, columns)
+            if np.count_nonzero(bits) < columns:
+                (used,) = bits.repeat(depth).nonzero()
+                return self._in_columns(tensor, used, count, first)
+        return self._listed(size, count, first)
+
+    def _listed(self, size: int, count: int, first: int) -> Iterator[Positions]:
+        last, left = -1, count
+        while left:
+            if not self._sums.size:
+                gaps = self._gaps.take(min(PIECE, self._ahead))
+                self._ahead -= len(gaps)
+                gaps += 1
+                self._sums, self._before = gaps.cumsum(out=gaps), 0
+            sums, self._sums = self._sums[:left], self._sums[left:]
+            left -= len(sums)
+            shift, self._before = last - self._before, int(sums[-1])
+            last = self._before + shift
+            # What still has to come needs room behind this piece.
+            if last >= size - left:
+                raise PatchFormatError(
+                    f"a position in the patch is out of bounds: {last} of {size} "
+                    "elements"
+                )
+            yield sums + (shift + first)
+
+    def _in_columns(
+        self, tensor: Tensor, used: Integers, count: int, first: int
+    ) -> Iterator[Positions]:
+        rows, width = tensor.shape[0], len(used)
+        for positions in self._listed(rows * width, count, 0):
+            row = positions // width  # faster than divmod, by far
+            positions -= row * width
+            row *= tensor.size // rows
+            row += first
+            row += used.take(positions)
+            yield row
+
+    def _others(self, size: int, count: int, first: int) -> Iterator[Positions]:
+        stays, listed = np.empty(0, np.int64), self._listed(size, count, 0)
+        left = count
+        for start in range(0, size, PIECE):
+            stop = min(start + PIECE, size)
+            while left and (not stays.size or stays[-1] < stop):
+                found = next(listed)
+                left -= len(found)
+                stays = np.concatenate([stays, found])
+            inside = int(stays.searchsorted(stop))
+            (found,) = (~_mask(stop - start, stays[:inside] - start)).nonzero()
+            yield found + (start + first)
+            stays = stays[inside:]
+
+    def _bitmap(self, size: int, count: int, first: int) -> Iterator[Positions]:
+        left = count
+        for start in range(0, size, PIECE):
+            (found,) = _bits(self._index, min(PIECE, size - start)).nonzero()
+            left -= len(found)
+            yield found + (start + first)
+        if left:
+            raise PatchFormatError(
+                f"a bitmap in the patch has {count - left} bits, expected {count}"
+            )
+
+    def finish(self) -> None:
+        """Insist that everything is used up.
+
+        Raises:
+            PatchFormatError: Something is left over.
+        """
+        self._gaps.finish()
+        for section in (self._index, self._unary, self._columns):
+            section.finish()
+
+
+def _bits(section: SectionReader, count: int) -> NDArray[np.uint8]:
+    """Read a bitmap of so many bits, at least one."""
+    raw = np.frombuffer(section.take((count + 7) // 8), np.uint8)
+    if int(raw[-1]) >> ((count - 1) % 8 + 1):
+        raise PatchFormatError("a bitmap in the patch has bits behind its end")
+    return np.unpackbits(raw, count=count, bitorder="little")

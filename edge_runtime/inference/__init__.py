@@ -1,0 +1,1 @@
+"""From an input to an output: the graph, the weights, and what runs them."""

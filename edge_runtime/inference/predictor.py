@@ -1,0 +1,273 @@
+"""Inference: a slot becomes a session, and sessions change between two calls.
+
+``onnxruntime`` is imported when the first session is made, not before. Where it cannot
+be imported, :mod:`edge_runtime.inference.numpy_backend` answers.
+"""
+
+import ctypes
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edge_runtime.errors import BackendError, DpuError, StoreError
+from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.weights import FILE_NAME
+from edge_runtime.store.store import GRAPH_NAME
+
+# Creating a session takes up to 2.9 times the weight file (ResNet-34: 257 MB for 87):
+# the mapped file, a copy with BatchNorm folded in, and one in the kernels' own layout.
+LOAD_FACTOR = 3
+DRAIN_S = 10.0  # how long a swap waits for calls that still use the old session
+
+
+class Backend(StrEnum):
+    """What computes."""
+
+    AUTO = "auto"  # ONNX Runtime where it can be imported
+    ONNXRUNTIME = "onnxruntime"
+    NUMPY = "numpy"
+
+
+class SwapPolicy(StrEnum):
+    """In which order a swap makes the new session and drops the old one."""
+
+    AVAILABILITY = "availability"  # new first: no call waits, both are in memory
+    FRUGAL = "frugal"  # old first: calls wait; the old returns if the new one fails
+    AUTO = "auto"  # frugal where the memory for a second session is not free
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run a model.
+
+    Attributes:
+        threads: CPU threads of one call. ONNX Runtime's alone: NumPy's follow the
+            environment variable of its BLAS, OPENBLAS_NUM_THREADS for the usual one.
+        spinning: Whether idle threads spin, to be quicker for the next call. On a
+            shared board they burn the other processes' time.
+        backend: What computes.
+        policy: How a swap treats the old session.
+    """
+
+    threads: int = 1
+    spinning: bool = False
+    backend: Backend = Backend.AUTO
+    policy: SwapPolicy = SwapPolicy.AUTO
+
+
+class Predictor:
+    """Answers with the weights of one slot, and can move to another between calls.
+
+    Any number of threads may call it. An answer comes from exactly one version: a call
+    that has begun ends with the session that it began with.
+
+    Attributes:
+        folder: The slot that the current session was made from.
+        options: How it runs.
+        backend: What computes, in fact: settled once, a swap does not change it.
+    """
+
+    def __init__(
+        self, folder: Path, contract: Contract, options: RunOptions | None = None
+    ) -> None:
+        """Load a slot.
+
+        Args:
+            folder: Holds ``graph.onnx`` and ``weights.safetensors``.
+            contract: What goes in and comes out.
+            options: How to run it.
+
+        Raises:
+            StoreError: The slot cannot be loaded.
+            BackendError: The backend is not installed, or cannot run this graph.
+        """
+        self.options = options or RunOptions()
+        self.backend = choose_backend(self.options.backend)
+        self._contract = contract
+        self._lock = threading.Lock()  # held while sessions change
+        self._session: Any = self._load(folder)
+        self.folder = folder
+        # Every slot of a model is of one size.
+        self._needed = LOAD_FACTOR * (folder / FILE_NAME).stat().st_size
+
+    def predict(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> NDArray[Any]:
+        """Return the first output for raw inputs.
+
+        Args:
+            raw: A batch, or one sample, as :meth:`Contract.prepare` takes it.
+
+        Returns:
+            The outputs, shape ``(batch, ...)``.
+
+        Raises:
+            ContractError: The input does not fit.
+            StoreError: A frugal swap failed and left no session behind.
+        """
+        feed = self._contract.prepare(raw)
+        # The one read that decides which version answers.
+        session = self._session or self._wait()
+        outputs: list[NDArray[Any]] = session.run(None, feed)
+        return outputs[0]
+
+    def swap(self, folder: Path) -> None:
+        """Move to another slot: calls before see the old weights, calls after the new.
+
+        Returns when no call uses the old session any more and its memory is back with
+        the system. The new one has answered once before it replaces anything.
+
+        Raises:
+            StoreError: The new slot cannot be loaded; the old one stays in use.
+        """
+        with self._lock:
+            old = self._session and weakref.ref(self._session)
+            if frugal := old and self._frugal():
+                self._session = None  # calls wait from here until the lock is free
+                _drain(old)
+            try:
+                self._session = self._load(folder)
+            except DpuError:
+                if frugal:
+                    # If this fails too, calls raise until a swap succeeds.
+                    self._session = self._load(self.folder)
+                raise
+            self.folder = folder
+        _drain(old)
+
+    def _load(self, folder: Path) -> Any:
+        try:
+            return self._warmed_up(make_session(folder, self.backend, self.options))
+        except DpuError:
+            raise
+        except Exception as err:
+            # ONNX Runtime's own exceptions share no base but this one. The frames go:
+            # they hold a session whose memory the old one may need to return.
+            err.__traceback__ = None
+            _trim()
+            raise StoreError(f"cannot load {folder / GRAPH_NAME}: {err}") from err
+
+    def _warmed_up(self, session: Any) -> Any:
+        # What a call needs beside the weights is taken before anybody relies on it.
+        inputs = self._contract.inputs
+        if all(None not in spec.shape[1:] for spec in inputs):
+            shapes = {spec: [n or 1 for n in spec.shape] for spec in inputs}
+            feed = {s.name: np.zeros(shape, s.dtype) for s, shape in shapes.items()}
+            session.run(None, feed)
+        return session
+
+    def _frugal(self) -> bool:
+        if self.options.policy != SwapPolicy.AUTO:
+            return self.options.policy == SwapPolicy.FRUGAL
+        # A store that moved on twice has removed the old slot: it could not return.
+        return self.folder.exists() and available_memory() < self._needed
+
+    def _wait(self) -> Any:
+        with self._lock:
+            if self._session is None:
+                raise StoreError(
+                    "no weights are loaded: the new slot could not be loaded, nor the "
+                    "old one again; swap to a slot that can"
+                )
+            return self._session
+
+
+def choose_backend(wanted: Backend) -> Backend:
+    """Return what computes; ``AUTO`` becomes ONNX Runtime where it can be imported."""
+    if wanted != Backend.AUTO:
+        return Backend(wanted)
+    try:
+        _import_onnxruntime()
+    except BackendError:
+        return Backend.NUMPY
+    return Backend.ONNXRUNTIME
+
+
+def _import_onnxruntime() -> Any:
+    # Its wheel else writes an id of the device and a database of events for Microsoft
+    # into the home folder: nothing that a device should do unasked.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        # Imported late: looking at patches and stores must not need a runtime.
+        import onnxruntime
+    except Exception as err:  # a broken installation raises anything
+        raise BackendError(
+            f"onnxruntime cannot be imported ({err}): pip install onnxruntime, or "
+            "choose the numpy backend"
+        ) from err
+    return onnxruntime
+
+
+def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:
+    """Load a slot as it is, with no contract around it.
+
+    Args:
+        folder: Holds ``graph.onnx`` and ``weights.safetensors``.
+        backend: NumPy or ONNX Runtime.
+        options: How to run it.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``, or what has its ``run``.
+
+    Raises:
+        BackendError: The backend is not installed, or cannot run this graph.
+        Exception: Whatever the backend raises for a graph that it cannot load.
+    """
+    if backend is Backend.NUMPY:
+        from edge_runtime.inference.numpy_backend import NumpySession
+
+        return NumpySession(folder)
+    onnxruntime = _import_onnxruntime()
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.inter_op_num_threads = 1
+    spinning = str(int(options.spinning))
+    settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+    settings.log_severity_level = 4  # nothing that does not come as an exception too
+    # A real path: ONNX Runtime refuses weights behind a link out of the folder.
+    path = str((folder / GRAPH_NAME).resolve())
+    return onnxruntime.InferenceSession(
+        path, settings, providers=["CPUExecutionProvider"]
+    )
+
+
+def available_memory() -> int:
+    """Return how many bytes the system can still give; 0 where it does not say.
+
+    A limit on the process's own control group is not in it: set the policy there.
+    """
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, LookupError, ValueError):
+        return 0  # hidden by a service's hardening, say: then be frugal
+
+
+def _drain(session: "weakref.ref[Any] | None") -> None:
+    """Wait until no call holds a session and give its memory back to the system."""
+    deadline = time.monotonic() + DRAIN_S
+    while session is not None and session() is not None:
+        if time.monotonic() > deadline:
+            gc.collect()  # held by a cycle then, such as an exception's traceback
+            break
+        time.sleep(0.001)
+    _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it: after ten swaps of ResNet-34 a process would hold 539 MB, not 154.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl has none
+        trim(0)

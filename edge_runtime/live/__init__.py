@@ -1,0 +1,1 @@
+"""What running programs answer with: predictors that follow the store, and proofs."""

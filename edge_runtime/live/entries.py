@@ -1,0 +1,194 @@
+"""Every live predictor tells in ``STORE/live`` what its session was made from.
+
+One file each, which its process keeps locked (``flock``) as long as the predictor
+lives. The kernel lets go of the lock when the process ends, however it ends and
+whichever container it is in. So what a dead process left is known as such, also after
+its PID was given to another, and goes when somebody looks. Nothing is synced: what is
+told matters to nobody after a power cut.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from enum import StrEnum
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edge_runtime.formats.weights import (
+    CHUNK_BYTES,
+    FILE_NAME,
+    Layout,
+    fingerprint_file,
+)
+from edge_runtime.store.state import utc
+from edge_runtime.store.store import GRAPH_NAME, Store
+
+_log = logging.getLogger("edge_runtime")
+_SIZE = 1024  # of a file: one write replaces all that it said
+
+
+class Status(StrEnum):
+    """What a predictor, or a proof about it, says of its session."""
+
+    LOADED = "loaded"
+    LOADING = "loading"  # between two sessions: either may answer
+    CHANGED = "changed"  # its files changed while they were loaded
+    EMPTY = "empty"  # no session: calls fail
+    UNKNOWN = "unknown"  # what it tells cannot be read
+
+
+def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None:
+    """Hash the files of a slot, and say which weight file it was.
+
+    Args:
+        folder: The slot.
+        layout: Also hash the weight file's header and each tensor of it.
+
+    Returns:
+        ``fingerprint`` and ``graph`` (SHA-256); ``bytes``, ``device`` and ``inode`` of
+        the weight file, and ``changed_ns``, when that inode last changed (by a write, a
+        rename, a chmod); with a layout, ``header`` and ``tensors``. None if a file
+        cannot be read.
+    """
+    try:
+        with open(folder / FILE_NAME, "rb") as file:
+            whole, size = hashlib.file_digest(file, "sha256"), file.tell()
+            status = os.fstat(file.fileno())  # of what was hashed, whatever its name
+            found: dict[str, Any] = {
+                "fingerprint": whole.hexdigest(),
+                "graph": fingerprint_file(folder / GRAPH_NAME),
+                "bytes": size,
+                "device": status.st_dev,
+                "inode": status.st_ino,
+                "changed_ns": status.st_ctime_ns,
+            }
+            if layout is not None:
+                file.seek(0)
+                found["header"] = _piece(file, len(layout.header))
+                parts = {t.name: _piece(file, t.stop - t.start) for t in layout.tensors}
+                found["tensors"] = parts
+    except OSError:
+        return None
+    return found
+
+
+def _piece(file: BinaryIO, size: int) -> str:
+    """Return the SHA-256 of a file's next bytes, of fewer where it ends before."""
+    digest = hashlib.sha256()
+    while size and (chunk := file.read(min(size, CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest()
+
+
+class Entry:
+    """What one predictor tells; it goes with its only owner, the predictor.
+
+    Attributes:
+        pending: Whether the disk did not take what is to be told.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Prepare to tell, and clear away what dead processes told."""
+        self._folder = store.root / "live"
+        self._about = {"pid": os.getpid(), "started": utc()}
+        self._text = b""
+        self._file: FileIO | None = None
+        self.pending = False
+        list(read_entries(store))
+
+    def tell(
+        self, folder: Path, status: Status, source: dict[str, Any] | None = None
+    ) -> None:
+        """Say what answers now.
+
+        Args:
+            folder: The slot that it was made from.
+            status: What is known.
+            source: What :func:`measure` found, where that is certain.
+        """
+        known = source | {"loaded": utc()} if source else {}
+        record = self._about | known | {"slot": folder.name, "status": status}
+        self._text = json.dumps(record).encode().ljust(_SIZE)
+        self.try_again()
+
+    def try_again(self) -> None:
+        """Write what was to be told last. A disk that refuses must stop no answers."""
+        try:
+            if self._file is None:
+                self._file = _create(self._folder)
+                self._end = weakref.finalize(self, _withdraw, self._file, os.getpid())
+            # Whoever reads it meanwhile finds the old or the new, or no JSON at all.
+            os.pwrite(self._file.fileno(), self._text, 0)
+            self.pending = False
+        except OSError as err:
+            if self._file is not None:  # better nothing than what was true once
+                self._file = self._end()
+            if not self.pending:
+                _log.warning("proofs cannot vouch for this process: %s", err)
+            self.pending = True
+
+
+def _create(folder: Path) -> FileIO:
+    """Create a file and lock it; a reader may take it for left behind in between."""
+    folder.mkdir(exist_ok=True)
+    while True:
+        path = folder / f"{os.getpid()}-{time.time_ns()}.json"
+        file = open(path, "xb", buffering=0)
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        file.close()
+
+
+def _withdraw(file: FileIO, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child does not speak for its parent
+        with suppress(OSError):
+            Path(str(file.name)).unlink()
+    file.close()
+
+
+def read_entries(store: Store) -> Iterator[dict[str, Any]]:
+    """Yield what live predictors tell; remove what dead ones told."""
+    for path in sorted(store.root.glob("live/*.json")):
+        record: dict[str, Any] = {"pid": 0, "status": Status.UNKNOWN}
+        with suppress(OSError, ValueError, TypeError):
+            if (text := _read(path)) is None:
+                continue
+            record |= json.loads(text)
+        yield record
+
+
+def _read(path: Path) -> bytes | None:
+    """Return what a file says; None, and no file any more, if nobody holds it."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read()
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def untold(store: Store, known: set[int]) -> list[int]:
+    """Return processes that map a slot's weights and are not among the known ones.
+
+    Such as a forked child, or one that may not write to the store. Only processes of
+    the same user are seen, or all by root; and only while they keep a mapping, as ONNX
+    Runtime does for the tensors that it did not copy.
+    """
+    found, slots = [], f" {(store.root / 'slots').resolve()}/"
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # ended, or another user's
+            if int(path.parent.name) not in known and slots in path.read_text():
+                found.append(int(path.parent.name))
+    return sorted(found)

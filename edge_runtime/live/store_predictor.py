@@ -1,0 +1,126 @@
+"""A predictor that keeps up with its store, whichever process installs the updates."""
+
+import logging
+import threading
+import time
+import weakref
+from pathlib import Path
+
+from edge_runtime.errors import DpuError
+from edge_runtime.inference.predictor import Predictor, RunOptions
+from edge_runtime.live.entries import Entry, Status, measure
+from edge_runtime.store.store import Store
+
+LOOK_S = 1.0  # between two looks at the state
+MAX_LOOK_S = 300.0  # after failures the looks get rarer, up to this
+
+_log = logging.getLogger("edge_runtime")
+
+
+class StorePredictor(Predictor):
+    """Answers with the active weights of a store.
+
+    :meth:`refresh` moves to what is active now. With ``follow`` a background thread
+    does so. It looks by one ``stat`` of ``state.json``, whose inode and time change
+    with every commit; calls never look, so they cost the same.
+
+    A forked child has no such thread: make the predictor after the fork.
+
+    It tells proofs (:mod:`edge_runtime.live.entries`) what its session was made from.
+    The files are hashed before the old session goes and after the new one answers, so
+    that no call waits for it.
+
+    Attributes:
+        store: The store, as of the last refresh.
+    """
+
+    def __init__(
+        self, root: Path, options: RunOptions | None = None, *, follow: float = 0.0
+    ) -> None:
+        """Load the active weights.
+
+        Args:
+            root: The store.
+            options: How to run them.
+            follow: Seconds between two looks at the state; 0 for none.
+
+        Raises:
+            StoreError: Nothing is installed there, or it cannot be loaded.
+            BackendError: The backend is not installed, or cannot run this graph.
+        """
+        self.store = Store.open(root)
+        self._stamp = self.store.stamp()
+        state = self.store.reload()
+        folder = self.store.slot_folder(state.active)
+        self._entry = Entry(self.store)
+        self._sources = {folder: measure(folder)}
+        super().__init__(folder, self.store.contract, options)
+        self._tell()
+        self._refreshing = threading.RLock()
+        if follow:
+            # By a weak reference: a predictor that nobody holds ends its thread.
+            work = (weakref.ref(self), follow)
+            threading.Thread(target=_follow, args=work, daemon=True).start()
+
+    def refresh(self) -> bool:
+        """Move to the active weights, if they are others now.
+
+        Costs one ``stat`` where nothing was committed.
+
+        Returns:
+            Whether the weights changed.
+
+        Raises:
+            StoreError: The state or the new slot cannot be loaded; the old session
+                stays in use, and the next call tries again.
+        """
+        with self._refreshing:
+            if self._entry.pending:
+                self._entry.try_again()
+            former, stamp = self.folder, self.store.stamp()
+            if stamp != self._stamp:
+                folder = self.store.slot_folder(self.store.reload().active)
+                if folder != former or self._session is None:
+                    self.swap(folder)
+                self._stamp = stamp
+            return self.folder != former
+
+    def swap(self, folder: Path) -> None:
+        """Move to another slot, as :meth:`Predictor.swap` does, and tell.
+
+        Raises:
+            StoreError: The new slot cannot be loaded; the old one stays in use.
+        """
+        with self._refreshing:
+            former = self.folder
+            self._sources = {former: self._sources[former], folder: measure(folder)}
+            self._entry.tell(former, Status.LOADING)
+            try:
+                super().swap(folder)
+            finally:
+                self._tell()
+
+    def _tell(self) -> None:
+        before, after = self._sources[self.folder], measure(self.folder)
+        if not self._session:
+            self._entry.tell(self.folder, Status.EMPTY)
+        elif before is None or before != after:
+            self._entry.tell(self.folder, Status.CHANGED)
+        else:
+            self._entry.tell(self.folder, Status.LOADED, before)
+
+
+def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:
+    wait = every
+    while True:
+        time.sleep(wait)
+        predictor = target()
+        if predictor is None:
+            return
+        try:
+            predictor.refresh()
+            wait = every
+        except (DpuError, OSError) as err:
+            wait = min(2 * wait, max(every, MAX_LOOK_S))
+            _log.warning("still at %s: %s", predictor.folder.name, err)
+        del predictor  # else it would be held during the wait

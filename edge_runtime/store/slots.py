@@ -1,0 +1,164 @@
+"""How slots come and go: patches make one, others make room for it.
+
+What a store gives up, in this order: kept slots, the oldest first, and then the reverse
+patches that lead back to them. The active slot and a patch's parent never go.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_runtime.errors import StoreError, VerificationError, WeightsError
+from edge_runtime.formats.apply import apply_chunks
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.patch import Patch, encode_patch
+from edge_runtime.formats.weights import (
+    CHUNK_BYTES,
+    FILE_NAME,
+    Layout,
+    Weights,
+    fingerprint_chunks,
+)
+from edge_runtime.store.state import Slot, State
+from edge_runtime.store.store import Store
+
+SPARE_BYTES = 1 << 20  # left free beside a new slot, for state and directory blocks
+REVERSE_SHARE = 8  # a reverse patch may have one part in this many of a slot's size
+MAX_CHANGES = 1 << 18  # elements of one: encoding them takes about 16 MB of memory
+_LEVEL = 3  # of zstd: a small board has better things to do
+
+
+def build_slot(
+    store: Store, parent: str, patches: Sequence[Patch], target: str
+) -> Path:
+    """Write the slot that patches lead to, one after the other; it is not active yet.
+
+    Args:
+        store: The store.
+        parent: Fingerprint of the weights that the first patch leads from.
+        patches: Open patches.
+        target: Fingerprint of the weights that the last one leads to.
+
+    Returns:
+        The slot's folder, complete and durable.
+
+    Raises:
+        WrongParentError: The store does not have the parent.
+        PatchError: A patch contradicts itself or the layout.
+        VerificationError: A result is not the promised one, and the parent is right.
+        StoreError: The parent is damaged, or there is no room.
+        OSError: The disk refuses.
+    """
+    chunks = store.base(parent)
+    for patch in patches:
+        patch.check(store.layout)
+        chunks = apply_chunks(chunks, store.layout, patch)
+    make_room(store, parent)
+    try:
+        return store.stage(chunks, target)
+    except VerificationError as err:
+        # Which of the two is at fault: the patch, or the parent on this disk?
+        actual = fingerprint_chunks(store.base(parent))
+        if actual == parent:
+            raise
+        raise StoreError(
+            f"the parent on this device is damaged: its SHA-256 is {actual}, "
+            f"expected {parent}; nothing changed. Run 'dpu-edge rollback' or install "
+            "the bundle into an empty folder"
+        ) from err
+
+
+def make_room(store: Store, parent: str) -> None:
+    """Drop kept slots until a new one fits.
+
+    Args:
+        store: The store.
+        parent: A slot that is still needed, beside the active one.
+
+    Raises:
+        StoreError: There is not enough space even so.
+    """
+    needed = store.layout.file_size + SPARE_BYTES
+    while (free := store.files.free_bytes(store.root)) < needed:
+        state = store.state
+        spare = [s for s in state.slots if s.target not in (state.active, parent)]
+        ways = sum(path.stat().st_size for path in store.root.glob("reverse/*"))
+        if spare:
+            store.commit(retire(store, state, spare[-1]))
+        elif state.former and free + ways >= needed:
+            store.commit(replace(state, former=()))
+        else:
+            raise StoreError(
+                f"{store.root} has {free} bytes free, a new slot needs {needed}; "
+                "free some space and try again"
+            )
+        store.collect()
+
+
+def retire(store: Store, state: State, slot: Slot) -> State:
+    """Return a state without a kept slot, and write the way back if it is small.
+
+    Args:
+        store: The store.
+        state: A state with other slots beside this one.
+        slot: The slot to give up; it is removed once the result is committed.
+    """
+    parent = next(s for s in reversed(state.slots) if s != slot)
+    size, path = store.layout.file_size, store.reverse_path(slot.target)
+    header = PatchHeader(
+        state.model, parent.target, slot.target, slot.round, slot.counter, size
+    )
+    base, target = (store.slot_folder(s.target) / FILE_NAME for s in (parent, slot))
+    # A convenience: that it cannot be written must not stop an update.
+    with suppress(OSError, WeightsError):
+        data = encode_reverse(store.layout, base, target, header)
+        if data and len(data) <= size // REVERSE_SHARE:
+            store.files.write(path, [data])
+            store.files.sync_folder(path.parent)
+            return state.without(slot, replace(slot, parent=parent.target))
+    return state.without(slot)
+
+
+def encode_reverse(
+    layout: Layout, base: Path, target: Path, header: PatchHeader
+) -> bytes | None:
+    """Encode the patch from one weight file to another, in bounded memory.
+
+    Args:
+        layout: Of both files.
+        base: The weight file that the patch leads from.
+        target: The one that it leads to.
+        header: What the patch is for.
+
+    Returns:
+        The patch; None if more than ``MAX_CHANGES`` elements differ.
+
+    Raises:
+        OSError: A file cannot be read.
+        WeightsError: One is not of this layout.
+    """
+    # Values are read through a mapping: pages that the kernel may take back.
+    old, new = (
+        Weights(layout, np.memmap(path, np.uint8, "r").data) for path in (base, target)
+    )
+    changes, total = [], 0
+    with open(base, "rb") as before, open(target, "rb") as after:
+        before.seek(len(layout.header))
+        after.seek(len(layout.header))
+        for tensor in layout.tensors:
+            found, step = [np.arange(0)], CHUNK_BYTES // tensor.item_size
+            for start in range(0, tensor.size, step):
+                size = min(step, tensor.size - start) * tensor.item_size
+                a, b = (
+                    np.frombuffer(file.read(size), f"<u{tensor.item_size}")
+                    for file in (before, after)
+                )
+                found.append(np.flatnonzero(a != b) + start)
+                total += len(found[-1])
+                if total > MAX_CHANGES:
+                    return None
+            changes.append(np.concatenate(found))
+    return encode_patch(header, changes, old, new, level=_LEVEL)

@@ -1,0 +1,279 @@
+"""What a store knows, as plain data, and which releases it admits.
+
+No I/O but a look at the clock, for the history.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from edge_runtime.errors import MALFORMED, HeldError, StoreError, TrustError
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.signing import Trust
+
+SCHEMA = 1
+MAX_HISTORY = 100  # events kept, and targets whose tries are counted
+MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
+MAX_FORMER = 8  # reverse patches kept
+
+
+def utc(seconds: float | None = None) -> str:
+    """Return a time, or this moment, by the device's own clock, for people."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One complete copy of the weights, or a reverse patch that leads back to them.
+
+    Attributes:
+        target: Fingerprint of the weights, hex; names the folder or file too.
+        round: The round that made them.
+        counter: Their release counter.
+        parent: Of a reverse patch: the weights that it leads from.
+    """
+
+    target: str
+    round: int
+    counter: int
+    parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a store.
+
+    Attributes:
+        at: UTC time by the device's own clock, ISO 8601; for people only.
+        event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``pinned``,
+            ``unpinned``, ``hook failed`` or ``mended`` (the state, from its copy).
+        round: The round that the event led to, or that was refused.
+        target: Its fingerprint.
+        reason: Why, for a refusal or a failure.
+    """
+
+    at: str
+    event: str
+    round: int
+    target: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The content of ``state.json``, the one commit point of a store.
+
+    Attributes:
+        model: Identity of the network.
+        init: Fingerprint of the init weights.
+        active: Fingerprint of the weights in use; none before the installation.
+        floor: Highest release counter ever active; never lowered.
+        floor_target: The target of that counter.
+        slots: Kept copies, the active one first, then as they were left.
+        trust: Whose signatures a patch needs. The keys themselves are here, so that
+            they cannot be lost or exchanged apart from the floor.
+        history: What happened, oldest first.
+        former: Weights that reverse patches lead back to, the newest patch first.
+        pinned: Whether updates are held back.
+        tries: How often the trial of a target was begun, without a good end so far; as
+            often as is allowed where it failed. From then on the target is refused
+            until it is forced.
+    """
+
+    model: str
+    init: str
+    active: str = ""
+    floor: int = -1
+    floor_target: str = ""
+    slots: tuple[Slot, ...] = ()
+    trust: Trust = field(default_factory=Trust)
+    history: tuple[Event, ...] = ()
+    former: tuple[Slot, ...] = ()
+    pinned: bool = False
+    tries: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> list[str]:
+        """The targets that are refused until they are forced."""
+        return [t for t, tries in self.tries.items() if tries >= MAX_TRIES]
+
+    @property
+    def active_slot(self) -> Slot:
+        """The slot in use."""
+        return next(slot for slot in self.slots if slot.target == self.active)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what statuses, metrics and proofs say of it, as plain data."""
+        slot = self.active_slot
+        return {
+            "model": self.model,
+            "round": slot.round,
+            "fingerprint": slot.target,
+            "release_counter": slot.counter,
+            "release_floor": self.floor,
+            "pinned": self.pinned,
+        }
+
+    def slot(self, target: str) -> Slot | None:
+        """Return the kept slot of these weights, if there is one."""
+        return next((slot for slot in self.slots if slot.target == target), None)
+
+    @property
+    def reachable(self) -> list[Slot]:
+        """Every slot that a rollback can lead to, kept or made again."""
+        return [s for s in (*self.slots, *self.former) if s.target != self.active]
+
+    def earlier(self, round_: int | None = None) -> Slot | None:
+        """Return what a rollback leads to.
+
+        Args:
+            round_: The round to go to; by default the one released before the active.
+        """
+        if round_ is not None:
+            return next((s for s in self.reachable if s.round == round_), None)
+        older = [s for s in self.reachable if s.counter < self.active_slot.counter]
+        return max(older, key=lambda slot: slot.counter, default=None)
+
+    def way_back(self, target: str) -> tuple[str, list[Slot]]:
+        """Return where the reverse patches that lead to a target begin, and them."""
+        links: list[Slot] = []
+        # A patch leads from weights that were dropped after it was made, if ever.
+        for link in reversed(self.former):
+            if link.target == target:
+                links.insert(0, link)
+                target = link.parent
+        return target, links
+
+    def activated(self, slot: Slot, event: str) -> "State":
+        """Return the state after a slot became the active one.
+
+        Args:
+            slot: The new active slot; it and the former one become the first.
+            event: What to call it in the history.
+        """
+        slot, raised = replace(slot, parent=""), slot.counter > self.floor
+        others = (kept for kept in self.slots if kept.target != slot.target)
+        return replace(
+            self,
+            active=slot.target,
+            floor=slot.counter if raised else self.floor,
+            floor_target=slot.target if raised else self.floor_target,
+            slots=(slot, *others),
+            former=tuple(link for link in self.former if link.target != slot.target),
+            tries={t: n for t, n in self.tries.items() if t != slot.target},
+        ).noted(event, slot)
+
+    def tried(self, target: str, times: int = 1) -> "State":
+        """Return the state with more tries of a target; the others' stay counted."""
+        tries = self.tries | {target: self.tries.get(target, 0) + times}
+        return replace(self, tries=dict(list(tries.items())[-MAX_HISTORY:]))
+
+    def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
+        """Return the state with one more event, of now, in its history."""
+        entry = Event(utc(), event, slot.round, slot.target, reason)
+        return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
+
+    def without(self, slot: Slot, link: Slot | None = None) -> "State":
+        """Return the state without a kept slot.
+
+        Args:
+            slot: The slot to give up.
+            link: The reverse patch that leads back to it, if there is one.
+        """
+        slots = tuple(s for s in self.slots if s != slot)
+        state = replace(self, slots=slots, former=(*filter(None, [link]), *self.former))
+        useful = [s for s in state.former if state.slot(state.way_back(s.target)[0])]
+        return replace(state, former=tuple(useful[:MAX_FORMER]))
+
+
+def refusal(
+    state: State, header: PatchHeader, *, force: bool = False
+) -> HeldError | TrustError | None:
+    """Say why a store may not move to a patch's target; None if it may.
+
+    A counter must be above the floor, or equal to it with the same target (so that a
+    device that rolled back can come forward again).
+
+    Args:
+        state: The store's state.
+        header: The patch's header.
+        force: Admit a release that failed its trial before. Never lowers the floor.
+
+    Returns:
+        A HeldError if the device is pinned; a TrustError if the release is older than
+        one that was active, or failed its trial.
+    """
+    if state.pinned:
+        return HeldError(
+            f"this device is pinned to round {state.active_slot.round}; allow updates "
+            "again with 'dpu-edge pin --off'"
+        )
+    if header.counter < state.floor or (
+        header.counter == state.floor and header.target != state.floor_target
+    ):
+        past = any(event.target == header.target for event in state.history)
+        return TrustError(
+            f"round {header.round} has release counter {header.counter}, this device "
+            f"has already been at {state.floor}"
+            + ("; it is past that round" if past else "")
+            + ". To go back use 'dpu-edge rollback', or publish the old weights as a "
+            "new release with a higher counter"
+        )
+    if header.target in state.skipped and not force:
+        return TrustError(
+            f"round {header.round} ({header.target[:12]}) failed its trial on this "
+            f"device before, or was cut off in {MAX_TRIES} of them; apply a newer "
+            "round, or try again with --force"
+        )
+    return None
+
+
+def encode_state(state: State) -> bytes:
+    """Encode a state as the bytes of ``state.json``."""
+    record = {"schema": SCHEMA} | asdict(state)
+    sealed = record | {"sha256": _digest(record)}
+    return json.dumps(sealed, indent=1).encode() + b"\n"
+
+
+def decode_state(data: bytes) -> State:
+    """Decode the bytes of ``state.json``.
+
+    Raises:
+        StoreError: Damaged, or written by a newer runtime.
+    """
+    try:
+        record: dict[str, Any] = json.loads(data)
+        digest, schema = record.pop("sha256", None), record["schema"]
+        if schema != SCHEMA:
+            raise StoreError(
+                f"state.json has schema {schema}, this runtime knows {SCHEMA}; "
+                "install a newer dpu-edge"
+            )
+        # Half an old and half a new state may be good JSON, with a floor of its own.
+        if digest != _digest(record):
+            raise ValueError("its checksum does not match")
+        del record["schema"]
+        trust = record["trust"]
+        state = State(
+            **record
+            | {
+                "slots": tuple(Slot(**entry) for entry in record["slots"]),
+                "former": tuple(Slot(**entry) for entry in record["former"]),
+                "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
+                "history": tuple(Event(**entry) for entry in record["history"]),
+            }
+        )
+        _ = state.active_slot
+    except (StopIteration, *MALFORMED) as err:
+        raise StoreError(
+            f"state.json is damaged ({err!r}); restore it from a backup, or install "
+            "the bundle again into an empty folder"
+        ) from err
+    return state
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -1,0 +1,338 @@
+"""The device's directory: slots, state, history.
+
+::
+
+    STORE/
+      state.json              the one commit point
+      state.copy              the same, written before it; read when it is damaged
+      lock                    held while something is written
+      model/                  graph.onnx init.json contract.json golden.npz
+      slots/<fingerprint>/    graph.onnx (a second name of the one in model/)
+                              weights.safetensors
+      reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
+      hooks/                  the owner's programs, see hooks.py
+      live/                   what live predictors were made from, see live.py
+      device.key              signs proofs, if there is one, see proof.py
+      current -> slots/...    for people; derived from state.json, never read
+
+ONNX Runtime maps the weight file into memory, so a slot is never written to once it
+has its name: new weights are written beside, synced, renamed, and become active when
+``state.json`` is replaced. Cut the power at any point and the state names a slot that
+is whole. What is written into a slot, and what makes room for it, is in
+:mod:`edge_runtime.store.slots`.
+"""
+
+import fcntl
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_runtime.errors import StoreError, WrongParentError
+from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.init_weights import InitRecipe, read_recipe
+from edge_runtime.formats.signing import Trust
+from edge_runtime.formats.weights import (
+    FILE_NAME,
+    Layout,
+    fingerprint_chunks,
+    fingerprint_file,
+    model_id,
+    read_chunks,
+    read_layout,
+)
+from edge_runtime.store.files import Files
+from edge_runtime.store.state import State, decode_state, encode_state
+
+GRAPH_NAME = "graph.onnx"
+_NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
+
+
+@contextmanager
+def only_one(file: BinaryIO, problem: str) -> Iterator[None]:
+    """Hold the lock of an open file, which is closed in the end.
+
+    Raises:
+        StoreError: Another process holds it; ``problem`` says so.
+    """
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise StoreError(problem) from err
+        yield
+
+
+class Store:
+    """A device's weights on disk.
+
+    Attributes:
+        root: The directory.
+        files: The seam to the disk.
+        state: What ``state.json`` said when it was last read or written.
+    """
+
+    state: State
+
+    def __init__(self, root: str | PathLike[str], files: Files | None = None) -> None:
+        """Name a store that is to be created; :meth:`open` is for the others."""
+        self.root, self.files = Path(root), files or Files()
+        self._state_path = self.root / "state.json"
+        self._copy_path = self.root / "state.copy"
+
+    @classmethod
+    def open(cls, root: str | PathLike[str], files: Files | None = None) -> "Store":
+        """Open an installed store.
+
+        Raises:
+            StoreError: Nothing is installed there, or the state is damaged.
+        """
+        store = cls(root, files)
+        store.reload()
+        return store
+
+    def create(self, model: Mapping[str, bytes], trust: Trust) -> None:
+        """Lay a new store out; it counts as installed after the first commit.
+
+        Args:
+            model: The files of ``model/``, by name.
+            trust: Whose signatures patches will need.
+
+        Raises:
+            StoreError: Something is installed there already.
+            WeightsError: The init recipe is malformed.
+        """
+        if self._state_path.exists():
+            raise StoreError(
+                f"{self.root} already holds an installed model; use 'dpu-edge apply' "
+                "to update it, or remove the folder to install anew"
+            )
+        folder = self.root / "model"
+        # The first commit makes the names of these durable.
+        for path in (folder, self.root / "slots", self.root / "reverse"):
+            self.files.mkdir(path)
+        for name, data in model.items():
+            self.files.write(folder / name, [data])
+        self.files.sync_folder(folder)
+        init = fingerprint_chunks(self.recipe.chunks())
+        self.state = State(self.model, init, trust=trust)
+
+    # What is there ------------------------------------------------------------------
+
+    def reload(self) -> State:
+        """Read ``state.json`` again, or its copy if it is damaged.
+
+        Raises:
+            StoreError: Nothing is installed there, or both are damaged.
+        """
+        try:
+            self.state = decode_state(self._state_path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise StoreError(
+                f"nothing is installed in {self.root}; run 'dpu-edge --store "
+                f"{self.root} init BUNDLE' first"
+            ) from err
+        except (OSError, StoreError):
+            # The copy is never older, so its release floor is never lower.
+            with suppress(OSError, StoreError):
+                state = decode_state(self._copy_path.read_bytes())
+                reason = "state.json was damaged"
+                self.state = state.noted("mended", state.active_slot, reason)
+                return self.state
+            raise
+        return self.state
+
+    def stamp(self) -> tuple[int, int]:
+        """Return what changes with every commit, at the cost of one ``stat``.
+
+        Raises:
+            OSError: Nothing is installed there any more.
+        """
+        status = self._state_path.stat()
+        return status.st_ino, status.st_mtime_ns
+
+    def slot_folder(self, target: str) -> Path:
+        """Return the folder of a slot."""
+        return self.root / "slots" / target[:_NAME_LENGTH]
+
+    def reverse_path(self, target: str) -> Path:
+        """Return the reverse patch that leads to some weights."""
+        return self.root / "reverse" / (target[:_NAME_LENGTH] + ".dpu")
+
+    @cached_property
+    def recipe(self) -> InitRecipe:
+        """What regenerates the init weights."""
+        return read_recipe(self.root / "model")
+
+    @cached_property
+    def contract(self) -> Contract:
+        """What goes in and comes out."""
+        return parse_contract((self.root / "model" / "contract.json").read_bytes())
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of every weight file of this model."""
+        return self.recipe.layout()
+
+    @property
+    def model(self) -> str:
+        """The network's identity, computed from the files."""
+        graph = self.root / "model" / GRAPH_NAME
+        return model_id(self.layout.header, graph.read_bytes())
+
+    def base(self, parent: str) -> Iterable[bytes | memoryview]:
+        """Return the bytes of weights that a patch may lead from, in pieces.
+
+        Args:
+            parent: Their fingerprint. They are read from a slot or regenerated.
+
+        Raises:
+            WrongParentError: The store does not have them.
+        """
+        if self.state.slot(parent):
+            return read_chunks(self.slot_folder(parent) / FILE_NAME)
+        if parent == self.state.init:
+            return self.recipe.chunks()
+        active = self.state.active_slot
+        was_here = any(event.target == parent for event in self.state.history)
+        raise WrongParentError(
+            f"the patch leads from weights {parent[:12]}; this device is at round "
+            f"{active.round} ({active.target[:12]})"
+            + (
+                " and no longer keeps them; ask for a patch from its own round"
+                if was_here
+                else "; apply the rounds between them first"
+            ),
+            expected=parent,
+            actual=active.target,
+        )
+
+    def check_slot(self, target: str) -> Path:
+        """Hash a slot's weight file, look at its header and graph; return its folder.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        folder = self.slot_folder(target)
+        path = folder / FILE_NAME
+        try:
+            actual = fingerprint_file(path)
+            with open(path, "rb") as file:
+                header = read_layout(file).header if actual == target else b""
+            graph = (folder / GRAPH_NAME).read_bytes()
+        except OSError as err:
+            raise StoreError(f"the slot {target[:12]} cannot be read: {err}") from err
+        if actual != target:
+            raise StoreError(
+                f"{path} is damaged: its SHA-256 is {actual}, expected {target}; run "
+                "'dpu-edge rollback', or install the bundle into an empty folder"
+            )
+        if model_id(header, graph) != self.state.model:
+            raise StoreError(
+                f"{folder / GRAPH_NAME} is damaged or was exchanged; install the "
+                "bundle into an empty folder"
+            )
+        return folder
+
+    # Changing it --------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other writers out; tidy up what they, or this one, leave behind.
+
+        Raises:
+            StoreError: Another process is writing, or the state is damaged.
+            OSError: The disk is full or refuses.
+        """
+        if not self._state_path.exists():
+            self.files.make_folder(self.root.absolute())
+        lock = self.files.open_lock(self.root / "lock")
+        problem = f"another process is updating {self.root}; try again when it is done"
+        with only_one(lock, problem):
+            self._settle()
+            try:
+                yield
+            finally:
+                # What was done is done: tidying up must not turn it into a failure.
+                with suppress(OSError, StoreError):
+                    self._settle()
+
+    def stage(self, chunks: Iterable[bytes | memoryview], target: str) -> Path:
+        """Write a slot beside the others; it is not active yet.
+
+        Args:
+            chunks: The whole weight file; the iterator raises at its end if the bytes
+                are not the target's, as :func:`apply_chunks` does.
+            target: Its fingerprint.
+
+        Returns:
+            The slot's folder, complete and durable.
+
+        Raises:
+            OSError: The disk is full or refuses.
+            DpuError: Whatever ``chunks`` raises.
+        """
+        folder = self.slot_folder(target)
+        part = folder.with_name(folder.name + ".part")
+        self.files.remove(folder)
+        self.files.remove(part)
+        self.files.mkdir(part)
+        self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
+        self.files.write(part / FILE_NAME, chunks)
+        self.files.sync_folder(part)
+        self.files.rename(part, folder)
+        self.files.sync_folder(folder.parent)
+        return folder
+
+    def commit(self, state: State) -> None:
+        """Replace ``state.json``: before this the old state holds, after it the new.
+
+        Raises:
+            OSError: The disk is full or refuses.
+        """
+        data = encode_state(state)
+        for path in (self._copy_path, self._state_path):
+            part = path.with_name(path.name + ".part")
+            self.files.write(part, [data])
+            self.files.rename(part, path)
+            self.files.sync_folder(self.root)
+        self.state = state
+
+    def _settle(self) -> None:
+        """Read the state, mend its copy, and remove what a cut left behind."""
+        if self._state_path.exists():
+            state = self.reload()
+            try:
+                mended = self._copy_path.read_bytes() == self._state_path.read_bytes()
+            except OSError:
+                mended = False
+            if not mended:
+                self.commit(state)
+            self.collect()
+
+    def collect(self) -> None:
+        """Let ``current`` follow the state, and remove what the state does not name.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        wanted = f"slots/{self.slot_folder(self.state.active).name}"
+        link = self.root / "current"
+        if not link.is_symlink() or str(link.readlink()) != wanted:
+            try:
+                self.files.point(link, wanted)
+            except OSError:
+                # FAT has no links. Where there are, none may outlive its slot.
+                if link.is_symlink():
+                    raise
+        named = {self.slot_folder(slot.target) for slot in self.state.slots}
+        named |= {self.reverse_path(link.target) for link in self.state.former}
+        patterns = ("*.part", "slots/*", "reverse/*")
+        doomed = {path for p in patterns for path in self.root.glob(p)} - named
+        if doomed:
+            # A state or link that a killed process left may not be durable yet.
+            self.files.sync_folder(self.root)
+        for path in sorted(doomed):
+            self.files.remove(path)

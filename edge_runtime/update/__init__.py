@@ -1,0 +1,1 @@
+"""One update from patch to commit: admission, trial, hooks, rollback."""

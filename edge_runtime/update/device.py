@@ -1,0 +1,328 @@
+"""A device: a store, and the rules by which it moves from one round to the next.
+
+Example::
+
+    device = Device.open("/var/lib/dpu")
+    device.update("round_06.dpu")
+    scores = device.predictor().predict(image)
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import (
+    BackendError,
+    BundleError,
+    DpuError,
+    HeldError,
+    RoundNotFoundError,
+    StoreError,
+    TrialError,
+    WrongParentError,
+)
+from edge_runtime.formats.apply import check_model
+from edge_runtime.formats.bundle import Bundle, read_bundle
+from edge_runtime.formats.patch import Patch, open_patch
+from edge_runtime.formats.signing import Trust
+from edge_runtime.inference.predictor import RunOptions
+from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
+from edge_runtime.store.files import Files
+from edge_runtime.store.slots import build_slot, retire
+from edge_runtime.store.state import MAX_TRIES, Slot, refusal
+from edge_runtime.store.store import Store
+from edge_runtime.update.hooks import run_hooks
+from edge_runtime.update.trial import run_trial
+
+Trial = Callable[..., None]
+StrPath = str | PathLike[str]
+KEPT_SLOTS = 2
+
+
+class UpdateResult(StrEnum):
+    """How an update ended, where it did not fail."""
+
+    APPLIED = "applied"
+    ALREADY_CURRENT = "already current"
+
+
+class Device:
+    """An installed model that can be updated, asked and proved.
+
+    Attributes:
+        store: The files.
+    """
+
+    def __init__(self, store: Store, trial: Trial = run_trial) -> None:
+        """Use :meth:`open` or :meth:`install`; ``trial`` tries new weights."""
+        self.store = store
+        self._trial = trial
+
+    @classmethod
+    def open(
+        cls, root: StrPath, *, files: Files | None = None, trial: Trial = run_trial
+    ) -> "Device":
+        """Open an installed device.
+
+        Args:
+            root: The store's directory.
+            files: The seam to the disk.
+            trial: Called as :func:`edge_runtime.update.trial.run_trial`.
+
+        Raises:
+            StoreError: Nothing is installed there, or it is damaged.
+        """
+        return cls(Store.open(root, files), trial)
+
+    @classmethod
+    def install(
+        cls,
+        root: StrPath,
+        bundle: StrPath | bytes,
+        *,
+        trust: Trust | None = None,
+        files: Files | None = None,
+        trial: Trial = run_trial,
+    ) -> "Device":
+        """Install a bundle into a new store.
+
+        The init weights are regenerated, the bundle's patch is applied to them, and
+        the outputs for the golden inputs are compared with the server's.
+
+        Args:
+            root: The store's directory.
+            bundle: A bundle file, or its bytes.
+            trust: Whose signatures the bundle, and every patch after it, needs; by
+                default nobody's.
+            files: The seam to the disk.
+            trial: Called as :func:`edge_runtime.update.trial.run_trial`.
+
+        Raises:
+            OSError: The bundle cannot be read, or the disk is full or refuses.
+            BundleError: The bundle is damaged or contradicts itself.
+            TrustError: The trusted keys did not sign it.
+            DpuError: Its patch is refused; nothing is installed then.
+            StoreError: Something is installed there already.
+        """
+        content = read_bundle(bundle, trust)
+        device = cls(Store(root, files), trial)
+        with device.store.lock(), open_patch(content.patch) as patch:
+            device.store.create(content.files, trust or Trust())
+            device._install(content, patch)
+        return device
+
+    def _install(self, content: Bundle, patch: Patch) -> None:
+        state, header = self.store.state, patch.header
+        if (header.model, header.target) != (content.model, content.target):
+            raise BundleError("the bundle's patch is not for the bundle's weights")
+        check_model(patch, state.model)
+        if header.parent != state.init:
+            raise WrongParentError(
+                f"the bundle's patch leads from {header.parent[:12]}, its init recipe "
+                f"gives {state.init[:12]}: the bundle is damaged, or this machine "
+                "generates other init weights than the server",
+                expected=header.parent,
+                actual=state.init,
+            )
+        folder = build_slot(self.store, header.parent, [patch], header.target)
+        self._trial(folder, self.store.root / "model", expected=True)
+        slot = Slot(header.target, header.round, header.counter)
+        self.store.commit(state.activated(slot, "installed"))
+
+    # Moving on ----------------------------------------------------------------------
+
+    def update(self, source: StrPath | bytes, *, force: bool = False) -> UpdateResult:
+        """Apply a patch: check, write beside, try, switch. Or change nothing.
+
+        Args:
+            source: A patch file, or its bytes.
+            force: Try a release again that failed its trial before.
+
+        Raises:
+            OSError: The patch cannot be read, or the disk is full or refuses.
+            PatchError: The patch is at fault.
+            WrongModelError: It is for another network.
+            WrongParentError: It leads from weights that this device does not have.
+            TrustError: The trusted keys did not sign it, the release is older than one
+                that was active, or it failed its trial before.
+            VerificationError: The result is not the promised one.
+            TrialError: The new weights did not prove themselves.
+            BackendError: No runtime here can try them; the release stays welcome.
+            HeldError: The device is pinned, or a hook refused.
+            StoreError: The device's own files are at fault.
+        """
+        # The lock first: whom to trust is part of the state.
+        with (
+            self.store.lock(),
+            open_patch(source, trust=self.store.state.trust) as patch,
+        ):
+            state, header = self.store.state, patch.header
+            check_model(patch, state.model)
+            if header.target == state.active and header.counter <= state.floor:
+                return UpdateResult.ALREADY_CURRENT
+            # The active weights under a higher counter are a release too: left out, one
+            # that was held back in between could be played later.
+            if error := refusal(state, header, force=force):
+                raise error
+            slot = Slot(header.target, header.round, header.counter)
+            self._run_hooks("before-apply", "updated", slot)
+            self._try(self._slot_folder(patch), slot, patch.outputs)
+            self._activate(slot, "updated")
+        return UpdateResult.APPLIED
+
+    def rollback(self, to: int | None = None) -> Slot:
+        """Go back to earlier weights; the release floor stays where it is.
+
+        Args:
+            to: The round to go to, any that :meth:`status` says is within reach; by
+                default the one released before the active.
+
+        Returns:
+            The slot that is active now.
+
+        Raises:
+            RoundNotFoundError: There is no way back to it.
+            StoreError: It is damaged, or the store is locked.
+            OSError: The disk is full or refuses.
+        """
+        with self.store.lock():
+            state = self.store.state
+            slot = state.earlier(to)
+            if slot is None:
+                reach = ", ".join(str(known.round) for known in state.reachable)
+                raise RoundNotFoundError(
+                    ("there is no earlier slot" if to is None else f"no round {to}")
+                    + f" to go back to; rounds within reach: {reach or 'none'}"
+                )
+            if state.slot(slot.target):
+                self.store.check_slot(slot.target)
+            else:
+                self._restore(slot)
+            self._activate(slot, "rolled back")
+        return slot
+
+    def pin(self, *, held: bool = True) -> None:
+        """Hold every update back, or allow updates again; rollbacks are never held.
+
+        Raises:
+            StoreError: Another process is writing.
+            OSError: The disk is full or refuses.
+        """
+        with self.store.lock():
+            state, event = self.store.state, "pinned" if held else "unpinned"
+            state = replace(state, pinned=held)
+            self.store.commit(state.noted(event, state.active_slot))
+
+    def _restore(self, slot: Slot) -> None:
+        """Make a slot again from a kept one and reverse patches."""
+        start, links = self.store.state.way_back(slot.target)
+        try:
+            with ExitStack() as stack:
+                paths = (self.store.reverse_path(link.target) for link in links)
+                patches = [stack.enter_context(open_patch(path)) for path in paths]
+                build_slot(self.store, start, patches, slot.target)
+            self.store.check_slot(slot.target)
+        except (DpuError, OSError) as err:
+            raise StoreError(
+                f"the way back to round {slot.round} is not usable: {err}"
+            ) from err
+
+    def _slot_folder(self, patch: Patch) -> Path:
+        """Return the folder of the patch's target, staged or kept since a rollback."""
+        parent, target = patch.header.parent, patch.header.target
+        kept = self.store.state.slot(target)
+        if kept:
+            try:
+                return self.store.check_slot(target)
+            except StoreError:
+                if target == self.store.state.active:
+                    raise
+            # Damaged: written anew, once no state names it.
+            self.store.commit(self.store.state.without(kept))
+        return build_slot(self.store, parent, [patch], target)
+
+    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
+        # Counted before: a trial that takes the whole device down must count too.
+        before = self.store.state
+        self.store.commit(before.tried(slot.target))
+        try:
+            self._trial(folder, self.store.root / "model", expected=outputs)
+        except (BackendError, OSError):
+            # The device is at fault: no try of the release, however often it happens.
+            self.store.commit(before)
+            raise
+        except TrialError as err:
+            state = before.tried(slot.target, MAX_TRIES)
+            self.store.commit(state.noted("refused", slot, str(err)))
+            raise
+
+    def _activate(self, slot: Slot, event: str) -> None:
+        state = self.store.state.activated(slot, event)
+        while len(state.slots) > KEPT_SLOTS:
+            state = retire(self.store, state, state.slots[-1])
+        self.store.commit(state)
+        try:
+            self._run_hooks("after-apply", event, slot)
+        except HeldError as err:
+            # The update counts all the same.
+            with suppress(OSError):
+                self.store.commit(state.noted("hook failed", slot, str(err)))
+
+    def _run_hooks(self, when: str, event: str, slot: Slot) -> None:
+        run_hooks(self.store.root, when, event, slot)
+
+    # Asking -------------------------------------------------------------------------
+
+    def predictor(
+        self, options: RunOptions | None = None, *, follow: bool | float = False
+    ) -> StorePredictor:
+        """Return a predictor with the active weights.
+
+        Args:
+            options: Threads, backend, swap policy.
+            follow: Whether it moves on by itself when any process installs an update,
+                or how many seconds may pass between two looks for one.
+
+        Raises:
+            StoreError: They cannot be loaded.
+            BackendError: The backend is not installed, or cannot run this graph.
+        """
+        every = LOOK_S if follow is True else float(follow)
+        return StorePredictor(self.store.root, options, follow=every)
+
+    def verify(self) -> str:
+        """Hash the active weights on disk and check the graph beside them.
+
+        Returns:
+            Their fingerprint.
+
+        Raises:
+            StoreError: They are not what the state says.
+        """
+        state = self.store.state
+        self.store.check_slot(state.active)
+        if self.store.model != state.model:
+            raise StoreError(
+                f"{self.store.root / 'model'} is damaged; install the bundle into an "
+                "empty folder"
+            )
+        return state.active
+
+    def status(self) -> dict[str, Any]:
+        """Return what is installed, as plain data."""
+        state = self.store.state
+        return state.summary() | {
+            "store": str(self.store.root),
+            "weights": str(self.store.slot_folder(state.active)),
+            "weights_bytes": self.store.layout.file_size,
+            "trusted_keys": list(state.trust.ids),
+            "signatures_needed": state.trust.threshold if state.trust.keys else 0,
+            "kept_rounds": [slot.round for slot in state.slots],
+            "reachable_rounds": [slot.round for slot in state.reachable],
+            "skipped": state.skipped,
+            "history": [asdict(event) for event in state.history],
+        }

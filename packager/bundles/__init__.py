@@ -1,0 +1,1 @@
+"""What a new device is installed from, made from a round or from a model file."""

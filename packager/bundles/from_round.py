@@ -1,0 +1,107 @@
+"""The bundle: what a new device is installed from, in one reproducible zip file.
+
+It holds no weights: a device regenerates the init weights and applies the patch that
+leads from them to the round. The golden outputs are what the round's weights give in
+ONNX Runtime here, so that a device can tell whether its own runtime computes the same.
+The layout of the file is in :mod:`edge_runtime.formats.bundle`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from edge_runtime.errors import RoundError
+from edge_runtime.formats import bundle as layout
+from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
+from packager.models.onnx_check import check_graph
+from packager.rounds.folder import RoundFolder, read_init, read_model_file
+from packager.rounds.golden import with_outputs
+from packager.signing import carried_keys, sign
+from packager.zip_file import encode_bundle
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBundle:
+    """A finished bundle.
+
+    Attributes:
+        data: The bytes of the zip file.
+        patch: The patch inside, from the init weights to the round.
+    """
+
+    data: bytes
+    patch: PackedPatch
+
+
+def build_bundle(
+    round_: RoundFolder,
+    *,
+    level: int = LEVEL,
+    max_size: int | None = None,
+    counter: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
+) -> PackedBundle:
+    """Build the bundle that installs a round's weights on a new device.
+
+    Args:
+        round_: Any updated round.
+        level: zstd level of the patch, 1 to 22.
+        max_size: Largest bundle in bytes, with its signatures.
+        counter: Release counter; by default the one that the round states.
+        signers: Whose keys sign it (:mod:`packager.signing`); their public halves go
+            in, for devices that are told to trust on first use.
+
+    Raises:
+        RoundError: The round made no weights of its own, the run's model folder is
+            incomplete, or its graph does not fit the weight file.
+        ContractError: The contract is malformed or the golden inputs do not fit it.
+        TrialError: Devices would refuse these weights: too few golden labels right,
+            or outputs that are not finite.
+        StoreError: ONNX Runtime cannot load the graph.
+        BudgetError: The bundle is larger than ``max_size``.
+    """
+    patch = pack_round(round_, read_init(round_), level=level, counter=counter)
+    if patch is None:
+        raise RoundError(
+            f"{round_.path}: its weights are the init weights, there is nothing to "
+            "install yet; bundle a later round"
+        )
+    files = _model_files(round_)
+    check_graph(files["graph.onnx"], round_.weights.layout)
+    files["golden.npz"] = with_outputs(files, round_.weights)
+    files[layout.PATCH_NAME] = patch.data
+    manifest = {
+        "run": round_.record.run,
+        "round": round_.record.round,
+        "model": round_.record.model,
+        "target": round_.record.target,
+    }
+    files |= carried_keys(signers)
+    data = sign(encode_bundle(manifest, files), signers)
+    check_budget(f"the bundle of {round_.name}", len(data), max_size)
+    return PackedBundle(data, patch)
+
+
+def write_bundle(
+    round_: RoundFolder, path: str | PathLike[str], *, level: int = LEVEL
+) -> PackedBundle:
+    """Build a bundle and write it; complete or absent.
+
+    Raises:
+        OSError: It cannot be written.
+        DpuError: As :func:`build_bundle`.
+    """
+    bundle = build_bundle(round_, level=level)
+    write_file(bundle.data, path)
+    return bundle
+
+
+def _model_files(round_: RoundFolder) -> dict[str, bytes]:
+    folder = round_.model_folder
+    optional = [name for name in layout.OPTIONAL if (folder / name).exists()]
+    names = {*layout.REQUIRED, *optional} - {layout.PATCH_NAME}
+    return {name: read_model_file(round_, name) for name in names}

@@ -1,0 +1,330 @@
+"""Judge a device's proof: does it hold, and run, exactly the server's weights?
+
+A proof is untrusted input. Nothing but numbers and hex digits of it is ever printed.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ProofError, RoundError, RoundNotFoundError, TrustError
+from edge_runtime.formats.signing import Signature, Trust, key_id
+from edge_runtime.formats.weights import Weights
+from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
+from packager.rounds.folder import list_runs, read_model_file, read_round
+from packager.rounds.record import read_record
+
+MAX_PROOF_BYTES = 16 << 20
+_HEX = re.compile(r"[0-9a-f]{64}|")
+_KEY_ID, _SIGNATURE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{128}")
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+class Verdict(StrEnum):
+    """What a proof comes to, for all of it or for one process."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNCLEAR = "unclear"  # nothing differs, but not everything could be seen
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expected:
+    """What a device should hold.
+
+    Attributes:
+        name: ``RUN/round_05``, or the weight file.
+        weights: The weights.
+        graph: SHA-256 of the graph; empty where it is not known.
+    """
+
+    name: str
+    weights: Weights
+    graph: str = ""
+
+
+@dataclass(slots=True)
+class Part:
+    """What was found about the disk, or about one process.
+
+    Attributes:
+        name: ``disk``, ``process 4711``.
+        verdict: Whether it is as expected.
+        reason: Why not.
+        fingerprint: Of what it holds; empty where that is not known.
+        tensors: The tensors that differ; ``header`` is the file's table of them.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str = ""
+    fingerprint: str = ""
+    tensors: list[str] = field(default_factory=list)
+
+
+# Reading ------------------------------------------------------------------------------
+
+
+def read_proof(data: bytes) -> dict[str, Any]:
+    """Parse a proof; its fields have the types that they should have afterwards.
+
+    Raises:
+        ProofError: Malformed, or not in canonical form.
+    """
+    try:
+        if len(data) > MAX_PROOF_BYTES:
+            raise ValueError(f"{len(data)} bytes")
+        proof = json.loads(data)
+        # One form only: no second key of a name, nothing that is read in two ways.
+        if canonical(proof) != data.removesuffix(b"\n"):
+            raise ValueError("not in canonical form")
+        if proof["schema"] != SCHEMA:
+            raise ValueError(f"schema {proof['schema']}, known is {SCHEMA}")
+        _check(proof, nonce=str, round=int, fingerprint=_HEX, live=list, untold=list)
+        datetime.strptime(proof["time"], _TIME)
+        _check_parts(proof)
+        if "signature" in proof:
+            _check(proof["signature"], key_id=_KEY_ID, value=_SIGNATURE)
+    except (ValueError, LookupError, TypeError, RecursionError) as err:
+        raise ProofError(
+            f"not a proof as 'dpu-edge proof' writes it: {str(err)[:200]!r}; ask "
+            "for it again, and carry it unchanged"
+        ) from err
+    return dict(proof)
+
+
+def _check_parts(proof: Mapping[str, Any]) -> None:
+    if (disk := proof["disk"]) is not None:
+        _check(disk, fingerprint=_HEX, graph=_HEX, bytes=int)
+        if "tensors" in disk:
+            _check(disk, header=_HEX, tensors=dict)
+    for entry in proof["live"]:
+        _check(entry, pid=int, status=str, file_now=_HEX)
+        if entry["status"] == "loaded":
+            _check(entry, fingerprint=_HEX, graph=_HEX)
+            datetime.strptime(entry["loaded"], _TIME)
+    for pid in proof["untold"]:
+        _check({"pid": pid}, pid=int)
+
+
+def _check(record: Mapping[str, Any], **fields: Any) -> None:
+    for name, kind in fields.items():
+        value = record[name]
+        good = (
+            type(value) is kind
+            if isinstance(kind, type)
+            else isinstance(value, str) and kind.fullmatch(value)
+        )
+        if not good:
+            raise ValueError(f"{name}: {value!r}")
+
+
+def check_origin(
+    proof: Mapping[str, Any], nonce: str, keys: Mapping[str, str]
+) -> tuple[str, str]:
+    """Insist on nonce and signer.
+
+    Args:
+        proof: From :func:`read_proof`.
+        nonce: What the device was asked with.
+        keys: Public keys of devices, in hex, with a name for each; none: the signature
+            is not looked at.
+
+    Returns:
+        The signer's key id and name; empty where nobody's signature was checked.
+
+    Raises:
+        TrustError: An answer to another question, altered, or from another device.
+    """
+    if proof["nonce"] != nonce:
+        raise TrustError(
+            f"the proof answers the nonce {proof['nonce'][:80]!r}, expected {nonce!r}: "
+            "it is an old one, or of another request; ask the device again"
+        )
+    if not keys:
+        return "", ""
+    if "signature" not in proof:
+        raise TrustError(
+            "the proof is not signed; make a key on the device with 'dpu-edge "
+            "device-key' and ask again"
+        )
+    signature = proof["signature"]
+    known = {key_id(public): (public, name) for public, name in keys.items()}
+    if signature["key_id"] not in known:
+        raise TrustError(
+            f"the proof is signed by key {signature['key_id']}, expected one of "
+            f"{', '.join(known)}: it comes from another device"
+        )
+    public, name = known[signature["key_id"]]
+    message = {key: value for key, value in proof.items() if key != "signature"}
+    given = Signature(signature["key_id"], bytes.fromhex(signature["value"]))
+    Trust((public,)).check(CONTEXT, canonical(message), [given])
+    return given.key_id, name
+
+
+def age_s(proof: Mapping[str, Any]) -> float:
+    """Return how old a proof is by the device's clock; negative if that is ahead."""
+    made = datetime.strptime(proof["time"], _TIME).replace(tzinfo=UTC)
+    return time.time() - made.timestamp()
+
+
+# What should be there -----------------------------------------------------------------
+
+
+def known_rounds(runs: Path) -> dict[str, Path]:
+    """Return the round folders of all runs by fingerprint; of equal ones the first."""
+    found: dict[str, Path] = {}
+    for folder in list_runs(runs):
+        try:
+            found.setdefault(read_record(folder).target, folder)
+        except RoundError:
+            continue  # a device can be asked about one round beside a damaged other
+    return found
+
+
+def expected_round(folder: Path) -> Expected:
+    """Return what a device that is at a round should hold.
+
+    Raises:
+        RoundError: The round folder is incomplete or was changed.
+    """
+    round_ = read_round(folder)
+    graph = hashlib.sha256(read_model_file(round_, "graph.onnx")).hexdigest()
+    return Expected(round_name(folder), round_.weights, graph)
+
+
+def claimed_round(proof: Mapping[str, Any], rounds: Mapping[str, Path]) -> Path:
+    """Return the round that a device says it is at.
+
+    Raises:
+        RoundNotFoundError: No run has it.
+    """
+    claimed = proof["fingerprint"]
+    if claimed not in rounds:
+        raise RoundNotFoundError(
+            f"the device says that it is at round {proof['round']} ({claimed[:12]}), "
+            f"which is none of the {len(rounds)} rounds here; give --runs, --round or "
+            "--weights"
+        )
+    return rounds[claimed]
+
+
+def round_name(folder: Path) -> str:
+    """Return ``RUN/round_05``."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+# Judging ------------------------------------------------------------------------------
+
+
+def judge(
+    proof: Mapping[str, Any], expected: Expected, rounds: Mapping[str, Path]
+) -> list[Part]:
+    """Compare a proof with what should be there.
+
+    Args:
+        proof: From :func:`read_proof`.
+        expected: What should be there.
+        rounds: From :func:`known_rounds`, to name what is there instead.
+
+    Returns:
+        The disk, then each process.
+    """
+    parts = [_disk(proof["disk"], expected, rounds)]
+    parts += [_process(entry, expected, rounds) for entry in proof["live"]]
+    reason = "uses these weights and does not tell which; see 'What a proof shows'"
+    parts += [
+        Part(f"process {pid}", Verdict.UNCLEAR, reason) for pid in proof["untold"]
+    ]
+    return parts
+
+
+def overall(parts: Iterable[Part]) -> Verdict:
+    """Return the verdict on all parts: the worst of theirs."""
+    found = {part.verdict for part in parts}
+    worst = (Verdict.DIFFERENT, Verdict.UNCLEAR)
+    return next((verdict for verdict in worst if verdict in found), Verdict.EQUAL)
+
+
+def _disk(
+    disk: Mapping[str, Any] | None, expected: Expected, rounds: Mapping[str, Path]
+) -> Part:
+    if disk is None:
+        return Part("disk", Verdict.DIFFERENT, "its active slot cannot be read")
+    found = disk["fingerprint"]
+    part = Part("disk", Verdict.EQUAL, fingerprint=found)
+    if found != expected.weights.fingerprint:
+        part.verdict = Verdict.DIFFERENT
+        part.reason = f"holds {_named(found, rounds)}"
+        if "tensors" in disk:
+            part.tensors = differing(disk, expected.weights)
+        elif found not in rounds:
+            part.reason += "; 'dpu-edge proof --tensors' tells which tensors differ"
+    elif expected.graph and disk["graph"] != expected.graph:
+        part.verdict = Verdict.DIFFERENT
+        part.reason = "equal weights, but another graph beside them"
+    return part
+
+
+def differing(disk: Mapping[str, Any], weights: Weights) -> list[str]:
+    """Name the tensors that differ, by the digests of a proof.
+
+    Returns:
+        Names in file order; ``header`` before and ``end`` after them stand for the
+        file's table of tensors and for another size.
+    """
+    layout, data, given = weights.layout, weights.data, disk["tensors"]
+    pieces = {t.name: data[t.start : t.stop] for t in layout.tensors}
+    same_header = disk["header"] == hashlib.sha256(layout.header).hexdigest()
+    return [
+        *([] if same_header else ["header"]),
+        *(
+            name
+            for name, piece in pieces.items()
+            if given.get(name) != hashlib.sha256(piece).hexdigest()
+        ),
+        *([] if disk["bytes"] == layout.file_size else ["end"]),
+    ]
+
+
+def _process(
+    entry: Mapping[str, Any], expected: Expected, rounds: Mapping[str, Path]
+) -> Part:
+    part = Part(f"process {entry['pid']}", Verdict.UNCLEAR)
+    if entry["status"] != "loaded":
+        part.reason = {
+            "loading": "is changing its weights right now; ask again",
+            "changed": "loaded files that changed meanwhile; restart it",
+            "empty": "has no weights and answers nothing; restart it",
+        }.get(
+            entry["status"],
+            "tells nothing that can be read; ask as its user, or as root",
+        )
+        return part
+    found = part.fingerprint = entry["fingerprint"]
+    if found != expected.weights.fingerprint:
+        part.verdict = Verdict.DIFFERENT
+        since = f"loaded {entry['loaded']} by the device's clock"
+        part.reason = f"still runs {_named(found, rounds)}, {since}"
+    elif expected.graph and entry["graph"] != expected.graph:
+        part.verdict = Verdict.DIFFERENT
+        part.reason = "runs equal weights with another graph"
+    elif entry["file_now"] not in ("", found):
+        part.verdict = Verdict.DIFFERENT
+        part.reason = "loaded equal weights, but their file was written to since"
+    else:
+        part.verdict = Verdict.EQUAL
+    return part
+
+
+def _named(fingerprint: str, rounds: Mapping[str, Path]) -> str:
+    if fingerprint in rounds:
+        return f"{round_name(rounds[fingerprint])} ({fingerprint[:12]})"
+    return f"{fingerprint[:12]}, which is no round here"

@@ -1,0 +1,80 @@
+"""``dpu-patch compose``: several patches become one."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from edge_runtime.commandline import emit, json_option, say
+from packager.cli.files import read_any
+from packager.cli.options import FILE
+
+
+@click.command()
+@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=FILE)
+@click.option(
+    "--base",
+    required=True,
+    type=FILE,
+    metavar="FILE",
+    help="The weights that the first patch leads from.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the patch.",
+)
+@click.option("--level", type=click.IntRange(1, 22), default=19, show_default=True)
+@json_option
+def compose(
+    paths: tuple[Path, ...], *, base: Path, output: Path, level: int, as_json: bool
+) -> None:
+    """Make one patch of several that follow each other.
+
+    Its result equals applying them in order. It is unsigned, with round and release
+    counter of the last one.
+    """
+    from edge_runtime.formats.patch import open_patch
+    from packager.build import about, write_file
+    from packager.compose import compose_patches
+    from packager.report.words import percent, spaced
+
+    weights = read_any(base).weights
+    with ExitStack() as stack:
+        opened = []
+        for path in paths:
+            with about(path):
+                opened.append(stack.enter_context(open_patch(path)))
+        total = sum(patch.size for patch in opened)
+        named = list(zip(map(str, paths), opened, strict=True))
+        packed = compose_patches(weights, named, level=level)
+        target = opened[-1].header.target
+    record = {
+        "patches": [str(path) for path in paths],
+        "sum_bytes": total,
+        "parent": weights.fingerprint,
+        "target": target,
+        "path": str(output) if packed else None,
+        "bytes": len(packed.data) if packed else 0,
+        "counter": packed.header.counter if packed else None,
+        "written": packed is not None,
+    }
+    if packed is None:
+        text = f"they lead back to {base}: nothing to send, nothing written"
+        emit(record, as_json=as_json, text=text)
+        return
+    write_file(packed.data, output)
+    size = len(packed.data)
+    text = (
+        f"{len(paths)} patches  {weights.fingerprint[:12]}  →  {target[:12]}, release "
+        f"counter {packed.header.counter}\n"
+        f"  together {spaced(total):>11} bytes\n"
+        f"  composed {spaced(size):>11} bytes   {percent(size, total)} of the sum "
+        "(lower is better)\n"
+        f"  checked  applied to {base}, result identical; unsigned"
+    )
+    emit(record, as_json=as_json, text=text)
+    say(f"wrote {output}")

@@ -1,0 +1,134 @@
+"""``dpu-pack --base FILE``: two files of one network, or one for a new device."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from packager.cli.options import FILE
+
+if TYPE_CHECKING:
+    from packager.build import PackedPatch
+    from packager.models.read import Model
+    from packager.report.packed import Made
+
+
+def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that pack files instead of rounds to a command."""
+    options = [
+        ("--base", "ONNX or safetensors file that devices hold."),
+        ("--target", "Of the same network: what they shall hold."),
+        ("--graph", "For safetensors: the graph.onnx that devices have."),
+        ("--contract", "With --base --bundle: JSON with what goes in and comes out."),
+        ("--golden", "With --base --bundle: .npz with inputs, and labels if any."),
+    ]
+    for name, words in reversed(options):
+        command = click.option(name, type=FILE, metavar="FILE", help=words)(command)
+    return command
+
+
+@contextmanager
+def pack_extra(what: str) -> Iterator[None]:
+    """Turn a missing package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        raise click.ClickException(
+            f"{what} needs {err.name}: pip install 'dpu-edge[pack]'"
+        ) from err
+
+
+def read_any(path: Path, graph: Path | None = None) -> "Model":
+    """Read a weight file, or any ONNX or safetensors file."""
+    from packager.models.read import read_model
+
+    with pack_extra("an ONNX file"):
+        return read_model(path, graph)
+
+
+def pack_files(
+    files: Mapping[str, Path | None],
+    output: str | None,
+    names: Sequence[str],
+    *,
+    bundle: bool,
+    options: dict[str, Any],
+) -> "Iterator[Made]":
+    """Pack what :func:`file_options` name.
+
+    Args:
+        files: Their values.
+        output: File or folder to write to; by default beside the newer file.
+        names: Ids of the keys that sign.
+        bundle: Whether a bundle is asked for.
+        options: ``level``, ``max_size``, ``counter``, ``signers``, as for rounds.
+
+    Yields:
+        What is to be written.
+    """
+    base, target = _check_usage(files, bundle=bundle)
+    from packager.report.packed import Made, files_record, files_text
+
+    model = read_any(base, files["graph"])
+    newer = model if target is None else read_any(target, files["graph"])
+    if target is None:
+        packed, data = _bundle(model, files, options)
+    else:
+        packed, data = _patch(model, newer, options)
+    path = _place(newer.path, output, ".bundle.zip" if bundle else ".dpu")
+    record = files_record((model, newer), packed, path, len(data), names)
+    record["golden"] = "given" if files["golden"] else "made up"
+    yield Made(path, data, record, files_text(record))
+
+
+def _check_usage(
+    files: Mapping[str, Path | None], *, bundle: bool
+) -> tuple[Path, Path | None]:
+    base, target = files["base"], files["target"]
+    if base is None:
+        raise click.UsageError("give --base too: the file that devices hold")
+    if bundle == (target is not None):
+        raise click.UsageError(
+            "give --base with --target for a patch, or --base with --bundle for what a "
+            "new device is installed from"
+        )
+    if not bundle and (files["contract"] or files["golden"]):
+        raise click.UsageError("--contract and --golden are for --bundle")
+    return base, target
+
+
+def _patch(
+    base: "Model", target: "Model", options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
+    from packager.models.read import pack_models
+
+    counter = 1 if options["counter"] is None else options["counter"]
+    packed = pack_models(base, target, **options | {"counter": counter})
+    return packed, packed.data if packed else b""
+
+
+def _bundle(
+    model: "Model", files: Mapping[str, Path | None], options: dict[str, Any]
+) -> "tuple[PackedPatch | None, bytes]":
+    with pack_extra("--bundle"):
+        from packager.bundles.from_model import adopt_model
+
+    if not model.graph:
+        raise click.UsageError(
+            f"a bundle needs a graph: give the ONNX file, or {model.path} with --graph"
+        )
+    contract, golden = files["contract"], files["golden"]
+    options = options | {"counter": options["counter"] or 0}
+    bundle = adopt_model(model, contract=contract, golden=golden, **options)
+    return bundle.patch, bundle.data
+
+
+def _place(source: Path, output: str | None, suffix: str) -> Path:
+    name = source.stem + suffix
+    if output is None:
+        return source.with_name(name)
+    if output.endswith("/") or Path(output).is_dir():
+        return Path(output) / name
+    return Path(output)

@@ -1,0 +1,275 @@
+"""The commands of ``dpu-patch`` that look inside patches, runs and models.
+
+Everything heavy is imported inside the commands.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from packager.cli.files import read_any
+from packager.cli.options import FILE, runs_option
+
+if TYPE_CHECKING:
+    from edge_runtime.formats.patch import Patch
+    from edge_runtime.formats.signing import Trust
+    from edge_runtime.formats.weights import Weights
+    from packager.report.document import Document
+
+    Look = tuple[dict[str, Any], Document]
+
+_base_help = "A weight file of the network, or its ONNX or safetensors file."
+
+
+def shown(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json``, ``--md`` and ``-o`` to a command."""
+    command = click.option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write to a file: a page with pictures, or what .md, .json, .txt say.",
+    )(command)
+    command = click.option(
+        "--md", "as_markdown", is_flag=True, help="Print Markdown, for a pull request."
+    )(command)
+    return json_option(command)  # type: ignore[no-any-return]
+
+
+def show(
+    look: "Look", output: Path | None, *, as_json: bool, as_markdown: bool
+) -> None:
+    """Print what was found, or write it to a file."""
+    from packager.report.document import to_markdown, to_text
+
+    record, document = look
+    if output is None:
+        text = to_markdown(document) if as_markdown else to_text(document)
+        emit(record, as_json=as_json, text=text)
+        return
+    from packager.build import write_file
+    from packager.report.html import to_html
+
+    if as_json or output.suffix == ".json":
+        text = json.dumps({"schema": SCHEMA} | record, indent=2) + "\n"
+    elif as_markdown or output.suffix == ".md":
+        text = to_markdown(document) + "\n"
+    else:
+        text = (
+            to_text(document) + "\n" if output.suffix == ".txt" else to_html(document)
+        )
+    write_file(text.encode(), output)
+    say(f"wrote {output}")
+
+
+@click.command()
+@click.argument("path", metavar="PATCH", type=FILE)
+@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
+@shown
+def info(path: Path, *, base: Path | None, **how: Any) -> None:
+    """Say what a patch is for and where its bytes go.
+
+    Names of tensors and the floor need a weight file of the network: --base, or the
+    run in whose folder the patch lies.
+    """
+    show(_look_into(path, base), **how)
+
+
+@click.command()
+@click.argument("base", metavar="A", type=FILE)
+@click.argument("target", metavar="B", type=FILE)
+@shown
+def diff(base: Path, target: Path, **how: Any) -> None:
+    """Count, tensor by tensor, which elements differ between two models.
+
+    A and B are weight files, or any safetensors or ONNX files of one network.
+    """
+    from packager.diff import diff as compare
+    from packager.report.patch_document import diff_document
+    from packager.report.patch_record import diff_record
+
+    a, b = read_any(base).weights, read_any(target).weights
+    record = diff_record(a, b, compare(a, b))
+    show((record, diff_document(record, (str(base), str(target)))), **how)
+
+
+@click.command()
+@click.argument("path", metavar="PATCH|RUN")
+@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
+@click.option(
+    "--beside",
+    multiple=True,
+    metavar="RUN",
+    help="For a run: another run to compare with, such as one of full updating.",
+)
+@runs_option
+@shown
+def report(
+    path: str, *, base: Path | None, beside: tuple[str, ...], runs: Path, **how: Any
+) -> None:
+    """Make a page with pictures about a patch or a whole run.
+
+    It is one HTML file without scripts, written beside the patch or into the run's
+    folder; --md and --json print the same numbers instead.
+    """
+    found = Path(path)
+    if found.is_file():
+        if beside:
+            raise click.UsageError("--beside is for runs")
+        look, place = _look_into(found, base), found.with_suffix(".html")
+    else:
+        from packager.report.run_document import run_document
+        from packager.report.run_record import run_record
+
+        if base is not None:
+            raise click.UsageError("--base is for patches")
+        run = _find_run(path, runs)
+        record = run_record(run, [_find_run(name, runs) for name in beside])
+        look, place = (record, run_document(record)), run / "report.html"
+    if how["output"] is None and not (how["as_json"] or how["as_markdown"]):
+        how["output"] = place
+    show(look, **how)
+
+
+@click.command()
+@click.argument("path", metavar="PATCH", type=FILE)
+@click.option("--base", type=FILE, help="The parent weights: apply, prove the target.")
+@click.option(
+    "--key",
+    "keys",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=FILE,
+    help="Insist on the signature of this public key (repeatable).",
+)
+@json_option
+def verify(
+    path: Path, *, base: Path | None, keys: tuple[Path, ...], as_json: bool
+) -> None:
+    """Check that a patch or bundle is whole; with --key, who signed it.
+
+    With --base the patch is applied and its target proved.
+    """
+    from edge_runtime.formats.apply import apply_patch
+    from edge_runtime.formats.signing import trust_keys
+    from packager.build import about
+
+    trust = trust_keys({str(key): key.read_bytes() for key in keys})
+    trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
+    weights = read_any(base).weights if base is not None else None
+    with about(path), _open_trusted(path, trust) as opened:
+        if weights is not None:
+            apply_patch(weights, opened)
+        header = opened.header
+    record = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "parent": header.parent,
+        "target": header.target,
+        "applied": base is not None,
+        "verified_keys": list(trust.ids),
+    }
+    text = f"{path}: whole, every checksum right"
+    if keys:
+        text += f"\n  signed by {', '.join(trust.ids)}"
+    else:
+        text += "\n  signatures not checked: give the public key with --key"
+    if base is None:
+        text += (
+            "\n  not applied: give the parent weights with --base to prove the target"
+        )
+    else:
+        text += f"\n  applied to {base}: result is {header.target}, as promised"
+    emit(record, as_json=as_json, text=text)
+
+
+def _open_trusted(path: Path, trust: "Trust") -> "Patch":
+    from edge_runtime.formats.bundle import read_bundle
+    from edge_runtime.formats.patch import open_patch
+    from packager.signing import is_bundle
+
+    with path.open("rb") as file:
+        bundle = is_bundle(file.read(4))
+    if bundle:
+        # What is signed is the bundle; the patch in it needs no signature.
+        return open_patch(read_bundle(path, trust).patch)
+    return open_patch(path, trust=trust)
+
+
+@click.command()
+@click.argument("source", metavar="FILE", type=FILE)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder to write to.",
+)
+@json_option
+def extract(source: Path, *, output: Path, as_json: bool) -> None:
+    """Write what a device holds for an ONNX or safetensors file.
+
+    That is weights.safetensors in canonical form, whose SHA-256 is the fingerprint, and
+    for an ONNX file graph.onnx, which reads it.
+    """
+    from edge_runtime.formats.weights import FILE_NAME
+    from packager.build import write_file
+
+    model = read_any(source)
+    write_file(bytes(model.weights.data), output / FILE_NAME)
+    if model.graph:
+        write_file(model.graph, output / "graph.onnx")
+    record = {
+        "source": str(source),
+        "path": str(output / FILE_NAME),
+        "graph": str(output / "graph.onnx") if model.graph else None,
+        "model": model.model,
+        "fingerprint": model.weights.fingerprint,
+        "canonical": model.canonical,
+    }
+    same = "the same bytes as" if model.canonical else "the tensors of"
+    text = f"{record['fingerprint']}  {output / FILE_NAME}: {same} {source}"
+    emit(record, as_json=as_json, text=text)
+
+
+def _look_into(path: Path, base: Path | None) -> "Look":
+    from edge_runtime.formats.patch import open_patch
+    from packager.build import about
+    from packager.report.patch_document import patch_document
+    from packager.report.patch_record import patch_record
+
+    with about(path), open_patch(path) as patch:
+        weights = _weights_for(path, patch, base)
+        layout = weights.layout if weights else None
+        if layout is not None:
+            patch.check(layout)
+        is_parent = weights and weights.fingerprint == patch.header.parent
+        record = patch_record(path, patch, layout, weights if is_parent else None)
+    return record, patch_document(record)
+
+
+def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | None":
+    from packager.rounds.folder import find_weights
+
+    if base is not None:
+        return read_any(base).weights
+    return find_weights(path.parent, patch.header)
+
+
+def _find_run(name: str, runs: Path) -> Path:
+    from edge_runtime.errors import RoundNotFoundError
+
+    for folder in (Path(name), runs / name):
+        if folder.is_dir():
+            return folder
+    known = sorted(p.parent.name for p in runs.glob("*/model"))
+    raise RoundNotFoundError(
+        f"{name} is neither a patch nor a run; below {runs} there are: "
+        f"{', '.join(known) or 'none'}"
+    )

@@ -1,0 +1,116 @@
+"""Keys on the command line: ``dpu-patch keygen``, ``dpu-patch sign``, ``--sign``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_runtime.commandline import emit, json_option
+from packager.cli.options import FILE
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+@click.command()
+@click.argument(
+    "path", metavar="KEY.pem", type=click.Path(dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--encrypt", is_flag=True, help="Ask for a passphrase (or take DPU_PASSPHRASE)."
+)
+@json_option
+def keygen(path: Path, *, encrypt: bool, as_json: bool) -> None:
+    """Make a key: KEY.pem to sign with, KEY.pub.pem for the devices.
+
+    Whoever has KEY.pem can update every device that trusts it: encrypt it, keep it off
+    the network, and keep a copy.
+    """
+    from packager.signing import write_key_pair
+
+    passphrase = _passphrase("New passphrase", confirm=True) if encrypt else None
+    if encrypt and not passphrase:
+        raise click.UsageError("no passphrase: set DPU_PASSPHRASE, or use a terminal")
+    public, name = write_key_pair(path, passphrase)
+    emit(
+        {"private": str(path), "public": str(public), "key_id": name},
+        as_json=as_json,
+        text=f"key {name}\n  private  {path}{'' if encrypt else ' (not encrypted)'}"
+        f"\n  public   {public}",
+    )
+
+
+@click.command()
+@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=FILE)
+@click.option(
+    "--key",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    required=True,
+    type=FILE,
+    help="Sign with this private key (repeatable).",
+)
+@json_option
+def sign(
+    paths: tuple[Path, ...],
+    *,
+    keys: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Sign patches and bundles, in place, beside the signatures that they have.
+
+    The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
+    """
+    from packager.build import about, write_file
+    from packager.signing import sign as sign_with
+
+    signers, names = read_signers(keys)
+    signed = []
+    for path in paths:
+        with about(path):
+            signed.append((path, sign_with(path.read_bytes(), signers)))
+    for path, data in signed:
+        write_file(data, path)
+    emit(
+        {"signed": [str(path) for path in paths], "key_ids": names},
+        as_json=as_json,
+        text="\n".join(f"{path}: signed by {', '.join(names)}" for path in paths),
+    )
+
+
+def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list[str]]:
+    """Read private keys, and ask for the passphrases that they need.
+
+    Returns:
+        The keys, and their ids.
+
+    Raises:
+        KeyFileError: A file does not hold a private Ed25519 key.
+    """
+    if not paths:
+        return [], []
+    from edge_runtime.formats.signing import key_id
+    from edge_runtime.live.proof import public_key
+    from packager.signing import is_encrypted, load_private
+
+    keys = []
+    for path in paths:
+        pem = path.read_bytes()
+        passphrase = _passphrase(f"Passphrase of {path}") if is_encrypted(pem) else None
+        keys.append(load_private(pem, passphrase, str(path)))
+    return keys, sorted({key_id(public_key(key)) for key in keys})
+
+
+def _passphrase(prompt: str, *, confirm: bool = False) -> str | None:
+    """Take a passphrase from DPU_PASSPHRASE, or ask for it on a terminal."""
+    given = os.environ.get("DPU_PASSPHRASE")
+    if given or not sys.stdin.isatty():
+        return given
+    asked: str = click.prompt(
+        prompt, hide_input=True, confirmation_prompt=confirm, err=True
+    )
+    return asked

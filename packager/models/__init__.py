@@ -1,0 +1,1 @@
+"""Models that others made: ONNX and safetensors files."""

@@ -1,0 +1,208 @@
+"""Models from anybody: an ONNX or safetensors file becomes weights and a graph.
+
+A device holds a graph without weights and one canonical weight file. Both are made
+here from a file of any exporter, in the same way each time, so that two files of one
+network have the same graph and a patch between them is a patch like any other.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import WeightsError, WrongModelError
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.weights import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    Weights,
+    model_id,
+    pack_weights,
+)
+from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
+from packager.diff import check_same_tensors, diff
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+MAX_ROUND = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """What a device holds for one file.
+
+    Attributes:
+        path: The file.
+        weights: Its tensors as a canonical weight file.
+        graph: The network without weights, as ONNX; empty where it is not known.
+        canonical: Whether the file itself is that weight file, byte for byte.
+    """
+
+    path: Path
+    weights: Weights
+    graph: bytes
+    canonical: bool
+
+    @property
+    def model(self) -> str:
+        """Identity of the network, hexadecimal."""
+        return model_id(self.weights.layout.header, self.graph)
+
+
+def read_model(
+    path: str | PathLike[str], graph: str | PathLike[str] | None = None
+) -> Model:
+    """Read an ONNX file, or a safetensors file in any order and with any metadata.
+
+    Args:
+        path: The file; ONNX weights may be inside it or in files beside it.
+        graph: For a safetensors file: the graph that reads its tensors.
+
+    Raises:
+        OSError: It cannot be read.
+        WeightsError: It is neither, is malformed, or holds no weights; or a graph was
+            given for an ONNX file.
+        RoundError: The graph does not read its weights from that weight file.
+        ModuleNotFoundError: It is an ONNX file and ``onnx`` is not installed.
+    """
+    path = Path(path)
+    if is_safetensors(path):
+        data = path.read_bytes()
+        weights = parse_safetensors(data, path)
+        graph_bytes = _read_graph(graph, weights) if graph is not None else b""
+        return Model(path, weights, graph_bytes, weights.data == data)
+    if graph is not None:
+        raise WeightsError(f"{path} is not a safetensors file and needs no other graph")
+    from packager.models.onnx_split import split_onnx
+
+    graph_bytes, weights = split_onnx(path)
+    return Model(path, weights, graph_bytes, canonical=False)
+
+
+def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:
+    from packager.models.onnx_check import check_graph
+
+    graph = Path(path).read_bytes()
+    check_graph(graph, weights.layout, fspath(path))
+    return graph
+
+
+def is_safetensors(path: str | PathLike[str]) -> bool:
+    """Say whether a file looks like safetensors: a short length, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= MAX_HEADER_BYTES
+
+
+def parse_safetensors(data: bytes, path: Path) -> Weights:
+    """Bring a safetensors file into canonical form.
+
+    Metadata is left out, and tensors get their canonical order; every bit of every
+    tensor stays as it is.
+
+    Raises:
+        WeightsError: Malformed, truncated, or with types that a weight file lacks.
+    """
+    length = int.from_bytes(data[:8], "little")
+    try:
+        entries = json.loads(data[8 : 8 + length])
+        entries.pop("__metadata__", None)
+        body = memoryview(data)[8 + length :]
+        arrays = {name: _tensor(body, entry) for name, entry in entries.items()}
+        types = {name: entry["dtype"] for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise WeightsError(
+            f"{path} is not a safetensors file, or it is truncated ({err!r})"
+        ) from err
+    return pack_weights(arrays, types)
+
+
+def _tensor(body: memoryview, entry: dict[str, Any]) -> NDArray[Any]:
+    start, stop = entry["data_offsets"]
+    # Unknown types are named by pack_weights; until then their bytes will do.
+    dtype = DTYPES.get(entry["dtype"], np.dtype("u1"))
+    if not 0 <= start <= stop <= len(body):
+        raise ValueError(f"bytes {start} to {stop} of {len(body)}")
+    raw = np.frombuffer(body[start:stop], np.uint8)
+    return raw.view(dtype).reshape(entry["shape"])
+
+
+def check_same_network(base: Model, target: Model) -> None:
+    """Insist that two files are one network with other weights.
+
+    Raises:
+        WrongModelError: Tensors or graphs differ; the first difference is named.
+    """
+    check_same_tensors(base.weights.layout, target.weights.layout)
+    if base.graph != target.graph:
+        from packager.models.onnx_split import first_difference
+
+        raise WrongModelError(
+            f"{base.path} and {target.path} are different networks: "
+            f"{first_difference(base.graph, target.graph)}. Only weights travel in a "
+            "patch; export both files with the same exporter and settings, or install "
+            "the new one with --bundle",
+            expected=hashlib.sha256(base.graph).hexdigest(),
+            actual=hashlib.sha256(target.graph).hexdigest(),
+        )
+
+
+def pack_models(
+    base: Model,
+    target: Model,
+    *,
+    counter: int = 1,
+    level: int = LEVEL,
+    max_size: int | None = None,
+    signers: Sequence["Ed25519PrivateKey"] = (),
+) -> PackedPatch | None:
+    """Pack the update from one file to another of the same network.
+
+    Args:
+        base: What devices hold.
+        target: What they shall hold.
+        counter: Release counter, higher than that of ``base``; stands for the round
+            too, as there is none.
+        level: zstd level, 1 to 22.
+        max_size: Largest patch in bytes, with its signatures.
+        signers: Whose keys sign it (:mod:`packager.signing`).
+
+    Returns:
+        The proven patch; None where the weights are equal.
+
+    Raises:
+        WrongModelError: The files are of different networks.
+        BudgetError: The patch is larger than ``max_size``.
+        VerificationError: The patch does not lead to the target: a bug, or bad memory.
+    """
+    check_same_network(base, target)
+    changes = diff(base.weights, target.weights)
+    if base.weights.fingerprint == target.weights.fingerprint:
+        return None
+    header = header_between(base, target, counter)
+    data = encode_changes(
+        base.weights, target.weights, header, changes, level=level, signers=signers
+    )
+    check_budget(f"the patch to {target.path.name}", len(data), max_size)
+    counts = {change.name: len(change.positions) for change in changes}
+    return PackedPatch(data, header, base.path.name, counts)
+
+
+def header_between(base: Model, target: Model, counter: int) -> PatchHeader:
+    """Return the header of a patch between two files of one network."""
+    return PatchHeader(
+        model=base.model,
+        parent=base.weights.fingerprint,
+        target=target.weights.fingerprint,
+        round=min(counter, MAX_ROUND),
+        counter=counter,
+        file_size=target.weights.layout.file_size,
+    )

@@ -1,0 +1,1 @@
+"""What a patch or a run holds, as data, text and pages."""

@@ -1,0 +1,184 @@
+"""A document as one HTML page that needs nothing else: no script, no font, no network.
+
+It follows the reader's light or dark setting, prints in black on white, and says every
+picture's numbers again in a table.
+"""
+
+from collections.abc import Iterator
+from html import escape
+
+from packager.report.document import Document, Section, Table
+
+# Series colours are by Okabe and Ito, told apart by colour-blind readers too; c2 and
+# c4 are darker on a light ground, where the originals are too pale for thin lines.
+STYLE = """
+:root { color-scheme: light dark;
+  --ground: #fbfaf8; --card: #ffffff; --ink: #1d2329; --soft: #5d6874;
+  --rule: #dfe3e8; --grid: #e9ecef; --on: #ffffff;
+  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #8a949e;
+  --h0: #f1f3f5; --h1: #deeaf5; --h2: #c5dcef; --h3: #a2c9e6; --h4: #78b0d9;
+  --h5: #4f94c8; --h6: #2d78b3; --h7: #145c97; --h8: #063f73;
+  --pale: #1d2329; --deep: #ffffff; }
+@media (prefers-color-scheme: dark) { :root {
+  --ground: #14181d; --card: #1b2127; --ink: #e7ebef; --soft: #98a3af;
+  --rule: #303841; --grid: #2a3138; --on: #0d1116;
+  --c1: #58b2e8; --c2: #f0a04b; --c3: #35c49b; --c4: #dd93bd; --c5: #78838e;
+  --h0: #20262d; --h1: #18344a; --h2: #1a4360; --h3: #1e567b; --h4: #266c99;
+  --h5: #3785b6; --h6: #579fcc; --h7: #83bce0; --h8: #b9dcf3;
+  --pale: #e7ebef; --deep: #0d1116; } }
+@media print { :root { color-scheme: light;
+  --ground: #ffffff; --card: #ffffff; --ink: #000000; --soft: #444444;
+  --rule: #bbbbbb; --grid: #dddddd; --on: #ffffff;
+  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #8a949e;
+  --h0: #f1f3f5; --h1: #deeaf5; --h2: #c5dcef; --h3: #a2c9e6; --h4: #78b0d9;
+  --h5: #4f94c8; --h6: #2d78b3; --h7: #145c97; --h8: #063f73;
+  --pale: #000000; --deep: #ffffff; }
+  * { print-color-adjust: exact; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 20px; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+p { margin: 0 0 16px; color: var(--soft); max-width: 72ch; }
+.figures { display: grid; gap: 12px; margin: 0 0 20px;
+  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
+.figures div { background: var(--card); border: 1px solid var(--rule);
+  border-radius: 10px; padding: 14px 16px; }
+.figures dt { color: var(--soft); font-size: 13px; }
+.figures dd { margin: 0; font-size: 25px; font-weight: 650; letter-spacing: -.01em;
+  font-variant-numeric: tabular-nums; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px;
+  margin: 0 0 28px; font-size: 14px; }
+.facts dt { color: var(--soft); }
+.facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
+  padding: 22px 24px; margin: 0 0 20px; }
+figure { margin: 0 0 14px; overflow-x: auto; }
+figcaption { color: var(--soft); font-size: 14px; max-width: 820px;
+  margin: 6px auto 0; }
+svg { display: block; width: 100%; height: auto; max-width: 820px;
+  margin: 0 auto; }
+svg text { font: 12px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .axis { fill: var(--soft); font-style: italic; }
+svg .strong { fill: var(--ink); font-weight: 600; font-size: 13px; }
+svg .on { fill: var(--on); font-weight: 600; }
+svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
+.grid { stroke: var(--grid); fill: none; }
+.line { fill: none; stroke: currentColor; stroke-width: 2.25; stroke-linejoin: round; }
+.fill { fill: currentColor; stroke: var(--card); stroke-width: 1; }
+.ring { fill: var(--card); stroke: currentColor; stroke-width: 2; }
+.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.h0 { fill: var(--h0); } .h1 { fill: var(--h1); } .h2 { fill: var(--h2); }
+.h3 { fill: var(--h3); } .h4 { fill: var(--h4); } .h5 { fill: var(--h5); }
+.h6 { fill: var(--h6); } .h7 { fill: var(--h7); } .h8 { fill: var(--h8); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none;
+  margin: 0 0 10px; padding: 0; font-size: 14px; justify-content: center; }
+.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
+  background: currentColor; margin-right: 7px; vertical-align: -1px; }
+.legend span { color: var(--ink); }
+.scroll { overflow: auto; max-height: 430px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th { text-align: left; color: var(--soft); font-weight: 500; background: var(--card); }
+thead th { position: sticky; top: 0; z-index: 1;
+  box-shadow: inset 0 -1px var(--rule); }
+th, td { padding: 5px 14px 5px 0; white-space: nowrap; vertical-align: baseline; }
+tbody th { color: var(--ink); font-weight: 400; position: sticky; left: 0; }
+tbody tr + tr > * { border-top: 1px solid var(--grid); }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td:not(.number) { color: var(--soft); padding-left: 14px; }
+th:not(:first-child):not(.number) { padding-left: 14px; }
+footer { color: var(--soft); font-size: 13px; }
+@media (max-width: 640px) { main { padding: 20px 10px; }
+  section { padding: 16px 14px; }
+  svg { min-width: 480px; } } /* words stay legible; the figure scrolls */
+@media print { body { font-size: 11px; } main { max-width: none; padding: 0; }
+  h1 { font-size: 22px; } h2 { font-size: 15px; }
+  h2, section > p { break-after: avoid; }
+  section { padding: 10px 14px; } figure, tr, .figures { break-inside: avoid; }
+  .facts, figcaption, .legend, table { font-size: 10px; }
+  .scroll, figure { overflow: visible; max-height: none; } svg { max-width: 480px; } }
+"""
+
+
+def to_html(document: Document) -> str:
+    """Return a document as a self-contained HTML page."""
+    title = escape(document.title)
+    return "".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+            # Nothing may be fetched and nothing may run, whatever a tensor is called.
+            '<meta http-equiv="Content-Security-Policy" content="default-src '
+            "'none'; style-src 'unsafe-inline'\">\n",
+            f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n",
+            f"<h1>{title}</h1>\n",
+            *_figures(document),
+            *_facts(document),
+            *(part for section in document.sections for part in _section(section)),
+            "<footer>Made by dpu-patch.</footer>\n",
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _figures(document: Document) -> Iterator[str]:
+    if document.figures:
+        yield '<dl class="figures">\n'
+        for value, label in document.figures:
+            yield f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>\n"
+        yield "</dl>\n"
+
+
+def _facts(document: Document) -> Iterator[str]:
+    if document.facts:
+        yield '<dl class="facts">\n'
+        for name, value in document.facts:
+            yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
+        yield "</dl>\n"
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield f"<section>\n<h2>{escape(section.title)}</h2>\n"
+    if section.text:
+        yield f"<p>{escape(section.text)}</p>\n"
+    if section.picture:
+        yield "<figure>\n"
+        yield from _legend(section)
+        yield f"{section.picture}\n"
+        if section.caption:
+            yield f"<figcaption>{escape(section.caption)}</figcaption>\n"
+        yield "</figure>\n"
+    if section.table and section.table.rows:
+        yield from _table(section.table, section.title)
+    yield "</section>\n"
+
+
+def _legend(section: Section) -> Iterator[str]:
+    if section.legend:
+        yield '<ul class="legend">'
+        for colour, name in section.legend:
+            yield f'<li class="c{colour}"><i></i><span>{escape(name)}</span></li>'
+        yield "</ul>\n"
+
+
+def _table(table: Table, title: str) -> Iterator[str]:
+    kinds = [
+        "" if table.is_text(n) else ' class="number"' for n in range(len(table.columns))
+    ]
+    # What scrolls must be reachable without a mouse.
+    yield '<div class="scroll" role="region" tabindex="0" '
+    yield f'aria-label="{escape(title)}: table"><table aria-label="{escape(title)}">\n'
+    yield "<thead><tr>"
+    for heading, kind in zip(table.headings, kinds, strict=True):
+        yield f'<th scope="col"{kind}>{escape(heading)}</th>'
+    yield "</tr></thead>\n<tbody>\n"
+    for name, *cells in table.rows:
+        yield f'<tr><th scope="row">{escape(name)}</th>'
+        for cell, kind in zip(cells, kinds[1:], strict=True):
+            yield f"<td{kind}>{escape(cell)}</td>"
+        yield "</tr>\n"
+    yield "</tbody></table></div>\n"

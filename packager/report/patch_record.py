@@ -1,0 +1,277 @@
+"""What a patch holds and how far it is from the floor; where two weight files differ.
+
+Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into words and
+pictures. Sizes are in bytes, digests in hexadecimal, times in seconds.
+
+The floor is what the content costs without any knowledge of it: for the index the
+logarithm of the number of ways to choose m of n elements, tensor by tensor; for each
+value the bits of its type. It is a measure, not a limit. Selections come in clusters
+and the exponents of floats are no noise, so a good patch is smaller than its floor.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.frames import STORED, ZSTD, Section
+from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.sections import (
+    BITS,
+    COLUMNS,
+    COUNTS,
+    DENSE,
+    FORMS,
+    INDEX,
+    INDEX_BITS,
+    OUTPUTS,
+    PLANES,
+    REST,
+    SYMBOLS,
+    UNARY,
+    VALUES,
+)
+from edge_runtime.formats.signing import encode_signatures
+from edge_runtime.formats.weights import Layout, Tensor, Weights
+from packager.diff import TensorChange
+from packager.report.links import link_records
+
+NAMES = {
+    COUNTS: "counts",
+    FORMS: "forms",
+    INDEX: "index",
+    INDEX_BITS: "index bits",
+    COLUMNS: "columns",
+    UNARY: "index in unary",
+    OUTPUTS: "expected outputs",
+}
+VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
+ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
+BINS = 48  # of a tensor's flat positions, to see where in it something changes
+FLOATS = {"F64", "F32", "F16"}
+Record = dict[str, Any]
+
+
+def log2_choose(n: int, m: int) -> float:
+    """Return log2 of the number of ways to choose m of n."""
+    if not 0 < m < n:
+        return 0.0
+    nats = math.lgamma(n + 1) - math.lgamma(m + 1) - math.lgamma(n - m + 1)
+    return nats / math.log(2)
+
+
+def patch_record(
+    path: Path, patch: Patch, layout: Layout | None = None, base: Weights | None = None
+) -> Record:
+    """Describe an open patch.
+
+    Args:
+        path: Its file.
+        patch: The patch.
+        layout: Of a weight file of its network; gives the tensors their names, and the
+            floor.
+        base: The weights that it leads from; tells how much the values change.
+    """
+    header = patch.header
+    record: Record = {
+        "path": str(path),
+        "model": header.model,
+        "parent": header.parent,
+        "target": header.target,
+        "round": header.round,
+        "counter": header.counter,
+        "critical": header.critical,
+        "optional": header.optional,
+        "bytes": patch.size,
+        "full_bytes": header.file_size,
+        "signature_bytes": len(encode_signatures(patch.signatures)),
+        "signed_by": [signature.key_id for signature in patch.signatures],
+        "changed": sum(patch.counts),
+        "tensors_changed": sum(count > 0 for count in patch.counts),
+        "sections": [_section_record(section) for section in patch.sections],
+        "parts": patch_parts(patch),
+        "links": link_records(patch.size, header.file_size),
+    }
+    if layout is not None:
+        bins = _bins(patch, layout)
+        tensors = tensor_records(layout, patch.counts, bins)
+        if base is not None:
+            _add_changes(tensors, base, patch)
+        record |= {"tensors": tensors, "floor": floor_record(tensors, record["parts"])}
+    return record
+
+
+def section_name(kind: int) -> str:
+    """Return the kind of a section in words."""
+    if kind < VALUES:
+        return NAMES[kind]
+    bits = 8 << ((kind - VALUES) >> 5)
+    within = kind % DENSE
+    what = VALUE_NAMES.get(within, f"byte {within - PLANES}")
+    return f"{'dense' if kind & DENSE else 'sparse'} {bits}-bit values, {what}"
+
+
+def section_part(kind: int) -> str:
+    """Say what a section is for: ``header``, ``index``, ``values`` or ``dense``."""
+    if kind < VALUES:
+        return "header" if kind in (FORMS, OUTPUTS) else "index"
+    return "dense" if kind & DENSE else "values"
+
+
+def _section_record(section: Section) -> Record:
+    return {
+        "name": section_name(section.kind),
+        "kind": section.kind,
+        "encoding": ENCODINGS[section.encoding],
+        "packed_bytes": section.packed_size,
+        "raw_bytes": section.raw_size,
+    }
+
+
+def patch_parts(patch: Patch) -> dict[str, int]:
+    """Say where the bytes of a patch go.
+
+    Returns:
+        Bytes of ``header`` (with the section table), ``signatures``, ``index``,
+        ``values`` and ``dense`` (tensors of which more than half travels). They add up
+        to the file.
+    """
+    parts = {"header": 0, "signatures": 0, "index": 0, "values": 0, "dense": 0}
+    for section in patch.sections:
+        parts[section_part(section.kind)] += section.packed_size
+    parts["signatures"] = len(encode_signatures(patch.signatures))
+    parts["header"] += patch.size - sum(parts.values())
+    return parts
+
+
+def is_dense(changed: int, size: int) -> bool:
+    """Say whether a tensor counts as dense part: more than half of it travels."""
+    return 2 * changed > size
+
+
+def tensor_records(
+    layout: Layout, counts: Sequence[int], bins: Sequence[NDArray[np.float64]] = ()
+) -> list[Record]:
+    """Describe each tensor of a weight file and what changes in it.
+
+    Args:
+        layout: Of the weight file.
+        counts: How many elements of each tensor change, in file order.
+        bins: Shares of changed elements along each tensor, where they are known.
+    """
+    records = []
+    for number, (tensor, count) in enumerate(zip(layout.tensors, counts, strict=True)):
+        record: Record = {
+            "name": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "size": tensor.size,
+            "changed": count,
+            "index_floor_bytes": log2_choose(tensor.size, count) / 8,
+            "value_floor_bytes": count * tensor.item_size,
+        }
+        if bins:
+            record["shares"] = [round(share, 6) for share in bins[number].tolist()]
+        records.append(record)
+    return records
+
+
+def floor_record(tensors: Sequence[Record], parts: dict[str, int]) -> Record:
+    """Hold a patch against its floor, part by part.
+
+    Returns:
+        For ``index``, ``values``, ``dense`` and ``total``: ``bytes`` of the patch,
+        ``floor_bytes``, and their ``ratio`` (lower is better; None without a floor).
+        The total leaves header and signatures out.
+    """
+    floors = {"index": 0.0, "values": 0.0, "dense": 0.0}
+    for tensor in tensors:
+        part = "dense" if is_dense(tensor["changed"], tensor["size"]) else "values"
+        floors["index"] += tensor["index_floor_bytes"]
+        floors[part] += tensor["value_floor_bytes"]
+    sizes = {name: parts[name] for name in floors}
+    sizes["total"], floors["total"] = sum(sizes.values()), sum(floors.values())
+    return {
+        name: {
+            "bytes": sizes[name],
+            "floor_bytes": floors[name],
+            "ratio": sizes[name] / floors[name] if floors[name] else None,
+        }
+        for name in floors
+    }
+
+
+def diff_record(
+    base: Weights, target: Weights, changes: Sequence[TensorChange]
+) -> Record:
+    """Describe where two weight files differ."""
+    layout = base.layout
+    counts = [len(change.positions) for change in changes]
+    bins = [
+        _histogram(tensor, change.positions)
+        for tensor, change in zip(layout.tensors, changes, strict=True)
+    ]
+    tensors = tensor_records(layout, counts, bins)
+    for record, tensor in zip(tensors, layout.tensors, strict=True):
+        record |= _moved(tensor, base, target)
+    return {
+        "base": base.fingerprint,
+        "target": target.fingerprint,
+        "full_bytes": layout.file_size,
+        "size": sum(tensor.size for tensor in layout.tensors),
+        "changed": sum(counts),
+        "tensors_changed": sum(count > 0 for count in counts),
+        "floor_bytes": sum(
+            t["index_floor_bytes"] + t["value_floor_bytes"] for t in tensors
+        ),
+        "tensors": tensors,
+    }
+
+
+def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
+    """Return the share of changed elements along each tensor."""
+    none = np.zeros(0, np.int64)
+    found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
+    for run in patch.runs(layout):
+        low, high = run.positions[0], run.positions[-1]
+        for tensor in layout.tensors:
+            first = tensor.start // tensor.item_size
+            inside = first <= high and low < first + tensor.size
+            if inside and tensor.dtype == run.dtype:
+                found[tensor.name] += _histogram(tensor, run.positions, first)
+    return list(found.values())
+
+
+def _histogram(
+    tensor: Tensor, positions: NDArray[np.int64], first: int = 0
+) -> NDArray[np.float64]:
+    """Return the share of each bin of a tensor whose elements count from ``first``."""
+    bins = max(1, min(BINS, tensor.size))
+    edges = np.arange(bins + 1) * tensor.size // bins  # of flat positions, C order
+    counts = np.diff(np.searchsorted(positions, first + edges))
+    shares: NDArray[np.float64] = counts / np.maximum(np.diff(edges), 1)
+    return shares
+
+
+def _add_changes(tensors: list[Record], base: Weights, patch: Patch) -> None:
+    from edge_runtime.formats.apply import apply_patch
+
+    target = apply_patch(base, patch)
+    for record, tensor in zip(tensors, base.layout.tensors, strict=True):
+        record |= _moved(tensor, base, target)
+
+
+def _moved(tensor: Tensor, base: Weights, target: Weights) -> Record:
+    """Say how far a tensor of floats moved, relative to its own length."""
+    if tensor.dtype not in FLOATS:
+        return {}
+    before = base[tensor.name].astype(np.float64).ravel()
+    after = target[tensor.name].astype(np.float64).ravel()
+    with np.errstate(all="ignore"):  # weights may hold infinities and NaN
+        length, moved = np.linalg.norm(before), np.linalg.norm(after - before)
+    if not np.isfinite(length + moved) or not length:
+        return {"relative_change": None}
+    return {"relative_change": float(moved / length)}

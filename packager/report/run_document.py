@@ -1,0 +1,291 @@
+"""A run's rounds as a document: accuracy, bytes, where the changes were."""
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from packager.report.curves import Series, column_chart, line_chart
+from packager.report.document import Document, Section, Table
+from packager.report.patch_document import link_section
+from packager.report.svg import heat_map
+from packager.report.words import natural, percent, short_bytes, spaced, times
+
+Record = dict[str, Any]
+DENSE = "dense part"
+ROUNDS = "round"
+
+
+def run_document(record: Record) -> Document:
+    """Return the report of a run, from :func:`run_record`."""
+    sections = [
+        _accuracy(record),
+        _bytes(record),
+        _cumulative(record),
+        _shares(record),
+        _overlap(record),
+        link_section(record, "median patch"),
+    ]
+    facts = [
+        ("model", record["model"]),
+        (
+            "rounds",
+            f"{len(record['rounds'])}, {record['patches']} of them sent a patch",
+        ),
+        ("method", _method(record["rounds"][-1])),
+        ("beside", ", ".join(other["path"] for other in record["beside"]) or "nothing"),
+    ]
+    kept = [section for section in sections if section is not None]
+    return Document(f"Run {record['run']}", _figures(record), facts, kept)
+
+
+def _method(entry: Record) -> str:
+    if not entry.get("method"):
+        return "not stated"
+    ratio = entry.get("ratio")
+    return f"{entry['method']}" + (f", ratio {ratio:g}" if ratio else "")
+
+
+def _figures(record: Record) -> list[tuple[str, str]]:
+    rounds, sent = record["rounds"], record["bytes"]
+    full = record["full_bytes"] * record["patches"]
+    figures = [(short_bytes(sent), f"sent in {record['patches']} patches")]
+    if sent:
+        figures.append((times(full / sent, 0), "smaller than full weights"))
+    if accuracy := [
+        e["test_accuracy"] for e in rounds if e["test_accuracy"] is not None
+    ]:
+        figures.append((percent(accuracy[-1], 1, 1), "test accuracy, last round"))
+    for other in record["beside"]:
+        if (last := other["rounds"][-1]["test_accuracy"]) is not None:
+            figures.append((percent(last, 1, 1), f"test accuracy of {other['run']}"))
+    return figures
+
+
+def _label(entry: Record) -> str:
+    if entry["outcome"] == "kept_base":
+        return "kept its base"
+    return "re-initialised" if entry.get("reinitialised") else "updated"
+
+
+def _accuracy(record: Record) -> Section | None:
+    lines = []
+    runs = [(record["run"], record["rounds"], 1)]
+    runs += [(o["run"], o["rounds"], 2 + n) for n, o in enumerate(record["beside"][:3])]
+    for name, rounds, colour in runs:
+        for metric, dashed in (("test_accuracy", False), ("val_accuracy", True)):
+            known = [e for e in rounds if e[metric] is not None]
+            if known:
+                points = [(e["round"], 100 * e[metric]) for e in known]
+                marks = [_symbol(e) for e in known] if not dashed else [""] * len(known)
+                words = f"{name}, {'validation' if dashed else 'test'}"
+                lines.append(Series(words, points, colour, dashed, marks))
+    if not lines:
+        return None
+    others = {
+        other["run"]: {e["round"]: e["test_accuracy"] for e in other["rounds"]}
+        for other in record["beside"]
+    }
+    rows = [
+        [
+            str(e["round"]),
+            spaced(e["samples"]) if e["samples"] is not None else "-",
+            _label(e),
+            _share(e["val_accuracy"]),
+            _share(e["test_accuracy"]),
+            *(_share(known.get(e["round"])) for known in others.values()),
+        ]
+        for e in record["rounds"]
+    ]
+    columns = [ROUNDS, "samples", "<outcome", "validation", "test"]
+    columns += [f"test, {name}" for name in others]
+    picture = line_chart(
+        "Accuracy by round",
+        lines,
+        axes=(ROUNDS, "accuracy"),
+        form=lambda y: f"{y:.3g} %",
+    )
+    caption = (
+        "Solid: test; dashed: validation. A ring is a round that kept its base and "
+        "sent nothing, a diamond one that began again from the init weights."
+    )
+    legend = [(colour, name) for name, _, colour in runs]
+    table = Table(columns, rows)
+    return Section("Accuracy", "", table, picture, caption, legend)
+
+
+def _symbol(entry: Record) -> str:
+    return {"kept its base": "ring", "re-initialised": "diamond"}.get(
+        _label(entry), "dot"
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else percent(value, 1)
+
+
+def _bytes(record: Record) -> Section:
+    rounds, full = record["rounds"], record["full_bytes"]
+    rows = []
+    for e in rounds:
+        known = e["bytes"] is not None
+        tensors = e["tensors"]
+        sparse = [t for t in tensors if not t["dense"]]
+        rows.append(
+            [
+                str(e["round"]),
+                spaced(e["bytes"]) if known else "-",
+                spaced(e["cumulative_bytes"])
+                if e["cumulative_bytes"] is not None
+                else "-",
+                percent(e["bytes"], full) if known else "-",
+                spaced(sum(t["changed"] for t in sparse)) if tensors else "-",
+                spaced(sum(t["changed"] for t in tensors if t["dense"]))
+                if tensors
+                else "-",
+                e["bytes_from"],
+            ]
+        )
+    columns = [
+        ROUNDS,
+        "bytes",
+        "so far",
+        "of the weights",
+        "weights changed",
+        "dense values",
+        "<counted",
+    ]
+    text = (
+        "Lower is better. What one device downloads; the first round's patch comes in "
+        "its bundle. A round without a patch file beside it is packed to be counted."
+    )
+    picture = column_chart(
+        "Bytes of each round's patch",
+        [(e["round"], e["bytes"] or 0) for e in rounds],
+        axes=(ROUNDS, "bytes"),
+        form=short_bytes,
+    )
+    return Section("Bytes per round", text, Table(columns, rows), picture)
+
+
+def _cumulative(record: Record) -> Section | None:
+    rounds, full = record["rounds"], record["full_bytes"]
+    points = [
+        (e["round"], e["cumulative_bytes"]) for e in rounds if e["cumulative_bytes"]
+    ]
+    if not points:
+        return None
+    lines = [Series(record["run"], points, 1)]
+    for number, other in enumerate(record["beside"][:3]):
+        known = [(e["round"], e["cumulative_bytes"]) for e in other["rounds"]]
+        if known := [(x, y) for x, y in known if y]:
+            lines.append(Series(other["run"], known, 2 + number))
+    sent = accumulate(full * (e["outcome"] != "kept_base") for e in rounds)
+    each = [(e["round"], y) for e, y in zip(rounds, sent, strict=True) if y]
+    if not any(line.points == each for line in lines):
+        lines.append(Series("full weights instead", each, 5, dashed=True))
+    by_round = dict(each)
+    rows = []
+    for line in lines:
+        last, size = line.points[-1]
+        smaller = f"{by_round[last] / size:.1f}" if last in by_round else "-"
+        rows.append([line.name, short_bytes(size), smaller])
+    picture = line_chart(
+        "Bytes sent so far, logarithmic",
+        lines,
+        axes=(ROUNDS, "bytes so far"),
+        form=short_bytes,
+        log=True,
+    )
+    columns = ["", "after the last round", "times smaller than full weights"]
+    legend = [(line.colour, line.name) for line in lines]
+    text = (
+        "A round of full updating counts as its weight file: that would be sent. A "
+        "round that kept its base sends nothing either way."
+    )
+    table = Table(columns, rows)
+    caption = "The scale is logarithmic."
+    return Section("Bytes so far", text, table, picture, caption, legend)
+
+
+def _shares(record: Record) -> Section | None:
+    sent = [e for e in record["rounds"] if e["tensors"]]
+    if not sent:
+        return None
+    # What trains freely in one round may be frozen, and so selectable, in another.
+    free = {t["name"] for e in sent for t in e["tensors"] if t["dense"]}
+    known = [{name: (c, n) for name, c, n in _layers(e, free)} for e in sent]
+    names = sorted({name for shares in known for name in shares}, key=_layer_order)
+    grid = [(name, [_ratio(shares.get(name)) for shares in known]) for name in names]
+    columns = [str(e["round"]) for e in sent]
+    picture = heat_map(
+        "Share of changed weights by layer and round",
+        grid,
+        columns=columns,
+        form=_percent,
+        corner=ROUNDS,
+    )
+    rows = [[name, *(_percent(v) for v in values)] for name, values in grid]
+    text = (
+        "Share of each layer's weights that a round changes. The dense part is every "
+        "bias and normalisation value together."
+    )
+    table = Table(["layer", *columns], rows)
+    caption = "The colour is logarithmic; rounds are columns."
+    return Section("What changes, layer by layer", text, table, picture, caption)
+
+
+def _layers(entry: Record, free: Collection[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield name, changed and all elements of the selectable tensors, then the rest."""
+    dense = [t for t in entry["tensors"] if t["name"] in free]
+    for tensor in entry["tensors"]:
+        if tensor["name"] not in free:
+            yield tensor["name"], tensor["changed"], tensor["size"]
+    if dense:
+        yield DENSE, sum(t["changed"] for t in dense), sum(t["size"] for t in dense)
+
+
+def _layer_order(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    return name == DENSE, natural(name)
+
+
+def _ratio(counts: tuple[int, int] | None) -> float | None:
+    return counts[0] / max(counts[1], 1) if counts else None
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "-"
+    value = 100 * share
+    if 0 < value < 0.01:
+        return "<0.01 %"
+    return "0" if not value else f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
+
+
+def _overlap(record: Record) -> Section | None:
+    rounds: Sequence[int] = record["overlap"]["rounds"]
+    if len(rounds) < 2:
+        return None
+    shares = record["overlap"]["shares"]
+    chance = record["overlap"]["by_chance"]
+    names = [str(number) for number in rounds]
+    # A selection overlaps with itself; showing that would drown the rest.
+    grid = [
+        (f"round {a}", [None if i == j else shares[i][j] for j in range(len(rounds))])
+        for i, a in enumerate(rounds)
+    ]
+    picture = heat_map(
+        "Selected weights that two rounds have in common",
+        grid,
+        columns=names,
+        form=_percent,
+        corner=ROUNDS,
+        log=False,
+    )
+    rows = [[name, *(_percent(value) for value in values)] for name, values in grid]
+    pairs = [chance[i][j] for i in range(len(rounds)) for j in range(i)]
+    text = (
+        "Of the smaller of two selections, the share that is in the other too. Random "
+        f"selections of these sizes would share {_percent(sum(pairs) / len(pairs))}."
+    )
+    table = Table(["", *names], rows)
+    return Section("Selection overlap", text, table, picture)

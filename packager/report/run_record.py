@@ -1,0 +1,207 @@
+"""What a run's rounds came to: accuracy, bytes, and where the changes were.
+
+Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into words and
+pictures.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import DpuError, RoundError
+from edge_runtime.formats.patch import open_patch
+from packager.build import pack_round
+from packager.report.links import link_records
+from packager.rounds.folder import RoundFolder, list_rounds, read_round
+from packager.rounds.record import RECORD_NAME, Outcome, RoundRecord, read_record
+
+Record = dict[str, Any]
+Masks = Mapping[str, NDArray[np.uint8]]
+# What a trainer may state beside what packing needs; a run without it has no curves.
+FIELDS = ("method", "ratio", "samples", "reinitialised")
+METRICS = ("val_accuracy", "test_accuracy")
+
+
+def run_record(run: Path, beside: Sequence[Path] = ()) -> Record:
+    """Describe a run.
+
+    Args:
+        run: The run's folder.
+        beside: Other runs to hold it against, such as one of full updating.
+
+    Raises:
+        RoundError: There is no round in one of them, or one is damaged.
+    """
+    folders = _folders(run)
+    rounds = [_round_record(folder) for folder in folders]
+    cumulate(rounds)
+    sent = [entry["bytes"] for entry in rounds if entry["bytes"]]
+    full = rounds[0]["full_bytes"]
+    return {
+        "run": run.resolve().name,
+        "path": str(run),
+        "model": rounds[0]["model"],
+        "full_bytes": full,
+        "bytes": sum(sent),
+        "patches": len(sent),
+        "rounds": rounds,
+        "overlap": overlap_record([f for f in folders if _is_update(f)]),
+        "links": link_records(int(np.median(sent)) if sent else 0, full),
+        "beside": [_other_record(other) for other in beside],
+    }
+
+
+def _folders(run: Path) -> list[Path]:
+    folders = list_rounds(run)
+    if not folders:
+        raise RoundError(
+            f"{run} is no run with rounds in it: there is no round_00 below"
+        )
+    return folders
+
+
+def _other_record(run: Path) -> Record:
+    rounds = [_round_record(folder) for folder in _folders(run)]
+    cumulate(rounds)
+    kept = ("round", "outcome", "bytes", "cumulative_bytes", "bytes_from", *METRICS)
+    return {
+        "run": run.resolve().name,
+        "path": str(run),
+        "method": rounds[-1].get("method"),
+        "rounds": [{name: entry[name] for name in kept} for entry in rounds],
+    }
+
+
+def cumulate(rounds: Sequence[Record]) -> None:
+    """Add to each round the bytes of all rounds up to it; None once one is unknown."""
+    total: int | None = 0
+    for entry in rounds:
+        known = total is not None and entry["bytes"] is not None
+        total = total + entry["bytes"] if known else None
+        entry["cumulative_bytes"] = total
+
+
+def _round_record(folder: Path) -> Record:
+    stated = read_record(folder)
+    extra = json.loads((folder / RECORD_NAME).read_text())
+    metrics = extra.get("metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
+    return (
+        {
+            "round": stated.round,
+            "outcome": stated.outcome,
+            "model": stated.model,
+            "counter": stated.counter,
+            "full_bytes": (folder / "weights.safetensors").stat().st_size,
+        }
+        | {name: extra.get(name) for name in FIELDS}
+        | {name: _number(metrics.get(name)) for name in METRICS}
+        | _sent(folder, stated, full=extra.get("ratio", 0) is None)
+    )
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> Record:
+    """Say how many bytes a round costs, and what changes in which tensor.
+
+    Counted is the patch beside the round folder, else one that is packed now. A round
+    of full updating counts as its weight file: that is what would be sent.
+    """
+    nothing: Record = {"bytes": 0, "bytes_from": "nothing", "tensors": []}
+    if stated.outcome is Outcome.KEPT_BASE:
+        return nothing
+    if not stated.packable:
+        return nothing | {"bytes": None, "bytes_from": "not packable"}
+    if full:
+        size = (folder / "weights.safetensors").stat().st_size
+        return nothing | {"bytes": size, "bytes_from": "weight file"}
+    round_ = read_round(folder)
+    size, counts = _existing(folder, stated)
+    if counts:
+        return nothing | _changes(round_, size, counts) | {"bytes_from": "patch file"}
+    packed = pack_round(round_)
+    if packed is None:
+        return nothing
+    counts = list(packed.counts.values())
+    return _changes(round_, len(packed.data), counts) | {"bytes_from": "packed now"}
+
+
+def _existing(folder: Path, stated: RoundRecord) -> tuple[int, list[int]]:
+    path = folder.with_name(folder.name + ".dpu")
+    if not path.is_file():
+        return 0, []
+    try:
+        with open_patch(path) as patch:
+            header = patch.header
+            if (header.parent, header.target) == (stated.parent, stated.target):
+                return patch.size, list(patch.counts)
+    except DpuError:
+        return 0, []  # of another format version, or damaged: pack it again
+    return 0, []
+
+
+def _changes(round_: RoundFolder, size: int, counts: Sequence[int]) -> Record:
+    tensors = round_.weights.layout.tensors
+    return {
+        "bytes": size,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "size": tensor.size,
+                "changed": count,
+                "dense": tensor.name not in round_.selection,
+            }
+            for tensor, count in zip(tensors, counts, strict=True)
+        ],
+    }
+
+
+def _is_update(folder: Path) -> bool:
+    stated = read_record(folder)
+    return stated.packable and stated.outcome is Outcome.UPDATED
+
+
+def overlap_record(folders: Sequence[Path]) -> Record:
+    """Say how far the selections of rounds coincide.
+
+    Returns:
+        ``rounds``; ``shares``: a square of the selected weights that two rounds have in
+        common, as a share of the smaller selection; ``by_chance``: the same for random
+        selections of these sizes. Rounds that select nothing or everything are left
+        out: they overlap with anything or nothing.
+    """
+    found: dict[int, tuple[Masks, int]] = {}
+    weights = 0
+    for folder in folders:
+        round_ = read_round(folder)
+        masks, tensors = round_.selection, round_.weights.layout.by_name
+        weights = max(weights, sum(tensors[name].size for name in masks))
+        count = sum(map(_ones, masks.values()))
+        if 0 < count < sum(tensors[name].size for name in masks):
+            found[round_.record.round] = masks, count
+    pairs = [[(a, b) for b in found.values()] for a in found.values()]
+    return {
+        "rounds": list(found),
+        "shares": [[_common(a, b) for a, b in row] for row in pairs],
+        "by_chance": [[max(a[1], b[1]) / weights for a, b in row] for row in pairs],
+    }
+
+
+def _common(a: tuple[Masks, int], b: tuple[Masks, int]) -> float:
+    # A round that trains the dense part freely does not select from it; another may.
+    names = a[0].keys() & b[0].keys()
+    return sum(_ones(a[0][name] & b[0][name]) for name in names) / min(a[1], b[1])
+
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1)
+
+
+def _ones(masks: NDArray[np.uint8]) -> int:
+    return int(_ONES[masks].sum())

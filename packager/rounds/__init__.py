@@ -1,0 +1,1 @@
+"""Round folders as the packager reads them."""

@@ -1,0 +1,275 @@
+"""Read and validate round folders, and find them by name.
+
+The folder is the whole interface between a trainer and this package; its normative
+description is in ``packager/README.md``. Nothing in it is believed: fingerprints and
+the model's identity are computed again from the bytes.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.init_weights import read_recipe
+from edge_runtime.formats.weights import FILE_NAME, Weights, model_id, read_weights
+from packager.rounds.record import RECORD_NAME, RoundRecord, read_record
+
+SELECTION_NAME = "selection.safetensors"
+INIT = "init"  # the init weights' name, where others have round_05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoundFolder:
+    """One validated round folder.
+
+    Attributes:
+        path: The folder, named ``round_%02d``.
+        record: What the trainer states about it.
+        weights: The deployed weights, whole.
+        selection: For each selectable tensor its mask, eight elements a byte,
+            lowest bit first. Tensors that are not here are the dense part.
+    """
+
+    path: Path
+    record: RoundRecord
+    weights: Weights
+    selection: Mapping[str, NDArray[np.uint8]]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for example ``round_05``."""
+        return self.path.name
+
+    @property
+    def model_folder(self) -> Path:
+        """The run's model folder: graph, init recipe, contract, golden inputs."""
+        return self.path.parent / "model"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parent:
+    """The weights that an update leads from.
+
+    Attributes:
+        name: ``round_04``, or ``init`` for the init weights.
+        weights: The weights, their fingerprint checked.
+        counter: Their release counter; None where they were never released.
+    """
+
+    name: str
+    weights: Weights
+    counter: int | None = None
+
+
+def read_round(path: str | PathLike[str]) -> RoundFolder:
+    """Read a round folder and check everything in it against everything else.
+
+    Args:
+        path: The round folder; its run's ``model`` folder lies beside it.
+
+    Raises:
+        RoundError: Incomplete, malformed, inconsistent, or not to be packed.
+    """
+    folder = _named(Path(path))
+    record = read_record(folder)
+    if not record.packable:
+        raise RoundError(
+            f"{folder}: the trainer marked this round as not packable; its weights, or "
+            "those it continues from, were never meant for devices"
+        )
+    weights = _read(folder / FILE_NAME)
+    round_ = RoundFolder(folder, record, weights, _read(folder / SELECTION_NAME))
+    graph = read_model_file(round_, "graph.onnx")
+    _check_equal(folder, "target", record.target, weights.fingerprint)
+    model = model_id(weights.layout.header, graph)
+    _check_equal(folder, "model", record.model, model)
+    _check_selection(round_)
+    return round_
+
+
+def read_model_file(round_: RoundFolder, name: str) -> bytes:
+    """Return a file of the run's model folder.
+
+    Raises:
+        RoundError: There is none.
+    """
+    path = round_.model_folder / name
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as err:
+        raise RoundError(f"the run is incomplete: {path} is missing") from err
+
+
+def _read(path: Path) -> Weights:
+    try:
+        return read_weights(path)
+    except FileNotFoundError as err:
+        raise RoundError(f"the round is incomplete: {path} is missing") from err
+    except WeightsError as err:
+        raise RoundError(f"{path}: {err}") from err
+
+
+def _check_equal(folder: Path, field: str, stated: str, found: str) -> None:
+    if stated != found:
+        raise RoundError(
+            f"{folder / RECORD_NAME} states {field} {stated}, its files give {found}: "
+            "a file was changed after the round was written"
+        )
+
+
+def _check_selection(round_: RoundFolder) -> None:
+    path = round_.path / SELECTION_NAME
+    for name, mask in round_.selection.items():
+        tensor = round_.weights.layout.by_name.get(name)
+        if tensor is None:
+            raise RoundError(f"{path} selects from {name!r}, which {FILE_NAME} lacks")
+        size = (tensor.size + 7) // 8
+        if mask.dtype != np.uint8 or mask.shape != (size,):
+            raise RoundError(
+                f"{path}: the mask of {name!r} is {mask.dtype} {list(mask.shape)}, "
+                f"expected uint8 [{size}] for {tensor.size} elements"
+            )
+
+
+def find_parent(round_: RoundFolder) -> Parent:
+    """Find the weights that a round's update leads from, by fingerprint.
+
+    Looks among the run's other rounds, then at its init weights.
+
+    Raises:
+        RoundError: Nothing in the run has that fingerprint, or what has is damaged.
+        WeightsError: The init recipe is malformed.
+    """
+    unread = []
+    for folder in list_rounds(round_.path.parent):
+        try:
+            record = read_record(folder)
+        except RoundError as err:
+            unread.append(str(err))  # told only if the parent is nowhere else
+            continue
+        if folder.name != round_.name and record.target == round_.record.parent:
+            return parent_from(read_round(folder))
+    init = read_init(round_)
+    if init.weights.fingerprint == round_.record.parent:
+        return init
+    problem = (
+        f"{round_.path}: its parent {round_.record.parent} is neither another round of "
+        f"{round_.path.parent} nor its init weights; put that round's folder back, or "
+        "name another parent with --from"
+    )
+    raise RoundError("\n  - ".join([problem, *unread]))
+
+
+def parent_from(round_: RoundFolder) -> Parent:
+    """Return a round's deployed weights as the parent of another update."""
+    return Parent(round_.name, round_.weights, round_.record.counter)
+
+
+def read_init(round_: RoundFolder) -> Parent:
+    """Return the init weights of a round's run.
+
+    Raises:
+        RoundError: The run has no init recipe, or it is for another network.
+        WeightsError: The recipe is malformed.
+    """
+    try:
+        weights = read_recipe(round_.model_folder).generate()
+    except FileNotFoundError as err:
+        raise RoundError(f"the run is incomplete: {err.filename} is missing") from err
+    if weights.layout.header != round_.weights.layout.header:
+        raise WeightsError(
+            f"the init recipe in {round_.model_folder} describes other tensors than "
+            f"{round_.path / FILE_NAME}"
+        )
+    return Parent(INIT, weights)
+
+
+def find_weights(run: Path, header: PatchHeader) -> Weights | None:
+    """Find weights of a patch's network in the run whose folder the patch lies in.
+
+    Returns:
+        The patch's parent where the run has it, else any weights of the network, else
+        None.
+    """
+    found = None
+    for folder in list_rounds(run):
+        try:
+            record = read_record(folder)
+        except RoundError:
+            continue  # a patch can be looked at beside a damaged round
+        if record.model == header.model and found is None:
+            found = folder
+        if record.target == header.parent:
+            return _read(folder / FILE_NAME)
+    if found is None:
+        return None
+    weights = _read(found / FILE_NAME)
+    try:
+        init = read_recipe(run / "model").generate()
+    except OSError:
+        return weights
+    return init if init.fingerprint == header.parent else weights
+
+
+def list_rounds(run: Path) -> list[Path]:
+    """Return a run's round folders, oldest first."""
+    found = [path for path in _folders(run) if re.fullmatch(r"round_\d{2,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[6:]))
+
+
+def list_runs(runs: Path) -> list[Path]:
+    """Return the round folders of all runs below a folder."""
+    return [folder for run in _folders(runs) for folder in list_rounds(run)]
+
+
+def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> Path:
+    """Find a round folder: a path, ``RUN/round_05``, or a bare ``round_05``.
+
+    Args:
+        name_or_path: What the user typed.
+        runs: The folder with the runs.
+
+    Raises:
+        RoundNotFoundError: No round of that name, or more than one; the candidates
+            or the nearest names are listed.
+    """
+    path, runs = Path(name_or_path), Path(runs)
+    for folder in (path, runs / path):
+        if folder.is_dir():
+            return _named(folder)
+    known = list_runs(runs)
+    matches = [folder for folder in known if folder.name == str(path)]
+    if len(matches) == 1:
+        return matches[0]
+    names = [f"{folder.parent.name}/{folder.name}" for folder in known]
+    if matches:
+        several = [f"{folder.parent.name}/{folder.name}" for folder in matches]
+        raise RoundNotFoundError(
+            f"{name_or_path} is in more than one run: {', '.join(several)}; say which"
+        )
+    # A bare name is compared with bare names, or the run's name would decide.
+    keys = names if len(path.parts) > 1 else [folder.name for folder in known]
+    near = difflib.get_close_matches(str(path), dict.fromkeys(keys), n=3)
+    hint = ", ".join(n for n, key in zip(names, keys, strict=True) if key in near)
+    raise RoundNotFoundError(
+        f"no round {name_or_path} in {runs} ("
+        + (f"{len(known)} rounds" if runs.is_dir() else "no such folder")
+        + "); "
+        + (f"nearest: {hint}" if hint else "give a path, or another --runs")
+    )
+
+
+def _named(folder: Path) -> Path:
+    # "." and ".." do not tell a round's number.
+    return folder.resolve() if folder.name in ("", "..") else folder
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []

@@ -1,0 +1,339 @@
+"""The agent as a process: signals, one per store, killed, and what systemd hears."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from edge_runtime import Device
+from edge_runtime.agent.status import tell
+from edge_runtime.cli.main import main
+from edge_runtime.errors import TrialError
+from edge_runtime.store.state import MAX_TRIES
+from edge_runtime.update.trial import run_trial
+from packager.build import pack_round
+from packager.bundles.from_round import build_bundle
+from packager.rounds.folder import read_round
+
+LONG_S = 60  # more than anything here takes
+
+
+@pytest.fixture
+def site(tmp_path, run):
+    """A store at round 0 and a folder with the patches of two rounds."""
+    run.add(2)
+    rounds = [read_round(run.path / f"round_{n:02d}") for n in range(3)]
+    Device.install(tmp_path / "store", build_bundle(rounds[0]).data)
+    (tmp_path / "in").mkdir()
+    for round_ in rounds[1:]:
+        path = tmp_path / "in" / f"{round_.path.name}.dpu"
+        path.write_bytes(pack_round(round_).data)
+    return tmp_path
+
+
+@pytest.fixture
+def start(site):
+    """Start an agent: ``start("--interval", 1)``; its standard error is a pipe."""
+    with ExitStack() as stack:
+
+        def begin(*options, **env):
+            words = ["--store", site / "store", "agent", site / "in", *options]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "edge_runtime", *map(str, words)],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | env,
+            )
+            stack.callback(end, process)
+            return process
+
+        yield begin
+
+
+def end(process):
+    process.kill()
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.fixture
+def blocking_hook(site):
+    """A hook that says that it runs, and waits to be released."""
+    folder = site / "store" / "hooks" / "before-apply.d"
+    folder.mkdir(parents=True)
+    os.mkfifo(site / "runs-now")
+    os.mkfifo(site / "go-on")
+    hook = folder / "wait"
+    hook.write_text(f"#!/bin/sh\necho > {site}/runs-now; read x < {site}/go-on\n")
+    hook.chmod(0o755)
+    yield
+    with suppress(OSError):  # one whose agent was killed may still wait
+        os.close(os.open(site / "go-on", os.O_WRONLY | os.O_NONBLOCK))
+
+
+def installed(site):
+    device = Device.open(site / "store")
+    assert device.verify()
+    return device.status()["round"]
+
+
+def events(text):
+    return re.findall(r"event=(\w+)", text)
+
+
+def test_an_agent_applies_what_is_there_and_ends_on_sigterm(site, start):
+    agent = start()
+    said = [agent.stderr.readline() for _ in range(3)]
+    assert events("".join(said)) == ["started", "applied", "applied"]
+    agent.send_signal(signal.SIGTERM)
+    assert events(agent.communicate(timeout=LONG_S)[1]) == ["stopped"]
+    assert (agent.returncode, installed(site)) == (0, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_never_cuts_an_update_off(site, start, blocking_hook, number):
+    agent = start()
+    (site / "runs-now").read_text()
+    agent.send_signal(number)
+    (site / "go-on").write_text("\n")
+    said = agent.communicate(timeout=LONG_S)[1]
+    assert events(said) == ["started", "applied", "stopped"]
+    assert (agent.returncode, installed(site)) == (0, 1)
+
+
+def test_a_trial_does_not_hear_the_ctrl_c_of_its_caller(tmp_path, monkeypatch):
+    """Else it would end as a failed one, and the release be skipped for ever."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncut -d' ' -f5 /proc/$$/stat > {tmp_path}/group\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with suppress(TrialError, ValueError):
+        run_trial(tmp_path, tmp_path)
+    assert int((tmp_path / "group").read_text()) != os.getpgrp()
+
+
+def test_a_store_has_one_agent(site, start):
+    for path in (site / "in").iterdir():
+        path.unlink()
+    agent = start()
+    agent.stderr.readline()
+    second = start("--once")
+    assert "another agent" in second.communicate(timeout=LONG_S)[1]
+    assert second.returncode == 7
+    agent.kill()
+    agent.wait()
+    assert start("--once").wait(LONG_S) == 0  # the lock died with it
+
+
+def test_killed_in_the_middle_it_goes_on_where_it_was(site, start, blocking_hook):
+    agent = start()
+    (site / "runs-now").read_text()
+    agent.kill()
+    agent.wait()
+    shutil.rmtree(site / "store" / "hooks")
+    again = start("--once")
+    said = again.communicate(timeout=LONG_S)[1]
+    assert events(said) == ["applied"] * 2
+    assert installed(site) == 2
+
+
+def test_killed_at_any_moment_it_gets_to_the_newest_release_in_the_end(site, start):
+    rng = random.Random(5)
+    for _ in range(MAX_TRIES - 1):  # more would count as the fault of the model
+        agent = start("--once")
+        with suppress(subprocess.TimeoutExpired):
+            agent.wait(rng.uniform(0.3, 2.0))
+        end(agent)
+        installed(site)
+    agent = start("--once")
+    assert (agent.wait(LONG_S), installed(site)) == (0, 2)
+    counted = json.loads((site / "store" / "agent.json").read_text())["files"]
+    assert {file["verdict"] for file in counted.values()} == {"applied"}
+
+
+# systemd ---------------------------------------------------------------------------
+
+
+class Manager:
+    """Stands where systemd would be."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(address)
+        self.address = address
+
+    def hear(self, timeout=LONG_S):
+        self.socket.settimeout(timeout)
+        return self.socket.recv(4096).decode()
+
+    def hear_until(self, message):
+        heard = []
+        while message not in heard:
+            heard.append(self.hear())
+        return heard
+
+
+@pytest.fixture
+def manager(tmp_path):
+    manager = Manager(str(tmp_path / "notify"))
+    with manager.socket:
+        yield manager
+
+
+def test_systemd_hears_when_the_agent_is_ready_alive_and_stopping(site, start, manager):
+    agent = start(NOTIFY_SOCKET=manager.address)
+    heard = manager.hear_until("READY=1")
+    assert heard == ["READY=1"]
+    heard = manager.hear_until("STATUS=at round 2")
+    assert heard.count("WATCHDOG=1") >= 1 + 2 * 2  # the look; each file read, applied
+    assert {manager.hear() for _ in range(2)} == {"WATCHDOG=1"}
+    agent.send_signal(signal.SIGTERM)
+    assert set(manager.hear_until("STOPPING=1")) <= {"WATCHDOG=1", "STOPPING=1"}
+    assert agent.wait(LONG_S) == 0
+
+
+def test_an_update_that_hangs_stops_the_pings(site, start, manager, blocking_hook):
+    start(NOTIFY_SOCKET=manager.address)
+    (site / "runs-now").read_text()
+    with suppress(BlockingIOError):
+        while manager.hear(timeout=0):
+            pass
+    with pytest.raises(TimeoutError):
+        manager.hear(timeout=0.3)
+    (site / "go-on").write_text("\n")
+    assert manager.hear() == "WATCHDOG=1"
+
+
+@pytest.mark.parametrize("sign", ["/", "@"])
+def test_a_manager_is_told_over_both_kinds_of_sockets(tmp_path, sign, monkeypatch):
+    name = f"{tmp_path}/other"
+    manager = Manager(name if sign == "/" else "\0" + name)
+    monkeypatch.setenv("NOTIFY_SOCKET", name if sign == "/" else "@" + name)
+    tell("A=1", "B=2")
+    assert manager.hear() == "A=1\nB=2"
+    manager.socket.close()
+
+
+def test_a_manager_that_does_not_listen_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    tell("READY=1")
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    tell("READY=1")
+
+
+# The command line ------------------------------------------------------------------
+
+
+@pytest.fixture
+def edge(command, site):
+    return lambda *args: command(main, "--store", site / "store", *args)
+
+
+def test_decisions_are_json_lines_on_request_and_then_silence(edge, site):
+    code, out, err = edge("agent", site / "in", "--once", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["event"], line["round"]) for line in lines] == [
+        ("applied", 1),
+        ("applied", 2),
+    ]
+    assert lines[1]["fingerprint"] == Device.open(site / "store").verify()
+    assert (code, err) == (0, "")
+    assert edge("agent", site / "in", "--once") == (0, "", "")
+
+
+def test_a_line_of_the_log_has_one_line(edge, site):
+    for path in (site / "in").iterdir():
+        path.unlink()
+    bad = site / "in" / 'a "b"\n=c.dpu'
+    bad.write_bytes(b"")
+    _, out, err = edge("agent", site / "in", "--once")
+    (line,) = err.splitlines()
+    assert r'file="a \"b\"\n=c.dpu" reason="not a whole patch, or not yet"' in line
+    assert out == ""
+
+
+def test_status_says_what_the_agent_found(edge, site):
+    assert "agent" not in edge("status")[1]
+    (site / "in" / "round_01.dpu").unlink()
+    (site / "in" / "bad.dpu").write_bytes(b"")
+    edge("agent", site / "in", "--once")
+    _, out, _ = edge("status")
+    assert re.search(r"^agent          all was well at 20\d\d-", out, re.M)
+    assert re.search(r"^waiting        round_02.dpu: it leads from weights", out, re.M)
+    record = json.loads(edge("status", "--json")[1])
+    assert record["agent"]["files"]["bad.dpu"]["verdict"] == "waiting"
+
+
+def test_failures_end_a_single_look_with_their_exit_codes(edge, site):
+    assert edge("agent", site / "nowhere", "--once")[0] == 10
+    assert json.loads((site / "store" / "agent.json").read_text())["failing"]
+    with Device.open(site / "store").store.lock():
+        assert edge("agent", site / "in", "--once")[0] == 7
+
+
+def test_an_agent_needs_an_installed_store(command, tmp_path):
+    code, _, err = command(main, "--store", tmp_path, "agent", tmp_path, "--once")
+    assert (code, "nothing is installed" in err) == (7, True)
+
+
+def unit_of(text):
+    lines = [line for line in text.splitlines() if line and line[0] not in "#["]
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+def test_a_unit_names_what_the_agent_may_write(edge, site):
+    folder = site / "in"
+    code, out, _ = edge("service", "--user", "pi", folder)
+    unit = unit_of(out)
+    assert (code, unit["User"], unit["Type"]) == (0, "pi", "notify")
+    assert unit["ReadWritePaths"] == str(site / "store")
+    assert unit["ExecStart"].endswith(f"--store {site / 'store'} agent {folder}")
+    options = ["--metrics", site / "m m" / "dpu.prom"]
+    unit = unit_of(edge("service", folder, *options)[1])
+    assert unit["ReadWritePaths"] == f"{site / 'store'} '{site / 'm m'}'"
+    assert unit["ExecStart"].endswith(f"--metrics '{site / 'm m'}/dpu.prom'")
+
+
+def test_a_unit_closes_what_a_strict_system_leaves_open(edge, site):
+    """With ProtectProc=, systemd 252 was seen to leave /run writable."""
+    unit = unit_of(edge("service", site / "in")[1])
+    assert (unit["ProtectSystem"], unit["ProtectProc"]) == ("strict", "invisible")
+    assert unit["ReadOnlyPaths"] == "/run"
+    private = [key for key in unit if key.startswith("Private") and unit[key] == "yes"]
+    assert private == ["PrivateTmp", "PrivateIPC", "PrivateDevices", "PrivateNetwork"]
+    assert unit["TemporaryFileSystem"].startswith("/dev/shm:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["in"], "absolute paths"),
+        (["/a$b"], "absolute paths"),
+        (["/in", "--metrics", "x"], "absolute paths"),
+        (["/in", "--metrics", "/run/dpu.prom"], "not to /run itself"),
+        (["/in", "--once"], "cron"),
+        (["/in", "--user", "pi\nExecStartPre=/bin/evil"], "no user's name"),
+        (["/in", "--no-such-option"], "No such option"),
+        ([], "Missing argument"),
+    ],
+)
+def test_a_unit_that_would_not_work_is_not_printed(edge, arguments, text):
+    code, out, err = edge("service", *arguments)
+    assert (code, out, text in err) == (2, "", True)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_systemd_finds_nothing_wrong_with_the_unit(edge, site):
+    unit = site / "dpu-edge-agent.service"
+    unit.write_text(edge("service", site / "in")[1])
+    command = ["systemd-analyze", "verify", "--man=no", unit]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

@@ -1,0 +1,90 @@
+"""What goes into a model: raw values become what the graph takes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from edge_runtime.errors import ContractError
+from edge_runtime.formats.contract import InputSpec, parse_contract
+
+IMAGE = InputSpec(
+    "x", "float32", (None, 3, 2, 2), 1 / 255, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+)
+
+
+def test_images_are_scaled_and_normalised_per_channel():
+    raw = np.arange(24, dtype=np.uint8).reshape(2, 3, 2, 2)
+    found = IMAGE.prepare(raw)
+    assert found.dtype == np.float32
+    for channel, (mean, std) in enumerate(zip(IMAGE.mean, IMAGE.std, strict=True)):
+        wanted = (raw[:, channel] / 255 - mean) / std
+        np.testing.assert_allclose(found[:, channel], wanted, rtol=1e-6)
+
+
+def test_a_single_sample_becomes_a_batch_of_one():
+    assert IMAGE.prepare(np.zeros((3, 2, 2), np.uint8)).shape == (1, 3, 2, 2)
+
+
+def test_one_mean_serves_all_channels():
+    spec = InputSpec("x", "float32", (None, 4), 0.5, (1.0,), (2.0,))
+    assert spec.prepare([[4, 6, 2, 0]]).tolist() == [[0.5, 1.0, 0.0, -0.5]]
+
+
+def test_values_pass_untouched_where_nothing_is_asked_for():
+    ids = np.array([[2**53 + 1]])
+    spec = InputSpec("ids", "int64", (None, 1))
+    assert spec.prepare(ids)[0, 0] == 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        np.zeros((1, 3, 2, 3), np.uint8),
+        np.zeros((2, 2), np.uint8),
+        np.zeros((1, 1, 3, 2, 2), np.uint8),
+        np.array([["text"]]),
+        np.zeros((1, 3, 2, 2), complex),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_shapes(raw):
+    with pytest.raises(ContractError, match=r"shape \[batch, 3, 2, 2\], got"):
+        IMAGE.prepare(raw)
+
+
+def contract(**fields):
+    inputs = [{"name": n, "dtype": "float32", "shape": [None, 2]} for n in "ab"]
+    return parse_contract(json.dumps({"schema": 1, "inputs": inputs} | fields))
+
+
+def test_several_inputs_are_given_by_name():
+    feed = contract().prepare({"a": [[1, 2]], "b": [[3, 4]]})
+    assert feed["b"].tolist() == [[3, 4]]
+    with pytest.raises(ContractError, match="by name, a, b; got one array"):
+        contract().prepare([[1, 2]])
+    with pytest.raises(ContractError, match="by name, a, b; got a"):
+        contract().prepare({"a": [[1, 2]]})
+
+
+def test_unknown_fields_are_ignored_for_later_versions():
+    assert contract(invented_later=1).inputs[0].name == "a"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 1, "inputs": [{}]}']
+)
+def test_a_malformed_contract_is_refused(text):
+    with pytest.raises(ContractError, match="malformed"):
+        parse_contract(text)
+
+
+@pytest.mark.parametrize("floor", [7, -0.1, math.nan])
+def test_a_floor_that_is_no_share_is_refused_before_any_trial(floor):
+    with pytest.raises(ContractError, match=r"accuracy_floor is .*, expected a share"):
+        contract(accuracy_floor=floor)
+
+
+def test_a_newer_schema_is_refused():
+    with pytest.raises(ContractError, match="newer dpu-edge"):
+        contract(schema=2)

@@ -1,0 +1,197 @@
+"""``dpu-patch info``, ``diff``, ``report`` and ``extract``."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from edge_runtime.formats.weights import fingerprint_file, pack_weights
+from packager.cli.pack import pack, patch
+
+
+@pytest.fixture
+def packed(run, monkeypatch, command):
+    """A patch from round_00 to round_01, and the two weight files."""
+    monkeypatch.setenv("DPU_RUNS", str(run.path.parent))
+    command(pack, "round_01", "-q")
+    return (
+        run.path / "round_01.dpu",
+        run.path / "round_00" / "weights.safetensors",
+        run.path / "round_01" / "weights.safetensors",
+    )
+
+
+@pytest.fixture
+def alone(packed, tmp_path):
+    """The patch, far from its run."""
+    return shutil.copy(packed[0], tmp_path / "alone.dpu")
+
+
+# info --------------------------------------------------------------------------------
+
+
+def test_info_accounts_for_every_byte(alone, command):
+    code, out, _ = command(patch, "info", alone, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["bytes"] == sum(record["parts"].values()) == alone.stat().st_size
+    assert sum(s["packed_bytes"] for s in record["sections"]) < record["bytes"]
+    assert (record["round"], record["changed"], record["tensors_changed"]) == (1, 30, 4)
+    assert "tensors" not in record
+
+
+def test_info_names_the_tensors_where_a_weight_file_gives_them(packed, alone, command):
+    record = json.loads(command(patch, "info", alone, "--base", packed[1], "--json")[1])
+    changed = {tensor["name"]: tensor["changed"] for tensor in record["tensors"]}
+    assert changed == {"fc1.weight": 5, "fc2.weight": 5, "fc1.bias": 16, "fc2.bias": 4}
+    assert record["floor"]["total"]["ratio"] > 0
+    out = command(patch, "info", alone, "--base", packed[1])[1]
+    assert "fc2.weight" in out
+    assert record["target"] in out
+    assert "times the floor" in out
+    assert "LoRa SF12" in out
+
+
+def test_info_finds_the_weights_in_the_run_that_the_patch_lies_in(run, packed, command):
+    record = json.loads(command(patch, "info", packed[0], "--json")[1])
+    assert len(record["tensors"]) == 4
+    assert record["tensors"][0]["relative_change"] > 0  # it is the parent
+    command(pack, "round_00", "-q")
+    first = run.path / "round_00.dpu"
+    record = json.loads(command(patch, "info", first, "--json")[1])
+    assert "relative_change" in record["tensors"][0]  # the regenerated init weights
+    shutil.rmtree(run.path / "model")
+    record = json.loads(command(patch, "info", first, "--json")[1])
+    assert "relative_change" not in record["tensors"][0]
+
+
+def test_info_takes_the_weights_of_any_file(packed, alone, command, tmp_path):
+    arrays = safetensors.numpy.load_file(packed[1])
+    odd = tmp_path / "odd.safetensors"
+    safetensors.numpy.save_file(arrays, odd, metadata={"format": "np"})
+    record = json.loads(command(patch, "info", alone, "--base", odd, "--json")[1])
+    assert "relative_change" in record["tensors"][0]
+
+
+def test_info_refuses_weights_of_another_network(alone, command, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(pack_weights({"w": np.zeros(3, "f4")}).data)
+    assert command(patch, "info", alone, "--base", other)[0] == 3
+
+
+def test_info_refuses_what_is_not_a_patch(packed, command):
+    assert command(patch, "info", packed[1])[0] == 3
+    assert command(patch, "info", packed[0].with_name("nothing.dpu"))[0] == 2
+
+
+def test_info_prints_markdown_for_a_pull_request(packed, command):
+    out = command(patch, "info", packed[0], "--md")[1]
+    assert out.startswith("## Patch round\\_01.dpu\n")
+    assert "| part | bytes | share | floor | times the floor |" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("x.html", "<!doctype html>"),
+        ("x.md", "## Patch"),
+        ("x.json", '{\n  "schema": 1'),
+        ("x.txt", "Patch round_01.dpu\n  model "),
+    ],
+)
+def test_an_output_is_what_its_name_says(packed, command, tmp_path, name, begins):
+    path = tmp_path / "new" / name
+    code, out, err = command(patch, "info", packed[0], "-o", path)
+    assert (code, out, err) == (0, "", f"wrote {path}\n")
+    assert path.read_text().startswith(begins)
+
+
+# diff --------------------------------------------------------------------------------
+
+
+def test_diff_counts_tensor_by_tensor(packed, command):
+    code, out, _ = command(patch, "diff", packed[1], packed[2], "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert (record["changed"], record["size"]) == (30, 276)
+    text = command(patch, "diff", packed[1], packed[2])[1]
+    assert text.startswith("30 of 276 values differ (10.87 %)\n")
+    assert "fc1.bias" in text
+    same = command(patch, "diff", packed[1], packed[1])[1]
+    assert same == "0 of 276 values differ (0.00 %)\n"
+
+
+def test_diff_refuses_weights_of_another_network(packed, command):
+    selection = packed[2].with_name("selection.safetensors")
+    assert command(patch, "diff", packed[1], selection)[0] == 4
+
+
+def test_diff_draws_a_page(packed, command, tmp_path):
+    command(patch, "diff", packed[1], packed[2], "-o", tmp_path / "d.html")
+    assert "<svg" in (tmp_path / "d.html").read_text()
+
+
+# report ------------------------------------------------------------------------------
+
+
+def test_a_report_of_a_patch_is_a_page_beside_it(packed, command):
+    code, out, err = command(patch, "report", packed[0])
+    page = packed[0].with_suffix(".html")
+    assert (code, out, err) == (0, "", f"wrote {page}\n")
+    text = page.read_text()
+    assert text.count("<svg") == 3
+    assert "fc1.weight" in text
+
+
+def test_a_report_of_a_run_is_a_page_in_its_folder(run, packed, new_run, command):
+    other = new_run("other", seed=9)
+    other.add(0)
+    for name in ("tiny", str(run.path)):
+        code, _, err = command(patch, "report", name, "--beside", "other")
+        assert (code, err) == (0, f"wrote {run.path / 'report.html'}\n")
+    text = (run.path / "report.html").read_text()
+    assert "Run tiny" in text
+    assert "Selection overlap" in text
+    record = json.loads(command(patch, "report", "tiny", "--json")[1])
+    assert [entry["round"] for entry in record["rounds"]] == [0, 1]
+    assert command(patch, "report", "tiny", "--md")[1].startswith("## Run tiny\n")
+
+
+def test_the_report_leaves_the_run_packable(run, packed, command):
+    command(patch, "report", "tiny")
+    assert command(pack, "round_01", "--dry-run")[0] == 0
+
+
+def test_a_name_that_is_no_run_lists_the_runs(run, packed, command):
+    (run.path.parent / "notes.txt").touch()
+    code, _, err = command(patch, "report", "tinny")
+    assert code == 2
+    assert err.endswith("there are: tiny\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("tiny", "--base", "weights"), ("patch", "--beside", "tiny")]
+)
+def test_options_of_the_other_kind_are_usage_errors(packed, command, arguments):
+    places = {"weights": packed[1], "patch": packed[0]}
+    assert command(patch, "report", *(places.get(a, a) for a in arguments))[0] == 2
+
+
+# extract -----------------------------------------------------------------------------
+
+
+def test_extract_writes_the_canonical_file_of_any(packed, command, tmp_path):
+    arrays = safetensors.numpy.load_file(packed[1])
+    odd = tmp_path / "odd.safetensors"
+    safetensors.numpy.save_file(arrays, odd, metadata={"format": "np"})
+    code, out, _ = command(patch, "extract", odd, "-o", tmp_path / "slot")
+    assert code == 0
+    written = tmp_path / "slot" / "weights.safetensors"
+    assert written.read_bytes() == packed[1].read_bytes()
+    assert out.startswith(fingerprint_file(written))
+    record = json.loads(
+        command(patch, "extract", packed[1], "-o", tmp_path / "slot", "--json")[1]
+    )
+    assert (record["canonical"], record["graph"]) == (True, None)

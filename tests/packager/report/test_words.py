@@ -1,0 +1,58 @@
+import pytest
+
+from packager.report.words import duration, natural, percent, short_bytes, spaced, times
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0.0 ms"),
+        (0.0042, "4.2 ms"),
+        (0.147, "147 ms"),
+        (0.9996, "1.0 s"),
+        (59.96, "1 min"),
+        (91, "1 min 31 s"),
+        (3599.6, "1 h"),
+        (5640, "1 h 34 min"),
+        (86_380, "1 d"),
+        (198_000, "2 d 7 h"),
+        (1e9, "11 574 d 2 h"),
+    ],
+)
+def test_times_have_one_or_two_units(seconds, words):
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (99_949, "99.9 kB"),
+        (123_456, "123 kB"),
+        (56_165_136, "56.2 MB"),
+        (4e9, "4.0 GB"),
+    ],
+)
+def test_sizes_have_three_digits_or_so(size, words):
+    assert short_bytes(size) == words
+
+
+def test_numbers_and_shares():
+    assert spaced(1234567) == "1 234 567"
+    assert spaced("-") == "-"
+    assert percent(1, 3) == "33.33 %"
+    assert percent(1, 0) == "-"
+    assert times(62.31, 1) == "62.3\u00d7"
+
+
+def test_layers_stand_in_the_order_that_people_expect():
+    names = ["11.weight", "4.weight", "0.weight", "b10", "b9"]
+    assert sorted(names, key=natural) == [
+        "0.weight",
+        "4.weight",
+        "11.weight",
+        "b9",
+        "b10",
+    ]

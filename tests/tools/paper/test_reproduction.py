@@ -1,0 +1,108 @@
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tools.paper.reproduce import NETWORKS, RECIPES
+from tools.paper.reproduction import (
+    METHODS,
+    PAPER,
+    SMALLER,
+    compare,
+    monotone,
+    plot,
+    read_results,
+    table,
+    write_result,
+)
+from trainer.recipe.config import as_dict, load_config
+
+
+def rows(*tried):
+    """Rounds of (validation, test) accuracies, per cent."""
+    return [
+        {"round": n, "val_tried": val, "test_tried": test, "bytes": 100}
+        for n, (val, test) in enumerate(tried)
+    ]
+
+
+RESULTS = {
+    ("fu", 1): rows((80, 81), (90, 91), (85, 80)),
+    ("dpu", 1): rows((70, 71), (92, 90)),
+    ("rpu", 2): rows((1, 1)),
+}
+
+
+def test_post_processing_holds_a_round_that_validates_worse():
+    found = monotone(rows((80, 81), (90, 91), (85, 95), (88, 70), (90, 89)))
+    assert found == [81, 91, 91, 91, 89]
+
+
+def test_methods_are_held_against_full_updating_over_common_rounds():
+    full, dpu = compare(RESULTS)  # seed 2 has no full updating
+    assert (full.method, full.rounds, full.raw) == ("fu", 3, 0)
+    assert (dpu.method, dpu.rounds, dpu.raw) == ("dpu", 2, pytest.approx(-5.5))
+    assert dpu.mean_bytes == 100
+
+
+def test_raw_means_count_what_was_discarded():
+    results = RESULTS | {("dpu", 1): rows((70, 81), (92, 91), (93, 91))}
+    dpu = compare(results)[1]
+    assert dpu.raw == pytest.approx(11 / 3)
+    assert dpu.monotone == pytest.approx(0)
+
+
+def test_the_table_shows_the_papers_figure():
+    assert "| -0.17 |" in "\n".join(table("mnist_mlp", compare(RESULTS)))
+
+
+def test_a_smaller_protocol_says_that_it_is_one():
+    lines = list(table("cifar10_vgg_small", compare(RESULTS)))
+    assert lines[0].startswith("Smaller than the paper's protocol: VGG of a quarter")
+    assert "(not comparable)" in lines[2]
+    assert "| +0.33 |" in lines[-1]
+
+
+def test_the_plot_has_one_line_a_run_beside_full_updating_of_its_seed():
+    root = ET.fromstring(plot(RESULTS))
+    full, dpu = root.findall("{*}polyline")  # seed 2 has no full updating
+    heights = [point.split(",")[1] for point in full.get("points").split()]
+    assert len(set(heights)) == 1 and len(heights) == 3
+    lower, higher = (point.split(",")[1] for point in dpu.get("points").split())
+    assert float(lower) > float(heights[0]) > 0  # 10 points behind, downwards
+    assert float(higher) > float(heights[0])
+    assert float(higher) < float(lower)
+
+
+def test_the_papers_own_chain_is_a_row_beside_dpu(tmp_path):
+    for name in ("fu", "dpu", "dpu_paper_chain"):
+        about = {"method": name.partition("_")[0], "seeds": {"run": 1}}
+        write_result(tmp_path / f"{name}_seed1.json", about, RESULTS["dpu", 1])
+    found = compare(read_results(tmp_path))
+    assert [row.method for row in found] == ["fu", "dpu", "dpu_paper_chain"]
+    assert list(table("mnist_mlp", found))[-1].count("-0.17") == 1
+
+
+def test_its_recipe_differs_in_the_chain_alone():
+    dpu, own = (
+        as_dict(load_config(RECIPES / "mnist_mlp" / f"{name}.toml", name="same"))
+        for name in ("dpu", "dpu_paper_chain")
+    )
+    own["update"].pop("chain"), dpu["update"].pop("chain")
+    assert own == dpu
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "dpu_seed1.json"
+    about = {"method": "dpu", "seeds": {"run": 1}}
+    write_result(path, about, RESULTS["dpu", 1])
+    assert read_results(tmp_path) == {("dpu", 1): RESULTS["dpu", 1]}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_of_the_papers_table_has_a_valid_recipe(network, method):
+    config = load_config(RECIPES / network / f"{method}.toml")
+    assert config.update.method == method
+    assert config.data.validation_from == "test"
+    column = SMALLER[network][0] if network in SMALLER else network
+    assert method == "fu" or method in PAPER[column]

@@ -1,0 +1,282 @@
+"""Run folders: complete or absent, and consistent with the bytes in them."""
+
+import dataclasses
+import hashlib
+import json
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from edge_runtime.errors import RoundError, TrainingError
+from edge_runtime.formats.init_weights import InitRecipe, TensorInit, read_recipe
+from edge_runtime.formats.weights import model_id, pack_weights, read_weights
+from trainer.folder.write import (
+    Outcome,
+    RoundRecord,
+    list_rounds,
+    read_round_record,
+    write_model,
+    write_round,
+)
+
+GRAPH = b"a graph"
+RECIPE = InitRecipe(
+    3,
+    {
+        "fc.weight": TensorInit("F32", (3, 5), "uniform", 0.5),
+        "fc.bias": TensorInit("F32", (3,), "constant", 0.0),
+    },
+    {},
+)
+INIT = RECIPE.generate()
+CONTRACT = {
+    "schema": 1,
+    "inputs": [{"name": "input", "shape": [None, 1, 2, 2]}],
+    "classes": ["0", "1", "2"],
+}
+IMAGES = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)
+MASK = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]]).bool()
+EPOCHS = [{"epoch": 0, "phase": "full", "loss": 1.5}, {"epoch": 1, "loss": 1.0}]
+
+
+def changed(weights, by=1.0):
+    tensors = {name: np.array(array) for name, array in weights.items()}
+    tensors["fc.weight"][MASK.numpy()] += by
+    return pack_weights(tensors)
+
+
+def record(number, base, **changes):
+    values = {
+        "parent": base.fingerprint,
+        "run": "digits",
+        "round": number,
+        "counter": number,
+        "outcome": Outcome.UPDATED,
+        "method": "dpu",
+        "ratio": 0.2,
+        "reinitialised": False,
+        "packable": True,
+        "samples": 100,
+        "metrics": {"val_accuracy": 0.5, "test_accuracy": 0.25},
+        "seeds": {"run": 3},
+        "config": {"run": {"name": "digits"}},
+    }
+    return RoundRecord(**values | changes)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "digits"
+    labels = np.array([0, 2], np.int32)
+    write_model(
+        folder,
+        graph=GRAPH,
+        recipe=RECIPE,
+        contract=CONTRACT,
+        golden_inputs=IMAGES,
+        golden_labels=labels,
+    )
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_model_folder_holds_what_was_given(run):
+    model = run / "model"
+    assert names(model) == ["contract.json", "golden.npz", "graph.onnx", "init.json"]
+    assert (model / "graph.onnx").read_bytes() == GRAPH
+    assert json.loads((model / "contract.json").read_text()) == CONTRACT
+    assert read_recipe(model).generate().fingerprint == INIT.fingerprint
+    with np.load(model / "golden.npz", allow_pickle=False) as golden:
+        assert golden["inputs"].dtype == np.uint8
+        assert golden["inputs"].tolist() == IMAGES.tolist()
+        assert golden["labels"].dtype == np.int64
+        assert golden["labels"].tolist() == [0, 2]
+
+
+def test_a_round_states_the_identities_of_its_bytes(run):
+    target = changed(INIT)
+    written = write_round(run, record(0, INIT), target, {"fc.weight": MASK}, EPOCHS)
+    folder = run / "round_00"
+    assert names(folder) == [
+        "metrics.jsonl",
+        "round.json",
+        "selection.safetensors",
+        "weights.safetensors",
+    ]
+    raw = json.loads((folder / "round.json").read_text())
+    assert list(raw) == [
+        "schema", "run", "round", "counter", "outcome", "model", "parent", "target",
+        "method", "ratio", "reinitialised", "packable", "samples", "metrics", "seeds",
+        "versions", "config",
+    ]  # fmt: skip
+    file = (folder / "weights.safetensors").read_bytes()
+    assert raw["target"] == hashlib.sha256(file).hexdigest()
+    assert raw["model"] == model_id(target.layout.header, GRAPH)
+    assert set(raw["versions"]) == {"python", "torch", "numpy"}
+    assert "+" not in "".join(raw["versions"].values())
+    assert raw["outcome"] == "updated"
+    assert read_round_record(folder) == written
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == EPOCHS
+
+
+def test_masks_are_packed_lowest_bit_first(run):
+    write_round(run, record(0, INIT), changed(INIT), {"fc.weight": MASK}, EPOCHS)
+    selection = read_weights(run / "round_00" / "selection.safetensors")
+    assert selection["fc.weight"].tolist() == [0b0000_0001, 0b0000_1010]
+    unpacked = np.unpackbits(selection["fc.weight"], count=15, bitorder="little")
+    assert unpacked.reshape(3, 5).tolist() == MASK.int().tolist()
+    assert "fc.bias" not in selection
+
+
+def test_rounds_are_listed_in_order_of_their_number(run):
+    parent = INIT
+    for number in (0, 9, 10, 100):
+        target = changed(parent)
+        write_round(run, record(number, parent), target, {}, [])
+        parent = target
+    (run / "round_09.dpu").touch()
+    assert [path.name for path in list_rounds(run)] == [
+        "round_00",
+        "round_09",
+        "round_10",
+        "round_100",
+    ]
+    assert list_rounds(run / "nowhere") == []
+
+
+def test_a_kept_base_is_the_parent_itself(run):
+    first = changed(INIT)
+    write_round(run, record(0, INIT), first, {}, [])
+    kept = record(1, first, outcome=Outcome.KEPT_BASE)
+    written = write_round(run, kept, first, {}, [])
+    assert written.target == written.parent == first.fingerprint
+
+
+@contextmanager
+def full_disk():
+    """Let no file grow beyond 100 bytes, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_an_interrupted_write_leaves_no_round_and_is_cleared_by_the_next(run):
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        write_round(run, record(0, INIT), changed(INIT), {}, [])
+    assert list_rounds(run) == []
+    write_round(run, record(0, INIT), changed(INIT), {}, [])
+    assert names(run) == ["model", "round_00"]
+
+
+def test_folders_are_never_written_twice(run):
+    write_round(run, record(0, INIT), changed(INIT), {}, [])
+    before = (run / "round_00" / "round.json").read_bytes()
+    with pytest.raises(TrainingError, match="round_00 exists already"):
+        write_round(run, record(0, INIT), changed(INIT, by=2), {}, [])
+    assert (run / "round_00" / "round.json").read_bytes() == before
+
+
+OTHER = pack_weights({"fc.weight": INIT["fc.weight"]})
+WRONG = {
+    "parent nobody has": (
+        {"parent": "ab" * 32},
+        changed(INIT),
+        {},
+        "neither a round of .* nor its init weights",
+    ),
+    "updated without a change": ({}, INIT, {}, "equal means kept_base"),
+    "kept base that changed": (
+        {"outcome": Outcome.KEPT_BASE},
+        changed(INIT),
+        {},
+        "equal means kept_base",
+    ),
+    "target of other weights": (
+        {"target": "cd" * 32},
+        changed(INIT),
+        {},
+        "states target cdcd",
+    ),
+    "weights of another model": ({}, OTHER, {}, "tensor 'fc.bias'"),
+    "mask of no tensor": (
+        {},
+        changed(INIT),
+        {"fc.wieght": MASK},
+        "'fc.wieght'.*no such tensor",
+    ),
+    "mask of another shape": ({}, changed(INIT), {"fc.weight": MASK.T}, "'fc.weight'"),
+    "mask of numbers": ({}, changed(INIT), {"fc.weight": MASK.int()}, "int32"),
+    "loss that is no number": (
+        {"metrics": {"val_accuracy": float("nan")}},
+        changed(INIT),
+        {},
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses_an_inconsistent_round_before_writing(run, case):
+    changes, weights, masks, message = WRONG[case]
+    with pytest.raises(TrainingError, match=message):
+        write_round(run, record(0, INIT, **changes), weights, masks, [])
+    assert names(run) == ["model"]
+
+
+def test_a_round_that_is_not_for_devices_may_lead_from_anywhere(run):
+    unseen = changed(INIT, by=3)
+    write_round(run, record(0, unseen, packable=False), changed(INIT), {}, [])
+    assert not read_round_record(run / "round_00").packable
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (IMAGES[:1], [0, 1], "do not fit"),
+        (IMAGES[:, :, :1], [0, 1], "do not fit"),
+        (IMAGES, [0, 3], "0 to 2"),
+        (IMAGES[:0], [], "one or more"),
+    ],
+)
+def test_refuses_golden_samples_that_do_not_fit_the_contract(
+    tmp_path, inputs, labels, message
+):
+    with pytest.raises(TrainingError, match=message):
+        write_model(
+            tmp_path / "run",
+            graph=GRAPH,
+            recipe=RECIPE,
+            contract=CONTRACT,
+            golden_inputs=inputs,
+            golden_labels=np.array(labels),
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "outcome": 3}'],
+)
+def test_refuses_a_malformed_record(tmp_path, text):
+    (tmp_path / "round.json").write_text(text)
+    with pytest.raises(RoundError, match=r"round\.json"):
+        read_round_record(tmp_path)
+
+
+def test_fields_from_a_newer_minor_version_are_passed_over(run):
+    write_round(run, record(0, INIT), changed(INIT), {}, [])
+    path = run / "round_00" / "round.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"new": 1}))
+    again = read_round_record(run / "round_00")
+    assert dataclasses.asdict(again).keys() | {"schema"} == raw.keys()

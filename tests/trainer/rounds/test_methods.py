@@ -1,0 +1,270 @@
+import pytest
+import torch
+
+from edge_runtime.errors import FrozenWeightChangedError, TrainingError
+from edge_runtime.formats.weights import Weights
+from trainer.data.samples import split_source
+from trainer.data.sources import load_source
+from trainer.export.tensors import load_weights, weights_of
+from trainer.method.fisher import fisher_scores
+from trainer.method.scores import magnitude_scores
+from trainer.method.selection import select_top_k
+from trainer.networks.models import build_model
+from trainer.recipe.config import as_dict, make_config
+from trainer.rounds.loop import evaluate
+from trainer.rounds.methods import train_round
+from trainer.rounds.training import RoundTraining
+
+torch.set_num_threads(1)
+
+METHODS = ("dpu", "gcpu", "lcpu", "magnitude", "fisher", "rpu", "fu", "pruning")
+EPOCHS = 3
+
+
+def config_of(method="dpu", model="mlp", ratio=0.05, update=None, **train):
+    options = {"hidden": [24]} if model == "mlp" else {"channels": [4], "hidden": 8}
+    return make_config(
+        {
+            "run": {"name": "t", "rounds": 1},
+            "data": {"set": "digits", "initial": 120, "growth": 0, "validation": 100},
+            "model": {"name": model} | options,
+            "update": {"method": method, "ratio": ratio} | (update or {}),
+            "train": {"epochs": EPOCHS, "batch": 16} | train,
+        }
+    )
+
+
+def prepare(config, model=None, *, from_init=True):
+    source = load_source(config.data)
+    split = split_source(source, config.data, seed=0, rounds=1)
+    if model is None:
+        torch.manual_seed(0)
+        model = build_model(config.model, source.input_shape, 10)
+    samples = source.prepared(split.pool[:120]), source.prepared(split.validation)
+    return RoundTraining(model, config, 0, samples, from_init=from_init)
+
+
+def trained(config, *, from_init=True):
+    """Train a round: its training, its start weights and its masks."""
+    training = prepare(config, from_init=from_init)
+    start = weights_of(training.model)
+    return training, start, train_round(training, config)
+
+
+def changed(start, best, name):
+    return torch.from_numpy(start[name].view("u4") != best[name].view("u4"))
+
+
+@pytest.mark.parametrize("method", METHODS[:6])
+def test_partial_methods_change_what_they_select_and_the_dense_part(method):
+    training, start, masks = trained(config_of(method))
+    assert sorted(masks) == ["1.weight", "3.weight"]
+    selected = sum(int(mask.sum()) for mask in masks.values())
+    assert selected == (89 if method == "rpu" else int(0.05 * 1776))
+    assert isinstance(training.best, Weights)
+    for name, mask in masks.items():
+        assert not (changed(start, training.best, name) & ~mask).any()
+    assert changed(start, training.best, "1.bias").any()
+    assert len(training.epochs) == 2 * EPOCHS
+
+
+def test_methods_select_different_weights():
+    masks = [trained(config_of(m))[2] for m in METHODS[:6]]
+    assert len({m["1.weight"].numpy().tobytes() for m in masks}) == 6
+
+
+def test_magnitude_selects_the_largest_trained_weights():
+    config = config_of("magnitude", "mlp")
+    masks = trained(config)[2]
+    training = prepare(config)
+    training.run_phase("full", EPOCHS, keep=False)
+    largest = select_top_k(
+        magnitude_scores(
+            (name, p) for name, p in training.model.named_parameters() if name in masks
+        ),
+        int(0.05 * 1776),
+    )
+    assert all(torch.equal(masks[name], largest[name]) for name in masks)
+
+
+def test_fisher_scores_are_sums_of_squared_gradients():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    samples = [(torch.randn(5, 4), torch.randint(3, (5,))) for _ in range(2)]
+    expected = torch.zeros(3, 4)
+    model.eval()
+    for inputs, labels in samples:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        expected += model[0].weight.grad ** 2
+    model.zero_grad(set_to_none=True)
+    before = weights_of(model)
+    (found,) = fisher_scores(model, samples, ["0.weight"]).values()
+    torch.testing.assert_close(found, expected)
+    assert model[0].weight.grad is None
+    assert weights_of(model).fingerprint == before.fingerprint
+
+
+def test_a_full_first_round_trains_every_weight_whatever_the_method():
+    training, _, masks = trained(config_of("dpu", update={"first": "full"}))
+    assert all(bool(mask.all()) for mask in masks.values())
+    assert {epoch["phase"] for epoch in training.epochs} == {"full"}
+
+
+@pytest.mark.parametrize("method", ["dpu", "rpu"])
+def test_a_frozen_dense_part_stays_as_bits_and_says_so_in_its_masks(method):
+    config = config_of(method, "small_cnn", 0.4, update={"dense": "freeze"}, lr=1e-2)
+    training, start, masks = trained(config, from_init=False)
+    dense = [name for name in start if name not in masks]
+    assert any(name.endswith("running_mean") for name in dense)
+    assert training.best is not None
+    assert not any(changed(start, training.best, name).any() for name in dense)
+    assert sorted(training.dense.masks()) == sorted(dense)
+    assert not any(bool(mask.any()) for mask in training.dense.masks().values())
+
+
+def test_frozen_statistics_are_what_the_network_trains_with():
+    config = config_of("dpu", "small_cnn", update={"dense": "freeze"})
+    training = prepare(config, from_init=False)
+    training.model.train()
+    inputs = torch.randn(16, 1, 8, 8)
+    trained_with = training.model(inputs)
+    assert torch.equal(trained_with, training.model.eval()(inputs))
+
+
+def test_the_dense_part_trains_where_a_round_starts_from_the_init_weights():
+    config = config_of("dpu", "small_cnn", update={"dense": "freeze"}, lr=1e-2)
+    training, start, _ = trained(config, from_init=True)
+    assert changed(start, training.best, "1.running_mean").all()
+    assert training.dense.masks() == {}
+
+
+def test_a_dense_part_under_the_budget_is_selected_like_any_other_weight():
+    config = config_of("dpu", "small_cnn", update={"dense": "budget"}, lr=1e-2)
+    training, start, masks = trained(config, from_init=False)
+    assert "1.bias" in masks
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == int(0.05 * total)
+    for name, mask in {**masks, **training.dense.masks()}.items():
+        assert not (changed(start, training.best, name) & ~mask).any()
+    assert set(masks) | set(training.dense.masks()) == set(start)
+
+
+def test_a_buffer_that_a_module_changes_in_training_is_not_passed_over():
+    config = config_of("dpu", update={"dense": "freeze"})
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    model.register_buffer("seen", torch.zeros(2))
+    training = prepare(config, model, from_init=False)
+    model.seen += 1
+    with pytest.raises(FrozenWeightChangedError, match=r"'seen' changed in training"):
+        training.consider_rewound()
+
+
+@pytest.mark.parametrize("bits", [10, 7])
+@pytest.mark.parametrize("method", ["dpu", "fu", "pruning"])
+def test_what_is_deployed_is_rounded_before_it_is_judged(method, bits):
+    config = config_of(method, update={"mantissa_bits": bits}, ratio=0.2)
+    training, start, _ = trained(config)
+    for name, array in training.best.items():
+        word, base = array.view("u4"), start[name].view("u4")
+        assert not (word[word != base] & ((1 << (23 - bits)) - 1)).any()
+    accuracy = training.accuracy["best"]
+    training.load(training.best)
+    samples = prepare(config)._validation
+    assert evaluate(training.model, samples) == accuracy
+
+
+def test_training_goes_on_from_unrounded_weights():
+    training = prepare(config_of("fu", update={"mantissa_bits": 7}))
+    training.run_phase("full", 1, keep=True)
+    words = weights_of(training.model)["1.weight"].view("u4")
+    assert (words & 0xFFFF).any()
+
+
+def test_lambda_of_1_is_the_global_contribution_alone():
+    tables = as_dict(config_of("dpu"))
+    tables["update"]["lambda"] = 1.0
+    found, expected = trained(make_config(tables))[2], trained(config_of("gcpu"))[2]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_full_updating_selects_everything_and_keeps_the_best_epoch():
+    training, start, masks = trained(config_of("fu"))
+    assert all(bool(mask.all()) for mask in masks.values())
+    assert [e["phase"] for e in training.epochs] == ["full"] * 2 * EPOCHS
+    assert training.accuracy["best"] == max(e["val_accuracy"] for e in training.epochs)
+    assert changed(start, training.best, "1.weight").float().mean() > 0.5
+
+
+def test_pruning_leaves_the_ratio_of_the_weights_and_zeroes_the_rest():
+    training, _, masks = trained(config_of("pruning", ratio=0.3))
+    assert all(bool(mask.all()) for mask in masks.values())
+    left = sum(int((training.best[name] != 0).sum()) for name in masks)
+    assert left == int(0.3 * 1776)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_epoch_is_kept_where_it_is_strictly_better(method):
+    training, _, _ = trained(config_of(method))
+    best = training.accuracy["start"]
+    best = max(best, training.accuracy.get("rewound", best))
+    judged = [epoch for epoch in training.epochs if epoch["phase"] == "sparse"]
+    for epoch in judged or training.epochs:
+        assert epoch["kept"] == (epoch["val_accuracy"] > best)
+        best = max(best, epoch["val_accuracy"])
+    assert training.accuracy["best"] == best
+
+
+def test_methods_of_one_seed_see_the_same_samples():
+    losses = [
+        [epoch["loss"] for epoch in trained(config_of(method))[0].epochs[:EPOCHS]]
+        for method in ("dpu", "gcpu", "pruning")
+    ]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_the_schedule_restarts_with_the_second_phase():
+    training, _, _ = trained(config_of("dpu", lr=1e-2, factor=0.5))
+    rates = [epoch["lr"] for epoch in training.epochs]
+    assert rates == pytest.approx([1e-2, 5e-3, 2.5e-3] * 2)
+
+
+def test_training_is_deterministic():
+    first, second = (trained(config_of("dpu", model="small_cnn"))[0] for _ in range(2))
+    assert first.best.fingerprint == second.best.fingerprint
+    assert first.epochs == second.epochs
+
+
+def test_the_rewound_network_is_judged_with_its_own_batchnorm_statistics():
+    training = prepare(config_of(model="small_cnn", lr=1e-2))
+    training.run_phase("full", 10, keep=False)
+    good = training.accuracy["full"]
+    for name, buffer in training.model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(5.0)
+    training.consider_rewound()
+    assert training.accuracy["rewound"] > good - 0.1
+    assert training.best is not None
+
+
+def test_a_rewound_network_that_ties_with_the_start_is_kept():
+    training = prepare(config_of())
+    training.consider_rewound()  # untrained: the very start
+    assert training.best.fingerprint == weights_of(training.model).fingerprint
+
+
+def test_nothing_is_kept_when_nothing_is_better():
+    first = prepare(config_of("fu"))
+    first.run_phase("full", 30, keep=True)
+    load_weights(first.model, first.best)
+    config = config_of("fu", lr=1e-9)
+    again = prepare(config, first.model)
+    train_round(again, config)
+    assert again.best is None
+    assert again.accuracy["best"] == first.accuracy["best"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    config = config_of("dpu", optimizer="sgd", lr=1e30)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower train\.lr"):
+        train_round(prepare(config), config)

@@ -1,0 +1,388 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edge_runtime.errors import ConfigError, RoundError
+from edge_runtime.formats.init_weights import read_recipe
+from edge_runtime.formats.weights import read_weights
+from packager.rounds.folder import read_round
+from trainer.folder.record import Outcome
+from trainer.folder.write import alone
+from trainer.recipe.config import as_dict, make_config
+from trainer.rounds.schedule import as_reported, run_rounds
+
+torch.set_num_threads(1)
+
+TABLES = {
+    "run": {"name": "tiny", "rounds": 3, "seed": 1},
+    "data": {"set": "digits", "initial": 60, "growth": 70, "validation": 100},
+    "model": {"name": "mlp", "hidden": [24]},
+    "update": {"ratio": 0.05},
+    "train": {"epochs": 6, "batch": 16, "lr": 1e-2},
+}
+
+
+def config_of(**sections):
+    names = TABLES.keys() | sections.keys()
+    return make_config({n: TABLES.get(n, {}) | sections.get(n, {}) for n in names})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three rounds: folder of the runs, records, what progress reported."""
+    runs, reports = tmp_path_factory.mktemp("runs"), []
+    records = run_rounds(config_of(), runs, progress=reports.append)
+    return runs, records, reports
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be changed."""
+    shutil.copytree(finished[0], tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_writes_the_model_once_and_a_folder_a_round(finished):
+    names = sorted(path.name for path in (finished[0] / "tiny").iterdir())
+    assert names == ["model", "round_00", "round_01", "round_02"]
+
+
+def test_every_round_leads_from_what_is_deployed_or_from_init(finished):
+    runs, records, _ = finished
+    init = read_recipe(runs / "tiny" / "model").generate().fingerprint
+    deployed = init
+    for record in records:
+        assert record.parent == (init if record.reinitialised else deployed)
+        weights = read_weights(
+            runs / "tiny" / f"round_{record.round:02d}" / "weights.safetensors"
+        )
+        assert record.target == weights.fingerprint
+        deployed = record.target
+    assert records[0].reinitialised is False
+    assert records[0].outcome == Outcome.UPDATED
+
+
+def test_changes_stay_within_selection_and_dense_part(finished):
+    runs, records, _ = finished
+    run = runs / "tiny"
+    known = {record.target: run / f"round_{record.round:02d}" for record in records}
+    init = read_recipe(run / "model").generate()
+    for record in records:
+        base = init
+        if record.parent in known:
+            base = read_weights(known[record.parent] / "weights.safetensors")
+        folder = run / f"round_{record.round:02d}"
+        new = read_weights(folder / "weights.safetensors")
+        masks = read_weights(folder / "selection.safetensors")
+        total = 0
+        for name, packed in masks.items():
+            size = base[name].size
+            mask = np.unpackbits(packed, count=size, bitorder="little").astype(bool)
+            changed = base[name].view("u4").ravel() != new[name].view("u4").ravel()
+            assert not (changed & ~mask).any()
+            total += int(changed.sum())
+        assert total == record.metrics["changed"]
+
+
+def test_re_initialises_when_the_data_grew_more_than_twofold(finished):
+    _, records, _ = finished
+    assert [record.samples for record in records] == [60, 130, 200]
+    assert [record.metrics["tried_reinit"] for record in records] == [0, 1, 0]
+
+
+def test_the_contract_says_how_raw_samples_become_inputs(finished):
+    model = finished[0] / "tiny" / "model"
+    contract = json.loads((model / "contract.json").read_text())
+    (inputs,) = contract["inputs"]
+    assert inputs["shape"] == [None, 1, 8, 8]
+    assert inputs["scale"] == 0.0625
+    assert contract["classes"] == list("0123456789")
+    with np.load(model / "golden.npz") as golden:
+        assert golden["inputs"].shape == (64, 1, 8, 8)
+        assert golden["inputs"].dtype == np.uint8
+
+
+def test_the_accuracy_floor_is_halfway_between_chance_and_round_00(finished):
+    model = finished[0] / "tiny" / "model"
+    floor = json.loads((model / "contract.json").read_text())["accuracy_floor"]
+    right = round((2 * floor - 0.1) * 64, 6)
+    assert right == int(right)
+    assert 0.1 < floor < 1
+
+
+def test_the_record_holds_the_whole_recipe(finished):
+    assert finished[1][2].config == as_dict(config_of())
+
+
+def test_progress_counts_every_epoch_and_ends_each_round_with_its_record(finished):
+    _, records, reports = finished
+    first = [report for report in reports if report.round == 0]
+    assert [report.epoch for report in first] == [*range(1, 13), 12]
+    assert {report.epochs for report in first} == {12}
+    assert first[0].phase == "full"
+    assert first[-2].phase == "sparse"
+    assert [report.record for report in reports if report.record] == records
+
+
+def test_a_finished_run_is_read_and_not_trained_again(finished):
+    runs, records, _ = finished
+    reports = []
+    assert run_rounds(config_of(), runs, progress=reports.append) == records
+    assert reports == []
+
+
+def test_resuming_gives_the_same_bytes(finished, copied):
+    shutil.rmtree(copied / "tiny" / "round_01")
+    shutil.rmtree(copied / "tiny" / "round_02")
+    run_rounds(config_of(), copied)
+    assert contents(copied) == contents(finished[0])
+
+
+def test_resuming_after_a_stop_within_round_00_gives_the_same_bytes(finished, copied):
+    for number in range(3):
+        shutil.rmtree(copied / "tiny" / f"round_{number:02d}")
+    run_rounds(config_of(), copied)
+    assert contents(copied) == contents(finished[0])
+
+
+def test_a_run_can_be_carried_on_for_more_rounds(copied):
+    records = run_rounds(config_of(run={"rounds": 4}), copied)
+    assert len(records) == 4
+    assert records[3].samples == 270
+
+
+def test_a_worse_re_initialised_model_is_discarded_and_tried_again(copied):
+    path = copied / "tiny" / "round_02" / "round.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["val_accuracy"] = 1.0  # nothing can be better
+    path.write_text(json.dumps(record))
+    third, fourth = run_rounds(config_of(run={"rounds": 5}), copied)[3:]
+    assert third.outcome == Outcome.KEPT_BASE
+    assert third.reinitialised is False
+    assert third.parent == third.target == record["target"]
+    assert third.metrics["tried_reinit"] == 1
+    assert third.metrics["changed"] == 0
+    assert fourth.metrics["tried_reinit"] == 1
+
+
+def test_a_discarded_re_initialisation_leaves_the_round_to_an_ordinary_update(copied):
+    path = copied / "tiny" / "round_02" / "round.json"
+    record = json.loads(path.read_text())
+    deployed = record["metrics"]["val_accuracy"]
+    # The next round is due, and from the init weights one epoch gets nowhere.
+    (fourth,) = run_rounds(config_of(run={"rounds": 4}), copied)[3:]
+    lines = (copied / "tiny" / "round_03" / "metrics.jsonl").read_text().splitlines()
+    starts = [json.loads(line)["start"] for line in lines]
+    assert fourth.metrics["tried_reinit"] == 1
+    assert fourth.metrics["val_accuracy"] >= deployed
+    if fourth.reinitialised:
+        assert starts == ["init"] * 12
+    else:
+        assert starts == ["init"] * 12 + ["deployed"] * 12
+        assert fourth.metrics["val_reinit"] < deployed
+        assert fourth.parent == record["target"]
+
+
+SHADOWED = config_of(run={"rounds": 6}, update={"chain": "shadow", "reinit": 3})
+
+
+@pytest.fixture(scope="module")
+def shadowed(tmp_path_factory):
+    """A run that re-initialises, falls short, and trains on unseen: runs, records."""
+    runs = tmp_path_factory.mktemp("shadowed")
+    return runs, run_rounds(SHADOWED, runs)
+
+
+def starts_of(runs, number):
+    lines = (runs / "tiny" / f"round_{number:02d}" / "metrics.jsonl").read_text()
+    return list(dict.fromkeys(json.loads(row)["start"] for row in lines.splitlines()))
+
+
+def shadow_of(runs, number):
+    return runs / "tiny" / f"round_{number:02d}" / "shadow.safetensors"
+
+
+def test_a_re_initialised_model_that_falls_short_is_trained_on_unseen(shadowed):
+    runs, records = shadowed
+    shares = [record.metrics["val_accuracy"] for record in records]
+    assert shares == sorted(shares)
+    seen = set()
+    for number, record in enumerate(records[1:], 1):
+        fresh = "shadow" if shadow_of(runs, number - 1).exists() else None
+        if record.metrics["tried_reinit"]:
+            fresh = "init"
+        starts = starts_of(runs, number)
+        if record.reinitialised:
+            assert starts == [fresh]
+            assert record.parent == records[0].parent
+        elif fresh:
+            assert starts == [fresh, "deployed"]
+            assert record.metrics["val_reinit"] < shares[number - 1]
+        else:
+            assert starts == ["deployed"]
+        kept = fresh is not None and not record.reinitialised
+        assert shadow_of(runs, number).exists() == kept
+        seen.add((fresh, record.reinitialised))
+    assert {("init", False), ("shadow", True)} <= seen
+
+
+def test_what_was_trained_unseen_is_packed_from_the_init_weights(shadowed):
+    runs, records = shadowed
+    (deployed,) = [r for r in records[1:] if starts_of(runs, r.round) == ["shadow"]]
+    found = read_round(runs / "tiny" / f"round_{deployed.round:02d}")
+    assert found.record.parent == records[0].parent
+    counts = deployed.metrics
+    assert counts["changed"] <= counts["selected"]
+    assert deployed.ratio == counts["selected"] / counts["weights"]
+    assert deployed.ratio > SHADOWED.update.ratio
+
+
+def test_resuming_goes_on_with_the_unseen_model(shadowed, tmp_path):
+    runs, records = shadowed
+    shutil.copytree(runs, tmp_path / "runs")
+    first = next(r.round for r in records if shadow_of(runs, r.round).exists())
+    for number in range(first + 1, len(records)):
+        shutil.rmtree(tmp_path / "runs" / "tiny" / f"round_{number:02d}")
+    run_rounds(SHADOWED, tmp_path / "runs")
+    assert contents(tmp_path / "runs") == contents(runs)
+
+
+def test_unseen_training_is_refused_under_a_budget():
+    with pytest.raises(ConfigError) as caught:
+        config_of(update={"chain": "shadow", "budget": "2KB"})
+    assert "chain shadow cannot keep a budget" in str(caught.value.problems)
+
+
+def test_full_updating_keeps_nothing_unseen(tmp_path):
+    update = {"method": "fu", "chain": "shadow"}
+    run_rounds(config_of(update=update, train={"epochs": 1}), tmp_path)
+    assert not list(tmp_path.rglob("shadow.safetensors"))
+
+
+def test_the_papers_chain_goes_on_from_a_worse_model_and_cannot_be_packed(tmp_path):
+    config = config_of(
+        run={"rounds": 4},
+        data={"growth": 0},
+        update={"chain": "paper", "reinit": 1},
+        train={"epochs": 1},
+    )
+    records = run_rounds(config, tmp_path)
+    assert not any(record.packable for record in records)
+    init = records[0].parent
+    assert [record.parent for record in records] == [init] * 4
+    assert all(record.reinitialised for record in records[1:])
+    shares = [record.metrics["val_accuracy"] for record in records]
+    assert shares != sorted(shares)  # some re-initialised model was worse: it stays
+    with pytest.raises(RoundError, match="not packable"):
+        read_round(tmp_path / "tiny" / "round_01")
+
+
+def test_reported_accuracy_is_held_where_validation_drops(finished):
+    def records(*rows):
+        return [
+            replace(finished[1][0], metrics={"val_accuracy": v, "test_accuracy": t})
+            for v, t in rows
+        ]
+
+    found = as_reported(records((0.5, 0.6), (0.4, 0.9), (0.45, 0.9), (0.5, 0.4)))
+    assert found == [(0.5, 0.6)] * 3 + [(0.5, 0.4)]
+    assert as_reported([]) == []
+
+
+def test_refuses_a_run_folder_made_with_another_recipe(copied):
+    with pytest.raises(ConfigError) as caught:
+        run_rounds(config_of(train={"lr": 1e-3}, update={"ratio": 0.1}), copied)
+    assert caught.value.problems == (
+        "[train] lr was 0.01, is now 0.001",
+        "[update] ratio was 0.05, is now 0.1",
+    )
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
+    for number in range(3):
+        path = copied / "tiny" / f"round_{number:02d}" / "round.json"
+        record = json.loads(path.read_text())
+        del record["config"]["update"]["mantissa_bits"]
+        path.write_text(json.dumps(record))
+    assert len(run_rounds(config_of(), copied)) == 3
+    with pytest.raises(ConfigError, match="mantissa_bits was 23, is now 7"):
+        run_rounds(config_of(update={"mantissa_bits": 7}), copied)
+
+
+def test_refuses_to_continue_when_told_not_to(copied):
+    with pytest.raises(ConfigError, match="has 3 rounds already"):
+        run_rounds(config_of(), copied, resume=False)
+
+
+def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from trainer.folder.write import alone\n"
+        "with alone(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(copied / "tiny")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another process is training"):
+            run_rounds(config_of(run={"rounds": 4}), copied)
+        other.kill()
+    assert len(run_rounds(config_of(run={"rounds": 4}), copied)) == 4
+
+
+def test_who_is_refused_leaves_the_others_empty_folder_alone(tmp_path):
+    with alone(tmp_path / "run"):  # in its first round: nothing is written yet
+        for _ in range(2):
+            refused = pytest.raises(ConfigError, match="another process")
+            with refused, alone(tmp_path / "run"):
+                pytest.fail("two train one run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError, match="samples"):
+        run_rounds(config_of(data={"initial": 5000}), tmp_path)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_refuses_a_run_with_a_missing_round(copied):
+    shutil.rmtree(copied / "tiny" / "round_01")
+    with pytest.raises(ConfigError, match=r"has the rounds \[0, 2\]"):
+        run_rounds(config_of(), copied)
+
+
+def test_refuses_a_model_folder_of_another_recipe(copied):
+    for number in range(3):
+        shutil.rmtree(copied / "tiny" / f"round_{number:02d}")
+    with pytest.raises(ConfigError, match="written for another recipe"):
+        run_rounds(config_of(run={"rounds": 1, "seed": 2}), copied)
+
+
+def test_full_updating_starts_from_init_in_every_round(tmp_path):
+    config = config_of(
+        run={"rounds": 2, "accuracy_floor": 0.3},
+        update={"method": "fu"},
+        train={"epochs": 2},
+    )
+    first, second = run_rounds(config, tmp_path)
+    assert second.reinitialised
+    assert second.parent == first.parent
+    assert second.ratio is None
+    contract = json.loads((tmp_path / "tiny" / "model" / "contract.json").read_text())
+    assert contract["accuracy_floor"] == 0.3
+
+
+def test_every_so_many_rounds_is_a_rule_too(tmp_path):
+    config = config_of(run={"rounds": 4}, update={"reinit": 2}, train={"epochs": 1})
+    tried = [r.metrics["tried_reinit"] for r in run_rounds(config, tmp_path)]
+    assert tried[:3] == [0, 0, 1]

@@ -1,0 +1,1 @@
+"""Programs that reproduce the paper's tables."""

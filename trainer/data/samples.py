@@ -1,0 +1,272 @@
+"""Samples as tensors in memory, and the fixed split that a run trains on.
+
+A loop over tensors is several times faster than one that decodes and normalises image
+after image. Every random choice has its own generator, keyed by the run's seed and its
+purpose, so that two methods with one seed see the same samples in the same order in
+every round, however many epochs either of them trains.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.formats.init_weights import philox
+from trainer.recipe.schema import DataConfig
+
+MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
+CROP_PADDING = 4  # pixels
+
+CPU = torch.device("cpu")
+READERS = 8  # threads; decoding an image lets others run
+
+Augment = Callable[[Tensor], Tensor]
+
+
+class Stored:
+    """Inputs that stay where they are until a batch needs them.
+
+    Indexing gives another selection and reads nothing; :meth:`read` reads.
+    """
+
+    def __init__(self, dataset: Any, shape: tuple[int, ...], which: Tensor) -> None:
+        """Select samples of a map-style dataset of (input, label).
+
+        Args:
+            dataset: ``dataset[i][0]`` is one input, a tensor; called from threads.
+            shape: Of one input.
+            which: Indices, (N,) int64.
+        """
+        self._dataset, self._one, self._which = dataset, shape, which
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all inputs together, (N, ...)."""
+        return (len(self._which), *self._one)
+
+    def __getitem__(self, which: slice | Tensor) -> "Stored":
+        return Stored(self._dataset, self._one, self._which[which])
+
+    def read(self) -> Tensor:
+        """Return the inputs, (N, ...).
+
+        Raises:
+            ConfigError: An input has another shape than the first one.
+        """
+        with ThreadPoolExecutor(READERS) as pool:
+            inputs = list(pool.map(self._read_one, self._which.tolist()))
+        return torch.stack(inputs)
+
+    def _read_one(self, index: int) -> Tensor:
+        found = self._dataset[index][0]
+        if tuple(found.shape) != self._one:
+            raise ConfigError(
+                f"sample {index} has shape {tuple(found.shape)}, the first one has "
+                f"{self._one}; set data.size to bring images to one"
+            )
+        return torch.as_tensor(found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """Labelled inputs.
+
+    Attributes:
+        inputs: (N, C, H, W), raw (uint8) or normalised (float32); or what reads them.
+        labels: (N,) int64.
+        prepare: What a batch of ``inputs`` still has to go through before the network.
+    """
+
+    inputs: Tensor | Stored
+    labels: Tensor
+    prepare: Callable[[Any], Tensor] = lambda inputs: inputs
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, which: slice | Tensor) -> "Samples":
+        return replace(self, inputs=self.inputs[which], labels=self.labels[which])
+
+    def read(self) -> Tensor:
+        """Return the inputs as they are stored, as a tensor."""
+        inputs = self.inputs
+        return inputs.read() if isinstance(inputs, Stored) else inputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DataSource:
+    """One data set: raw samples, and how they become the network's input.
+
+    The network sees ``(raw * scale - mean) / std`` in float32.
+
+    Attributes:
+        train: Raw training samples, uint8.
+        test: Raw test samples, uint8.
+        classes: Class names, by label.
+        scale: Factor of a raw value.
+        mean: Per channel, of scaled values; empty for none.
+        std: Likewise.
+    """
+
+    train: Samples
+    test: Samples
+    classes: tuple[str, ...]
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, (C, H, W)."""
+        return tuple(self.train.inputs.shape[1:])
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn raw inputs (N, C, ...) into float32 network inputs."""
+        scaled = raw.float().mul(self.scale)
+        if not self.mean:
+            return scaled
+        shape = (-1, *[1] * (raw.dim() - 2))
+        mean, std = (
+            torch.tensor(v, device=raw.device).view(shape)
+            for v in (self.mean, self.std)
+        )
+        return scaled.sub_(mean).div_(std)
+
+    def prepared(self, samples: Samples, device: torch.device = CPU) -> Samples:
+        """Normalise samples: now where the result fits into memory, else in batches.
+
+        Batches come to be on the device; so do all samples, where they are in memory.
+        """
+        labels = samples.labels.to(device)
+        if isinstance(samples.inputs, Stored):
+            return Samples(
+                samples.inputs, labels, lambda s: self.normalise(s.read().to(device))
+            )
+        inputs = samples.inputs.to(device)
+        if inputs.numel() * 4 > MAX_NORMALISED_BYTES:
+            return Samples(inputs, labels, self.normalise)
+        return Samples(self.normalise(inputs), labels)
+
+    def crop_flip(self, random: np.random.Generator) -> Augment:
+        """Return the augmentation of the CIFAR recipes, for prepared batches.
+
+        Random crop after padding by 4 raw zeros on each side, random horizontal flip.
+        """
+        zeros = torch.zeros(1, self.input_shape[0], 1, 1, dtype=torch.uint8)
+        border, pad = self.normalise(zeros), CROP_PADDING
+
+        def augment(inputs: Tensor) -> Tensor:
+            n, channels, height, width = inputs.shape
+            shape = (n, channels, height + 2 * pad, width + 2 * pad)
+            canvas = border.to(inputs.device).expand(shape).clone()
+            canvas[:, :, pad:-pad, pad:-pad] = inputs
+            corner = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, n, 1)))
+            flip = torch.from_numpy(random.random((n, 1)) < 0.5)
+            rows = corner[0] + torch.arange(height)  # (N, H)
+            columns = torch.arange(width)
+            columns = corner[1] + torch.where(flip, columns.flip(0), columns)  # (N, W)
+            sample = torch.arange(n).view(n, 1, 1)
+            # Drawn on the CPU, so that every device sees the same; used on the batch's.
+            sample, rows, columns = (
+                i.to(inputs.device) for i in (sample, rows, columns)
+            )
+            # Indices around a slice bring their axes to the front: (N, H, W, C).
+            picked = canvas[sample, :, rows[:, :, None], columns[:, None, :]]
+            return picked.permute(0, 3, 1, 2).contiguous()
+
+        return augment
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Which samples train, choose the epoch, and test; fixed for a whole run.
+
+    Attributes:
+        pool: Raw training samples in the order in which they arrive.
+        validation: Raw samples that choose the epoch.
+        test: Raw samples that nothing depends on.
+        initial: Samples that round_00 trains on.
+        growth: Samples that each later round adds.
+    """
+
+    pool: Samples
+    validation: Samples
+    test: Samples
+    initial: int
+    growth: int
+
+    def size_at(self, round_number: int) -> int:
+        """Return how many samples of the pool a round trains on."""
+        return self.initial + round_number * self.growth
+
+
+def generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """Return the random stream of one purpose, for example ``(seed, "order", 3)``."""
+    name = "/".join(["stream", *map(str, purpose)])
+    return np.random.Generator(philox(seed, name))
+
+
+def split_source(
+    source: DataSource, config: DataConfig, *, seed: int, rounds: int
+) -> Split:
+    """Split a data set for a run.
+
+    Raises:
+        ConfigError: The data set is too small for the recipe.
+    """
+    from_test, name = config.validation_from == "test", config.set or config.factory
+    held = source.test if from_test else source.train
+    order = torch.from_numpy(generator(seed, "split").permutation(len(held)))
+    chosen, left = order[: config.validation], order[config.validation :]
+    validation, rest = held[chosen], held[left]
+    if from_test:
+        arrival = generator(seed, "arrival").permutation(len(source.train))
+        pool, test = source.train[torch.from_numpy(arrival)], rest
+    else:
+        pool, test = rest, source.test
+    split = Split(pool, validation, test, config.initial, config.growth)
+    problems = []
+    if split.size_at(rounds - 1) > len(pool):
+        problems.append(
+            f"{rounds} rounds need {split.size_at(rounds - 1)} training samples, "
+            f"{name} has {len(pool)} beside validation; lower run.rounds, "
+            "data.initial, data.growth or data.validation"
+        )
+    if len(validation) < config.validation or not len(test):
+        problems.append(
+            f"[data] validation = {config.validation} leaves no test samples: "
+            f"{name} has {len(held)} in its {config.validation_from} set"
+        )
+    if problems:
+        raise ConfigError("the data set is too small:", problems=problems)
+    return split
+
+
+def batches(
+    samples: Samples,
+    size: int,
+    order: Tensor | None = None,
+    augment: Augment | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of network inputs (B, C, H, W) and labels (B,).
+
+    Args:
+        samples: Prepared samples.
+        size: Samples of one batch; the last one may be smaller.
+        order: A permutation of the samples (int64); default: as they lie. A last batch
+            of one sample is then left out, because BatchNorm cannot train on it.
+        augment: Applied to the inputs of each batch.
+    """
+    for start in range(0, len(samples), size):
+        stop = min(start + size, len(samples))
+        if order is not None and stop - start == 1:
+            return
+        which = slice(start, stop) if order is None else order[start:stop]
+        inputs = samples.prepare(samples.inputs[which])
+        labels = samples.labels[which]
+        yield augment(inputs) if augment else inputs, labels

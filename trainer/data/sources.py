@@ -1,0 +1,190 @@
+"""Where samples come from: named data sets, image folders, your own function.
+
+In memory, or read batch by batch where they are too large for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_runtime.errors import ConfigError, TrainingError
+from trainer.data.samples import DataSource, Samples, Stored, generator
+from trainer.recipe.factory import call_factory
+from trainer.recipe.schema import DataConfig, parse_size
+
+STATISTICS_SAMPLES = 2000
+DIGITS_TEST = 400  # samples; scikit-learn's digits come without a test set
+
+
+def load_source(config: DataConfig) -> DataSource:
+    """Load a data set, downloading it first where it is one that can be.
+
+    Raises:
+        ConfigError: The image folder is not laid out as expected.
+        TrainingError: The data set is neither at ``root`` nor can it be downloaded.
+    """
+    root = Path(config.root).expanduser()
+    if config.set == "digits":
+        source = _digits()
+    elif config.set == "folder":
+        source = _folder(root, config)
+    elif config.factory:
+        source = as_source(call_factory(config.factory), parse_size(config.memory) or 0)
+    else:
+        source = _torchvision(config.set, root)
+    if config.normalise:
+        return source
+    channels = len(source.mean)
+    return replace(source, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _digits() -> DataSource:
+    """Handwritten digits inside scikit-learn: 1797 images of 8x8, values 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    inputs = torch.from_numpy(images.astype(np.uint8)).view(-1, 1, 8, 8)
+    # Neighbours in the file are of one writer: a random test set, but always the same.
+    order = torch.from_numpy(generator(0, "digits").permutation(len(inputs)))
+    samples = Samples(inputs, torch.from_numpy(labels).long())[order]
+    names = tuple(str(digit) for digit in range(10))
+    train, test = samples[DIGITS_TEST:], samples[:DIGITS_TEST]
+    return DataSource(train, test, names, 1 / 16, (0.3053,), (0.3761,))
+
+
+# Class in torchvision.datasets, mean and deviation of the training images (0 to 1).
+_TORCHVISION = {
+    "mnist": ("MNIST", (0.1307,), (0.3081,)),
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+def _torchvision(name: str, root: Path) -> DataSource:
+    from trainer.data.vision import torchvision
+
+    class_name, mean, std = _TORCHVISION[name]
+    open_set = getattr(torchvision.datasets, class_name)
+    try:
+        halves = [open_set(root, train=t, download=True) for t in (True, False)]
+    except (OSError, RuntimeError) as err:
+        raise TrainingError(
+            f"{name} is neither in {root} nor can it be downloaded ({err}); put it "
+            "there, or say where it is with data.root"
+        ) from err
+    train, test = (
+        Samples(_nchw(half.data), torch.as_tensor(half.targets)) for half in halves
+    )
+    digits = tuple(str(digit) for digit in range(10))
+    classes = digits if name == "mnist" else tuple(halves[0].classes)
+    return DataSource(train, test, classes, 1 / 255, mean, std)
+
+
+def _nchw(images: Tensor | np.ndarray) -> Tensor:
+    """Bring (N, H, W) or (N, H, W, C) to (N, C, H, W)."""
+    tensor = torch.as_tensor(images)
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(1)
+    return tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def _folder(root: Path, config: DataConfig) -> DataSource:
+    """Read train/CLASS/* and test/CLASS/* (or val/CLASS/*) as RGB."""
+    from trainer.data.vision import torchvision
+
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        raise ConfigError(
+            f"{root} is not an image folder: expected train/CLASS/* and test/CLASS/* "
+            "(or val/CLASS/*) in it; set data.root"
+        )
+    steps: list[Callable[[Any], Any]] = [torchvision.transforms.PILToTensor()]
+    if config.size:
+        transforms, size = torchvision.transforms, config.size
+        steps = [transforms.Resize(size), transforms.CenterCrop(size), *steps]
+    transform = torchvision.transforms.Compose(steps)
+    open_folder = torchvision.datasets.ImageFolder
+    folders = [open_folder(half, transform) for half in (root / "train", tests[0])]
+    if folders[0].classes != folders[1].classes:
+        raise ConfigError(f"{root}: train and {tests[0].name} hold different classes")
+    memory = parse_size(config.memory) or 0
+    train, test = (_samples(folder, memory) for folder in folders)
+    step = max(1, len(train) // STATISTICS_SAMPLES)
+    mean, std = _channel_statistics(train[::step].read())
+    return DataSource(train, test, tuple(folders[0].classes), 1 / 255, mean, std)
+
+
+def as_source(found: Any, memory: int) -> DataSource:
+    """Turn what your own function returned into a data source.
+
+    Args:
+        found: A :class:`DataSource`; or a tuple of training samples, test samples,
+            class names and, if wanted, a mapping with ``scale``, ``mean`` and ``std``.
+            Samples are a pair of tensors (inputs, labels) or a map-style torch
+            ``Dataset`` of (input tensor, label). Inputs are uint8 or floating-point.
+        memory: Bytes; a ``Dataset`` that is larger is read batch by batch.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(found, DataSource):
+        return found
+    if not isinstance(found, tuple) or len(found) not in (3, 4):
+        raise ConfigError(
+            "a data function returns (train, test, class names) or a DataSource, found "
+            f"{type(found).__name__}"
+        )
+    train, test = (_own_samples(half, memory) for half in found[:2])
+    classes = tuple(map(str, found[2]))
+    for half in (train, test):
+        if not len(half) or half.labels.min() < 0 or half.labels.max() >= len(classes):
+            raise ConfigError(
+                f"labels must be 0 to {len(classes) - 1}, as there are {len(classes)} "
+                "class names, and there must be samples"
+            )
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise ConfigError(
+            f"training inputs are {tuple(train.inputs.shape[1:])}, test inputs "
+            f"{tuple(test.inputs.shape[1:])}"
+        )
+    about = found[3] if len(found) == 4 else {}
+    mean, std = (tuple(map(float, about.get(key, ()))) for key in ("mean", "std"))
+    return DataSource(train, test, classes, float(about.get("scale", 1)), mean, std)
+
+
+def _own_samples(half: Any, memory: int) -> Samples:
+    if not isinstance(half, tuple | list):
+        return _samples(half, memory)
+    inputs, labels = (torch.as_tensor(part) for part in half)
+    if len(inputs) != len(labels):
+        raise ConfigError(f"{len(inputs)} inputs have {len(labels)} labels")
+    return Samples(inputs, labels.long())
+
+
+def _samples(dataset: Any, memory: int) -> Samples:
+    """Take a map-style dataset of (input, label) into memory, if it fits."""
+    first = torch.as_tensor(dataset[0][0])
+    inputs = Stored(dataset, tuple(first.shape), torch.arange(len(dataset)))
+    # Most data sets know their labels without decoding their images.
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        labels = [int(dataset[index][1]) for index in range(len(dataset))]
+    samples = Samples(inputs, torch.as_tensor(labels).long())
+    if len(dataset) * first.numel() * first.element_size() > memory:
+        return samples
+    return replace(samples, inputs=samples.read())
+
+
+def _channel_statistics(
+    raw: Tensor,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel of uint8 images (N, C, H, W) over 255."""
+    sample = raw.float() / 255
+    mean = sample.mean((0, 2, 3)).tolist()
+    std = sample.std((0, 2, 3)).clamp_min(1 / 255).tolist()
+    return tuple(round(v, 4) for v in mean), tuple(round(v, 4) for v in std)

@@ -1,0 +1,1 @@
+"""From a torch module to a graph, weights and init recipe that a device can run."""

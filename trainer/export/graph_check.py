@@ -1,0 +1,129 @@
+"""Prove that a finished graph runs from the weight file and gives torch's outputs."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edge_runtime.errors import ExportError
+from edge_runtime.formats.weights import FILE_NAME, Layout, write_weights
+from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
+
+GRAPH_NAME = "graph.onnx"
+OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6
+
+
+def check_graph(
+    graph: bytes, model: nn.Module, example: Tensor | tuple[Tensor, ...]
+) -> None:
+    """Prove that a graph runs from the model's weight file and gives its outputs.
+
+    Args:
+        graph: The bytes of ``graph.onnx``.
+        model: On the CPU and in eval mode.
+        example: As for :func:`export_graph`.
+
+    Raises:
+        ExportError: A deployed tensor is not an initializer of the graph, ONNX
+            Runtime refuses the graph, or its outputs differ from torch's.
+    """
+    _check_initializers(graph, deployed_tensors(model), layout_of(model))
+    inputs = as_tuple(example, "the example")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, GRAPH_NAME)
+        path.write_bytes(graph)
+        write_weights(weights_of(model), Path(folder, FILE_NAME))
+        # Not the number of rows that was traced: no batch size may be baked in.
+        for count in (1, 3):
+            batch = tuple(rows_of(x, count) for x in inputs)
+            with torch.no_grad():
+                expected = as_tuple(model(*batch), "what forward returns")
+            _compare(_run(path, batch), expected)
+
+
+def as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
+    """Return one tensor, or several, as a tuple."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not values or not all(isinstance(item, Tensor) for item in values):
+        raise ExportError(f"{what} must be a tensor or a tuple of tensors")
+    return values
+
+
+def rows_of(x: Tensor, count: int) -> Tensor:
+    """Return ``count`` rows of a batch, repeating them where it is shorter."""
+    return x[torch.arange(count) % len(x)]
+
+
+def _check_initializers(
+    graph: bytes, tensors: Mapping[str, Tensor], layout: Layout
+) -> None:
+    import onnx
+
+    proto = onnx.load_model_from_string(graph).graph
+    found = {init.name: init for init in proto.initializer}
+    outside = {value.name for value in [*proto.input, *proto.output]}
+    for name, tensor in tensors.items():
+        if name in outside:
+            raise ExportError(
+                f"tensor {name!r} has the name of a graph input or output; rename it"
+            )
+        if name not in found:
+            raise ExportError(
+                f"tensor {name!r} is not in the graph: forward does not read it in "
+                f"eval mode; remove it from the model, or let forward use it"
+            )
+        place, init = layout.by_name[name], found[name]
+        there = {entry.key: entry.value for entry in init.external_data}
+        actual = (init.data_type, list(init.dims), there)
+        expected = (
+            onnx.TensorProto.DataType.Value(TYPES[tensor.dtype][1]),
+            list(place.shape),
+            {
+                "location": FILE_NAME,
+                "offset": str(place.start),
+                "length": str(place.stop - place.start),
+            },
+        )
+        if actual != expected:
+            raise ExportError(
+                f"tensor {name!r} is {actual} in the graph, expected {expected}; the "
+                f"graph is another model's: export this one"
+            )
+
+
+def _run(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Return ONNX Runtime's outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    try:
+        session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
+        names = [value.name for value in session.get_inputs()]
+        arrays = (x.numpy() for x in batch)
+        return list(session.run(None, dict(zip(names, arrays, strict=True))))
+    except Exception as err:
+        # ONNX Runtime's exceptions have no common base of their own.
+        raise ExportError(f"ONNX Runtime refuses the exported graph: {err}") from err
+
+
+def _compare(found: Sequence[NDArray[Any]], expected: Sequence[Tensor]) -> None:
+    for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
+        y = wanted.double().numpy()
+        limit = OUTPUT_TOLERANCE * np.abs(y).max(initial=0)
+        if value.shape != y.shape or not np.allclose(
+            value, y, rtol=0, atol=limit, equal_nan=True
+        ):
+            raise ExportError(
+                f"output {index} of the exported graph, shape {list(value.shape)}, "
+                f"differs from torch's, shape {list(y.shape)}, by more than "
+                f"{OUTPUT_TOLERANCE} of its largest value; forward does something that "
+                f"the graph does not keep (random numbers, state between calls)"
+            )

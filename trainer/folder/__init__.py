@@ -1,0 +1,1 @@
+"""Run and round folders as the trainer writes them."""

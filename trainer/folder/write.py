@@ -1,0 +1,309 @@
+"""Run and round folders, as the packager reads them.
+
+::
+
+    runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz
+    runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
+                          metrics.jsonl; shadow.safetensors where there is one
+
+A folder is written under a temporary name and renamed: it is complete or absent.
+Fingerprints and the network's identity are computed here, from the bytes written. One
+process trains a run at a time (:func:`alone`).
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.formats.init_weights import InitRecipe, read_recipe, write_recipe
+from edge_runtime.formats.weights import (
+    FILE_NAME,
+    Layout,
+    Weights,
+    fingerprint_chunks,
+    model_id,
+    pack_weights,
+    read_weights,
+    write_weights,
+)
+from trainer.export.graph_check import GRAPH_NAME, OUTPUT_TOLERANCE
+from trainer.export.tensors import check_fit
+from trainer.folder.record import (
+    RECORD_NAME,
+    SCHEMA,
+    Outcome,
+    RoundRecord,
+    list_rounds,
+    read_round_record,
+)
+
+MODEL_NAME = "model"
+SHADOW_NAME = "shadow.safetensors"
+
+
+def make_contract(
+    input_shape: Sequence[int],
+    classes: Sequence[str],
+    *,
+    scale: float = 1.0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    accuracy_floor: float = 0.0,
+) -> dict[str, Any]:
+    """Return what goes into a classifier and comes out of it, JSON-able.
+
+    The network gets ``(raw * scale - mean) / std`` in float32.
+
+    Args:
+        input_shape: Of one sample, without the batch axis.
+        classes: Names, by label.
+        scale: Factor of a raw value, for example 1/255 for 8-bit images.
+        mean: Per channel (axis 1), or one value, of scaled values; empty for none.
+        std: Likewise.
+        accuracy_floor: Share of golden labels that a device must get right, 0 to 1.
+    """
+    inputs = {
+        "name": "input",
+        "dtype": "float32",
+        "shape": [None, *input_shape],
+        "scale": scale,
+        "mean": list(mean),
+        "std": list(std),
+    }
+    outputs = {"name": "output", "dtype": "float32", "shape": [None, len(classes)]}
+    return {
+        "schema": 1,
+        "inputs": [inputs],
+        "outputs": [outputs],
+        "classes": list(classes),
+        "accuracy_floor": accuracy_floor,
+        "output_tolerance": OUTPUT_TOLERANCE,
+    }
+
+
+def write_model(
+    run_dir: str | PathLike[str],
+    *,
+    graph: bytes,
+    recipe: InitRecipe,
+    contract: Mapping[str, Any],
+    golden_inputs: NDArray[Any],
+    golden_labels: NDArray[Any],
+) -> Path:
+    """Write a run's ``model`` folder and return its path.
+
+    Args:
+        run_dir: The run's folder; made if need be.
+        graph: The bytes of ``graph.onnx``.
+        recipe: The init weights.
+        contract: What goes into the network and comes out of it.
+        golden_inputs: Shape (samples, ...), as a device gets them: before scale, mean
+            and standard deviation.
+        golden_labels: Shape (samples,), integers.
+
+    Raises:
+        TrainingError: The run has a model already, or the golden samples do not fit
+            the contract; nothing was written.
+        OSError: The files cannot be written.
+    """
+    shape, classes = contract["inputs"][0]["shape"][1:], len(contract["classes"])
+    labels = golden_labels.astype(np.int64)
+    if list(golden_inputs.shape[1:]) != shape or len(golden_inputs) != len(labels):
+        raise TrainingError(
+            f"golden inputs of shape {list(golden_inputs.shape)} with {len(labels)} "
+            f"labels do not fit the contract's input {[None, *shape]}"
+        )
+    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
+        raise TrainingError(
+            f"golden labels must be one or more of 0 to {classes - 1}, as the "
+            f"contract has {classes} classes"
+        )
+    with _written_once(Path(run_dir, MODEL_NAME)) as folder:
+        (folder / GRAPH_NAME).write_bytes(graph)
+        write_recipe(recipe, folder)
+        (folder / "contract.json").write_text(_to_json(contract, indent=2) + "\n")
+        np.savez(folder / "golden.npz", inputs=golden_inputs, labels=labels)
+    return Path(run_dir, MODEL_NAME)
+
+
+def write_round(
+    run_dir: str | PathLike[str],
+    record: RoundRecord,
+    weights: Weights,
+    masks: Mapping[str, Tensor],
+    epochs: Sequence[Mapping[str, Any]],
+    shadow: Weights | None = None,
+) -> RoundRecord:
+    """Write a round folder and return its record as written.
+
+    Args:
+        run_dir: The run's folder, with the model in it.
+        record: What to state about the round.
+        weights: The deployed weights, whole; for a kept base the base.
+        masks: For each selectable tensor, in its shape, what was selected. Tensors
+            without a mask are the dense part.
+        epochs: What happened in each epoch, one line of ``metrics.jsonl`` each.
+        shadow: Weights that no device gets yet, and that the next round trains on.
+
+    Raises:
+        TrainingError: Weights, masks or record do not fit the run or each other, or
+            the round exists already; nothing was written.
+        OSError: The files cannot be read or written.
+    """
+    model = Path(run_dir, MODEL_NAME)
+    recipe = read_recipe(model)
+    check_fit(recipe.layout(), weights.layout)
+    _check_masks(weights.layout, masks)
+    graph = (model / GRAPH_NAME).read_bytes()
+    complete = replace(
+        record,
+        model=model_id(weights.layout.header, graph),
+        target=weights.fingerprint,
+        versions=record.versions or _versions(),
+    )
+    for name in ("model", "target"):
+        if getattr(record, name) not in ("", getattr(complete, name)):
+            raise TrainingError(
+                f"the record states {name} {getattr(record, name)}, the files give "
+                f"{getattr(complete, name)}"
+            )
+    _check_parent(Path(run_dir), complete, recipe)
+    text = _to_json({"schema": SCHEMA} | asdict(complete), indent=2) + "\n"
+    lines = "".join(_to_json(epoch) + "\n" for epoch in epochs)
+    with _written_once(_round_folder(run_dir, record.round)) as folder:
+        write_weights(weights, folder / FILE_NAME)
+        write_weights(_packed(masks), folder / "selection.safetensors")
+        if shadow:
+            write_weights(shadow, folder / SHADOW_NAME)
+        (folder / "metrics.jsonl").write_text(lines)
+        (folder / RECORD_NAME).write_text(text)
+    return complete
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training the same run; the kernel lets go if we die.
+
+    Raises:
+        ConfigError: Another process is training it.
+        OSError: The folder cannot be made or opened.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        handle = os.open(run_dir, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ConfigError(
+                f"another process is training {run_dir}; wait for it, or choose "
+                "another run.name"
+            ) from err
+        # Not before it is ours: an empty folder may be another's first round.
+        stack.callback(_remove_if_empty, run_dir)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def read_shadow(folder: Path) -> Weights | None:
+    """Read the weights that a round trained unseen; None where it has none.
+
+    Raises:
+        OSError: They cannot be read.
+        WeightsError: They are malformed.
+    """
+    path = folder / SHADOW_NAME
+    return read_weights(path) if path.exists() else None
+
+
+def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:
+    return Path(run_dir, f"round_{number:02d}")
+
+
+@contextmanager
+def _written_once(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder that gets its name once everything is in it."""
+    if folder.exists():
+        raise TrainingError(
+            f"{folder} exists already and is never written again; remove it, or choose "
+            f"another run"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(".*.part"):
+        shutil.rmtree(abandoned)
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir()
+    yield part
+    part.rename(folder)
+
+
+def _check_masks(layout: Layout, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        tensor = layout.by_name.get(name)
+        shape = tensor.shape if tensor else "no such tensor"
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise TrainingError(
+                f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, the tensor "
+                f"is {shape}; masks are boolean, in their tensor's shape"
+            )
+
+
+def _check_parent(run_dir: Path, record: RoundRecord, recipe: InitRecipe) -> None:
+    """Refuse a record whose update the packager could not find or would not send."""
+    if (record.outcome == Outcome.KEPT_BASE) != (record.parent == record.target):
+        raise TrainingError(
+            f"round {record.round} is {record.outcome}, but leads from {record.parent} "
+            f"to {record.target}; equal means kept_base"
+        )
+    if not record.packable:
+        return  # leads from weights that were never deployed
+    deployed = (read_round_record(path).target for path in list_rounds(run_dir))
+    if record.parent not in deployed and record.parent != fingerprint_chunks(
+        recipe.chunks()
+    ):
+        raise TrainingError(
+            f"round {record.round} leads from {record.parent}, which is neither a "
+            f"round of {run_dir} nor its init weights"
+        )
+
+
+def _packed(masks: Mapping[str, Tensor]) -> Weights:
+    return pack_weights(
+        {
+            name: np.packbits(mask.cpu().numpy().ravel(), bitorder="little")
+            for name, mask in masks.items()
+        }
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Return versions that mean the same everywhere: without ``+cpu`` and its like."""
+    libraries = {name: metadata.version(name) for name in ("torch", "numpy")}
+    found = {"python": python_version()} | libraries
+    return {name: version.partition("+")[0] for name, version in found.items()}
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError as err:
+        raise TrainingError(f"a number to be recorded is not finite: {value}") from err

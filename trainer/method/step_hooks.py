@@ -1,0 +1,138 @@
+"""What happens around each step of an optimizer: it is measured, or frozen.
+
+Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both have
+``before`` and ``after``, called with the names of the tensors that the optimizer steps.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from edge_runtime.errors import FrozenWeightChangedError, TrainingError
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class LossDrop:
+    """Measures steps: by how much did moving each weight lower the loss?
+
+    Attributes:
+        total: For every weight the sum of ``-step * gradient``, float32 or wider.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        """Start from zero."""
+        self._params = params
+        self.total, self._before = self._zeros(), self._zeros()
+
+    def before(self, names: list[str]) -> None:
+        """Remember where a step starts."""
+        torch._foreach_copy_(
+            [self._before[n] for n in names], [self._params[n] for n in names]
+        )
+
+    def after(self, names: list[str]) -> bool:
+        """Add what the step did; tell whether there were gradients to measure it by.
+
+        The gradient is read after the step, as closures compute it inside, and fused
+        optimizers remove the loss scale there.
+        """
+        params = {n: self._params[n] for n in names}
+        gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+        if not gradients:
+            return False
+        minus_step = [self._before[n] for n in gradients]
+        torch._foreach_sub_(minus_step, [params[n] for n in gradients])
+        torch._foreach_mul_(minus_step, list(gradients.values()))
+        for product in minus_step:
+            # A step that mixed precision skipped is 0 * inf: it moved nothing.
+            product.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        torch._foreach_add_([self.total[n] for n in gradients], minus_step)
+        return True
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for n, p in self._params.items()
+        }
+
+
+class Freeze:
+    """Holds every weight that is not selected at the base, bit for bit."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+    ) -> None:
+        """Change nothing yet; ``masks`` are true where a weight may move."""
+        self._params, self._base, self._masks = params, base, masks
+        self._versions: dict[str, int] = {}
+
+    def before(self, names: Iterable[str]) -> None:
+        """Verify tensors that somebody wrote since the last step, or before the first.
+
+        Raises:
+            FrozenWeightChangedError: See :meth:`verify`.
+        """
+        for name in names:
+            if self._params[name]._version != self._versions.get(name):
+                self.verify(name)
+
+    def after(self, names: Iterable[str]) -> None:
+        """Undo what the step did to weights that are not selected."""
+        self.rewind(names)
+        self._versions |= {n: self._params[n]._version for n in names}
+
+    @torch.no_grad()
+    def rewind(self, names: Iterable[str]) -> None:
+        """Put the base back wherever a weight is not selected, bit for bit."""
+        for name in names:
+            p = self._params[name]
+            torch.where(self._masks[name], p, self._base[name], out=p)
+
+    @torch.no_grad()
+    def verify(self, name: str) -> None:
+        """Compare the weights of a tensor that are not selected with the base.
+
+        Raises:
+            FrozenWeightChangedError: One of them differs, compared as bits.
+        """
+        p, base = self._params[name], self._base[name]
+        bits = _BITS[p.element_size()]
+        changed = p.detach().view(bits) != base.view(bits)
+        count = int((changed & ~self._masks[name]).sum())
+        if count:
+            raise FrozenWeightChangedError(
+                f"{count} weights of {name!r} that were not selected differ from the "
+                "base: something other than the attached optimizers wrote them (an "
+                "optimizer around the attached one, weight averaging, a checkpoint "
+                "loaded after select()); attach the outermost optimizer, or let "
+                "other writers start after finish()",
+                tensor=name,
+                count=count,
+            )
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer inside of a wrapper, or itself.
+
+    Raises:
+        TrainingError: It is none, or it maximises.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise TrainingError(
+            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise TrainingError(
+            "expected an optimizer that minimises, found maximize=True: the local "
+            "contribution is a drop of the loss; minimise the negative instead"
+        )
+    return optimizer

@@ -1,0 +1,297 @@
+"""Deep Partial Updating around any training loop, by hooks on its optimizers.
+
+::
+
+    updater = PartialUpdater(model.named_parameters(), ratio=0.01).attach(optimizer)
+    train(model, optimizer)      # full phase: your loop, unchanged
+    updater.select()             # keep the best 1 %, rewind the rest to the base
+    train(model, optimizer)      # sparse phase: only the selected weights move
+    masks = updater.finish()     # detach; raises if anything else moved
+
+The optimizer's *step* is masked, not the gradient: momentum, weight decay and Adam's
+moments move weights whose gradient is zero. The step is also what is measured, so the
+local contribution needs no knowledge of the optimizer.
+
+Biases, normalisation and other tensors that are not selectable are left alone: they
+train in both phases and travel as the dense part.
+
+Not covered: sharded parameters (FSDP, ZeRO); optimizers that evaluate several gradients
+in one step (LBFGS, SAM) freeze rightly, but their local contribution sees only the last
+gradient; averages of weights (EMA) begun before ``select()``.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from edge_runtime.errors import StepNotObservedError, TrainingError
+from trainer.method.scores import DPU, Evidence, Score
+from trainer.method.selection import check_fit, count_of, select_top_k
+from trainer.method.step_hooks import Freeze, LossDrop, unwrap
+from trainer.parallel import masks_of_first
+
+
+class Phase(StrEnum):
+    """Where a :class:`PartialUpdater` is."""
+
+    FULL = "full"  # every weight trains and is measured
+    SPARSE = "sparse"  # only the selected weights train
+    DONE = "done"  # verified and detached
+
+
+def is_weight(name: str, parameter: Tensor) -> bool:  # noqa: ARG001 - see `selectable`
+    """Tell whether a parameter is selectable: trainable, with more than one axis.
+
+    As in the paper: the weights of linear and convolutional layers. Biases and
+    normalisation have one axis and belong to the dense part.
+    """
+    return parameter.requires_grad and parameter.dim() > 1
+
+
+class PartialUpdater:
+    """Chooses which weights may change in a round, and sees to it that no other does.
+
+    Construct it when the parameters hold the base, on the device where they train.
+    Beside the model it holds the base, in the full phase two more copies of the
+    selectable weights, and in the sparse phase one byte a weight.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        ratio: float | None = None,
+        score: Score = DPU,
+        selectable: Callable[[str, Tensor], bool] = is_weight,
+    ) -> None:
+        """Take the current weights as the base.
+
+        Args:
+            named_parameters: ``model.named_parameters()``, each parameter once.
+            ratio: Share of all selectable weights that may change; of ``N`` weights
+                ``int(ratio * N)`` are selected, rounded down as in the paper's code.
+                Not needed when ``select`` is given masks.
+            score: What ``select()`` ranks the weights by.
+            selectable: Called with name and parameter; which tensors to select from.
+
+        Raises:
+            TrainingError: No weight is selectable, or the ratio selects none.
+        """
+        self._params = {n: p for n, p in named_parameters if selectable(n, p)}
+        self._total = sum(p.numel() for p in self._params.values())
+        if not self._total:
+            raise TrainingError(
+                "expected at least one selectable weight, found none: is_weight() "
+                "takes trainable parameters with more than one axis; pass "
+                "selectable= to choose others"
+            )
+        if ratio is not None:
+            count_of(ratio, self._total)  # or it is refused here
+        self.ratio = ratio
+        self._score = score
+        self._base = {n: p.detach().clone() for n, p in self._params.items()}
+        self._masks: Mapping[str, Tensor] = {}
+        self._steps = 0
+        self._owned: dict[Optimizer, list[str]] = {}
+        self._handles: list[Any] = []
+        self._start(Phase.FULL)
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is: full, sparse or done."""
+        return self._phase
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The selectable weights at construction, by name."""
+        return self._base
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Boolean masks of the selected weights, by name; empty before selection."""
+        return self._masks
+
+    @property
+    def loss_drop(self) -> Mapping[str, Tensor]:
+        """Local contributions so far, by name; empty outside of the full phase."""
+        return self._loss_drop.total
+
+    def attach(self, *optimizers: Any) -> Self:
+        """Follow these optimizers; every selectable weight must be in one of them.
+
+        Wrappers with an ``optimizer`` attribute (Accelerate, Lightning) are unwrapped.
+
+        Raises:
+            TrainingError: A weight is in none of the attached optimizers, or an
+                argument is no torch optimizer or maximises.
+        """
+        owned = dict(self._owned)
+        for optimizer in map(unwrap, optimizers):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            owned[optimizer] = [n for n, p in self._params.items() if id(p) in held]
+        missing = self._params.keys() - {n for names in owned.values() for n in names}
+        if missing:
+            raise TrainingError(
+                f"no attached optimizer owns {', '.join(sorted(missing))}: attach all "
+                "optimizers in one call, build them before attaching, or freeze these "
+                "parameters (requires_grad_(False)) before constructing"
+            )
+        for optimizer in owned.keys() - self._owned.keys():
+            if owned[optimizer]:
+                self._handles += (
+                    optimizer.register_step_pre_hook(self._before_step),
+                    optimizer.register_step_post_hook(self._after_step),
+                )
+        self._owned = owned
+        return self
+
+    def select(
+        self,
+        scores: Mapping[str, Tensor] | None = None,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Select the weights that may change and rewind all others to the base.
+
+        Args:
+            scores: One floating-point tensor for each tensor of ``base``; higher is
+                better. Any method plugs in here, with or without a full phase.
+                Default: the updater's score of the full phase.
+            masks: Boolean masks to take as they are, instead of scores.
+
+        Returns:
+            The masks, by name.
+
+        Raises:
+            StepNotObservedError: There was no full phase to score.
+            TrainingError: Not in the full phase, no ratio given, or scores or masks
+                that do not fit the selectable tensors.
+        """
+        self._expect(Phase.FULL, "select() comes once, after the full phase")
+        if masks is None:
+            if self.ratio is None:
+                raise TrainingError("pass ratio= to the constructor, or masks= here")
+            scores = self._scores() if scores is None else scores
+            check_fit(scores, self._params)
+            # Our order of tensors, as it decides between equal scores.
+            scores = {name: scores[name] for name in self._params}
+            masks = select_top_k(scores, count_of(self.ratio, self._total))
+        check_fit(masks, self._params, torch.bool)
+        masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+        self._masks = masks_of_first(masks)
+        self._start(Phase.SPARSE)
+        self._freeze.rewind(self._params)
+        return self._masks
+
+    def finish(self) -> Mapping[str, Tensor]:
+        """Detach from the optimizers, verify the freeze and return the masks.
+
+        Raises:
+            FrozenWeightChangedError: A weight that was not selected differs from the
+                base, compared as bits.
+            TrainingError: Nothing has been selected.
+        """
+        self._expect(Phase.SPARSE, "finish() comes once, after select()")
+        for handle in self._handles:
+            handle.remove()
+        for name in self._params:
+            self._freeze.verify(name)
+        self._start(Phase.DONE)
+        return self._masks
+
+    def summary(self) -> str:
+        """Say how much is selected: ``3343 of 668672 weights (0.50 %) in 3 tensors``.
+
+        Only tensors with a selected weight are counted.
+        """
+        counts = [int(mask.sum()) for mask in self._masks.values()]
+        if not counts:
+            tensors = len(self._params)
+            return f"{self._total} weights in {tensors} tensors, none selected"
+        tensors = sum(count > 0 for count in counts)
+        return (
+            f"{sum(counts)} of {self._total} weights "
+            f"({100 * sum(counts) / self._total:.2f} %) in {tensors} tensors"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs, beside the states of model and optimizers.
+
+        Tensors are not copies; save it before the next step.
+        """
+        return {
+            "phase": self._phase.value,
+            "steps": self._steps,
+            "base": dict(self._base),
+            "masks": dict(self._masks),
+            "loss_drop": dict(self._loss_drop.total),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; attach to the optimizers as well.
+
+        Raises:
+            TrainingError: The state belongs to other tensors.
+        """
+        phase = Phase(state["phase"])
+        check_fit(state["base"], self._params)
+        if phase is Phase.FULL:
+            check_fit(state["loss_drop"], self._params)
+        else:
+            check_fit(state["masks"], self._params, torch.bool)
+        self._steps = int(state["steps"])
+        masks = state["masks"].items()
+        self._masks = {n: mask.to(self._base[n].device) for n, mask in masks}
+        self._start(phase)
+        for name, buffer in self._base.items():
+            buffer.copy_(state["base"][name])
+        for name, buffer in self._loss_drop.total.items():
+            buffer.copy_(state["loss_drop"][name])
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        if optimizer in self._stepping:
+            return  # a step that calls super().step() fires twice: the outer one counts
+        self._stepping.add(optimizer)
+        names = self._owned[optimizer]
+        if self._phase is Phase.FULL:
+            self._loss_drop.before(names)
+        elif self._phase is Phase.SPARSE:
+            self._freeze.before(names)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        names = self._owned[optimizer]
+        if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
+            self._freeze.after(names)
+        elif self._phase is Phase.FULL and optimizer in self._stepping:
+            self._steps += self._loss_drop.after(names)
+        self._stepping.discard(optimizer)
+
+    def _scores(self) -> Mapping[str, Tensor]:
+        if not self._steps:
+            raise StepNotObservedError(
+                "expected at least one optimizer step with gradients in the full "
+                f"phase, found none with {len(self._owned)} attached optimizers: "
+                "attach the optimizer that the loop really steps, or pass scores"
+            )
+        current = {n: p.detach() for n, p in self._params.items()}
+        return self._score(Evidence(self._base, current, self._loss_drop.total))
+
+    def _start(self, phase: Phase) -> None:
+        """Enter a phase, with its buffers and without those of the one before."""
+        self._phase = phase
+        self._stepping: set[Optimizer] = set()
+        self._loss_drop = LossDrop(self._params if phase is Phase.FULL else {})
+        self._freeze = Freeze(self._params, self._base, self._masks)
+
+    def _expect(self, phase: Phase, rule: str) -> None:
+        if self._phase is not phase:
+            raise TrainingError(
+                f"expected to be in the {phase} phase, found {self._phase}: {rule}"
+            )

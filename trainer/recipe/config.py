@@ -1,0 +1,207 @@
+"""Recipes: TOML files that say everything about a run.
+
+A recipe is read into frozen dataclasses, one a section. Unknown keys are errors, and
+all problems are reported at once. What a run was made with is saved in full, defaults
+included, in every round folder.
+
+::
+
+    config = load_config("digits.toml", ["update.ratio=0.02"])
+    config.update.ratio    # 0.02
+"""
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from edge_runtime.errors import ConfigError
+from trainer.recipe.schema import (
+    PARTIAL_METHODS,
+    RANKED_METHODS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    UpdateConfig,
+)
+
+
+def load_config(
+    recipe: str | PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    name: str = "",
+    model: str = "",
+    data: str = "",
+) -> Config:
+    """Read a recipe from a file.
+
+    Args:
+        recipe: The TOML file, or its tables.
+        overrides: Changes such as ``"train.epochs=5"``; the value is TOML, or text.
+        name: Name of the run; default: the recipe's ``run.name``, or its file name.
+        model: ``package.module:function``, in place of the section ``[model]``.
+        data: ``package.module:function``, in place of ``data.set``.
+
+    Raises:
+        ConfigError: Not TOML, or with problems; the error lists all of them.
+        OSError: The file cannot be read.
+    """
+    if isinstance(recipe, Mapping):
+        source, tables = "recipe", copy.deepcopy(dict(recipe))
+    else:
+        source, tables = str(recipe), _read_toml(Path(recipe))
+    if model:
+        tables["model"] = {"factory": model}
+    if data and isinstance(section := tables.setdefault("data", {}), dict):
+        section.pop("set", None)
+        section["factory"] = data
+    problems = [p for text in overrides if (p := _override(tables, text))]
+    run = tables.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = name or run.get("name", Path(source).stem)
+    return make_config(tables, problems, source=source)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} is not a TOML file: {err}") from err
+
+
+def make_config(
+    tables: Mapping[str, Any], problems: Sequence[str] = (), *, source: str = "recipe"
+) -> Config:
+    """Check the tables of a recipe and put them into dataclasses.
+
+    Args:
+        tables: Sections as :func:`tomllib.load` or :func:`as_dict` give them.
+        problems: Problems found before; reported together with the new ones.
+        source: What to call the recipe in the error.
+
+    Raises:
+        ConfigError: With problems; the error lists all of them.
+    """
+    problems = list(problems)
+    sections = get_type_hints(Config)
+    problems += _unknown(tables, sections, "section [{}]")
+    made: dict[str, Any] = {
+        name: _section(name, kind, tables.get(name, {}), problems)
+        for name, kind in sections.items()
+    }
+    for section in made.values():
+        problems += _disagreements(section)
+    if problems:
+        raise ConfigError(f"{source}, {len(problems)} to mend:", problems=problems)
+    return Config(**made)
+
+
+def as_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the resolved recipe, defaults included, as JSON-able tables."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name in get_type_hints(Config):
+        section = getattr(config, name)
+        keys = _keys(type(section)).items()
+        tables[name] = {key: getattr(section, f.name) for key, f in keys}
+    tables["model"] |= config.model.options
+    return tables
+
+
+def _keys(section: type) -> dict[str, Any]:
+    """Return the fields of a section by their name in TOML."""
+    return {f.metadata["toml"] or f.name: f for f in fields(section) if f.metadata}
+
+
+def _section(name: str, kind: type, table: Any, problems: list[str]) -> Any | None:
+    """Build one section, or add to ``problems`` and return None."""
+    if not isinstance(table, Mapping):
+        problems.append(f"[{name}] should be a section, found {table!r}")
+        return None
+    hints, keys, values, before = get_type_hints(kind), _keys(kind), {}, len(problems)
+    if kind is ModelConfig:
+        values["options"] = {k: v for k, v in table.items() if k not in keys}
+    else:
+        problems += _unknown(table, keys, f"[{name}] {{}}")
+    for key, spec in keys.items():
+        if key not in table:
+            if spec.default is MISSING:
+                problems.append(f"[{name}] {key} is missing: {spec.metadata['help']}")
+            continue
+        value, wanted = table[key], get_args(hints[spec.name]) or (hints[spec.name],)
+        if float in wanted and type(value) is int:
+            value = float(value)
+        expected, holds = spec.metadata["rule"]
+        if type(value) not in wanted:
+            types = " or ".join(t.__name__ for t in wanted if t is not type(None))
+            problems.append(f"[{name}] {key} should be {types}, found {value!r}")
+        elif not holds(value):
+            problems.append(f"[{name}] {key} should be {expected}, found {value!r}")
+        values[spec.name] = value
+    return kind(**values) if len(problems) == before else None
+
+
+def _disagreements(section: Any) -> Iterable[str]:
+    """Yield what is wrong between keys that are right one by one."""
+    match section:
+        case TrainConfig(optimizer="adam") if section.momentum or section.nesterov:
+            yield "[train] momentum and nesterov are for optimizer sgd only"
+        case TrainConfig(nesterov=True, momentum=0.0):
+            yield "[train] nesterov needs momentum above 0"
+        case DataConfig(size=size, set=name) if size and name != "folder":
+            yield "[data] size is for set folder only"
+        case UpdateConfig():
+            yield from _update_disagreements(section)
+        case RunConfig(name=name) if not name or Path(name).name != name:
+            yield f"[run] name should be a plain folder name, found {name!r}"
+        case DataConfig(set=name, factory=own) if bool(name) == bool(own):
+            yield "[data] set, or factory for your own: expected one of the two"
+        case ModelConfig(name=name, factory=own) if bool(name) == bool(own):
+            yield "[model] name, or factory for your own: expected one of the two"
+        case ModelConfig(name=name) if name:
+            from trainer.networks.models import option_problems  # late: it brings torch
+
+            yield from option_problems(section.name, section.options)
+
+
+def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
+    if section.budget and section.method not in RANKED_METHODS:
+        yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
+    if section.dense != "train" and section.method not in PARTIAL_METHODS:
+        yield "[update] dense other than train is for methods that select only"
+    if section.chain == "shadow" and section.budget:
+        yield (
+            "[update] chain shadow cannot keep a budget: when it is deployed, a patch "
+            "holds the changes of several rounds; choose deployed"
+        )
+
+
+def _unknown(found: Iterable[str], known: Iterable[str], form: str) -> Iterable[str]:
+    known = list(known)
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+            yield f"{form.format(key)} is unknown; {hint}"
+
+
+def _override(tables: dict[str, Any], text: str) -> str | None:
+    """Put ``section.key=value`` into the tables, or return what is wrong with it."""
+    path, equals, literal = text.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot and key):
+        return f"--set {text}: write it as section.key=value"
+    table = tables.setdefault(section, {})
+    if not isinstance(table, dict):
+        return f"--set {text}: {section} is not a section"
+    try:
+        table[key] = tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = literal.strip()
+    return None

@@ -1,0 +1,1 @@
+"""Many rounds of one run: what each starts from, trains and deploys."""

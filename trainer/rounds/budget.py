@@ -1,0 +1,185 @@
+"""A round whose patch has a given size: how many weights it may change.
+
+The number is found by packing, with the packager's own function, which is handed in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_runtime.errors import TrainingError
+from edge_runtime.formats.weights import pack_weights
+from trainer.export.tensors import weights_of
+from trainer.method.scores import Evidence, Score
+from trainer.method.selection import select_top_k
+from trainer.rounds.methods import Masks, Pack, new_updater
+from trainer.rounds.training import RoundTraining
+
+LEAST_USE = 0.95  # of the limit; an update below it gets more weights
+AIM = 0.98  # of the limit: fine-tuning changes the size by about a per cent
+CLOSE = 0.005  # of the limit, around AIM
+MAX_PACKS = 16
+MAX_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a patch may take.
+
+    Attributes:
+        pack: From base and target to the size of their patch in bytes.
+        limit: Largest patch in bytes.
+        ratio: Share of the weights to begin the search with.
+    """
+
+    pack: Pack
+    limit: int
+    ratio: float
+
+
+def train_within(
+    training: RoundTraining, epochs: int, score: Score, room: Room
+) -> Masks:
+    """Train as Algorithm 1 does, with as many weights as a patch of a size can carry.
+
+    After the full phase, the number of weights is chosen by packing the rewound update.
+    The patch is packed again after fine-tuning; if it is over the limit, or leaves
+    more than 5 % of it unused, fewer or more weights are fine-tuned from the same full
+    phase.
+
+    Args:
+        training: Its ``best`` weights are the result.
+        epochs: Of one phase.
+        score: What weights are ranked by.
+        room: What the patch may take.
+
+    Raises:
+        TrainingError: The dense part alone is over the limit, or no number of weights
+            gave a patch within it.
+    """
+    updater = new_updater(training).attach(training.optimizer)
+    base = dict(updater.base)
+    training.run_phase("full", epochs, keep=False)
+    named = training.model.named_parameters()
+    current = {name: p.detach() for name, p in named if name in base}
+    scores = score(Evidence(base, current, updater.loss_drop))
+    # Its work is done: selecting everything rewinds nothing.
+    updater.select(masks={n: torch.ones_like(t).bool() for n, t in base.items()})
+    updater.finish()
+    sizes = _RewoundSizes(training, scores, room.pack)
+    total = sum(tensor.numel() for tensor in base.values())
+    if sizes(1) > room.limit:
+        raise TrainingError(
+            f"update.budget is {room.limit} bytes, but {sizes(1)} are needed for the "
+            'dense part alone; choose update.dense = "freeze", or a larger budget'
+        )
+    k = find_k(sizes, max(1, int(room.ratio * total)), total, room.limit)
+    return _fine_tune(training, epochs, scores, k, room, sizes(1))
+
+
+def _fine_tune(
+    training: RoundTraining,
+    epochs: int,
+    scores: Mapping[str, Tensor],
+    k: int,
+    room: Room,
+    dense_bytes: int,
+) -> Masks:
+    """Fine-tune the best ``k`` weights, and more or fewer until the patch fits."""
+    total, limit = sum(score.numel() for score in scores.values()), room.limit
+    after_full = training.checkpoint()
+    low, high = 0, total + 1  # known to fit, known to be over
+    fitting: tuple[Masks, Callable[[], None]] | None = None
+    for _ in range(MAX_ATTEMPTS):
+        masks = _sparse_phase(training, epochs, scores, k, after_full)
+        if training.best is None and fitting is None:
+            return masks  # nothing was better than the start: nothing to send
+        if training.best is None:
+            break
+        size = room.pack(training.start, training.best)
+        if size > limit:
+            high = k
+        else:
+            low, fitting = k, (masks, training.checkpoint())
+            if size >= LEAST_USE * limit or k == total:
+                return masks
+        each = max(size - dense_bytes, 1) / k
+        k = min(max(k + int((AIM * limit - size) / each), low + 1), high - 1)
+        if low and high <= total:
+            # Sizes jump where another epoch is the best one: halving ends, aiming may
+            # go to and fro between the two sides of a jump.
+            k = (low + high) // 2
+        if not low < k < high:
+            break
+    if fitting is None:
+        raise TrainingError(
+            f"no number of weights gave a patch within {limit} bytes; choose a larger "
+            "update.budget"
+        )
+    masks, as_it_was = fitting
+    as_it_was()
+    return masks
+
+
+def _sparse_phase(
+    training: RoundTraining,
+    epochs: int,
+    scores: Mapping[str, Tensor],
+    k: int,
+    after_full: Callable[[], None],
+) -> Masks:
+    training.load(training.start)
+    updater = new_updater(training)  # its base is the start
+    after_full()
+    updater.attach(training.optimizer).select(masks=select_top_k(scores, k))
+    training.consider_rewound()
+    training.run_phase("sparse", epochs, keep=True)
+    return updater.finish()
+
+
+class _RewoundSizes:
+    """The patch size of the rewound update, for a number of selected weights."""
+
+    def __init__(
+        self, training: RoundTraining, scores: Mapping[str, Tensor], pack: Pack
+    ) -> None:
+        self._training, self._scores, self._pack = training, scores, pack
+        self._full = weights_of(training.model)
+        self._known: dict[int, int] = {}
+
+    def __call__(self, k: int) -> int:
+        if k not in self._known:
+            start, full = self._training.start, self._full
+            arrays = dict(full)
+            for name, mask in select_top_k(self._scores, k).items():
+                chosen = mask.cpu().numpy()
+                arrays[name] = np.where(chosen, full[name], start[name])
+            types = {tensor.name: tensor.dtype for tensor in full.layout.tensors}
+            rewound = self._training.rounded(pack_weights(arrays, types))
+            self._known[k] = self._pack(start, rewound)
+        return self._known[k]
+
+
+def find_k(size_of: Callable[[int], int], first: int, total: int, limit: int) -> int:
+    """Return how many weights fill a patch of a size to about 98 %.
+
+    Args:
+        size_of: Number of weights -> bytes, about proportional above ``size_of(1)``.
+        first: Where to begin.
+        total: How many weights there are.
+        limit: Bytes; at least ``size_of(1)``.
+    """
+    low, high, k = 1, total + 1, min(first, total)
+    for _ in range(MAX_PACKS):
+        size = size_of(k)
+        low, high = (k, high) if size <= (AIM + CLOSE) * limit else (low, k)
+        if abs(size - AIM * limit) <= CLOSE * limit or high - low <= 1:
+            break
+        each = max(size - size_of(1), 1) / k
+        guess = k + round((AIM * limit - size) / each)
+        # A guess outside of what is known is not worth a packing: halve instead.
+        k = guess if low < guess < high else (low + high) // 2
+    return low

@@ -1,0 +1,137 @@
+"""One round of training: from the start weights to the best weights it found.
+
+Section numbers refer to Deep Partial Updating (Qu, Liu, Thiele, ECCV 2022), whose
+Algorithm 1 :func:`_partial` is.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.formats.weights import Weights
+from trainer.method.fisher import fisher_scores
+from trainer.method.scores import DPUScore, Score, magnitude_scores
+from trainer.method.selection import random_masks, select_top_k
+from trainer.method.updater import PartialUpdater, is_weight
+from trainer.recipe.schema import Config, parse_size
+from trainer.rounds.training import RoundTraining
+
+Masks = Mapping[str, Tensor]
+Pack = Callable[[Weights, Weights], int]  # base and target -> bytes of the patch
+
+
+def train_round(
+    training: RoundTraining, config: Config, pack: Pack | None = None
+) -> Masks:
+    """Train one round with the recipe's method.
+
+    Args:
+        training: Its ``best`` weights are the result.
+        config: The recipe.
+        pack: Says how large a patch is; needed where the recipe has a budget.
+
+    Returns:
+        Which weights were allowed to change: one boolean mask a selectable tensor.
+
+    Raises:
+        TrainingError: The loss is not finite any more.
+    """
+    epochs, update = config.train.epochs, config.update
+    if update.method == "fu" or is_full(config, training.number):
+        return _full(training, epochs)
+    if update.method == "pruning":
+        return _pruned(training, epochs, update.ratio)
+    if update.method in ("fisher", "rpu"):
+        return _fixed(training, epochs, update.ratio, update.method)
+    score = score_of(config)
+    if limit := parse_size(update.budget):
+        if pack is None:
+            raise ConfigError("update.budget needs a function that packs: pass pack=")
+        from trainer.rounds.budget import Room, train_within
+
+        return train_within(training, epochs, score, Room(pack, limit, update.ratio))
+    return _partial(training, epochs, update.ratio, score)
+
+
+def is_full(config: Config, number: int) -> bool:
+    """Tell whether a round trains every weight because the recipe says so."""
+    return number == 0 and config.update.first == "full"
+
+
+def score_of(config: Config) -> Score:
+    """Return what the recipe's method ranks weights by after a full phase."""
+    if config.update.method == "magnitude":
+        return lambda evidence: magnitude_scores(evidence.current)
+    lam = {"dpu": config.update.lam, "gcpu": 1.0, "lcpu": 0.0}
+    return DPUScore(lam[config.update.method])
+
+
+def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:
+    """Take the round's weights as the base of an updater."""
+    named = training.model.named_parameters()
+    return PartialUpdater(named, selectable=training.dense.is_selectable, **options)
+
+
+def _partial(training: RoundTraining, epochs: int, ratio: float, score: Score) -> Masks:
+    """Update fully, keep the best weights, rewind the rest, fine-tune (Algorithm 1)."""
+    updater = new_updater(training, ratio=ratio, score=score)
+    updater.attach(training.optimizer)
+    training.run_phase("full", epochs, keep=False)
+    updater.select()
+    training.consider_rewound()
+    training.run_phase("sparse", epochs, keep=True)
+    return updater.finish()
+
+
+def _fixed(training: RoundTraining, epochs: int, ratio: float, method: str) -> Masks:
+    """Fine-tune weights that are chosen before training, for the epochs of both phases.
+
+    Either at random (RPU), or by the Fisher information of the start weights.
+    """
+    updater = new_updater(training, ratio=ratio).attach(training.optimizer)
+    if method == "fisher":
+        samples = training.train_batches()
+        updater.select(fisher_scores(training.model, samples, updater.base))
+    else:
+        random = torch.Generator().manual_seed(training.random_seed("select"))
+        updater.select(masks=random_masks(updater.base, ratio, random))
+    training.run_phase("sparse", 2 * epochs, keep=True)
+    return updater.finish()
+
+
+def _full(training: RoundTraining, epochs: int) -> Masks:
+    """Update every weight (FU), for the epochs of both phases."""
+    training.run_phase("full", 2 * epochs, keep=True)
+    return _everything(training.model)
+
+
+def _pruned(training: RoundTraining, epochs: int, ratio: float) -> Masks:
+    """Train fully, keep the largest weights, zero the rest, fine-tune."""
+    training.run_phase("full", epochs, keep=False)
+    scores = magnitude_scores(_weights(training.model))
+    k = int(ratio * sum(score.numel() for score in scores.values()))
+    masks = select_top_k(scores, k)
+    with torch.no_grad():
+        for name, weight in _weights(training.model).items():
+            weight.masked_fill_(~masks[name], 0.0)
+    # The base of this updater is the pruned network: what it freezes stays zero.
+    updater = PartialUpdater(training.model.named_parameters())
+    updater.attach(training.optimizer).select(masks=masks)
+    training.consider_rewound()
+    training.run_phase("sparse", epochs, keep=True)
+    updater.finish()
+    return _everything(training.model)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the selectable weights by name."""
+    named = model.named_parameters()
+    return {name: p.detach() for name, p in named if is_weight(name, p)}
+
+
+def _everything(model: nn.Module) -> Masks:
+    weights = _weights(model)
+    return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}

@@ -1,0 +1,312 @@
+"""One run at work: its data, its network, and the training of one round after another.
+
+:mod:`trainer.rounds.schedule` decides which round comes next and where it starts from.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.formats.weights import FILE_NAME, Weights, read_weights
+from trainer.data.samples import DataSource, split_source
+from trainer.data.sources import load_source
+from trainer.export.tensors import changed_elements, load_weights
+from trainer.folder.record import Outcome, RoundRecord
+from trainer.folder.write import read_shadow, write_round
+from trainer.networks.models import build_model, check_outputs
+from trainer.parallel import by_first, first_before_others
+from trainer.recipe.config import as_dict
+from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.rounds.deployment import (
+    GOLDEN_SAMPLES,
+    make_deployment,
+    read_deployment,
+    write_deployment,
+)
+from trainer.rounds.loop import choose_device, evaluate
+from trainer.rounds.methods import Masks, Pack, is_full, train_round
+from trainer.rounds.training import RoundTraining
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run reports while it works.
+
+    Attributes:
+        round: Number of the round.
+        rounds: Number of rounds of the run.
+        phase: Phase of the epoch that ended.
+        epoch: Epochs of this round that are done, at most ``epochs``.
+        epochs: Epochs of this round, where nothing has to be repeated.
+        record: The round's record once its folder is complete, else None.
+    """
+
+    round: int
+    rounds: int
+    phase: str
+    epoch: int
+    epochs: int
+    record: RoundRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A training, and what came of it.
+
+    Attributes:
+        training: How it went.
+        parent: What devices would update from.
+        masks: What was selected, or has changed since the parent.
+        best: The best weights; what it started from where none are better.
+        new: Weights to deploy; None where they are no better than what there is.
+        test_best: Test accuracy of the best weights, deployed or not.
+        epochs: The records of its epochs, with what it started from.
+    """
+
+    training: RoundTraining
+    parent: Weights
+    masks: Masks
+    best: Weights
+    new: Weights | None
+    test_best: float
+    epochs: Sequence[Mapping[str, Any]]
+
+
+Report = Callable[[Progress], None]
+
+
+class Run:
+    """What stays the same from round to round: data, split, network, init weights."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        progress: Report,
+        *,
+        new: bool,
+        pack: Pack | None = None,
+        source: DataSource | None = None,
+    ) -> None:
+        """Load the data, unless given; draw init and export the graph of a new run.
+
+        Raises:
+            ConfigError: The data set is too small.
+            ExportError: The network cannot be deployed weight for weight.
+            TrainingError: The data set cannot be had.
+        """
+        self.config = config
+        self.run_dir = run_dir
+        self._progress = progress
+        # One size for all processes, as what they do next depends on it.
+        self._pack = pack and (lambda *ends: by_first(lambda: pack(*ends)))
+        self.device = choose_device(config.train.device)
+        with first_before_others():
+            self._source = source or load_source(config.data)
+        seed, data, rounds = config.run.seed, config.data, config.run.rounds
+        self.split = split_source(self._source, data, seed=seed, rounds=rounds)
+        self._pool, self._validation, self._test = (
+            self._source.prepared(samples, self.device)
+            for samples in (self.split.pool, self.split.validation, self.split.test)
+        )
+        shape = self._source.input_shape
+        if config.data.augment != "none" and len(shape) != 3:
+            raise ConfigError(
+                f"data.augment is for images (C, H, W), these inputs are {shape}"
+            )
+        # Before any training: a network that cannot be deployed fails at once.
+        self._deployment = (
+            make_deployment(self.build, shape, seed=seed)
+            if new
+            else read_deployment(run_dir)
+        )
+
+    def build(self) -> nn.Module:
+        """Build the network, with the initialisation of its modules."""
+        classes = len(self._source.classes)
+        shape = self._source.input_shape
+        model = build_model(self.config.model, shape, classes)
+        if self.config.model.factory:
+            check_outputs(model, shape, classes)
+        return model
+
+    def train(
+        self, number: int, records: Sequence[RoundRecord], *, reinitialise: bool
+    ) -> RoundRecord:
+        """Train a round and write its folder.
+
+        Args:
+            number: Of the round.
+            records: Of the rounds before it.
+            reinitialise: Start from the init weights again, and keep the result only
+                if it validates no worse than what is deployed. Where it does not, a
+                partial method updates the deployed weights instead, and with
+                ``update.chain = "shadow"`` later rounds go on with it unseen.
+
+        Returns:
+            The round's record, once its folder is complete.
+        """
+        init, update = self._deployment.init, self.config.update
+        folder = self.run_dir / f"round_{number - 1:02d}"
+        deployed = read_weights(folder / FILE_NAME) if records else init
+        before = records[-1].metrics["val_accuracy"] if records else 0.0
+        fresh = init if reinitialise else read_shadow(folder)
+        trials = list(self._trials(number, deployed, before, fresh))
+        trial = trials[-1]
+        target = trial.new or deployed
+        start = trial.parent if trial.new else deployed
+        metrics = {
+            **self._measure(number, target),
+            "test_best": trial.test_best,
+            "tried_reinit": int(reinitialise),
+            **{f"val_{k}": share for k, share in trial.training.accuracy.items()},
+            **_counts(start, target, trial.masks),
+        }
+        if len(trials) > 1:
+            metrics["val_reinit"] = trials[0].training.accuracy["best"]
+        if trial.new and self._pack and update.budget:
+            metrics["patch_bytes"] = self._pack(start, target)
+        everything = update.method == "fu" or is_full(self.config, number)
+        counted = update.budget or trial.training.start is not trial.parent
+        ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
+        record = RoundRecord(
+            run=self.config.run.name,
+            round=number,
+            counter=number,
+            outcome=Outcome.UPDATED if trial.new else Outcome.KEPT_BASE,
+            parent=start.fingerprint,
+            method="fu" if everything else update.method,
+            ratio=None if everything else ratio,
+            reinitialised=bool(records) and trial.new is not None and start is init,
+            packable=update.chain != "paper",
+            samples=self.split.size_at(number),
+            metrics=metrics,
+            seeds={"run": self.config.run.seed},
+            config=as_dict(self.config),
+        )
+        masks = {**trial.masks, **trial.training.dense.masks()}
+        epochs = [epoch for one in trials for epoch in one.epochs]
+        unseen = len(trials) > 1 and update.chain == "shadow"
+        shadow = trials[0].best if unseen and trials[0].best is not init else None
+        record = by_first(
+            lambda: write_round(self.run_dir, record, target, masks, epochs, shadow)
+        )
+        self._report(number, "done", 2 * self.config.train.epochs, record)
+        return record
+
+    def _trials(
+        self, number: int, deployed: Weights, before: float, fresh: Weights | None
+    ) -> Iterator[_Trial]:
+        """Train on from fresh weights, and from deployed ones where that falls short.
+
+        Args:
+            number: Of the round.
+            deployed: The deployed weights.
+            before: Their accuracy on validation.
+            fresh: The init weights, or what earlier rounds made of them unseen.
+        """
+        update = self.config.update
+        if fresh is not None:
+            floor = 0.0 if update.chain == "paper" else before
+            trial = self._try(number, fresh, floor, parent=self._deployment.init)
+            yield trial
+            if trial.new is not None or update.method not in PARTIAL_METHODS:
+                return
+        yield self._try(number, deployed, before, parent=deployed)
+
+    def _try(
+        self, number: int, start: Weights, floor: float, *, parent: Weights
+    ) -> _Trial:
+        """Train from some weights; the result counts where it is no worse than floor.
+
+        Equal weights are no result: there is nothing to send.
+        """
+        model = self.build().to(self.device)
+        load_weights(model, start)
+        from_init = parent is self._deployment.init
+        training = self._prepare(model, number, from_init=from_init)
+        training.start = start
+        masks = train_round(training, self.config, self._pack)
+        best = training.best or start
+        load_weights(model, best)
+        new = best if training.accuracy["best"] >= floor else None
+        if best.fingerprint in (start.fingerprint, parent.fingerprint):
+            new = None
+        origin = "init" if from_init else "deployed"
+        if start is not parent:
+            origin, masks = "shadow", _with_changes(masks, parent, best)
+        epochs = [{"start": origin} | epoch for epoch in training.epochs]
+        test_best = evaluate(model, self._test)
+        return _Trial(training, parent, masks, best, new, test_best, epochs)
+
+    def _measure(self, number: int, target: Weights) -> dict[str, float]:
+        """Evaluate what is deployed after a round; round_00 decides the contract."""
+        model = self.build().to(self.device)
+        load_weights(model, target)
+        if not number:
+            self._write_deployment(model)
+        return {
+            "val_accuracy": evaluate(model, self._validation),
+            "test_accuracy": evaluate(model, self._test),
+        }
+
+    def _prepare(
+        self, model: nn.Module, number: int, *, from_init: bool
+    ) -> RoundTraining:
+        """Bring together what a round trains with."""
+        count = itertools.count(1)
+        augmented = self.config.data.augment == "crop_flip"
+        return RoundTraining(
+            model,
+            self.config,
+            number,
+            (self._pool[: self.split.size_at(number)], self._validation),
+            from_init=from_init,
+            augmentation=self._source.crop_flip if augmented else None,
+            on_epoch=lambda phase: self._report(number, phase, next(count)),
+        )
+
+    def _report(
+        self, number: int, phase: str, epoch: int, record: RoundRecord | None = None
+    ) -> None:
+        run, epochs = self.config.run, 2 * self.config.train.epochs
+        epoch = min(epoch, epochs)  # a phase that is repeated shows as the last one
+        self._progress(Progress(number, run.rounds, phase, epoch, epochs, record))
+
+    def _write_deployment(self, model: nn.Module) -> None:
+        """Write the model folder; the model holds what round_00 deploys."""
+        floor = self.config.run.accuracy_floor
+        if floor is None:
+            share = evaluate(model, self._validation[:GOLDEN_SAMPLES])
+            floor = (1 / len(self._source.classes) + share) / 2
+        golden = self.split.validation[:GOLDEN_SAMPLES]
+        by_first(
+            lambda: write_deployment(
+                self.run_dir, self._deployment, self._source, golden, floor
+            )
+        )
+
+
+def _with_changes(masks: Masks, parent: Weights, target: Weights) -> Masks:
+    """Return masks that also hold what has changed since the parent, as bits."""
+    changed = {name: changed_elements(parent, target, name) for name in masks}
+    return {
+        name: mask | torch.from_numpy(changed[name]).to(mask.device)
+        for name, mask in masks.items()
+    }
+
+
+def _counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:
+    """Count selectable weights: all, selected, and changed (compared as bits)."""
+    changed = (changed_elements(start, target, name) for name in masks)
+    return {
+        "weights": sum(mask.numel() for mask in masks.values()),
+        "selected": sum(int(mask.sum()) for mask in masks.values()),
+        "changed": sum(int(elements.sum()) for elements in changed),
+    }

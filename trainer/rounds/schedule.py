@@ -1,0 +1,165 @@
+"""The schedule of a run: rounds of training on growing data, one folder each.
+
+::
+
+    records = run_rounds(load_config("digits.toml"), "runs")
+
+Interrupted runs continue after their last complete round; a round depends on the
+recipe, its number and the weights deployed before it, and on nothing else.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_runtime.errors import ConfigError
+from trainer.data.samples import DataSource
+from trainer.folder.record import RoundRecord, list_rounds, read_round_record
+from trainer.folder.write import alone
+from trainer.parallel import is_first, processes
+from trainer.recipe.config import as_dict, make_config
+from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.rounds.loop import choose_device, cpu_settings
+from trainer.rounds.methods import Pack
+from trainer.rounds.round import Progress, Report, Run
+
+__all__ = ["Progress", "as_reported", "run_rounds"]
+
+# A finished run may be carried on for more rounds, and its data may move.
+FREE_KEYS = {("run", "rounds"), ("run", "name"), ("data", "root")}
+
+
+def run_rounds(
+    config: Config,
+    runs_dir: str | PathLike[str],
+    *,
+    progress: Report = lambda _progress: None,
+    resume: bool = True,
+    pack: Pack | None = None,
+    source: DataSource | None = None,
+) -> list[RoundRecord]:
+    """Train every round of a recipe that is not there yet.
+
+    Under ``torchrun`` all processes share the training, and the first one writes.
+
+    Args:
+        config: The recipe.
+        runs_dir: Folder of the runs; this one is written to ``runs_dir/NAME``.
+        progress: Called after every epoch and after every round.
+        resume: Continue a run that has rounds already; otherwise refuse.
+        pack: From base and target to the size of their patch in bytes, such as
+            ``packager.size.patch_size``; needed where the recipe has a budget.
+        source: The recipe's data set where it is loaded already
+            (:func:`trainer.data.sources.load_source`), as several runs may share one.
+
+    Returns:
+        The records of all the run's rounds, those found included.
+
+    Raises:
+        ConfigError: The run folder was made with another recipe, another process is
+            training it, or the data set is too small for this one.
+        ExportError: The network cannot be deployed weight for weight.
+        TrainingError: The loss is not finite, or the data set cannot be had.
+        OSError: Files cannot be read or written.
+    """
+    if config.update.budget and pack is None:
+        raise ConfigError(
+            "update.budget needs a function that packs: pass pack= to run_rounds, "
+            "for example packager.size.patch_size"
+        )
+    run_dir = Path(runs_dir) / config.run.name
+    device, threads = config.train.device, cpu_settings(config.train.threads)
+    with ExitStack() as stack:
+        if is_first():
+            stack.enter_context(alone(run_dir))
+        records = _finished(run_dir, config, resume=resume)
+        if len(records) >= config.run.rounds:
+            return records
+        stack.enter_context(processes(choose_device(device)))
+        stack.enter_context(threads)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        run = Run(config, run_dir, progress, new=not records, pack=pack, source=source)
+        for number in range(len(records), config.run.rounds):
+            samples = run.split.size_at(number)
+            reinitialise = _must_reinitialise(config, records, samples)
+            records.append(run.train(number, records, reinitialise=reinitialise))
+    return records
+
+
+def as_reported(records: Sequence[RoundRecord]) -> list[tuple[float, float]]:
+    """Return validation and test accuracy a round, as the paper's code reports them.
+
+    Its chain may go on from a worse model (``update.chain = "paper"``); the reported
+    numbers never do: a round that validates worse than the one before shows that one's.
+    """
+    reported: list[tuple[float, float]] = []
+    for record in records:
+        row = record.metrics["val_accuracy"], record.metrics["test_accuracy"]
+        worse = reported and row[0] < reported[-1][0]
+        reported.append(reported[-1] if worse else row)
+    return reported
+
+
+def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecord]:
+    """Return the run's complete rounds, after checking that they are this recipe's."""
+    records = [read_round_record(folder) for folder in list_rounds(run_dir)]
+    if not records:
+        return records
+    if not resume:
+        raise ConfigError(
+            f"{run_dir} has {len(records)} rounds already; continue it (resume), or "
+            "choose another run.name"
+        )
+    if [record.round for record in records] != list(range(len(records))):
+        numbers = [record.round for record in records]
+        raise ConfigError(
+            f"{run_dir} has the rounds {numbers}, without gaps they would be "
+            f"0 to {len(records) - 1}; put the missing folders back"
+        )
+    # Through make_config: a key that is newer than the run has its default there.
+    made_with = as_dict(make_config(records[0].config))
+    problems = list(_differences(made_with, as_dict(config)))
+    if problems:
+        raise ConfigError(
+            f"{run_dir} was made with another recipe; choose another run.name, or "
+            "undo these changes:",
+            problems=problems,
+        )
+    return records
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which keys differ between two resolved recipes, free ones left out."""
+    for section in sorted(was.keys() | now.keys()):
+        old, new = was.get(section, {}), now.get(section, {})
+        for key in sorted(old.keys() | new.keys()):
+            found, wanted = old.get(key), new.get(key)
+            if found != wanted and (section, key) not in FREE_KEYS:
+                yield f"[{section}] {key} was {found!r}, is now {wanted!r}"
+
+
+def _must_reinitialise(
+    config: Config, records: list[RoundRecord], samples: int
+) -> bool:
+    """Tell whether the next round starts from the init weights again.
+
+    A re-initialised model that was discarded does not count, so it stays due; one
+    that is trained on unseen counts.
+    """
+    rule, partial = config.update.reinit, config.update.method in PARTIAL_METHODS
+    if rule == "never" or not records:
+        return False
+    if rule == "auto" and not partial:
+        return True
+    shadow = partial and config.update.chain == "shadow"
+    last = records[0]
+    for record in records[1:]:
+        if record.metrics["tried_reinit"] if shadow else record.reinitialised:
+            last = record
+    if isinstance(rule, int):
+        return len(records) - last.round >= rule
+    return samples > 2 * last.samples

@@ -1,0 +1,196 @@
+"""What every method trains a round with: model, optimizer, epochs, the best weights."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edge_runtime.errors import TrainingError
+from edge_runtime.formats.weights import Weights
+from trainer.data.samples import Samples, batches, generator
+from trainer.export.tensors import load_weights, weights_of
+from trainer.parallel import data_parallel
+from trainer.recipe.schema import Config
+from trainer.rounds.dense import DensePart
+from trainer.rounds.loop import (
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    recompute_batchnorm,
+    train_epoch,
+)
+from trainer.rounds.rounding import FLOAT32_BITS, round_weights
+
+Augment = Callable[[Tensor], Tensor]
+
+
+class RoundTraining:
+    """The training of one round: model, optimizer, and the best weights so far.
+
+    Attributes:
+        model: Holds the start weights at first; trained in place.
+        start: The start weights.
+        dense: What is not selected weight by weight.
+        optimizer: Of all trainable parameters; its state goes through both phases.
+        number: The round's number.
+        epochs: What happened, one record an epoch.
+        accuracy: On validation: of the ``start``, of the ``best`` weights, and of
+            others by name.
+        best: The best weights, or None while nothing beats the start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        number: int,
+        samples: tuple[Samples, Samples],
+        *,
+        from_init: bool = True,
+        augmentation: Callable[[np.random.Generator], Augment] | None = None,
+        on_epoch: Callable[[str], None] = lambda _phase: None,
+    ) -> None:
+        """Prepare a round.
+
+        Args:
+            model: With the start weights.
+            config: The recipe.
+            number: The round's number; keys its random streams.
+            samples: Prepared samples for training and for validation.
+            from_init: Whether the start weights are the init weights.
+            augmentation: Makes the augmentation of an epoch from a random stream.
+            on_epoch: Called with the name of the phase after every epoch.
+        """
+        self.model = model
+        self.start = weights_of(model)
+        self.dense = DensePart(model, config.update.dense, from_init=from_init)
+        self.optimizer = make_optimizer(model, config.train)
+        self._trained = data_parallel(model)
+        self.epochs: list[dict[str, Any]] = []
+        self.best: Weights | None = None
+        self._config = config
+        self.number = number
+        self._train, self._validation = samples
+        self._augmentation = augmentation
+        self._on_epoch = on_epoch
+        start = evaluate(model, self._validation)
+        self.accuracy = {"start": start, "best": start}
+
+    def random(self, purpose: str) -> np.random.Generator:
+        """Return the stream of one purpose in the epoch that comes next.
+
+        Epochs are counted through the whole round, so every method sees the samples
+        of its n-th epoch in the same order.
+        """
+        epoch = len(self.epochs)
+        return generator(self._config.run.seed, purpose, self.number, epoch)
+
+    def random_seed(self, purpose: str) -> int:
+        """Return a seed for torch from the stream of one purpose."""
+        return int(self.random(purpose).integers(1 << 62))
+
+    def run_phase(self, phase: str, epochs: int, *, keep: bool) -> None:
+        """Train for some epochs, with the learning rate schedule from its start.
+
+        Args:
+            phase: Name for the records.
+            epochs: How many.
+            keep: Keep the weights after each epoch that is the best so far.
+
+        Raises:
+            TrainingError: The loss is not finite any more.
+        """
+        train = self._config.train
+        for epoch in range(epochs):
+            rate = learning_rate(train, epoch, epochs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            record = {"phase": phase, "epoch": epoch, "lr": rate, "loss": self._epoch()}
+            if keep or epoch == epochs - 1:
+                with self._as_deployed():
+                    accuracy = evaluate(self.model, self._validation)
+                    kept = keep and accuracy > self.accuracy["best"]
+                    if kept:
+                        self._keep(accuracy)
+                record |= {"val_accuracy": accuracy, "kept": kept}
+                self.accuracy[phase] = accuracy
+            self.epochs.append(record)
+            self._on_epoch(phase)
+
+    def consider_rewound(self) -> None:
+        """Judge the rewound model: it is kept where no worse than the start.
+
+        The statistics of BatchNorm are made to fit it first.
+        """
+        if not self.dense.frozen:
+            recompute_batchnorm(self.model, self.train_batches())
+        with self._as_deployed():
+            accuracy = self.accuracy["rewound"] = evaluate(self.model, self._validation)
+            if accuracy >= self.accuracy["start"]:
+                self._keep(accuracy)
+
+    def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training samples as they lie, without augmentation.
+
+        Batches are of about equal size, or a small last one would count too much.
+        """
+        count = math.ceil(len(self._train) / self._config.train.batch)
+        size = math.ceil(len(self._train) / count)
+        return batches(self._train, size, torch.arange(len(self._train)))
+
+    def checkpoint(self) -> Callable[[], None]:
+        """Return a function that takes the round back to where it is now."""
+        model = copy.deepcopy(self.model.state_dict())
+        optimizer = copy.deepcopy(self.optimizer.state_dict())
+        epochs, accuracy, best = [*self.epochs], {**self.accuracy}, self.best
+
+        def go_back() -> None:
+            self.model.load_state_dict(model)
+            # A copy: the optimizer goes on with the very tensors that it is given.
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+            self.epochs, self.accuracy, self.best = [*epochs], {**accuracy}, best
+
+        return go_back
+
+    def load(self, weights: Weights) -> None:
+        """Write weights into the model."""
+        load_weights(self.model, weights)
+
+    def rounded(self, weights: Weights) -> Weights:
+        """Return what a device would get of these weights."""
+        return round_weights(weights, self.start, self._config.update.mantissa_bits)
+
+    @contextmanager
+    def _as_deployed(self) -> Iterator[None]:
+        """Give the model the values that a device would get, and then its own back."""
+        if self._config.update.mantissa_bits == FLOAT32_BITS:
+            yield
+            return
+        exact = weights_of(self.model)
+        self.load(self.rounded(exact))
+        yield
+        self.load(exact)
+
+    def _keep(self, accuracy: float) -> None:
+        weights = weights_of(self.model)
+        self.dense.verify(weights, self.start)
+        self.accuracy["best"], self.best = accuracy, weights
+
+    def _epoch(self) -> float:
+        order = torch.from_numpy(self.random("order").permutation(len(self._train)))
+        augment = self._augmentation and self._augmentation(self.random("augment"))
+        torch.manual_seed(self.random_seed("dropout"))
+        size = self._config.train.batch
+        epoch = batches(self._train, size, order, augment)
+        loss = train_epoch(self._trained, self.optimizer, epoch)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "
+                "lower train.lr, or look for broken samples"
+            )
+        return loss
