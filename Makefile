@@ -23,6 +23,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m tools.layers --check > /dev/null
 	$(BIN)/python -m tools.code_lines --check
 
 format: $(STAMPS)/dev

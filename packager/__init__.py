@@ -60,7 +60,10 @@ __all__ = [
 ]
 
 # Those that import onnx come last.
-_MODULES = ("rounds", "build", "compose", "foreign", "signing", "bundle", "adopt")
+_MODULES = (
+    *("rounds.folder", "build", "compose", "models.read", "signing"),
+    *("bundles.from_round", "bundles.from_model"),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -68,9 +68,9 @@ class Demo:
     """A server, a device, and the comparison between them."""
 
     def __init__(self, folder: Path) -> None:
+        from trainer.config import load_config
         from trainer.data.samples import split_source
         from trainer.data.sources import load_source
-        from trainer.recipe.config import load_config
 
         self.run = folder / "runs" / "digits"
         self.store = folder / "device"

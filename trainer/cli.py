@@ -205,7 +205,7 @@ def check(
 ) -> None:
     """Check RECIPE and print all its keys, defaults included; train nothing."""
     config = _load(recipe, overrides, **own)
-    from trainer.recipe.config import as_dict
+    from trainer.config import as_dict
 
     tables = as_dict(config)
     lines = [
@@ -231,7 +231,7 @@ def _load(
     path = _recipe(recipe) if recipe else None
     # Where python -m looks as well: your functions are seldom installed.
     sys.path.insert(0, str(Path.cwd()))
-    from trainer.recipe.config import load_config
+    from trainer.config import load_config
 
     return load_config(path or OWN, overrides, name=name, model=model, data=data)
 

@@ -19,9 +19,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edge_runtime.errors import ConfigError
-from trainer.data.samples import CPU
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 def is_first() -> bool:
@@ -30,7 +30,7 @@ def is_first() -> bool:
 
 
 @contextmanager
-def processes(device: torch.device = CPU) -> Iterator[None]:
+def processes(device: torch.device = _CPU) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, until the program ends.
 
     Args:

@@ -141,5 +141,5 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
         "MOUNTS": shlex.join([str(root), str(folder)]),
         "WRITABLE": shlex.join(writable),
     }
-    unit = Path(__file__).with_name("dpu-edge-agent.service").read_text()
+    unit = Path(__file__).parents[1].joinpath("dpu-edge-agent.service").read_text()
     print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], unit), end="")

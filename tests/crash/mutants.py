@@ -5,6 +5,7 @@ nothing did, or if the line to break is not there any more.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,128 +43,136 @@ ROTTEN = (install, update, update, rollback, Recording.rot_slot)
 # What is broken: the file, the text, and what stands there instead.
 MUTANTS = {
     "no sync of a file's content": (
-        "files",
+        "store/files",
         "                self.sync(file.fileno())\n",
         "",
     ),
     "no sync of the store's parent": (
-        "files",
+        "store/files",
         "            self.sync_folder(folder.parent)\n",
         "",
     ),
     "'current' is removed, then made": (
-        "files",
+        "store/files",
         "self.symlink(part, folder)\n        self.rename(part, link)",
         "self.unlink(link)\n        self.symlink(link, folder)",
     ),
-    "no sync of model/": ("store", "        self.files.sync_folder(folder)\n", ""),
+    "no sync of model/": (
+        "store/store",
+        "        self.files.sync_folder(folder)\n",
+        "",
+    ),
     "no sync of a slot's names": (
-        "store",
+        "store/store",
         "        self.files.sync_folder(part)\n",
         "",
     ),
     "no sync of slots/": (
-        "store",
+        "store/store",
         "        self.files.sync_folder(folder.parent)\n",
         "",
     ),
     "no sync of reverse/": (
-        "slots",
+        "store/slots",
         "            store.files.sync_folder(path.parent)\n",
         "",
     ),
     "a way back is promised, not written": (
-        "slots",
+        "store/slots",
         "            store.files.write(path, [data])\n",
         "",
     ),
     "no sync after a commit": (
-        "store",
+        "store/store",
         "            self.files.sync_folder(self.root)\n        self.state",
         "        self.state",
     ),
     "the state is written in place": (
-        "store",
+        "store/store",
         'part = path.with_name(path.name + ".part")\n'
         "            self.files.write(part, [data])\n"
         "            self.files.rename(part, path)",
         "self.files.write(path, [data])",
     ),
     "the copy is written after the state": (
-        "store",
+        "store/store",
         "for path in (self._copy_path, self._state_path):",
         "for path in (self._state_path, self._copy_path):",
     ),
     "no copy of the state": (
-        "store",
+        "store/store",
         "for path in (self._copy_path, self._state_path):",
         "for path in (self._state_path,):",
     ),
     "the copy is not mended": (
-        "store",
+        "store/store",
         "            if not mended:\n                self.commit(state)\n",
         "",
     ),
     "the state's checksum is not looked at": (
-        "state",
+        "store/state",
         "if digest != _digest(record):",
         "if digest is None:",
     ),
     "no sync before old slots are removed": (
-        "store",
+        "store/store",
         "        if doomed:\n",
         "        if not doomed:\n",
     ),
     "old slots are removed before the commit": (
-        "device",
+        "update/device",
         "        self.store.commit(state)\n        try:\n            self._run_hooks",
         "        self.store.state = state\n        self.store.collect()\n"
         "        self.store.commit(state)\n        try:\n            self._run_hooks",
     ),
     "nothing is tidied up": (
-        "store",
+        "store/store",
         "        for path in sorted(doomed):\n            self.files.remove(path)\n",
         "",
     ),
     "a try is not counted before the trial": (
-        "device",
+        "update/device",
         "        self.store.commit(before.tried(slot.target))\n",
         "",
     ),
     "hooks run before the commit": (
-        "device",
+        "update/device",
         "        self.store.commit(state)\n        try:\n            self._run_hooks(",
         '        self._run_hooks("after-apply", event, slot)\n'
         "        self.store.commit(state)\n        try:\n            self._run_hooks(",
     ),
     "a damaged kept slot stays in the state": (
-        "device",
+        "update/device",
         "            self.store.commit(self.store.state.without(kept))\n",
         "            pass\n",
     ),
     "a kept slot is not looked at": (
-        "device",
+        "update/device",
         "                return self.store.check_slot(target)\n",
         "                return self.store.slot_folder(target)\n",
     ),
     "room is made at the cost of the active slot": (
-        "slots",
+        "store/slots",
         "if s.target not in (state.active, parent)",
         "if s.target != parent",
     ),
     "a rollback lowers the release floor": (
-        "state",
+        "store/state",
         'replace(slot, parent=""), slot.counter > self.floor\n',
         'replace(slot, parent=""), True\n',
     ),
-    "no lock": ("store", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    "no lock": (
+        "store/store",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+    ),
     "the state is not read again under the lock": (
-        "store",
+        "store/store",
         "state = self.reload()\n",
         'state = getattr(self, "state", None) or self.reload()\n',
     ),
     "believed before it is written": (
-        "store",
+        "store/store",
         "        data = encode_state(state)\n",
         "        data, self.state = encode_state(state), state\n",
     ),
@@ -233,14 +242,12 @@ def break_and_hunt(name, seconds):
     with world.scratch() as folder:
         for package in ("tests", "packager"):
             (folder / package).symlink_to(ROOT / package)
-        (folder / "edge_runtime").mkdir()
-        for path in (ROOT / "edge_runtime").glob("*.py"):
-            text = path.read_text()
-            if path.stem == module:
-                if text.count(old) != 1:
-                    return None, f"found {text.count(old)} times in {module}.py"
-                text = text.replace(old, new)
-            (folder / "edge_runtime" / path.name).write_text(text)
+        shutil.copytree(ROOT / "edge_runtime", folder / "edge_runtime")
+        path = folder / "edge_runtime" / f"{module}.py"
+        text = path.read_text()
+        if text.count(old) != 1:
+            return None, f"found {text.count(old)} times in {module}.py"
+        path.write_text(text.replace(old, new))
         command = [sys.executable, "-m", "tests.crash.mutants", "--hunt"]
         try:
             done = subprocess.run(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.code_lines import RINGS
+from tools.layers import FLOORS, edges, problems
+from tools.layers import modules as modules_of
 
-RUNTIME = Path(__file__).parents[2] / "edge_runtime"
+ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
     "collections contextlib ctypes dataclasses enum errno fcntl functools gc hashlib "
     "importlib inspect io itertools json logging math os pathlib queue re shlex shutil "
@@ -23,58 +24,79 @@ STANDARD_LIBRARY = (
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {
-    "onnxruntime": {"infer"},
-    "zstandard": {"frames"},
-    "cryptography": {"proof", "signing"},
-    "PIL": {"inputs"},
+    "onnxruntime": {"inference.predictor"},
+    "zstandard": {"formats.frames"},
+    "cryptography": {"live.proof", "formats.signing"},
+    "PIL": {"inference.inputs"},
+}
+RUNTIME = "edge_runtime"
+FILES = {
+    name.removeprefix(f"{RUNTIME}."): path
+    for name, path in modules_of(ROOT, RUNTIME).items()
 }
 
 
 @cache
-def imports(module):
-    """What a module of the runtime imports anywhere in its text."""
+def packages(module):
+    """The packages that a module of the runtime imports anywhere in its text."""
     found = set()
-    for node in ast.walk(ast.parse((RUNTIME / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found.add(node.module.partition(".")[0])
     return found
 
 
-def packages(module):
-    return {name.partition(".")[0] for name in imports(module)}
+COMMANDS = {m for m in FILES if "click" in packages(m)}
 
 
-def own(module):
-    return {
-        name.split(".")[1] for name in imports(module) if name.startswith(RUNTIME.name)
-    }
+def test_no_import_runs_upward_and_none_in_a_circle():
+    assert not list(problems(edges(ROOT)))
 
 
-MODULES = sorted(path.stem for path in RUNTIME.glob("*.py"))
-COMMANDS = {m for m in MODULES if "click" in packages(m)}
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_floor_is_there(package):
+    for floor in FLOORS[package]:
+        path = ROOT / package / floor
+        assert path.is_dir() or path.with_suffix(".py").is_file(), floor
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "words"),
+    [
+        ("edge_runtime.formats.patch", "edge_runtime.store.state", "a floor above"),
+        ("edge_runtime.errors", "packager.build", "may not know it"),
+        ("trainer.publish", "packager.build", "may not know it"),
+        ("packager.cellar.new", "edge_runtime.errors", "is on no floor"),
+    ],
+)
+def test_an_import_that_breaks_the_order_is_named(module, other, words):
+    (problem,) = problems({module: {other}})
+    assert module in problem
+    assert words in problem
+
+
+def test_a_circle_is_named():
+    one, two = "trainer.rounds.methods", "trainer.rounds.budget"
+    (problem,) = problems({one: {two}, two: {one}})
+    assert one in problem
+    assert two in problem
 
 
 def test_the_runtime_imports_what_is_listed_and_nothing_else():
-    found = set().union(*map(packages, MODULES)) - {RUNTIME.name}
+    found = set().union(*map(packages, FILES)) - {RUNTIME}
     assert " ".join(sorted(found & sys.stdlib_module_names)) == STANDARD_LIBRARY
     assert found - sys.stdlib_module_names == {"numpy", "click", *THIRD_PARTY}
 
 
 @pytest.mark.parametrize("package", THIRD_PARTY)
 def test_only_the_named_modules_import_it(package):
-    assert {m for m in MODULES if package in packages(m)} == THIRD_PARTY[package]
-
-
-def test_what_reads_a_patch_knows_nothing_of_what_surrounds_it():
-    for module in RINGS["patch"].modules:
-        assert own(module) <= RINGS["patch"].modules | {"errors"}, module
+    assert {m for m in FILES if package in packages(m)} == THIRD_PARTY[package]
 
 
 def test_the_library_knows_nothing_of_its_command_line():
-    for module in set(MODULES) - COMMANDS - {"__main__"}:
-        assert not own(module) & COMMANDS, module
+    assert {m for m in FILES if m.startswith("cli.")} | {"commandline"} == COMMANDS
 
 
 def modules_after(statement):
@@ -93,7 +115,7 @@ def modules_after(statement):
         ("from edge_runtime import *", {"numpy", "zstandard"}),
         (
             "import importlib; [importlib.import_module(f'edge_runtime.{m}') for m in "
-            f"{[m for m in MODULES if m != '__main__']}]",
+            f"{[m for m in FILES if m != '__main__']}]",
             {"numpy", "zstandard", "click"},
         ),
     ],
@@ -102,7 +124,7 @@ def test_imports_bring_exactly_what_they_need(statement, wanted):
     # Less what the environment starts every process with.
     loaded = modules_after(statement) - modules_after("pass")
     found = {name.partition(".")[0] for name in loaded}
-    found -= sys.stdlib_module_names | {RUNTIME.name}
+    found -= sys.stdlib_module_names | {RUNTIME}
     # The finder of an editable installation; what NumPy is compiled with.
     assert {n for n in found if not n.startswith(("__", "_cython", "cython"))} == wanted
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.recipe.config import load_config
+from trainer.config import load_config
 from trainer.rounds.schedule import run_rounds
 
 

@@ -13,9 +13,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from packager.size import patch_size
 from trainer.cli import main as cli
+from trainer.config import load_config, make_config
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import by_first, processes, share
-from trainer.recipe.config import load_config, make_config
 from trainer.rounds.schedule import run_rounds
 
 # Everything at once: BatchNorm, a re-initialised model that is worse than what is

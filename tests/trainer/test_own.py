@@ -11,10 +11,10 @@ from edge_runtime.update.trial import relative_difference
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
+from trainer.config import load_config
 from trainer.data.samples import Stored
 from trainer.data.sources import as_source, load_source
 from trainer.export.tensors import load_weights
-from trainer.recipe.config import load_config
 from trainer.recipe.factory import call_factory, load_factory
 from trainer.rounds.schedule import run_rounds
 

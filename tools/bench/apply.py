@@ -50,7 +50,7 @@ MEMORY_BAR = 32 << 20  # bytes over interpreter and imports
 DENSITIES = (0.01, 0.1)  # of the synthetic file
 LAYERS, ROWS, COLUMNS = 20, 1250, 4000  # of the synthetic file: 400 MB
 _GRAPH = b"a graph; no session is started here"
-_RESULTS = Path(__file__).with_name("RESULTS.md")
+_RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 # Runs apart, with the store and the patch as arguments.
 _CHILD = """
 import sys

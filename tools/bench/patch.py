@@ -25,7 +25,7 @@ from tools.bench.contest_report import markdown, replace_section, svg
 from tools.bench.rivals import TOOLS, Tool
 from tools.bench.rounds import find_pairs, make_rounds
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 

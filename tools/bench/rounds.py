@@ -199,7 +199,7 @@ def make_rounds(names: Sequence[str], data: Path, runs: Path, say: Say) -> None:
         TrainingError: The loss is not finite.
     """
     from trainer.cli import shown_progress  # late: they bring torch
-    from trainer.recipe.config import load_config
+    from trainer.config import load_config
     from trainer.rounds.schedule import run_rounds
 
     if missing := [name for name in names if name not in JOBS]:

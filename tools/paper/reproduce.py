@@ -36,7 +36,7 @@ from tools.paper.reproduction import (
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RECIPES = HERE / "recipes"
 RESULTS = HERE / "results" / "reproduction"
 NETWORKS = tuple(PAPER) + tuple(SMALLER)
@@ -91,8 +91,8 @@ def run(
     methods: Sequence[str],
 ) -> None:
     """Train the rounds that are not there yet; stop and start it as you like."""
+    from trainer.config import load_config
     from trainer.data.sources import load_source
-    from trainer.recipe.config import load_config
     from trainer.rounds.schedule import run_rounds
 
     runs = work / network

@@ -21,7 +21,7 @@ from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 RECIPES = HERE.parent / "trainer" / "recipes"
 BASELINE = "dpu, as in the paper"
 REFERENCE = "full updating"
@@ -100,7 +100,7 @@ class Row:
 def train(recipe: str, overrides: Sequence[str], seed: int, work: Path) -> Outcome:
     """Train one run, or go on with it, and pack its rounds."""
     from packager import pack_round, read_round
-    from trainer.recipe.config import load_config
+    from trainer.config import load_config
     from trainer.rounds.schedule import run_rounds
 
     name = "-".join(["seed", str(seed), *overrides]).replace('"', "").replace(".", "-")

@@ -15,8 +15,7 @@ from edge_runtime.formats.weights import pack_weights
 from trainer.export.tensors import weights_of
 from trainer.method.scores import Evidence, Score
 from trainer.method.selection import select_top_k
-from trainer.rounds.methods import Masks, Pack, new_updater
-from trainer.rounds.training import RoundTraining
+from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
 LEAST_USE = 0.95  # of the limit; an update below it gets more weights
 AIM = 0.98  # of the limit: fine-tuning changes the size by about a per cent

@@ -4,23 +4,16 @@ Section numbers refer to Deep Partial Updating (Qu, Liu, Thiele, ECCV 2022), who
 Algorithm 1 :func:`_partial` is.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.weights import Weights
-from trainer.method.fisher import fisher_scores
-from trainer.method.scores import DPUScore, Score, magnitude_scores
+from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
 from trainer.recipe.schema import Config, parse_size
-from trainer.rounds.training import RoundTraining
-
-Masks = Mapping[str, Tensor]
-Pack = Callable[[Weights, Weights], int]  # base and target -> bytes of the patch
+from trainer.rounds.budget import Room, train_within
+from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
 
 def train_round(
@@ -50,8 +43,6 @@ def train_round(
     if limit := parse_size(update.budget):
         if pack is None:
             raise ConfigError("update.budget needs a function that packs: pass pack=")
-        from trainer.rounds.budget import Room, train_within
-
         return train_within(training, epochs, score, Room(pack, limit, update.ratio))
     return _partial(training, epochs, update.ratio, score)
 
@@ -67,12 +58,6 @@ def score_of(config: Config) -> Score:
         return lambda evidence: magnitude_scores(evidence.current)
     lam = {"dpu": config.update.lam, "gcpu": 1.0, "lcpu": 0.0}
     return DPUScore(lam[config.update.method])
-
-
-def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:
-    """Take the round's weights as the base of an updater."""
-    named = training.model.named_parameters()
-    return PartialUpdater(named, selectable=training.dense.is_selectable, **options)
 
 
 def _partial(training: RoundTraining, epochs: int, ratio: float, score: Score) -> Masks:

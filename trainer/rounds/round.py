@@ -14,6 +14,7 @@ from torch import nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.weights import FILE_NAME, Weights, read_weights
+from trainer.config import as_dict
 from trainer.data.samples import DataSource, split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import changed_elements, load_weights
@@ -21,7 +22,6 @@ from trainer.folder.record import Outcome, RoundRecord
 from trainer.folder.write import read_shadow, write_round
 from trainer.networks.models import build_model, check_outputs
 from trainer.parallel import by_first, first_before_others
-from trainer.recipe.config import as_dict
 from trainer.recipe.schema import PARTIAL_METHODS, Config
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
@@ -30,8 +30,8 @@ from trainer.rounds.deployment import (
     write_deployment,
 )
 from trainer.rounds.loop import choose_device, evaluate
-from trainer.rounds.methods import Masks, Pack, is_full, train_round
-from trainer.rounds.training import RoundTraining
+from trainer.rounds.methods import is_full, train_round
+from trainer.rounds.training import Masks, Pack, RoundTraining
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
+from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord, list_rounds, read_round_record
 from trainer.folder.write import alone
 from trainer.parallel import is_first, processes
-from trainer.recipe.config import as_dict, make_config
 from trainer.recipe.schema import PARTIAL_METHODS, Config
 from trainer.rounds.loop import choose_device, cpu_settings
-from trainer.rounds.methods import Pack
 from trainer.rounds.round import Progress, Report, Run
+from trainer.rounds.training import Pack
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
 

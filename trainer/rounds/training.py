@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from edge_runtime.errors import TrainingError
 from edge_runtime.formats.weights import Weights
 from trainer.data.samples import Samples, batches, generator
 from trainer.export.tensors import load_weights, weights_of
+from trainer.method.updater import PartialUpdater
 from trainer.parallel import data_parallel
 from trainer.recipe.schema import Config
 from trainer.rounds.dense import DensePart
@@ -27,6 +28,8 @@ from trainer.rounds.loop import (
 from trainer.rounds.rounding import FLOAT32_BITS, round_weights
 
 Augment = Callable[[Tensor], Tensor]
+Masks = Mapping[str, Tensor]
+Pack = Callable[[Weights, Weights], int]  # base and target -> bytes of the patch
 
 
 class RoundTraining:
@@ -194,3 +197,9 @@ class RoundTraining:
                 "lower train.lr, or look for broken samples"
             )
         return loss
+
+
+def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:
+    """Take the round's weights as the base of an updater."""
+    named = training.model.named_parameters()
+    return PartialUpdater(named, selectable=training.dense.is_selectable, **options)

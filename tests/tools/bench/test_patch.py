@@ -205,7 +205,7 @@ def test_a_run_stands_for_all_its_updates_where_every_one_is_asked_for(run, tmp_
 
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_every_job_is_a_valid_recipe(job):
-    from trainer.recipe.config import load_config
+    from trainer.config import load_config
 
     path = ROOT / "trainer" / "recipes" / f"{job.recipe}.toml"
     assert load_config(path, job.overrides, name=job.name).run.name == job.name

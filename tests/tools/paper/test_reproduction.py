@@ -14,7 +14,7 @@ from tools.paper.reproduction import (
     table,
     write_result,
 )
-from trainer.recipe.config import as_dict, load_config
+from trainer.config import as_dict, load_config
 
 
 def rows(*tried):

@@ -7,7 +7,7 @@ from edge_runtime.errors import ConfigError, TrainingError
 from packager.build import pack_round
 from packager.rounds.folder import read_round
 from packager.size import patch_size
-from trainer.recipe.config import make_config
+from trainer.config import make_config
 from trainer.rounds.budget import AIM, CLOSE, find_k
 from trainer.rounds.schedule import run_rounds
 

@@ -3,14 +3,13 @@ import torch
 
 from edge_runtime.errors import FrozenWeightChangedError, TrainingError
 from edge_runtime.formats.weights import Weights
+from trainer.config import as_dict, make_config
 from trainer.data.samples import split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import load_weights, weights_of
-from trainer.method.fisher import fisher_scores
-from trainer.method.scores import magnitude_scores
+from trainer.method.scores import fisher_scores, magnitude_scores
 from trainer.method.selection import select_top_k
 from trainer.networks.models import build_model
-from trainer.recipe.config import as_dict, make_config
 from trainer.rounds.loop import evaluate
 from trainer.rounds.methods import train_round
 from trainer.rounds.training import RoundTraining

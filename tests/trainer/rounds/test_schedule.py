@@ -12,9 +12,9 @@ from edge_runtime.errors import ConfigError, RoundError
 from edge_runtime.formats.init_weights import read_recipe
 from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
+from trainer.config import as_dict, make_config
 from trainer.folder.record import Outcome
 from trainer.folder.write import alone
-from trainer.recipe.config import as_dict, make_config
 from trainer.rounds.schedule import as_reported, run_rounds
 
 torch.set_num_threads(1)

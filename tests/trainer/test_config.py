@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import ConfigError
-from trainer.recipe.config import as_dict, load_config, make_config
+from trainer.config import as_dict, load_config, make_config
 from trainer.recipe.schema import parse_size
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.toml"))
