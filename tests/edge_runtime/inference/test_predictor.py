@@ -262,7 +262,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_infer import CONTRACT, ONES, POLICIES, Predictor, RunOptions
+from test_predictor import CONTRACT, ONES, POLICIES, Predictor, RunOptions
 
 slots = [Path(path) for path in {slots!r}]
 for policy in POLICIES:
