@@ -31,7 +31,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "formats": 2030,
         "inference": 545,
         "live": 290,
-        "store": 550,
+        "store": 850,
         "update": 335,
     },
     "packager": {

@@ -23,9 +23,9 @@ from edge_runtime.errors import (
     PatchError,
     StoreError,
 )
-from edge_runtime.formats.apply import check_model
-from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
+from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION, wrong_model
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State
 from edge_runtime.update.device import Device, UpdateResult
 
@@ -187,8 +187,10 @@ class Agent:
         """Return what a file offers, unless it is refused, or cannot be read yet."""
         ping()
         try:
-            with open_patch(self._folder / name, trust=self.state.trust) as patch:
-                check_model(patch, self.state.model)
+            path, trust = self._folder / name, signers(self.state)
+            with open_patch(path, trust=trust) as patch:
+                if error := wrong_model(patch.header, self.state.model):
+                    raise error
                 return Offer(name, patch.size, patch.header)
         except OSError as err:
             self._failed = True

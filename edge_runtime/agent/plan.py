@@ -1,9 +1,8 @@
 """Which patches lead a device to the newest release. No I/O.
 
-The rules of admission are in :func:`edge_runtime.store.state.refusal`; here is only
-what follows from them for many patches at once, and one rule of the agent's own: a
-device that was rolled back is brought forward to newer releases only, never to the one
-that its owner went back from.
+The rules are in :mod:`edge_runtime.store.admission`; here is only what follows from
+them for many patches at once. A device that was rolled back is brought forward to newer
+releases only, never to the one that its owner went back from.
 """
 
 from collections.abc import Iterable
@@ -13,7 +12,8 @@ from itertools import groupby
 
 from edge_runtime.errors import HeldError
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.store.state import State, refusal
+from edge_runtime.store.admission import refusal, was_left
+from edge_runtime.store.state import State
 
 
 class Verdict(StrEnum):
@@ -57,9 +57,7 @@ def judge(state: State, header: PatchHeader, held: str = "") -> tuple[Verdict, s
         Verdict and reason.
     """
     target, past = header.target, header.counter <= state.floor
-    if (header.counter, target) == (state.floor, state.floor_target) and (
-        target != state.active
-    ):
+    if was_left(state, header):
         return Verdict.HELD, (
             f"this device was rolled back from round {header.round}; a newer release "
             "comes by itself, this one with 'dpu-edge apply'"

@@ -1,4 +1,4 @@
-"""From base weights and a patch to target weights: every rule of acceptance, no I/O.
+"""From base weights and a patch to target weights: what the bytes must prove, no I/O.
 
 The rules, in order:
 
@@ -24,29 +24,13 @@ import numpy as np
 from edge_runtime.errors import (
     PatchFormatError,
     VerificationError,
-    WrongModelError,
     WrongParentError,
 )
+from edge_runtime.formats.header import wrong_model
 from edge_runtime.formats.numbers import PIECE
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.positions import Run
 from edge_runtime.formats.weights import CHUNK_BYTES, Layout, Weights
-
-
-def check_model(patch: Patch, model: str) -> None:
-    """Insist that a patch is for the network ``model``.
-
-    Raises:
-        WrongModelError: It is for another one.
-    """
-    if patch.header.model != model:
-        raise WrongModelError(
-            f"the patch is for another network: it names model "
-            f"{patch.header.model[:12]}, here is {model[:12]}; fetch the patch of this "
-            "device's run, or install that run's bundle",
-            expected=patch.header.model,
-            actual=model,
-        )
 
 
 def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Weights:
@@ -63,8 +47,8 @@ def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Wei
         PatchFormatError: The patch contradicts itself or the layout.
         VerificationError: The result is not the promised one.
     """
-    if model is not None:
-        check_model(patch, model)
+    if model is not None and (error := wrong_model(patch.header, model)):
+        raise error
     if base.fingerprint != patch.header.parent:
         raise WrongParentError(
             f"the patch leads from weights {patch.header.parent[:12]}, here are "

@@ -10,6 +10,7 @@ from edge_runtime.errors import (
     PatchFormatError,
     PatchIntegrityError,
     PatchVersionError,
+    WrongModelError,
 )
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
@@ -141,3 +142,16 @@ def encode_header(header: PatchHeader, body: bytes) -> bytes:
         hashlib.sha256(body).digest(),
     )
     return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def wrong_model(header: PatchHeader, model: str) -> WrongModelError | None:
+    """Say why a patch is not for the network ``model``; None if it is."""
+    if header.model == model:
+        return None
+    return WrongModelError(
+        f"the patch is for another network: it names model {header.model[:12]}, here "
+        f"is {model[:12]}; fetch the patch of this device's run, or install that run's "
+        "bundle",
+        expected=header.model,
+        actual=model,
+    )

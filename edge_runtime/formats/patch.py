@@ -4,8 +4,8 @@ Reading is in steps, cheapest refusal first, and needs no more memory for a larg
 than for a small one: :func:`open_patch` proves size, magic, version, checksum and the
 SHA-256 of everything behind the header before a single byte is decompressed.
 :meth:`Patch.runs` and :meth:`Patch.values` then decode against a weight file's layout.
-FORMAT.md is the normative description; :mod:`edge_runtime.formats.apply` holds the
-rules of acceptance.
+FORMAT.md is the normative description; :mod:`edge_runtime.formats.apply` turns
+a patch into weights.
 """
 
 import hashlib

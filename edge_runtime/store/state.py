@@ -1,4 +1,4 @@
-"""What a store knows, as plain data, and which releases it admits.
+"""What a store knows, as plain data; which patches it admits is in admission.py.
 
 No I/O but a look at the clock, for the history.
 """
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from edge_runtime.errors import MALFORMED, HeldError, StoreError, TrustError
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.errors import MALFORMED, StoreError
 from edge_runtime.formats.signing import Trust
 
 SCHEMA = 1
@@ -187,48 +186,6 @@ class State:
         state = replace(self, slots=slots, former=(*filter(None, [link]), *self.former))
         useful = [s for s in state.former if state.slot(state.way_back(s.target)[0])]
         return replace(state, former=tuple(useful[:MAX_FORMER]))
-
-
-def refusal(
-    state: State, header: PatchHeader, *, force: bool = False
-) -> HeldError | TrustError | None:
-    """Say why a store may not move to a patch's target; None if it may.
-
-    A counter must be above the floor, or equal to it with the same target (so that a
-    device that rolled back can come forward again).
-
-    Args:
-        state: The store's state.
-        header: The patch's header.
-        force: Admit a release that failed its trial before. Never lowers the floor.
-
-    Returns:
-        A HeldError if the device is pinned; a TrustError if the release is older than
-        one that was active, or failed its trial.
-    """
-    if state.pinned:
-        return HeldError(
-            f"this device is pinned to round {state.active_slot.round}; allow updates "
-            "again with 'dpu-edge pin --off'"
-        )
-    if header.counter < state.floor or (
-        header.counter == state.floor and header.target != state.floor_target
-    ):
-        past = any(event.target == header.target for event in state.history)
-        return TrustError(
-            f"round {header.round} has release counter {header.counter}, this device "
-            f"has already been at {state.floor}"
-            + ("; it is past that round" if past else "")
-            + ". To go back use 'dpu-edge rollback', or publish the old weights as a "
-            "new release with a higher counter"
-        )
-    if header.target in state.skipped and not force:
-        return TrustError(
-            f"round {header.round} ({header.target[:12]}) failed its trial on this "
-            f"device before, or was cut off in {MAX_TRIES} of them; apply a newer "
-            "round, or try again with --force"
-        )
-    return None
 
 
 def encode_state(state: State) -> bytes:

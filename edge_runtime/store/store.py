@@ -30,7 +30,7 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_runtime.errors import StoreError, WrongParentError
+from edge_runtime.errors import StoreError
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.init_weights import InitRecipe, read_recipe
 from edge_runtime.formats.signing import Trust
@@ -43,6 +43,7 @@ from edge_runtime.formats.weights import (
     read_chunks,
     read_layout,
 )
+from edge_runtime.store.admission import unknown_parent
 from edge_runtime.store.files import Files
 from edge_runtime.store.state import State, decode_state, encode_state
 
@@ -191,23 +192,11 @@ class Store:
         Raises:
             WrongParentError: The store does not have them.
         """
+        if error := unknown_parent(self.state, parent):
+            raise error
         if self.state.slot(parent):
             return read_chunks(self.slot_folder(parent) / FILE_NAME)
-        if parent == self.state.init:
-            return self.recipe.chunks()
-        active = self.state.active_slot
-        was_here = any(event.target == parent for event in self.state.history)
-        raise WrongParentError(
-            f"the patch leads from weights {parent[:12]}; this device is at round "
-            f"{active.round} ({active.target[:12]})"
-            + (
-                " and no longer keeps them; ask for a patch from its own round"
-                if was_here
-                else "; apply the rounds between them first"
-            ),
-            expected=parent,
-            actual=active.target,
-        )
+        return self.recipe.chunks()
 
     def check_slot(self, target: str) -> Path:
         """Hash a slot's weight file, look at its header and graph; return its folder.

@@ -23,17 +23,17 @@ from edge_runtime.errors import (
     RoundNotFoundError,
     StoreError,
     TrialError,
-    WrongParentError,
 )
-from edge_runtime.formats.apply import check_model
 from edge_runtime.formats.bundle import Bundle, read_bundle
+from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.inference.predictor import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
+from edge_runtime.store import admission
 from edge_runtime.store.files import Files
 from edge_runtime.store.slots import build_slot, retire
-from edge_runtime.store.state import MAX_TRIES, Slot, refusal
+from edge_runtime.store.state import MAX_TRIES, Slot
 from edge_runtime.store.store import Store
 from edge_runtime.update.hooks import run_hooks
 from edge_runtime.update.trial import run_trial
@@ -119,15 +119,8 @@ class Device:
         state, header = self.store.state, patch.header
         if (header.model, header.target) != (content.model, content.target):
             raise BundleError("the bundle's patch is not for the bundle's weights")
-        check_model(patch, state.model)
-        if header.parent != state.init:
-            raise WrongParentError(
-                f"the bundle's patch leads from {header.parent[:12]}, its init recipe "
-                f"gives {state.init[:12]}: the bundle is damaged, or this machine "
-                "generates other init weights than the server",
-                expected=header.parent,
-                actual=state.init,
-            )
+        if error := self._refusal(header):
+            raise error
         folder = build_slot(self.store, header.parent, [patch], header.target)
         self._trial(folder, self.store.root / "model", expected=True)
         slot = Slot(header.target, header.round, header.counter)
@@ -158,15 +151,12 @@ class Device:
         # The lock first: whom to trust is part of the state.
         with (
             self.store.lock(),
-            open_patch(source, trust=self.store.state.trust) as patch,
+            open_patch(source, trust=admission.signers(self.store.state)) as patch,
         ):
-            state, header = self.store.state, patch.header
-            check_model(patch, state.model)
-            if header.target == state.active and header.counter <= state.floor:
+            header = patch.header
+            if admission.is_current(self.store.state, header):
                 return UpdateResult.ALREADY_CURRENT
-            # The active weights under a higher counter are a release too: left out, one
-            # that was held back in between could be played later.
-            if error := refusal(state, header, force=force):
+            if error := self._refusal(header, force=force):
                 raise error
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
@@ -216,6 +206,12 @@ class Device:
             state, event = self.store.state, "pinned" if held else "unpinned"
             state = replace(state, pinned=held)
             self.store.commit(state.noted(event, state.active_slot))
+
+    def _refusal(self, header: PatchHeader, *, force: bool = False) -> DpuError | None:
+        state = self.store.state
+        return admission.refusal(
+            state, header, force=force
+        ) or admission.parent_refusal(state, header)
 
     def _restore(self, slot: Slot) -> None:
         """Make a slot again from a kept one and reverse patches."""

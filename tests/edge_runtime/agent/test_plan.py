@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.agent.plan import Offer, Verdict, find_chain, judge
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.store.state import MAX_TRIES, Event, Slot, State, refusal
+from edge_runtime.store.admission import refusal
+from edge_runtime.store.state import MAX_TRIES, Event, Slot, State
 
 
 def state(active=3, kept=(), floor=None, **fields):

@@ -1,11 +1,10 @@
-"""What a store knows, and which releases it admits."""
+"""What a store knows, and that it comes back from its file."""
 
 import json
 
 import pytest
 
-from edge_runtime.errors import StoreError, TrustError
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.errors import StoreError
 from edge_runtime.store.state import (
     MAX_HISTORY,
     MAX_TRIES,
@@ -13,7 +12,6 @@ from edge_runtime.store.state import (
     State,
     decode_state,
     encode_state,
-    refusal,
 )
 
 A, B, C = (Slot(letter * 64, number, number) for number, letter in enumerate("abc"))
@@ -28,11 +26,6 @@ def moved(state, *slots, keep=2):
     return state
 
 
-def header(slot, counter=None):
-    number = slot.counter if counter is None else counter
-    return PatchHeader("m", "p", slot.target, slot.round, number, 0)
-
-
 def test_the_active_and_the_former_slot_are_kept():
     assert moved(STATE, B).slots == (B, A)
     assert moved(STATE, B, C).slots == (C, B)
@@ -41,42 +34,6 @@ def test_the_active_and_the_former_slot_are_kept():
 def test_a_rollback_keeps_the_slot_that_it_leaves():
     back = moved(moved(STATE, B), A)
     assert (back.active_slot, back.slots) == (A, (A, B))
-
-
-def test_a_newer_release_is_admitted():
-    assert refusal(STATE, header(B)) is None
-
-
-def test_an_older_release_is_refused_and_the_message_says_that_it_is_past():
-    assert "past that round" in str(refusal(moved(STATE, B, C), header(B)))
-
-
-def test_a_rollback_does_not_open_the_door_to_older_releases():
-    rolled = moved(STATE, B, C, B)
-    assert "has already been at 2" in str(refusal(rolled, header(A)))
-
-
-def test_after_a_rollback_the_newest_release_may_come_back():
-    rolled = moved(STATE, B, C, B)
-    assert rolled.floor == C.counter
-    assert refusal(rolled, header(C)) is None
-
-
-def test_another_target_under_the_same_counter_is_refused():
-    assert isinstance(
-        refusal(moved(STATE, B), header(C, counter=B.counter)), TrustError
-    )
-
-
-def test_a_release_that_failed_its_trial_is_refused_until_forced():
-    state = STATE.tried(B.target, MAX_TRIES)
-    assert "--force" in str(refusal(state, header(B)))
-    assert refusal(state, header(B), force=True) is None
-    assert moved(state, B).tries == {}
-
-
-def test_force_does_not_lower_the_floor():
-    assert isinstance(refusal(moved(STATE, B), header(A), force=True), TrustError)
 
 
 def test_history_is_bounded():
