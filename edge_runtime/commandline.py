@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from errno import EACCES, ENOSPC, EPERM, EROFS
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, TextIO
@@ -23,6 +23,7 @@ import click
 from click.core import ParameterSource
 
 from edge_runtime import errors
+from edge_runtime.text import printable_lines, printable_message
 
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
@@ -94,7 +95,10 @@ def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
         as_json: Print the record; otherwise the text.
         text: The result for people.
     """
-    print(json.dumps({"schema": SCHEMA} | record, indent=2) if as_json else text)
+    if as_json:
+        print(json.dumps({"schema": SCHEMA} | record, indent=2))
+    else:
+        print(printable_lines(text))
 
 
 def on_device(command: Callable[..., Answer]) -> Any:
@@ -117,7 +121,7 @@ def on_device(command: Callable[..., Answer]) -> Any:
 def progress(text: str) -> None:
     """Print what is done so far; the work goes on if nobody reads it any more."""
     try:
-        print(text, flush=True)
+        print(printable_lines(text), flush=True)
     except BrokenPipeError:
         _read_by_nobody(sys.stdout)
 
@@ -126,9 +130,17 @@ def _read_by_nobody(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say(message: str) -> None:
-    """Tell a person something, on standard error."""
-    click.echo(message, err=True)
+def say(message: str, *, label: str = "") -> None:
+    """Tell a person something, on standard error, as a terminal may show it.
+
+    Args:
+        message: Whatever is in it, no other line of it can pass for its first.
+        label: What stands before it, in red where colours are wanted.
+    """
+    styled = (
+        label if os.environ.get("NO_COLOR") else click.style(label, "red", bold=True)
+    )
+    click.echo((styled if label else "") + printable_message(message), err=True)
 
 
 class _CatchErrors:
@@ -189,14 +201,15 @@ def _report(error: BaseException, *, as_json: bool) -> None:
         )
         say(json.dumps(record, default=str))
     elif isinstance(error, click.ClickException):
-        error.show()
+        shown = StringIO()
+        error.show(shown)
+        click.echo(printable_lines(shown.getvalue()), err=True, nl=False)
     elif code == BUG:
-        traceback.print_exception(error)
+        trace = "".join(traceback.format_exception(error))
+        click.echo(printable_lines(trace), err=True, nl=False)
         say("this is a bug: please report it with the lines above")
     else:
-        plain = bool(os.environ.get("NO_COLOR"))
-        label = "error: "
-        say((label if plain else click.style(label, fg="red", bold=True)) + message)
+        say(message, label="error: ")
 
 
 def _message(error: BaseException) -> str:

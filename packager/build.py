@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import EINVAL, ENOTDIR
+from errno import ENOTDIR
 from os import PathLike, fspath
 from os.path import realpath
 from pathlib import Path
@@ -23,11 +23,11 @@ from edge_runtime.errors import (
     RoundError,
     VerificationError,
 )
+from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import encode_patch, open_patch
 from edge_runtime.formats.weights import Weights, fingerprint_file
-from edge_runtime.store.files import Files
 from packager.diff import TensorChange, diff
 from packager.rounds.folder import Parent, RoundFolder, find_parent
 from packager.rounds.record import Outcome
@@ -255,23 +255,16 @@ def write_file(data: bytes, path: str | PathLike[str]) -> None:
     # What a link points to is written; /dev/null and its like are not replaced.
     path, files = Path(path), Files()
     path = Path(realpath(path)) if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as err:
         words = "is a file, expected a folder"
         raise NotADirectoryError(ENOTDIR, words, err.filename) from err
-    part = path.with_name(path.name + ".part")
-    try:
+    with files.replacing(path) as part:
         files.write(part, [data])
         if part.read_bytes() != data:
             raise VerificationError(
-                f"{part} does not hold what was written to it: check the disk",
+                f"{path} does not hold what was written to it: check the disk",
                 expected=hashlib.sha256(data).hexdigest(),
                 actual=fingerprint_file(part),
             )
-        files.rename(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    files.sync_folder(path.parent)

@@ -25,12 +25,12 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 275,
-        "agent": 340,
-        "cli": 510,
-        "formats": 2030,
-        "inference": 545,
-        "live": 290,
+        ".": 450,
+        "agent": 400,
+        "cli": 560,
+        "formats": 2400,
+        "inference": 620,
+        "live": 380,
         "store": 850,
         "update": 335,
     },

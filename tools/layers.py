@@ -22,8 +22,8 @@ from tools.wheels import CHECKOUT
 # From the ground up: sub-packages, and modules that stand beside them.
 FLOORS: dict[str, tuple[str, ...]] = {
     "edge_runtime": (
-        *("errors", "formats", "store", "inference", "live", "update", "agent"),
-        *("commandline", "cli", "__main__"),
+        *("errors", "text", "files", "formats", "store", "inference", "live"),
+        *("update", "agent", "commandline", "cli", "__main__"),
     ),
     "packager": (
         *("zip_file", "signing", "rounds", "check_proof", "diff", "build", "size"),

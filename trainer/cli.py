@@ -26,7 +26,7 @@ from edge_runtime.commandline import (
     say,
 )
 from edge_runtime.errors import ConfigError
-from edge_runtime.store.files import Files
+from edge_runtime.files import Files
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
@@ -174,12 +174,7 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
         source = _recipe(name)
         if target.exists():
             raise ConfigError(f"{target} exists; choose another FILE")
-        part = target.with_name(target.name + ".part")
-        try:
-            Files().write(part, [source.read_bytes()])
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        Files().replace(target, source.read_bytes())
         emit(
             {"recipe": name, "file": str(target)},
             as_json=as_json,

@@ -5,13 +5,14 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from errno import EINVAL
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.agent.plan import Verdict
+from edge_runtime.files import Files
 from edge_runtime.store.state import utc
+from edge_runtime.text import printable
 
 SCHEMA = 3
 
@@ -44,18 +45,21 @@ def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> No
         OSError: They cannot be written.
     """
     text = json.dumps({"schema": SCHEMA, "at": utc()} | record, indent=1)
-    _replace(_status_path(root), text + "\n")
+    files, path = Files(), _status_path(root)
+    files.replace(path, f"{text}\n".encode(), durable=False)
     if metrics:
-        _replace(metrics, "\n".join(metric_lines(record)) + "\n")
+        lines = "\n".join(metric_lines(record)) + "\n"
+        files.replace(metrics, lines.encode(), durable=False)
 
 
-def _replace(path: Path, text: str) -> None:
-    # Whoever reads it sees the old file or the new one. A store collects *.part.
-    if path.exists() and not path.is_file():  # /dev/null and its like stay
-        raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
-    part = path.with_name(f".{path.name}.new")
-    part.write_text(text)
-    part.replace(path)
+def forget_left(root: Path, metrics: Path | None) -> None:
+    """Remove what a killed agent left of files that it was writing.
+
+    To be called only while no other agent is at work for this store.
+    """
+    for path in filter(None, [_status_path(root), metrics]):
+        with suppress(OSError):
+            Files().forget(path)
 
 
 def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
@@ -64,12 +68,12 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"agent          all was well at {utc(record['last_success'])}"
     if record["failing"]:
-        yield f"failing        {record['failing']}"
+        yield f"failing        {printable(record['failing'])}"
     for name, file in record["files"].items():
         if file["verdict"] in (Verdict.WAITING, Verdict.HELD, Verdict.REFUSED):
-            # Whoever may name a file must not write on the terminal.
-            shown = name if name.isprintable() else ascii(name)
-            yield f"{file['verdict']:<13}  {shown}: {file['reason']}"
+            yield (
+                f"{file['verdict']:<13}  {printable(name)}: {printable(file['reason'])}"
+            )
 
 
 def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.agent.status import ping, tell
+from edge_runtime.agent.status import forget_left, ping, tell
 from edge_runtime.commandline import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.store.state import utc
@@ -63,6 +63,7 @@ def agent(
     Device.open(root)  # else a lock would be left where there is no store
     problem = f"another agent is at work for {root}; stop it first"
     with only_one(open(root / "agent.lock", "ab"), problem):
+        forget_left(root, metrics)
         watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
         if once:
             watcher.look()

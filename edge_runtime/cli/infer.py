@@ -1,6 +1,7 @@
 """``dpu-edge infer`` and ``dpu-edge bench``."""
 
 import functools
+import io
 import json
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -87,6 +88,7 @@ def infer(  # noqa: PLR0913 - one for each option
     """
     import numpy as np
 
+    from edge_runtime.files import Files
     from edge_runtime.inference.inputs import in_batches, read_samples
     from edge_runtime.update.device import Device
 
@@ -116,7 +118,9 @@ def infer(  # noqa: PLR0913 - one for each option
     if not found:
         raise ContractError("the inputs hold no sample; give at least one")
     if output is not None:
-        np.save(output, np.concatenate(found))
+        data = io.BytesIO()
+        np.save(data, np.concatenate(found))
+        Files().replace(output, data.getvalue(), durable=False)
         say(f"wrote {output}")
     if as_json:
         told = {"round": number, "backend": predictor.backend, "samples": records}

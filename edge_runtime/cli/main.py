@@ -20,6 +20,7 @@ from edge_runtime.commandline import (
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError
+from edge_runtime.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.update.device import Device
@@ -91,7 +92,7 @@ def init(
     emit(
         status,
         as_json=as_json,
-        text=f"installed round {status['round']} in {status['store']}\n"
+        text=f"installed round {status['round']} in {printable(status['store'])}\n"
         f"  fingerprint   {status['fingerprint']}\n"
         f"  trusted keys  {_keys(status)}",
     )
@@ -132,7 +133,8 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})
         if not as_json:
-            progress(f"{patch.name}: {result}, now at round {slot.round}")
+            name = printable(patch.name)
+            progress(f"{name}: {result}, now at round {slot.round}")
     if as_json:
         emit({"patches": results} | device.status(), as_json=True, text="")
 
@@ -153,7 +155,8 @@ def status(device: "Device") -> Answer:
         f"round          {record['round']}",
         f"fingerprint    {record['fingerprint']}",
         f"model          {record['model']}",
-        f"weights        {record['weights']} ({record['weights_bytes']} bytes)",
+        f"weights        {printable(record['weights'])} "
+        f"({record['weights_bytes']} bytes)",
         f"release floor  {record['release_floor']}",
         f"kept rounds    {kept}",
         f"within reach   {reach or 'none'}",
@@ -164,7 +167,7 @@ def status(device: "Device") -> Answer:
         "history",
         *(
             f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
-            + (f"  {e['reason']}" if e["reason"] else "")
+            + (f"  {printable(e['reason'])}" if e["reason"] else "")
             for e in record["history"]
         ),
     ]

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
+from edge_runtime.files import Files
 
 FILE_NAME = "weights.safetensors"
 MAX_HEADER_BYTES = 8 << 20
@@ -304,10 +305,7 @@ def write_weights(
         WeightsError: An array's type has no place in a weight file.
     """
     weights = tensors if isinstance(tensors, Weights) else pack_weights(tensors)
-    target = Path(path)
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(weights.data)
-    part.replace(target)
+    Files().replace(Path(path), weights.data, durable=False)
     return weights.fingerprint
 
 

@@ -29,6 +29,7 @@ from edge_runtime.formats.weights import (
 )
 from edge_runtime.store.state import utc
 from edge_runtime.store.store import GRAPH_NAME, Store
+from edge_runtime.text import printable
 
 _log = logging.getLogger("edge_runtime")
 _SIZE = 1024  # of a file: one write replaces all that it said
@@ -132,7 +133,7 @@ class Entry:
             if self._file is not None:  # better nothing than what was true once
                 self._file = self._end()
             if not self.pending:
-                _log.warning("proofs cannot vouch for this process: %s", err)
+                _log.warning("proofs cannot vouch for this process: %s", printable(err))
             self.pending = True
 
 

@@ -97,11 +97,8 @@ def device_key(store: Store) -> "Ed25519PrivateKey":
         with store.lock():
             if (key := read_key(path)) is None:  # nobody else was quicker
                 key = Ed25519PrivateKey.generate()
-                part = path.with_name(KEY_NAME + ".part")
                 text = key.private_bytes_raw().hex() + "\n"
-                store.files.write(part, [text.encode()], mode=0o600)
-                store.files.rename(part, path)
-                store.files.sync_folder(store.root)
+                store.files.replace(path, text.encode(), mode=0o600, suffix=".part")
     return key
 
 

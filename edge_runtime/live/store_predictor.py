@@ -10,6 +10,7 @@ from edge_runtime.errors import DpuError
 from edge_runtime.inference.predictor import Predictor, RunOptions
 from edge_runtime.live.entries import Entry, Status, measure
 from edge_runtime.store.store import Store
+from edge_runtime.text import printable
 
 LOOK_S = 1.0  # between two looks at the state
 MAX_LOOK_S = 300.0  # after failures the looks get rarer, up to this
@@ -122,5 +123,5 @@ def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:
             wait = every
         except (DpuError, OSError) as err:
             wait = min(2 * wait, max(every, MAX_LOOK_S))
-            _log.warning("still at %s: %s", predictor.folder.name, err)
+            _log.warning("still at %s: %s", predictor.folder.name, printable(err))
         del predictor  # else it would be held during the wait

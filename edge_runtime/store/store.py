@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import StoreError
+from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.init_weights import InitRecipe, read_recipe
 from edge_runtime.formats.signing import Trust
@@ -44,7 +45,6 @@ from edge_runtime.formats.weights import (
     read_layout,
 )
 from edge_runtime.store.admission import unknown_parent
-from edge_runtime.store.files import Files
 from edge_runtime.store.state import State, decode_state, encode_state
 
 GRAPH_NAME = "graph.onnx"
@@ -283,10 +283,7 @@ class Store:
         """
         data = encode_state(state)
         for path in (self._copy_path, self._state_path):
-            part = path.with_name(path.name + ".part")
-            self.files.write(part, [data])
-            self.files.rename(part, path)
-            self.files.sync_folder(self.root)
+            self.files.replace(path, data, suffix=".part")
         self.state = state
 
     def _settle(self) -> None:

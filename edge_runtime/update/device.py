@@ -24,6 +24,7 @@ from edge_runtime.errors import (
     StoreError,
     TrialError,
 )
+from edge_runtime.files import Files
 from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch, open_patch
@@ -31,7 +32,6 @@ from edge_runtime.formats.signing import Trust
 from edge_runtime.inference.predictor import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
-from edge_runtime.store.files import Files
 from edge_runtime.store.slots import build_slot, retire
 from edge_runtime.store.state import MAX_TRIES, Slot
 from edge_runtime.store.store import Store

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import OK, emit, json_option
+from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import FILE, runs_option
 from packager.report.words import duration
@@ -98,7 +99,8 @@ def check_proof(  # noqa: PLR0913 - one for each option
     origin = f"signed by {name} ({signer})" if signer else "signature not checked"
     ahead = "old" if age >= 0 else "ahead"
     lines = [
-        f"{verdict.upper()}  {expected.name}  {expected.weights.fingerprint}",
+        f"{verdict.upper()}  {printable(expected.name)}  "
+        f"{expected.weights.fingerprint}",
         *(f"  {part.name:<14} {_words(part)}" for part in parts),
         f"  {'proof':<14} {origin}, {duration(abs(age))} {ahead} by the device's clock",
     ]
@@ -109,10 +111,10 @@ def check_proof(  # noqa: PLR0913 - one for each option
 
 
 def _words(part: "Part") -> str:
-    words = [str(part.verdict)] + ([part.reason] if part.reason else [])
+    words = [str(part.verdict)] + ([printable(part.reason)] if part.reason else [])
     text = ": ".join(words)
     if part.tensors:
-        text += f"\n{'':<17}differs in {', '.join(part.tensors)}"
+        text += f"\n{'':<17}differs in {', '.join(map(printable, part.tensors))}"
     return text
 
 

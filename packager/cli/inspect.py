@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import FILE, runs_option
 
@@ -174,7 +175,7 @@ def verify(
         "applied": base is not None,
         "verified_keys": list(trust.ids),
     }
-    text = f"{path}: whole, every checksum right"
+    text = f"{printable(path)}: whole, every checksum right"
     if keys:
         text += f"\n  signed by {', '.join(trust.ids)}"
     else:
@@ -184,7 +185,9 @@ def verify(
             "\n  not applied: give the parent weights with --base to prove the target"
         )
     else:
-        text += f"\n  applied to {base}: result is {header.target}, as promised"
+        text += (
+            f"\n  applied to {printable(base)}: result is {header.target}, as promised"
+        )
     emit(record, as_json=as_json, text=text)
 
 
@@ -234,7 +237,8 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
         "canonical": model.canonical,
     }
     same = "the same bytes as" if model.canonical else "the tensors of"
-    text = f"{record['fingerprint']}  {output / FILE_NAME}: {same} {source}"
+    text = f"{record['fingerprint']}  {printable(output / FILE_NAME)}: "
+    text += f"{same} {printable(source)}"
     emit(record, as_json=as_json, text=text)
 
 

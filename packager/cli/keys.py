@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import emit, json_option
+from edge_runtime.text import printable
 from packager.cli.options import FILE
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def sign(
     emit(
         {"signed": [str(path) for path in paths], "key_ids": names},
         as_json=as_json,
-        text="\n".join(f"{path}: signed by {', '.join(names)}" for path in paths),
+        text="\n".join(
+            f"{printable(path)}: signed by {', '.join(names)}" for path in paths
+        ),
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from edge_runtime.text import printable
+
 Rows = Sequence[Sequence[str]]
 
 
@@ -69,11 +71,12 @@ class Document:
 
 def to_text(document: Document) -> str:
     """Return a document as aligned text for a terminal."""
-    lines = [document.title]
-    width = max((len(name) for name, _ in document.facts), default=0) + 2
-    lines += [f"  {name:<{width}}{value}" for name, value in document.facts]
+    lines = [printable(document.title)]
+    facts = [(printable(name), printable(value)) for name, value in document.facts]
+    width = max((len(name) for name, _ in facts), default=0) + 2
+    lines += [f"  {name:<{width}}{value}" for name, value in facts]
     for section in document.sections:
-        lines += ["", section.title]
+        lines += ["", printable(section.title)]
         lines += [f"  {line}" for line in _wrapped(section.text, 78)]
         if section.table:
             lines += [f"  {line}" for line in _aligned(section.table)]
@@ -87,7 +90,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _aligned(table: Table) -> Iterator[str]:
-    rows = [table.headings, *table.rows]
+    rows = [[printable(cell) for cell in row] for row in (table.headings, *table.rows)]
     widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
     for row in rows:
         cells = [
@@ -124,6 +127,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
+    text = printable(text)
     for character in "\\|`*_<>":
         text = text.replace(character, "\\" + character)
     return text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge_runtime.text import printable
 from packager.build import PackedPatch
 from packager.models.read import Model
 from packager.report.words import percent, spaced
@@ -175,7 +176,7 @@ def files_record(
 
 def files_text(record: Record) -> str:
     """Put a record of :func:`files_record` into words."""
-    name, base = Path(record["target_path"]).name, Path(record["base"]).name
+    name, base = (printable(Path(record[k]).name) for k in ("target_path", "base"))
     if record["path"] is None:
         return f"{name}  holds the weights of {base}: nothing to send, nothing written"
     if record["parent"] == record["target"]:

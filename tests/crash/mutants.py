@@ -43,17 +43,17 @@ ROTTEN = (install, update, update, rollback, Recording.rot_slot)
 # What is broken: the file, the text, and what stands there instead.
 MUTANTS = {
     "no sync of a file's content": (
-        "store/files",
-        "                self.sync(file.fileno())\n",
-        "",
+        "files",
+        "                    self.sync(file.fileno())\n",
+        "                    pass\n",
     ),
     "no sync of the store's parent": (
-        "store/files",
+        "files",
         "            self.sync_folder(folder.parent)\n",
         "",
     ),
     "'current' is removed, then made": (
-        "store/files",
+        "files",
         "self.symlink(part, folder)\n        self.rename(part, link)",
         "self.unlink(link)\n        self.symlink(link, folder)",
     ),
@@ -83,16 +83,14 @@ MUTANTS = {
         "",
     ),
     "no sync after a commit": (
-        "store/store",
-        "            self.files.sync_folder(self.root)\n        self.state",
-        "        self.state",
+        "files",
+        "        if durable:\n            self.sync_folder(path.parent)\n",
+        "",
     ),
     "the state is written in place": (
         "store/store",
-        'part = path.with_name(path.name + ".part")\n'
-        "            self.files.write(part, [data])\n"
-        "            self.files.rename(part, path)",
-        "self.files.write(path, [data])",
+        'self.files.replace(path, data, suffix=".part")',
+        "self.files.write(path, [data])\n            self.files.sync_folder(self.root)",
     ),
     "the copy is written after the state": (
         "store/store",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from edge_runtime import Device
 from edge_runtime.errors import DpuError
-from edge_runtime.store.files import Files
+from edge_runtime.files import Files
 from tests.crash import world
 from tests.crash.kills import Worker, is_good, promises, spawn
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from edge_runtime.store.files import Files
+from edge_runtime.files import Files
 from tests.crash import world
 from tests.crash.disk import Disk, read_tree, write_tree
 from tests.crash.explore import Count, cut_again, cut_power, kill_then_cut, live

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from edge_runtime.store import files
+from edge_runtime import files
 from tests.crash import world
 from tests.crash.disk import read_tree
 from tests.crash.explore import Count, fail_everywhere, fail_reads

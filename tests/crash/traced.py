@@ -5,8 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from edge_runtime.store import files
-from edge_runtime.store.files import Files
+from edge_runtime import files
+from edge_runtime.files import Files
 from edge_runtime.store.slots import SPARE_BYTES
 from tests.crash import world
 
@@ -14,7 +14,10 @@ ROT = b"what was here is not readable any more"
 
 
 class Traced(Files):
-    """Sends every primitive operation through :meth:`do`."""
+    """Sends every primitive operation through :meth:`do`; foresees every name."""
+
+    def temporary(self, path, suffix):
+        return path.with_name(path.name + suffix)
 
     def do(self, kind, path, *rest, action=lambda: None):
         action()

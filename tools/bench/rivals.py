@@ -135,10 +135,10 @@ def _make_ours(base: Path, target: Path, patch: Path) -> None:
 
 
 def _apply_ours(base: Path, patch: Path, target: Path) -> str:
+    from edge_runtime.files import Files
     from edge_runtime.formats.apply import apply_chunks
     from edge_runtime.formats.patch import open_patch
     from edge_runtime.formats.weights import read_chunks, read_layout
-    from edge_runtime.store.files import Files
 
     with open(base, "rb") as file:
         layout = read_layout(file)
@@ -329,7 +329,7 @@ def _tools() -> Iterator[Tool]:
     with_runtime = "with dpu-edge"
     yield Tool(
         "ours", "dpu patch", Kind.OURS, _make_ours, _apply_ours, with_runtime,
-        ("edge_runtime.formats.apply", "edge_runtime.store.files"),
+        ("edge_runtime.formats.apply", "edge_runtime.files"),
     )  # fmt: skip
     for level in (3, 19):
         yield Tool(

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from edge_runtime.files import Files
+
 SCHEMA = 1
 METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
 # Trained only where asked for: what becomes of a re-initialised model that validates
@@ -55,9 +57,8 @@ def write_result(
     head = json.dumps({"schema": SCHEMA, **about}, indent=1)
     lines = ",\n".join("  " + json.dumps(row) for row in rounds)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(f'{head[:-2]},\n "rounds": [\n{lines}\n ]\n}}\n')
-    part.replace(path)
+    text = f'{head[:-2]},\n "rounds": [\n{lines}\n ]\n}}\n'
+    Files().replace(path, text.encode(), durable=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from edge_runtime.agent import agent as module
 from edge_runtime.agent.agent import BACKOFF_S, MAX_BACKOFF_S, Agent
 from edge_runtime.agent.status import metric_lines, read_status, status_lines
 from edge_runtime.errors import BackendError, StoreError, TrialError
+from edge_runtime.files import Files
 from edge_runtime.formats.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.formats.signing import trust_keys
 from edge_runtime.store.state import MAX_TRIES
@@ -497,7 +498,7 @@ def test_a_file_name_cannot_write_on_the_terminal_of_status(watch):
     watch.look()
     lines = list(status_lines(read_status(watch.root)))
     assert [line for line in lines if not line.isprintable()] == []
-    assert any(r"'a\n\x1b[2Jpinned.dpu'" in line for line in lines)
+    assert any(r" a\n\x1b[2Jpinned.dpu: " in line for line in lines)
 
 
 def test_metrics_never_replace_what_is_no_ordinary_file(watch):
@@ -515,13 +516,17 @@ def test_a_fresh_agent_has_metrics_of_every_name(watch):
 
 
 def test_a_reader_never_sees_half_a_status_file(watch, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        type(watch.status),
-        "write_text",
-        lambda path, text: seen.append(path.name) or path.write_bytes(text.encode()),
-    )
+    written = []
+    write = Files.write
+
+    def seen(files, path, chunks, **options):
+        written.append(path)
+        write(files, path, chunks, **options)
+
+    monkeypatch.setattr(Files, "write", seen)
     watch.put(name(1), world.patch(0, 1))
     watch.look()
-    assert set(seen) == {".agent.json.new", ".dpu.prom.new"}
-    assert not list(watch.root.glob("*.new"))
+    own = [path for path in written if path.suffix == ".new"]
+    assert {path.parent for path in own} == {watch.root, watch.prom.parent}
+    assert not {watch.status, watch.prom} & set(written)
+    assert not any(path.exists() for path in own)

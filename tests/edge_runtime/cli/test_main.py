@@ -301,7 +301,7 @@ def test_a_folder_that_may_not_be_written_is_named(
     def denied(_, path):
         raise OSError(number, "Denied", str(path))
 
-    monkeypatch.setattr("edge_runtime.store.files.Files.open_lock", denied)
+    monkeypatch.setattr("edge_runtime.files.Files.open_lock", denied)
     code, _, err = edge("rollback")
     assert (code, f"lock: Denied; {hint}" in err) == (10, True)
 

@@ -26,10 +26,10 @@ from edge_runtime.errors import (
     WrongModelError,
     WrongParentError,
 )
+from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.store.files import Files
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.trial import judge, run_trial, try_slot
 from packager.build import build_patch, pack_round
@@ -224,7 +224,7 @@ class FullDisk(Files):
     def __init__(self, room):
         self.room = room
 
-    def write(self, path, chunks):
+    def write(self, path, chunks, **_):
         with path.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk[: max(0, self.room)])

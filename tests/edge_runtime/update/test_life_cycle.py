@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime import Device, UpdateResult
 from edge_runtime.errors import HeldError, StoreError, TrustError
-from edge_runtime.store.files import Files
+from edge_runtime.files import Files
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.hooks import run_hooks
 from tests.crash import world

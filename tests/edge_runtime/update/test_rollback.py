@@ -7,9 +7,9 @@ import pytest
 
 from edge_runtime import Device, PatchHeader, UpdateResult, open_patch, pack_weights
 from edge_runtime.errors import RoundNotFoundError, StoreError, TrustError
+from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.weights import write_weights
-from edge_runtime.store.files import Files
 from edge_runtime.store.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.store.state import MAX_FORMER
 from tests.crash import world
@@ -149,7 +149,7 @@ def test_the_ways_back_are_given_up_last(device):
 class NoReverse(Files):
     """A disk that is full whenever it comes to a reverse patch."""
 
-    def write(self, path, chunks):
+    def write(self, path, chunks, **_):
         if path.suffix == ".dpu":
             raise OSError(28, "No space left on device")
         super().write(path, chunks)

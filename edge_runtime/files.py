@@ -6,13 +6,18 @@ cut could leave behind.
 """
 
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from errno import EINVAL
 from pathlib import Path
 from typing import BinaryIO
+
+_SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
 
 
 class Files:
@@ -25,17 +30,28 @@ class Files:
         path.mkdir(exist_ok=True)
 
     def write(
-        self, path: Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666
+        self,
+        path: Path,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        mode: int = 0o666,
+        durable: bool = True,
     ) -> None:
         """Write a new file; its content is on the disk when this returns.
 
         The name is durable only after :meth:`sync_folder` on the parent. What had
         the name before is left alone: it may be in use, or have a second name that a
         cut rename left behind. ``mode``, less the umask, is its own from the start.
+        A link that somebody else puts there meanwhile is never followed. What need
+        not be durable is not synced.
         """
+
+        def exclusive(name: str, flags: int) -> int:
+            return os.open(name, flags | os.O_NOFOLLOW, mode)
+
         self.unlink(path)
         try:
-            with open(path, "xb", opener=partial(os.open, mode=mode)) as file:
+            with open(path, "xb", opener=exclusive) as file:
                 for chunk in chunks:
                     at, size = file.tell(), file.write(chunk)
                     if sys.platform == "linux":
@@ -47,7 +63,8 @@ class Files:
                                 file.fileno(), at, size, os.POSIX_FADV_DONTNEED
                             )
                 file.flush()
-                self.sync(file.fileno())
+                if durable:
+                    self.sync(file.fileno())
         except OSError as err:
             err.filename = err.filename or str(path)  # a full disk names no file
             raise
@@ -81,6 +98,83 @@ class Files:
         return open(path, "ab")
 
     # Made of them ------------------------------------------------------------------
+
+    def replace(
+        self,
+        path: Path,
+        data: bytes | memoryview,
+        *,
+        mode: int | None = None,
+        durable: bool = True,
+        suffix: str = ".new",
+    ) -> None:
+        """Give a file new content, all at once: readers see the old one or the new.
+
+        The one way to replace a file in this project. A link of that name is replaced
+        itself; what it leads to stays as it is.
+
+        Args:
+            path: The file; it need not be there.
+            data: All that it shall hold.
+            mode: Who may read it, less the umask; by default as before.
+            durable: Whether content and name are on the disk when this returns.
+            suffix: As :meth:`replacing` takes it.
+
+        Raises:
+            OSError: The disk refuses, or something else than a file has the name; the
+                file is as it was.
+        """
+        if mode is None:
+            mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o666
+        with self.replacing(path, durable=durable, suffix=suffix) as part:
+            self.write(part, [data], mode=mode & 0o666, durable=durable)
+
+    @contextmanager
+    def replacing(
+        self, path: Path, *, durable: bool = True, suffix: str = ".new"
+    ) -> Iterator[Path]:
+        """Give out a name to write to; what is there in the end takes the path's.
+
+        Nobody can foresee the name, so nobody can put a link there.
+
+        Args:
+            path: What is to be replaced.
+            durable: Whether the name is on the disk in the end.
+            suffix: What the name ends with: ``.part`` in a store under its lock, which
+                removes what a killed process left under such names.
+
+        Raises:
+            OSError: The disk refuses, or something else than a file has the name.
+        """
+        if path.exists() and not path.is_file():  # /dev/null and its like stay
+            raise OSError(EINVAL, "no ordinary file; choose another name", str(path))
+        part = self.temporary(path, suffix)
+        try:
+            yield part
+            self.rename(part, path)
+        except Exception:
+            with suppress(OSError):
+                self.unlink(part)
+            raise
+        if durable:
+            self.sync_folder(path.parent)
+
+    def temporary(self, path: Path, suffix: str) -> Path:
+        """Return a name beside a file that nobody can foresee."""
+        return path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(8)}{suffix}")
+
+    def forget(self, path: Path) -> None:
+        """Remove what killed processes left of their tries to replace a file.
+
+        To be called only where no other process replaces it.
+        """
+        pattern = rf"\.{re.escape(path.name[:_SHOWN])}\.[0-9a-f]{{16}}\.new"
+        with os.scandir(path.parent) as entries:
+            left = [
+                entry.name for entry in entries if re.fullmatch(pattern, entry.name)
+            ]
+        for name in left:
+            self.unlink(path.parent / name)
 
     def make_folder(self, path: Path) -> None:
         """Create a folder and its parents, durably; an existing one is kept."""
