@@ -233,7 +233,7 @@ def check_budget(what: str, size: int, limit: int | None) -> None:
 
 
 @contextmanager
-def about(name: str | PathLike[str]) -> Iterator[None]:
+def prefix_errors(name: str | PathLike[str]) -> Iterator[None]:
     """Let errors begin with the file that they are about."""
     try:
         yield

@@ -11,7 +11,7 @@ from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.weights import Weights
-from packager.build import LEVEL, PackedPatch, about, encode_changes
+from packager.build import LEVEL, PackedPatch, encode_changes, prefix_errors
 from packager.diff import diff
 
 Named = tuple[str, Patch]  # a patch, and what to call it in messages
@@ -44,7 +44,7 @@ def compose_patches(
     check_chain(base.fingerprint, [(name, patch.header) for name, patch in patches])
     target = base
     for name, patch in patches:
-        with about(name):
+        with prefix_errors(name):
             target = apply_patch(target, patch)
     if target.fingerprint == base.fingerprint:
         return None

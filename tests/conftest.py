@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper
 
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.weights import model_id, pack_weights, write_weights
 
 # Threads that wait for each other on a busy machine made tests ten times slower.
@@ -71,7 +71,7 @@ class Run:
             n: ("uniform", 0.5) if n in SELECTABLE else ("constant", 0.0)
             for n in SHAPES
         }
-        self.recipe = InitRecipe(
+        self.recipe = InitSpec(
             seed, {n: TensorInit("F32", SHAPES[n], *kinds[n]) for n in SHAPES}, {}
         )
         self.init = self.recipe.generate()
@@ -83,7 +83,7 @@ class Run:
         folder.mkdir(parents=True)
         self.graph = make_graph(self.init.layout).SerializeToString(deterministic=True)
         (folder / "graph.onnx").write_bytes(self.graph)
-        write_recipe(self.recipe, folder)
+        write_init_spec(self.recipe, folder)
         contract = {
             "schema": 1,
             "inputs": [

@@ -39,7 +39,7 @@ _HOMES = {
     "load_weights": "export.tensors",
     "magnitude_scores": "method.scores",
     "make_contract": "folder.write",
-    "make_recipe": "export.init_recipe",
+    "make_init_spec": "export.init_recipe",
     "publish_round": "publish",
     "random_masks": "method.selection",
     "run_rounds": "rounds.schedule",

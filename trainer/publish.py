@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_runtime.formats.init_weights import read_recipe
+from edge_runtime.formats.init_weights import read_init_spec
 from trainer.export.graph import export_graph
-from trainer.export.init_recipe import make_recipe
+from trainer.export.init_recipe import make_init_spec
 from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.record import Outcome, RoundRecord, list_rounds, read_round_record
 from trainer.folder.write import MODEL_NAME, write_model, write_round
@@ -51,7 +51,7 @@ def start_run(
         OSError: The files cannot be written.
     """
     model = build()
-    recipe = make_recipe(build, seed, keep=pretrained)
+    recipe = make_init_spec(build, seed, keep=pretrained)
     shape = contract["inputs"][0]["shape"][1:]
     write_model(
         run_dir,
@@ -92,7 +92,7 @@ def publish_round(
         OSError: The files cannot be written.
     """
     done = [read_round_record(folder) for folder in list_rounds(run_dir)]
-    init = read_recipe(Path(run_dir, MODEL_NAME)).generate().fingerprint
+    init = read_init_spec(Path(run_dir, MODEL_NAME)).generate().fingerprint
     parent = init if from_init or not done else done[-1].target
     weights = weights_of(model)
     kept = weights.fingerprint == parent

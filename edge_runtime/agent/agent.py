@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edge_runtime.agent.plan import Offer, Verdict, find_chain, judge
+from edge_runtime.agent.plan import Decision, Offer, decide, find_chain
 from edge_runtime.agent.status import ping, read_status, write_status
 from edge_runtime.errors import (
     BackendError,
@@ -142,7 +142,7 @@ class Agent:
         held = self._apply_all(offers)
         for offer in offers:
             if not (self._files[offer.name].error or self.stopping):
-                self._decide(offer.name, *judge(self.state, offer.header, held))
+                self._decide(offer.name, *decide(self.state, offer.header, held))
         if not self._failed:
             self._delay, self._retry_at = 0.0, math.inf
         return True
@@ -176,7 +176,7 @@ class Agent:
             is_new = found.identity != identity
             if is_new:
                 # A file that grows goes on waiting, without another line in the log.
-                verdict = found.verdict if found.verdict == Verdict.WAITING else ""
+                verdict = found.verdict if found.verdict == Decision.WAITING else ""
                 found = Found(identity, verdict, found.reason)
             self._files[name] = found
             if not found.error and (offer := self._read(name, is_new=is_new)):
@@ -194,14 +194,14 @@ class Agent:
                 return Offer(name, patch.size, patch.header)
         except OSError as err:
             self._failed = True
-            self._decide(name, Verdict.WAITING, str(err))
+            self._decide(name, Decision.WAITING, str(err))
         except DpuError as err:
             if isinstance(err, PatchError) and is_new:
                 # The rest of it may still come: then the next look finds it changed.
                 self._view = None
-                self._decide(name, Verdict.WAITING, "not a whole patch, or not yet")
+                self._decide(name, Decision.WAITING, "not a whole patch, or not yet")
             else:
-                self._decide(name, Verdict.REFUSED, str(err), err)
+                self._decide(name, Decision.REFUSED, str(err), err)
         return None
 
     # Deciding and applying ----------------------------------------------------------
@@ -228,19 +228,19 @@ class Agent:
         except (HeldError, *FAILURES):
             raise
         except DpuError as err:
-            self._decide(offer.name, Verdict.REFUSED, str(err), err)
+            self._decide(offer.name, Decision.REFUSED, str(err), err)
         else:
             if result is UpdateResult.APPLIED:
                 self._applied(offer, round(time.monotonic() - start, 3))
 
     def _applied(self, offer: Offer, seconds: float) -> None:
         found, slot = self._files[offer.name], self.state.active_slot
-        found.verdict, found.reason = Verdict.APPLIED, ""
+        found.verdict, found.reason = Decision.APPLIED, ""
         facts = {"round": slot.round, "fingerprint": slot.target, "bytes": offer.size}
         self._log("applied", file=offer.name, **facts, seconds=seconds)
 
     def _decide(
-        self, name: str, verdict: Verdict, reason: str, error: DpuError | None = None
+        self, name: str, verdict: Decision, reason: str, error: DpuError | None = None
     ) -> None:
         """Report a decision, unless it is the one that was made before."""
         found = self._files[name]
@@ -250,7 +250,7 @@ class Agent:
         facts = {"file": name, "reason": reason}
         if error:
             found.error = facts["error"] = type(error).__name__
-        if verdict is not Verdict.APPLIED:  # that is told when it happens
+        if verdict is not Decision.APPLIED:  # that is told when it happens
             self._log(verdict, **facts)
 
     def _publish(self) -> None:

@@ -16,7 +16,7 @@ from edge_runtime.store.admission import refusal, was_left
 from edge_runtime.store.state import State
 
 
-class Verdict(StrEnum):
+class Decision(StrEnum):
     """What becomes of a patch file."""
 
     APPLIED = "applied"
@@ -45,7 +45,7 @@ class Offer:
 _Way = tuple[int, int, tuple[Offer, ...]]
 
 
-def judge(state: State, header: PatchHeader, held: str = "") -> tuple[Verdict, str]:
+def decide(state: State, header: PatchHeader, held: str = "") -> tuple[Decision, str]:
     """Say what becomes of a patch that does not lead to the newest release now.
 
     Args:
@@ -54,26 +54,26 @@ def judge(state: State, header: PatchHeader, held: str = "") -> tuple[Verdict, s
         held: Why the owner holds back what could be applied, if so.
 
     Returns:
-        Verdict and reason.
+        Decision and reason.
     """
     target, past = header.target, header.counter <= state.floor
     if was_left(state, header):
-        return Verdict.HELD, (
+        return Decision.HELD, (
             f"this device was rolled back from round {header.round}; a newer release "
             "comes by itself, this one with 'dpu-edge apply'"
         )
     if past and any(
         event.target == target and event.event != "refused" for event in state.history
     ):
-        return Verdict.APPLIED, ""
+        return Decision.APPLIED, ""
     error = refusal(state, header)
     if isinstance(error, HeldError):
-        return Verdict.HELD, str(error)
+        return Decision.HELD, str(error)
     if error:
-        return Verdict.PASSED if past else Verdict.REFUSED, str(error)
+        return Decision.PASSED if past else Decision.REFUSED, str(error)
     if held:
-        return Verdict.HELD, held
-    return Verdict.WAITING, (
+        return Decision.HELD, held
+    return Decision.WAITING, (
         f"it leads from weights {header.parent[:12]}; nothing here leads to them from "
         f"round {state.active_slot.round}"
     )

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.agent.plan import Verdict
+from edge_runtime.agent.plan import Decision
 from edge_runtime.files import Files
 from edge_runtime.store.state import utc
 from edge_runtime.text import printable
@@ -70,7 +70,7 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
     if record["failing"]:
         yield f"failing        {printable(record['failing'])}"
     for name, file in record["files"].items():
-        if file["verdict"] in (Verdict.WAITING, Verdict.HELD, Verdict.REFUSED):
+        if file["verdict"] in (Decision.WAITING, Decision.HELD, Decision.REFUSED):
             yield (
                 f"{file['verdict']:<13}  {printable(name)}: {printable(file['reason'])}"
             )
@@ -89,14 +89,14 @@ def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
         "pinned": int(installed["pinned"]),
         "failing": int(bool(record["failing"])),
         "last_success_timestamp_seconds": record["last_success"],
-        **{f'patches{{verdict="{v}"}}': verdicts.count(v) for v in Verdict},
+        **{f'patches{{verdict="{v}"}}': verdicts.count(v) for v in Decision},
     }
     for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
         yield f"# TYPE dpu_edge_{name} gauge"
         yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
 
 
-def tell(*lines: str) -> None:
+def sd_notify(*lines: str) -> None:
     """Send messages such as ``READY=1`` to systemd, where it listens (sd_notify)."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -111,4 +111,4 @@ def tell(*lines: str) -> None:
 
 def ping() -> None:
     """Tell the watchdog that there is progress; call it nowhere else."""
-    tell("WATCHDOG=1")
+    sd_notify("WATCHDOG=1")

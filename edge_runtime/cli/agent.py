@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.agent.status import forget_left, ping, tell
+from edge_runtime.agent.status import forget_left, ping
 from edge_runtime.commandline import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.store.state import utc
@@ -56,13 +56,13 @@ def agent(
     Refused patches are logged and are no failure of this command.
     """
     from edge_runtime.agent.agent import Agent
-    from edge_runtime.store.store import only_one
+    from edge_runtime.store.store import exclusive_lock
     from edge_runtime.update.device import Device
 
     log = _log_json if as_json else _log
     Device.open(root)  # else a lock would be left where there is no store
     problem = f"another agent is at work for {root}; stop it first"
-    with only_one(open(root / "agent.lock", "ab"), problem):
+    with exclusive_lock(open(root / "agent.lock", "ab"), problem):
         forget_left(root, metrics)
         watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
         if once:
@@ -80,17 +80,17 @@ def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     log("started", round=agent.state.active_slot.round)
-    tell("READY=1")
+    sd_notify("READY=1")
     while not agent.stopping:
         # It was reported; the agent tries again.
         with suppress(StoreError, BackendError, OSError):
             agent.look()
-        tell(f"STATUS=at round {agent.state.active_slot.round}")
+        sd_notify(f"STATUS=at round {agent.state.active_slot.round}")
         until = time.monotonic() + interval_s
         while not agent.stopping and (left := until - time.monotonic()) > 0:
             ping()
             time.sleep(min(left, LONGEST_SLEEP_S))
-    tell("STOPPING=1")
+    sd_notify("STOPPING=1")
     log("stopped", round=agent.state.active_slot.round)
 
 

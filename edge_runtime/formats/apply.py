@@ -29,7 +29,7 @@ from edge_runtime.errors import (
 from edge_runtime.formats.header import wrong_model
 from edge_runtime.formats.numbers import PIECE
 from edge_runtime.formats.patch import Patch
-from edge_runtime.formats.positions import Run
+from edge_runtime.formats.positions import PositionRun
 from edge_runtime.formats.weights import CHUNK_BYTES, Layout, Weights
 
 
@@ -178,7 +178,7 @@ class _Lookahead:
         """Write what lies in the file's bytes from ``start`` on into ``window``."""
         stop = start + len(window)
         # Small tensors are written together: what NumPy costs a call counts there.
-        waiting: dict[int, list[Run]] = {}
+        waiting: dict[int, list[PositionRun]] = {}
         held = Counter[int]()
         while run := self._next:
             inside, limit = len(run.positions), stop // run.item_size
@@ -202,7 +202,9 @@ class _Lookahead:
         for runs in waiting.values():
             self._write(window, start, runs)
 
-    def _write(self, window: memoryview, start: int, runs: Sequence[Run]) -> None:
+    def _write(
+        self, window: memoryview, start: int, runs: Sequence[PositionRun]
+    ) -> None:
         """Write runs of one group and type."""
         group, dtype, size, _ = runs[0]
         view = np.frombuffer(window, f"<u{size}", count=len(window) // size)

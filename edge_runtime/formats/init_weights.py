@@ -34,7 +34,7 @@ from edge_runtime.formats.weights import (
 )
 
 SCHEMA = 1
-RECIPE_NAME = "init.json"
+INIT_NAME = "init.json"
 TENSORS_NAME = "init.safetensors"
 KINDS = ("uniform", "constant", "file")
 
@@ -58,7 +58,7 @@ class TensorInit:
 
 
 @dataclass(frozen=True)
-class InitRecipe:
+class InitSpec:
     """What regenerates the init weights of one network, bit for bit.
 
     Attributes:
@@ -121,7 +121,7 @@ def uniform(words: np.random.Philox, count: int, scale: float) -> NDArray[np.flo
     return integers.astype("<f4") * (np.float32(scale) * np.float32(2.0**-23))
 
 
-def write_recipe(recipe: InitRecipe, folder: str | PathLike[str]) -> None:
+def write_init_spec(recipe: InitSpec, folder: str | PathLike[str]) -> None:
     """Write ``init.json``, and ``init.safetensors`` where tensors are stored.
 
     Raises:
@@ -134,10 +134,10 @@ def write_recipe(recipe: InitRecipe, folder: str | PathLike[str]) -> None:
         stored = pack_weights(recipe.stored, types)
         (folder / TENSORS_NAME).write_bytes(stored.data)
     text = json.dumps({"schema": SCHEMA, "seed": recipe.seed, "tensors": entries})
-    (folder / RECIPE_NAME).write_text(text + "\n")
+    (folder / INIT_NAME).write_text(text + "\n")
 
 
-def read_recipe(folder: str | PathLike[str]) -> InitRecipe:
+def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
     """Read an init recipe from a folder.
 
     Raises:
@@ -148,7 +148,7 @@ def read_recipe(folder: str | PathLike[str]) -> InitRecipe:
     stored_path = folder / TENSORS_NAME
     stored = read_weights(stored_path) if stored_path.exists() else None
     try:
-        record = json.loads((folder / RECIPE_NAME).read_bytes())
+        record = json.loads((folder / INIT_NAME).read_bytes())
         if record["schema"] != SCHEMA:
             raise WeightsError(
                 f"init recipe of schema {record['schema']}, this runtime knows "
@@ -163,14 +163,14 @@ def read_recipe(folder: str | PathLike[str]) -> InitRecipe:
             )
             for name, entry in record["tensors"].items()
         }
-        recipe = InitRecipe(int(record["seed"]), tensors, stored or {})
+        recipe = InitSpec(int(record["seed"]), tensors, stored or {})
         _check(recipe, stored)
     except MALFORMED as err:
         raise WeightsError(f"the init recipe is malformed ({err!r})") from err
     return recipe
 
 
-def _check(recipe: InitRecipe, stored: Weights | None) -> None:
+def _check(recipe: InitSpec, stored: Weights | None) -> None:
     for name, init in recipe.tensors.items():
         if (
             init.kind not in KINDS

@@ -34,8 +34,8 @@ from edge_runtime.formats.header import (
 from edge_runtime.formats.positions import (
     Change,
     PositionReader,
+    PositionRun,
     Positions,
-    Run,
     encode_positions,
     pack_run,
     unpack_run,
@@ -87,7 +87,7 @@ class _Plan:
     totals: Mapping[tuple[int, str], int]
     fine: int
     forms: dict[int, Form]
-    kept: list[tuple[Run, Any]] | None = None
+    kept: list[tuple[PositionRun, Any]] | None = None
 
 
 class Patch:
@@ -151,7 +151,7 @@ class Patch:
             for group, dtype in plan.totals  # types of one group are of one size
         }
 
-    def runs(self, layout: Layout) -> Iterator[Run]:
+    def runs(self, layout: Layout) -> Iterator[PositionRun]:
         """Yield what travels, in the order of the weight file and in small pieces.
 
         Raises:
@@ -169,7 +169,7 @@ class Patch:
             PatchFormatError: The patch contradicts the layout or itself.
         """
         plan = self._plan_for(layout)
-        kept, room = list[tuple[Run, Any]](), KEPT_BYTES
+        kept, room = list[tuple[PositionRun, Any]](), KEPT_BYTES
         for run in self._decode(plan):
             first, steps = pack_run(run)
             room -= first.positions.nbytes + steps.nbytes
@@ -182,7 +182,7 @@ class Patch:
                 expected[group + kind] += count
         self._body.check_values(expected)
 
-    def _decode(self, plan: "_Plan") -> Iterator[Run]:
+    def _decode(self, plan: "_Plan") -> Iterator[PositionRun]:
         index = PositionReader(self._body.reader, plan.fine)
         yield from index.runs(plan.changed)
         index.finish()

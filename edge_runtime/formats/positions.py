@@ -157,7 +157,7 @@ def _pack(mask: Mask) -> bytes:
 # Decoding ----------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class PositionRun(NamedTuple):
     """Elements of one tensor, or of some, that travel.
 
     Attributes:
@@ -173,7 +173,7 @@ class Run(NamedTuple):
     positions: Positions
 
 
-def pack_run(run: Run) -> tuple[Run, NDArray[Any]]:
+def pack_run(run: PositionRun) -> tuple[PositionRun, NDArray[Any]]:
     """Return a long run's first position, and the steps to the rest in little memory.
 
     A short run is returned whole: packing it takes longer than decoding it again.
@@ -185,7 +185,7 @@ def pack_run(run: Run) -> tuple[Run, NDArray[Any]]:
     return first, steps.astype(np.min_scalar_type(steps.max()))
 
 
-def unpack_run(first: Run, steps: NDArray[Any]) -> Run:
+def unpack_run(first: PositionRun, steps: NDArray[Any]) -> PositionRun:
     """Return the run that :func:`pack_run` took apart."""
     if not steps.size:
         return first
@@ -218,7 +218,7 @@ class PositionReader:
         # many calls as large ones: sums not yet used, the one before, gaps that follow.
         self._sums, self._before, self._ahead = np.empty(0, np.int64), 0, 0
 
-    def runs(self, tensors: Iterable[Change]) -> Iterator[Run]:
+    def runs(self, tensors: Iterable[Change]) -> Iterator[PositionRun]:
         """Yield what travels, in the order of the file, at most ``PIECE`` at a time.
 
         Args:
@@ -236,7 +236,7 @@ class PositionReader:
                 self._ahead = sum(min(n, tensor.size - n) for _, tensor, n in some)
             for group, tensor, count in some:
                 for positions in filter(len, self._positions(tensor, count)):
-                    yield Run(group, tensor.dtype, tensor.item_size, positions)
+                    yield PositionRun(group, tensor.dtype, tensor.item_size, positions)
 
     def _positions(self, tensor: Tensor, count: int) -> Iterable[Positions]:
         """Return the positions of the next tensor, in pieces."""

@@ -105,7 +105,7 @@ class Entry:
         self.pending = False
         list(read_entries(store))
 
-    def tell(
+    def declare(
         self, folder: Path, status: Status, source: dict[str, Any] | None = None
     ) -> None:
         """Say what answers now.
@@ -180,7 +180,7 @@ def _read(path: Path) -> bytes | None:
     return None
 
 
-def untold(store: Store, known: set[int]) -> list[int]:
+def undeclared_processes(store: Store, known: set[int]) -> list[int]:
     """Return processes that map a slot's weights and are not among the known ones.
 
     Such as a forked child, or one that may not write to the store. Only processes of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.formats.signing import framed, key_id
-from edge_runtime.live.entries import measure, read_entries, untold
+from edge_runtime.live.entries import measure, read_entries, undeclared_processes
 from edge_runtime.store.state import utc
 from edge_runtime.store.store import Store
 
@@ -65,7 +65,7 @@ def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
             "time": utc(),
             "disk": measure(folder, store.layout if tensors else None),
             "live": live,
-            "untold": untold(store, {entry["pid"] for entry in live}),
+            "untold": undeclared_processes(store, {entry["pid"] for entry in live}),
         }
         if store.stamp() == stamp:
             return facts

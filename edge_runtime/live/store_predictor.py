@@ -95,7 +95,7 @@ class StorePredictor(Predictor):
         with self._refreshing:
             former = self.folder
             self._sources = {former: self._sources[former], folder: measure(folder)}
-            self._entry.tell(former, Status.LOADING)
+            self._entry.declare(former, Status.LOADING)
             try:
                 super().swap(folder)
             finally:
@@ -104,11 +104,11 @@ class StorePredictor(Predictor):
     def _tell(self) -> None:
         before, after = self._sources[self.folder], measure(self.folder)
         if not self._session:
-            self._entry.tell(self.folder, Status.EMPTY)
+            self._entry.declare(self.folder, Status.EMPTY)
         elif before is None or before != after:
-            self._entry.tell(self.folder, Status.CHANGED)
+            self._entry.declare(self.folder, Status.CHANGED)
         else:
-            self._entry.tell(self.folder, Status.LOADED, before)
+            self._entry.declare(self.folder, Status.LOADED, before)
 
 
 def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:

@@ -33,7 +33,7 @@ from typing import BinaryIO
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract, parse_contract
-from edge_runtime.formats.init_weights import InitRecipe, read_recipe
+from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
     FILE_NAME,
@@ -52,7 +52,7 @@ _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
 
 
 @contextmanager
-def only_one(file: BinaryIO, problem: str) -> Iterator[None]:
+def exclusive_lock(file: BinaryIO, problem: str) -> Iterator[None]:
     """Hold the lock of an open file, which is closed in the end.
 
     Raises:
@@ -163,9 +163,9 @@ class Store:
         return self.root / "reverse" / (target[:_NAME_LENGTH] + ".dpu")
 
     @cached_property
-    def recipe(self) -> InitRecipe:
+    def recipe(self) -> InitSpec:
         """What regenerates the init weights."""
-        return read_recipe(self.root / "model")
+        return read_init_spec(self.root / "model")
 
     @cached_property
     def contract(self) -> Contract:
@@ -239,7 +239,7 @@ class Store:
             self.files.make_folder(self.root.absolute())
         lock = self.files.open_lock(self.root / "lock")
         problem = f"another process is updating {self.root}; try again when it is done"
-        with only_one(lock, problem):
+        with exclusive_lock(lock, problem):
             self._settle()
             try:
                 yield

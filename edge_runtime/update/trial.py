@@ -77,10 +77,10 @@ def try_slot(slot: Path, model: Path, expected: bytes | bool = False) -> None:
                 f"{each} for each of {len(outputs)} golden inputs"
             )
         wanted = wanted.reshape(-1, *outputs.shape[1:])
-    judge(outputs, labels, contract, wanted)
+    check_outputs(outputs, labels, contract, wanted)
 
 
-def judge(
+def check_outputs(
     outputs: NDArray[Any],
     labels: NDArray[Any],
     contract: Contract,

@@ -23,14 +23,20 @@ from edge_runtime.errors import ContractError
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import Contract, InputSpec, parse_contract
 from edge_runtime.formats.init_weights import (
-    InitRecipe,
+    InitSpec,
     TensorInit,
     philox,
     uniform,
-    write_recipe,
+    write_init_spec,
 )
 from edge_runtime.formats.weights import Weights
-from packager.build import LEVEL, PackedPatch, about, check_budget, encode_changes
+from packager.build import (
+    LEVEL,
+    PackedPatch,
+    check_budget,
+    encode_changes,
+    prefix_errors,
+)
 from packager.bundles.from_round import PackedBundle
 from packager.diff import diff
 from packager.models.read import Model, header_between
@@ -116,7 +122,7 @@ def _init(weights: Weights) -> dict[str, bytes]:
         for tensor in weights.layout.tensors
     }
     with tempfile.TemporaryDirectory() as name:
-        write_recipe(InitRecipe(0, tensors, weights), name)
+        write_init_spec(InitSpec(0, tensors, weights), name)
         return {path.name: path.read_bytes() for path in Path(name).iterdir()}
 
 
@@ -150,7 +156,7 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
         "accuracy_floor": 0.0,
         "output_tolerance": COARSE_TOLERANCE if coarse else EXACT_TOLERANCE,
     }
-    with about(name):
+    with prefix_errors(name):
         _check_known(stated, derived.keys())
         merged = _merge(inputs, stated.get("inputs", []))
         text = json.dumps(derived | stated | {"inputs": merged})

@@ -38,7 +38,7 @@ def compose(
     counter of the last one.
     """
     from edge_runtime.formats.patch import open_patch
-    from packager.build import about, write_file
+    from packager.build import prefix_errors, write_file
     from packager.compose import compose_patches
     from packager.report.words import percent, spaced
 
@@ -46,7 +46,7 @@ def compose(
     with ExitStack() as stack:
         opened = []
         for path in paths:
-            with about(path):
+            with prefix_errors(path):
                 opened.append(stack.enter_context(open_patch(path)))
         total = sum(patch.size for patch in opened)
         named = list(zip(map(str, paths), opened, strict=True))

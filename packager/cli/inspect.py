@@ -158,12 +158,12 @@ def verify(
     """
     from edge_runtime.formats.apply import apply_patch
     from edge_runtime.formats.signing import trust_keys
-    from packager.build import about
+    from packager.build import prefix_errors
 
     trust = trust_keys({str(key): key.read_bytes() for key in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
     weights = read_any(base).weights if base is not None else None
-    with about(path), _open_trusted(path, trust) as opened:
+    with prefix_errors(path), _open_trusted(path, trust) as opened:
         if weights is not None:
             apply_patch(weights, opened)
         header = opened.header
@@ -244,11 +244,11 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 
 def _look_into(path: Path, base: Path | None) -> "Look":
     from edge_runtime.formats.patch import open_patch
-    from packager.build import about
+    from packager.build import prefix_errors
     from packager.report.patch_document import patch_document
     from packager.report.patch_record import patch_record
 
-    with about(path), open_patch(path) as patch:
+    with prefix_errors(path), open_patch(path) as patch:
         weights = _weights_for(path, patch, base)
         layout = weights.layout if weights else None
         if layout is not None:

@@ -66,13 +66,13 @@ def sign(
 
     The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
     """
-    from packager.build import about, write_file
+    from packager.build import prefix_errors, write_file
     from packager.signing import sign as sign_with
 
     signers, names = read_signers(keys)
     signed = []
     for path in paths:
-        with about(path):
+        with prefix_errors(path):
             signed.append((path, sign_with(path.read_bytes(), signers)))
     for path, data in signed:
         write_file(data, path)

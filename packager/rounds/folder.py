@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.formats.init_weights import read_recipe
+from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.weights import FILE_NAME, Weights, model_id, read_weights
 from packager.rounds.record import RECORD_NAME, RoundRecord, read_record
 
@@ -180,7 +180,7 @@ def read_init(round_: RoundFolder) -> Parent:
         WeightsError: The recipe is malformed.
     """
     try:
-        weights = read_recipe(round_.model_folder).generate()
+        weights = read_init_spec(round_.model_folder).generate()
     except FileNotFoundError as err:
         raise RoundError(f"the run is incomplete: {err.filename} is missing") from err
     if weights.layout.header != round_.weights.layout.header:
@@ -212,7 +212,7 @@ def find_weights(run: Path, header: PatchHeader) -> Weights | None:
         return None
     weights = _read(found / FILE_NAME)
     try:
-        init = read_recipe(run / "model").generate()
+        init = read_init_spec(run / "model").generate()
     except OSError:
         return weights
     return init if init.fingerprint == header.parent else weights

@@ -18,7 +18,7 @@ from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import FILE_NAME, Weights
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.update.trial import judge
+from edge_runtime.update.trial import check_outputs
 from packager.rounds.folder import RoundFolder, read_model_file
 
 NEEDED = ("graph.onnx", "contract.json", "golden.npz")
@@ -78,5 +78,5 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
         # What is no classifier has no answer; any label of the right length will do.
         answers = outputs.argmax(axis=-1)
         labels = answers if outputs.ndim > 1 else np.zeros(len(inputs), np.int64)
-    judge(outputs, labels, contract)
+    check_outputs(outputs, labels, contract)
     return {"inputs": inputs, "labels": labels, "outputs": outputs}

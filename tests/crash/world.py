@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime import Device, PatchHeader, pack_weights
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.weights import model_id
 from packager.build import build_patch
 from packager.zip_file import encode_bundle
 
 GRAPH = b"not looked at: no trial runs here, the files are what is tried"
-RECIPE = InitRecipe(
+RECIPE = InitSpec(
     7,
     {
         "w": TensorInit("F32", (64, 32), "uniform", 0.5),
@@ -79,7 +79,7 @@ def same_patch(state):
 def members():
     """The files of ``model/``."""
     with tempfile.TemporaryDirectory() as folder:
-        write_recipe(RECIPE, folder)
+        write_init_spec(RECIPE, folder)
         recipe = (Path(folder) / "init.json").read_bytes()
     return {
         "graph.onnx": GRAPH,

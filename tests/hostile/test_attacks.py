@@ -26,7 +26,7 @@ from edge_runtime.errors import (
 from edge_runtime.formats import sections
 from edge_runtime.formats.bundle import carried_trust
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.patch import encode_patch
 from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
@@ -57,7 +57,7 @@ OURS, SECOND, THEIRS = key_of(1), key_of(2), key_of(66)
 TRUST = trust_keys({"ours": encode_public(OURS)})
 BOTH = trust_keys({"ours": encode_public(OURS), "second": encode_public(SECOND)}, 2)
 GRAPH = b"a graph; no session is started here"
-RECIPE = InitRecipe(7, {"w": TensorInit("F32", (20, 30), "uniform", 0.1)}, {})
+RECIPE = InitSpec(7, {"w": TensorInit("F32", (20, 30), "uniform", 0.1)}, {})
 INIT = RECIPE.generate()
 MODEL = model_id(INIT.layout.header, GRAPH)
 
@@ -96,7 +96,7 @@ PATCHES = [None] + [patch_of(ROUNDS[n - 1], ROUNDS[n], n) for n in (1, 2, 3)]
 
 def bundle_of(folder, *, keys=(), **members):
     """An unsigned bundle of round 0."""
-    write_recipe(RECIPE, folder)
+    write_init_spec(RECIPE, folder)
     files = {
         "graph.onnx": GRAPH,
         "init.json": (folder / "init.json").read_bytes(),

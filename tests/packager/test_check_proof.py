@@ -228,8 +228,8 @@ def test_a_reader_meets_whole_entries_or_none(device):
 
     def write():
         while not stop.is_set():
-            predictor._entry.tell(folder, Status.LOADING)
-            predictor._entry.tell(folder, Status.LOADED, source)
+            predictor._entry.declare(folder, Status.LOADING)
+            predictor._entry.declare(folder, Status.LOADED, source)
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -246,7 +246,7 @@ def test_a_reader_meets_whole_entries_or_none(device):
 @pytest.mark.parametrize("status", [Status.LOADING, Status.EMPTY])
 def test_a_process_between_two_sessions_makes_the_answer_unclear(check, device, status):
     predictor = device.predictor()
-    predictor._entry.tell(predictor.folder, status)
+    predictor._entry.declare(predictor.folder, status)
     assert (check()[0], check()[1]["verdict"]) == (5, "unclear")
 
 

@@ -25,7 +25,7 @@ import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from tools.arm64.root import MIRROR, build_root
-from tools.arm64.run import BOARD_MB, Run, run
+from tools.arm64.run import BOARD_MB, Finished, run
 from tools.arm64.samples import NAMES, Sample, find_sample
 from tools.wheels import CHECKOUT
 
@@ -75,11 +75,11 @@ class Machine:
         self._python, self._data_mb = str(python), data_mb
         self._edge = [str(script)] if script else ["-m", "edge_runtime"]
 
-    def python(self, *args: str) -> Run:
+    def python(self, *args: str) -> Finished:
         """Run Python."""
         return run([self._python, *args], data_mb=self._data_mb)
 
-    def edge(self, *args: str | Path) -> Run:
+    def edge(self, *args: str | Path) -> Finished:
         """Run ``dpu-edge``."""
         return self.python(*self._edge, *map(str, args))
 
@@ -203,7 +203,7 @@ def _refusals(
     yield _check(f"{sample.name}: rollback", done, done.code == 0)
 
 
-def _check(what: str, done: Run, passed: bool, found: str = "") -> Check:
+def _check(what: str, done: Finished, passed: bool, found: str = "") -> Check:
     """Judge a run: what it should do, in the memory that a board has."""
     said = found if found and done.code in (0, 3) else (done.out or done.err).strip()
     lines = said.splitlines() or [f"exit code {done.code}"]

@@ -17,7 +17,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Finished:
     """How a command ended.
 
     Attributes:
@@ -36,7 +36,7 @@ class Run:
     wall_s: float
 
 
-def run(command: list[str], *, data_mb: int | None = None) -> Run:
+def run(command: list[str], *, data_mb: int | None = None) -> Finished:
     """Run a command to its end.
 
     Args:
@@ -60,7 +60,7 @@ def run(command: list[str], *, data_mb: int | None = None) -> Run:
             time.sleep(SAMPLED_S)
         said, complained = _text(out), _text(err)
     wall_s = round(time.monotonic() - start, 1)
-    return Run(process.returncode, said, complained, peak / 1e6, wall_s)
+    return Finished(process.returncode, said, complained, peak / 1e6, wall_s)
 
 
 def _text(file: IO[str]) -> str:

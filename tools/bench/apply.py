@@ -26,7 +26,7 @@ import numpy as np
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit, write_recipe
+from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
     model_id,
@@ -189,7 +189,7 @@ def _install(root: Path, base: Path, parent: str) -> None:
         t.name: TensorInit(t.dtype, t.shape, "constant", 0.0) for t in layout.tensors
     }
     with tempfile.TemporaryDirectory() as name:
-        write_recipe(InitRecipe(0, tensors, {}), name)
+        write_init_spec(InitSpec(0, tensors, {}), name)
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     root.mkdir()
     store = Store(root)

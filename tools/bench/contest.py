@@ -265,7 +265,7 @@ def _medians(samples: Sequence[Sample]) -> Sample:
     return Sample(**{n: median(getattr(s, n) for s in samples) for n in names})
 
 
-def judge(contests: Sequence[Contest]) -> Iterator[Bar]:
+def hold_bars(contests: Sequence[Contest]) -> Iterator[Bar]:
     """Hold the results against the bars that were stated."""
     for contest in contests:
         if contest.ours.problem:

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from tools.bench.contest import Bar, Contest, chosen_tools, compete, judge
+from tools.bench.contest import Bar, Contest, chosen_tools, compete, hold_bars
 from tools.bench.contest_report import markdown, replace_section, svg
 from tools.bench.rivals import TOOLS, Tool
 from tools.bench.rounds import find_pairs, make_rounds
@@ -92,7 +92,7 @@ def main(  # noqa: PLR0913 - one for each option
         for pair in pairs:
             say(f"{pair.name}: {pair.file_size:,} B, {pair.changed:,} changed")
             contests.append(compete(pair, chosen, repeats, say))
-            bars = list(judge(contests))
+            bars = list(hold_bars(contests))
             record = _record(contests, bars, command)
             text = markdown(contests, bars, record["machine"], command)
             if save:  # after every round, so that a long run can be cut short

@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class VariantResult:
     """One run of one variant.
 
     Attributes:
@@ -97,7 +97,9 @@ class Row:
     patch_bytes: float
 
 
-def train(recipe: str, overrides: Sequence[str], seed: int, work: Path) -> Outcome:
+def train(
+    recipe: str, overrides: Sequence[str], seed: int, work: Path
+) -> VariantResult:
     """Train one run, or go on with it, and pack its rounds."""
     from packager import pack_round, read_round
     from trainer.config import load_config
@@ -113,21 +115,21 @@ def train(recipe: str, overrides: Sequence[str], seed: int, work: Path) -> Outco
         folder = work / recipe / name / f"round_{record.round:02d}"
         packed = pack_round(read_round(folder))
         sizes.append(len(packed.data) if packed else 0)
-    return Outcome(
+    return VariantResult(
         tuple(100 * record.metrics["test_accuracy"] for record in records),
         tuple(sizes),
     )
 
 
-def compare(outcomes: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
+def compare(outcomes: Mapping[str, Mapping[int, VariantResult]]) -> list[Row]:
     """Hold every variant against full updating and the baseline, seed by seed."""
     return [_row(name, seeds, outcomes) for name, seeds in outcomes.items()]
 
 
 def _row(
     name: str,
-    seeds: Mapping[int, Outcome],
-    outcomes: Mapping[str, Mapping[int, Outcome]],
+    seeds: Mapping[int, VariantResult],
+    outcomes: Mapping[str, Mapping[int, VariantResult]],
 ) -> Row:
     mean = {seed: fmean(outcome.accuracy) for seed, outcome in seeds.items()}
     to_full, to_base = (
@@ -197,7 +199,7 @@ def table(
 @json_option
 def main(recipe: str, seeds: int, work: Path, *, save: bool, as_json: bool) -> None:
     """Train every variant with every seed; stop and start it as you like."""
-    outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in VARIANTS}
+    outcomes: dict[str, dict[int, VariantResult]] = {name: {} for name in VARIANTS}
     for seed in range(1, seeds + 1):
         for name, overrides in VARIANTS.items():
             outcome = outcomes[name][seed] = train(recipe, overrides, seed, work)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edge_runtime.errors import TrainingError
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit
+from edge_runtime.formats.init_weights import InitSpec, TensorInit
 from edge_runtime.formats.weights import DTYPES, Tensor, Weights
 from trainer.export.tensors import weights_of
 
@@ -25,9 +25,9 @@ BUILDS = 4
 MIN_ELEMENTS = 64
 
 
-def make_recipe(
+def make_init_spec(
     build: Callable[[], nn.Module], seed: int, *, keep: bool = False
-) -> InitRecipe:
+) -> InitSpec:
     """Return the init recipe of a network; the same for the same build and seed.
 
     The network is built four times, under torch seeds that follow from ``seed``;
@@ -70,7 +70,7 @@ def make_recipe(
     stored = {
         name: first[name] for name, init in tensors.items() if init.kind == "file"
     }
-    return InitRecipe(seed, tensors, stored)
+    return InitSpec(seed, tensors, stored)
 
 
 def _build(build: Callable[[], nn.Module], seed: int) -> Weights:

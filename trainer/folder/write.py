@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
-from edge_runtime.formats.init_weights import InitRecipe, read_recipe, write_recipe
+from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
 from edge_runtime.formats.weights import (
     FILE_NAME,
     Layout,
@@ -100,7 +100,7 @@ def write_model(
     run_dir: str | PathLike[str],
     *,
     graph: bytes,
-    recipe: InitRecipe,
+    recipe: InitSpec,
     contract: Mapping[str, Any],
     golden_inputs: NDArray[Any],
     golden_labels: NDArray[Any],
@@ -135,7 +135,7 @@ def write_model(
         )
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
-        write_recipe(recipe, folder)
+        write_init_spec(recipe, folder)
         (folder / "contract.json").write_text(_to_json(contract, indent=2) + "\n")
         np.savez(folder / "golden.npz", inputs=golden_inputs, labels=labels)
     return Path(run_dir, MODEL_NAME)
@@ -166,7 +166,7 @@ def write_round(
         OSError: The files cannot be read or written.
     """
     model = Path(run_dir, MODEL_NAME)
-    recipe = read_recipe(model)
+    recipe = read_init_spec(model)
     check_fit(recipe.layout(), weights.layout)
     _check_masks(weights.layout, masks)
     graph = (model / GRAPH_NAME).read_bytes()
@@ -196,7 +196,7 @@ def write_round(
 
 
 @contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training the same run; the kernel lets go if we die.
 
     Raises:
@@ -267,7 +267,7 @@ def _check_masks(layout: Layout, masks: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_parent(run_dir: Path, record: RoundRecord, recipe: InitRecipe) -> None:
+def _check_parent(run_dir: Path, record: RoundRecord, recipe: InitSpec) -> None:
     """Refuse a record whose update the packager could not find or would not send."""
     if (record.outcome == Outcome.KEPT_BASE) != (record.parent == record.target):
         raise TrainingError(

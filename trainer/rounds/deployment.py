@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.init_weights import InitRecipe, read_recipe
+from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.weights import Weights, model_id
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
 from trainer.export.graph_check import GRAPH_NAME
-from trainer.export.init_recipe import make_recipe
+from trainer.export.init_recipe import make_init_spec
 from trainer.folder.write import MODEL_NAME, make_contract, write_model
 from trainer.parallel import by_first
 
@@ -31,7 +31,7 @@ class Deployment:
         init: The init weights.
     """
 
-    recipe: InitRecipe
+    recipe: InitSpec
     graph: bytes
     init: Weights
 
@@ -51,7 +51,7 @@ def make_deployment(
     """
     recipe, graph = by_first(
         lambda: (
-            make_recipe(build, seed),
+            make_init_spec(build, seed),
             export_graph(build(), torch.zeros(1, *input_shape)),
         )
     )
@@ -66,7 +66,7 @@ def read_deployment(run_dir: Path) -> Deployment:
         WeightsError: The init recipe is malformed.
     """
     folder = run_dir / MODEL_NAME
-    recipe = read_recipe(folder)
+    recipe = read_init_spec(folder)
     return Deployment(recipe, (folder / GRAPH_NAME).read_bytes(), recipe.generate())
 
 

@@ -56,7 +56,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
+class _Attempt:
     """A training, and what came of it.
 
     Attributes:
@@ -157,52 +157,52 @@ class Run:
         deployed = read_weights(folder / FILE_NAME) if records else init
         before = records[-1].metrics["val_accuracy"] if records else 0.0
         fresh = init if reinitialise else read_shadow(folder)
-        trials = list(self._trials(number, deployed, before, fresh))
-        trial = trials[-1]
-        target = trial.new or deployed
-        start = trial.parent if trial.new else deployed
+        attempts = list(self._attempts(number, deployed, before, fresh))
+        attempt = attempts[-1]
+        target = attempt.new or deployed
+        start = attempt.parent if attempt.new else deployed
         metrics = {
             **self._measure(number, target),
-            "test_best": trial.test_best,
+            "test_best": attempt.test_best,
             "tried_reinit": int(reinitialise),
-            **{f"val_{k}": share for k, share in trial.training.accuracy.items()},
-            **_counts(start, target, trial.masks),
+            **{f"val_{k}": share for k, share in attempt.training.accuracy.items()},
+            **_counts(start, target, attempt.masks),
         }
-        if len(trials) > 1:
-            metrics["val_reinit"] = trials[0].training.accuracy["best"]
-        if trial.new and self._pack and update.budget:
+        if len(attempts) > 1:
+            metrics["val_reinit"] = attempts[0].training.accuracy["best"]
+        if attempt.new and self._pack and update.budget:
             metrics["patch_bytes"] = self._pack(start, target)
         everything = update.method == "fu" or is_full(self.config, number)
-        counted = update.budget or trial.training.start is not trial.parent
+        counted = update.budget or attempt.training.start is not attempt.parent
         ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
         record = RoundRecord(
             run=self.config.run.name,
             round=number,
             counter=number,
-            outcome=Outcome.UPDATED if trial.new else Outcome.KEPT_BASE,
+            outcome=Outcome.UPDATED if attempt.new else Outcome.KEPT_BASE,
             parent=start.fingerprint,
             method="fu" if everything else update.method,
             ratio=None if everything else ratio,
-            reinitialised=bool(records) and trial.new is not None and start is init,
+            reinitialised=bool(records) and attempt.new is not None and start is init,
             packable=update.chain != "paper",
             samples=self.split.size_at(number),
             metrics=metrics,
             seeds={"run": self.config.run.seed},
             config=as_dict(self.config),
         )
-        masks = {**trial.masks, **trial.training.dense.masks()}
-        epochs = [epoch for one in trials for epoch in one.epochs]
-        unseen = len(trials) > 1 and update.chain == "shadow"
-        shadow = trials[0].best if unseen and trials[0].best is not init else None
+        masks = {**attempt.masks, **attempt.training.dense.masks()}
+        epochs = [epoch for one in attempts for epoch in one.epochs]
+        unseen = len(attempts) > 1 and update.chain == "shadow"
+        shadow = attempts[0].best if unseen and attempts[0].best is not init else None
         record = by_first(
             lambda: write_round(self.run_dir, record, target, masks, epochs, shadow)
         )
         self._report(number, "done", 2 * self.config.train.epochs, record)
         return record
 
-    def _trials(
+    def _attempts(
         self, number: int, deployed: Weights, before: float, fresh: Weights | None
-    ) -> Iterator[_Trial]:
+    ) -> Iterator[_Attempt]:
         """Train on from fresh weights, and from deployed ones where that falls short.
 
         Args:
@@ -214,15 +214,15 @@ class Run:
         update = self.config.update
         if fresh is not None:
             floor = 0.0 if update.chain == "paper" else before
-            trial = self._try(number, fresh, floor, parent=self._deployment.init)
-            yield trial
-            if trial.new is not None or update.method not in PARTIAL_METHODS:
+            attempt = self._try(number, fresh, floor, parent=self._deployment.init)
+            yield attempt
+            if attempt.new is not None or update.method not in PARTIAL_METHODS:
                 return
         yield self._try(number, deployed, before, parent=deployed)
 
     def _try(
         self, number: int, start: Weights, floor: float, *, parent: Weights
-    ) -> _Trial:
+    ) -> _Attempt:
         """Train from some weights; the result counts where it is no worse than floor.
 
         Equal weights are no result: there is nothing to send.
@@ -243,7 +243,7 @@ class Run:
             origin, masks = "shadow", _with_changes(masks, parent, best)
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
         test_best = evaluate(model, self._test)
-        return _Trial(training, parent, masks, best, new, test_best, epochs)
+        return _Attempt(training, parent, masks, best, new, test_best, epochs)
 
     def _measure(self, number: int, target: Weights) -> dict[str, float]:
         """Evaluate what is deployed after a round; round_00 decides the contract."""

@@ -20,7 +20,7 @@ from edge_runtime.errors import ConfigError
 from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord, list_rounds, read_round_record
-from trainer.folder.write import alone
+from trainer.folder.write import run_lock
 from trainer.parallel import is_first, processes
 from trainer.recipe.schema import PARTIAL_METHODS, Config
 from trainer.rounds.loop import choose_device, cpu_settings
@@ -75,7 +75,7 @@ def run_rounds(
     device, threads = config.train.device, cpu_settings(config.train.threads)
     with ExitStack() as stack:
         if is_first():
-            stack.enter_context(alone(run_dir))
+            stack.enter_context(run_lock(run_dir))
         records = _finished(run_dir, config, resume=resume)
         if len(records) >= config.run.rounds:
             return records

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from edge_runtime import Device
-from edge_runtime.agent.status import tell
+from edge_runtime.agent.status import sd_notify
 from edge_runtime.cli.main import main
 from edge_runtime.errors import TrialError
 from edge_runtime.store.state import MAX_TRIES
@@ -217,16 +217,16 @@ def test_a_manager_is_told_over_both_kinds_of_sockets(tmp_path, sign, monkeypatc
     name = f"{tmp_path}/other"
     manager = Manager(name if sign == "/" else "\0" + name)
     monkeypatch.setenv("NOTIFY_SOCKET", name if sign == "/" else "@" + name)
-    tell("A=1", "B=2")
+    sd_notify("A=1", "B=2")
     assert manager.hear() == "A=1\nB=2"
     manager.socket.close()
 
 
 def test_a_manager_that_does_not_listen_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    tell("READY=1")
+    sd_notify("READY=1")
     monkeypatch.delenv("NOTIFY_SOCKET")
-    tell("READY=1")
+    sd_notify("READY=1")
 
 
 # The command line ------------------------------------------------------------------

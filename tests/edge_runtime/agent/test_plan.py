@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.agent.plan import Offer, Verdict, find_chain, judge
+from edge_runtime.agent.plan import Decision, Offer, decide, find_chain
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import MAX_TRIES, Event, Slot, State
@@ -81,14 +81,14 @@ def test_what_was_skipped_is_gone_around():
 def test_a_pinned_device_goes_nowhere():
     pinned = state(pinned=True)
     assert find_chain(pinned, [offer(3, 4)]) == []
-    assert judge(pinned, offer(3, 4).header)[0] is Verdict.HELD
+    assert decide(pinned, offer(3, 4).header)[0] is Decision.HELD
 
 
 def test_a_rollback_is_not_undone_but_newer_releases_come():
     back = state(3, floor=5)
     assert find_chain(back, [offer(3, 5), offer(3, 4), offer(4, 5)]) == []
-    verdict, reason = judge(back, offer(3, 5).header)
-    assert (verdict, "rolled back from round 5" in reason) == (Verdict.HELD, True)
+    verdict, reason = decide(back, offer(3, 5).header)
+    assert (verdict, "rolled back from round 5" in reason) == (Decision.HELD, True)
     # The way to what is newer may lead through it.
     chain = find_chain(back, [offer(3, 5), offer(5, 6)])
     assert ways(chain) == [("w3", "w5"), ("w5", "w6")]
@@ -97,15 +97,15 @@ def test_a_rollback_is_not_undone_but_newer_releases_come():
 @pytest.mark.parametrize(
     ("header", "verdict"),
     [
-        (offer(2, 3).header, Verdict.APPLIED),
-        (offer(1, 2).header, Verdict.PASSED),
-        (offer(2, 9, counter=3).header, Verdict.PASSED),
-        (offer(3, 4).header, Verdict.REFUSED),
-        (offer(3, 5).header, Verdict.WAITING),
+        (offer(2, 3).header, Decision.APPLIED),
+        (offer(1, 2).header, Decision.PASSED),
+        (offer(2, 9, counter=3).header, Decision.PASSED),
+        (offer(3, 4).header, Decision.REFUSED),
+        (offer(3, 5).header, Decision.WAITING),
     ],
 )
 def test_the_state_alone_says_what_becomes_of_a_release(header, verdict):
-    assert judge(state(tries={"w4": MAX_TRIES}), header)[0] is verdict
+    assert decide(state(tries={"w4": MAX_TRIES}), header)[0] is verdict
 
 
 graphs = st.lists(

@@ -7,13 +7,13 @@ import pytest
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.init_weights import (
-    InitRecipe,
+    InitSpec,
     TensorInit,
-    read_recipe,
-    write_recipe,
+    read_init_spec,
+    write_init_spec,
 )
 
-RECIPE = InitRecipe(
+RECIPE = InitSpec(
     1,
     {
         "w": TensorInit("F32", (300, 1000), "uniform", 0.25),
@@ -43,8 +43,8 @@ def test_uniform_values_fill_their_interval():
 
 def test_another_seed_or_name_gives_other_values():
     w = TensorInit("F32", (100,), "uniform", 1.0)
-    one = InitRecipe(1, {"a": w, "b": w}, {}).generate()
-    two = InitRecipe(2, {"a": w, "b": w}, {}).generate()
+    one = InitSpec(1, {"a": w, "b": w}, {}).generate()
+    two = InitSpec(2, {"a": w, "b": w}, {}).generate()
     assert not np.array_equal(one["a"], two["a"])
     assert not np.array_equal(one["a"], one["b"])
 
@@ -58,8 +58,8 @@ def test_constants_and_stored_tensors_come_back():
 
 
 def test_a_recipe_survives_its_files(tmp_path):
-    write_recipe(RECIPE, tmp_path)
-    assert read_recipe(tmp_path).generate().data == RECIPE.generate().data
+    write_init_spec(RECIPE, tmp_path)
+    assert read_init_spec(tmp_path).generate().data == RECIPE.generate().data
 
 
 @pytest.mark.parametrize(
@@ -77,17 +77,17 @@ def test_a_recipe_survives_its_files(tmp_path):
     ],
 )
 def test_a_malformed_recipe_is_refused(tmp_path, change, message):
-    write_recipe(RECIPE, tmp_path)
+    write_init_spec(RECIPE, tmp_path)
     path = tmp_path / "init.json"
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
     with pytest.raises(WeightsError, match=message):
-        read_recipe(tmp_path)
+        read_init_spec(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
 def test_text_that_is_no_recipe_is_refused(tmp_path, text):
     (tmp_path / "init.json").write_text(text, "latin-1")
     with pytest.raises(WeightsError, match="malformed"):
-        read_recipe(tmp_path)
+        read_init_spec(tmp_path)

@@ -31,7 +31,7 @@ from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.state import MAX_TRIES
-from edge_runtime.update.trial import judge, run_trial, try_slot
+from edge_runtime.update.trial import check_outputs, run_trial, try_slot
 from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
@@ -449,11 +449,11 @@ def test_inputs_that_do_not_fit_are_refused(device):
 
 def test_a_trial_counts_golden_labels(device):
     outputs = np.eye(8, dtype="f4")
-    judge(outputs, np.arange(8), Contract((), accuracy_floor=1.0))
+    check_outputs(outputs, np.arange(8), Contract((), accuracy_floor=1.0))
     wrong = np.array([0, 1, 2, 3, 4, 5, 6, 0])
-    judge(outputs, wrong, Contract((), accuracy_floor=0.875))
+    check_outputs(outputs, wrong, Contract((), accuracy_floor=0.875))
     with pytest.raises(TrialError, match="7 of 8 golden labels"):
-        judge(outputs, wrong, Contract((), accuracy_floor=0.876))
+        check_outputs(outputs, wrong, Contract((), accuracy_floor=0.876))
 
 
 def test_a_trial_compares_the_golden_outputs_where_it_is_told_to(device, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.weights import write_weights
 from tools.bench import contest
-from tools.bench.contest import Contest, Entry, Sample, chosen_tools, compete, judge
+from tools.bench.contest import Contest, Entry, Sample, chosen_tools, compete, hold_bars
 from tools.bench.contest_report import markdown, replace_section, svg
 from tools.bench.measure import measure_here
 from tools.bench.rivals import TOOLS, Kind, Tool
@@ -92,7 +92,7 @@ def test_a_tool_that_fails_is_reported_and_the_others_go_on(tmp_path):
     ours, sparse = result.entries
     assert ours.problem.startswith("failed to make: edge_runtime.errors.WeightsError")
     assert sparse.problem == ""
-    assert not any(bar.holds for bar in judge([result]))
+    assert not any(bar.holds for bar in hold_bars([result]))
 
 
 def test_a_tool_that_gives_another_target_is_reported(pair, monkeypatch):
@@ -122,14 +122,14 @@ def test_bars_compare_with_the_best_of_the_others(pair):
     result = made_up(
         pair, ours=(90, 2.0), delta_a=(100, 3.0), delta_b=(91, 9.0), naive=(200, 1.0)
     )
-    smaller, faster, naive = judge([result])
+    smaller, faster, naive = hold_bars([result])
     assert smaller.holds and "91 B of <delta_b>" in smaller.text
     assert faster.holds and "3000.0 ms of <delta_a>" in faster.text
     assert not naive.holds
 
 
 def test_equal_is_not_smaller(pair):
-    smaller, *_ = judge([made_up(pair, ours=(90, 2.0), full=(90, 1.0))])
+    smaller, *_ = hold_bars([made_up(pair, ours=(90, 2.0), full=(90, 1.0))])
     assert not smaller.holds
 
 
@@ -137,11 +137,13 @@ def test_equal_is_not_smaller(pair):
 def test_rounds_of_dpu_have_to_be_a_tenth_smaller(pair, size, holds):
     dpu = replace(pair, method="dpu")
     result = made_up(dpu, ours=(size, 2.0), delta=(100, 3.0), naive=(95, 3.0))
-    assert {bar.bar: bar.holds for bar in judge([result])}["a tenth smaller"] is holds
+    assert {bar.bar: bar.holds for bar in hold_bars([result])}[
+        "a tenth smaller"
+    ] is holds
 
 
 def test_a_bar_does_not_hold_where_nobody_can_be_beaten(pair):
-    assert not any(bar.holds for bar in judge([made_up(pair, ours=(90, 2.0))]))
+    assert not any(bar.holds for bar in hold_bars([made_up(pair, ours=(90, 2.0))]))
 
 
 def test_plot_and_table_show_every_tool(pair):
@@ -150,7 +152,7 @@ def test_plot_and_table_show_every_tool(pair):
     result = replace(result, entries=(*result.entries, absent))
     picture = svg([result, result])
     ElementTree.fromstring(picture)  # well formed, although titles hold < and >
-    text = markdown([result], list(judge([result])), {"cores": 2}, "python")
+    text = markdown([result], list(hold_bars([result])), {"cores": 2}, "python")
     for title in ("ours", "delta_a", "full", "Gone"):
         assert title in picture
         assert title in text

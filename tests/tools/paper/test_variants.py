@@ -6,7 +6,7 @@ from tools.paper.variants import (
     BASELINE,
     REFERENCE,
     VARIANTS,
-    Outcome,
+    VariantResult,
     compare,
     table,
     train,
@@ -17,7 +17,7 @@ def outcomes(**by_variant):
     names = {"full": REFERENCE, "base": BASELINE}
     return {
         names.get(name, name): {
-            seed: Outcome((accuracy, accuracy + 2), (0, size))
+            seed: VariantResult((accuracy, accuracy + 2), (0, size))
             for seed, (accuracy, size) in enumerate(runs)
         }
         for name, runs in by_variant.items()

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from edge_runtime.errors import TrainingError
-from edge_runtime.formats.init_weights import read_recipe, write_recipe
+from edge_runtime.formats.init_weights import read_init_spec, write_init_spec
 from trainer.export.graph import load_weights, weights_of
-from trainer.export.init_recipe import make_recipe
+from trainer.export.init_recipe import make_init_spec
 
 torch.set_num_threads(1)
 
@@ -52,7 +52,7 @@ def kinds(recipe):
 
 
 def test_random_tensors_are_regenerated_and_constants_stated():
-    assert kinds(make_recipe(convnet, 1)) == {
+    assert kinds(make_init_spec(convnet, 1)) == {
         "0.weight": "uniform",
         "0.bias": "file",
         "1.weight": "constant",
@@ -67,7 +67,7 @@ def test_random_tensors_are_regenerated_and_constants_stated():
 
 
 def test_regenerated_tensors_have_the_spread_of_the_modules_own_init():
-    recipe = make_recipe(convnet, 1)
+    recipe = make_init_spec(convnet, 1)
     weights = recipe.generate()
     fan_in = {"0.weight": 9, "4.weight": 576, "4.bias": 576, "6.weight": 96}
     for name, count in fan_in.items():
@@ -86,12 +86,12 @@ def test_a_normal_init_keeps_its_standard_deviation():
         nn.init.normal_(layer.weight, std=0.3)
         return layer
 
-    weights = make_recipe(build, 5).generate()
+    weights = make_init_spec(build, 5).generate()
     assert weights["weight"].std() == pytest.approx(0.3, rel=0.03)
 
 
 def test_what_a_uniform_distribution_would_spoil_is_stored():
-    recipe = make_recipe(Odd, 3)
+    recipe = make_init_spec(Odd, 3)
     expected = dict.fromkeys(weights_of(Odd()), "file")
     expected |= {"normal": "uniform", "ones": "constant", "minus_zero": "constant"}
     assert kinds(recipe) == expected
@@ -103,19 +103,19 @@ def test_what_a_uniform_distribution_would_spoil_is_stored():
 
 
 def test_the_same_build_and_seed_give_the_same_recipe(tmp_path):
-    first, again = make_recipe(Odd, 3), make_recipe(Odd, 3)
+    first, again = make_init_spec(Odd, 3), make_init_spec(Odd, 3)
     assert first.tensors == again.tensors
     assert first.generate().fingerprint == again.generate().fingerprint
-    assert make_recipe(Odd, 4).generate().fingerprint != first.generate().fingerprint
-    write_recipe(first, tmp_path)
-    read = read_recipe(tmp_path)
+    assert make_init_spec(Odd, 4).generate().fingerprint != first.generate().fingerprint
+    write_init_spec(first, tmp_path)
+    read = read_init_spec(tmp_path)
     assert read.generate().fingerprint == first.generate().fingerprint
 
 
 def test_keep_stores_the_build_as_it_is():
     torch.manual_seed(11)
     expected = weights_of(convnet())
-    recipe = make_recipe(convnet, 11, keep=True)
+    recipe = make_init_spec(convnet, 11, keep=True)
     assert set(kinds(recipe).values()) == {"file"}
     assert recipe.generate().fingerprint == expected.fingerprint
 
@@ -128,25 +128,25 @@ def test_loaded_weights_are_stored_without_being_told():
         model.load_state_dict(loaded)
         return model
 
-    recipe = make_recipe(build, 1)
+    recipe = make_init_spec(build, 1)
     assert recipe.generate().fingerprint == weights_of(build()).fingerprint
 
 
 def test_the_global_random_state_stays():
     state = torch.get_rng_state()
-    make_recipe(convnet, -1)
+    make_init_spec(convnet, -1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_refuses_a_build_that_changes_its_architecture():
     widths = iter(range(4, 20))
     with pytest.raises(TrainingError, match="same architecture"):
-        make_recipe(lambda: nn.Linear(next(widths), 4), 1)
+        make_init_spec(lambda: nn.Linear(next(widths), 4), 1)
 
 
 def test_a_model_trains_from_regenerated_weights():
     model = convnet()
-    load_weights(model, make_recipe(convnet, 1).generate())
+    load_weights(model, make_init_spec(convnet, 1).generate())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 1, 8, 8, generator=generator)
     y = (x.mean((1, 2, 3)) > 0).long()

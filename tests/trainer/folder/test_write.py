@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from edge_runtime.errors import RoundError, TrainingError
-from edge_runtime.formats.init_weights import InitRecipe, TensorInit, read_recipe
+from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
 from edge_runtime.formats.weights import model_id, pack_weights, read_weights
 from trainer.folder.write import (
     Outcome,
@@ -23,7 +23,7 @@ from trainer.folder.write import (
 )
 
 GRAPH = b"a graph"
-RECIPE = InitRecipe(
+RECIPE = InitSpec(
     3,
     {
         "fc.weight": TensorInit("F32", (3, 5), "uniform", 0.5),
@@ -91,7 +91,7 @@ def test_the_model_folder_holds_what_was_given(run):
     assert names(model) == ["contract.json", "golden.npz", "graph.onnx", "init.json"]
     assert (model / "graph.onnx").read_bytes() == GRAPH
     assert json.loads((model / "contract.json").read_text()) == CONTRACT
-    assert read_recipe(model).generate().fingerprint == INIT.fingerprint
+    assert read_init_spec(model).generate().fingerprint == INIT.fingerprint
     with np.load(model / "golden.npz", allow_pickle=False) as golden:
         assert golden["inputs"].dtype == np.uint8
         assert golden["inputs"].tolist() == IMAGES.tolist()

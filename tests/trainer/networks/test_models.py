@@ -3,7 +3,7 @@ import torch
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.weights import write_weights
-from trainer.export.init_recipe import make_recipe
+from trainer.export.init_recipe import make_init_spec
 from trainer.export.tensors import weights_of
 from trainer.networks.models import build_model, option_problems
 from trainer.recipe.schema import ModelConfig
@@ -81,7 +81,7 @@ def test_pretrained_weights_travel_with_the_bundle(tmp_path):
     path = tmp_path / "pretrained.pt"
     torch.save(build("mlp", (1, 8, 8), hidden=[16]).state_dict(), path)
     config = ModelConfig(name="mlp", weights=str(path), options={"hidden": [16]})
-    recipe = make_recipe(lambda: build_model(config, (1, 8, 8), 10), seed=0)
+    recipe = make_init_spec(lambda: build_model(config, (1, 8, 8), 10), seed=0)
     assert {init.kind for init in recipe.tensors.values()} == {"file"}
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from edge_runtime.errors import ConfigError, RoundError
-from edge_runtime.formats.init_weights import read_recipe
+from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
 from trainer.config import as_dict, make_config
 from trainer.folder.record import Outcome
-from trainer.folder.write import alone
+from trainer.folder.write import run_lock
 from trainer.rounds.schedule import as_reported, run_rounds
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_writes_the_model_once_and_a_folder_a_round(finished):
 
 def test_every_round_leads_from_what_is_deployed_or_from_init(finished):
     runs, records, _ = finished
-    init = read_recipe(runs / "tiny" / "model").generate().fingerprint
+    init = read_init_spec(runs / "tiny" / "model").generate().fingerprint
     deployed = init
     for record in records:
         assert record.parent == (init if record.reinitialised else deployed)
@@ -77,7 +77,7 @@ def test_changes_stay_within_selection_and_dense_part(finished):
     runs, records, _ = finished
     run = runs / "tiny"
     known = {record.target: run / f"round_{record.round:02d}" for record in records}
-    init = read_recipe(run / "model").generate()
+    init = read_init_spec(run / "model").generate()
     for record in records:
         base = init
         if record.parent in known:
@@ -327,8 +327,9 @@ def test_refuses_to_continue_when_told_not_to(copied):
 
 def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from trainer.folder.write import alone\n"
-        "with alone(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path\n"
+        "from trainer.folder.write import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(copied / "tiny")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -341,10 +342,10 @@ def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
 
 
 def test_who_is_refused_leaves_the_others_empty_folder_alone(tmp_path):
-    with alone(tmp_path / "run"):  # in its first round: nothing is written yet
+    with run_lock(tmp_path / "run"):  # in its first round: nothing is written yet
         for _ in range(2):
             refused = pytest.raises(ConfigError, match="another process")
-            with refused, alone(tmp_path / "run"):
+            with refused, run_lock(tmp_path / "run"):
                 pytest.fail("two train one run")
     assert not (tmp_path / "run").exists()
 
