@@ -26,11 +26,11 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import encode_patch, open_patch
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.rounds.folder import Parent, RoundFolder, find_parent
-from packager.rounds.record import Outcome
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

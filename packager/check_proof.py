@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ProofError, RoundError, RoundNotFoundError, TrustError
+from edge_runtime.formats.model_folder import GRAPH_NAME
 from edge_runtime.formats.signing import Signature, Trust, key_id
 from edge_runtime.formats.weights import Weights
 from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
@@ -196,7 +197,7 @@ def expected_round(folder: Path) -> Expected:
         RoundError: The round folder is incomplete or was changed.
     """
     round_ = read_round(folder)
-    graph = hashlib.sha256(read_model_file(round_, "graph.onnx")).hexdigest()
+    graph = hashlib.sha256(read_model_file(round_, GRAPH_NAME)).hexdigest()
     return Expected(round_name(folder), round_.weights, graph)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +103,7 @@ class Demo:
         from packager.bundles.from_round import write_bundle
         from packager.rounds.folder import read_round
 
-        folder = self.run / f"round_{record.round:02d}"
+        folder = self.run / round_name(record.round)
         round_ = read_round(folder)
         patch = pack_round(round_)
         if patch is not None:
@@ -123,11 +124,11 @@ class Demo:
         from edge_runtime import fingerprint_file, read_weights
         from edge_runtime.update.trial import relative_difference
 
-        server = self.run / f"round_{record.round:02d}" / "weights.safetensors"
+        server = self.run / round_name(record.round) / WEIGHTS_NAME
         found = device.predictor().predict(self.test.read().numpy())
         wanted = self._torch_outputs(read_weights(server))
         labels = self.test.labels.numpy()
-        local = self.store / "current" / "weights.safetensors"
+        local = self.store / "current" / WEIGHTS_NAME
         return Row(
             round=record.round,
             outcome="re-init" if record.reinitialised else str(record.outcome),
@@ -232,7 +233,7 @@ def table(rows: list[Row]) -> Iterator[str]:
 def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
     store = f"--store {demo.store}"
     sent = max(row.round for row in rows if row.patch_bytes)
-    final = demo.run / f"round_{sent:02d}"
+    final = demo.run / round_name(sent)
     yield f"rounds and patches   {demo.run}"
     yield f"device               {demo.store}"
     yield ""

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.formats.init_weights import read_init_spec
+from edge_runtime.formats.model_folder import MODEL_NAME, Outcome, list_rounds
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
 from trainer.export.tensors import load_weights, weights_of
-from trainer.folder.record import Outcome, RoundRecord, list_rounds, read_round_record
-from trainer.folder.write import MODEL_NAME, write_model, write_round
+from trainer.folder.record import RoundRecord, read_round_record
+from trainer.folder.write import write_model, write_round
 
 
 def start_run(

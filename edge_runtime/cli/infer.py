@@ -12,6 +12,7 @@ import click
 
 from edge_runtime.commandline import Answer, emit, json_option, on_device, say
 from edge_runtime.errors import ContractError
+from edge_runtime.formats.model_folder import GOLDEN_NAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +97,7 @@ def infer(  # noqa: PLR0913 - one for each option
         raise click.UsageError("give INPUT files, or --golden")
     device = Device.open(root)
     spec = _only_input(device.store.contract)
-    paths = inputs or (device.store.root / "model" / "golden.npz",)
+    paths = inputs or (device.store.root / "model" / GOLDEN_NAME,)
     predictor = device.predictor(options)
     number = predictor.store.state.active_slot.round
     records: list[dict[str, Any]] = []
@@ -145,7 +146,7 @@ def bench(
 
     store = device.store
     spec = _only_input(store.contract)
-    golden = read_samples([store.root / "model" / "golden.npz"], spec)
+    golden = read_samples([store.root / "model" / GOLDEN_NAME], spec)
     inputs = np.stack([values for _, values in islice(cycle(golden), batch)])
     folder = store.slot_folder(store.state.active)
     result = measure(folder, store.contract, inputs, options, seconds=seconds)

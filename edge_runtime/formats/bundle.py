@@ -32,14 +32,21 @@ from pathlib import Path
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
 from edge_runtime.formats import signing
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    INIT_NAME,
+    INIT_TENSORS_NAME,
+)
 
 SCHEMA = 1
 MANIFEST_NAME = "bundle.json"
 SIGNATURES_NAME = "bundle.sig"
 KEYS_FOLDER = "keys/"
 PATCH_NAME = "patch.dpu"
-REQUIRED = ("graph.onnx", "init.json", "contract.json", "golden.npz", PATCH_NAME)
-OPTIONAL = ("init.safetensors",)
+REQUIRED = (GRAPH_NAME, INIT_NAME, CONTRACT_NAME, GOLDEN_NAME, PATCH_NAME)
+OPTIONAL = (INIT_TENSORS_NAME,)
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_KEY_BYTES = 4096
 MAX_MEMBER_BYTES = 2 << 30  # of any other

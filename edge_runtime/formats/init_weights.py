@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import MALFORMED, WeightsError
+from edge_runtime.formats.model_folder import INIT_NAME, INIT_TENSORS_NAME
 from edge_runtime.formats.weights import (
     CHUNK_BYTES,
     DTYPES,
@@ -34,8 +35,6 @@ from edge_runtime.formats.weights import (
 )
 
 SCHEMA = 1
-INIT_NAME = "init.json"
-TENSORS_NAME = "init.safetensors"
 KINDS = ("uniform", "constant", "file")
 
 
@@ -132,7 +131,7 @@ def write_init_spec(recipe: InitSpec, folder: str | PathLike[str]) -> None:
     if recipe.stored:
         types = {name: recipe.tensors[name].dtype for name in recipe.stored}
         stored = pack_weights(recipe.stored, types)
-        (folder / TENSORS_NAME).write_bytes(stored.data)
+        (folder / INIT_TENSORS_NAME).write_bytes(stored.data)
     text = json.dumps({"schema": SCHEMA, "seed": recipe.seed, "tensors": entries})
     (folder / INIT_NAME).write_text(text + "\n")
 
@@ -145,7 +144,7 @@ def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
         WeightsError: The recipe is malformed or does not fit its stored tensors.
     """
     folder = Path(folder)
-    stored_path = folder / TENSORS_NAME
+    stored_path = folder / INIT_TENSORS_NAME
     stored = read_weights(stored_path) if stored_path.exists() else None
     try:
         record = json.loads((folder / INIT_NAME).read_bytes())
@@ -185,5 +184,5 @@ def _check(recipe: InitSpec, stored: Weights | None) -> None:
             if found is None or (found.dtype, found.shape) != (init.dtype, init.shape):
                 raise WeightsError(
                     f"init recipe: tensor {name!r} ({init.dtype} {list(init.shape)}) "
-                    f"is missing from {TENSORS_NAME} or differs there"
+                    f"is missing from {INIT_TENSORS_NAME} or differs there"
                 )

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from edge_runtime.errors import WeightsError
 from edge_runtime.files import Files
 
-FILE_NAME = "weights.safetensors"
 MAX_HEADER_BYTES = 8 << 20
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 CHUNK_BYTES = 1 << 20

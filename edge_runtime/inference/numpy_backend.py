@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import BackendError
-from edge_runtime.formats.weights import FILE_NAME
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 
 Array = NDArray[Any]
 Ints = Sequence[int]
@@ -43,8 +43,8 @@ class NumpySession:
             BackendError: The graph needs what is not here; the message names it.
             LookupError, ValueError: The graph is malformed.
         """
-        model = _message(memoryview((folder / "graph.onnx").read_bytes()))
-        weights = np.asarray(np.memmap(folder / FILE_NAME, mode="r"))
+        model = _message(memoryview((folder / GRAPH_NAME).read_bytes()))
+        weights = np.asarray(np.memmap(folder / WEIGHTS_NAME, mode="r"))
         graph = _message(model[7][0])
         nodes = [_message(node) for node in graph[1]]
         _check_operators(model, graph, nodes)
@@ -288,7 +288,7 @@ def _tensor(fields: Message, weights: Array | None = None) -> tuple[str, Array]:
     dtype = np.dtype(_TYPES[kind])
     if fields[14] == [1] and weights is not None:
         place = {_text(e[1]): _text(e[2]) for e in map(_message, fields[13])}
-        if place["location"] != FILE_NAME:
+        if place["location"] != WEIGHTS_NAME:
             raise ValueError(f"tensor {name!r} lies in {place['location']!r}")
         start = int(place["offset"])
         values = weights[start : start + int(place["length"])].view(dtype)

@@ -21,8 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from edge_runtime.errors import BackendError, DpuError, StoreError
 from edge_runtime.formats.contract import Contract
-from edge_runtime.formats.weights import FILE_NAME
-from edge_runtime.store.store import GRAPH_NAME
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 
 # Creating a session takes up to 2.9 times the weight file (ResNet-34: 257 MB for 87):
 # the mapped file, a copy with BatchNorm folded in, and one in the kernels' own layout.
@@ -98,7 +97,7 @@ class Predictor:
         self._session: Any = self._load(folder)
         self.folder = folder
         # Every slot of a model is of one size.
-        self._needed = LOAD_FACTOR * (folder / FILE_NAME).stat().st_size
+        self._needed = LOAD_FACTOR * (folder / WEIGHTS_NAME).stat().st_size
 
     def predict(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> NDArray[Any]:
         """Return the first output for raw inputs.

@@ -21,14 +21,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edge_runtime.formats.weights import (
-    CHUNK_BYTES,
-    FILE_NAME,
-    Layout,
-    fingerprint_file,
-)
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.weights import CHUNK_BYTES, Layout, fingerprint_file
 from edge_runtime.store.state import utc
-from edge_runtime.store.store import GRAPH_NAME, Store
+from edge_runtime.store.store import Store
 from edge_runtime.text import printable
 
 _log = logging.getLogger("edge_runtime")
@@ -59,7 +55,7 @@ def measure(folder: Path, layout: Layout | None = None) -> dict[str, Any] | None
         cannot be read.
     """
     try:
-        with open(folder / FILE_NAME, "rb") as file:
+        with open(folder / WEIGHTS_NAME, "rb") as file:
             whole, size = hashlib.file_digest(file, "sha256"), file.tell()
             status = os.fstat(file.fileno())  # of what was hashed, whatever its name
             found: dict[str, Any] = {

@@ -14,10 +14,10 @@ import numpy as np
 from edge_runtime.errors import StoreError, VerificationError, WeightsError
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.patch import Patch, encode_patch
 from edge_runtime.formats.weights import (
     CHUNK_BYTES,
-    FILE_NAME,
     Layout,
     Weights,
     fingerprint_chunks,
@@ -111,7 +111,7 @@ def retire(store: Store, state: State, slot: Slot) -> State:
     header = PatchHeader(
         state.model, parent.target, slot.target, slot.round, slot.counter, size
     )
-    base, target = (store.slot_folder(s.target) / FILE_NAME for s in (parent, slot))
+    base, target = (store.slot_folder(s.target) / WEIGHTS_NAME for s in (parent, slot))
     # A convenience: that it cannot be written must not stop an update.
     with suppress(OSError, WeightsError):
         data = encode_reverse(store.layout, base, target, header)

@@ -34,9 +34,9 @@ from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
+from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
-    FILE_NAME,
     Layout,
     fingerprint_chunks,
     fingerprint_file,
@@ -47,7 +47,6 @@ from edge_runtime.formats.weights import (
 from edge_runtime.store.admission import unknown_parent
 from edge_runtime.store.state import State, decode_state, encode_state
 
-GRAPH_NAME = "graph.onnx"
 _NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
 
 
@@ -170,7 +169,7 @@ class Store:
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        return parse_contract((self.root / "model" / "contract.json").read_bytes())
+        return parse_contract((self.root / "model" / CONTRACT_NAME).read_bytes())
 
     @cached_property
     def layout(self) -> Layout:
@@ -195,7 +194,7 @@ class Store:
         if error := unknown_parent(self.state, parent):
             raise error
         if self.state.slot(parent):
-            return read_chunks(self.slot_folder(parent) / FILE_NAME)
+            return read_chunks(self.slot_folder(parent) / WEIGHTS_NAME)
         return self.recipe.chunks()
 
     def check_slot(self, target: str) -> Path:
@@ -205,7 +204,7 @@ class Store:
             StoreError: It is missing or damaged.
         """
         folder = self.slot_folder(target)
-        path = folder / FILE_NAME
+        path = folder / WEIGHTS_NAME
         try:
             actual = fingerprint_file(path)
             with open(path, "rb") as file:
@@ -269,7 +268,7 @@ class Store:
         self.files.remove(part)
         self.files.mkdir(part)
         self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
-        self.files.write(part / FILE_NAME, chunks)
+        self.files.write(part / WEIGHTS_NAME, chunks)
         self.files.sync_folder(part)
         self.files.rename(part, folder)
         self.files.sync_folder(folder.parent)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import BackendError, DpuError, TrialError
 from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.model_folder import CONTRACT_NAME, GOLDEN_NAME
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update.hooks import run_program
 
@@ -64,8 +65,8 @@ def try_slot(slot: Path, model: Path, expected: bytes | bool = False) -> None:
         TrialError: The outputs are not good enough.
         DpuError: The slot cannot be loaded, or the golden inputs do not fit.
     """
-    contract = parse_contract((model / "contract.json").read_bytes())
-    with np.load(model / "golden.npz", allow_pickle=False) as golden:
+    contract = parse_contract((model / CONTRACT_NAME).read_bytes())
+    with np.load(model / GOLDEN_NAME, allow_pickle=False) as golden:
         inputs, labels = golden["inputs"], golden["labels"]
         wanted = golden.get("outputs") if expected is True else None
     outputs = Predictor(slot, contract).predict(inputs)

@@ -29,6 +29,7 @@ from edge_runtime.formats.init_weights import (
     uniform,
     write_init_spec,
 )
+from edge_runtime.formats.model_folder import CONTRACT_NAME, GOLDEN_NAME, GRAPH_NAME
 from edge_runtime.formats.weights import Weights
 from packager.build import (
     LEVEL,
@@ -91,9 +92,9 @@ def adopt_model(
     text = make_contract(model, contract)
     spec = _only_input(model, parse_contract(text))
     arrays = {"inputs": made_up(spec)} if golden is None else _read_golden(golden)
-    files = {"graph.onnx": model.graph, "contract.json": text} | _init(model.weights)
-    files["golden.npz"] = _npz(arrays)
-    files["golden.npz"] = with_outputs(files, model.weights)
+    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text} | _init(model.weights)
+    files[GOLDEN_NAME] = _npz(arrays)
+    files[GOLDEN_NAME] = with_outputs(files, model.weights)
     patch = _nothing_to_patch(model, counter, level)
     files[layout.PATCH_NAME] = patch.data
     manifest = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats import bundle as layout
+from edge_runtime.formats.model_folder import GOLDEN_NAME, GRAPH_NAME
 from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
 from packager.models.onnx_check import check_graph
 from packager.rounds.folder import RoundFolder, read_init, read_model_file
@@ -71,8 +72,8 @@ def build_bundle(
             "install yet; bundle a later round"
         )
     files = _model_files(round_)
-    check_graph(files["graph.onnx"], round_.weights.layout)
-    files["golden.npz"] = with_outputs(files, round_.weights)
+    check_graph(files[GRAPH_NAME], round_.weights.layout)
+    files[GOLDEN_NAME] = with_outputs(files, round_.weights)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
         "run": round_.record.run,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import FILE, runs_option
@@ -221,23 +222,22 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
     That is weights.safetensors in canonical form, whose SHA-256 is the fingerprint, and
     for an ONNX file graph.onnx, which reads it.
     """
-    from edge_runtime.formats.weights import FILE_NAME
     from packager.build import write_file
 
     model = read_any(source)
-    write_file(bytes(model.weights.data), output / FILE_NAME)
+    write_file(bytes(model.weights.data), output / WEIGHTS_NAME)
     if model.graph:
-        write_file(model.graph, output / "graph.onnx")
+        write_file(model.graph, output / GRAPH_NAME)
     record = {
         "source": str(source),
-        "path": str(output / FILE_NAME),
-        "graph": str(output / "graph.onnx") if model.graph else None,
+        "path": str(output / WEIGHTS_NAME),
+        "graph": str(output / GRAPH_NAME) if model.graph else None,
         "model": model.model,
         "fingerprint": model.weights.fingerprint,
         "canonical": model.canonical,
     }
     same = "the same bytes as" if model.canonical else "the tensors of"
-    text = f"{record['fingerprint']}  {printable(output / FILE_NAME)}: "
+    text = f"{record['fingerprint']}  {printable(output / WEIGHTS_NAME)}: "
     text += f"{same} {printable(source)}"
     emit(record, as_json=as_json, text=text)
 

@@ -8,7 +8,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from edge_runtime.errors import RoundError
-from edge_runtime.formats.weights import FILE_NAME, Layout
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.weights import Layout
 
 # ONNX names of the types that a weight file can hold.
 ONNX_TYPES = {
@@ -30,7 +31,7 @@ ONNX_TYPES = {
 }
 
 
-def check_graph(graph: bytes, layout: Layout, path: str = "graph.onnx") -> None:
+def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
     """Insist that a graph and a weight file fit each other.
 
     Args:
@@ -54,18 +55,18 @@ def check_graph(graph: bytes, layout: Layout, path: str = "graph.onnx") -> None:
     for name in [*layout.by_name, *external]:
         if name not in external:
             raise RoundError(
-                f"{path} does not read {name!r} from {FILE_NAME}, so new values of "
+                f"{path} does not read {name!r} from {WEIGHTS_NAME}, so new values of "
                 "it would change nothing; export the graph with it as an initializer "
                 "with external data"
             )
         if name not in layout.by_name:
-            raise RoundError(f"{path} reads {name!r}, which {FILE_NAME} lacks")
+            raise RoundError(f"{path} reads {name!r}, which {WEIGHTS_NAME} lacks")
         found = _found(external[name])
         for what, expected in _expected(layout, name).items():
             if found[what] != expected:
                 raise RoundError(
                     f"{path} reads {name!r} with {what} {found[what]}, but in "
-                    f"{FILE_NAME} it is {expected}; export the graph again"
+                    f"{WEIGHTS_NAME} it is {expected}; export the graph again"
                 )
 
 
@@ -74,7 +75,7 @@ def _expected(layout: Layout, name: str) -> dict[str, object]:
     return {
         "type": ONNX_TYPES[tensor.dtype],
         "shape": tensor.shape,
-        "location": FILE_NAME,
+        "location": WEIGHTS_NAME,
         "offset": str(tensor.start),
         "length": str(tensor.stop - tensor.start),
     }

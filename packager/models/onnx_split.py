@@ -21,13 +21,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edge_runtime.errors import WeightsError
-from edge_runtime.formats.weights import (
-    DTYPES,
-    FILE_NAME,
-    Layout,
-    Weights,
-    pack_weights,
-)
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
+from edge_runtime.formats.weights import DTYPES, Layout, Weights, pack_weights
 from packager.models.onnx_check import ONNX_TYPES
 
 # ONNX type number -> type code of the weight file.
@@ -159,7 +154,7 @@ def _point_into(tensor: onnx.TensorProto, layout: Layout) -> None:
         data_location=onnx.TensorProto.EXTERNAL,
     )
     for key, value in {
-        "location": FILE_NAME,
+        "location": WEIGHTS_NAME,
         "offset": place.start,
         "length": place.stop - place.start,
     }.items():

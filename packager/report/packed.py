@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.text import printable
 from packager.build import PackedPatch
 from packager.models.read import Model
 from packager.report.words import percent, spaced
 from packager.rounds.folder import RoundFolder
-from packager.rounds.record import Outcome
 
 Record = dict[str, Any]
 
@@ -82,7 +82,7 @@ def pack_record(
 
 def pack_text(record: Record) -> str:
     """Put a record of :func:`pack_record` into words."""
-    name = f"round_{record['round']:02d}"
+    name = round_name(record["round"])
     if record["path"] is None:
         kept = record["outcome"] == Outcome.KEPT_BASE
         why = "kept its base" if kept else "is what the parent already is,"

@@ -13,11 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import DpuError, RoundError
+from edge_runtime.formats.model_folder import (
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    Outcome,
+    list_rounds,
+)
 from edge_runtime.formats.patch import open_patch
 from packager.build import pack_round
 from packager.report.links import link_records
-from packager.rounds.folder import RoundFolder, list_rounds, read_round
-from packager.rounds.record import RECORD_NAME, Outcome, RoundRecord, read_record
+from packager.rounds.folder import RoundFolder, read_round
+from packager.rounds.record import RoundRecord, read_record
 
 Record = dict[str, Any]
 Masks = Mapping[str, NDArray[np.uint8]]
@@ -96,7 +102,7 @@ def _round_record(folder: Path) -> Record:
             "outcome": stated.outcome,
             "model": stated.model,
             "counter": stated.counter,
-            "full_bytes": (folder / "weights.safetensors").stat().st_size,
+            "full_bytes": (folder / WEIGHTS_NAME).stat().st_size,
         }
         | {name: extra.get(name) for name in FIELDS}
         | {name: _number(metrics.get(name)) for name in METRICS}
@@ -120,7 +126,7 @@ def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> Record:
     if not stated.packable:
         return nothing | {"bytes": None, "bytes_from": "not packable"}
     if full:
-        size = (folder / "weights.safetensors").stat().st_size
+        size = (folder / WEIGHTS_NAME).stat().st_size
         return nothing | {"bytes": size, "bytes_from": "weight file"}
     round_ = read_round(folder)
     size, counts = _existing(folder, stated)

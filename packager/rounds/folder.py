@@ -6,7 +6,6 @@ the model's identity are computed again from the bytes.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -18,10 +17,16 @@ from numpy.typing import NDArray
 from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.init_weights import read_init_spec
-from edge_runtime.formats.weights import FILE_NAME, Weights, model_id, read_weights
-from packager.rounds.record import RECORD_NAME, RoundRecord, read_record
+from edge_runtime.formats.model_folder import (
+    GRAPH_NAME,
+    RECORD_NAME,
+    SELECTION_NAME,
+    WEIGHTS_NAME,
+    list_rounds,
+)
+from edge_runtime.formats.weights import Weights, model_id, read_weights
+from packager.rounds.record import RoundRecord, read_record
 
-SELECTION_NAME = "selection.safetensors"
 INIT = "init"  # the init weights' name, where others have round_05
 
 
@@ -84,9 +89,9 @@ def read_round(path: str | PathLike[str]) -> RoundFolder:
             f"{folder}: the trainer marked this round as not packable; its weights, or "
             "those it continues from, were never meant for devices"
         )
-    weights = _read(folder / FILE_NAME)
+    weights = _read(folder / WEIGHTS_NAME)
     round_ = RoundFolder(folder, record, weights, _read(folder / SELECTION_NAME))
-    graph = read_model_file(round_, "graph.onnx")
+    graph = read_model_file(round_, GRAPH_NAME)
     _check_equal(folder, "target", record.target, weights.fingerprint)
     model = model_id(weights.layout.header, graph)
     _check_equal(folder, "model", record.model, model)
@@ -129,7 +134,9 @@ def _check_selection(round_: RoundFolder) -> None:
     for name, mask in round_.selection.items():
         tensor = round_.weights.layout.by_name.get(name)
         if tensor is None:
-            raise RoundError(f"{path} selects from {name!r}, which {FILE_NAME} lacks")
+            raise RoundError(
+                f"{path} selects from {name!r}, which {WEIGHTS_NAME} lacks"
+            )
         size = (tensor.size + 7) // 8
         if mask.dtype != np.uint8 or mask.shape != (size,):
             raise RoundError(
@@ -186,7 +193,7 @@ def read_init(round_: RoundFolder) -> Parent:
     if weights.layout.header != round_.weights.layout.header:
         raise WeightsError(
             f"the init recipe in {round_.model_folder} describes other tensors than "
-            f"{round_.path / FILE_NAME}"
+            f"{round_.path / WEIGHTS_NAME}"
         )
     return Parent(INIT, weights)
 
@@ -207,21 +214,15 @@ def find_weights(run: Path, header: PatchHeader) -> Weights | None:
         if record.model == header.model and found is None:
             found = folder
         if record.target == header.parent:
-            return _read(folder / FILE_NAME)
+            return _read(folder / WEIGHTS_NAME)
     if found is None:
         return None
-    weights = _read(found / FILE_NAME)
+    weights = _read(found / WEIGHTS_NAME)
     try:
         init = read_init_spec(run / "model").generate()
     except OSError:
         return weights
     return init if init.fingerprint == header.parent else weights
-
-
-def list_rounds(run: Path) -> list[Path]:
-    """Return a run's round folders, oldest first."""
-    found = [path for path in _folders(run) if re.fullmatch(r"round_\d{2,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[6:]))
 
 
 def list_runs(runs: Path) -> list[Path]:

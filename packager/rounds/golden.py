@@ -15,13 +15,19 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    WEIGHTS_NAME,
+)
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
-from edge_runtime.formats.weights import FILE_NAME, Weights
+from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update.trial import check_outputs
 from packager.rounds.folder import RoundFolder, read_model_file
 
-NEEDED = ("graph.onnx", "contract.json", "golden.npz")
+NEEDED = (GRAPH_NAME, CONTRACT_NAME, GOLDEN_NAME)
 
 
 def expected_outputs(round_: RoundFolder, count: int) -> bytes:
@@ -66,13 +72,13 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
         TrialError: Devices would refuse these weights.
         StoreError: ONNX Runtime cannot load the graph.
     """
-    with np.load(io.BytesIO(files["golden.npz"]), allow_pickle=False) as golden:
+    with np.load(io.BytesIO(files[GOLDEN_NAME]), allow_pickle=False) as golden:
         inputs, labels = golden["inputs"], golden.get("labels")
-    contract = parse_contract(files["contract.json"])
+    contract = parse_contract(files[CONTRACT_NAME])
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
-        (slot / "graph.onnx").write_bytes(files["graph.onnx"])
-        (slot / FILE_NAME).write_bytes(weights.data)
+        (slot / GRAPH_NAME).write_bytes(files[GRAPH_NAME])
+        (slot / WEIGHTS_NAME).write_bytes(weights.data)
         outputs = Predictor(slot, contract).predict(inputs)
     if labels is None:
         # What is no classifier has no answer; any label of the right length will do.

@@ -4,21 +4,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
 SCHEMA = 1
-RECORD_NAME = "round.json"
-
-
-class Outcome(StrEnum):
-    """How a round ended."""
-
-    UPDATED = "updated"
-    KEPT_BASE = "kept_base"
 
 
 @dataclass(frozen=True, slots=True)

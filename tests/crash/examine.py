@@ -4,7 +4,7 @@ import re
 
 from edge_runtime import Device, fingerprint_file
 from edge_runtime.errors import DpuError, StoreError
-from edge_runtime.formats.weights import FILE_NAME
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.store.state import decode_state
 from tests.crash import world
 from tests.crash.recording import without_note
@@ -50,8 +50,8 @@ def _start(root, states):
         if not _is_rotten(device, slot):
             device.store.check_slot(slot.target)
     link = root / "current"
-    if link.is_symlink() and (link / FILE_NAME).read_bytes() != ROT:
-        target = fingerprint_file(link / FILE_NAME)
+    if link.is_symlink() and (link / WEIGHTS_NAME).read_bytes() != ROT:
+        target = fingerprint_file(link / WEIGHTS_NAME)
         if not target.startswith(link.readlink().name):
             raise BadStateError("'current' leads to damaged weights")
     for name, other in (("json", "copy"), ("copy", "json")):
@@ -68,7 +68,7 @@ def _insist_on_state(device, states):
 
 def _is_rotten(device, slot):
     """Whether it is a kept slot that went bad on its own, before the crash."""
-    path = device.store.slot_folder(slot.target) / FILE_NAME
+    path = device.store.slot_folder(slot.target) / WEIGHTS_NAME
     return slot.target != device.store.state.active and path.read_bytes() == ROT
 
 

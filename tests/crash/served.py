@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime import PatchHeader, pack_weights
+from edge_runtime.formats.model_folder import list_rounds
 from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
-from packager.rounds.folder import list_rounds, read_round
+from packager.rounds.folder import read_round
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,7 +21,7 @@ import edge_runtime.live.store_predictor
 from edge_runtime import Device, RunOptions, Store, make_proof
 from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import ProofError, TrustError
-from edge_runtime.formats.weights import FILE_NAME
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.inference.predictor import SwapPolicy
 from edge_runtime.live.entries import Status, measure, read_entries
 from edge_runtime.live.proof import canonical, device_key, public_key, read_key
@@ -119,7 +119,7 @@ def parts(record):
 
 
 def weights_path(device):
-    return device.store.slot_folder(device.store.state.active) / FILE_NAME
+    return device.store.slot_folder(device.store.state.active) / WEIGHTS_NAME
 
 
 def flip(path, at):
@@ -257,7 +257,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_vouched_for(
 
     def tampered(folder, *rest):
         session = make(folder, *rest)
-        path = folder / FILE_NAME
+        path = folder / WEIGHTS_NAME
         copy = path.read_bytes()
         path.unlink()
         path.write_bytes(copy)  # the same bytes, another file
@@ -348,7 +348,7 @@ def test_every_round_of_a_life_is_proved(check, device, run):
 def test_any_byte_that_changes_is_named_with_its_tensor(run, tmp_path):
     """Each byte of the file, the header's too; and equal bytes are always equal."""
     weights = read_round(run.path / "round_00").weights
-    layout, path = weights.layout, tmp_path / FILE_NAME
+    layout, path = weights.layout, tmp_path / WEIGHTS_NAME
     path.write_bytes(weights.data)
     path.with_name("graph.onnx").write_bytes(b"not looked at")
     assert differing(measure(tmp_path, layout), weights) == []
@@ -367,7 +367,7 @@ def test_any_byte_that_changes_is_named_with_its_tensor(run, tmp_path):
 
 def test_a_file_of_another_length_is_named_too(run, tmp_path):
     weights = read_round(run.path / "round_00").weights
-    path = tmp_path / FILE_NAME
+    path = tmp_path / WEIGHTS_NAME
     path.with_name("graph.onnx").write_bytes(b"not looked at")
     path.write_bytes(bytes(weights.data) + b"\0")
     assert differing(measure(tmp_path, weights.layout), weights) == ["end"]
@@ -419,9 +419,11 @@ def test_a_slot_that_cannot_be_read_is_different(check, device):
 
 
 def test_a_weight_file_instead_of_a_round(check, device, run):
-    path = run.path / "round_00" / FILE_NAME
+    path = run.path / "round_00" / WEIGHTS_NAME
     assert check("--weights", path)[0] == 0
-    code, record = check("--weights", run.path / "round_01" / FILE_NAME, tensors=True)
+    code, record = check(
+        "--weights", run.path / "round_01" / WEIGHTS_NAME, tensors=True
+    )
     assert (code, len(parts(record)["disk"]["tensors"])) == (5, 4)
 
 
@@ -578,7 +580,7 @@ def test_from_the_nonce_to_the_verdict(device, key, run, command, serve, tmp_pat
     assert f"process {server.pid}" in out
     assert f"signed by {key}" in out
     assert command(edge, *store, "proof", "--nonce", "")[0] == 2
-    both = ("--round", "round_00", "--weights", run.path / "round_00" / FILE_NAME)
+    both = ("--round", "round_00", "--weights", run.path / "round_00" / WEIGHTS_NAME)
     assert command(patch, "check-proof", path, *words, *both)[0] == 2
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights
 from packager.build import pack_round
 from packager.rounds.folder import read_round
 from trainer import parallel
-from trainer.folder.record import list_rounds, read_round_record
+from trainer.folder.record import read_round_record
 
 torch.set_num_threads(1)
 

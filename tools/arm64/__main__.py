@@ -24,6 +24,7 @@ from typing import Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from tools.arm64.root import MIRROR, build_root
 from tools.arm64.run import BOARD_MB, Finished, run
 from tools.arm64.samples import NAMES, Sample, find_sample
@@ -156,7 +157,7 @@ def _same_weights(what: str, stores: dict[Machine, Path], server: Path) -> Check
 
     wanted = fingerprint_file(server)
     # Hashed by this machine: what the emulated one claims is asked at the end.
-    files = [store / "current" / "weights.safetensors" for store in stores.values()]
+    files = [store / "current" / WEIGHTS_NAME for store in stores.values()]
     found = [fingerprint_file(file) for file in files]
     same = found == [wanted, wanted]
     return Check(f"{what}: weights bit for bit", same, found[0])

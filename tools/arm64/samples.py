@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, say
+from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
 from tools.wheels import CHECKOUT
 
 NAMES = ("digits", "mobilenet")
@@ -43,7 +44,7 @@ class Sample:
 
     def weights(self, patch: Path) -> Path:
         """Return the server's weights that a patch (or the bundle) leads to."""
-        return self.run / patch.name.split(".")[0] / "weights.safetensors"
+        return self.run / patch.name.split(".")[0] / WEIGHTS_NAME
 
 
 def find_sample(folder: Path, name: str) -> Sample:
@@ -119,7 +120,7 @@ def make_mobilenet(run: Path) -> None:
         updater.select()
         step(optimizer)
         publish_round(run, model, updater.finish())
-        round_ = read_round(run / f"round_{number:02d}")
+        round_ = read_round(run / round_name(number))
         if number == 0:
             write_file(build_bundle(round_).data, run / "round_00.bundle.zip")
         packed = pack_round(round_)

@@ -21,6 +21,7 @@ import numpy as np
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.contract import Contract, InputSpec
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
 from edge_runtime.update.trial import relative_difference
@@ -115,7 +116,7 @@ def write_slot(folder: Path, case: Case) -> None:
     """Export a built-in network with random weights."""
     import torch
 
-    from edge_runtime.formats.weights import FILE_NAME, write_weights
+    from edge_runtime.formats.weights import write_weights
     from trainer.export.graph import export_graph, weights_of
     from trainer.networks.models import MODELS
 
@@ -123,8 +124,8 @@ def write_slot(folder: Path, case: Case) -> None:
     network = MODELS[case.model](case.shape, 10)
     folder.mkdir()
     graph = export_graph(network, torch.zeros(1, *case.shape))
-    (folder / "graph.onnx").write_bytes(graph)
-    write_weights(weights_of(network), folder / FILE_NAME)
+    (folder / GRAPH_NAME).write_bytes(graph)
+    write_weights(weights_of(network), folder / WEIGHTS_NAME)
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

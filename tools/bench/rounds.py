@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.errors import ConfigError, RoundError
-from edge_runtime.formats.weights import FILE_NAME, Weights, read_weights
-from packager.rounds.folder import find_parent, list_rounds, list_runs, read_round
-from packager.rounds.record import RECORD_NAME, Outcome, read_record
+from edge_runtime.formats.model_folder import (
+    RECORD_NAME,
+    WEIGHTS_NAME,
+    Outcome,
+    list_rounds,
+)
+from edge_runtime.formats.weights import Weights, read_weights
+from packager.rounds.folder import find_parent, list_runs, read_round
+from packager.rounds.record import read_record
 
 Say = Callable[[str], None]
 
@@ -157,7 +163,7 @@ def _round_pair(folder: Path, scratch: Path) -> Pair:
     base.write_bytes(parent.weights.data)
     told = json.loads((folder / RECORD_NAME).read_text())
     method = str(told.get("method", ""))
-    return _pair(name, base, folder / FILE_NAME, method, _note(told))
+    return _pair(name, base, folder / WEIGHTS_NAME, method, _note(told))
 
 
 def _note(told: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.contract import Contract, InputSpec
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import peak_memory
 from edge_runtime.inference.predictor import Predictor, RunOptions, SwapPolicy
 
@@ -158,7 +159,7 @@ def make_versions(folder: Path, model: str) -> int:
     """Write the slots of a network that differ in every weight; return their size."""
     import torch
 
-    from edge_runtime.formats.weights import FILE_NAME, write_weights
+    from edge_runtime.formats.weights import write_weights
     from trainer.export.graph import export_graph, weights_of
     from trainer.networks.models import MODELS
 
@@ -168,9 +169,9 @@ def make_versions(folder: Path, model: str) -> int:
         network = MODELS[model](SHAPE[1:], 10)
         slot = folder / str(number)
         slot.mkdir()
-        (slot / "graph.onnx").write_bytes(graph)
-        write_weights(weights_of(network), slot / FILE_NAME)
-    return (slot / FILE_NAME).stat().st_size
+        (slot / GRAPH_NAME).write_bytes(graph)
+        write_weights(weights_of(network), slot / WEIGHTS_NAME)
+    return (slot / WEIGHTS_NAME).stat().st_size
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -20,6 +20,7 @@ import click
 
 from edge_runtime.commandline import CONTEXT, Command, Group, emit, json_option, say
 from edge_runtime.errors import ConfigError
+from edge_runtime.formats.model_folder import round_name
 from tools.paper.reproduction import (
     METHODS,
     PAPER,
@@ -141,7 +142,7 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
 
     packed = None
     if record.packable:
-        packed = pack_round(read_round(runs / record.run / f"round_{record.round:02d}"))
+        packed = pack_round(read_round(runs / record.run / round_name(record.round)))
     metrics = record.metrics
     return {
         "round": record.round,

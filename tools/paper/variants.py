@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.formats.model_folder import round_name
 from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
 
@@ -112,7 +113,7 @@ def train(
     records = run_rounds(config, work / recipe)
     sizes = []
     for record in records:
-        folder = work / recipe / name / f"round_{record.round:02d}"
+        folder = work / recipe / name / round_name(record.round)
         packed = pack_round(read_round(folder))
         sizes.append(len(packed.data) if packed else 0)
     return VariantResult(

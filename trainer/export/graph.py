@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.weights import FILE_NAME, Layout
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
+from edge_runtime.formats.weights import Layout
 from trainer.export.graph_check import as_tuple, check_graph, rows_of
 from trainer.export.tensors import (
     deployed_tensors,
@@ -173,7 +174,7 @@ def _serialise(model: Any, layout: Layout) -> bytes:
             length = place.stop - place.start
             shape = ir.Shape(place.shape)
             value.const_value = ir.ExternalTensor(
-                FILE_NAME, place.start, length, value.dtype, shape=shape, name=name
+                WEIGHTS_NAME, place.start, length, value.dtype, shape=shape, name=name
             )
     proto = ir.serde.serialize_model(model)
     _strip(proto)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.weights import FILE_NAME, Layout, write_weights
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.weights import Layout, write_weights
 from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
 
-GRAPH_NAME = "graph.onnx"
 OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6
 
 
@@ -37,7 +37,7 @@ def check_graph(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, GRAPH_NAME)
         path.write_bytes(graph)
-        write_weights(weights_of(model), Path(folder, FILE_NAME))
+        write_weights(weights_of(model), Path(folder, WEIGHTS_NAME))
         # Not the number of rows that was traced: no batch size may be baked in.
         for count in (1, 3):
             batch = tuple(rows_of(x, count) for x in inputs)
@@ -84,7 +84,7 @@ def _check_initializers(
             onnx.TensorProto.DataType.Value(TYPES[tensor.dtype][1]),
             list(place.shape),
             {
-                "location": FILE_NAME,
+                "location": WEIGHTS_NAME,
                 "offset": str(place.start),
                 "length": str(place.stop - place.start),
             },

@@ -1,25 +1,16 @@
 """What a round folder states about its round: ``round.json``."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
 SCHEMA = 1
-RECORD_NAME = "round.json"
-
-
-class Outcome(StrEnum):
-    """How a round ended."""
-
-    UPDATED = "updated"
-    KEPT_BASE = "kept_base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +53,6 @@ class RoundRecord:
     seeds: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any]
-
-
-def list_rounds(run_dir: str | PathLike[str]) -> list[Path]:
-    """Return a run's complete round folders, oldest first; none if there is no run."""
-    found = [
-        p for p in Path(run_dir).glob("round_*") if re.fullmatch(r"\d+", p.name[6:])
-    ]
-    return sorted(found, key=lambda path: int(path.name[6:]))
 
 
 def read_round_record(folder: str | PathLike[str]) -> RoundRecord:

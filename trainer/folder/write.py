@@ -31,8 +31,21 @@ from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    METRICS_NAME,
+    MODEL_NAME,
+    RECORD_NAME,
+    SELECTION_NAME,
+    SHADOW_NAME,
+    WEIGHTS_NAME,
+    Outcome,
+    list_rounds,
+    round_name,
+)
 from edge_runtime.formats.weights import (
-    FILE_NAME,
     Layout,
     Weights,
     fingerprint_chunks,
@@ -41,19 +54,9 @@ from edge_runtime.formats.weights import (
     read_weights,
     write_weights,
 )
-from trainer.export.graph_check import GRAPH_NAME, OUTPUT_TOLERANCE
+from trainer.export.graph_check import OUTPUT_TOLERANCE
 from trainer.export.tensors import check_fit
-from trainer.folder.record import (
-    RECORD_NAME,
-    SCHEMA,
-    Outcome,
-    RoundRecord,
-    list_rounds,
-    read_round_record,
-)
-
-MODEL_NAME = "model"
-SHADOW_NAME = "shadow.safetensors"
+from trainer.folder.record import SCHEMA, RoundRecord, read_round_record
 
 
 def make_contract(
@@ -136,8 +139,8 @@ def write_model(
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
         write_init_spec(recipe, folder)
-        (folder / "contract.json").write_text(_to_json(contract, indent=2) + "\n")
-        np.savez(folder / "golden.npz", inputs=golden_inputs, labels=labels)
+        (folder / CONTRACT_NAME).write_text(_to_json(contract, indent=2) + "\n")
+        np.savez(folder / GOLDEN_NAME, inputs=golden_inputs, labels=labels)
     return Path(run_dir, MODEL_NAME)
 
 
@@ -186,11 +189,11 @@ def write_round(
     text = _to_json({"schema": SCHEMA} | asdict(complete), indent=2) + "\n"
     lines = "".join(_to_json(epoch) + "\n" for epoch in epochs)
     with _written_once(_round_folder(run_dir, record.round)) as folder:
-        write_weights(weights, folder / FILE_NAME)
-        write_weights(_packed(masks), folder / "selection.safetensors")
+        write_weights(weights, folder / WEIGHTS_NAME)
+        write_weights(_packed(masks), folder / SELECTION_NAME)
         if shadow:
             write_weights(shadow, folder / SHADOW_NAME)
-        (folder / "metrics.jsonl").write_text(lines)
+        (folder / METRICS_NAME).write_text(lines)
         (folder / RECORD_NAME).write_text(text)
     return complete
 
@@ -236,7 +239,7 @@ def read_shadow(folder: Path) -> Weights | None:
 
 
 def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:
-    return Path(run_dir, f"round_{number:02d}")
+    return Path(run_dir, round_name(number))
 
 
 @contextmanager

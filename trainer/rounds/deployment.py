@@ -10,12 +10,12 @@ from torch import nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
+from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
 from edge_runtime.formats.weights import Weights, model_id
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
-from trainer.export.graph_check import GRAPH_NAME
 from trainer.export.init_recipe import make_init_spec
-from trainer.folder.write import MODEL_NAME, make_contract, write_model
+from trainer.folder.write import make_contract, write_model
 from trainer.parallel import by_first
 
 GOLDEN_SAMPLES = 64
@@ -114,7 +114,7 @@ def write_deployment(
     found = read_deployment(run_dir)
     same = found.graph == deployment.graph
     same &= found.init.fingerprint == deployment.init.fingerprint
-    if not same or json.loads((folder / "contract.json").read_text()) != contract:
+    if not same or json.loads((folder / CONTRACT_NAME).read_text()) != contract:
         raise ConfigError(
             f"{folder} was written for another recipe; choose another run.name, or "
             f"remove {run_dir}"

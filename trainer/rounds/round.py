@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.weights import FILE_NAME, Weights, read_weights
+from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
+from edge_runtime.formats.weights import Weights, read_weights
 from trainer.config import as_dict
 from trainer.data.samples import DataSource, split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import changed_elements, load_weights
-from trainer.folder.record import Outcome, RoundRecord
+from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, write_round
 from trainer.networks.models import build_model, check_outputs
 from trainer.parallel import by_first, first_before_others
@@ -153,8 +154,8 @@ class Run:
             The round's record, once its folder is complete.
         """
         init, update = self._deployment.init, self.config.update
-        folder = self.run_dir / f"round_{number - 1:02d}"
-        deployed = read_weights(folder / FILE_NAME) if records else init
+        folder = self.run_dir / round_name(number - 1)
+        deployed = read_weights(folder / WEIGHTS_NAME) if records else init
         before = records[-1].metrics["val_accuracy"] if records else 0.0
         fresh = init if reinitialise else read_shadow(folder)
         attempts = list(self._attempts(number, deployed, before, fresh))

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.formats.model_folder import list_rounds
 from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
-from trainer.folder.record import RoundRecord, list_rounds, read_round_record
+from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import run_lock
 from trainer.parallel import is_first, processes
 from trainer.recipe.schema import PARTIAL_METHODS, Config

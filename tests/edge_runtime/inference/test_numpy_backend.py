@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from edge_runtime.errors import BackendError, StoreError
-from edge_runtime.formats.weights import FILE_NAME, write_weights
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
+from edge_runtime.formats.weights import write_weights
 from edge_runtime.inference.numpy_backend import NumpySession
 from edge_runtime.inference.predictor import (
     Backend,
@@ -67,7 +68,7 @@ def test_every_built_in_network_answers_as_onnx_runtime_does(name, tmp_path):
         for init in onnx.load_model_from_string(graph).graph.initializer
         if init.external_data
     }
-    write_weights(tensors, tmp_path / FILE_NAME)
+    write_weights(tensors, tmp_path / WEIGHTS_NAME)
     x = rng.standard_normal((2, *SHAPES[name]), dtype="f4")
     (found,), (wanted,) = both(tmp_path, {"input": x})
     assert difference(found, wanted) < 1e-5
@@ -80,7 +81,7 @@ def test_every_built_in_network_answers_as_onnx_runtime_does(name, tmp_path):
 def compare(tmp_path_factory):
     """Run one operator with both backends."""
     folder = tmp_path_factory.mktemp("operator")
-    write_weights({"unused": np.zeros(1, "f4")}, folder / FILE_NAME)
+    write_weights({"unused": np.zeros(1, "f4")}, folder / WEIGHTS_NAME)
 
     def run(operator, *inputs, constants=(), opset=20, **attributes):
         names = [f"x{i}" for i in range(len(inputs))]
@@ -228,7 +229,7 @@ def test_numbers_are_read_however_a_tool_wrote_them(tmp_path):
     opsets = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
-    write_weights({"unused": np.zeros(1, "f4")}, tmp_path / FILE_NAME)
+    write_weights({"unused": np.zeros(1, "f4")}, tmp_path / WEIGHTS_NAME)
     (found,), (wanted,) = both(tmp_path, {"x": values(6)})
     assert difference(found, wanted) < 1e-6
 
@@ -263,7 +264,7 @@ def test_what_is_not_supported_is_refused_by_name(
         model.graph.node.append(node)
 
     reload_graph(run, edit)
-    (run.path / "model" / FILE_NAME).write_bytes(run.init.data)
+    (run.path / "model" / WEIGHTS_NAME).write_bytes(run.init.data)
     with pytest.raises(BackendError, match=rf"lacks .*{named}.*install onnxruntime"):
         NumpySession(run.path / "model")
 
@@ -273,14 +274,14 @@ def test_operators_of_another_age_are_refused(run, reload_graph):
         model.opset_import[0].version = 9
 
     reload_graph(run, edit)
-    (run.path / "model" / FILE_NAME).write_bytes(run.init.data)
+    (run.path / "model" / WEIGHTS_NAME).write_bytes(run.init.data)
     with pytest.raises(BackendError, match="opset 9"):
         NumpySession(run.path / "model")
 
 
 def test_a_malformed_graph_is_refused(run, device_contract, tmp_path):
     graph = (run.path / "model" / "graph.onnx").read_bytes()
-    (tmp_path / FILE_NAME).write_bytes(run.init.data)
+    (tmp_path / WEIGHTS_NAME).write_bytes(run.init.data)
     numpy = RunOptions(backend=Backend.NUMPY)
     for length in range(0, len(graph) - 1, 7):
         (tmp_path / "graph.onnx").write_bytes(graph[:length])

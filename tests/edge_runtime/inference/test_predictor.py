@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 from edge_runtime import Device, RunOptions
 from edge_runtime.errors import StoreError
 from edge_runtime.formats.contract import Contract, InputSpec
-from edge_runtime.formats.weights import FILE_NAME, pack_weights
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
+from edge_runtime.formats.weights import pack_weights
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import (
     Backend,
@@ -71,7 +72,7 @@ def make_slot(folder, version, size=SIZE):
         entry = TensorProto(name=tensor.name, data_type=TensorProto.FLOAT)
         entry.dims.extend(tensor.shape)
         entry.data_location = TensorProto.EXTERNAL
-        place = {"location": FILE_NAME, "offset": tensor.start}
+        place = {"location": WEIGHTS_NAME, "offset": tensor.start}
         place["length"] = tensor.stop - tensor.start
         for key, value in place.items():
             entry.external_data.add(key=key, value=str(value))
@@ -92,7 +93,7 @@ def make_slot(folder, version, size=SIZE):
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     folder.mkdir()
     (folder / "graph.onnx").write_bytes(model.SerializeToString())
-    (folder / FILE_NAME).write_bytes(weights.data)
+    (folder / WEIGHTS_NAME).write_bytes(weights.data)
     return folder
 
 

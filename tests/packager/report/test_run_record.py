@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats.model_folder import list_rounds
 from packager.build import pack_round
 from packager.report.run_document import run_document
 from packager.report.run_record import overlap_record, run_record
-from packager.rounds.folder import list_rounds, read_round
+from packager.rounds.folder import read_round
 
 
 def stated(accuracy, **more):

@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.weights import FILE_NAME, pack_weights, write_weights
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
+from edge_runtime.formats.weights import pack_weights, write_weights
 from trainer.export.graph import (
     check_graph,
     deployed_tensors,
@@ -106,7 +107,7 @@ def example(kind, count, seed=1):
 def infer(graph, weights, x, folder):
     """ONNX Runtime's answer from the two files that a device has."""
     (folder / "graph.onnx").write_bytes(graph)
-    write_weights(weights, folder / FILE_NAME)
+    write_weights(weights, folder / WEIGHTS_NAME)
     session = onnxruntime.InferenceSession(folder / "graph.onnx")
     return session.run(["output"], {"input": x.numpy()})[0]
 
@@ -182,7 +183,7 @@ def test_every_tensor_is_an_initializer_that_points_into_the_weight_file(deploye
     }
     assert places == {
         tensor.name: {
-            "location": FILE_NAME,
+            "location": WEIGHTS_NAME,
             "offset": str(tensor.start),
             "length": str(tensor.stop - tensor.start),
         }

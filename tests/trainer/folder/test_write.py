@@ -12,11 +12,10 @@ import torch
 
 from edge_runtime.errors import RoundError, TrainingError
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
+from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.formats.weights import model_id, pack_weights, read_weights
 from trainer.folder.write import (
-    Outcome,
     RoundRecord,
-    list_rounds,
     read_round_record,
     write_model,
     write_round,

@@ -10,10 +10,10 @@ import torch
 
 from edge_runtime.errors import ConfigError, RoundError
 from edge_runtime.formats.init_weights import read_init_spec
+from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
 from trainer.config import as_dict, make_config
-from trainer.folder.record import Outcome
 from trainer.folder.write import run_lock
 from trainer.rounds.schedule import as_reported, run_rounds
 

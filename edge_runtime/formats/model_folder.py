@@ -1,0 +1,44 @@
+"""The files of a run: every name of ``model/`` and of the round folders, once.
+
+Trainer, packager and device meet in these names; ``packager/README.md`` says what is
+in each file.
+"""
+
+import re
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+
+MODEL_NAME = "model"  # the folder that all rounds of a run share
+
+GRAPH_NAME = "graph.onnx"
+CONTRACT_NAME = "contract.json"
+GOLDEN_NAME = "golden.npz"
+INIT_NAME = "init.json"
+INIT_TENSORS_NAME = "init.safetensors"
+
+RECORD_NAME = "round.json"
+WEIGHTS_NAME = "weights.safetensors"
+SELECTION_NAME = "selection.safetensors"
+METRICS_NAME = "metrics.jsonl"
+SHADOW_NAME = "shadow.safetensors"
+
+
+class Outcome(StrEnum):
+    """How a round ended, as its record states it."""
+
+    UPDATED = "updated"
+    KEPT_BASE = "kept_base"
+
+
+def round_name(number: int) -> str:
+    """Return the name of a round's folder."""
+    return f"round_{number:02d}"
+
+
+def list_rounds(run: str | PathLike[str]) -> list[Path]:
+    """Return a run's round folders, oldest first; none if there is no run."""
+    found = [
+        p for p in Path(run).glob("round_*") if re.fullmatch(r"\d{2,}", p.name[6:])
+    ]
+    return sorted(found, key=lambda path: int(path.name[6:]))
