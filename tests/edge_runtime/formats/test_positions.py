@@ -13,7 +13,12 @@ from edge_runtime.formats import positions
 from edge_runtime.formats.frames import STORED, Section, SectionReader
 from edge_runtime.formats.numbers import encode_bits, encode_numbers
 from edge_runtime.formats.patch import group_of
-from edge_runtime.formats.positions import PositionReader, Run, pack_run, unpack_run
+from edge_runtime.formats.positions import (
+    PositionReader,
+    PositionRun,
+    pack_run,
+    unpack_run,
+)
 from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, pack_kind
 from edge_runtime.formats.weights import make_layout
 from tests.golden import independent
@@ -96,7 +101,7 @@ def read(index, tensors, counts):
 )
 def test_a_run_that_was_packed_is_the_same(steps, first, size):
     some = first + np.cumsum(np.resize(ints(steps), size))
-    run = unpack_run(*pack_run(Run(0x80, "F32", 4, some)))
+    run = unpack_run(*pack_run(PositionRun(0x80, "F32", 4, some)))
     assert run.positions.dtype == some.dtype
     assert run.positions.tolist() == some.tolist()
 
