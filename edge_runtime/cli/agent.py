@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.agent.status import forget_left, ping
+from edge_runtime.agent.status import forget_left, ping, sd_notify
 from edge_runtime.commandline import SCHEMA, say
 from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.store.state import utc

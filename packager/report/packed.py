@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edge_runtime.formats.model_folder import Outcome
+from edge_runtime.formats.model_folder import Outcome, round_name
 from edge_runtime.text import printable
 from packager.build import PackedPatch
 from packager.models.read import Model
