@@ -152,9 +152,12 @@ class Files:
         try:
             yield part
             self.rename(part, path)
-        except Exception:
+        except Exception as err:
             with suppress(OSError):
                 self.unlink(part)
+            # The name that the caller knows; the other one is gone.
+            if isinstance(err, OSError) and err.filename == str(part):
+                raise OSError(err.errno, err.strerror, str(path)) from err
             raise
         if durable:
             self.sync_folder(path.parent)

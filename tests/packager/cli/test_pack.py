@@ -194,8 +194,8 @@ def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
         code, _, err = command(pack, "round_01")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    part = run.path / "round_01.dpu.part"
-    assert (code, err) == (10, f"error: {part}: File too large\n")
+    path = run.path / "round_01.dpu"
+    assert (code, err) == (10, f"error: {path}: File too large\n")
     assert files_of(run) == []
 
 
