@@ -28,7 +28,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 450,
         "agent": 400,
         "cli": 560,
-        "formats": 2400,
+        "formats": 2485,
         "inference": 620,
         "live": 380,
         "store": 850,

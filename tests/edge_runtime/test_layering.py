@@ -20,7 +20,7 @@ STANDARD_LIBRARY = (
     "collections contextlib ctypes dataclasses enum errno fcntl functools gc hashlib "
     "importlib inspect io itertools json logging math os pathlib queue re secrets "
     "shlex shutil signal socket stat struct subprocess sys tempfile threading time "
-    "traceback types typing weakref zipfile zlib"
+    "tokenize traceback types typing weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {
