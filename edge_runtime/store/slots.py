@@ -107,17 +107,16 @@ def retire(store: Store, state: State, slot: Slot) -> State:
         slot: The slot to give up; it is removed once the result is committed.
     """
     parent = next(s for s in reversed(state.slots) if s != slot)
-    size, path = store.layout.file_size, store.reverse_path(slot.target)
+    size = store.layout.file_size
     header = PatchHeader(
         state.model, parent.target, slot.target, slot.round, slot.counter, size
     )
     base, target = (store.slot_folder(s.target) / WEIGHTS_NAME for s in (parent, slot))
     # A convenience: that it cannot be written must not stop an update.
-    with suppress(OSError, WeightsError):
+    with suppress(OSError, StoreError, WeightsError):
         data = encode_reverse(store.layout, base, target, header)
         if data and len(data) <= size // REVERSE_SHARE:
-            store.files.write(path, [data])
-            store.files.sync_folder(path.parent)
+            store.add_reverse(slot.target, data)
             return state.without(slot, replace(slot, parent=parent.target))
     return state.without(slot)
 

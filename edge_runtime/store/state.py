@@ -5,6 +5,7 @@ No I/O but a look at the clock, for the history.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ SCHEMA = 1
 MAX_HISTORY = 100  # events kept, and targets whose tries are counted
 MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 MAX_FORMER = 8  # reverse patches kept
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 def utc(seconds: float | None = None) -> str:
@@ -224,12 +226,27 @@ def decode_state(data: bytes) -> State:
             }
         )
         _ = state.active_slot
+        _check_names(state)
     except (StopIteration, *MALFORMED) as err:
         raise StoreError(
             f"state.json is damaged ({err!r}); restore it from a backup, or install "
             "the bundle again into an empty folder"
         ) from err
     return state
+
+
+def _check_names(state: State) -> None:
+    """Insist that what names files is a fingerprint: a path could lead out of a store.
+
+    Raises:
+        ValueError: One is something else.
+    """
+    for slot in (*state.slots, *state.former):
+        for name in (slot.target, *filter(None, [slot.parent])):
+            if not _FINGERPRINT.fullmatch(name):
+                raise ValueError(
+                    f"a slot is named {name!r}, expected a SHA-256 in 64 hex digits"
+                )
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ is whole. What is written into a slot, and what makes room for it, is in
 """
 
 import fcntl
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -45,9 +46,21 @@ from edge_runtime.formats.weights import (
     read_layout,
 )
 from edge_runtime.store.admission import unknown_parent
-from edge_runtime.store.state import State, decode_state, encode_state
+from edge_runtime.store.state import Slot, State, decode_state, encode_state
 
-_NAME_LENGTH = 32  # of a slot's folder: half a fingerprint is still unique
+# Earlier runtimes named slots and reverse patches by half a fingerprint. Whoever makes
+# a patch chooses its target, and so could choose the name of somebody else's slot.
+_OLD_NAME_LENGTH = 32
+# What a store writes and may remove; whatever else lies there is somebody's.
+_HALF_OR_WHOLE = "[0-9a-f]{32}(?:[0-9a-f]{32})?"
+_OWN = {
+    ".": re.compile(
+        r"(?:current|state\.json|state\.copy|device\.key)\.part"
+        r"|\..+\.[0-9a-f]{16}\.part"  # as Files.temporary names them
+    ),
+    "slots": re.compile(rf"{_HALF_OR_WHOLE}|.+\.part"),
+    "reverse": re.compile(rf"{_HALF_OR_WHOLE}\.dpu|.+\.part"),
+}
 
 
 @contextmanager
@@ -155,11 +168,25 @@ class Store:
 
     def slot_folder(self, target: str) -> Path:
         """Return the folder of a slot."""
-        return self.root / "slots" / target[:_NAME_LENGTH]
+        return self._place("slots", target, "", self.state.slots)
 
     def reverse_path(self, target: str) -> Path:
         """Return the reverse patch that leads to some weights."""
-        return self.root / "reverse" / (target[:_NAME_LENGTH] + ".dpu")
+        return self._place("reverse", target, ".dpu", self.state.former)
+
+    def _place(
+        self, folder: str, target: str, suffix: str, known: Iterable[Slot]
+    ) -> Path:
+        """Return where something is or is to be; only what is known has an old name."""
+        path = self.root / folder / (target + suffix)
+        old = path.with_name(target[:_OLD_NAME_LENGTH] + suffix)
+        is_known = any(slot.target == target for slot in known)
+        return old if is_known and not path.exists() and old.exists() else path
+
+    def named(self) -> set[Path]:
+        """Return what the state names: nothing of it may go before a commit does."""
+        slots = {self.slot_folder(slot.target) for slot in self.state.slots}
+        return slots | {self.reverse_path(link.target) for link in self.state.former}
 
     @cached_property
     def recipe(self) -> InitSpec:
@@ -262,8 +289,9 @@ class Store:
             OSError: The disk is full or refuses.
             DpuError: Whatever ``chunks`` raises.
         """
-        folder = self.slot_folder(target)
+        folder = self.root / "slots" / target
         part = folder.with_name(folder.name + ".part")
+        self._insist_unnamed(folder)
         self.files.remove(folder)
         self.files.remove(part)
         self.files.mkdir(part)
@@ -273,6 +301,25 @@ class Store:
         self.files.rename(part, folder)
         self.files.sync_folder(folder.parent)
         return folder
+
+    def add_reverse(self, target: str, data: bytes) -> None:
+        """Write the reverse patch that leads to some weights; no state names it yet.
+
+        Raises:
+            StoreError: The state names another one.
+            OSError: The disk is full or refuses.
+        """
+        path = self.root / "reverse" / f"{target}.dpu"
+        self._insist_unnamed(path)
+        self.files.write(path, [data])
+        self.files.sync_folder(path.parent)
+
+    def _insist_unnamed(self, path: Path) -> None:
+        if path in self.named():
+            raise StoreError(
+                f"{path} is in use by this store and cannot be written anew; nothing "
+                "changed. This is a bug: please report it"
+            )
 
     def commit(self, state: State) -> None:
         """Replace ``state.json``: before this the old state holds, after it the new.
@@ -312,12 +359,16 @@ class Store:
                 # FAT has no links. Where there are, none may outlive its slot.
                 if link.is_symlink():
                     raise
-        named = {self.slot_folder(slot.target) for slot in self.state.slots}
-        named |= {self.reverse_path(link.target) for link in self.state.former}
-        patterns = ("*.part", "slots/*", "reverse/*")
-        doomed = {path for p in patterns for path in self.root.glob(p)} - named
+        doomed = set(self._own_files()) - self.named()
         if doomed:
             # A state or link that a killed process left may not be durable yet.
             self.files.sync_folder(self.root)
         for path in sorted(doomed):
             self.files.remove(path)
+
+    def _own_files(self) -> Iterator[Path]:
+        """Yield what a store may have written and may come to remove."""
+        for folder, names in _OWN.items():
+            for path in (self.root / folder).glob("*"):
+                if names.fullmatch(path.name):
+                    yield path

@@ -73,14 +73,14 @@ MUTANTS = {
         "",
     ),
     "no sync of reverse/": (
-        "store/slots",
-        "            store.files.sync_folder(path.parent)\n",
+        "store/store",
+        "        self.files.sync_folder(path.parent)\n",
         "",
     ),
     "a way back is promised, not written": (
-        "store/slots",
-        "            store.files.write(path, [data])\n",
-        "",
+        "store/store",
+        "self.files.write(path, [data])\n        self.files.sync_folder(path.parent)\n",
+        "self.files.sync_folder(path.parent)\n",
     ),
     "no sync after a commit": (
         "files",

@@ -127,7 +127,7 @@ class Forgetful(Recorder):
         while frame.f_code.co_filename in (__file__, files.__file__):
             frame = frame.f_back
         path = Path(f"/proc/self/fd/{handle}").readlink().relative_to(self.base.parent)
-        name = re.sub("[0-9a-f]{32}", "#", "/".join(path.parts[1:]) or "the parent")
+        name = re.sub("[0-9a-f]{64}", "#", "/".join(path.parts[1:]) or "the parent")
         last = self._last if name == "store" else ""
         site = f"{frame.f_code.co_name}: {name}{last}"
         self.sites[site] = self.sites.get(site, 0) + 1
