@@ -29,7 +29,7 @@ from typing import Any
 _HOMES = {
     "Device": "update.device",
     "DpuError": "errors",
-    "Limits": "formats.patch",
+    "Limits": "limits",
     "Patch": "formats.patch",
     "PatchHeader": "formats.header",
     "Predictor": "inference.predictor",

@@ -38,6 +38,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     | errors.ConfigError
     | errors.ContractError
     | errors.KeyFileError
+    | errors.LimitError
     | errors.RoundNotFoundError,
     3: errors.PatchError
     | errors.BundleError

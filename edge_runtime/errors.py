@@ -19,6 +19,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + TrustError                   unsigned, wrongly signed or replayed release
      + KeyFileError                 a file does not hold the key that is needed
      + ProofError                   what should be a device's proof is malformed
+     + LimitError                   DPU_LIMITS does not say what it should
      + HeldError                    this device's owner holds the update back
      + RoundError                   (packager) round folder incomplete or inconsistent
      |  + RoundNotFoundError        no such round, or more than one
@@ -124,6 +125,10 @@ class KeyFileError(DpuError):
 
 class ProofError(DpuError):
     """What should be a device's proof is malformed."""
+
+
+class LimitError(DpuError):
+    """The environment does not say how much readers may accept."""
 
 
 class HeldError(DpuError):

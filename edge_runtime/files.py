@@ -17,7 +17,58 @@ from errno import EINVAL
 from pathlib import Path
 from typing import BinaryIO
 
+from edge_runtime.errors import DpuError
+from edge_runtime.limits import limits
+
+READ_BYTES = 1 << 20
 _SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an ordinary file to read it, and nothing that only has its name.
+
+    A pipe would wait for ever, a device never end, and a link lead anywhere.
+
+    Raises:
+        OSError: It cannot be opened, or is no ordinary file.
+    """
+
+    def careful(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+    file = open(path, "rb", opener=careful)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(EINVAL, "no ordinary file; remove it", str(path))
+    return file
+
+
+def read_bounded(
+    path: Path, limit: str, what: str, error: type[DpuError], *, regular: bool = False
+) -> bytes:
+    """Read a whole file once, if it is not over its limit.
+
+    Args:
+        path: The file.
+        limit: Which of :class:`edge_runtime.limits.Limits` bounds it.
+        what: What to call it in an error.
+        error: What to raise where it is larger.
+        regular: Whether it must be an ordinary file (:func:`open_regular`).
+
+    Raises:
+        OSError: It cannot be read.
+        DpuError: It is larger.
+    """
+    most: int = getattr(limits(), limit)
+    with open_regular(path) if regular else open(path, "rb") as file:
+        # What it is and how large may change while it is read: only bytes count.
+        data = bytearray()
+        while len(data) <= most and (chunk := file.read(READ_BYTES)):
+            data += chunk
+        size = max(len(data), os.fstat(file.fileno()).st_size)
+    if len(data) > most:
+        raise error(limits().problem(limit, size, what))
+    return bytes(data)
 
 
 class Files:

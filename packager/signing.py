@@ -83,7 +83,7 @@ def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
     file = io.BytesIO(data)
     header = read_header(file)
     _, size, digest = parse_header(header)
-    signatures = read_signatures(file)
+    _, signatures = read_signatures(file)
     body = file.read()
     if (len(body), hashlib.sha256(body).digest()) != (size, digest):
         raise PatchFormatError("the patch is damaged and was not signed; make it anew")

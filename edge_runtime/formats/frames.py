@@ -17,6 +17,8 @@ MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a 
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 READ_BYTES = 1 << 16
+# Each block of a frame is looked at. Ours have kilobytes; small tensors' have less.
+MAX_BLOCKS, BYTES_A_BLOCK = 1 << 16, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,14 @@ def frame_size(file: BinaryIO, start: int, packed: int) -> int:
             f"a zstd section states {frame.content_size} bytes and a window of "
             f"{frame.window_size}; at most {1 << MAX_WINDOW_LOG} is allowed"
         )
-    last = False
+    last, blocks = False, MAX_BLOCKS + packed // BYTES_A_BLOCK
     while not last and offset + 3 <= stop:
+        blocks -= 1
+        if blocks < 0:
+            raise PatchFormatError(
+                f"a zstd section of {packed} bytes has too many blocks, which say "
+                "next to nothing; pack it again"
+            )
         file.seek(offset)
         block = int.from_bytes(file.read(3), "little")
         last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3

@@ -55,6 +55,8 @@ def exactly(file: BinaryIO, count: int) -> bytes:
         PatchFormatError: The file ends before.
     """
     data = file.read(count)
+    while len(data) < count and (more := file.read(count - len(data))):
+        data += more  # of a pipe
     if len(data) < count:
         raise PatchFormatError("the patch is truncated; fetch it again")
     return data

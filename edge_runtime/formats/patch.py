@@ -18,13 +18,13 @@ from functools import partial
 from itertools import islice, starmap
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, cast
 
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.formats import signing
-from edge_runtime.formats.frames import READ_BYTES
+from edge_runtime.formats.checked_file import CheckedFile
 from edge_runtime.formats.header import (
     PatchHeader,
     encode_header,
@@ -52,21 +52,11 @@ from edge_runtime.formats.sections import (
 from edge_runtime.formats.value_line import MANTISSA_BITS, Bits, Form
 from edge_runtime.formats.values import TensorValues, ValueReader, encode_values
 from edge_runtime.formats.weights import DTYPES, Layout, Tensor, Weights
+from edge_runtime.limits import MIB, Limits
+from edge_runtime.limits import limits as current_limits
 
+Source = str | PathLike[str] | bytes | BinaryIO
 KEPT_BYTES = 16 << 20  # of positions that are decoded once only
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a reader accepts.
-
-    Attributes:
-        patch_bytes: Largest patch file.
-        signature_bytes: Largest signature block.
-    """
-
-    patch_bytes: int = 1 << 30
-    signature_bytes: int = signing.MAX_BLOCK_BYTES
 
 
 @dataclass(slots=True)
@@ -254,15 +244,16 @@ def group_of(tensor: Tensor, count: int) -> int:
 
 
 def open_patch(
-    source: str | PathLike[str] | bytes,
+    source: Source,
     limits: Limits | None = None,
     trust: signing.Trust | None = None,
 ) -> Patch:
     """Open a patch and prove everything that needs no weights.
 
     Args:
-        source: A path, or the bytes of the file.
-        limits: What to accept.
+        source: A path, the bytes of the file, or the open file, which the patch
+            closes in the end.
+        limits: What to accept; by default what :func:`edge_runtime.limits.limits` says.
         trust: Whose signatures it needs; by default nobody's.
 
     Returns:
@@ -276,39 +267,30 @@ def open_patch(
         TrustError: The trusted keys did not sign it.
     """
     file: BinaryIO
-    limits = limits or Limits()
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
-    if not file.seekable():
-        with file:  # a pipe
-            file = io.BytesIO(file.read(limits.patch_bytes + 1))
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif isinstance(source, str | PathLike):
+        file = Path(source).open("rb")
+    else:
+        file = source
     with ExitStack() as opened:
         opened.enter_context(file)
-        patch = _open(file, limits, trust or signing.Trust())
+        patch = _open(file, limits or current_limits(), trust or signing.Trust())
         opened.pop_all()  # open from here on: the patch reads from it
     return patch
 
 
 def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if size > limits.patch_bytes:
-        raise PatchFormatError(
-            f"the patch has {size} bytes, this device accepts {limits.patch_bytes}"
-        )
     # Read once: what is believed below are the very bytes that were signed.
     signed = read_header(file)
     header, body_size, body_digest = parse_header(signed)
-    signatures = signing.read_signatures(file, limits.signature_bytes)
+    block, signatures = signing.read_signatures(file, limits.signature_bytes)
+    start = len(signed) + block
     trust.check(signing.PATCH_CONTEXT, signed, signatures)
-    body = file.tell()
-    if size != body + body_size:
-        raise PatchFormatError(
-            f"the patch has {size} bytes, its header describes {body + body_size}: "
-            "the download is incomplete or something follows it; fetch it again"
-        )
+    _check_size(start + body_size, header, limits)
     digest = hashlib.sha256()
-    while chunk := file.read(READ_BYTES):
-        digest.update(chunk)
+    checked = CheckedFile(file, start, body_size, digest.update)
+    body = cast(BinaryIO, checked)
     if digest.digest() != body_digest:
         raise PatchIntegrityError(
             "the patch is damaged: its content does not match its checksum; fetch it "
@@ -316,8 +298,20 @@ def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
             expected=body_digest.hex(),
             actual=digest.hexdigest(),
         )
-    file.seek(body)
-    return Patch(file, header, signatures, Body(file, size), size)
+    size = start + body_size
+    return Patch(body, header, signatures, Body(body, size), size)
+
+
+def _check_size(size: int, header: PatchHeader, limits: Limits) -> None:
+    """Insist on a size that a patch for such a weight file may have."""
+    if problem := limits.problem("patch_bytes", size, "the patch"):
+        raise PatchFormatError(problem)
+    # Values, where they belong, which is never as much again, and counted sections.
+    if size > (most := 2 * header.file_size + 4 * MIB):
+        raise PatchFormatError(
+            f"the patch states {size} bytes for a weight file of {header.file_size}, "
+            f"at most {most} are possible; pack it again"
+        )
 
 
 def encode_patch(

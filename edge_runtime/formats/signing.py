@@ -173,8 +173,11 @@ def decode_signatures(block: bytes) -> tuple[Signature, ...]:
 
 def read_signatures(
     file: BinaryIO, limit: int = MAX_BLOCK_BYTES
-) -> tuple[Signature, ...]:
+) -> tuple[int, tuple[Signature, ...]]:
     """Read the length-prefixed signature block behind the header of a patch.
+
+    Returns:
+        How many bytes it takes, with its length, and the signatures.
 
     Raises:
         PatchFormatError: Truncated, malformed or over the limit.
@@ -185,7 +188,7 @@ def read_signatures(
         raise PatchFormatError(
             f"the signature block has {size} bytes, this device accepts {limit}"
         )
-    return decode_signatures(exactly(file, size))
+    return 2 + size, decode_signatures(exactly(file, size))
 
 
 # Keys ---------------------------------------------------------------------------------

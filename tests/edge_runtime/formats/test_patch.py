@@ -307,7 +307,7 @@ def test_an_unknown_critical_feature_is_refused():
 
 
 def test_a_patch_over_the_size_limit_is_refused_unread():
-    with pytest.raises(PatchFormatError, match="accepts 100"):
+    with pytest.raises(PatchFormatError, match="100 are accepted"):
         open_patch(make_patch()[2], Limits(patch_bytes=100))
 
 
