@@ -22,10 +22,12 @@ from edge_runtime.errors import (
     DpuError,
     RoundError,
     VerificationError,
+    WrongModelError,
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import encode_patch, open_patch
 from edge_runtime.formats.weights import Weights, fingerprint_file
@@ -86,7 +88,7 @@ def pack_round(
         RoundError: The parent is not to be found; the trainer changed weights that it
             did not select; the round kept its base and ``parent`` is not that base; or
             every device at ``parent`` would refuse the release counter.
-        WrongModelError: The parent is of another network.
+        WrongModelError: The parent is of another network or run.
         BudgetError: The patch is larger than ``max_size``.
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
         DpuError: As :func:`packager.rounds.golden.expected_outputs`.
@@ -98,6 +100,7 @@ def pack_round(
     base = parent.weights.fingerprint
     if base == record.target:
         return None
+    _check_run(round_, parent)
     if record.outcome is Outcome.KEPT_BASE:
         raise RoundError(
             f"{round_.name} kept its base, so its weights are another round's release: "
@@ -185,6 +188,18 @@ def encode_changes(
             actual=result.fingerprint,
         )
     return data
+
+
+def _check_run(round_: RoundFolder, parent: Parent) -> None:
+    stated = round_.record.model
+    if parent.model not in ("", stated):
+        what = "run" if same_network(parent.model, stated) else "network"
+        raise WrongModelError(
+            f"{parent.name} is of another {what} than {round_.path}, and no device has "
+            f"models of both; give --from a round of {round_.path.parent}, or 'init'",
+            expected=stated,
+            actual=parent.model,
+        )
 
 
 def _check_counter(round_: RoundFolder, parent: Parent, counter: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from edge_runtime.errors import WrongModelError, WrongParentError
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.weights import Weights
 from packager.build import LEVEL, PackedPatch, encode_changes, prefix_errors
@@ -71,16 +72,17 @@ def check_chain(base: str, patches: Sequence[tuple[str, PatchHeader]]) -> None:
         patches: The headers, with names.
 
     Raises:
-        WrongModelError: Two of them are for different networks.
+        WrongModelError: Two of them are for different networks or runs.
         WrongParentError: They do not chain.
     """
-    at, before = base, "the base"
+    at, before, first = base, "the base", patches[0][1]
     for name, header in patches:
-        if header.model != patches[0][1].model:
+        if header.model != first.model:
+            what = "runs" if same_network(header.model, first.model) else "networks"
             raise WrongModelError(
-                f"{name} is for model {header.model[:12]}, {patches[0][0]} for "
-                f"{patches[0][1].model[:12]}: patches of two networks do not compose",
-                expected=patches[0][1].model,
+                f"{name} is for model {header.model}, {patches[0][0]} for "
+                f"{first.model}: patches of two {what} do not compose",
+                expected=first.model,
                 actual=header.model,
             )
         if header.parent != at:

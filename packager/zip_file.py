@@ -10,7 +10,8 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.formats.bundle import MANIFEST_NAME, SCHEMA
+from edge_runtime.formats.bundle import MANIFEST_NAME, RUN_SCHEMA, SCHEMA
+from edge_runtime.formats.model_folder import RUN_NAME
 
 
 def encode_bundle(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> bytes:
@@ -25,7 +26,8 @@ def encode_bundle(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -> by
     """
     files = dict(sorted(files.items()))
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    record = {"schema": SCHEMA, **manifest, "files": digests}
+    schema = RUN_SCHEMA if RUN_NAME in files else SCHEMA
+    record = {"schema": schema, **manifest, "files": digests}
     text = json.dumps(record, indent=1)
     return encode_members({MANIFEST_NAME: text.encode()} | files)
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper
 
+from edge_runtime.formats.identity import Identity, Run, encode_run, network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
-from edge_runtime.formats.weights import model_id, pack_weights, write_weights
+from edge_runtime.formats.weights import pack_weights, write_weights
 
 # Threads that wait for each other on a busy machine made tests ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,12 +62,13 @@ def make_graph(layout):
     return helper.make_model(graph, opset_imports=opset, ir_version=9)
 
 
-class Run:
-    """One run on disk; rounds are appended with real changes."""
+class RunOnDisk:
+    """A run's folder; rounds are appended with real changes."""
 
-    def __init__(self, path, *, seed=7):
+    def __init__(self, path, *, seed=7, run_id=None):
         self.path = path
         self.seed = seed
+        self.run = Run(run_id, path.name) if run_id else None
         kinds = {
             n: ("uniform", 0.5) if n in SELECTABLE else ("constant", 0.0)
             for n in SHAPES
@@ -84,6 +86,8 @@ class Run:
         self.graph = make_graph(self.init.layout).SerializeToString(deterministic=True)
         (folder / "graph.onnx").write_bytes(self.graph)
         write_init_spec(self.recipe, folder)
+        if self.run:
+            (folder / "run.json").write_bytes(encode_run(self.run))
         contract = {
             "schema": 1,
             "inputs": [
@@ -138,13 +142,14 @@ class Run:
         write_weights(weights, folder / "weights.safetensors")
         write_weights(packed, folder / "selection.safetensors")
         kept = weights.fingerprint == base.fingerprint
+        network = network_id(weights.layout.header, self.graph)
         fields = {
-            "schema": 1,
+            "schema": 2 if self.run else 1,
             "run": self.path.name,
             "round": number,
             "counter": number,
             "outcome": "kept_base" if kept else "updated",
-            "model": model_id(weights.layout.header, self.graph),
+            "model": Identity(network, self.run).model,
             "parent": base.fingerprint,
             "target": weights.fingerprint,
             "packable": True,
@@ -158,7 +163,7 @@ class Run:
 @pytest.fixture
 def new_run(tmp_path):
     """Make a run below ``tmp_path/runs``."""
-    return lambda name="tiny", **options: Run(tmp_path / "runs" / name, **options)
+    return lambda name="tiny", **options: RunOnDisk(tmp_path / "runs" / name, **options)
 
 
 @pytest.fixture

@@ -201,7 +201,16 @@ def _override(tables: dict[str, Any], text: str) -> str | None:
     if not isinstance(table, dict):
         return f"--set {text}: {section} is not a section"
     try:
-        table[key] = tomllib.loads(f"value = {literal}")["value"]
+        value = tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
-        table[key] = literal.strip()
+        value = literal.strip()
+    # Where text is wanted, 2024 is text too.
+    is_text = _kind_of(section, key) is str and not isinstance(value, str)
+    table[key] = literal.strip() if is_text else value
     return None
+
+
+def _kind_of(section: str, key: str) -> Any:
+    kind = get_type_hints(Config).get(section)
+    spec = _keys(kind).get(key) if kind else None
+    return get_type_hints(kind)[spec.name] if kind and spec else None

@@ -22,7 +22,7 @@ from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import write_model, write_round
 
 
-def start_run(
+def start_run(  # noqa: PLR0913 - all but two by name
     run_dir: str | PathLike[str],
     build: Callable[[], nn.Module],
     *,
@@ -31,6 +31,7 @@ def start_run(
     golden_labels: NDArray[Any],
     seed: int = 0,
     pretrained: bool = False,
+    run_id: str = "",
 ) -> nn.Module:
     """Write a run's ``model`` folder, and return the network to be trained.
 
@@ -42,6 +43,9 @@ def start_run(
         golden_labels: Their labels, shape (samples,), integers.
         seed: Of the init weights, which a device regenerates.
         pretrained: Keep the weights that ``build`` gives; they travel with the bundle.
+        run_id: Tells this run from others of the same network: devices of one refuse
+            the patches of another. By default it is drawn at random; give one, any
+            text, where two machines must write the same bytes.
 
     Returns:
         The network, with the init weights that devices have too.
@@ -61,6 +65,7 @@ def start_run(
         contract=contract,
         golden_inputs=golden_inputs,
         golden_labels=golden_labels,
+        run_id=run_id,
     )
     load_weights(model, recipe.generate())
     return model

@@ -23,7 +23,8 @@ from edge_runtime.errors import (
     PatchError,
     StoreError,
 )
-from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION, wrong_model
+from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
+from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State
@@ -188,8 +189,9 @@ class Agent:
         ping()
         try:
             path, trust = self._folder / name, signers(self.state)
+            own = self._device.store.read_identity
             with open_patch(path, trust=trust) as patch:
-                if error := wrong_model(patch.header, self.state.model):
+                if error := wrong_model(patch.header, self.state.model, own):
                     raise error
                 return Offer(name, patch.size, patch.header)
         except OSError as err:

@@ -26,7 +26,7 @@ from edge_runtime.errors import (
     VerificationError,
     WrongParentError,
 )
-from edge_runtime.formats.header import wrong_model
+from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.numbers import PIECE
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.positions import PositionRun

@@ -7,6 +7,7 @@
     graph.onnx      the network without weights
     init.json       what regenerates the init weights (init.safetensors where needed)
     contract.json   what goes in and comes out
+    run.json        which run it is, see identity.py (only where the run has an id)
     golden.npz      inputs, labels, and the outputs that the round's weights give
     patch.dpu       from the init weights to the round
     keys/*.pem      public keys that a device may come to trust (optional)
@@ -38,15 +39,17 @@ from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     INIT_NAME,
     INIT_TENSORS_NAME,
+    RUN_NAME,
 )
 
 SCHEMA = 1
+RUN_SCHEMA = 2  # with run.json: a runtime that cannot read it must say so
 MANIFEST_NAME = "bundle.json"
 SIGNATURES_NAME = "bundle.sig"
 KEYS_FOLDER = "keys/"
 PATCH_NAME = "patch.dpu"
 REQUIRED = (GRAPH_NAME, INIT_NAME, CONTRACT_NAME, GOLDEN_NAME, PATCH_NAME)
-OPTIONAL = (INIT_TENSORS_NAME,)
+OPTIONAL = (INIT_TENSORS_NAME, RUN_NAME)
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_KEY_BYTES = 4096
 MAX_MEMBER_BYTES = 2 << 30  # of any other
@@ -90,10 +93,10 @@ def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
         signatures = signing.decode_signatures(block)
         (trust or signing.Trust()).check(signing.BUNDLE_CONTEXT, signed, signatures)
         manifest = json.loads(signed)
-        if manifest["schema"] != SCHEMA:
+        if manifest["schema"] not in (SCHEMA, RUN_SCHEMA):
             raise BundleError(
-                f"bundle of schema {manifest['schema']}, this runtime knows "
-                f"{SCHEMA}; install a newer dpu-edge"
+                f"bundle of schema {manifest['schema']}, this runtime knows up to "
+                f"{RUN_SCHEMA}; install a newer dpu-edge"
             )
         digests = manifest["files"]
         missing = [name for name in REQUIRED if name not in digests]

@@ -10,7 +10,6 @@ from edge_runtime.errors import (
     PatchFormatError,
     PatchIntegrityError,
     PatchVersionError,
-    WrongModelError,
 )
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
@@ -28,7 +27,7 @@ class PatchHeader:
     """What a patch is for.
 
     Attributes:
-        model: Identity of the network (:func:`model_id`), hex.
+        model: Identity of the network (:mod:`edge_runtime.formats.identity`), hex.
         parent: Fingerprint of the weights that the patch leads from, hex.
         target: Fingerprint of the weights that it leads to, hex.
         round: The round that made the target.
@@ -144,16 +143,3 @@ def encode_header(header: PatchHeader, body: bytes) -> bytes:
         hashlib.sha256(body).digest(),
     )
     return data + zlib.crc32(data).to_bytes(4, "little")
-
-
-def wrong_model(header: PatchHeader, model: str) -> WrongModelError | None:
-    """Say why a patch is not for the network ``model``; None if it is."""
-    if header.model == model:
-        return None
-    return WrongModelError(
-        f"the patch is for another network: it names model {header.model[:12]}, here "
-        f"is {model[:12]}; fetch the patch of this device's run, or install that run's "
-        "bundle",
-        expected=header.model,
-        actual=model,
-    )

@@ -16,6 +16,7 @@ CONTRACT_NAME = "contract.json"
 GOLDEN_NAME = "golden.npz"
 INIT_NAME = "init.json"
 INIT_TENSORS_NAME = "init.safetensors"
+RUN_NAME = "run.json"
 
 RECORD_NAME = "round.json"
 WEIGHTS_NAME = "weights.safetensors"

@@ -328,13 +328,3 @@ def read_chunks(path: str | PathLike[str]) -> Iterator[memoryview]:
 def fingerprint_file(path: str | PathLike[str]) -> str:
     """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
     return fingerprint_chunks(read_chunks(path))
-
-
-def model_id(header: bytes, graph: bytes) -> str:
-    """Identify a network: its tensor table and its graph, without any weight.
-
-    Args:
-        header: The weight file's header (:attr:`Layout.header`).
-        graph: The bytes of the ONNX graph.
-    """
-    return hashlib.sha256(header + hashlib.sha256(graph).digest()).hexdigest()

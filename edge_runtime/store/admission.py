@@ -5,7 +5,7 @@ what the patch says of itself (its header) and returns why it may not be applied
 None. The rules, in the order in which a device asks them:
 
 1. The trusted keys signed it (:func:`signers`), before a byte of its body is read.
-2. It is for this network.
+2. It is for this network and this run.
 3. The device is not pinned.
 4. Its release counter is above the floor, or equal to it with the same target.
 5. It did not fail its trial here before, unless somebody insists.
@@ -15,8 +15,11 @@ What needs the bytes themselves (sizes, positions, the fingerprint of the result
 :mod:`edge_runtime.formats.apply`.
 """
 
+from collections.abc import Callable
+
 from edge_runtime.errors import DpuError, HeldError, TrustError, WrongParentError
-from edge_runtime.formats.header import PatchHeader, wrong_model
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import Identity, wrong_model
 from edge_runtime.formats.signing import Trust
 from edge_runtime.store.state import MAX_TRIES, State
 
@@ -38,7 +41,11 @@ def is_current(state: State, header: PatchHeader) -> bool:
 
 
 def refusal(
-    state: State, header: PatchHeader, *, force: bool = False
+    state: State,
+    header: PatchHeader,
+    *,
+    force: bool = False,
+    identity: Callable[[], Identity] | None = None,
 ) -> DpuError | None:
     """Say why a store may not move to a patch's target; None if it may.
 
@@ -49,14 +56,15 @@ def refusal(
         state: The store's state.
         header: The patch's header.
         force: Admit a release that failed its trial before. Never lowers the floor.
+        identity: Gives the store's network and run, for the words of a refusal.
 
     Returns:
-        A WrongModelError if it is for another network; a HeldError if the device is
-        pinned; a TrustError if the release is older than one that was active, or
-        failed its trial.
+        A WrongModelError if it is for another network or run; a HeldError if the
+        device is pinned; a TrustError if the release is older than one that was
+        active, or failed its trial.
     """
     return (
-        wrong_model(header, state.model)
+        wrong_model(header, state.model, identity)
         or _pinned(state)
         or _older(state, header)
         or (None if force else _failed_before(state, header))

@@ -6,7 +6,8 @@
       state.json              the one commit point
       state.copy              the same, written before it; read when it is damaged
       lock                    held while something is written
-      model/                  graph.onnx init.json contract.json golden.npz
+      model/                  graph.onnx init.json contract.json golden.npz, and
+                              run.json where the run has an id
       slots/<fingerprint>/    graph.onnx (a second name of the one in model/)
                               weights.safetensors
       reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
@@ -34,14 +35,19 @@ from typing import BinaryIO
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
-from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GRAPH_NAME,
+    RUN_NAME,
+    WEIGHTS_NAME,
+)
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
     Layout,
     fingerprint_chunks,
     fingerprint_file,
-    model_id,
     read_chunks,
     read_layout,
 )
@@ -130,7 +136,7 @@ class Store:
             self.files.write(folder / name, [data])
         self.files.sync_folder(folder)
         init = fingerprint_chunks(self.recipe.chunks())
-        self.state = State(self.model, init, trust=trust)
+        self.state = State(self.read_identity().model, init, trust=trust)
 
     # What is there ------------------------------------------------------------------
 
@@ -204,10 +210,20 @@ class Store:
         return self.recipe.layout()
 
     @property
-    def model(self) -> str:
-        """The network's identity, computed from the files."""
-        graph = self.root / "model" / GRAPH_NAME
-        return model_id(self.layout.header, graph.read_bytes())
+    def run(self) -> Run | None:
+        """Which run this device was installed from; None where it has no id."""
+        return read_run(self.root / "model")
+
+    def read_identity(self) -> Identity:
+        """Return network and run of this device, computed from the files.
+
+        Raises:
+            OSError: A file cannot be read.
+            WeightsError: One is malformed.
+        """
+        folder = self.root / "model"
+        graph = (folder / GRAPH_NAME).read_bytes()
+        return identify(self.layout.header, graph, folder)
 
     def base(self, parent: str) -> Iterable[bytes | memoryview]:
         """Return the bytes of weights that a patch may lead from, in pieces.
@@ -244,10 +260,10 @@ class Store:
                 f"{path} is damaged: its SHA-256 is {actual}, expected {target}; run "
                 "'dpu-edge rollback', or install the bundle into an empty folder"
             )
-        if model_id(header, graph) != self.state.model:
+        if identify(header, graph, self.root / "model").model != self.state.model:
             raise StoreError(
-                f"{folder / GRAPH_NAME} is damaged or was exchanged; install the "
-                "bundle into an empty folder"
+                f"{folder / GRAPH_NAME} or model/{RUN_NAME} is damaged or was "
+                "exchanged; install the bundle into an empty folder"
             )
         return folder
 

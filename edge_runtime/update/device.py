@@ -210,7 +210,7 @@ class Device:
     def _refusal(self, header: PatchHeader, *, force: bool = False) -> DpuError | None:
         state = self.store.state
         return admission.refusal(
-            state, header, force=force
+            state, header, force=force, identity=self.store.read_identity
         ) or admission.parent_refusal(state, header)
 
     def _restore(self, slot: Slot) -> None:
@@ -301,7 +301,7 @@ class Device:
         """
         state = self.store.state
         self.store.check_slot(state.active)
-        if self.store.model != state.model:
+        if self.store.read_identity().model != state.model:
             raise StoreError(
                 f"{self.store.root / 'model'} is damaged; install the bundle into an "
                 "empty folder"
@@ -310,8 +310,9 @@ class Device:
 
     def status(self) -> dict[str, Any]:
         """Return what is installed, as plain data."""
-        state = self.store.state
+        state, run = self.store.state, self.store.run
         return state.summary() | {
+            "run": asdict(run) if run else None,
             "store": str(self.store.root),
             "weights": str(self.store.slot_folder(state.active)),
             "weights_bytes": self.store.layout.file_size,

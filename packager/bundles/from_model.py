@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import ContractError
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import Contract, InputSpec, parse_contract
+from edge_runtime.formats.identity import encode_run
 from edge_runtime.formats.init_weights import (
     InitSpec,
     TensorInit,
@@ -29,7 +30,12 @@ from edge_runtime.formats.init_weights import (
     uniform,
     write_init_spec,
 )
-from edge_runtime.formats.model_folder import CONTRACT_NAME, GOLDEN_NAME, GRAPH_NAME
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    RUN_NAME,
+)
 from edge_runtime.formats.weights import Weights
 from packager.build import (
     LEVEL,
@@ -95,10 +101,12 @@ def adopt_model(
     files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text} | _init(model.weights)
     files[GOLDEN_NAME] = _npz(arrays)
     files[GOLDEN_NAME] = with_outputs(files, model.weights)
+    if model.run:
+        files[RUN_NAME] = encode_run(model.run)
     patch = _nothing_to_patch(model, counter, level)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
-        "run": model.path.stem,
+        "run": model.run.name if model.run else model.path.stem,
         "round": patch.header.round,
         "model": model.model,
         "target": patch.header.target,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 from packager.cli.options import FILE
 
 if TYPE_CHECKING:
+    from edge_runtime.formats.identity import Run
     from packager.build import PackedPatch
     from packager.models.read import Model
     from packager.report.packed import Made
@@ -24,6 +26,12 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ("--contract", "With --base --bundle: JSON with what goes in and comes out."),
         ("--golden", "With --base --bundle: .npz with inputs, and labels if any."),
     ]
+    command = click.option(
+        "--name",
+        metavar="NAME",
+        help="With --base: tells this model from others of the same network; devices "
+        "installed under a name take patches of that name only.",
+    )(command)
     for name, words in reversed(options):
         command = click.option(name, type=FILE, metavar="FILE", help=words)(command)
     return command
@@ -49,7 +57,7 @@ def read_any(path: Path, graph: Path | None = None) -> "Model":
 
 
 def pack_files(
-    files: Mapping[str, Path | None],
+    files: Mapping[str, Any],
     output: str | None,
     names: Sequence[str],
     *,
@@ -71,8 +79,11 @@ def pack_files(
     base, target = _check_usage(files, bundle=bundle)
     from packager.report.packed import Made, files_record, files_text
 
-    model = read_any(base, files["graph"])
-    newer = model if target is None else read_any(target, files["graph"])
+    run = _named_run(files["name"])
+    model = replace(read_any(base, files["graph"]), run=run)
+    newer = model
+    if target is not None:
+        newer = replace(read_any(target, files["graph"]), run=run)
     if target is None:
         packed, data = _bundle(model, files, options)
     else:
@@ -83,9 +94,13 @@ def pack_files(
     yield Made(path, data, record, files_text(record))
 
 
-def _check_usage(
-    files: Mapping[str, Path | None], *, bundle: bool
-) -> tuple[Path, Path | None]:
+def _named_run(name: str | None) -> "Run | None":
+    from edge_runtime.formats.identity import Run, run_id
+
+    return Run(run_id(name), name) if name else None
+
+
+def _check_usage(files: Mapping[str, Any], *, bundle: bool) -> tuple[Path, Path | None]:
     base, target = files["base"], files["target"]
     if base is None:
         raise click.UsageError("give --base too: the file that devices hold")
@@ -110,7 +125,7 @@ def _patch(
 
 
 def _bundle(
-    model: "Model", files: Mapping[str, Path | None], options: dict[str, Any]
+    model: "Model", files: Mapping[str, Any], options: dict[str, Any]
 ) -> "tuple[PackedPatch | None, bytes]":
     with pack_extra("--bundle"):
         from packager.bundles.from_model import adopt_model

@@ -135,7 +135,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    **files: Path | None,  # of file_options
+    **files: Any,  # of file_options
 ) -> None:
     """Pack rounds into patch files.
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError, WrongModelError
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import Identity, Run, network_id
 from edge_runtime.formats.weights import (
     DTYPES,
     MAX_HEADER_BYTES,
     Weights,
-    model_id,
     pack_weights,
 )
 from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
@@ -43,17 +43,20 @@ class Model:
         weights: Its tensors as a canonical weight file.
         graph: The network without weights, as ONNX; empty where it is not known.
         canonical: Whether the file itself is that weight file, byte for byte.
+        run: Tells it from other models of the same network, where it was given a name.
     """
 
     path: Path
     weights: Weights
     graph: bytes
     canonical: bool
+    run: Run | None = None
 
     @property
     def model(self) -> str:
-        """Identity of the network, hexadecimal."""
-        return model_id(self.weights.layout.header, self.graph)
+        """Identity of network and run, hexadecimal; no weight value is part of it."""
+        network = network_id(self.weights.layout.header, self.graph)
+        return Identity(network, self.run).model
 
 
 def read_model(

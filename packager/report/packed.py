@@ -153,6 +153,7 @@ def files_record(
         "base": str(base.path),
         "target_path": str(target.path),
         "model": base.model,
+        "run_id": base.run.id if base.run else None,
         "graph": bool(base.graph),
         "canonical": target.canonical,
         "parent": base.weights.fingerprint,

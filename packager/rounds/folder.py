@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
@@ -24,7 +25,7 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
     list_rounds,
 )
-from edge_runtime.formats.weights import Weights, model_id, read_weights
+from edge_runtime.formats.weights import Weights, read_weights
 from packager.rounds.record import RoundRecord, read_record
 
 INIT = "init"  # the init weights' name, where others have round_05
@@ -66,11 +67,13 @@ class Parent:
         name: ``round_04``, or ``init`` for the init weights.
         weights: The weights, their fingerprint checked.
         counter: Their release counter; None where they were never released.
+        model: Identity of their network and run; empty where it is not known.
     """
 
     name: str
     weights: Weights
     counter: int | None = None
+    model: str = ""
 
 
 def read_round(path: str | PathLike[str]) -> RoundFolder:
@@ -93,8 +96,8 @@ def read_round(path: str | PathLike[str]) -> RoundFolder:
     round_ = RoundFolder(folder, record, weights, _read(folder / SELECTION_NAME))
     graph = read_model_file(round_, GRAPH_NAME)
     _check_equal(folder, "target", record.target, weights.fingerprint)
-    model = model_id(weights.layout.header, graph)
-    _check_equal(folder, "model", record.model, model)
+    identity = identify(weights.layout.header, graph, round_.model_folder)
+    _check_equal(folder, "model", record.model, identity.model)
     _check_selection(round_)
     return round_
 
@@ -176,7 +179,8 @@ def find_parent(round_: RoundFolder) -> Parent:
 
 def parent_from(round_: RoundFolder) -> Parent:
     """Return a round's deployed weights as the parent of another update."""
-    return Parent(round_.name, round_.weights, round_.record.counter)
+    stated = round_.record
+    return Parent(round_.name, round_.weights, stated.counter, stated.model)
 
 
 def read_init(round_: RoundFolder) -> Parent:
@@ -195,7 +199,7 @@ def read_init(round_: RoundFolder) -> Parent:
             f"the init recipe in {round_.model_folder} describes other tensors than "
             f"{round_.path / WEIGHTS_NAME}"
         )
-    return Parent(INIT, weights)
+    return Parent(INIT, weights, model=round_.record.model)
 
 
 def find_weights(run: Path, header: PatchHeader) -> Weights | None:

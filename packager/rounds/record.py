@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
-SCHEMA = 1
+SCHEMAS = (1, 2)  # 2: of a run with an id, which older packagers do not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,11 @@ def read_record(folder: Path) -> RoundRecord:
     except (ValueError, RecursionError) as err:
         raise RoundError(f"{path} is not valid JSON: {err}") from err
     schema = raw.get("schema") if isinstance(raw, dict) else None
-    if schema != SCHEMA:
-        raise RoundError(f"{path} has schema {schema!r}, this packager knows {SCHEMA}")
+    if schema not in SCHEMAS:
+        raise RoundError(
+            f"{path} has schema {schema!r}, this packager knows "
+            f"{' and '.join(map(str, SCHEMAS))}"
+        )
     if problems := list(_problems(folder.name, raw)):
         raise RoundError("\n  - ".join([f"{path} is not valid:", *problems]))
     known = {field.name: raw[field.name] for field in fields(RoundRecord)}

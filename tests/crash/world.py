@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime import Device, PatchHeader, pack_weights
+from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
-from edge_runtime.formats.weights import model_id
 from packager.build import build_patch
 from packager.zip_file import encode_bundle
 
@@ -26,7 +26,7 @@ RECIPE = InitSpec(
     {},
 )
 INIT = RECIPE.generate()
-MODEL = model_id(INIT.layout.header, GRAPH)
+MODEL = network_id(INIT.layout.header, GRAPH)
 PREFIX = "dpu-crash-"  # of a folder in memory; the owner's process id follows
 bad: dict[int, bytes] = {}  # patches to bad models: no trial here would find them
 

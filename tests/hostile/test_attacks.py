@@ -26,6 +26,7 @@ from edge_runtime.errors import (
 from edge_runtime.formats import sections
 from edge_runtime.formats.bundle import carried_trust
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.patch import encode_patch
 from edge_runtime.formats.signing import (
@@ -36,7 +37,7 @@ from edge_runtime.formats.signing import (
     key_id,
     trust_keys,
 )
-from edge_runtime.formats.weights import model_id, pack_weights
+from edge_runtime.formats.weights import pack_weights
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device, UpdateResult
 from packager.signing import (
@@ -59,7 +60,7 @@ BOTH = trust_keys({"ours": encode_public(OURS), "second": encode_public(SECOND)}
 GRAPH = b"a graph; no session is started here"
 RECIPE = InitSpec(7, {"w": TensorInit("F32", (20, 30), "uniform", 0.1)}, {})
 INIT = RECIPE.generate()
-MODEL = model_id(INIT.layout.header, GRAPH)
+MODEL = network_id(INIT.layout.header, GRAPH)
 
 
 def no_trial(*_, **__):
@@ -240,7 +241,7 @@ def test_signed_header_with_the_body_of_another_signed_patch(refused):
 
 
 def test_mix_and_match_with_another_model(refused):
-    other = model_id(INIT.layout.header, b"another graph")
+    other = network_id(INIT.layout.header, b"another graph")
     refused(patch_of(ROUNDS[0], ROUNDS[1], 1, model=other), WrongModelError)
 
 

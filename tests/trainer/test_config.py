@@ -183,3 +183,9 @@ def test_the_readme_names_every_key(recipe):
         assert f"`[{section}]`" in readme
         for key in table:
             assert f"`{key}`" in readme
+
+
+@pytest.mark.parametrize("text", ["2024", "0012", "1e5", "true", "abc"])
+def test_where_text_is_wanted_anything_is_text(recipe, text):
+    config = load_config(recipe, [f"run.id={text}", f"run.name={text}"])
+    assert (config.run.id, config.run.name) == (text, text)

@@ -100,6 +100,9 @@ def test_the_first_process_alone_writes(ranks):
     assert first["first"] == second["first"] == 0
     names = sorted(path.name for path in (out / "all").iterdir())
     assert names == ["model", "round_00", "round_01"]
+    # Nobody else draws an id: every round fits the one in the model folder.
+    rounds = [read_round(folder) for folder in list_rounds(out / "all")]
+    assert len({round_.record.model for round_ in rounds}) == 1
 
 
 def test_all_processes_take_the_masks_of_the_first(ranks):

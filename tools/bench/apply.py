@@ -26,10 +26,10 @@ import numpy as np
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
-    model_id,
     pack_weights,
     read_chunks,
     read_layout,
@@ -127,7 +127,7 @@ def measure(
     """
     patch, result, store = (folder / part for part in ("a.dpu", "result", "store"))
     old, new = read_weights(base), read_weights(target)
-    model = model_id(old.layout.header, _GRAPH)
+    model = network_id(old.layout.header, _GRAPH)
     header = PatchHeader(
         model, old.fingerprint, new.fingerprint, 1, 1, old.layout.file_size
     )

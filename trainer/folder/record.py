@@ -10,7 +10,7 @@ from typing import Any
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
-SCHEMA = 1
+SCHEMA, RUN_SCHEMA = 1, 2  # 2: of a run with an id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +65,10 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
     path = Path(folder, RECORD_NAME)
     try:
         raw = json.loads(path.read_text())
-        if raw["schema"] != SCHEMA:
-            raise RoundError(f"{path} has schema {raw['schema']}, expected {SCHEMA}")
+        if raw["schema"] not in (SCHEMA, RUN_SCHEMA):
+            raise RoundError(
+                f"{path} has schema {raw['schema']}, expected {SCHEMA} or {RUN_SCHEMA}"
+            )
         known = {part.name: raw[part.name] for part in fields(RoundRecord)}
         return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
     except (ValueError, KeyError, TypeError) as err:

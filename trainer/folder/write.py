@@ -2,7 +2,8 @@
 
 ::
 
-    runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz
+    runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz,
+                          run.json (the run's id)
     runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
                           metrics.jsonl; shadow.safetensors where there is one
 
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.formats import identity
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
@@ -38,6 +40,7 @@ from edge_runtime.formats.model_folder import (
     METRICS_NAME,
     MODEL_NAME,
     RECORD_NAME,
+    RUN_NAME,
     SELECTION_NAME,
     SHADOW_NAME,
     WEIGHTS_NAME,
@@ -49,14 +52,13 @@ from edge_runtime.formats.weights import (
     Layout,
     Weights,
     fingerprint_chunks,
-    model_id,
     pack_weights,
     read_weights,
     write_weights,
 )
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 from trainer.export.tensors import check_fit
-from trainer.folder.record import SCHEMA, RoundRecord, read_round_record
+from trainer.folder.record import RUN_SCHEMA, SCHEMA, RoundRecord, read_round_record
 
 
 def make_contract(
@@ -107,6 +109,7 @@ def write_model(
     contract: Mapping[str, Any],
     golden_inputs: NDArray[Any],
     golden_labels: NDArray[Any],
+    run_id: str = "",
 ) -> Path:
     """Write a run's ``model`` folder and return its path.
 
@@ -118,6 +121,8 @@ def write_model(
         golden_inputs: Shape (samples, ...), as a device gets them: before scale, mean
             and standard deviation.
         golden_labels: Shape (samples,), integers.
+        run_id: Tells the run from others of the same network; drawn by default
+            (:func:`edge_runtime.formats.identity.run_id`).
 
     Raises:
         TrainingError: The run has a model already, or the golden samples do not fit
@@ -139,6 +144,8 @@ def write_model(
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
         write_init_spec(recipe, folder)
+        run = identity.Run(identity.run_id(run_id), Path(run_dir).absolute().name)
+        (folder / RUN_NAME).write_bytes(identity.encode_run(run))
         (folder / CONTRACT_NAME).write_text(_to_json(contract, indent=2) + "\n")
         np.savez(folder / GOLDEN_NAME, inputs=golden_inputs, labels=labels)
     return Path(run_dir, MODEL_NAME)
@@ -173,9 +180,10 @@ def write_round(
     check_fit(recipe.layout(), weights.layout)
     _check_masks(weights.layout, masks)
     graph = (model / GRAPH_NAME).read_bytes()
+    run = identity.identify(weights.layout.header, graph, model)
     complete = replace(
         record,
-        model=model_id(weights.layout.header, graph),
+        model=run.model,
         target=weights.fingerprint,
         versions=record.versions or _versions(),
     )
@@ -186,7 +194,8 @@ def write_round(
                 f"{getattr(complete, name)}"
             )
     _check_parent(Path(run_dir), complete, recipe)
-    text = _to_json({"schema": SCHEMA} | asdict(complete), indent=2) + "\n"
+    schema = RUN_SCHEMA if run.run else SCHEMA
+    text = _to_json({"schema": schema} | asdict(complete), indent=2) + "\n"
     lines = "".join(_to_json(epoch) + "\n" for epoch in epochs)
     with _written_once(_round_folder(run_dir, record.round)) as folder:
         write_weights(weights, folder / WEIGHTS_NAME)

@@ -64,6 +64,11 @@ class RunConfig:
 
     name: str = _key("folder below --runs; default: the recipe's name")
     rounds: int = _key("number of rounds, round_00 included", _from(1))
+    id: str = _key(
+        "tells devices this run from others of the same network, any text; default: "
+        "drawn when the run is started",
+        default="",
+    )
     seed: int = _key("keys every random stream of the run", default=0)
     accuracy_floor: float | None = _key(
         "share of golden labels that a device must get right before it takes new "

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.formats import identity
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
-from edge_runtime.formats.weights import Weights, model_id
+from edge_runtime.formats.weights import Weights
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
@@ -34,11 +35,6 @@ class Deployment:
     recipe: InitSpec
     graph: bytes
     init: Weights
-
-    @property
-    def model(self) -> str:
-        """The network's identity, hexadecimal."""
-        return model_id(self.init.layout.header, self.graph)
 
 
 def make_deployment(
@@ -70,12 +66,34 @@ def read_deployment(run_dir: Path) -> Deployment:
     return Deployment(recipe, (folder / GRAPH_NAME).read_bytes(), recipe.generate())
 
 
+def check_run_id(run_dir: Path, wanted: str) -> None:
+    """Insist that a run that goes on keeps its id.
+
+    Args:
+        run_dir: The run's folder.
+        wanted: What the recipe gives as ``run.id``; empty where it says nothing.
+
+    Raises:
+        ConfigError: The run has another id, or none.
+        WeightsError: ``run.json`` is malformed.
+        OSError: It cannot be read.
+    """
+    found = identity.read_run(run_dir / MODEL_NAME)
+    if wanted and (found is None or found.id != identity.run_id(wanted)):
+        raise ConfigError(
+            f"{run_dir} has the run id {found.id if found else 'of older runs: none'}, "
+            f"the recipe gives run.id {wanted!r}; leave it out, or choose another "
+            "run.name"
+        )
+
+
 def write_deployment(
     run_dir: Path,
     deployment: Deployment,
     source: DataSource,
     golden: Samples,
     accuracy_floor: float,
+    run_id: str = "",
 ) -> None:
     """Write the run's model folder, or check the one that is there.
 
@@ -87,6 +105,7 @@ def write_deployment(
         source: Says how raw samples become inputs.
         golden: Raw samples that travel with the model.
         accuracy_floor: Share of ``golden`` that a device must get right, 0 to 1.
+        run_id: As for :func:`trainer.folder.write_model`.
 
     Raises:
         ConfigError: The folder holds another network's files.
@@ -109,8 +128,10 @@ def write_deployment(
             contract=contract,
             golden_inputs=golden.read().numpy(),
             golden_labels=golden.labels.numpy(),
+            run_id=run_id,
         )
         return
+    check_run_id(run_dir, run_id)
     found = read_deployment(run_dir)
     same = found.graph == deployment.graph
     same &= found.init.fingerprint == deployment.init.fingerprint

@@ -289,7 +289,12 @@ class Run:
         golden = self.split.validation[:GOLDEN_SAMPLES]
         by_first(
             lambda: write_deployment(
-                self.run_dir, self._deployment, self._source, golden, floor
+                self.run_dir,
+                self._deployment,
+                self._source,
+                golden,
+                floor,
+                self.config.run.id,
             )
         )
 

@@ -24,6 +24,7 @@ from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import run_lock
 from trainer.parallel import is_first, processes
 from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.rounds.deployment import check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
 from trainer.rounds.training import Pack
@@ -31,7 +32,8 @@ from trainer.rounds.training import Pack
 __all__ = ["Progress", "as_reported", "run_rounds"]
 
 # A finished run may be carried on for more rounds, and its data may move.
-FREE_KEYS = {("run", "rounds"), ("run", "name"), ("data", "root")}
+# The run's id is held against the one that its model folder has.
+FREE_KEYS = {("run", "rounds"), ("run", "name"), ("run", "id"), ("data", "root")}
 
 
 def run_rounds(
@@ -78,6 +80,8 @@ def run_rounds(
         if is_first():
             stack.enter_context(run_lock(run_dir))
         records = _finished(run_dir, config, resume=resume)
+        if records:
+            check_run_id(run_dir, config.run.id)
         if len(records) >= config.run.rounds:
             return records
         stack.enter_context(processes(choose_device(device)))

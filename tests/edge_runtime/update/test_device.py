@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,7 @@ from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.trial import check_outputs, run_trial, try_slot
 from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
-from packager.rounds.folder import read_round
+from packager.rounds.folder import parent_from, read_init, read_round
 from packager.zip_file import encode_bundle
 
 
@@ -470,3 +472,73 @@ def test_a_trial_compares_the_golden_outputs_where_it_is_told_to(device, tmp_pat
 def test_a_predictor_is_made_of_the_slot_it_names(device):
     assert isinstance(device.predictor(), Predictor)
     assert device.predictor().folder == device.store.slot_folder(device.verify())
+
+
+# Two runs of one recipe ---------------------------------------------------------------
+
+
+@pytest.fixture
+def two_runs(new_run):
+    """Two runs with the same init weights; all that differs is what they trained."""
+    runs = [
+        new_run(name, run_id=digits * 16) for name, digits in (("a", "11"), ("b", "22"))
+    ]
+    for number in (0, 1):
+        runs[0].add(number)
+    for number in (5, 6):  # other weights
+        runs[1].add(number)
+    return runs
+
+
+def test_a_device_refuses_the_patches_of_another_run_and_takes_its_own(
+    two_runs, tmp_path
+):
+    own, other = two_runs
+    bundle = build_bundle(read_round(own.path / "round_00")).data
+    device = Device.install(tmp_path / "store", bundle, trial=no_trial)
+    round_ = read_round(other.path / "round_06")
+    foreign = pack_round(round_, read_init(round_)).data  # leads from init, as ours do
+    before = snapshot(device.store.root)
+    with pytest.raises(WrongModelError) as refused:
+        device.update(foreign)
+    assert "of another run of this network (run 222222222222)" in str(refused.value)
+    assert "this device holds run a (111111111111)" in str(refused.value)
+    assert snapshot(device.store.root) == before
+    assert device.update(patch_of(own.path / "round_01")) is UpdateResult.APPLIED
+    assert device.status()["run"] == {"id": "11" * 16, "name": "a"}
+    assert device.verify() == device.store.state.active
+
+
+def test_a_device_from_before_there_were_ids_refuses_runs_that_have_one(
+    device, new_run
+):
+    other = new_run("other", run_id="33" * 16)
+    other.add(0)
+    other.add(1)
+    with pytest.raises(WrongModelError, match="holds a model without a run's id"):
+        device.update(patch_of(other.path / "round_01"))
+    assert device.status()["run"] is None
+
+
+def test_a_run_id_that_is_exchanged_on_the_device_is_noticed(two_runs, tmp_path):
+    bundle = build_bundle(read_round(two_runs[0].path / "round_00")).data
+    device = Device.install(tmp_path / "store", bundle, trial=no_trial)
+    shutil.copy(two_runs[1].path / "model" / "run.json", tmp_path / "store" / "model")
+    with pytest.raises(StoreError, match=r"run\.json is damaged or was exchanged"):
+        device.verify()
+
+
+def test_a_bundle_states_schema_2_only_where_its_run_has_an_id(two_runs, bundle):
+    named = build_bundle(read_round(two_runs[0].path / "round_00")).data
+    schemas = []
+    for data in (bundle, named):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            schemas.append(json.loads(archive.read("bundle.json"))["schema"])
+    assert schemas == [1, 2]
+
+
+def test_a_parent_of_another_run_is_refused_when_packing(two_runs):
+    own, other = (run.path for run in two_runs)
+    parent = parent_from(read_round(other / "round_05"))
+    with pytest.raises(WrongModelError, match="round_05 is of another run than"):
+        pack_round(read_round(own / "round_01"), parent)

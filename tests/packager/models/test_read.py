@@ -21,9 +21,10 @@ from edge_runtime.errors import (
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.contract import InputSpec
+from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import trust_keys
-from edge_runtime.formats.weights import fingerprint_file, model_id, read_weights
+from edge_runtime.formats.weights import fingerprint_file, read_weights
 from edge_runtime.update.device import Device
 from packager.bundles.from_model import adopt_model, made_up, make_contract
 from packager.cli.pack import pack, patch
@@ -109,7 +110,7 @@ def test_a_graph_and_its_weight_file_compute_what_the_file_did(old, tmp_path):
     x = np.random.default_rng(1).normal(size=(5, 6)).astype("f4")
     assert np.array_equal(outputs(tmp_path / "graph.onnx", x), outputs(old, x))
     check_graph(model.graph, model.weights.layout)
-    assert model.model == model_id(model.weights.layout.header, model.graph)
+    assert model.model == network_id(model.weights.layout.header, model.graph)
 
 
 def test_weights_are_what_networks_learn_and_shapes_stay_in_the_graph(old):
@@ -351,6 +352,32 @@ def test_a_device_is_installed_from_an_onnx_file_and_follows_its_releases(
     assert np.array_equal(device.predictor().predict(x), outputs(old, x))
     with pytest.raises(TrustError):
         device.update(tmp_path / "4.dpu")
+
+
+def test_a_named_model_is_one_of_its_own_whatever_its_weights(
+    old, new, tmp_path, command
+):
+    packed = {}
+    for name in ("blue", "red", ""):
+        named = ["--name", name] if name else []
+        folder = tmp_path / (name or "none")
+        files = ["--base", old, *named, "-q", "-o", f"{folder}/"]
+        assert command(pack, *files, "--bundle")[0] == 0
+        assert command(pack, *files, "--target", new)[0] == 0
+        packed[name] = folder / "old.bundle.zip", folder / "new.dpu"
+    for name, (bundle, patch_file) in packed.items():
+        device = Device.install(tmp_path / f"store {name}", bundle)
+        for other, (_, foreign) in packed.items():
+            if other != name:
+                with pytest.raises(WrongModelError, match="of this network"):
+                    device.update(foreign)
+        device.update(patch_file)
+        assert (device.store.run.name if device.store.run else "") == name
+    # Without a name, graph and tensor table alone decide: as for stores of old.
+    unnamed = read_model(old)
+    with open_patch(packed[""][1]) as opened:
+        network = network_id(unnamed.weights.layout.header, unnamed.graph)
+        assert opened.header.model == network
 
 
 def test_the_contract_is_derived_from_the_graph(old):

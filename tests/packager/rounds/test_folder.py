@@ -91,7 +91,7 @@ def test_lists_every_problem_of_the_record_at_once(run):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"schema": 2}, "schema 2, this packager knows 1"),
+        ({"schema": 3}, "schema 3, this packager knows 1 and 2"),
         ({"round": 7}, "does not fit the folder's name round_01"),
         ({"counter": -1}, "counter: expected 0 to"),
         ({"counter": True}, "counter: expected int, found True"),

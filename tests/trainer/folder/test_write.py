@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from edge_runtime.errors import RoundError, TrainingError
+from edge_runtime.formats.identity import network_id, parse_run, read_run
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
 from edge_runtime.formats.model_folder import Outcome, list_rounds
-from edge_runtime.formats.weights import model_id, pack_weights, read_weights
+from edge_runtime.formats.weights import pack_weights, read_weights
 from trainer.folder.write import (
     RoundRecord,
     read_round_record,
@@ -87,7 +88,14 @@ def names(folder):
 
 def test_the_model_folder_holds_what_was_given(run):
     model = run / "model"
-    assert names(model) == ["contract.json", "golden.npz", "graph.onnx", "init.json"]
+    assert names(model) == [
+        "contract.json",
+        "golden.npz",
+        "graph.onnx",
+        "init.json",
+        "run.json",
+    ]
+    assert read_run(model).name == "digits"
     assert (model / "graph.onnx").read_bytes() == GRAPH
     assert json.loads((model / "contract.json").read_text()) == CONTRACT
     assert read_init_spec(model).generate().fingerprint == INIT.fingerprint
@@ -116,7 +124,9 @@ def test_a_round_states_the_identities_of_its_bytes(run):
     ]  # fmt: skip
     file = (folder / "weights.safetensors").read_bytes()
     assert raw["target"] == hashlib.sha256(file).hexdigest()
-    assert raw["model"] == model_id(target.layout.header, GRAPH)
+    network = network_id(target.layout.header, GRAPH)
+    assert raw["model"] == network[:32] + read_run(run / "model").id
+    assert raw["schema"] == 2
     assert set(raw["versions"]) == {"python", "torch", "numpy"}
     assert "+" not in "".join(raw["versions"].values())
     assert raw["outcome"] == "updated"
@@ -279,3 +289,35 @@ def test_fields_from_a_newer_minor_version_are_passed_over(run):
     path.write_text(json.dumps(raw | {"new": 1}))
     again = read_round_record(run / "round_00")
     assert dataclasses.asdict(again).keys() | {"schema"} == raw.keys()
+
+
+def model_files(folder, **options):
+    write_model(
+        folder,
+        graph=GRAPH,
+        recipe=RECIPE,
+        contract=CONTRACT,
+        golden_inputs=IMAGES,
+        golden_labels=np.array([0, 2]),
+        **options,
+    )
+    return {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+
+
+def test_every_run_is_drawn_an_id_of_its_own_unless_one_is_given(tmp_path):
+    drawn = [read_run_of(model_files(tmp_path / str(n) / "mine")) for n in range(3)]
+    assert len({run.id for run in drawn}) == 3
+    given = [model_files(tmp_path / n / "mine", run_id="the one") for n in ("a", "b")]
+    assert given[0] == given[1]
+
+
+def read_run_of(files):
+    return parse_run(files["run.json"])
+
+
+def test_a_run_from_before_there_were_ids_keeps_its_identity(run):
+    (run / "model" / "run.json").unlink()
+    target = changed(INIT)
+    written = write_round(run, record(0, INIT), target, {"fc.weight": MASK}, EPOCHS)
+    assert written.model == network_id(target.layout.header, GRAPH)
+    assert json.loads((run / "round_00" / "round.json").read_text())["schema"] == 1

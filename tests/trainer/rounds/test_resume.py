@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[3]
 RECIPE = """
 [run]
 rounds = 2
+id = "the same for both"
 [data]
 set = "digits"
 initial = 60
@@ -25,7 +26,7 @@ batch = 16
 MOMENTS = (
     "open {runs}/tiny/.model.part/contract.json",
     "round 1 full",
-    "open {runs}/tiny/.round_01.part/weights.safetensors",
+    "open {runs}/tiny/.round_01.part/.weights.safetensors",
     "os.rename {runs}/tiny/.round_01.part",
 )
 
@@ -62,4 +63,4 @@ def test_a_run_killed_at_every_stage_gives_the_same_bytes(tmp_path):
     codes = run_and_kill(recipe, whole, killed, MOMENTS)
     assert codes == [-signal.SIGKILL] * len(MOMENTS) + [0]
     assert contents(killed) == contents(whole)
-    assert len(contents(whole)) == 13
+    assert len(contents(whole)) == 14

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edge_runtime.errors import ConfigError, RoundError
+from edge_runtime.formats.identity import network_id, read_run, run_id
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.weights import read_weights
@@ -387,3 +388,57 @@ def test_every_so_many_rounds_is_a_rule_too(tmp_path):
     config = config_of(run={"rounds": 4}, update={"reinit": 2}, train={"epochs": 1})
     tried = [r.metrics["tried_reinit"] for r in run_rounds(config, tmp_path)]
     assert tried[:3] == [0, 0, 1]
+
+
+# The run's id -------------------------------------------------------------------------
+
+
+def test_two_runs_of_one_recipe_are_two_models(finished, tmp_path):
+    first = read_round(finished[0] / "tiny" / "round_00")
+    run_rounds(config_of(run={"rounds": 1}), tmp_path)
+    second = read_round(tmp_path / "tiny" / "round_00")
+    assert first.record.target == second.record.target  # the same weights, even
+    assert first.record.model != second.record.model
+
+
+def test_a_run_keeps_its_id_when_it_goes_on(copied):
+    before = (copied / "tiny" / "model" / "run.json").read_bytes()
+    records = run_rounds(config_of(run={"rounds": 4}), copied)
+    assert (copied / "tiny" / "model" / "run.json").read_bytes() == before
+    assert len({record.model for record in records}) == 1
+
+
+def test_a_run_that_was_cut_off_in_its_first_round_keeps_its_id(copied, tmp_path):
+    for number in range(3):
+        shutil.rmtree(copied / "tiny" / f"round_{number:02d}")
+    before = (copied / "tiny" / "model" / "run.json").read_bytes()
+    run_rounds(config_of(run={"rounds": 1}), copied)
+    assert (copied / "tiny" / "model" / "run.json").read_bytes() == before
+
+
+def test_a_given_id_is_the_runs_and_cannot_change_later(tmp_path):
+    config = config_of(run={"rounds": 1, "id": "mine"})
+    (record,) = run_rounds(config, tmp_path)
+    assert read_run(tmp_path / "tiny" / "model").id == run_id("mine")
+    assert run_rounds(config, tmp_path) == [record]
+    with pytest.raises(ConfigError, match=r"recipe gives run\.id 'other'"):
+        run_rounds(config_of(run={"rounds": 1, "id": "other"}), tmp_path)
+
+
+def test_a_run_from_before_there_were_ids_goes_on_without_one(copied):
+    run = copied / "tiny"
+    for number in (1, 2):
+        shutil.rmtree(run / f"round_{number:02d}")
+    (run / "model" / "run.json").unlink()
+    path = run / "round_00" / "round.json"
+    raw = json.loads(path.read_text())
+    del raw["config"]["run"]["id"]
+    layout = read_init_spec(run / "model").layout()
+    graph = (run / "model" / "graph.onnx").read_bytes()
+    raw |= {"schema": 1, "model": network_id(layout.header, graph)}
+    path.write_text(json.dumps(raw))
+    records = run_rounds(config_of(run={"rounds": 2}), copied)
+    assert {record.model for record in records} == {raw["model"]}
+    assert read_round(run / "round_01").record.model == raw["model"]
+    with pytest.raises(ConfigError, match="older runs: none"):
+        run_rounds(config_of(run={"rounds": 3, "id": "new"}), copied)
