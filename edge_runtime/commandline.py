@@ -196,7 +196,7 @@ def _report(error: BaseException, *, as_json: bool) -> None:
     if as_json:
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
         record |= {"exit_code": code}
-        record |= vars(error) if isinstance(error, errors.DpuError | OSError) else {}
+        record |= errors.details_of(error)
         record |= (
             {"traceback": traceback.format_exception(error)} if code == BUG else {}
         )

@@ -37,6 +37,7 @@ retries are normal on bad links. The library knows nothing of exit codes; they a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 # What JSON of an unexpected shape raises where it is parsed.
 MALFORMED = (
@@ -46,7 +47,26 @@ MALFORMED = (
 
 
 class DpuError(Exception):
-    """The root of the tree."""
+    """The root of the tree.
+
+    Attributes:
+        details: Facts beside the message, JSON-able; ``--json`` prints them.
+    """
+
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def details_of(error: BaseException) -> dict[str, Any]:
+    """Return the facts beside an exception's message, also of the system's."""
+    found: dict[str, Any] = getattr(error, "details", {})
+    return found
+
+
+def add_details(error: Exception, **details: Any) -> None:
+    """Add facts to an exception of ours or of the operating system."""
+    error.__dict__["details"] = details_of(error) | details
 
 
 class PatchError(DpuError):
@@ -61,7 +81,7 @@ class PatchVersionError(PatchError):
     """The patch needs a newer runtime."""
 
     def __init__(self, message: str, *, found: int, supported: int) -> None:
-        super().__init__(message)
+        super().__init__(message, found=found, supported=supported)
         self.found = found
         self.supported = supported
 
@@ -70,7 +90,7 @@ class _MismatchError(DpuError):
     """Two hexadecimal digests that should have been equal."""
 
     def __init__(self, message: str, *, expected: str, actual: str) -> None:
-        super().__init__(message)
+        super().__init__(message, expected=expected, actual=actual)
         self.expected = expected
         self.actual = actual
 
@@ -147,7 +167,7 @@ class BudgetError(DpuError):
     """The finished patch is larger than its limit; no file was left behind."""
 
     def __init__(self, message: str, *, limit: int, actual: int) -> None:
-        super().__init__(message)
+        super().__init__(message, limit=limit, actual=actual)
         self.limit = limit
         self.actual = actual
 
@@ -160,8 +180,9 @@ class ConfigError(TrainingError):
     """A recipe has problems; ``problems`` lists every one of them."""
 
     def __init__(self, message: str, *, problems: Sequence[str] = ()) -> None:
-        super().__init__("\n  - ".join([message, *problems]))
         self.problems = tuple(problems)
+        text = "\n  - ".join([message, *problems])
+        super().__init__(text, problems=self.problems)
 
 
 class StepNotObservedError(TrainingError):
@@ -172,7 +193,7 @@ class FrozenWeightChangedError(TrainingError):
     """Something other than the attached optimizers wrote a frozen weight."""
 
     def __init__(self, message: str, *, tensor: str, count: int) -> None:
-        super().__init__(message)
+        super().__init__(message, tensor=tensor, count=count)
         self.tensor = tensor
         self.count = count
 

@@ -19,7 +19,7 @@ from edge_runtime.commandline import (
     say,
     shared,
 )
-from edge_runtime.errors import DpuError, VerificationError
+from edge_runtime.errors import DpuError, VerificationError, add_details
 from edge_runtime.text import printable
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
         except (DpuError, OSError) as err:
             if isinstance(err, DpuError):
                 err.args = (f"{patch.name}: {err}",)
-            vars(err)["patches"] = results  # told with --json: these stay applied
+            add_details(err, patches=results)  # these stay applied
             raise
         slot = device.store.state.active_slot
         results.append({"patch": str(patch), "result": result, "round": slot.round})

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
@@ -183,6 +184,22 @@ def _entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
     return opening, math.prod(shape), DTYPES[dtype].itemsize
 
 
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Pause the garbage collector of the whole process.
+
+    So many objects as a header has start it. It would look at all that has been
+    imported, for longer than it takes to apply a patch, and none of them is garbage.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def parse_layout(header: bytes) -> Layout:
     """Parse the header of a weight file and insist on the canonical form.
 
@@ -192,27 +209,21 @@ def parse_layout(header: bytes) -> Layout:
     Raises:
         WeightsError: Not a weight file, or laid out in another way.
     """
-    # So many objects start the garbage collector. It would look at all that has been
-    # imported, for longer than it takes to apply a patch, and none of them is garbage.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        entries = json.loads(header[8:])
-        specs = {
-            name: (entry["dtype"], tuple(entry["shape"]))
-            for name, entry in entries.items()
-        }
-        sizes = [n for _, shape in specs.values() for n in shape]
-        if not all(type(n) is int and n >= 0 for n in sizes):
-            raise WeightsError("a shape in the weight file's header is not valid")
-        layout = make_layout(specs)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise WeightsError(
-            f"not a weight file: its header is malformed ({err})"
-        ) from err
-    finally:
-        if collects:
-            gc.enable()
+    with gc_paused():
+        try:
+            entries = json.loads(header[8:])
+            specs = {
+                name: (entry["dtype"], tuple(entry["shape"]))
+                for name, entry in entries.items()
+            }
+            sizes = [n for _, shape in specs.values() for n in shape]
+            if not all(type(n) is int and n >= 0 for n in sizes):
+                raise WeightsError("a shape in the weight file's header is not valid")
+            layout = make_layout(specs)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+            raise WeightsError(
+                f"not a weight file: its header is malformed ({err})"
+            ) from err
     if layout.header != header:
         raise WeightsError(
             "the weight file is not in canonical form (tensors by decreasing item "

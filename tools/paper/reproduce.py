@@ -147,7 +147,7 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
     return {
         "round": record.round,
         "outcome": str(record.outcome),
-        "tried_reinit": bool(metrics["tried_reinit"]),
+        "tried_reinit": record.tried_reinit,
         "val_tried": round(100 * metrics["val_best"], 4),
         "test_tried": round(100 * metrics["test_best"], 4),
         "val": round(100 * metrics["val_accuracy"], 4),

@@ -29,6 +29,7 @@ class RoundRecord:
         method: What selected the weights, for example ``"dpu"``.
         ratio: Share of the selectable weights that was selected; None for all.
         reinitialised: Whether training started from the init weights again.
+        tried_reinit: Whether a re-initialised model was trained, deployed or not.
         packable: False if devices were never meant to get these weights.
         samples: Number of training samples.
         metrics: Numbers by name, ``val_accuracy`` and ``test_accuracy`` among them.
@@ -47,6 +48,7 @@ class RoundRecord:
     method: str
     ratio: float | None
     reinitialised: bool
+    tried_reinit: bool = False
     packable: bool
     samples: int
     metrics: Mapping[str, float]
@@ -69,6 +71,8 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
             raise RoundError(
                 f"{path} has schema {raw['schema']}, expected {SCHEMA} or {RUN_SCHEMA}"
             )
+        # Earlier versions kept it among the metrics.
+        raw.setdefault("tried_reinit", bool(raw["metrics"].get("tried_reinit", False)))
         known = {part.name: raw[part.name] for part in fields(RoundRecord)}
         return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
     except (ValueError, KeyError, TypeError) as err:

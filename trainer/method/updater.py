@@ -196,12 +196,20 @@ class PartialUpdater:
             TrainingError: Nothing has been selected.
         """
         self._expect(Phase.SPARSE, "finish() comes once, after select()")
-        for handle in self._handles:
-            handle.remove()
+        self.detach()
         for name in self._params:
             self._freeze.verify(name)
         self._start(Phase.DONE)
         return self._masks
+
+    def detach(self) -> None:
+        """Let go of the optimizers: their steps are neither measured nor frozen.
+
+        ``finish()`` does it; call it yourself to give a round up half way.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def summary(self) -> str:
         """Say how much is selected: ``3343 of 668672 weights (0.50 %) in 3 tensors``.

@@ -165,7 +165,6 @@ class Run:
         metrics = {
             **self._measure(number, target),
             "test_best": attempt.test_best,
-            "tried_reinit": int(reinitialise),
             **{f"val_{k}": share for k, share in attempt.training.accuracy.items()},
             **_counts(start, target, attempt.masks),
         }
@@ -184,6 +183,7 @@ class Run:
             parent=start.fingerprint,
             method="fu" if everything else update.method,
             ratio=None if everything else ratio,
+            tried_reinit=reinitialise,
             reinitialised=bool(records) and attempt.new is not None and start is init,
             packable=update.chain != "paper",
             samples=self.split.size_at(number),

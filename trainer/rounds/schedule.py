@@ -163,7 +163,7 @@ def _must_reinitialise(
     shadow = partial and config.update.chain == "shadow"
     last = records[0]
     for record in records[1:]:
-        if record.metrics["tried_reinit"] if shadow else record.reinitialised:
+        if record.tried_reinit if shadow else record.reinitialised:
             last = record
     if isinstance(rule, int):
         return len(records) - last.round >= rule

@@ -99,7 +99,7 @@ def test_changes_stay_within_selection_and_dense_part(finished):
 def test_re_initialises_when_the_data_grew_more_than_twofold(finished):
     _, records, _ = finished
     assert [record.samples for record in records] == [60, 130, 200]
-    assert [record.metrics["tried_reinit"] for record in records] == [0, 1, 0]
+    assert [record.tried_reinit for record in records] == [False, True, False]
 
 
 def test_the_contract_says_how_raw_samples_become_inputs(finished):
@@ -172,9 +172,9 @@ def test_a_worse_re_initialised_model_is_discarded_and_tried_again(copied):
     assert third.outcome == Outcome.KEPT_BASE
     assert third.reinitialised is False
     assert third.parent == third.target == record["target"]
-    assert third.metrics["tried_reinit"] == 1
+    assert third.tried_reinit == 1
     assert third.metrics["changed"] == 0
-    assert fourth.metrics["tried_reinit"] == 1
+    assert fourth.tried_reinit == 1
 
 
 def test_a_discarded_re_initialisation_leaves_the_round_to_an_ordinary_update(copied):
@@ -185,7 +185,7 @@ def test_a_discarded_re_initialisation_leaves_the_round_to_an_ordinary_update(co
     (fourth,) = run_rounds(config_of(run={"rounds": 4}), copied)[3:]
     lines = (copied / "tiny" / "round_03" / "metrics.jsonl").read_text().splitlines()
     starts = [json.loads(line)["start"] for line in lines]
-    assert fourth.metrics["tried_reinit"] == 1
+    assert fourth.tried_reinit == 1
     assert fourth.metrics["val_accuracy"] >= deployed
     if fourth.reinitialised:
         assert starts == ["init"] * 12
@@ -221,7 +221,7 @@ def test_a_re_initialised_model_that_falls_short_is_trained_on_unseen(shadowed):
     seen = set()
     for number, record in enumerate(records[1:], 1):
         fresh = "shadow" if shadow_of(runs, number - 1).exists() else None
-        if record.metrics["tried_reinit"]:
+        if record.tried_reinit:
             fresh = "init"
         starts = starts_of(runs, number)
         if record.reinitialised:
@@ -386,7 +386,7 @@ def test_full_updating_starts_from_init_in_every_round(tmp_path):
 
 def test_every_so_many_rounds_is_a_rule_too(tmp_path):
     config = config_of(run={"rounds": 4}, update={"reinit": 2}, train={"epochs": 1})
-    tried = [r.metrics["tried_reinit"] for r in run_rounds(config, tmp_path)]
+    tried = [r.tried_reinit for r in run_rounds(config, tmp_path)]
     assert tried[:3] == [0, 0, 1]
 
 
