@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import MODEL_NAME, Outcome, list_rounds
 from trainer.export.graph import export_graph
@@ -26,7 +27,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
     run_dir: str | PathLike[str],
     build: Callable[[], nn.Module],
     *,
-    contract: Mapping[str, Any],
+    contract: Contract,
     golden_inputs: NDArray[Any],
     golden_labels: NDArray[Any],
     seed: int = 0,
@@ -57,10 +58,10 @@ def start_run(  # noqa: PLR0913 - all but two by name
     """
     model = build()
     recipe = make_init_spec(build, seed, keep=pretrained)
-    shape = contract["inputs"][0]["shape"][1:]
+    shape = [size or 1 for size in contract.inputs[0].shape]
     write_model(
         run_dir,
-        graph=export_graph(model, torch.zeros(1, *shape)),
+        graph=export_graph(model, torch.zeros(*shape)),
         recipe=recipe,
         contract=contract,
         golden_inputs=golden_inputs,

@@ -1,8 +1,11 @@
-"""What goes into a model and what comes out: ``contract.json``. No I/O."""
+"""What goes into a model and what comes out: ``contract.json``. No I/O.
+
+Both directions stand side by side: :func:`encode_contract` and :func:`parse_contract`.
+"""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -78,6 +81,22 @@ class InputSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """One output of the graph.
+
+    Attributes:
+        name: The graph's name for it.
+        dtype: NumPy name of its type.
+        shape: Its shape; None where any size comes (the batch), or for all of it where
+            the graph does not say.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Contract:
     """What a model takes, what it gives, and how good it must be.
 
@@ -87,12 +106,14 @@ class Contract:
         accuracy_floor: Share of golden labels that must be right in a trial.
         output_tolerance: Allowed difference to expected outputs, relative to the
             largest absolute output: CPUs differ by up to 1e-6 of it.
+        outputs: In the graph's order; empty where the contract does not say.
     """
 
     inputs: tuple[InputSpec, ...]
     classes: tuple[str, ...] = ()
     accuracy_floor: float = 0.0
     output_tolerance: float = 1e-4
+    outputs: tuple[OutputSpec, ...] = ()
 
     def prepare(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Any]:
         """Turn raw values into the feed of a session.
@@ -115,6 +136,19 @@ class Contract:
                 f"{', '.join(raw) or 'nothing'}"
             )
         return {spec.name: spec.prepare(raw[spec.name]) for spec in self.inputs}
+
+
+def encode_contract(contract: Contract) -> bytes:
+    """Encode ``contract.json``; the same contract gives the same bytes."""
+    record = {
+        "schema": SCHEMA,
+        "inputs": [asdict(spec) for spec in contract.inputs],
+        "outputs": [asdict(spec) for spec in contract.outputs],
+        "classes": contract.classes,
+        "accuracy_floor": contract.accuracy_floor,
+        "output_tolerance": contract.output_tolerance,
+    }
+    return json.dumps(record, indent=2).encode() + b"\n"
 
 
 def parse_contract(text: str | bytes) -> Contract:
@@ -141,6 +175,7 @@ def parse_contract(text: str | bytes) -> Contract:
             tuple(str(name) for name in record.get("classes", ())),
             floor,
             float(record.get("output_tolerance", 1e-4)),
+            tuple(_parse_output(entry) for entry in record.get("outputs", ())),
         )
     except MALFORMED as err:
         raise ContractError(f"the contract is malformed ({err!r})") from err
@@ -154,6 +189,15 @@ def _parse_input(entry: Mapping[str, Any]) -> InputSpec:
         float(entry.get("scale", 1.0)),
         tuple(float(v) for v in entry.get("mean", ())),
         tuple(float(v) for v in entry.get("std", ())),
+    )
+
+
+def _parse_output(entry: Mapping[str, Any]) -> OutputSpec:
+    shape = entry.get("shape")
+    return OutputSpec(
+        str(entry["name"]),
+        str(entry.get("dtype", "")),
+        None if shape is None else tuple(None if n is None else int(n) for n in shape),
     )
 
 

@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import ContractError
 from edge_runtime.formats import bundle as layout
-from edge_runtime.formats.contract import Contract, InputSpec, parse_contract
+from edge_runtime.formats.contract import (
+    Contract,
+    InputSpec,
+    encode_contract,
+    parse_contract,
+)
 from edge_runtime.formats.identity import encode_run
 from edge_runtime.formats.init_weights import (
     InitSpec,
@@ -168,9 +173,9 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
     with prefix_errors(name):
         _check_known(stated, derived.keys())
         merged = _merge(inputs, stated.get("inputs", []))
-        text = json.dumps(derived | stated | {"inputs": merged})
-        parse_contract(text)
-    return text.encode() + b"\n"
+        return encode_contract(
+            parse_contract(json.dumps(derived | stated | {"inputs": merged}))
+        )
 
 
 def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:

@@ -32,6 +32,12 @@ from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.formats import identity
+from edge_runtime.formats.contract import (
+    Contract,
+    InputSpec,
+    OutputSpec,
+    encode_contract,
+)
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
@@ -69,8 +75,8 @@ def make_contract(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     accuracy_floor: float = 0.0,
-) -> dict[str, Any]:
-    """Return what goes into a classifier and comes out of it, JSON-able.
+) -> Contract:
+    """Return what goes into a classifier and comes out of it.
 
     The network gets ``(raw * scale - mean) / std`` in float32.
 
@@ -82,23 +88,15 @@ def make_contract(
         std: Likewise.
         accuracy_floor: Share of golden labels that a device must get right, 0 to 1.
     """
-    inputs = {
-        "name": "input",
-        "dtype": "float32",
-        "shape": [None, *input_shape],
-        "scale": scale,
-        "mean": list(mean),
-        "std": list(std),
-    }
-    outputs = {"name": "output", "dtype": "float32", "shape": [None, len(classes)]}
-    return {
-        "schema": 1,
-        "inputs": [inputs],
-        "outputs": [outputs],
-        "classes": list(classes),
-        "accuracy_floor": accuracy_floor,
-        "output_tolerance": OUTPUT_TOLERANCE,
-    }
+    shape = (None, *input_shape)
+    given = InputSpec("input", "float32", shape, scale, tuple(mean), tuple(std))
+    return Contract(
+        (given,),
+        tuple(classes),
+        accuracy_floor,
+        OUTPUT_TOLERANCE,
+        (OutputSpec("output", "float32", (None, len(classes))),),
+    )
 
 
 def write_model(
@@ -106,7 +104,7 @@ def write_model(
     *,
     graph: bytes,
     recipe: InitSpec,
-    contract: Mapping[str, Any],
+    contract: Contract,
     golden_inputs: NDArray[Any],
     golden_labels: NDArray[Any],
     run_id: str = "",
@@ -129,7 +127,7 @@ def write_model(
             the contract; nothing was written.
         OSError: The files cannot be written.
     """
-    shape, classes = contract["inputs"][0]["shape"][1:], len(contract["classes"])
+    shape, classes = list(contract.inputs[0].shape[1:]), len(contract.classes)
     labels = golden_labels.astype(np.int64)
     if list(golden_inputs.shape[1:]) != shape or len(golden_inputs) != len(labels):
         raise TrainingError(
@@ -146,7 +144,7 @@ def write_model(
         write_init_spec(recipe, folder)
         run = identity.Run(identity.run_id(run_id), Path(run_dir).absolute().name)
         (folder / RUN_NAME).write_bytes(identity.encode_run(run))
-        (folder / CONTRACT_NAME).write_text(_to_json(contract, indent=2) + "\n")
+        (folder / CONTRACT_NAME).write_bytes(encode_contract(contract))
         np.savez(folder / GOLDEN_NAME, inputs=golden_inputs, labels=labels)
     return Path(run_dir, MODEL_NAME)
 

@@ -1,6 +1,5 @@
 """What a run deploys once: the network's graph, its init weights, its contract."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats import identity
+from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
 from edge_runtime.formats.weights import Weights
@@ -135,7 +135,7 @@ def write_deployment(
     found = read_deployment(run_dir)
     same = found.graph == deployment.graph
     same &= found.init.fingerprint == deployment.init.fingerprint
-    if not same or json.loads((folder / CONTRACT_NAME).read_text()) != contract:
+    if not same or parse_contract((folder / CONTRACT_NAME).read_bytes()) != contract:
         raise ConfigError(
             f"{folder} was written for another recipe; choose another run.name, or "
             f"remove {run_dir}"

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import ContractError
-from edge_runtime.formats.contract import InputSpec, parse_contract
+from edge_runtime.formats.contract import (
+    Contract,
+    InputSpec,
+    OutputSpec,
+    encode_contract,
+    parse_contract,
+)
 
 IMAGE = InputSpec(
     "x", "float32", (None, 3, 2, 2), 1 / 255, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
@@ -88,3 +94,15 @@ def test_a_floor_that_is_no_share_is_refused_before_any_trial(floor):
 def test_a_newer_schema_is_refused():
     with pytest.raises(ContractError, match="newer dpu-edge"):
         contract(schema=2)
+
+
+def test_a_contract_is_read_as_it_was_written():
+    outputs = (OutputSpec("y", "float32", (None, 4)), OutputSpec("z", "int64", None))
+    written = Contract((IMAGE,), ("a", "b"), 0.25, 1e-3, outputs)
+    assert parse_contract(encode_contract(written)) == written
+
+
+def test_a_contract_that_says_nothing_of_outputs_is_still_one():
+    record = json.loads(encode_contract(Contract((IMAGE,))))
+    del record["outputs"]
+    assert parse_contract(json.dumps(record)) == Contract((IMAGE,))

@@ -20,7 +20,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.bundle import read_bundle
-from edge_runtime.formats.contract import InputSpec
+from edge_runtime.formats.contract import InputSpec, parse_contract
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import trust_keys
@@ -381,20 +381,18 @@ def test_a_named_model_is_one_of_its_own_whatever_its_weights(
 
 
 def test_the_contract_is_derived_from_the_graph(old):
-    contract = json.loads(make_contract(read_model(old)))
-    assert contract["inputs"] == [{"name": "x", "dtype": "float32", "shape": [None, 6]}]
-    assert contract["outputs"][0]["shape"] == [None, 3]
-    assert (contract["classes"], contract["accuracy_floor"]) == ([], 0.0)
+    contract = parse_contract(make_contract(read_model(old)))
+    assert contract.inputs == (InputSpec("x", "float32", (None, 6)),)
+    assert contract.outputs[0].shape == (None, 3)
+    assert (contract.classes, contract.accuracy_floor) == ((), 0.0)
 
 
 def test_what_is_stated_replaces_what_is_derived(old, tmp_path):
     stated = {"classes": ["a", "b", "c"], "inputs": [{"scale": 0.5}]}
     (tmp_path / "c.json").write_text(json.dumps(stated))
-    contract = json.loads(make_contract(read_model(old), tmp_path / "c.json"))
-    assert contract["classes"] == ["a", "b", "c"]
-    assert contract["inputs"] == [
-        {"name": "x", "dtype": "float32", "shape": [None, 6], "scale": 0.5}
-    ]
+    contract = parse_contract(make_contract(read_model(old), tmp_path / "c.json"))
+    assert contract.classes == ("a", "b", "c")
+    assert contract.inputs == (InputSpec("x", "float32", (None, 6), 0.5),)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from edge_runtime.errors import RoundError, TrainingError
+from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.identity import network_id, parse_run, read_run
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.formats.weights import pack_weights, read_weights
 from trainer.folder.write import (
     RoundRecord,
+    make_contract,
     read_round_record,
     write_model,
     write_round,
@@ -32,11 +34,7 @@ RECIPE = InitSpec(
     {},
 )
 INIT = RECIPE.generate()
-CONTRACT = {
-    "schema": 1,
-    "inputs": [{"name": "input", "shape": [None, 1, 2, 2]}],
-    "classes": ["0", "1", "2"],
-}
+CONTRACT = make_contract((1, 2, 2), "012")
 IMAGES = np.arange(8, dtype=np.uint8).reshape(2, 1, 2, 2)
 MASK = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 1, 0, 0, 0]]).bool()
 EPOCHS = [{"epoch": 0, "phase": "full", "loss": 1.5}, {"epoch": 1, "loss": 1.0}]
@@ -97,7 +95,7 @@ def test_the_model_folder_holds_what_was_given(run):
     ]
     assert read_run(model).name == "digits"
     assert (model / "graph.onnx").read_bytes() == GRAPH
-    assert json.loads((model / "contract.json").read_text()) == CONTRACT
+    assert parse_contract((model / "contract.json").read_bytes()) == CONTRACT
     assert read_init_spec(model).generate().fingerprint == INIT.fingerprint
     with np.load(model / "golden.npz", allow_pickle=False) as golden:
         assert golden["inputs"].dtype == np.uint8
@@ -119,7 +117,8 @@ def test_a_round_states_the_identities_of_its_bytes(run):
     raw = json.loads((folder / "round.json").read_text())
     assert list(raw) == [
         "schema", "run", "round", "counter", "outcome", "model", "parent", "target",
-        "method", "ratio", "reinitialised", "packable", "samples", "metrics", "seeds",
+        "method", "ratio", "reinitialised", "tried_reinit", "packable", "samples",
+        "metrics", "seeds",
         "versions", "config",
     ]  # fmt: skip
     file = (folder / "weights.safetensors").read_bytes()
@@ -321,3 +320,13 @@ def test_a_run_from_before_there_were_ids_keeps_its_identity(run):
     written = write_round(run, record(0, INIT), target, {"fc.weight": MASK}, EPOCHS)
     assert written.model == network_id(target.layout.header, GRAPH)
     assert json.loads((run / "round_00" / "round.json").read_text())["schema"] == 1
+
+
+def test_a_record_of_before_kept_the_tried_re_initialisation_among_its_numbers(run):
+    write_round(run, record(0, INIT), changed(INIT), {}, [])
+    path = run / "round_00" / "round.json"
+    raw = json.loads(path.read_text())
+    del raw["tried_reinit"]
+    raw["metrics"]["tried_reinit"] = 1
+    path.write_text(json.dumps(raw))
+    assert read_round_record(run / "round_00").tried_reinit is True

@@ -541,6 +541,14 @@ def test_hooks_are_gone_after_finish():
     assert not torch.equal(now[frozen], updater.base["0.weight"][frozen])
 
 
+def test_a_detached_round_neither_measures_nor_freezes():
+    model, optimizer, updater = started()
+    updater.detach()
+    train(model, optimizer)
+    with pytest.raises(StepNotObservedError):
+        updater.select()
+
+
 @pytest.mark.parametrize("interrupted_in", [Phase.FULL, Phase.SPARSE])
 def test_a_resumed_round_ends_like_an_uninterrupted_one(interrupted_in):
     def save(*objects):
