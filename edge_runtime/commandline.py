@@ -42,6 +42,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     | errors.RoundNotFoundError,
     3: errors.PatchError
     | errors.BundleError
+    | errors.KeyListError
     | errors.ProofError
     | errors.RoundError
     | errors.WeightsError,
@@ -62,7 +63,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   0  done, or nothing to do
   1  unexpected: a bug, please report it
   2  usage: wrong arguments, unknown round, bad recipe, input or key file
-  3  not a valid patch, bundle, weight file, round or proof
+  3  not a valid patch, bundle, weight file, round, proof or key list
   4  the patch is for other weights or for another model
   5  verification or trial failed, nothing changed
   6  the patch is over its size limit
@@ -241,7 +242,9 @@ def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
     source = context.get_parameter_source(str(option.name))
     if source is ParameterSource.COMMANDLINE or context.obj is None:
         context.obj = value
-    if context.obj is None and context.parent:
+    # What follows the name of a group within a group may still give it.
+    is_command = context.parent and not isinstance(context.command, click.Group)
+    if context.obj is None and is_command:
         raise click.MissingParameter(f"Or set {option.envvar}.", context, option)
 
 

@@ -17,6 +17,8 @@ One tree, so that a caller can catch as much or as little as needed::
      + StoreError                   the device's own files are damaged, full or locked
      + BackendError                 no runtime here can run the graph
      + TrustError                   unsigned, wrongly signed or replayed release
+     |  + ListExpiredError          the key list expired before it was signed
+     + KeyListError                 what should be a key list is malformed
      + KeyFileError                 a file does not hold the key that is needed
      + ProofError                   what should be a device's proof is malformed
      + LimitError                   DPU_LIMITS does not say what it should
@@ -137,6 +139,14 @@ class StoreError(DpuError):
 
 class TrustError(DpuError):
     """The release is unsigned, wrongly signed, replayed, or failed its trial."""
+
+
+class ListExpiredError(TrustError):
+    """The key list of the device expired before this was signed."""
+
+
+class KeyListError(DpuError):
+    """What should be a key list is malformed, or could never be met."""
 
 
 class KeyFileError(DpuError):

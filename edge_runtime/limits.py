@@ -28,6 +28,9 @@ class Limits:
             weight file that it is for either, and 4 MiB.
         signature_bytes: A signature block.
         key_bytes: A key file.
+        key_list_bytes: A key list; TUF's own client takes as much.
+        list_keys: Keys in a key list: the signature block of a patch has room for all.
+        list_signatures: Signatures of a key list.
         weight_header_bytes: The header of a weight file, as safetensors has it.
         tensors: Tensors of a weight file or init recipe.
         recipe_bytes: An init recipe (``init.json``).
@@ -52,6 +55,9 @@ class Limits:
     patch_bytes: int = GIB
     signature_bytes: int = 4 * KIB
     key_bytes: int = 64 * KIB
+    key_list_bytes: int = 512_000
+    list_keys: int = 32
+    list_signatures: int = 128
     weight_header_bytes: int = 100_000_000
     tensors: int = 100_000
     recipe_bytes: int = 64 * MIB

@@ -25,19 +25,20 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 450,
-        "agent": 400,
-        "cli": 560,
+        ".": 530,
+        "agent": 430,
+        "cli": 680,
         "formats": 2485,
         "inference": 620,
         "live": 380,
         "store": 850,
-        "update": 335,
+        "trust": 320,
+        "update": 400,
     },
     "packager": {
-        ".": 740,
+        ".": 850,
         "bundles": 250,
-        "cli": 835,
+        "cli": 1130,
         "models": 345,
         "report": 1640,
         "rounds": 290,

@@ -22,11 +22,12 @@ from tools.wheels import CHECKOUT
 # From the ground up: sub-packages, and modules that stand beside them.
 FLOORS: dict[str, tuple[str, ...]] = {
     "edge_runtime": (
-        *("errors", "text", "limits", "files", "formats", "store", "inference", "live"),
-        *("update", "agent", "commandline", "cli", "__main__"),
+        *("errors", "text", "limits", "files", "formats", "trust", "store"),
+        *("inference", "live", "update", "agent", "commandline", "cli", "__main__"),
     ),
     "packager": (
-        *("zip_file", "signing", "rounds", "check_proof", "diff", "build", "size"),
+        *("zip_file", "signing", "key_lists", "rounds", "check_proof", "diff"),
+        *("build", "size"),
         *("compose", "models", "bundles", "report", "cli", "__main__"),
     ),
     "trainer": (

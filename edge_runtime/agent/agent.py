@@ -20,14 +20,18 @@ from edge_runtime.errors import (
     BackendError,
     DpuError,
     HeldError,
+    KeyListError,
+    ListExpiredError,
     PatchError,
     StoreError,
+    TrustError,
 )
 from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State
+from edge_runtime.trust import list_number, load_list
 from edge_runtime.update.device import Device, UpdateResult
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
@@ -154,7 +158,8 @@ class Agent:
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 # Transports begin the names of unfinished files with a dot.
-                if entry.name.startswith(".") or not entry.name.endswith(".dpu"):
+                name, is_list = entry.name, list_number(entry.name) is not None
+                if name.startswith(".") or not (is_list or name.endswith(".dpu")):
                     continue
                 with suppress(FileNotFoundError):
                     if entry.is_file(follow_symlinks=False):
@@ -164,25 +169,80 @@ class Agent:
         return dict(sorted(seen.items()))
 
     def _recognise(self, seen: dict[str, list[int]]) -> list[Offer]:
-        """Open what was not refused before, and forget what is gone."""
+        """Take key lists, and open patches that were not refused before."""
+        new = self._remember(seen)
+        while self._take_lists(new):
+            new |= self._remember(seen)  # refused by the keys of before, perhaps
+        return [
+            offer
+            for name in seen
+            if list_number(name) is None
+            and not self._files[name].error
+            and (offer := self._read(name, is_new=name in new))
+        ]
+
+    def _remember(self, seen: dict[str, list[int]]) -> set[str]:
+        """Forget what is gone or was judged by other rules; return what is new."""
         state = self.state
         # What a refusal depends on beside the file.
         basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
+        basis += [state.key_list.root.sha256] if state.key_list else []
         if basis != self._basis:
             self._basis, self._files = basis, {}
-        former, self._files, offers = self._files, {}, []
+        former, self._files, new = self._files, {}, set()
         for name, identity in seen.items():
             found = former.get(name, Found([]))
-            is_new = found.identity != identity
-            if is_new:
+            if found.identity != identity:
+                new.add(name)
                 # A file that grows goes on waiting, without another line in the log.
                 verdict = found.verdict if found.verdict == Decision.WAITING else ""
                 found = Found(identity, verdict, found.reason)
             self._files[name] = found
-            if not found.error and (offer := self._read(name, is_new=is_new)):
-                offers.append(offer)
-        return offers
+        return new
+
+    def _take_lists(self, new: set[str]) -> bool:
+        """Take the key lists that follow, in order; return whether there were any."""
+        lists = ((list_number(name), name) for name in self._files)
+        taken = False
+        for number, name in sorted((n, name) for n, name in lists if n is not None):
+            key_list, found = self.state.key_list, self._files[name]
+            version = key_list.root.version if key_list else 0
+            if key_list and number < version:
+                self._decide(name, Decision.PASSED, f"older than key list {version}")
+            elif key_list and number > version + 1:
+                reason = f"key list {version + 1} comes before it"
+                self._decide(name, Decision.WAITING, reason)
+            elif not found.error:
+                taken |= self._take(name, is_new=name in new)
+        return taken
+
+    def _take(self, name: str, *, is_new: bool) -> bool:
+        """Take a key list, or say why not."""
+        ping()
+        try:
+            try:
+                data = load_list(self._folder / name)
+            except OSError as err:
+                self._failed = True
+                self._decide(name, Decision.WAITING, str(err))
+                return False
+            result = self._device.add_list(data)
+        except ListExpiredError as err:
+            self._decide(name, Decision.HELD, str(err))
+        except (KeyListError, TrustError) as err:
+            if isinstance(err, KeyListError) and is_new:
+                self._view = None
+                self._decide(name, Decision.WAITING, "not a whole key list, or not yet")
+            else:
+                self._decide(name, Decision.REFUSED, str(err), err)
+        else:
+            self._decide(name, Decision.APPLIED, "")
+            if result is UpdateResult.APPLIED and (keys := self.state.key_list):
+                facts = {"list": keys.root.version, "expires": keys.root.expires}
+                self._log("applied", file=name, **facts)
+            return result is UpdateResult.APPLIED
+        return False
 
     def _read(self, name: str, *, is_new: bool) -> Offer | None:
         """Return what a file offers, unless it is refused, or cannot be read yet."""
@@ -217,7 +277,7 @@ class Agent:
                 break
             try:
                 self._apply(chain[0])
-            except HeldError as err:
+            except (HeldError, ListExpiredError) as err:
                 self._failed = True
                 return str(err)
         return ""
@@ -227,7 +287,7 @@ class Agent:
         start = time.monotonic()
         try:
             result = self._device.update(self._folder / offer.name)
-        except (HeldError, *FAILURES):
+        except (HeldError, ListExpiredError, *FAILURES):
             raise
         except DpuError as err:
             self._decide(offer.name, Decision.REFUSED, str(err), err)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
-from edge_runtime.errors import HeldError
+from edge_runtime.errors import HeldError, ListExpiredError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.store.admission import refusal, was_left
 from edge_runtime.store.state import State
@@ -67,7 +67,7 @@ def decide(state: State, header: PatchHeader, held: str = "") -> tuple[Decision,
     ):
         return Decision.APPLIED, ""
     error = refusal(state, header)
-    if isinstance(error, HeldError):
+    if isinstance(error, HeldError | ListExpiredError):
         return Decision.HELD, str(error)
     if error:
         return Decision.PASSED if past else Decision.REFUSED, str(error)

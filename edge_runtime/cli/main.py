@@ -7,6 +7,7 @@ import click
 
 from edge_runtime.cli import agent as cli_agent
 from edge_runtime.cli import infer as cli_infer
+from edge_runtime.cli import trust as cli_trust
 from edge_runtime.commandline import (
     CONTEXT,
     EXIT_CODE_HELP,
@@ -49,10 +50,10 @@ def main() -> None:
 @click.option(
     "--trust",
     "keys",
-    metavar="KEY.pem",
+    metavar="KEY.pem|N.root.json",
     multiple=True,
     type=_file,
-    help="Accept only what this key signed (repeatable).",
+    help="Accept only what this key signed (repeatable), or what a key list says.",
 )
 @click.option(
     "--threshold",
@@ -78,7 +79,7 @@ def init(
     as_json: bool,
 ) -> None:
     """Install a model from a bundle into an empty store."""
-    from edge_runtime import Device, trust_keys
+    from edge_runtime import Device
     from edge_runtime.formats.bundle import carried_trust
 
     if carried and keys:
@@ -86,7 +87,7 @@ def init(
     trust = (
         carried_trust(bundle, threshold)
         if carried
-        else trust_keys({str(key): key.read_bytes() for key in keys}, threshold)
+        else cli_trust.read_trust(keys, threshold)
     )
     status = Device.install(root, bundle, trust=trust).status()
     emit(
@@ -103,7 +104,11 @@ def _keys(status: dict[str, Any]) -> str:
     keys, needed = status["trusted_keys"], status["signatures_needed"]
     if not keys:
         return "none: patches need no signature (install with --trust KEY.pem)"
-    return ", ".join(keys) + (f" ({needed} of them must sign)" if needed > 1 else "")
+    text = ", ".join(keys) + (f" ({needed} of them must sign)" if needed > 1 else "")
+    if listed := status["key_list"]:
+        verb = "EXPIRED" if listed["expired"] else "expires"
+        text += f"; key list {listed['version']} {verb} {listed['expires']}"
+    return text
 
 
 @main.command()
@@ -270,5 +275,8 @@ def device_key(device: "Device") -> Answer:
 for _command in (
     *(cli_infer.infer, cli_infer.bench),
     *(cli_agent.agent, cli_agent.service),
+    cli_trust.trust,
 ):
     main.add_command(_command)
+for _command in (cli_trust.show, cli_trust.add):
+    cli_trust.trust.add_command(_command)

@@ -109,17 +109,30 @@ class Trust:
 
 
 def _verify(public: str, signature: Signature, message: bytes) -> None:
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
-        key.verify(signature.value, message)
-    except InvalidSignature as err:
+    if not is_signed(public, signature.value, message):
         raise TrustError(
             f"the signature of key {signature.key_id} is wrong: the file was altered, "
             "or the signature was made for another one; do not use it"
-        ) from err
+        )
+
+
+def is_signed(public: str, value: bytes, message: bytes) -> bool:
+    """Whether a signature is this key's, over exactly these bytes.
+
+    Args:
+        public: The key, 32 raw bytes in hex.
+        value: The signature.
+        message: What was signed.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+    try:
+        key.verify(value, message)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def framed(context: bytes, message: bytes) -> bytes:

@@ -9,7 +9,8 @@ None. The rules, in the order in which a device asks them:
 3. The device is not pinned.
 4. Its release counter is above the floor, or equal to it with the same target.
 5. It did not fail its trial here before, unless somebody insists.
-6. It leads from weights that this store has.
+6. The key list that vouches for it has not expired.
+7. It leads from weights that this store has.
 
 What needs the bytes themselves (sizes, positions, the fingerprint of the result) is in
 :mod:`edge_runtime.formats.apply`.
@@ -17,7 +18,13 @@ What needs the bytes themselves (sizes, positions, the fingerprint of the result
 
 from collections.abc import Callable
 
-from edge_runtime.errors import DpuError, HeldError, TrustError, WrongParentError
+from edge_runtime.errors import (
+    DpuError,
+    HeldError,
+    ListExpiredError,
+    TrustError,
+    WrongParentError,
+)
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, wrong_model
 from edge_runtime.formats.signing import Trust
@@ -61,13 +68,14 @@ def refusal(
     Returns:
         A WrongModelError if it is for another network or run; a HeldError if the
         device is pinned; a TrustError if the release is older than one that was
-        active, or failed its trial.
+        active, or failed its trial; a ListExpiredError if the key list has expired.
     """
     return (
         wrong_model(header, state.model, identity)
         or _pinned(state)
         or _older(state, header)
         or (None if force else _failed_before(state, header))
+        or _expired(state)
     )
 
 
@@ -154,3 +162,8 @@ def _failed_before(state: State, header: PatchHeader) -> TrustError | None:
         f"device before, or was cut off in {MAX_TRIES} of them; apply a newer "
         "round, or try again with --force"
     )
+
+
+def _expired(state: State) -> ListExpiredError | None:
+    # Whatever expires while it runs goes on running: only what is new is held back.
+    return ListExpiredError(state.expired) if state.expired else None

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edge_runtime.errors import MALFORMED, StoreError
+from edge_runtime.formats.json_file import Record
 from edge_runtime.formats.signing import Trust
+from edge_runtime.trust.keylist import KeyList
 
-SCHEMA = 1
+SCHEMA, WITH_LIST = 1, 2  # of a state without and with a key list
 MAX_HISTORY = 100  # events kept, and targets whose tries are counted
 MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 MAX_FORMER = 8  # reverse patches kept
@@ -50,7 +52,8 @@ class Event:
     Attributes:
         at: UTC time by the device's own clock, ISO 8601; for people only.
         event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``pinned``,
-            ``unpinned``, ``hook failed`` or ``mended`` (the state, from its copy).
+            ``unpinned``, ``hook failed``, ``keys changed`` (by a key list) or
+            ``mended`` (the state, from its copy).
         round: The round that the event led to, or that was refused.
         target: Its fingerprint.
         reason: Why, for a refusal or a failure.
@@ -82,6 +85,8 @@ class State:
         tries: How often the trial of a target was begun, without a good end so far; as
             often as is allowed where it failed. From then on the target is refused
             until it is forced.
+        key_list: Where ``trust`` comes from, and what may replace it; None where
+            single keys were trusted when the device was installed, or nobody.
     """
 
     model: str
@@ -95,6 +100,19 @@ class State:
     former: tuple[Slot, ...] = ()
     pinned: bool = False
     tries: dict[str, int] = field(default_factory=dict)
+    key_list: KeyList | None = None
+
+    @property
+    def expired(self) -> str:
+        """What has expired: words for the key list, or nothing."""
+        if self.key_list is None or not self.key_list.is_expired(utc()):
+            return ""
+        root = self.key_list.root
+        return (
+            f"key list {root.version} expired {root.expires}, and this device cannot "
+            f"know of an earlier time than {self.key_list.now(utc())}; give it "
+            f"{root.version + 1}.root.json with 'dpu-edge trust add'"
+        )
 
     @property
     def skipped(self) -> list[str]:
@@ -148,6 +166,15 @@ class State:
                 target = link.parent
         return target, links
 
+    def trusting(self, key_list: KeyList) -> "State":
+        """Return the state under a key list: whom it names is trusted, nobody else."""
+        root = key_list.root
+        state = replace(self, key_list=key_list, trust=root.releases)
+        if not self.active:
+            return state  # being installed: that is an event of its own
+        reason = f"key list {root.version}, until {root.expires}"
+        return state.noted("keys changed", self.active_slot, reason)
+
     def activated(self, slot: Slot, event: str) -> "State":
         """Return the state after a slot became the active one.
 
@@ -192,7 +219,9 @@ class State:
 
 def encode_state(state: State) -> bytes:
     """Encode a state as the bytes of ``state.json``."""
-    record = {"schema": SCHEMA} | asdict(state)
+    record = {"schema": WITH_LIST if state.key_list else SCHEMA} | asdict(state)
+    if state.key_list is None:
+        del record["key_list"]  # as older runtimes write it, and read it
     sealed = record | {"sha256": _digest(record)}
     return json.dumps(sealed, indent=1).encode() + b"\n"
 
@@ -206,10 +235,10 @@ def decode_state(data: bytes) -> State:
     try:
         record: dict[str, Any] = json.loads(data)
         digest, schema = record.pop("sha256", None), record["schema"]
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, WITH_LIST):
             raise StoreError(
-                f"state.json has schema {schema}, this runtime knows {SCHEMA}; "
-                "install a newer dpu-edge"
+                f"state.json has schema {schema}, this runtime knows {SCHEMA} and "
+                f"{WITH_LIST}; install a newer dpu-edge"
             )
         # Half an old and half a new state may be good JSON, with a floor of its own.
         if digest != _digest(record):
@@ -223,6 +252,11 @@ def decode_state(data: bytes) -> State:
                 "former": tuple(Slot(**entry) for entry in record["former"]),
                 "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
                 "history": tuple(Event(**entry) for entry in record["history"]),
+                "key_list": KeyList.from_record(
+                    Record(record, "state.json", StoreError).record("key_list")
+                )
+                if schema == WITH_LIST
+                else None,
             }
         )
         _ = state.active_slot

@@ -20,9 +20,11 @@ from edge_runtime.errors import (
     BundleError,
     DpuError,
     HeldError,
+    ListExpiredError,
     RoundNotFoundError,
     StoreError,
     TrialError,
+    TrustError,
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.bundle import Bundle, read_bundle
@@ -33,8 +35,9 @@ from edge_runtime.inference.predictor import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
 from edge_runtime.store.slots import build_slot, retire
-from edge_runtime.store.state import MAX_TRIES, Slot
+from edge_runtime.store.state import MAX_TRIES, Slot, utc
 from edge_runtime.store.store import Store
+from edge_runtime.trust import KeyList, Root, first_root, read_root
 from edge_runtime.update.hooks import run_hooks
 from edge_runtime.update.trial import run_trial
 
@@ -84,7 +87,7 @@ class Device:
         root: StrPath,
         bundle: StrPath | bytes,
         *,
-        trust: Trust | None = None,
+        trust: Trust | Root | None = None,
         files: Files | None = None,
         trial: Trial = run_trial,
     ) -> "Device":
@@ -96,22 +99,28 @@ class Device:
         Args:
             root: The store's directory.
             bundle: A bundle file, or its bytes.
-            trust: Whose signatures the bundle, and every patch after it, needs; by
-                default nobody's.
+            trust: Whose signatures the bundle, and every patch after it, needs, or the
+                key list that says so; by default nobody's.
             files: The seam to the disk.
             trial: Called as :func:`edge_runtime.update.trial.run_trial`.
 
         Raises:
             OSError: The bundle cannot be read, or the disk is full or refuses.
             BundleError: The bundle is damaged or contradicts itself.
-            TrustError: The trusted keys did not sign it.
+            TrustError: The trusted keys did not sign it, or their list has expired.
             DpuError: Its patch is refused; nothing is installed then.
             StoreError: Something is installed there already.
         """
-        content = read_bundle(bundle, trust)
+        key_list = KeyList.begin(trust, utc()) if isinstance(trust, Root) else None
+        keys = trust.releases if isinstance(trust, Root) else trust or Trust()
+        content = read_bundle(bundle, keys)
         device = cls(Store(root, files), trial)
         with device.store.lock(), open_patch(content.patch) as patch:
-            device.store.create(content.files, trust or Trust())
+            device.store.create(content.files, keys)
+            if key_list:
+                device.store.state = device.store.state.trusting(key_list)
+                if expired := device.store.state.expired:
+                    raise ListExpiredError(expired)
             device._install(content, patch)
         return device
 
@@ -141,7 +150,7 @@ class Device:
             WrongModelError: It is for another network.
             WrongParentError: It leads from weights that this device does not have.
             TrustError: The trusted keys did not sign it, the release is older than one
-                that was active, or it failed its trial before.
+                that was active, it failed its trial before, or the key list expired.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
             BackendError: No runtime here can try them; the release stays welcome.
@@ -212,6 +221,44 @@ class Device:
         return admission.refusal(
             state, header, force=force, identity=self.store.read_identity
         ) or admission.parent_refusal(state, header)
+
+    def add_list(
+        self, data: bytes, *, lapsed: bool = False, first_use: bool = False
+    ) -> UpdateResult:
+        """Take a key list: from its commit on, whom it does not name is not trusted.
+
+        A device that trusts single keys so far takes its first list if enough of these
+        signed it. A pin does not hold it back: a stolen key has to stop at once.
+
+        Args:
+            data: The content of the file.
+            lapsed: Take it although the present list expired before it was signed.
+            first_use: Take it although this device trusts nobody so far who could
+                have signed it.
+
+        Raises:
+            KeyListError: Damaged, or not a key list.
+            TrustError: It may not follow, or too few keys signed it.
+            StoreError: Another process is writing.
+            OSError: The disk is full or refuses.
+        """
+        with self.store.lock():
+            state, at = self.store.state, utc()
+            if key_list := state.key_list:
+                if read_root(data).root.sha256 == key_list.root.sha256:
+                    return UpdateResult.ALREADY_CURRENT
+                key_list = key_list.follow(data, at, lapsed=lapsed)
+            elif not state.trust.keys and not first_use:
+                raise TrustError(
+                    "this device checks no signatures, so nothing tells whose list "
+                    "this is; if you know, use 'dpu-edge trust add "
+                    "--trust-on-first-use'"
+                )
+            else:
+                present = state.trust if state.trust.keys else None
+                key_list = KeyList.begin(first_root(data, present), at)
+            self.store.commit(state.trusting(key_list))
+        return UpdateResult.APPLIED
 
     def _restore(self, slot: Slot) -> None:
         """Make a slot again from a kept one and reverse patches."""
@@ -318,6 +365,7 @@ class Device:
             "weights_bytes": self.store.layout.file_size,
             "trusted_keys": list(state.trust.ids),
             "signatures_needed": state.trust.threshold if state.trust.keys else 0,
+            "key_list": state.key_list and state.key_list.summary(utc()),
             "kept_rounds": [slot.round for slot in state.slots],
             "reachable_rounds": [slot.round for slot in state.reachable],
             "skipped": state.skipped,

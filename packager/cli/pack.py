@@ -27,6 +27,7 @@ from packager.cli.files import file_options, pack_extra
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
 from packager.cli.options import FILE, runs_option
+from packager.cli.trust import trust
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
@@ -269,6 +270,6 @@ def patch() -> None:
 
 for command in (
     *(info, diff, report, verify, compose, extract, keygen, sign),
-    check_proof,
+    *(check_proof, trust),
 ):
     patch.add_command(command)

@@ -20,7 +20,9 @@ from packager.rounds.folder import read_round
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-ON_THE_DEVICE = (ROOT / "edge_runtime" / "README.md").read_text()
+ON_THE_DEVICE = "".join(
+    (ROOT / "edge_runtime" / name).read_text() for name in ("README.md", "TRUST.md")
+)
 COMMANDS = {
     "dpu-edge": edge_runtime.cli.main.main,
     "dpu-pack": packager.cli.pack.pack,
@@ -57,7 +59,7 @@ def test_these_commands_are_installed_and_no_others():
 def test_every_command_that_is_shown_exists(line):
     words = shlex.split(line, comments=True)
     command = COMMANDS[words[0]]
-    if isinstance(command, click.Group):
+    while isinstance(command, click.Group):
         command = command.commands[next(w for w in words[1:] if w in command.commands)]
     words = words[: words.index(">")] if ">" in words else words
     known = {option for p in command.params for option in p.opts}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 
@@ -221,9 +222,20 @@ def test_the_store_may_come_from_the_environment(command, installed, edge, monke
     assert command(main, "status")[0] == 0
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
-def test_every_command_takes_the_store_after_its_name_and_answers_in_json(name):
-    options = {opt for param in main.commands[name].params for opt in param.opts}
+def commands(group, path=()):
+    """Every command of a group and of the groups in it, by its whole name."""
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+@pytest.mark.parametrize(("name", "command"), list(commands(main)))
+def test_every_command_takes_the_store_after_its_name_and_answers_in_json(
+    name, command
+):
+    options = {opt for param in command.params for opt in param.opts}
     # What service prints is a unit file; its other options are the agent's.
     assert options >= ({"--store"} if name == "service" else {"--store", "--json"})
 

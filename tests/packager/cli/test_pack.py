@@ -397,6 +397,7 @@ COMMANDS = [
     "keygen",
     "report",
     "sign",
+    "trust",
     "verify",
 ]
 

@@ -1,0 +1,154 @@
+"""``dpu-edge trust``: whose releases this device takes, and how that changes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import CONTEXT, Answer, Group, on_device
+
+if TYPE_CHECKING:
+    from edge_runtime.formats.signing import Trust
+    from edge_runtime.trust import Root
+    from edge_runtime.update.device import Device
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+def trust() -> None:
+    """Show or replace the keys whose releases this device takes."""
+
+
+@click.command()
+@on_device
+def show(device: "Device") -> Answer:
+    """Show the keys, the key list that names them, and the lists before it."""
+    return _shown(device)
+
+
+def _shown(device: "Device") -> Answer:
+    from edge_runtime.store.state import utc
+
+    state = device.store.state
+    record: dict[str, Any] = {"releases": _role(state.trust), "key_list": None}
+    lines = [f"releases      {_words(record['releases'])}"]
+    if state.key_list is None:
+        lines.append(
+            "key list      none: these keys stay until 'dpu-edge trust add' takes one"
+        )
+        return record, "\n".join(lines)
+    key_list, now = state.key_list, utc()
+    root = key_list.root
+    record["key_list"] = key_list.summary(now) | {
+        "issued": root.issued or None,
+        "sha256": root.sha256,
+        "next_list": _role(root.keys),
+        "newest_signed_time": key_list.seen or None,
+        "now": key_list.now(now),
+        "history": [
+            {"version": e.version, "sha256": e.sha256, "at": e.at}
+            for e in key_list.history
+        ],
+    }
+    lines += [
+        f"next list     {_words(record['key_list']['next_list'])}",
+        f"key list      {root.version}, issued {root.issued or 'at an unknown time'}",
+        f"expires       {root.expires}"
+        + ("  EXPIRED: no release is taken" if key_list.is_expired(now) else ""),
+        f"signed time   {key_list.seen or 'none seen'}; now is {key_list.now(now)}",
+        "history",
+        *(f"  {e.at}  list {e.version}  {e.sha256[:12]}" for e in key_list.history),
+    ]
+    return record, "\n".join(lines)
+
+
+def _role(trust: "Trust") -> dict[str, Any]:
+    from edge_runtime.trust import tuf_key_id
+
+    return {
+        "threshold": trust.threshold if trust.keys else 0,
+        "keys": [
+            {"key_id": name, "public": key, "tuf_key_id": tuf_key_id(key)}
+            for name, key in zip(trust.ids, trust.keys, strict=True)
+        ],
+    }
+
+
+def _words(role: dict[str, Any]) -> str:
+    names = ", ".join(key["key_id"] for key in role["keys"])
+    return (
+        f"{role['threshold']} of {names}" if names else "anybody's: nothing is checked"
+    )
+
+
+@click.command()
+@click.argument(
+    "paths",
+    metavar="N.root.json...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--lapsed",
+    is_flag=True,
+    help="Take it although the present list expired before it was signed.",
+)
+@click.option(
+    "--trust-on-first-use",
+    "first_use",
+    is_flag=True,
+    help="Take it on a device that trusts nobody so far.",
+)
+@on_device
+def add(
+    device: "Device", paths: tuple[Path, ...], *, lapsed: bool, first_use: bool
+) -> Answer:
+    """Take key lists, in the order given. A list that is refused changes nothing.
+
+    From then on the device takes what the keys of the newest list signed, and nothing
+    that only other keys signed. 'dpu-patch trust' makes lists.
+    """
+    from edge_runtime.errors import DpuError
+    from edge_runtime.trust import load_list
+
+    results, lines = [], []
+    for path in paths:
+        try:
+            result = device.add_list(
+                load_list(path), lapsed=lapsed, first_use=first_use
+            )
+        except DpuError as err:
+            err.args = (f"{path.name}: {err}",)
+            raise
+        results.append({"file": str(path), "result": result})
+        lines.append(f"{path.name}: {result}")
+    record, text = _shown(device)
+    return {"lists": results} | record, "\n".join([*lines, text])
+
+
+def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
+    """Read whom a new device is to trust: public keys, or one key list.
+
+    Raises:
+        UsageError: A key list beside other files, or beside a threshold of its own.
+        KeyFileError: A file does not hold a public key.
+        KeyListError: A key list is damaged.
+        TrustError: A key list is not signed by its own keys.
+    """
+    from edge_runtime.errors import KeyFileError
+    from edge_runtime.files import read_bounded
+    from edge_runtime.formats.signing import trust_keys
+    from edge_runtime.trust import first_root, is_list
+
+    files = {
+        str(path): read_bounded(path, "key_list_bytes", str(path), KeyFileError)
+        for path in paths
+    }
+    if not any(map(is_list, files.values())):
+        return trust_keys(files, threshold)
+    if len(files) > 1 or threshold > 1:
+        raise click.UsageError(
+            "a key list says itself which keys and how many of them: give it alone, "
+            "without --threshold"
+        )
+    return first_root(next(iter(files.values())))
