@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EINVAL
 from pathlib import Path
@@ -19,9 +19,31 @@ from typing import BinaryIO
 
 from edge_runtime.errors import DpuError
 from edge_runtime.limits import limits
+from edge_runtime.text import printable
 
 READ_BYTES = 1 << 20
 _SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
+_NAMED = 5  # of the things found in a folder
+
+
+def strangers(folder: Path, own: Collection[str] = ()) -> str:
+    """Name what lies in a folder, in words; empty if there is nothing, or no folder.
+
+    Args:
+        folder: Where something is to be written.
+        own: Names that are no obstacle.
+
+    Raises:
+        OSError: The folder cannot be read, or is none.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entry.name for entry in entries if entry.name not in own)
+    except FileNotFoundError:
+        return ""
+    more = len(found) - _NAMED
+    names = ", ".join(map(printable, found[:_NAMED]))
+    return names + (f" and {more} more" if more > 0 else "")
 
 
 def open_regular(path: Path) -> BinaryIO:

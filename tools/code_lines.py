@@ -25,9 +25,9 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 530,
-        "agent": 430,
-        "cli": 680,
+        ".": 560,
+        "agent": 400,
+        "cli": 560,
         "formats": 2485,
         "inference": 620,
         "live": 380,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import Files
+from edge_runtime.files import Files, strangers
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
@@ -61,12 +61,16 @@ _OLD_NAME_LENGTH = 32
 _HALF_OR_WHOLE = "[0-9a-f]{32}(?:[0-9a-f]{32})?"
 _OWN = {
     ".": re.compile(
-        r"(?:current|state\.json|state\.copy|device\.key)\.part"
+        r"init\.unfinished"
+        r"|(?:current|state\.json|state\.copy|device\.key|init\.unfinished)\.part"
         r"|\..+\.[0-9a-f]{16}\.part"  # as Files.temporary names them
     ),
     "slots": re.compile(rf"{_HALF_OR_WHOLE}|.+\.part"),
     "reverse": re.compile(rf"{_HALF_OR_WHOLE}\.dpu|.+\.part"),
 }
+# An installation begins with this file, so that what it leaves unfinished is known.
+_MARK, _MARK_TEXT = "init.unfinished", b"dpu-edge init was begun here\n"
+_LAID_OUT = ("model", "slots", "reverse", "state.copy")
 
 
 @contextmanager
@@ -120,14 +124,15 @@ class Store:
             trust: Whose signatures patches will need.
 
         Raises:
-            StoreError: Something is installed there already.
+            StoreError: Something is there already; nothing of it was touched.
             WeightsError: The init recipe is malformed.
         """
-        if self._state_path.exists():
-            raise StoreError(
-                f"{self.root} already holds an installed model; use 'dpu-edge apply' "
-                "to update it, or remove the folder to install anew"
-            )
+        self.insist_free()
+        if self._is_unfinished():
+            for name in _LAID_OUT:
+                self.files.remove(self.root / name)
+        else:
+            self.files.replace(self.root / _MARK, _MARK_TEXT, suffix=".part")
         folder = self.root / "model"
         # The first commit makes the names of these durable.
         for path in (folder, self.root / "slots", self.root / "reverse"):
@@ -137,6 +142,43 @@ class Store:
         self.files.sync_folder(folder)
         init = fingerprint_chunks(self.recipe.chunks())
         self.state = State(self.read_identity().model, init, trust=trust)
+
+    def insist_free(self) -> None:
+        """Insist that a store may be laid out here: nobody's things are in the way.
+
+        An installation that was cut is no obstacle, nor is an empty file system.
+
+        Raises:
+            StoreError: A model is installed there, or something else lies there.
+        """
+        if self._state_path.exists():
+            raise StoreError(
+                f"{self.root} already holds an installed model; use 'dpu-edge apply' "
+                "to update it, or remove the folder to install anew"
+            )
+        own, lock = {"lost+found"}, self.root / "lock"
+        if lock.is_file() and not lock.stat().st_size:
+            own.add(lock.name)
+        parts = {path.name for path in self._own_files()}
+        own |= {name for name in parts if name.endswith(".part") and _MARK in name}
+        if self._is_unfinished():
+            own.update(_LAID_OUT, parts)
+        if found := strangers(self.root, own):
+            raise StoreError(
+                f"{self.root} is not empty and holds no store: found {found}; give an "
+                "empty folder, or one that does not exist"
+                + (
+                    ". If this store has lost its state.json, copy state.copy to it"
+                    if self._copy_path.exists()
+                    else ""
+                )
+            )
+
+    def _is_unfinished(self) -> bool:
+        mark = self.root / _MARK
+        if not mark.is_file() or mark.stat().st_size != len(_MARK_TEXT):
+            return False
+        return mark.read_bytes() == _MARK_TEXT
 
     # What is there ------------------------------------------------------------------
 

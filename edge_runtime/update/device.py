@@ -109,12 +109,13 @@ class Device:
             BundleError: The bundle is damaged or contradicts itself.
             TrustError: The trusted keys did not sign it, or their list has expired.
             DpuError: Its patch is refused; nothing is installed then.
-            StoreError: Something is installed there already.
+            StoreError: Something is installed there already, or lies there.
         """
         key_list = KeyList.begin(trust, utc()) if isinstance(trust, Root) else None
         keys = trust.releases if isinstance(trust, Root) else trust or Trust()
         content = read_bundle(bundle, keys)
         device = cls(Store(root, files), trial)
+        device.store.insist_free()  # before there is a lock in somebody's folder
         with device.store.lock(), open_patch(content.patch) as patch:
             device.store.create(content.files, keys)
             if key_list:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.text import printable
 from packager.cli.files import read_any
@@ -225,9 +226,16 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
     from packager.build import write_file
 
     model = read_any(source)
-    write_file(bytes(model.weights.data), output / WEIGHTS_NAME)
-    if model.graph:
-        write_file(model.graph, output / GRAPH_NAME)
+    files = {WEIGHTS_NAME: bytes(model.weights.data)}
+    files |= {GRAPH_NAME: model.graph} if model.graph else {}
+    for name, data in files.items():
+        path = output / name
+        if path.is_file() and path.read_bytes() != data:
+            raise ConfigError(
+                f"{path} is there already and holds something else; give another folder"
+            )
+    for name, data in files.items():
+        write_file(data, output / name)
     record = {
         "source": str(source),
         "path": str(output / WEIGHTS_NAME),

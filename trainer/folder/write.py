@@ -15,6 +15,7 @@ process trains a run at a time (:func:`alone`).
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.files import strangers
 from edge_runtime.formats import identity
 from edge_runtime.formats.contract import (
     Contract,
@@ -65,6 +67,9 @@ from edge_runtime.formats.weights import (
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 from trainer.export.tensors import check_fit
 from trainer.folder.record import RUN_SCHEMA, SCHEMA, RoundRecord, read_round_record
+
+# What a killed process leaves of a folder that it was writing.
+_ABANDONED = re.compile(rf"\.(?:{MODEL_NAME}|round_\d{{2,}})\.part")
 
 
 def make_contract(
@@ -210,7 +215,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training the same run; the kernel lets go if we die.
 
     Raises:
-        ConfigError: Another process is training it.
+        ConfigError: Another process is training it, or something else lies there.
         OSError: The folder cannot be made or opened.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -226,7 +231,24 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             ) from err
         # Not before it is ours: an empty folder may be another's first round.
         stack.callback(_remove_if_empty, run_dir)
+        _insist_on_run(run_dir)
         yield
+
+
+def _insist_on_run(folder: Path) -> None:
+    """Insist that a folder is a run's, or may become one: nobody's things lie there.
+
+    Raises:
+        ConfigError: Something else lies there.
+    """
+    if (folder / MODEL_NAME).is_dir() or list_rounds(folder):
+        return
+    parts = [p.name for p in folder.iterdir() if _ABANDONED.fullmatch(p.name)]
+    if found := strangers(folder, ["lost+found", *parts]):
+        raise ConfigError(
+            f"{folder} is not empty and holds no run: found {found}; choose another "
+            "run.name, or give another folder with --runs"
+        )
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -259,7 +281,8 @@ def _written_once(folder: Path) -> Iterator[Path]:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(".*.part"):
-        shutil.rmtree(abandoned)
+        if _ABANDONED.fullmatch(abandoned.name):  # else it is somebody's
+            shutil.rmtree(abandoned)
     part = folder.with_name(f".{folder.name}.part")
     part.mkdir()
     yield part

@@ -195,3 +195,12 @@ def test_extract_writes_the_canonical_file_of_any(packed, command, tmp_path):
         command(patch, "extract", packed[1], "-o", tmp_path / "slot", "--json")[1]
     )
     assert (record["canonical"], record["graph"]) == (True, None)
+
+
+def test_extract_writes_over_nobodys_weights(packed, command, tmp_path):
+    mine = tmp_path / "weights.safetensors"
+    mine.write_bytes(b"mine")
+    code, _, err = command(patch, "extract", packed[1], "-o", tmp_path)
+    assert code == 2
+    assert "holds something else" in err
+    assert mine.read_bytes() == b"mine"

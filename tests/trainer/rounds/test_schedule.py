@@ -351,6 +351,27 @@ def test_who_is_refused_leaves_the_others_empty_folder_alone(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", ".film.part/film", "round_one/x"])
+def test_somebodys_folder_becomes_no_run(tmp_path, name):
+    mine = tmp_path / "tiny" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="not empty") as refused:
+        run_rounds(config_of(), tmp_path)
+    assert name.partition("/")[0] in str(refused.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_run_removes_nothing_but_its_own_unfinished_folders(copied):
+    run = copied / "tiny"
+    for name in (".film.part", ".round_03.part"):
+        (run / name).mkdir()
+    (run / "notes.part").write_text("mine")
+    assert len(run_rounds(config_of(run={"rounds": 4}), copied)) == 4
+    assert (run / ".film.part").is_dir()
+    assert not (run / ".round_03.part").exists()
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(ConfigError, match="samples"):
         run_rounds(config_of(data={"initial": 5000}), tmp_path)
