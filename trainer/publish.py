@@ -4,7 +4,7 @@
 each training that devices should get. ``dpu-pack`` does the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,20 @@ from torch import Tensor, nn
 
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.init_weights import read_init_spec
-from edge_runtime.formats.model_folder import MODEL_NAME, Outcome, list_rounds
+from edge_runtime.formats.model_folder import (
+    MODEL_NAME,
+    WEIGHTS_NAME,
+    Outcome,
+    list_rounds,
+    round_name,
+)
+from edge_runtime.formats.weights import read_weights
 from trainer.export.graph import export_graph
+from trainer.export.graph_check import check_deployed
 from trainer.export.init_recipe import make_init_spec
-from trainer.export.tensors import load_weights, weights_of
+from trainer.export.network import find_network, network_weights, without_prefix
+from trainer.export.tensors import load_weights
+from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import write_model, write_round
 
@@ -78,15 +88,24 @@ def publish_round(
     masks: Mapping[str, Tensor],
     *,
     from_init: bool = False,
+    dense: Collection[str] = (),
     samples: int = 0,
     metrics: Mapping[str, float] | None = None,
 ) -> RoundRecord:
     """Write the network's weights as the run's next round.
 
+    What a device will compute is proved first: nothing outside of the masks differs
+    from the round before, and the run's graph with the new weights answers as the
+    model does.
+
     Args:
         run_dir: The run's folder.
-        model: With the weights that devices should get.
+        model: The network with the weights that devices should get, or a module that
+            holds it whole (a LightningModule, what torch.compile or DataParallel made
+            of it).
         masks: What was allowed to change, as :meth:`PartialUpdater.finish` returns it.
+        dense: Names of further tensors, of several axes, that are sent whole where
+            they changed.
         from_init: This training started from the init weights, not from the last round.
         samples: How many samples it used, for the record.
         metrics: Whatever you measured, for the record.
@@ -96,13 +115,25 @@ def publish_round(
 
     Raises:
         TrainingError: Weights or masks do not fit the run.
+        FrozenWeightChangedError: Something changed that was not selected.
+        ExportError: The device would answer otherwise than the model.
         OSError: The files cannot be written.
     """
-    done = [read_round_record(folder) for folder in list_rounds(run_dir)]
-    init = read_init_spec(Path(run_dir, MODEL_NAME)).generate().fingerprint
-    parent = init if from_init or not done else done[-1].target
-    weights = weights_of(model)
-    kept = weights.fingerprint == parent
+    folder = Path(run_dir, MODEL_NAME)
+    done = [read_round_record(path) for path in list_rounds(run_dir)]
+    init = read_init_spec(folder).generate()
+    prefix, network = find_network(model, init.layout, masks)
+    masks = without_prefix(masks, prefix)
+    weights = network_weights(network)
+    base, source = init, folder
+    if done and not from_init:
+        source = Path(run_dir, round_name(done[-1].round))
+        base = read_weights(source / WEIGHTS_NAME)
+    kept = weights.fingerprint == base.fingerprint
+    check_masks(weights.layout, masks)
+    check_changes(base, weights, masks, source=source, dense=dense)
+    if not kept:
+        check_deployed(network, weights, folder)
     total = sum(mask.numel() for mask in masks.values())
     selected = sum(int(mask.sum()) for mask in masks.values())
     record = RoundRecord(
@@ -110,7 +141,7 @@ def publish_round(
         round=len(done),
         counter=len(done),
         outcome=Outcome.KEPT_BASE if kept else Outcome.UPDATED,
-        parent=parent,
+        parent=base.fingerprint,
         method="own",
         ratio=selected / total if total else None,
         reinitialised=from_init and bool(done),

@@ -27,7 +27,6 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,7 +56,6 @@ from edge_runtime.formats.model_folder import (
     round_name,
 )
 from edge_runtime.formats.weights import (
-    Layout,
     Weights,
     fingerprint_chunks,
     pack_weights,
@@ -66,6 +64,7 @@ from edge_runtime.formats.weights import (
 )
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 from trainer.export.tensors import check_fit
+from trainer.folder.changes import check_masks
 from trainer.folder.record import RUN_SCHEMA, SCHEMA, RoundRecord, read_round_record
 
 # What a killed process leaves of a folder that it was writing.
@@ -181,7 +180,7 @@ def write_round(
     model = Path(run_dir, MODEL_NAME)
     recipe = read_init_spec(model)
     check_fit(recipe.layout(), weights.layout)
-    _check_masks(weights.layout, masks)
+    check_masks(weights.layout, masks)
     graph = (model / GRAPH_NAME).read_bytes()
     run = identity.identify(weights.layout.header, graph, model)
     complete = replace(
@@ -287,17 +286,6 @@ def _written_once(folder: Path) -> Iterator[Path]:
     part.mkdir()
     yield part
     part.rename(folder)
-
-
-def _check_masks(layout: Layout, masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        tensor = layout.by_name.get(name)
-        shape = tensor.shape if tensor else "no such tensor"
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-            raise TrainingError(
-                f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, the tensor "
-                f"is {shape}; masks are boolean, in their tensor's shape"
-            )
 
 
 def _check_parent(run_dir: Path, record: RoundRecord, recipe: InitSpec) -> None:

@@ -4,6 +4,7 @@ Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both 
 ``before`` and ``after``, called with the names of the tensors that the optimizer steps.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -117,6 +118,41 @@ class Freeze:
                 tensor=name,
                 count=count,
             )
+
+
+class Still:
+    """Tensors that are neither selected from nor dense, and so have to stay the same.
+
+    Their bytes are hashed, not copied: they may be most of a network.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        """Take the present values."""
+        self._params = params
+        self._digests = {name: _digest(p) for name, p in params.items()}
+
+    def verify(self) -> None:
+        """Compare with the values at construction.
+
+        Raises:
+            FrozenWeightChangedError: A tensor changed; it is named.
+        """
+        for name, parameter in self._params.items():
+            if _digest(parameter) != self._digests[name]:
+                raise FrozenWeightChangedError(
+                    f"{name!r} changed in training, and nothing was selected from it: "
+                    "it was frozen when the updater was made and thawed later, or "
+                    "selectable= left it out. Make the updater when everything that "
+                    f"will train requires gradients, or pass dense=[{name!r}] to send "
+                    "it whole",
+                    tensor=name,
+                    count=parameter.numel(),
+                )
+
+
+def _digest(tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).digest()
 
 
 def unwrap(optimizer: Any) -> Optimizer:

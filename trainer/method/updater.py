@@ -20,7 +20,7 @@ in one step (LBFGS, SAM) freeze rightly, but their local contribution sees only 
 gradient; averages of weights (EMA) begun before ``select()``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import StrEnum
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from edge_runtime.errors import StepNotObservedError, TrainingError
 from trainer.method.scores import DPU, Evidence, Score
 from trainer.method.selection import check_fit, count_of, select_top_k
-from trainer.method.step_hooks import Freeze, LossDrop, unwrap
+from trainer.method.step_hooks import Freeze, LossDrop, Still, unwrap
 from trainer.parallel import masks_of_first
 
 
@@ -67,6 +67,7 @@ class PartialUpdater:
         ratio: float | None = None,
         score: Score = DPU,
         selectable: Callable[[str, Tensor], bool] = is_weight,
+        dense: Collection[str] = (),
     ) -> None:
         """Take the current weights as the base.
 
@@ -77,11 +78,22 @@ class PartialUpdater:
                 Not needed when ``select`` is given masks.
             score: What ``select()`` ranks the weights by.
             selectable: Called with name and parameter; which tensors to select from.
+            dense: Names of further tensors with several axes that may change, and are
+                sent whole. Any other that changes without a mask (a layer that was
+                frozen here and thawed later) is an error at ``finish()``.
 
         Raises:
             TrainingError: No weight is selectable, or the ratio selects none.
         """
-        self._params = {n: p for n, p in named_parameters if selectable(n, p)}
+        named = dict(named_parameters)
+        self._params = {n: p for n, p in named.items() if selectable(n, p)}
+        self._still = Still(
+            {
+                name: parameter
+                for name, parameter in named.items()
+                if parameter.dim() > 1 and name not in {*self._params, *dense}
+            }
+        )
         self._total = sum(p.numel() for p in self._params.values())
         if not self._total:
             raise TrainingError(
@@ -192,13 +204,15 @@ class PartialUpdater:
 
         Raises:
             FrozenWeightChangedError: A weight that was not selected differs from the
-                base, compared as bits.
+                base, compared as bits, or a tensor of several axes changed that has no
+                mask.
             TrainingError: Nothing has been selected.
         """
         self._expect(Phase.SPARSE, "finish() comes once, after select()")
         self.detach()
         for name in self._params:
             self._freeze.verify(name)
+        self._still.verify()
         self._start(Phase.DONE)
         return self._masks
 

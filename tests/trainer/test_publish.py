@@ -1,0 +1,274 @@
+"""What a loop publishes is what devices will compute, or it is refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edge_runtime.errors import ExportError, FrozenWeightChangedError, TrainingError
+from edge_runtime.formats.model_folder import list_rounds
+from edge_runtime.formats.weights import read_weights
+from packager.build import pack_round
+from packager.rounds.folder import read_round
+from trainer.export.tensors import load_weights, weights_of
+from trainer.folder.write import make_contract
+from trainer.method.updater import PartialUpdater
+from trainer.publish import publish_round, start_run
+
+INPUTS = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+LABELS = INPUTS[:, :3].argmax(1)
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def start(tmp_path, build=net, dtype=torch.float32):
+    return start_run(
+        tmp_path / "run",
+        build,
+        contract=make_contract((6,), ["a", "b", "c"]),
+        golden_inputs=INPUTS,
+        golden_labels=LABELS,
+    )
+
+
+def train(model, optimizer, steps=3):
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(
+            model(torch.from_numpy(INPUTS)), torch.from_numpy(LABELS)
+        )
+        loss.backward()
+        optimizer.step()
+
+
+def one_round(model, *, ratio=0.2, **options):
+    """Train a round around any module; return the masks."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    updater = PartialUpdater(model.named_parameters(), ratio=ratio, **options)
+    updater.attach(optimizer)
+    train(model, optimizer)
+    updater.select()
+    train(model, optimizer)
+    return updater.finish()
+
+
+# State that the weight file does not bring ------------------------------------------
+
+
+class Drifting(nn.Module):
+    """Eval reads what training changes, and the state dict does not have it."""
+
+    def __init__(self, holder):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.holder = holder
+        if holder == "buffer":
+            self.register_buffer("shift", torch.zeros(6), persistent=False)
+        elif holder == "attribute":
+            self.shift = torch.zeros(6)
+        elif holder == "list":
+            self.shifts = [torch.zeros(6)]
+        else:
+            self.shift = 0.0
+
+    def forward(self, x):
+        if self.holder == "list":
+            if self.training:
+                self.shifts[0] = self.shifts[0] + 0.5
+            return self.fc(x - self.shifts[0])
+        if self.training:
+            self.shift = self.shift + 0.5
+        return self.fc(x - self.shift)
+
+
+@pytest.mark.parametrize("holder", ["buffer", "attribute", "list", "number"])
+def test_state_outside_of_the_state_dict_is_refused_by_the_name_of_the_output(
+    tmp_path, holder
+):
+    model = start(tmp_path, lambda: Drifting(holder))
+    masks = one_round(model)
+    with pytest.raises(ExportError, match=r"output 'output' .* outside of its state"):
+        publish_round(tmp_path / "run", model, masks)
+    assert list_rounds(tmp_path / "run") == []
+
+
+def test_the_modes_of_all_modules_are_as_they_were(tmp_path):
+    model = start(tmp_path)
+    masks = one_round(model)
+    model[0].eval()
+    before = [module.training for module in model.modules()]
+    publish_round(tmp_path / "run", model, masks)
+    assert [module.training for module in model.modules()] == before
+
+
+# Weights that are not what finish() verified -----------------------------------------
+
+
+def test_weights_outside_of_the_masks_are_refused_and_the_chain_goes_on(tmp_path):
+    run = tmp_path / "run"
+    model = start(tmp_path)
+    publish_round(run, model, one_round(model))
+    best = copy.deepcopy(model.state_dict())
+    for value in best.values():
+        value += 0.01
+    masks = one_round(model)
+    model.load_state_dict(best)  # "keep the best": it was another one
+    with pytest.raises(FrozenWeightChangedError, match=r"round_00.*load_weights"):
+        publish_round(run, model, masks)
+    assert len(list_rounds(run)) == 1
+    load_weights(model, read_weights(run / "round_00" / "weights.safetensors"))
+    record = publish_round(run, model, one_round(model))
+    assert record.round == 1
+    assert pack_round(read_round(run / "round_01")) is not None
+
+
+def test_a_model_that_was_trained_before_the_updater_was_made_is_refused(tmp_path):
+    model = start(tmp_path)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    masks = one_round(model)
+    with pytest.raises(FrozenWeightChangedError, match="outside of its mask"):
+        publish_round(tmp_path / "run", model, masks)
+
+
+def test_parameters_that_were_exchanged_for_others_are_refused(tmp_path):
+    model = start(tmp_path)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    updater = PartialUpdater(model.named_parameters(), ratio=0.2).attach(optimizer)
+    train(model, optimizer)
+    updater.select()
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(other, assign=True)
+    with pytest.raises(FrozenWeightChangedError):
+        publish_round(tmp_path / "run", model, updater.finish())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_never_become_a_round(tmp_path, value):
+    model = start(tmp_path)
+    masks = one_round(model)
+    (name, mask), *_ = masks.items()
+    with torch.no_grad():
+        weight = dict(model.named_parameters())[name]
+        weight[tuple(mask.nonzero()[0])] = value
+    with pytest.raises(TrainingError, match="no numbers"):
+        publish_round(tmp_path / "run", model, masks)
+    assert list_rounds(tmp_path / "run") == []
+
+
+# Layers that thaw --------------------------------------------------------------------
+
+
+def thawed_round(model, **options):
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.Adam(model[2].parameters(), lr=0.01)
+    updater = PartialUpdater(model.named_parameters(), ratio=0.2, **options)
+    updater.attach(optimizer)
+    train(model, optimizer)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    train(model, optimizer)
+    updater.select()
+    train(model, optimizer)
+    return updater.finish()
+
+
+def test_a_layer_that_thaws_after_the_updater_was_made_is_named(tmp_path):
+    model = start(tmp_path)
+    with pytest.raises(FrozenWeightChangedError, match=r"'0\.weight'.*thawed.*dense="):
+        thawed_round(model)
+
+
+def test_a_layer_that_is_said_to_be_dense_is_sent_whole(tmp_path):
+    model = start(tmp_path)
+    masks = thawed_round(model, dense=["0.weight"])
+    with pytest.raises(FrozenWeightChangedError, match=r"dense=\['0\.weight'\]"):
+        publish_round(tmp_path / "run", model, masks)
+    publish_round(tmp_path / "run", model, masks, dense=["0.weight"])
+    assert pack_round(read_round(tmp_path / "run" / "round_00")) is not None
+
+
+# Modules around the network ----------------------------------------------------------
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner, **more):
+        super().__init__()
+        self.net = inner
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Wrapper,
+        nn.DataParallel,
+        lambda m: torch.compile(m, backend="eager"),
+        lambda m: Wrapper(torch.compile(m, backend="eager")),
+        lambda m: Wrapper(m, loss=nn.CrossEntropyLoss(), metric=nn.Linear(2, 2)),
+        lambda m: nn.DataParallel(Wrapper(m)),
+    ],
+)
+def test_the_network_is_found_inside_of_a_module_around_it(tmp_path, wrap):
+    model = start(tmp_path)
+    around = wrap(model)
+    masks = one_round(around)
+    masks = {name: mask for name, mask in masks.items() if "metric" not in name}
+    record = publish_round(tmp_path / "run", around, masks)
+    assert record.target == weights_of(model).fingerprint
+    assert pack_round(read_round(tmp_path / "run" / "round_00")) is not None
+
+
+def test_a_network_with_a_compiled_part_is_found_by_its_plain_names(tmp_path):
+    model = start(tmp_path)
+    expected = model.state_dict().keys()
+    model[0] = torch.compile(model[0], backend="eager")
+    assert model.state_dict().keys() != expected
+    record = publish_round(tmp_path / "run", model, one_round(model))
+    written = read_weights(tmp_path / "run" / "round_00" / "weights.safetensors")
+    assert set(written) == set(expected)
+    assert record.round == 0
+
+
+def test_masks_of_the_bare_network_fit_the_module_around_it(tmp_path):
+    model = start(tmp_path)
+    masks = one_round(model)
+    publish_round(tmp_path / "run", Wrapper(model), masks)
+
+
+def test_of_student_and_teacher_the_one_with_the_masks_is_taken(tmp_path):
+    student = start(tmp_path)
+    both = Wrapper(student, teacher=copy.deepcopy(student))
+    masks = one_round(student)
+    named = {f"net.{name}": mask for name, mask in masks.items()}
+    record = publish_round(tmp_path / "run", both, named)
+    assert record.target == weights_of(student).fingerprint
+
+
+def test_two_networks_that_would_fit_are_named(tmp_path):
+    student = start(tmp_path)
+    both = Wrapper(student, teacher=copy.deepcopy(student))
+    with pytest.raises(TrainingError, match="net, teacher"):
+        publish_round(tmp_path / "run", both, one_round(student))
+
+
+def test_another_network_is_refused_by_what_it_lacks(tmp_path):
+    start(tmp_path)
+    other = nn.Sequential(nn.Linear(6, 3))
+    with pytest.raises(TrainingError, match=r"lacks 2, such as .*2\."):
+        publish_round(tmp_path / "run", other, one_round(other))
+
+
+def test_a_network_of_another_shape_is_refused_by_its_tensor(tmp_path):
+    start(tmp_path)
+    other = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ExportError, match=r"'0\.bias': the model has"):
+        publish_round(tmp_path / "run", other, one_round(other))

@@ -1,0 +1,113 @@
+"""Find the network of a run inside of what somebody's loop has made of it.
+
+A LightningModule keeps it as ``self.net``, ``torch.compile`` as ``_orig_mod``,
+DataParallel as ``module``. The state-dict names differ by a common prefix then.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from edge_runtime.errors import ExportError, TrainingError
+from edge_runtime.formats.weights import Layout, Weights, pack_weights
+from trainer.export.tensors import check_fit, layout_of, weights_of
+
+COMPILED = "_orig_mod."  # torch.compile's, also around a part of a network
+Value = TypeVar("Value")
+
+
+def find_network(
+    model: nn.Module, layout: Layout, masks: Collection[str] = ()
+) -> tuple[str, nn.Module]:
+    """Return the network that a weight file's layout describes, and its prefix.
+
+    Args:
+        model: The network, or a module around it.
+        layout: Of the run's weight file.
+        masks: Names of the masks; they decide where two networks would fit, such as a
+            student and its teacher.
+
+    Raises:
+        TrainingError: None fits, or several do.
+    """
+    fitting = {
+        prefix: module
+        for prefix, module in model.named_modules()
+        if _fits(module, layout)
+    }
+    # The innermost: around it is what torch.compile made of it.
+    found = {
+        prefix: module
+        for prefix, module in fitting.items()
+        if not any(prefix != p and _inside(p, prefix) for p in fitting)
+    }
+    if len(found) > 1:
+        named = {p: m for p, m in found.items() if all(_inside(n, p) for n in masks)}
+        found = named if masks and named else found
+    if len(found) == 1:
+        ((prefix, module),) = found.items()
+        return prefix, module
+    if found:
+        raise TrainingError(
+            f"the run's network fits several parts of the model: {', '.join(found)}; "
+            "pass the one that devices should get"
+        )
+    raise _no_fit(model, layout)
+
+
+def without_prefix(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
+    """Return values under the names that the run's weight file has for them.
+
+    They may be named as in the network itself too, or as in the module around it.
+    """
+    start = f"{prefix}." if prefix else ""
+    if not all(name.startswith(start) for name in values):
+        start = ""
+    return {_plain(n.removeprefix(start)): value for n, value in values.items()}
+
+
+def network_weights(network: nn.Module) -> Weights:
+    """Return a network's weights under the names that the run has for them.
+
+    Raises:
+        ExportError: As :func:`deployed_tensors`.
+    """
+    weights = weights_of(network)
+    if not any(COMPILED in name for name in weights):
+        return weights
+    types = {_plain(t.name): t.dtype for t in weights.layout.tensors}
+    return pack_weights({_plain(n): array for n, array in weights.items()}, types)
+
+
+def _plain(name: str) -> str:
+    return name.replace(COMPILED, "")
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def _fits(module: nn.Module, layout: Layout) -> bool:
+    try:
+        found = layout_of(module)
+    except ExportError:
+        return False
+    return _table(found) == _table(layout)
+
+
+def _table(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {_plain(t.name): (t.dtype, t.shape) for t in layout.tensors}
+
+
+def _no_fit(model: nn.Module, layout: Layout) -> TrainingError:
+    known = {_plain(name) for name in model.state_dict()}
+    lost = [name for name in layout.by_name if name not in known]
+    if not lost:
+        check_fit(layout_of(model), layout)
+    return TrainingError(
+        "the model is not the one that this run was started with, and has no part "
+        f"that is: of the run's {len(layout.tensors)} tensors it lacks {len(lost)}, "
+        f"such as {lost[:1]}; pass the module that start_run() returned, or one that "
+        "holds it whole (adapters such as LoRA's are merged first)"
+    )
