@@ -14,23 +14,34 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from errno import EACCES, ENOSPC, EPERM, EROFS
-from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
+from click.exceptions import NoArgsIsHelpError
 
 from edge_runtime import errors
+from edge_runtime.streams import prepare_streams, read_by_nobody
 from edge_runtime.text import printable_lines, printable_message
 
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
-OK, BUG = 0, 1
+OK, BUG, USAGE = 0, 1, 2
 HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
 HINTS[ENOSPC] = "; make room and try again"
 HINTS[EROFS] = "; mount it for writing, or choose another place"
+# What installs a package that is not there, where it is not dpu-edge itself: a device
+# has the runtime alone.
+EXTRAS = {
+    "onnx": "pack",
+    "PIL": "image",
+    "tensorboard": "tensorboard",
+    **dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "train"),
+    "sklearn": "train",
+}
+REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
 
 # The first code that matches is an exception's; any other exception is a bug.
 EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
@@ -79,7 +90,30 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends a command with."""
+    if _missing_package(error) or _beyond_locale(error):
+        return USAGE
     return next((c for c, kind in EXIT_CODES.items() if isinstance(error, kind)), BUG)
+
+
+def _missing_package(error: BaseException) -> str:
+    """Say how to install what could not be imported; empty for any other error."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS and package not in REQUIRED:
+        return ""
+    what = f"dpu-edge[{EXTRAS[package]}]" if package in EXTRAS else "dpu-edge"
+    return f"this needs {package}, which is not installed: pip install '{what}'"
+
+
+def _beyond_locale(error: BaseException) -> str:
+    """Say what to do about a name that this locale cannot write; or nothing."""
+    if not isinstance(error, UnicodeEncodeError) or error.encoding == "utf-8":
+        return ""
+    return (
+        f"{error.object!r} cannot be a file name here, as this locale has only "
+        f"{error.encoding}: set LC_ALL=C.UTF-8"
+    )
 
 
 def json_option(command: Any) -> Any:
@@ -125,11 +159,7 @@ def progress(text: str) -> None:
     try:
         print(printable_lines(text), flush=True)
     except BrokenPipeError:
-        _read_by_nobody(sys.stdout)
-
-
-def _read_by_nobody(stream: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        read_by_nobody(sys.stdout)
 
 
 def say(message: str, *, label: str = "") -> None:
@@ -139,10 +169,10 @@ def say(message: str, *, label: str = "") -> None:
         message: Whatever is in it, no other line of it can pass for its first.
         label: What stands before it, in red where colours are wanted.
     """
-    styled = (
-        label if os.environ.get("NO_COLOR") else click.style(label, "red", bold=True)
-    )
-    click.echo((styled if label else "") + printable_message(message), err=True)
+    if label and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        label = click.style(label, "red", bold=True)
+    # Not click.echo: that would choose an encoding of its own.
+    print(label + printable_message(message), file=sys.stderr, flush=True)
 
 
 class _CatchErrors:
@@ -152,13 +182,7 @@ class _CatchErrors:
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> NoReturn:
         args = sys.argv[1:] if args is None else list(args)
-        # Closed streams (``>&-``) are None; no other file may get their numbers.
-        sys.stdin = sys.stdin or open(os.devnull)
-        sys.stdout = sys.stdout or open(os.devnull, "w")
-        sys.stderr = sys.stderr or open(os.devnull, "w")
-        # What a terminal's encoding lacks is spelled out; the work is done by then.
-        if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-            sys.stdout.reconfigure(errors="backslashreplace")
+        prepare_streams()
         kwargs["standalone_mode"] = False
         try:
             # Held back by edge_runtime.__main__ while there was no message to give.
@@ -174,8 +198,8 @@ class _CatchErrors:
             try:
                 _report(err, as_json="--json" in args)
             except OSError:  # nobody hears it, at exit neither; the exit code tells
-                _read_by_nobody(sys.stdout)
-                _read_by_nobody(sys.stderr)
+                read_by_nobody(sys.stdout)
+                read_by_nobody(sys.stderr)
             sys.exit(exit_code(err))
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
@@ -187,7 +211,7 @@ class _CatchErrors:
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-edge infer ... | head``): not our failure.
-            _read_by_nobody(sys.stdout)
+            read_by_nobody(sys.stdout)
             return OK
         return result
 
@@ -202,21 +226,24 @@ def _report(error: BaseException, *, as_json: bool) -> None:
             {"traceback": traceback.format_exception(error)} if code == BUG else {}
         )
         say(json.dumps(record, default=str))
-    elif isinstance(error, click.ClickException):
-        shown = StringIO()
-        error.show(shown)
-        click.echo(printable_lines(shown.getvalue()), err=True, nl=False)
+    elif isinstance(error, NoArgsIsHelpError):
+        print(message, file=sys.stderr)
     elif code == BUG:
         trace = "".join(traceback.format_exception(error))
-        click.echo(printable_lines(trace), err=True, nl=False)
+        print(printable_lines(trace), file=sys.stderr, end="")
         say("this is a bug: please report it with the lines above")
     else:
         say(message, label="error: ")
+        if isinstance(error, click.UsageError) and error.ctx:
+            say(error.ctx.get_usage().replace("Usage:", "usage:", 1))
+            say(f"help:  {error.ctx.command_path} --help")
 
 
 def _message(error: BaseException) -> str:
+    if known := _missing_package(error) or _beyond_locale(error):
+        return known
     if isinstance(error, click.ClickException):
-        return error.format_message()
+        return _in_our_voice(error)
     if isinstance(error, OSError) and error.strerror:
         hint = HINTS.get(error.errno or 0, "")
         where = f"{error.filename}: " if error.filename else ""
@@ -226,6 +253,18 @@ def _message(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory; give it smaller files, or end other programs"
     return str(error) or repr(error)
+
+
+def _in_our_voice(error: click.ClickException) -> str:
+    """Return click's message as ours are: no capital at the start, no full stop."""
+    text = error.format_message()
+    if isinstance(error, NoArgsIsHelpError):
+        return text
+    small = re.sub(r"(^|': )[A-Z](?=[a-z]*\b )", lambda m: m[0].lower(), text)
+    joined = re.sub(
+        r"\. (?=Or set |Did you mean )(.)", lambda m: f"; {m[1].lower()}", small
+    )
+    return re.sub(r"(?<!\.)\.$", "", joined.rstrip())
 
 
 class Command(_CatchErrors, click.Command):

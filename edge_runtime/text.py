@@ -7,6 +7,8 @@ Commands print everything through here (:mod:`edge_runtime.command`); what a tab
 list of lines is made of goes through :func:`printable` piece by piece.
 """
 
+from contextlib import suppress
+
 MAX_SHOWN = 4096  # characters of a single name or reason
 
 
@@ -38,6 +40,10 @@ def printable_message(text: str) -> str:
 
 
 def _line(text: str) -> str:
+    # Where the locale has no UTF-8, names come as their bytes: they are read here.
+    with suppress(UnicodeEncodeError):  # other lone surrogates
+        raw = text.encode("utf-8", "surrogateescape")
+        text = raw.decode("utf-8", "surrogateescape")
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _spelled(c) for c in text)

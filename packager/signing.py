@@ -160,13 +160,18 @@ def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> byt
     """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase."""
     lock: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:
-        lock = serialization.BestAvailableEncryption(passphrase.encode())
+        lock = serialization.BestAvailableEncryption(_bytes_of(passphrase))
     return key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
 
 
 def is_encrypted(pem: bytes) -> bool:
     """Whether a private key needs a passphrase."""
     return b"ENCRYPTED" in pem
+
+
+def _bytes_of(passphrase: str) -> bytes:
+    # The same bytes in every locale: ASCII alone keeps others as surrogates.
+    return passphrase.encode("utf-8", "surrogateescape")
 
 
 def load_private(
@@ -194,7 +199,7 @@ def load_private(
         )
     try:
         key = serialization.load_pem_private_key(
-            pem, passphrase.encode() if passphrase else None
+            pem, _bytes_of(passphrase) if passphrase else None
         )
     except (ValueError, TypeError, UnsupportedAlgorithm) as err:
         if passphrase:

@@ -25,7 +25,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 560,
+        ".": 640,
         "agent": 400,
         "cli": 560,
         "formats": 2485,
@@ -50,7 +50,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "folder": 275,
         "method": 490,
         "networks": 265,
-        "recipe": 240,
+        "recipe": 305,
         "rounds": 930,
     },
 }

@@ -135,9 +135,11 @@ def run(
     """
     size = own.pop("pack")
     config = _load(recipe, overrides, name=name or "", **own)
-    with _interrupted_as_such():
+    own_code = (config.model.factory, config.data.factory, size)
+    from trainer.recipe.factory import load_factory, own_code_named
+
+    with _interrupted_as_such(), own_code_named(*own_code):
         from trainer.parallel import is_first
-        from trainer.recipe.factory import load_factory
         from trainer.rounds.schedule import run_rounds
 
         pack = load_factory(size) if config.update.budget else None
@@ -182,7 +184,7 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
         )
         return
     about = {
-        name: path.read_text().splitlines()[0].lstrip("# ")
+        name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         for name, path in _recipes().items()
     }
     text = "\n".join(f"{name:<18} {line}" for name, line in about.items())

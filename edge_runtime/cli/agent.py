@@ -142,5 +142,10 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
         "MOUNTS": shlex.join([str(root), str(folder)]),
         "WRITABLE": shlex.join(writable),
     }
-    unit = Path(__file__).parents[1].joinpath("dpu-edge-agent.service").read_text()
+    unit = (
+        Path(__file__)
+        .parents[1]
+        .joinpath("dpu-edge-agent.service")
+        .read_text(encoding="utf-8")
+    )
     print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], unit), end="")

@@ -133,7 +133,7 @@ def write_init_spec(recipe: InitSpec, folder: str | PathLike[str]) -> None:
         stored = pack_weights(recipe.stored, types)
         (folder / INIT_TENSORS_NAME).write_bytes(stored.data)
     text = json.dumps({"schema": SCHEMA, "seed": recipe.seed, "tensors": entries})
-    (folder / INIT_NAME).write_text(text + "\n")
+    (folder / INIT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def read_init_spec(folder: str | PathLike[str]) -> InitSpec:

@@ -97,7 +97,7 @@ def _beside(ours: list[float], raw: list[float]) -> dict[str, Any]:
 
 def peak_memory() -> int:
     """Return the most memory that this process has held, in bytes (``VmHWM``)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

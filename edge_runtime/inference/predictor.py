@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from edge_runtime.errors import BackendError, DpuError, StoreError
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.streams import utf8_path
 
 # Creating a session takes up to 2.9 times the weight file (ResNet-34: 257 MB for 87):
 # the mapped file, a copy with BatchNorm folded in, and one in the kernels' own layout.
@@ -232,9 +233,16 @@ def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:
     settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
     settings.log_severity_level = 4  # nothing that does not come as an exception too
     # A real path: ONNX Runtime refuses weights behind a link out of the folder.
-    path = str((folder / GRAPH_NAME).resolve())
+    path = (folder / GRAPH_NAME).resolve()
+    try:
+        name = utf8_path(path)
+    except UnicodeDecodeError as err:
+        raise BackendError(
+            f"ONNX Runtime takes no path that is not UTF-8: {path}; move the store, or "
+            "choose the numpy backend"
+        ) from err
     return onnxruntime.InferenceSession(
-        path, settings, providers=["CPUExecutionProvider"]
+        name, settings, providers=["CPUExecutionProvider"]
     )
 
 
@@ -244,7 +252,7 @@ def available_memory() -> int:
     A limit on the process's own control group is not in it: set the policy there.
     """
     try:
-        with open("/proc/meminfo") as file:
+        with open("/proc/meminfo", encoding="utf-8") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, LookupError, ValueError):

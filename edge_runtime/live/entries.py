@@ -186,6 +186,8 @@ def undeclared_processes(store: Store, known: set[int]) -> list[int]:
     found, slots = [], f" {(store.root / 'slots').resolve()}/"
     for path in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # ended, or another user's
-            if int(path.parent.name) not in known and slots in path.read_text():
+            if int(path.parent.name) not in known and slots in path.read_text(
+                encoding="utf-8"
+            ):
                 found.append(int(path.parent.name))
     return sorted(found)

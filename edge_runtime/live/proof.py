@@ -119,7 +119,9 @@ def read_key(path: Path) -> "Ed25519PrivateKey | None":
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text()))
+        return Ed25519PrivateKey.from_private_bytes(
+            bytes.fromhex(path.read_text(encoding="utf-8"))
+        )
     except ValueError as err:
         raise KeyFileError(
             f"{path} does not hold a device's private key ({err}); remove it, and "

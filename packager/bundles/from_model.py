@@ -187,7 +187,7 @@ def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        stated = json.loads(path.read_text())
+        stated = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as err:
         raise ContractError(f"{path} is not valid JSON: {err}") from err
     if not isinstance(stated, dict) or not isinstance(stated.get("inputs", []), list):

@@ -1,7 +1,6 @@
 """``dpu-pack --base FILE``: two files of one network, or one for a new device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,23 +36,11 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@contextmanager
-def pack_extra(what: str) -> Iterator[None]:
-    """Turn a missing package into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as err:
-        raise click.ClickException(
-            f"{what} needs {err.name}: pip install 'dpu-edge[pack]'"
-        ) from err
-
-
 def read_any(path: Path, graph: Path | None = None) -> "Model":
     """Read a weight file, or any ONNX or safetensors file."""
     from packager.models.read import read_model
 
-    with pack_extra("an ONNX file"):
-        return read_model(path, graph)
+    return read_model(path, graph)
 
 
 def pack_files(
@@ -127,8 +114,7 @@ def _patch(
 def _bundle(
     model: "Model", files: Mapping[str, Any], options: dict[str, Any]
 ) -> "tuple[PackedPatch | None, bytes]":
-    with pack_extra("--bundle"):
-        from packager.bundles.from_model import adopt_model
+    from packager.bundles.from_model import adopt_model
 
     if not model.graph:
         raise click.UsageError(

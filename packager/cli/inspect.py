@@ -14,6 +14,7 @@ import click
 from edge_runtime.commandline import SCHEMA, emit, json_option, say
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.streams import utf8
 from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import FILE, runs_option
@@ -66,7 +67,7 @@ def show(
         text = (
             to_text(document) + "\n" if output.suffix == ".txt" else to_html(document)
         )
-    write_file(text.encode(), output)
+    write_file(utf8(text), output)
     say(f"wrote {output}")
 
 

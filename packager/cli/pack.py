@@ -23,7 +23,7 @@ from edge_runtime.commandline import (
 )
 from packager.cli.check_proof import check_proof
 from packager.cli.compose import compose
-from packager.cli.files import file_options, pack_extra
+from packager.cli.files import file_options
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
 from packager.cli.options import FILE, runs_option
@@ -256,8 +256,8 @@ def _patch(
 def _bundle(
     round_: "RoundFolder", _: "Parent | None", options: dict[str, Any]
 ) -> "tuple[PackedPatch | None, bytes]":
-    with pack_extra("--bundle"):
-        from packager.bundles.from_round import build_bundle
+    from packager.bundles.from_round import build_bundle
+
     bundle = build_bundle(round_, **options)
     return bundle.patch, bundle.data
 

@@ -10,6 +10,7 @@ difference of the networks.
 import math
 from collections.abc import Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,10 +20,12 @@ from google.protobuf.message import (  # type: ignore[import-untyped]
 )
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_model
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import DTYPES, Layout, Weights, pack_weights
+from edge_runtime.streams import utf8_path
 from packager.models.onnx_check import ONNX_TYPES
 
 # ONNX type number -> type code of the weight file.
@@ -72,7 +75,8 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
 
 def _load(path: str | PathLike[str]) -> onnx.ModelProto:
     try:
-        model = onnx.load(path, format="protobuf")
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+        load_external_data_for_model(model, utf8_path(Path(path).parent))
     except (DecodeError, ValueError, onnx.checker.ValidationError) as err:
         raise WeightsError(
             f"{path} is neither an ONNX nor a safetensors file, or its weights are "

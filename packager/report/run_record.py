@@ -93,7 +93,7 @@ def cumulate(rounds: Sequence[Record]) -> None:
 
 def _round_record(folder: Path) -> Record:
     stated = read_record(folder)
-    extra = json.loads((folder / RECORD_NAME).read_text())
+    extra = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     return (

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
+from edge_runtime.streams import utf8
+
 WIDTH, RIGHT = 640, 16
 LEVELS = 8  # steps of the heat map's colour
 Format = Callable[[float], str]
@@ -199,7 +201,7 @@ def write(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
 def draw(title: str, description: str, height: float, parts: Sequence[str]) -> str:
     """Return a finished picture of these parts."""
     # Named by what is in it, so that the same report is the same bytes.
-    number = f"{zlib.crc32(''.join((title, description, *parts)).encode()):08x}"
+    number = f"{zlib.crc32(utf8(''.join((title, description, *parts)))):08x}"
     return (
         f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}" '
         f'aria-labelledby="t{number} d{number}">'

@@ -46,7 +46,7 @@ def read_record(folder: Path) -> RoundRecord:
     """
     path = folder / RECORD_NAME
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise RoundError(
             f"{folder} is no round folder: no {RECORD_NAME} in it"

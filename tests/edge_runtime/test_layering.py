@@ -17,10 +17,10 @@ from tools.layers import modules as modules_of
 
 ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
-    "collections contextlib ctypes dataclasses enum errno fcntl functools gc hashlib "
-    "importlib inspect io itertools json logging math os pathlib queue re secrets "
-    "shlex shutil signal socket stat struct subprocess sys tempfile threading time "
-    "tokenize traceback types typing weakref zipfile zlib"
+    "codecs collections contextlib ctypes dataclasses enum errno fcntl functools gc "
+    "hashlib importlib inspect io itertools json logging math os pathlib queue re "
+    "secrets shlex shutil signal socket stat struct subprocess sys tempfile threading "
+    "time tokenize traceback types typing weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {

@@ -125,6 +125,106 @@ def test_run_takes_your_own_network_and_data_without_a_recipe(
     assert "give both --model and --data" in err
 
 
+@pytest.fixture
+def mine(tmp_path, monkeypatch, command):
+    """Run with functions of a module ``mine``: ``mine(text, "--model", "mine:f")``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def start(text, *args):
+        (tmp_path / "mine.py").write_text(text)
+        return command("run", "digits", *QUICK[:4], *QUICK[5:], *args)
+
+    yield start
+    sys.modules.pop("mine", None)
+
+
+FORWARD = """
+from torch import nn
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 10)
+    def forward(self, inputs):
+        return self.layer(inputs).nothing  # line 8
+def network():
+    return Own()
+"""
+ROWS = """
+import torch
+class Rows:
+    def __len__(self):
+        return 300
+    def __getitem__(self, index):
+        return torch.zeros(2), [0, 1][index]  # line 7
+def data():
+    return Rows(), Rows(), ["a", "b"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "place", "reason"),
+    [
+        ("def network():\n    return 1 / 0", "--model", "line 2, in network", "Zero"),
+        ("x = absent", "--model", "line 1, in <module>", "NameError"),
+        (FORWARD, "--model", "line 8, in forward", "AttributeError"),
+        ("def data():\n    open('/no/file')", "--data", "line 2, in data", "/no/file"),
+        (ROWS, "--data", "line 7, in __getitem__", "IndexError"),
+    ],
+)
+def test_what_your_code_raises_is_told_with_your_file_and_line(
+    mine, tmp_path, text, option, place, reason
+):
+    code, out, err = mine(
+        text, option, f"mine:{option[2:].replace('model', 'network')}"
+    )
+    assert (code, out) == (9, "")
+    first = err.splitlines()[0]
+    assert first.startswith(f"error: {tmp_path}/mine.py, {place}: ")
+    assert reason in first
+    assert "bug" not in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "problem"),
+    [
+        ("def network(:", "--model", "mine.py, line 1: invalid syntax"),
+        ("import sys; sys.exit(0)", "--model", "ends the program while it is imported"),
+        ("import no_such", "--model", "No module named 'no_such'"),
+        ("def data(): return 1, 2, 3", "--data", "cannot be taken as samples"),
+        (
+            "import torch\nhalf = torch.zeros(9, 2, 3), torch.zeros(9)\n"
+            "def data(): return half, half, 'a', {'mean': [1, 2, 3], 'std': [1]}",
+            "--data",
+            "mean has 3 values and std 1",
+        ),
+    ],
+)
+def test_what_your_code_lacks_is_wrong_use(mine, text, option, problem):
+    code, out, err = mine(
+        text, option, f"mine:{option[2:].replace('model', 'network')}"
+    )
+    assert (code, out) == (2, "")
+    assert problem in err
+
+
+def test_torchvision_beside_another_torch_is_imported_through_ours(mine):
+    text = "from trainer.data.vision import torchvision\nfrom torch import nn\n"
+    text += "def network(shape, classes):\n"
+    text += "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))"
+    assert mine(text, "--model", "mine:network")[0] == 0
+
+
+def test_torchvision_that_does_not_load_is_told_with_the_way_round_it(mine):
+    text = "def network():\n    raise RuntimeError('%s')"
+    why = "operator torchvision::nms does not exist"
+    code, _, err = mine(text % why, "--model", "mine:network")
+    assert code == 9
+    assert "from trainer.data.vision import torchvision" in err
+
+
 def test_run_keeps_to_a_budget_with_the_real_packager(command, tmp_path):
     args = ("run", "digits", "--runs", tmp_path, "--json", *QUICK)
     code, out, _ = command(*args, "--set=update.budget=900B")
@@ -154,7 +254,7 @@ def test_a_recipe_that_the_disk_has_no_room_for_is_named(command, tmp_path):
         code, _, err = command("recipes", "--copy", "digits", target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (code, err) == (10, f"error: {target}.part: File too large\n")
+    assert (code, err) == (10, f"error: {target}: File too large\n")
     assert not target.exists()
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.errors import MALFORMED, ConfigError, TrainingError
 from trainer.data.samples import DataSource, Samples, Stored, generator
-from trainer.recipe.factory import call_factory
+from trainer.recipe.factory import call_factory, own_place
 from trainer.recipe.schema import DataConfig, parse_size
 
 STATISTICS_SAMPLES = 2000
@@ -34,7 +34,7 @@ def load_source(config: DataConfig) -> DataSource:
     elif config.set == "folder":
         source = _folder(root, config)
     elif config.factory:
-        source = as_source(call_factory(config.factory), parse_size(config.memory) or 0)
+        source = _own(config)
     else:
         source = _torchvision(config.set, root)
     if config.normalise:
@@ -119,6 +119,20 @@ def _folder(root: Path, config: DataConfig) -> DataSource:
     return DataSource(train, test, tuple(folders[0].classes), 1 / 255, mean, std)
 
 
+def _own(config: DataConfig) -> DataSource:
+    found = call_factory(config.factory)
+    try:
+        return as_source(found, parse_size(config.memory) or 0)
+    except (*MALFORMED, RuntimeError) as err:
+        if own_place(err, config.factory):
+            raise  # out of a data set of yours, not about what it is
+        raise ConfigError(
+            f"what {config.factory} returned cannot be taken as samples ({err}); "
+            "expected (train, test, class names), where train and test are pairs of "
+            "tensors (inputs, labels) or map-style data sets"
+        ) from err
+
+
 def as_source(found: Any, memory: int) -> DataSource:
     """Turn what your own function returned into a data source.
 
@@ -154,6 +168,12 @@ def as_source(found: Any, memory: int) -> DataSource:
         )
     about = found[3] if len(found) == 4 else {}
     mean, std = (tuple(map(float, about.get(key, ()))) for key in ("mean", "std"))
+    channels = train.inputs.shape[1] if len(train.inputs.shape) > 1 else 0
+    if len(mean) != len(std) or len(mean) not in (0, 1, channels):
+        raise ConfigError(
+            f"mean has {len(mean)} values and std {len(std)}, expected one for each of "
+            f"{channels} channels, or for all"
+        )
     return DataSource(train, test, classes, float(about.get("scale", 1)), mean, std)
 
 

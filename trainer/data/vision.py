@@ -7,7 +7,8 @@ torchvision::nms does not exist``: its Python code registers shapes for ``nms`` 
 so two definitions without an implementation are enough. Where the real operators load,
 nothing is defined here.
 
-This is the only module that imports torchvision; the others take it from here::
+This is the only module that imports torchvision; the others take it from here, and so
+may your own modules, on any mixture of the two packages::
 
     from trainer.data.vision import torchvision
 """
@@ -35,9 +36,7 @@ def _real_operators_load(package: Path) -> bool:
 def _import_torchvision() -> tuple[ModuleType, torch.library.Library | None]:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise ImportError(
-            "this data set or model needs torchvision: pip install 'dpu-edge[train]'"
-        )
+        raise ModuleNotFoundError("no torchvision", name="torchvision")
     definitions = None
     if not _real_operators_load(Path(spec.origin).parent):
         definitions = torch.library.Library(  # type: ignore[no-untyped-call]

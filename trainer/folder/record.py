@@ -66,7 +66,7 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
     """
     path = Path(folder, RECORD_NAME)
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] not in (SCHEMA, RUN_SCHEMA):
             raise RoundError(
                 f"{path} has schema {raw['schema']}, expected {SCHEMA} or {RUN_SCHEMA}"

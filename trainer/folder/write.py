@@ -204,8 +204,8 @@ def write_round(
         write_weights(_packed(masks), folder / SELECTION_NAME)
         if shadow:
             write_weights(shadow, folder / SHADOW_NAME)
-        (folder / METRICS_NAME).write_text(lines)
-        (folder / RECORD_NAME).write_text(text)
+        (folder / METRICS_NAME).write_text(lines, encoding="utf-8")
+        (folder / RECORD_NAME).write_text(text, encoding="utf-8")
     return complete
 
 

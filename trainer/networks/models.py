@@ -166,14 +166,14 @@ def build_model(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Mod
 
 
 def _build(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Module:
+    if config.factory:
+        own = call_factory(config.factory, input_shape, classes, **config.options)
+        if not isinstance(own, nn.Module):
+            raise ConfigError(
+                f"{config.factory} returned {type(own).__name__}, expected a module"
+            )
+        return own
     try:
-        if config.factory:
-            own = call_factory(config.factory, input_shape, classes, **config.options)
-            if not isinstance(own, nn.Module):
-                raise ConfigError(
-                    f"{config.factory} returned {type(own).__name__}, expected a module"
-                )
-            return own
         if config.name in MODELS:
             return MODELS[config.name](input_shape, classes, **config.options)
         from trainer.data.vision import torchvision
@@ -182,9 +182,8 @@ def _build(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Module:
             config.name, weights=None, num_classes=classes, **config.options
         )
     except (TypeError, ValueError, RuntimeError) as err:
-        name = config.factory or config.name
         raise ConfigError(
-            f"cannot build {name} with {dict(config.options)} for inputs of "
+            f"cannot build {config.name} with {dict(config.options)} for inputs of "
             f"shape {input_shape}: {err}"
         ) from err
     return model

@@ -321,8 +321,8 @@ def test_a_unit_closes_what_a_strict_system_leaves_open(edge, site):
         (["/in", "--metrics", "/run/dpu.prom"], "not to /run itself"),
         (["/in", "--once"], "cron"),
         (["/in", "--user", "pi\nExecStartPre=/bin/evil"], "no user's name"),
-        (["/in", "--no-such-option"], "No such option"),
-        ([], "Missing argument"),
+        (["/in", "--no-such-option"], "no such option"),
+        ([], "missing argument"),
     ],
 )
 def test_a_unit_that_would_not_work_is_not_printed(edge, arguments, text):

@@ -1,0 +1,81 @@
+"""One voice for all errors: click's sound like ours, and each says what comes next."""
+
+import re
+
+import pytest
+
+import edge_runtime.cli.main
+import packager.cli.pack
+import trainer.cli
+
+SCRIPTS = {
+    "dpu-train": trainer.cli.main,
+    "dpu-pack": packager.cli.pack.pack,
+    "dpu-patch": packager.cli.pack.patch,
+    "dpu-edge": edge_runtime.cli.main.main,
+}
+
+
+@pytest.fixture
+def type_in(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPU_STORE", raising=False)
+
+    def start(line):
+        name, *args = line.split()
+        return command(SCRIPTS[name], *args)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("line", "first"),
+    [
+        ("dpu-edge aply x", "error: no such command 'aply'; did you mean 'apply'?"),
+        ("dpu-edge apply", "error: missing argument 'PATCH...'"),
+        ("dpu-edge status", "error: missing option '--store'; or set DPU_STORE"),
+        ("dpu-edge status --no", "error: no such option '--no'"),
+        (
+            "dpu-edge --store s apply My.File",
+            "error: invalid value for 'PATCH...': file 'My.File' does not exist",
+        ),
+        (
+            "dpu-pack --level 99 A",
+            "error: invalid value for '--level': 99 is not in the range 1<=x<=22",
+        ),
+        ("dpu-pack", "error: give rounds, or --base and --target"),
+        ("dpu-patch info", "error: missing argument 'PATCH'"),
+        ("dpu-train check", "error: name a RECIPE, or give both --model and --data"),
+        ("dpu-train run Absent", "error: Absent is neither a file nor a built-in"),
+    ],
+)
+def test_every_wrong_use_begins_alike_and_ends_with_2(type_in, line, first):
+    code, out, err = type_in(line)
+    assert (code, out) == (2, "")
+    assert err.startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("line", "usage"),
+    [
+        (
+            "dpu-edge apply",
+            r"usage: .+ apply \[OPTIONS\] PATCH\.\.\.\nhelp:  .+ apply",
+        ),
+        ("dpu-pack", r"usage: .+ \[OPTIONS\] \[ROUND\]\.\.\.\nhelp:  .+ --help"),
+    ],
+)
+def test_wrong_use_says_how_to_use_it(type_in, line, usage):
+    assert re.search(usage, type_in(line)[2])
+
+
+def test_a_command_without_arguments_shows_its_help(type_in):
+    for line in ("dpu-edge", "dpu-patch", "dpu-train"):
+        code, out, err = type_in(line)
+        assert (code, out) == (2, "")
+        assert err.startswith("Usage: ")
+        assert "Exit codes" in err
+
+
+def test_colour_is_for_terminals_alone(type_in):
+    assert "\x1b" not in type_in("dpu-pack absent")[2]
