@@ -16,7 +16,6 @@ changed as it stands: fields, keys and roles that this module does not know stay
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
 from edge_runtime.trust import read_root, tuf_key, tuf_key_id
 from edge_runtime.trust.root import ISSUED
+from packager.signing import seconds_now
 
 SPEC_VERSION = "1.0.31"  # of TUF, as python-tuf 5 to 7 write it
 OWNERS, RELEASES = "root", "targets"
@@ -156,12 +156,7 @@ def today() -> str:
     Raises:
         KeyFileError: SOURCE_DATE_EPOCH is set and is no number of seconds.
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    if given and not re.fullmatch(r"[0-9]{1,11}", given):
-        raise KeyFileError(
-            f"SOURCE_DATE_EPOCH is {given!r}, expected seconds since 1970"
-        )
-    return utc(int(given) if given else None)
+    return utc(seconds_now())
 
 
 def expiry(text: str, issued: str) -> str:

@@ -15,9 +15,12 @@ the same file and keys always give the same bytes, whoever signs first.
 import hashlib
 import io
 import os
+import re
+import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -32,7 +35,15 @@ from edge_runtime.formats.bundle import (
     SIGNATURES_NAME,
     read_bundle,
 )
-from edge_runtime.formats.header import parse_header, read_header
+from edge_runtime.formats.frames import STORED
+from edge_runtime.formats.header import (
+    DATED,
+    encode_header,
+    parse_header,
+    read_header,
+)
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.sections import SIGNED_AT, encode_varint
 from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     MAX_BLOCK_BYTES,
@@ -48,13 +59,22 @@ from edge_runtime.live.proof import encode_public, public_key
 from packager.zip_file import encode_members
 
 
-def sign(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:
+def sign(
+    data: bytes, keys: Iterable[Ed25519PrivateKey], seconds: int | None = None
+) -> bytes:
     """Sign a patch or a bundle with some keys.
+
+    Args:
+        data: The bytes of the file.
+        keys: The signers'.
+        seconds: When it is signed, since 1970, for a patch that is to say so.
 
     Raises:
         PatchError: Neither of them, damaged, or without room for another signature.
         BundleError: A damaged or incomplete bundle.
     """
+    if seconds is not None and not is_bundle(data):
+        data = date_patch(data, seconds)
     for key in keys:
         data = (sign_bundle if is_bundle(data) else sign_patch)(data, key)
     return data
@@ -93,6 +113,42 @@ def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
             f"the patch has {len(signatures)} signatures and no room for another"
         )
     return header + len(block).to_bytes(2, "little") + block + body
+
+
+def date_patch(data: bytes, seconds: int) -> bytes:
+    """Say in a patch when it is signed; what it changes stays byte for byte.
+
+    Devices with a key list judge by it whether the list was still good then. Runtimes
+    that do not know it refuse the patch.
+
+    Args:
+        data: The bytes of the patch file, unsigned.
+        seconds: Since 1970, UTC.
+
+    Returns:
+        The bytes of the patch file, unsigned.
+
+    Raises:
+        PatchError: It is not a whole patch, or it is signed, so that it may not change.
+    """
+    with open_patch(data) as patch:
+        header, sections = patch.header, patch.sections
+        if patch.signatures:
+            raise PatchFormatError(
+                "the patch is signed: to date it would break the signatures; pack its "
+                "round again and sign that with --dated"
+            )
+    parts = {s.kind: (s.encoding, data[s.offset :][: s.packed_size]) for s in sections}
+    parts[SIGNED_AT] = STORED, encode_varint(seconds)
+    table, body = bytearray([len(parts)]), b""
+    for kind, (encoding, part) in sorted(parts.items()):
+        table += bytes([kind, encoding]) + encode_varint(len(part))
+        body += part
+    body = bytes(table) + body
+    dated = replace(header, critical=header.critical | DATED)
+    result = encode_header(dated, body) + b"\0\0" + body
+    open_patch(result).close()
+    return result
 
 
 def sign_bundle(data: bytes, key: Ed25519PrivateKey) -> bytes:
@@ -146,6 +202,20 @@ def carried_keys(keys: Iterable[Ed25519PrivateKey]) -> dict[str, bytes]:
         f"{KEYS_FOLDER}{key_id(public_key(key))}.pem": encode_public(key)
         for key in keys
     }
+
+
+def seconds_now() -> int:
+    """Return this moment, or that of SOURCE_DATE_EPOCH, in seconds since 1970.
+
+    Raises:
+        KeyFileError: SOURCE_DATE_EPOCH is set and is no number of seconds.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if given and not re.fullmatch(r"[0-9]{1,11}", given):
+        raise KeyFileError(
+            f"SOURCE_DATE_EPOCH is {given!r}, expected seconds since 1970"
+        )
+    return int(given or time.time())
 
 
 # Keys ---------------------------------------------------------------------------------

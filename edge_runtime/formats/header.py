@@ -14,7 +14,8 @@ from edge_runtime.errors import (
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
 VERSION = 1
-KNOWN_CRITICAL = 0  # bits of critical features that this runtime understands
+DATED = 0x1  # a critical feature: the body says when the patch was signed
+KNOWN_CRITICAL = DATED  # bits of critical features that this runtime understands
 # magic, version, header size, critical, optional, round, counter, model, parent,
 # target, weight file size, body size, SHA-256 of the body; then a CRC-32 of it all.
 _HEADER = struct.Struct("<8sHHHHIQ32s32s32sQQ32s")
@@ -35,6 +36,8 @@ class PatchHeader:
         file_size: Bytes of the weight file, before and after.
         critical: Feature bits that a reader must understand.
         optional: Feature bits that a reader may ignore.
+        signed_at: When it was signed, in seconds since 1970, as its body says; None
+            where it does not say.
     """
 
     model: str
@@ -45,6 +48,7 @@ class PatchHeader:
     file_size: int
     critical: int = 0
     optional: int = 0
+    signed_at: int | None = None
 
 
 def exactly(file: BinaryIO, count: int) -> bytes:

@@ -13,7 +13,7 @@ import io
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import islice, starmap
 from os import PathLike
@@ -26,6 +26,7 @@ from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
 from edge_runtime.formats.header import (
+    DATED,
     PatchHeader,
     encode_header,
     parse_header,
@@ -104,7 +105,12 @@ class Patch:
         size: int,
     ) -> None:
         self._file, self._body = file, body
-        self.header = header
+        self.header = replace(header, signed_at=body.signed_at())
+        if (self.header.signed_at is None) == bool(header.critical & DATED):
+            raise PatchFormatError(
+                "header and body of the patch disagree on whether it says when it was "
+                "signed; sign the undated patch again"
+            )
         self.signatures = tuple(signatures)
         self.sections = body.sections
         self.size = size

@@ -24,6 +24,8 @@ MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 
 COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY = range(0x01, 0x08)
+SIGNED_AT = 0x08
+MAX_SECONDS = 253402300799  # the end of the year 9999
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8
@@ -39,7 +41,7 @@ def group_kind(item_size: int, dense: bool) -> int:
     return VALUES + ((item_size.bit_length() - 1) << 5) + dense * DENSE
 
 
-KINDS = {COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY} | {
+KINDS = {*range(COUNTS, SIGNED_AT + 1)} | {
     group_kind(size, dense) + kind
     for size in (1, 2, 4, 8)
     for dense in (False, True)
@@ -180,6 +182,20 @@ class Body:
                 "not a whole number of float32 values"
             )
         return data
+
+    def signed_at(self) -> int | None:
+        """Read when the patch was signed, in seconds since 1970; None where not said.
+
+        Raises:
+            PatchFormatError: It is malformed, or beyond the year 9999.
+        """
+        numbers = self.numbers(SIGNED_AT)
+        if len(numbers) > 1 or any(number > MAX_SECONDS for number in numbers):
+            raise PatchFormatError(
+                f"the patch says {numbers[:2]} for when it was signed, expected one "
+                f"number of seconds up to {MAX_SECONDS}"
+            )
+        return numbers[0] if numbers else None
 
     def _whole(self, kind: int) -> bytes:
         # Nothing else bounds its size, so that is done here, before it is unpacked.

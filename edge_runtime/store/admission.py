@@ -9,7 +9,7 @@ None. The rules, in the order in which a device asks them:
 3. The device is not pinned.
 4. Its release counter is above the floor, or equal to it with the same target.
 5. It did not fail its trial here before, unless somebody insists.
-6. The key list that vouches for it has not expired.
+6. The key list that vouches for it had not expired when it was signed.
 7. It leads from weights that this store has.
 
 What needs the bytes themselves (sizes, positions, the fingerprint of the result) is in
@@ -75,7 +75,7 @@ def refusal(
         or _pinned(state)
         or _older(state, header)
         or (None if force else _failed_before(state, header))
-        or _expired(state)
+        or _expired(state, header)
     )
 
 
@@ -164,6 +164,7 @@ def _failed_before(state: State, header: PatchHeader) -> TrustError | None:
     )
 
 
-def _expired(state: State) -> ListExpiredError | None:
+def _expired(state: State, header: PatchHeader) -> ListExpiredError | None:
     # Whatever expires while it runs goes on running: only what is new is held back.
-    return ListExpiredError(state.expired) if state.expired else None
+    problem = state.expired(header.signed_at)
+    return ListExpiredError(problem) if problem else None

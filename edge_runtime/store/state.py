@@ -102,16 +102,22 @@ class State:
     tries: dict[str, int] = field(default_factory=dict)
     key_list: KeyList | None = None
 
-    @property
-    def expired(self) -> str:
-        """What has expired: words for the key list, or nothing."""
-        if self.key_list is None or not self.key_list.is_expired(utc()):
+    def expired(self, signed_at: int | None = None) -> str:
+        """Say that the key list expired before a release was signed; nothing if not.
+
+        Args:
+            signed_at: When it was signed, in seconds since 1970; by default now.
+        """
+        if self.key_list is None:
             return ""
         root = self.key_list.root
+        time = self.key_list.now(utc()) if signed_at is None else utc(signed_at)
+        if time < root.expires:
+            return ""
+        when = "and now it is" if signed_at is None else "and this was signed"
         return (
-            f"key list {root.version} expired {root.expires}, and this device cannot "
-            f"know of an earlier time than {self.key_list.now(utc())}; give it "
-            f"{root.version + 1}.root.json with 'dpu-edge trust add'"
+            f"key list {root.version} expired {root.expires}, {when} {time}; give the "
+            f"device {root.version + 1}.root.json with 'dpu-edge trust add'"
         )
 
     @property
@@ -165,6 +171,12 @@ class State:
                 links.insert(0, link)
                 target = link.parent
         return target, links
+
+    def dated(self, signed_at: int | None) -> "State":
+        """Return the state that has seen a release that was signed then."""
+        if self.key_list is None or signed_at is None:
+            return self
+        return replace(self, key_list=self.key_list.saw(utc(signed_at)))
 
     def trusting(self, key_list: KeyList) -> "State":
         """Return the state under a key list: whom it names is trusted, nobody else."""

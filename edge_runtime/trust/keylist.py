@@ -71,6 +71,10 @@ class KeyList:
             history=(*self.history, entry)[-MAX_LISTED:],
         )
 
+    def saw(self, signed: str) -> Self:
+        """Return what a store keeps once it took a release that was signed then."""
+        return replace(self, seen=max(self.seen, signed))
+
     def summary(self, clock: str) -> dict[str, Any]:
         """Return what statuses say of it, as plain data."""
         return {

@@ -120,7 +120,7 @@ class Device:
             device.store.create(content.files, keys)
             if key_list:
                 device.store.state = device.store.state.trusting(key_list)
-                if expired := device.store.state.expired:
+                if expired := device.store.state.expired():
                     raise ListExpiredError(expired)
             device._install(content, patch)
         return device
@@ -171,7 +171,7 @@ class Device:
             slot = Slot(header.target, header.round, header.counter)
             self._run_hooks("before-apply", "updated", slot)
             self._try(self._slot_folder(patch), slot, patch.outputs)
-            self._activate(slot, "updated")
+            self._activate(slot, "updated", header.signed_at)
         return UpdateResult.APPLIED
 
     def rollback(self, to: int | None = None) -> Slot:
@@ -304,8 +304,8 @@ class Device:
             self.store.commit(state.noted("refused", slot, str(err)))
             raise
 
-    def _activate(self, slot: Slot, event: str) -> None:
-        state = self.store.state.activated(slot, event)
+    def _activate(self, slot: Slot, event: str, signed_at: int | None = None) -> None:
+        state = self.store.state.activated(slot, event).dated(signed_at)
         while len(state.slots) > KEPT_SLOTS:
             state = retire(self.store, state, state.slots[-1])
         self.store.commit(state)

@@ -55,25 +55,36 @@ def keygen(path: Path, *, encrypt: bool, as_json: bool) -> None:
     type=FILE,
     help="Sign with this private key (repeatable).",
 )
+@click.option(
+    "--dated",
+    is_flag=True,
+    help="Let an unsigned patch say that it is signed now (or at SOURCE_DATE_EPOCH).",
+)
 @json_option
 def sign(
     paths: tuple[Path, ...],
     *,
     keys: tuple[Path, ...],
+    dated: bool,
     as_json: bool,
 ) -> None:
     """Sign patches and bundles, in place, beside the signatures that they have.
 
+    A device with a key list takes a dated patch for signed then, any other for signed
+    when it arrives; devices from before key lists refuse a dated one.
+
     The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
     """
     from packager.build import prefix_errors, write_file
+    from packager.signing import seconds_now
     from packager.signing import sign as sign_with
 
     signers, names = read_signers(keys)
+    seconds = seconds_now() if dated else None
     signed = []
     for path in paths:
         with prefix_errors(path):
-            signed.append((path, sign_with(path.read_bytes(), signers)))
+            signed.append((path, sign_with(path.read_bytes(), signers, seconds)))
     for path, data in signed:
         write_file(data, path)
     emit(

@@ -30,6 +30,7 @@ from edge_runtime.formats.sections import (
     OUTPUTS,
     PLANES,
     REST,
+    SIGNED_AT,
     SYMBOLS,
     UNARY,
     VALUES,
@@ -47,6 +48,7 @@ NAMES = {
     COLUMNS: "columns",
     UNARY: "index in unary",
     OUTPUTS: "expected outputs",
+    SIGNED_AT: "time of signing",
 }
 VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
 ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
@@ -117,7 +119,7 @@ def section_name(kind: int) -> str:
 def section_part(kind: int) -> str:
     """Say what a section is for: ``header``, ``index``, ``values`` or ``dense``."""
     if kind < VALUES:
-        return "header" if kind in (FORMS, OUTPUTS) else "index"
+        return "header" if kind in (FORMS, OUTPUTS, SIGNED_AT) else "index"
     return "dense" if kind & DENSE else "values"
 
 

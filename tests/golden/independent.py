@@ -50,7 +50,7 @@ class _Bits:  # what is left of a section [Numbers]
 def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:  # by kind [File]
     _must(patch[:10] == b"\x89DPU\r\n\x1a\n\1\0" and len(patch) > 177, "magic, version")
     h, critical = unpack_from("<HH", patch, 10)
-    _must(critical == 0 and 176 <= h <= min(4096, len(patch) - 2), "header")
+    _must(critical in (0, 1) and 176 <= h <= min(4096, len(patch) - 2), "header")
     _must(zlib.crc32(patch[: h - 4]) == unpack_from("<I", patch, h - 4)[0], "CRC-32")
     start = h + 2 + unpack_from("<H", patch, h)[0]
     block, body = patch[h + 2 : start], patch[start:]
@@ -75,6 +75,9 @@ def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:  # by kind [File]
         _must(len(data) in range(4, 2**20 + 1, 4) if kind == 6 else data != b"", "size")
         parts[kind] = _Bits(data)
     _must(rest.size == 0, "bytes behind the last section")
+    _must((8 in parts) == critical, "whether it says when it was signed")
+    if time := parts.pop(8, None):
+        _must(time.varint() <= 253402300799 and time.size == 0, "when it was signed")
     return parts
 
 

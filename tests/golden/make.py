@@ -16,10 +16,11 @@ from edge_runtime.formats.header import VERSION, PatchHeader
 from edge_runtime.formats.weights import pack_weights
 from packager.build import encode_changes
 from packager.diff import diff
-from packager.signing import generate_key, sign_patch
+from packager.signing import date_patch, generate_key, sign_patch
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 MODEL = "5a" * 32
+SECONDS = 1767225600  # 1 January 2026, when the dated one says that it was signed
 OUTPUTS = {"outputs": np.linspace(-3, 4, 20, dtype="<f4").tobytes()}  # expected ones
 
 
@@ -180,6 +181,9 @@ def main(folder):
         if name == "sparse":
             signed = sign_patch(sign_patch(patch, generate_key()), generate_key())
             (folder / "signed_twice.dpu").write_bytes(signed)
+    if not (folder / "dated.dpu").exists():
+        dated = date_patch((folder / "sparse.dpu").read_bytes(), SECONDS)
+        (folder / "dated.dpu").write_bytes(dated)
 
 
 if __name__ == "__main__":

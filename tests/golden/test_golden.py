@@ -10,14 +10,14 @@ from edge_runtime.formats.header import VERSION
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import read_weights
 from tests.golden import independent
-from tests.golden.make import OUTPUTS
+from tests.golden.make import OUTPUTS, SECONDS
 
 PATCHES = sorted(Path(__file__).parent.glob("v*/*.dpu"))
 
 
 def weights_beside(path):
     """The base and target of a golden patch, as bytes."""
-    name = "sparse" if path.stem == "signed_twice" else path.stem
+    name = "sparse" if path.stem in ("signed_twice", "dated") else path.stem
     return [path.with_name(name + end).read_bytes() for end in (".base", ".target")]
 
 
@@ -36,6 +36,13 @@ def test_a_golden_patch_leads_to_its_target(path):
     base, target = weights_beside(path)
     with open_patch(path) as patch:
         assert bytes(apply_patch(read_weights(base), patch).data) == target
+
+
+def test_only_one_golden_patch_says_when_it_was_signed():
+    for path in PATCHES:
+        with open_patch(path) as patch:
+            expected = SECONDS if path.stem == "dated" else None
+            assert patch.header.signed_at == expected, path
 
 
 def test_only_one_golden_patch_expects_outputs():

@@ -1,5 +1,6 @@
 """Signing: files gain a signature and nothing else changes; keys stay private."""
 
+import dataclasses
 import doctest
 import stat
 
@@ -10,11 +11,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 import packager.signing
 from edge_runtime.errors import BundleError, KeyFileError, PatchError, PatchFormatError
-from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.formats.patch import encode_patch, open_patch
 from edge_runtime.formats.signing import key_id, load_public, trust_keys
 from edge_runtime.formats.weights import pack_weights
 from packager.signing import (
+    date_patch,
     encode_private,
     encode_public,
     generate_key,
@@ -147,3 +150,62 @@ def test_no_key_is_ever_overwritten(tmp_path, existing):
     with pytest.raises(FileExistsError):
         write_key_pair(tmp_path / "fleet.pem")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"precious"]
+
+
+# When it was signed -------------------------------------------------------------------
+
+
+def test_a_dated_patch_says_when_and_changes_the_same():
+    with open_patch(date_patch(PATCH, 1767225600)) as dated, open_patch(PATCH) as plain:
+        assert (dated.header.signed_at, plain.header.signed_at) == (1767225600, None)
+        assert dated.counts == plain.counts
+        assert dated.header.target == plain.header.target
+        assert 0 < dated.size - plain.size < 12
+        assert apply_patch(BASE, dated).data == TARGET.data
+
+
+def test_dating_again_exchanges_the_time():
+    assert date_patch(date_patch(PATCH, 1), 2) == date_patch(PATCH, 2)
+
+
+def test_a_signed_patch_is_not_dated_any_more():
+    with pytest.raises(PatchFormatError, match="would break the signatures"):
+        date_patch(sign_patch(PATCH, A), 1)
+
+
+def test_the_time_is_what_is_signed():
+    trust = trust_keys({"a": encode_public(A)})
+    one, two = (sign([date_patch(PATCH, n)], A) for n in (1, 2))
+    open_patch(one, trust=trust).close()
+    start = HEADER_BYTES + 2 + 76
+    mixed = one[:start] + two[start:]
+    with pytest.raises(PatchError):
+        open_patch(mixed, trust=trust)
+
+
+def sign(patches, key):
+    (data,) = (sign_patch(patch, key) for patch in patches)
+    return data
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 253402300799])
+def test_any_time_of_the_calendar_can_be_said(seconds):
+    with open_patch(date_patch(PATCH, seconds)) as patch:
+        assert patch.header.signed_at == seconds
+
+
+def test_a_time_beyond_the_calendar_is_refused():
+    with pytest.raises(PatchFormatError, match="253402300799"):
+        date_patch(PATCH, 253402300800)
+
+
+@pytest.mark.parametrize("critical", [0, 1])
+def test_header_and_body_agree_on_whether_there_is_a_time(critical):
+    """Else a reader that goes by one of them would see another patch."""
+    data = PATCH if critical else date_patch(PATCH, 1)
+    with open_patch(data) as patch:
+        header = patch.header
+    body = data[HEADER_BYTES + 2 :]
+    forged = encode_header(dataclasses.replace(header, critical=critical), body)
+    with pytest.raises(PatchFormatError, match="disagree"):
+        open_patch(forged + b"\0\0" + body)

@@ -1,6 +1,7 @@
 """Owners, fleet keys, their key lists, and devices that hold one."""
 
 import json
+from datetime import UTC, datetime
 from functools import cache
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,7 +12,7 @@ from edge_runtime.live.proof import public_key
 from edge_runtime.trust import first_root
 from edge_runtime.trust.canonical import encode_canonical
 from packager.key_lists import change_list, make_list, sign_list
-from packager.signing import sign_bundle, sign_patch
+from packager.signing import date_patch, sign_bundle, sign_patch
 from tests.crash import world
 
 MADE, UNTIL = "2026-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
@@ -74,6 +75,13 @@ def resigned(record, *signers):
 def release(parent, number, *names, counter=None):
     """A patch from one round of the small world to another, signed."""
     return sign_patch_with(world.patch(parent, number, counter), *names)
+
+
+def dated(parent, number, when, *names):
+    """As a release, saying when it was signed."""
+    at = datetime.strptime(when, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    data = date_patch(world.patch(parent, number), int(at.timestamp()))
+    return sign_patch_with(data, *names)
 
 
 def sign_patch_with(data, *names):

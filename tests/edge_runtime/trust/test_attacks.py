@@ -127,7 +127,7 @@ def test_fast_forward_of_the_time_ends_with_the_list_that_says_it(tmp_path, cloc
     device = fleet.device(tmp_path)
     late = "2099-12-31T00:00:00Z"
     device.add_list(fleet.list_2(times=(late, fleet.UNTIL)))
-    assert not device.store.state.expired
+    assert not device.store.state.expired()
     device.update(fleet.release(0, 1, "new"))
     with pytest.raises(KeyListError, match="x-issued"):
         fleet.list_2(times=(fleet.UNTIL, fleet.UNTIL))
@@ -167,7 +167,56 @@ def test_indefinite_freeze_a_clock_that_is_set_back_helps_nobody(tmp_path, clock
         clock(now)
         assert device.store.state.key_list.now(now) == late
     clock("2027-12-02T00:00:00Z")
-    assert fleet.again(device).store.state.expired
+    assert fleet.again(device).store.state.expired()
+
+
+NO_CLOCK = "1970-01-01T00:00:00Z"
+
+
+def test_freeze_a_board_without_a_clock_refuses_what_was_signed_too_late(
+    tmp_path, clock
+):
+    clock(NO_CLOCK)
+    device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
+    for when in (SHORT[1], AFTER, "9999-12-31T23:59:59Z"):
+        with pytest.raises(ListExpiredError, match=f"was signed {when}"):
+            device.update(fleet.dated(0, 1, when, "fleet"))
+    device.update(fleet.dated(0, 1, BEFORE, "fleet"))
+    assert fleet.again(device).store.state.key_list.seen == BEFORE
+
+
+def test_freeze_the_newest_signed_time_never_goes_back(tmp_path, clock):
+    """A release that was signed earlier is as good as ever; the time stays."""
+    clock(NO_CLOCK)
+    device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
+    device.update(fleet.dated(0, 1, BEFORE, "fleet"))
+    device.update(fleet.dated(1, 2, "2026-02-01T00:00:00Z", "fleet"))
+    device.rollback()
+    assert fleet.again(device).store.state.key_list.seen == BEFORE
+
+
+def test_freeze_what_was_signed_in_time_is_taken_late(tmp_path, clock):
+    clock(BEFORE)
+    device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
+    clock(AFTER)
+    device.update(fleet.dated(0, 1, BEFORE, "fleet"))
+    with pytest.raises(ListExpiredError, match="now it is 2027"):
+        device.update(fleet.release(1, 2, "fleet"))
+
+
+def test_freeze_a_time_that_nobody_trusted_signed_moves_nothing(tmp_path, clock):
+    clock(NO_CLOCK)
+    device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
+    for names in ((), ("thief",), ("ann", "bob")):
+        with pytest.raises(TrustError):
+            device.update(fleet.dated(0, 1, BEFORE, *names))
+    assert fleet.again(device).store.state.key_list.seen == SHORT[0]
+
+
+def test_a_dated_release_says_nothing_to_a_device_with_single_keys(tmp_path):
+    device = fleet.pem_device(tmp_path, "fleet")
+    device.update(fleet.dated(0, 1, "2999-01-01T00:00:00Z", "fleet"))
+    assert device.status()["key_list"] is None
 
 
 def test_freeze_a_sleeper_takes_every_list_that_was_signed_in_time(tmp_path, clock):
@@ -183,9 +232,9 @@ def test_freeze_a_sleeper_takes_every_list_that_was_signed_in_time(tmp_path, clo
     )
     clock("2035-01-01T00:00:00Z")
     device.add_list(second)
-    assert device.store.state.expired
+    assert device.store.state.expired()
     device.add_list(third)
-    assert not device.store.state.expired
+    assert not device.store.state.expired()
     device.update(fleet.release(0, 1, "more"))
 
 

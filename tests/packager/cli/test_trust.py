@@ -8,6 +8,7 @@ from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
 from edge_runtime.cli.main import main as edge
+from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import key_id, load_public
 from packager.cli.pack import pack, patch
 
@@ -214,3 +215,16 @@ def test_the_store_is_asked_for_by_the_last_command_alone(command, monkeypatch):
     monkeypatch.delenv("DPU_STORE", raising=False)
     code, _, err = command(edge, "trust", "show")
     assert (code, "--store" in err) == (2, True)
+
+
+def test_a_patch_is_dated_when_it_is_signed(here, command, run, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    command(pack, "round_01", "--runs", run.path.parent)
+    path = run.path / "round_01.dpu"
+    assert command(patch, "sign", path, "--key", "fleet.pem", "--dated")[0] == 0
+    with open_patch(path) as signed:
+        assert signed.header.signed_at == 1767225600
+    assert "time of signing" in command(patch, "info", path)[1]
+    code, _, err = command(patch, "sign", path, "--key", "new.pem", "--dated")
+    assert (code, "round_01.dpu: the patch is signed" in err) == (3, True)
+    assert command(patch, "sign", path, "--key", "new.pem")[0] == 0
