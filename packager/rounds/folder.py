@@ -1,7 +1,7 @@
 """Read and validate round folders, and find them by name.
 
 The folder is the whole interface between a trainer and this package; its normative
-description is in ``packager/README.md``. Nothing in it is believed: fingerprints and
+description is in ``docs/round-folder.md``. Nothing in it is believed: fingerprints and
 the model's identity are computed again from the bytes.
 """
 
