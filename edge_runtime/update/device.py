@@ -112,6 +112,8 @@ class Device:
             StoreError: Something is installed there already, or lies there.
         """
         key_list = KeyList.begin(trust, utc()) if isinstance(trust, Root) else None
+        if key_list and (expired := key_list.problem(utc())):
+            raise ListExpiredError(expired)
         keys = trust.releases if isinstance(trust, Root) else trust or Trust()
         content = read_bundle(bundle, keys)
         device = cls(Store(root, files), trial)
@@ -120,8 +122,6 @@ class Device:
             device.store.create(content.files, keys)
             if key_list:
                 device.store.state = device.store.state.trusting(key_list)
-                if expired := device.store.state.expired():
-                    raise ListExpiredError(expired)
             device._install(content, patch)
         return device
 

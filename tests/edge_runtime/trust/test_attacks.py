@@ -246,6 +246,7 @@ def test_an_expired_list_vouches_for_no_list_that_was_signed_later(
     first = fleet.list_1(times=SHORT)
     with pytest.raises(ListExpiredError):  # no new device begins with it
         fleet.device(tmp_path, first)
+    assert not (tmp_path / "store").exists()
     clock(BEFORE)
     device = fleet.device(tmp_path, first)
     clock(AFTER)
