@@ -11,7 +11,7 @@ help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m tools.demo $(if $(KEEP),--keep)
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 	$(BIN)/python -m pytest
@@ -51,5 +51,5 @@ clean:  ## Remove .venv and everything else that make has made.
 $(STAMPS)/%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m tools.install $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
 	mkdir -p $(STAMPS) && touch $@

@@ -27,7 +27,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 640,
         "agent": 400,
-        "cli": 560,
+        "cli": 665,
         "formats": 2485,
         "inference": 620,
         "live": 380,
@@ -44,7 +44,8 @@ BUDGETS: dict[str, dict[str, int]] = {
         "rounds": 290,
     },
     "trainer": {
-        ".": 670,
+        "starter": 35,
+        ".": 850,
         "data": 335,
         "export": 415,
         "folder": 275,

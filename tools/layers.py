@@ -32,7 +32,17 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "trainer": (
         *("parallel", "method", "export", "recipe", "data", "networks", "config"),
-        *("folder", "publish", "rounds", "callbacks", "cli", "__main__"),
+        *(
+            "folder",
+            "publish",
+            "rounds",
+            "callbacks",
+            "board",
+            "progress",
+            "starter",
+            "cli",
+            "__main__",
+        ),
     ),
 }
 # What each package may know of the others. tools and tests may know everything.
