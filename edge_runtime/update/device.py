@@ -285,8 +285,6 @@ class Device:
             except StoreError:
                 if target == self.store.state.active:
                     raise
-            # Damaged: written anew, once no state names it.
-            self.store.commit(self.store.state.without(kept))
         return build_slot(self.store, parent, [patch], target)
 
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
@@ -349,6 +347,7 @@ class Device:
         """
         state = self.store.state
         self.store.check_slot(state.active)
+        self.store.check_current()
         if self.store.read_identity().model != state.model:
             raise StoreError(
                 f"{self.store.root / 'model'} is damaged; install the bundle into an "
