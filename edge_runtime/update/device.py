@@ -143,7 +143,8 @@ class Device:
 
         Args:
             source: A patch file, or its bytes.
-            force: Try a release again that failed its trial before.
+            force: Try a release again that failed its trial before, or take one whose
+                counter is far ahead.
 
         Raises:
             OSError: The patch cannot be read, or the disk is full or refuses.
