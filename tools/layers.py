@@ -27,7 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "packager": (
         *("zip_file", "signing", "key_lists", "rounds", "check_proof", "diff"),
-        *("build", "size"),
+        *("build", "size", "packed_file", "ledger"),
         *("compose", "models", "bundles", "report", "cli", "__main__"),
     ),
     "trainer": (

@@ -18,7 +18,13 @@ from edge_runtime.formats.identity import Identity, Run, network_id
 from edge_runtime.formats.weights import (
     Weights,
 )
-from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
+from packager.build import (
+    LEVEL,
+    PackedPatch,
+    check_budget,
+    check_counter,
+    encode_changes,
+)
 from packager.diff import check_same_tensors, diff
 from packager.models.safetensors_file import is_safetensors, parse_safetensors
 
@@ -153,7 +159,12 @@ def pack_models(
 
 
 def header_between(base: Model, target: Model, counter: int) -> PatchHeader:
-    """Return the header of a patch between two files of one network."""
+    """Return the header of a patch between two files of one network.
+
+    Raises:
+        RoundError: The counter is the reserved one.
+    """
+    check_counter(counter)
     return PatchHeader(
         model=base.model,
         parent=base.weights.fingerprint,
