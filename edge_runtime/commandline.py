@@ -63,7 +63,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     7: errors.StoreError,
     8: errors.TrustError,
     9: errors.TrainingError,
-    10: OSError | MemoryError,
+    10: OSError | MemoryError | errors.BlockedError,
     11: errors.BackendError,
     12: errors.HeldError,
     130: KeyboardInterrupt | click.Abort,

@@ -14,8 +14,10 @@ One tree, so that a caller can catch as much or as little as needed::
      + WrongModelError              patch is for another network .expected .actual
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
+     |  + TrialCutOffError          their trial crashed, hung or was killed: one try
      + StoreError                   the device's own files are damaged, full or locked
      + BackendError                 no runtime here can run the graph
+     + BlockedError                 this device cannot try a release now: no memory, ...
      + TrustError                   unsigned, wrongly signed or replayed release
      |  + ListExpiredError          the key list expired before it was signed
      + KeyListError                 what should be a key list is malformed
@@ -127,6 +129,14 @@ class VerificationError(_MismatchError):
 
 class TrialError(DpuError):
     """The new weights failed their trial session; nothing was installed."""
+
+
+class TrialCutOffError(TrialError):
+    """The trial session crashed, hung or was killed: one try, and no verdict."""
+
+
+class BlockedError(DpuError):
+    """This device cannot try the release now, whatever its weights; try again later."""
 
 
 class BackendError(DpuError):

@@ -40,6 +40,8 @@ class Limits:
         manifest_bytes: The manifest of a bundle.
         member_bytes: A member of a bundle.
         golden_bytes: Golden inputs, unpacked (``golden.npz``).
+        trial_bytes: Memory of a trial beside 8 times the weight file; less where the
+            system has less to give.
         input_bytes: A file of inputs for ``infer``, packed and unpacked.
         image_pixels: An image for ``infer``.
         proof_bytes: A device's proof.
@@ -67,6 +69,7 @@ class Limits:
     manifest_bytes: int = MIB
     member_bytes: int = 2 * GIB
     golden_bytes: int = 64 * MIB
+    trial_bytes: int = 2 * GIB
     input_bytes: int = GIB
     image_pixels: int = 100_000_000
     proof_bytes: int = 16 * MIB

@@ -18,12 +18,14 @@ from edge_runtime.agent.plan import Decision, Offer, decide, find_chain
 from edge_runtime.agent.status import ping, read_status, write_status
 from edge_runtime.errors import (
     BackendError,
+    BlockedError,
     DpuError,
     HeldError,
     KeyListError,
     ListExpiredError,
     PatchError,
     StoreError,
+    TrialCutOffError,
     TrustError,
 )
 from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
@@ -35,9 +37,13 @@ from edge_runtime.trust import list_number, load_list
 from edge_runtime.update.device import Device, UpdateResult
 
 BACKOFF_S, MAX_BACKOFF_S = 10.0, 600.0  # before what failed is tried again
+# Each try of a release writes all its weights: what this device cannot do is tried four
+# times a day in the end. Another file, or a change of the store, is looked at at once.
+MAX_BLOCKED_BACKOFF_S = 6 * 3600.0
 HEARTBEAT_S = 600.0  # the status is written at least this often
 # The device is at fault, or nobody: what failed so is tried again.
-FAILURES = (StoreError, BackendError, OSError)
+BLOCKED = (BackendError, BlockedError, TrialCutOffError)
+FAILURES = (StoreError, *BLOCKED, OSError)
 
 
 @dataclass(slots=True)
@@ -90,7 +96,9 @@ class Agent:
         self._folder, self._log, self._metrics = folder, log, metrics
         self._clock, self._written_at = clock, -math.inf
         self._failed, self._delay, self._retry_at = False, 0.0, math.inf
-        self._view: object = None  # what the last look saw; None: look in any case
+        # What
+        # What the last look saw; None: look in any case.
+        self._view: tuple[object, object] | None = None
         status = read_status(self._device.store.root)
         self._last_success = status.get("last_success", 0)
         self._failing = status.get("failing", "")
@@ -111,9 +119,12 @@ class Agent:
         Raises:
             StoreError: The device's own files are at fault.
             BackendError: No runtime here can try new weights.
+            BlockedError: This device cannot try them now.
+            TrialCutOffError: A trial was cut off.
             OSError: The folder cannot be read, or the status file not be written.
         """
         ping()
+        longest = MAX_BACKOFF_S
         try:
             worked = self._look()
             self._last_success = int(time.time())
@@ -124,6 +135,14 @@ class Agent:
                 self._publish()
         except FAILURES as err:
             self._failed = True
+            # After a cut-off longer: what killed it may go on for some minutes, and
+            # three tries in a row are all that a release has.
+            self._delay = (
+                MAX_BACKOFF_S if isinstance(err, TrialCutOffError) else self._delay
+            )
+            longest = (
+                MAX_BLOCKED_BACKOFF_S if isinstance(err, BlockedError) else longest
+            )
             if self._failing != str(err):  # else it goes on, and was told
                 self._failing = str(err)
                 self._log("failed", error=type(err).__name__, reason=self._failing)
@@ -132,7 +151,7 @@ class Agent:
             raise
         finally:
             if self._failed:
-                self._delay = min(max(2 * self._delay, BACKOFF_S), MAX_BACKOFF_S)
+                self._delay = min(max(2 * self._delay, BACKOFF_S), longest)
                 self._retry_at = self._clock() + self._delay
                 self._failed = False
 
@@ -287,6 +306,11 @@ class Agent:
         start = time.monotonic()
         try:
             result = self._device.update(self._folder / offer.name)
+        except BLOCKED as err:
+            self._decide(offer.name, Decision.BLOCKED, str(err))
+            if self._view:  # our own note of it is no news
+                self._view = (self._view[0], self._device.store.stamp())
+            raise
         except (HeldError, ListExpiredError, *FAILURES):
             raise
         except DpuError as err:

@@ -23,6 +23,7 @@ class Decision(StrEnum):
     PASSED = "passed"  # an older release than one that was active
     WAITING = "waiting"  # for the patches before it, or for the rest of the file
     HELD = "held"  # by the owner
+    BLOCKED = "blocked"  # by this device, which cannot try it now
     REFUSED = "refused"
 
 
@@ -62,9 +63,7 @@ def decide(state: State, header: PatchHeader, held: str = "") -> tuple[Decision,
             f"this device was rolled back from round {header.round}; a newer release "
             "comes by itself, this one with 'dpu-edge apply'"
         )
-    if past and any(
-        event.target == target and event.event != "refused" for event in state.history
-    ):
+    if past and state.was_active(target):
         return Decision.APPLIED, ""
     error = refusal(state, header)
     if isinstance(error, HeldError | ListExpiredError):

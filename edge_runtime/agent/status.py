@@ -15,6 +15,7 @@ from edge_runtime.store.state import utc
 from edge_runtime.text import printable
 
 SCHEMA = 3
+_TOLD = {Decision.WAITING, Decision.HELD, Decision.BLOCKED, Decision.REFUSED}
 
 
 def _status_path(root: Path) -> Path:
@@ -70,9 +71,11 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
     if record["failing"]:
         yield f"failing        {printable(record['failing'])}"
     for name, file in record["files"].items():
-        if file["verdict"] in (Decision.WAITING, Decision.HELD, Decision.REFUSED):
+        if file["verdict"] in _TOLD:
+            by = "by this device: " if file["verdict"] == Decision.BLOCKED else ""
             yield (
-                f"{file['verdict']:<13}  {printable(name)}: {printable(file['reason'])}"
+                f"{file['verdict']:<13}  {printable(name)}: {by}"
+                f"{printable(file['reason'])}"
             )
 
 

@@ -4,11 +4,11 @@ import json
 import re
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ import click
 
 from edge_runtime.agent.status import forget_left, ping, sd_notify
 from edge_runtime.commandline import SCHEMA, say
-from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.store.state import utc
 
 if TYPE_CHECKING:
@@ -79,11 +78,13 @@ def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    from edge_runtime.agent.agent import FAILURES
+
     log("started", round=agent.state.active_slot.round)
     sd_notify("READY=1")
     while not agent.stopping:
         # It was reported; the agent tries again.
-        with suppress(StoreError, BackendError, OSError):
+        with suppress(*FAILURES):
             agent.look()
         sd_notify(f"STATUS=at round {agent.state.active_slot.round}")
         until = time.monotonic() + interval_s
@@ -134,18 +135,17 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
     writable = [str(root), *([str(metrics.parent)] if metrics else [])]
     if "/run" in writable:  # the unit makes it read-only, and that would win
         raise click.UsageError("units may write to folders in /run, not to /run itself")
-    command = [sys.executable, "-m", "edge_runtime", "--store", str(root), "agent"]
+    from edge_runtime.update.programs import own_command
+
+    command = own_command("edge_runtime.__main__", "--store", str(root), "agent")
     values = {
         "USER": user,
         "STORE": str(root),
-        "COMMAND": shlex.join([*command, *arguments]),
+        # A unit knows % and $ as signs of its own.
+        "COMMAND": re.sub("[%$]", r"\g<0>\g<0>", shlex.join([*command, *arguments])),
         "MOUNTS": shlex.join([str(root), str(folder)]),
         "WRITABLE": shlex.join(writable),
     }
-    unit = (
-        Path(__file__)
-        .parents[1]
-        .joinpath("dpu-edge-agent.service")
-        .read_text(encoding="utf-8")
-    )
-    print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], unit), end="")
+    unit = resources.files("edge_runtime") / "dpu-edge-agent.service"
+    text = unit.read_text(encoding="utf-8")
+    print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], text), end="")

@@ -1,5 +1,6 @@
 """``dpu-edge``: the device's command line."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +112,19 @@ def _keys(status: dict[str, Any]) -> str:
     return text
 
 
+def _blocked(event: dict[str, Any] | None) -> Iterator[str]:
+    if event:
+        yield (
+            f"blocked by this device: round {event['round']} ({event['target'][:12]}), "
+            f"{printable(event['reason'])}; the agent tries again by itself, 'dpu-edge "
+            "apply FILE --force' at once"
+        )
+
+
 @main.command()
 @click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
 @click.option(
-    "--force",
-    is_flag=True,
-    help="Try a release again that failed its trial, or take one whose counter is far "
-    "ahead.",
+    "--force", is_flag=True, help="Try a release again that failed its trial."
 )
 @json_option
 @click.pass_obj
@@ -172,6 +179,7 @@ def status(device: "Device") -> Answer:
         *(["pinned         updates are held back"] if record["pinned"] else []),
         f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
+        *_blocked(record["blocked"]),
         *status_lines(agent),
         "history",
         *(

@@ -113,11 +113,20 @@ class Predictor:
             ContractError: The input does not fit.
             StoreError: A frugal swap failed and left no session behind.
         """
+        outputs: NDArray[Any] = self.predict_all(raw)[0]
+        return outputs
+
+    def predict_all(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> list[Any]:
+        """Return every output for raw inputs, in the graph's order.
+
+        Most are arrays; a graph may also give lists and maps. The rest as
+        :meth:`predict`.
+        """
         feed = self._contract.prepare(raw)
         # The one read that decides which version answers.
         session = self._session or self._wait()
-        outputs: list[NDArray[Any]] = session.run(None, feed)
-        return outputs[0]
+        outputs: list[Any] = session.run(None, feed)
+        return outputs
 
     def swap(self, folder: Path) -> None:
         """Move to another slot: calls before see the old weights, calls after the new.

@@ -51,7 +51,8 @@ class Event:
 
     Attributes:
         at: UTC time by the device's own clock, ISO 8601; for people only.
-        event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``pinned``,
+        event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``blocked``,
+            ``cut off`` (a trial, by a signal or the clock), ``pinned``,
             ``unpinned``, ``hook failed``, ``keys changed`` (by a key list) or
             ``mended`` (the state, from its copy).
         round: The round that the event led to, or that was refused.
@@ -64,6 +65,11 @@ class Event:
     round: int
     target: str
     reason: str = ""
+
+
+_TRIALS = {"refused", "blocked", "cut off"}  # what became of a release that never ran
+# No release came in between.
+_ASIDE = {"pinned", "unpinned", "hook failed", "mended", "keys changed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +116,15 @@ class State:
         """
         if self.key_list is None:
             return ""
-        signed = "" if signed_at is None else utc(signed_at)
-        return self.key_list.problem(utc(), signed)
+        root = self.key_list.root
+        time = self.key_list.now(utc()) if signed_at is None else utc(signed_at)
+        if time < root.expires:
+            return ""
+        when = "and now it is" if signed_at is None else "and this was signed"
+        return (
+            f"key list {root.version} expired {root.expires}, {when} {time}; give the "
+            f"device {root.version + 1}.root.json with 'dpu-edge trust add'"
+        )
 
     @property
     def skipped(self) -> list[str]:
@@ -199,6 +212,20 @@ class State:
             tries={t: n for t, n in self.tries.items() if t != slot.target},
         ).noted(event, slot)
 
+    def was_active(self, target: str) -> bool:
+        """Return whether weights were in use here, as far as the history goes back."""
+        return any(e.target == target and e.event not in _TRIALS for e in self.history)
+
+    @property
+    def blocked(self) -> Event | None:
+        """Why this device cannot try a release, if that is how it stands."""
+        for event in reversed(self.history):
+            if event.event == "blocked":
+                return event
+            if event.event not in _ASIDE:
+                break
+        return None
+
     def tried(self, target: str, times: int = 1) -> "State":
         """Return the state with more tries of a target; the others' stay counted."""
         tries = self.tries | {target: self.tries.get(target, 0) + times}
@@ -208,6 +235,18 @@ class State:
         """Return the state with one more event, of now, in its history."""
         entry = Event(utc(), event, slot.round, slot.target, reason)
         return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
+
+    def noted_once(self, event: str, slot: Slot, reason: str) -> "State":
+        """As :meth:`noted`, but in place of such an event that came just before.
+
+        What is tried again and again must not push the rest out of the history.
+        """
+        last = self.history[-1] if self.history else None
+        if last and (last.event, last.target) == (event, slot.target):
+            if last.reason == reason:
+                return self
+            return replace(self, history=self.history[:-1]).noted(event, slot, reason)
+        return self.noted(event, slot, reason)
 
     def without(self, slot: Slot, link: Slot | None = None) -> "State":
         """Return the state without a kept slot.

@@ -7,7 +7,6 @@ Example::
     scores = device.predictor().predict(image)
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -17,12 +16,14 @@ from typing import Any
 
 from edge_runtime.errors import (
     BackendError,
+    BlockedError,
     BundleError,
     DpuError,
     HeldError,
     ListExpiredError,
     RoundNotFoundError,
     StoreError,
+    TrialCutOffError,
     TrialError,
     TrustError,
 )
@@ -39,9 +40,8 @@ from edge_runtime.store.state import MAX_TRIES, Slot, utc
 from edge_runtime.store.store import Store
 from edge_runtime.trust import KeyList, Root, first_root, read_root
 from edge_runtime.update.hooks import run_hooks
-from edge_runtime.update.trial import run_trial
+from edge_runtime.update.trial import Expected, Trial, run_trial
 
-Trial = Callable[..., None]
 StrPath = str | PathLike[str]
 KEPT_SLOTS = 2
 
@@ -112,8 +112,6 @@ class Device:
             StoreError: Something is installed there already, or lies there.
         """
         key_list = KeyList.begin(trust, utc()) if isinstance(trust, Root) else None
-        if key_list and (expired := key_list.problem(utc())):
-            raise ListExpiredError(expired)
         keys = trust.releases if isinstance(trust, Root) else trust or Trust()
         content = read_bundle(bundle, keys)
         device = cls(Store(root, files), trial)
@@ -122,6 +120,8 @@ class Device:
             device.store.create(content.files, keys)
             if key_list:
                 device.store.state = device.store.state.trusting(key_list)
+                if expired := device.store.state.expired():
+                    raise ListExpiredError(expired)
             device._install(content, patch)
         return device
 
@@ -132,7 +132,7 @@ class Device:
         if error := self._refusal(header):
             raise error
         folder = build_slot(self.store, header.parent, [patch], header.target)
-        self._trial(folder, self.store.root / "model", expected=True)
+        self._trial(folder, self.store.root / "model", expected=Expected(golden=True))
         slot = Slot(header.target, header.round, header.counter)
         self.store.commit(state.activated(slot, "installed"))
 
@@ -143,8 +143,7 @@ class Device:
 
         Args:
             source: A patch file, or its bytes.
-            force: Try a release again that failed its trial before, or take one whose
-                counter is far ahead.
+            force: Try a release again that failed its trial before.
 
         Raises:
             OSError: The patch cannot be read, or the disk is full or refuses.
@@ -155,7 +154,9 @@ class Device:
                 that was active, it failed its trial before, or the key list expired.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
+            TrialCutOffError: Their trial crashed, hung or was killed: one try.
             BackendError: No runtime here can try them; the release stays welcome.
+            BlockedError: This device cannot try them now; the release stays welcome.
             HeldError: The device is pinned, or a hook refused.
             StoreError: The device's own files are at fault.
         """
@@ -286,6 +287,8 @@ class Device:
             except StoreError:
                 if target == self.store.state.active:
                     raise
+            # Damaged: written anew, once no state names it.
+            self.store.commit(self.store.state.without(kept))
         return build_slot(self.store, parent, [patch], target)
 
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
@@ -293,10 +296,18 @@ class Device:
         before = self.store.state
         self.store.commit(before.tried(slot.target))
         try:
-            self._trial(folder, self.store.root / "model", expected=outputs)
-        except (BackendError, OSError):
+            expected = Expected(values=outputs)
+            self._trial(folder, self.store.root / "model", expected=expected)
+        except (BackendError, BlockedError) as err:
             # The device is at fault: no try of the release, however often it happens.
+            self.store.commit(before.noted_once("blocked", slot, str(err)))
+            raise
+        except OSError:
             self.store.commit(before)
+            raise
+        except TrialCutOffError as err:
+            # It stays counted, and is no verdict: perhaps somebody killed it.
+            self.store.commit(self.store.state.noted("cut off", slot, str(err)))
             raise
         except TrialError as err:
             state = before.tried(slot.target, MAX_TRIES)
@@ -348,7 +359,6 @@ class Device:
         """
         state = self.store.state
         self.store.check_slot(state.active)
-        self.store.check_current()
         if self.store.read_identity().model != state.model:
             raise StoreError(
                 f"{self.store.root / 'model'} is damaged; install the bundle into an "
@@ -370,5 +380,6 @@ class Device:
             "kept_rounds": [slot.round for slot in state.slots],
             "reachable_rounds": [slot.round for slot in state.reachable],
             "skipped": state.skipped,
+            "blocked": asdict(state.blocked) if state.blocked else None,
             "history": [asdict(event) for event in state.history],
         }

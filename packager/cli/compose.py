@@ -28,18 +28,9 @@ from packager.cli.options import FILE
     help="Where to write the patch.",
 )
 @click.option("--level", type=click.IntRange(1, 22), default=19, show_default=True)
-@click.option(
-    "--force", is_flag=True, help="Replace a signed file by this unsigned one."
-)
 @json_option
 def compose(
-    paths: tuple[Path, ...],
-    *,
-    base: Path,
-    output: Path,
-    level: int,
-    force: bool,
-    as_json: bool,
+    paths: tuple[Path, ...], *, base: Path, output: Path, level: int, as_json: bool
 ) -> None:
     """Make one patch of several that follow each other.
 
@@ -47,9 +38,8 @@ def compose(
     counter of the last one.
     """
     from edge_runtime.formats.patch import open_patch
-    from packager.build import prefix_errors
+    from packager.build import prefix_errors, write_file
     from packager.compose import compose_patches
-    from packager.ledger import publish_file
     from packager.report.words import percent, spaced
 
     weights = read_any(base).weights
@@ -76,7 +66,7 @@ def compose(
         text = f"they lead back to {base}: nothing to send, nothing written"
         emit(record, as_json=as_json, text=text)
         return
-    record["written"] = publish_file(packed.data, output, force=force, say=say)
+    write_file(packed.data, output)
     size = len(packed.data)
     text = (
         f"{len(paths)} patches  {weights.fingerprint[:12]}  →  {target[:12]}, release "
@@ -87,5 +77,4 @@ def compose(
         f"  checked  applied to {base}, result identical; unsigned"
     )
     emit(record, as_json=as_json, text=text)
-    if record["written"]:
-        say(f"wrote {output}")
+    say(f"wrote {output}")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import ContractError, RoundError, TrialError
+from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
@@ -24,9 +25,21 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.update.trial import check_outputs
+from edge_runtime.limits import limits
+from edge_runtime.update.trial import (
+    MAX_OUTPUTS,
+    check_outputs,
+    comparable,
+    first_output,
+    output_name,
+    read_golden,
+    relative_difference,
+)
 from packager.rounds.folder import RoundFolder, read_model_file
 
+# Of each output after the first: so much is kept of it, and one row at least if that
+# is no larger than the second.
+MAX_OTHER_BYTES, MAX_ROW_BYTES = 1 << 18, 1 << 22
 NEEDED = (GRAPH_NAME, CONTRACT_NAME, GOLDEN_NAME)
 
 
@@ -55,6 +68,7 @@ def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
     """Return ``golden.npz`` with the outputs of these weights: :func:`run_golden`."""
     file = io.BytesIO()
     np.savez(file, **run_golden(files, weights))  # type: ignore[arg-type]
+    read_golden(file.getvalue())  # as devices will, within their limits
     return file.getvalue()
 
 
@@ -69,20 +83,59 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
 
     Raises:
         ContractError: The contract is malformed or the golden inputs do not fit it.
-        TrialError: Devices would refuse these weights.
+        TrialError: Devices would refuse these weights: an output is not finite, is no
+            number, or differs from run to run.
         StoreError: ONNX Runtime cannot load the graph.
     """
-    with np.load(io.BytesIO(files[GOLDEN_NAME]), allow_pickle=False) as golden:
-        inputs, labels = golden["inputs"], golden.get("labels")
+    given = read_npz(
+        files[GOLDEN_NAME], ("inputs", "labels"), limit=limits().golden_bytes
+    )
+    if "inputs" not in given:
+        raise ContractError(
+            f"{GOLDEN_NAME} lacks inputs; give some, as devices get them"
+        )
+    inputs, labels = given["inputs"], given.get("labels")
     contract = parse_contract(files[CONTRACT_NAME])
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
         (slot / GRAPH_NAME).write_bytes(files[GRAPH_NAME])
         (slot / WEIGHTS_NAME).write_bytes(weights.data)
-        outputs = Predictor(slot, contract).predict(inputs)
+        predictor = Predictor(slot, contract)
+        outputs, again = (predictor.predict_all(inputs) for _ in range(2))
+    answers = first_output(outputs).argmax(axis=-1)
     if labels is None:
         # What is no classifier has no answer; any label of the right length will do.
-        answers = outputs.argmax(axis=-1)
-        labels = answers if outputs.ndim > 1 else np.zeros(len(inputs), np.int64)
+        labels = answers if outputs[0].ndim > 1 else np.zeros(len(inputs), np.int64)
     check_outputs(outputs, labels, contract)
-    return {"inputs": inputs, "labels": labels, "outputs": outputs}
+    _check_repeats(outputs, again, contract.output_tolerance)
+    return {"inputs": inputs, "labels": labels, **_kept(outputs)}
+
+
+def _check_repeats(first: list[Any], again: list[Any], tolerance: float) -> None:
+    for number, (output, other) in enumerate(zip(first, again, strict=True)):
+        if number and not comparable(output):
+            continue
+        difference = relative_difference(np.asarray(other), np.asarray(output))
+        if not difference <= tolerance:
+            raise TrialError(
+                f"output {number + 1} differs by {difference:.2g} of the largest value "
+                "when the model runs again on the same inputs: it draws random "
+                "numbers, and every device would refuse it; export it for inference "
+                "(model.eval(), no Dropout, no RandomNormal)"
+            )
+
+
+def _kept(outputs: list[Any]) -> dict[str, NDArray[Any]]:
+    """Return what devices compare: the first output, and the first rows of others."""
+    found = {output_name(0): outputs[0]}
+    for number, output in enumerate(outputs[1:MAX_OUTPUTS], 1):
+        if comparable(output) and output.nbytes:
+            rows = (
+                max(1, len(output) * MAX_OTHER_BYTES // output.nbytes)
+                if output.ndim
+                else 0
+            )
+            kept = output[:rows] if output.ndim else output
+            if kept.nbytes <= MAX_ROW_BYTES:
+                found[output_name(number)] = kept
+    return found

@@ -62,7 +62,7 @@ def read_all(pipe):
     return data
 
 
-def forked_trial(slot, model, *, expected=False):
+def forked_trial(slot, model, *, expected):
     """Try a slot in a process of its own that imports nothing anew."""
 
     def work(out):

@@ -4,15 +4,28 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from edge_runtime import Device
 from edge_runtime.agent import agent as module
-from edge_runtime.agent.agent import BACKOFF_S, MAX_BACKOFF_S, Agent
+from edge_runtime.agent.agent import (
+    BACKOFF_S,
+    MAX_BACKOFF_S,
+    MAX_BLOCKED_BACKOFF_S,
+    Agent,
+)
 from edge_runtime.agent.status import metric_lines, read_status, status_lines
-from edge_runtime.errors import BackendError, StoreError, TrialError
+from edge_runtime.errors import (
+    BackendError,
+    BlockedError,
+    StoreError,
+    TrialCutOffError,
+    TrialError,
+)
 from edge_runtime.files import Files
 from edge_runtime.formats.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.formats.signing import trust_keys
@@ -297,6 +310,65 @@ def test_a_device_without_a_runtime_tries_again_and_refuses_nothing(watch):
     assert watch.errors == {}
     watch.trial = world.no_trial
     assert ("applied", name(1)) in watch.look()
+
+
+def test_what_this_device_cannot_do_is_tried_less_and_less_often(watch):
+    tried = []
+
+    def no_memory(*_, **__):
+        tried.append(watch.time)
+        raise BlockedError("not enough memory")
+
+    watch.trial = no_memory
+    watch.put(name(1), world.patch(0, 1))
+    with pytest.raises(BlockedError):
+        watch.look()
+    assert ("blocked", name(1)) in watch.said
+    assert watch.look() == []  # what the store notes of it is no reason to look
+    while watch.time < 2 * 24 * 3600:
+        watch.time += BACKOFF_S
+        with suppress(BlockedError):
+            watch.look()
+    waits = [late - early for early, late in pairwise(tried)]
+    assert waits[:3] == [BACKOFF_S, 2 * BACKOFF_S, 4 * BACKOFF_S]
+    assert waits == sorted(waits)
+    assert waits[-1] == MAX_BLOCKED_BACKOFF_S
+    (line,) = (li for li in status_lines(read_status(watch.root)) if "round_01" in li)
+    assert "by this device: not enough memory" in line
+    assert watch.errors == {}
+    assert watch.device.store.state.tries == {}
+    watch.trial = world.no_trial
+    watch.time += MAX_BLOCKED_BACKOFF_S
+    assert ("applied", name(1)) in watch.look()
+
+
+def test_a_trial_that_was_killed_is_tried_again_after_a_while(watch):
+    def killed(*_, **__):
+        raise TrialCutOffError("ended by SIGKILL")
+
+    watch.trial = killed
+    watch.put(name(1), world.patch(0, 1))
+    with pytest.raises(TrialCutOffError):
+        watch.look()
+    watch.trial = world.no_trial
+    watch.time += MAX_BACKOFF_S - 1
+    assert watch.look() == []
+    watch.time += 1
+    assert ("applied", name(1)) in watch.look()
+
+
+def test_a_trial_that_is_always_killed_is_given_up(watch):
+    def killed(*_, **__):
+        raise TrialCutOffError("ended by SIGKILL")
+
+    watch.trial = killed
+    watch.put(name(1), world.patch(0, 1))
+    for _ in range(MAX_TRIES):
+        with pytest.raises(TrialCutOffError):
+            watch.look()
+        watch.time += MAX_BACKOFF_S
+    assert ("refused", name(1)) in watch.look()
+    assert watch.look() == []
 
 
 def test_a_patch_with_a_wrong_result_is_staged_once(watch):

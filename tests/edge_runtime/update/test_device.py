@@ -33,7 +33,7 @@ from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.state import MAX_TRIES
-from edge_runtime.update.trial import check_outputs, run_trial, try_slot
+from edge_runtime.update.trial import Expected, check_outputs, run_trial, try_slot
 from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import parent_from, read_init, read_round
@@ -380,6 +380,8 @@ def test_a_trial_that_hangs_is_ended(device):
 
 
 def test_a_trial_that_cannot_load_says_why(device, tmp_path):
+    shutil.copy(active_file(device), tmp_path)
+    (tmp_path / "graph.onnx").write_bytes(b"no graph")
     with pytest.raises(TrialError, match="cannot load"):
         run_trial(tmp_path, device.store.root / "model")
 
@@ -402,17 +404,18 @@ def test_a_device_that_cannot_load_its_runtime_does_not_blame_the_release(
 ):
     first, second = only_onnx_runtime
     device = Device.install(tmp_path / "store", build_bundle(read_round(first)).data)
-    state = (tmp_path / "store" / "state.json").read_bytes()
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "onnxruntime.py").write_text(f"raise {error}('no libonnxruntime.so')")
     with monkeypatch.context() as patched:
-        patched.setenv("PYTHONPATH", str(broken))  # of the trial's process
+        patched.syspath_prepend(broken)  # the trial looks where this process does
         for _ in range(MAX_TRIES + 1):
             with pytest.raises(BackendError, match=r"nothing changed.*lacks.*Softsign"):
                 device.update(patch_of(second))
-    # Not skipped, no try counted.
-    assert (tmp_path / "store" / "state.json").read_bytes() == state
+    status = Device.open(tmp_path / "store").status()
+    assert (status["skipped"], device.store.state.tries) == ([], {})
+    assert "Softsign" in status["blocked"]["reason"]
+    assert [event["event"] for event in status["history"]] == ["installed", "blocked"]
     assert device.update(patch_of(second)) is UpdateResult.APPLIED
 
 
@@ -451,22 +454,22 @@ def test_inputs_that_do_not_fit_are_refused(device):
 
 def test_a_trial_counts_golden_labels(device):
     outputs = np.eye(8, dtype="f4")
-    check_outputs(outputs, np.arange(8), Contract((), accuracy_floor=1.0))
+    check_outputs([outputs], np.arange(8), Contract((), accuracy_floor=1.0))
     wrong = np.array([0, 1, 2, 3, 4, 5, 6, 0])
-    check_outputs(outputs, wrong, Contract((), accuracy_floor=0.875))
+    check_outputs([outputs], wrong, Contract((), accuracy_floor=0.875))
     with pytest.raises(TrialError, match="7 of 8 golden labels"):
-        check_outputs(outputs, wrong, Contract((), accuracy_floor=0.876))
+        check_outputs([outputs], wrong, Contract((), accuracy_floor=0.876))
 
 
 def test_a_trial_compares_the_golden_outputs_where_it_is_told_to(device, tmp_path):
     slot, model = device.store.slot_folder(device.verify()), tmp_path / "model"
     shutil.copytree(device.store.root / "model", model)
-    try_slot(slot, model, expected=True)
+    try_slot(slot, model, expected=Expected(golden=True))
     golden = dict(np.load(model / "golden.npz"))
     np.savez(model / "golden.npz", **golden | {"outputs": golden["outputs"] + 1})
     try_slot(slot, model)
     with pytest.raises(TrialError, match="differ from the expected ones"):
-        try_slot(slot, model, expected=True)
+        try_slot(slot, model, expected=Expected(golden=True))
 
 
 def test_a_predictor_is_made_of_the_slot_it_names(device):

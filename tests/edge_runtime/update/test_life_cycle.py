@@ -170,8 +170,26 @@ def test_the_last_line_of_a_talkative_hook_is_told(device, hook):
         device.update(next_patch(device))
 
 
-def test_what_is_not_executable_is_no_hook(device, hook):
-    hook("before-apply", "README", "exit 1", mode=0o644)
+def test_a_hook_that_lost_its_run_bit_refuses(device, hook):
+    hook("before-apply", "10-battery", "exit 0", mode=0o644)
+    with pytest.raises(HeldError, match=r"10-battery may not be run.*chmod \+x .*10-b"):
+        device.update(next_patch(device))
+    assert device.status()["round"] == 0
+    path = device.store.root / "hooks" / "before-apply.d" / "10-battery"
+    path.rename(path.with_name("10-battery.disabled"))
+    assert device.update(next_patch(device)) is UpdateResult.APPLIED
+
+
+def test_a_hook_after_that_lost_its_run_bit_is_told(device, hook):
+    hook("after-apply", "restart", "exit 0", mode=0o644)
+    assert device.update(next_patch(device)) is UpdateResult.APPLIED
+    event = device.status()["history"][-1]
+    assert (event["event"], "chmod +x" in event["reason"]) == ("hook failed", True)
+
+
+@pytest.mark.parametrize("name", ["README", "README.md", ".swp", "10-old.disabled"])
+def test_notes_beside_the_hooks_are_no_hooks(device, hook, name):
+    hook("before-apply", name, "exit 1", mode=0o644)
     (device.store.root / "hooks" / "before-apply.d" / "folder").mkdir()
     assert device.update(next_patch(device)) is UpdateResult.APPLIED
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import struct
 
 import numpy as np
@@ -482,6 +483,101 @@ def test_a_network_with_two_inputs_is_refused_with_their_names(old, tmp_path):
     onnx.save(model, tmp_path / "two.onnx")
     with pytest.raises(ContractError, match=r"several inputs or none \(x, mask\)"):
         adopt_model(read_model(tmp_path / "two.onnx"))
+
+
+def ending_with(path, *nodes, kind=TensorProto.FLOAT, shape=("n", 3)):
+    """A file whose network goes on from ``y`` to an output ``z``."""
+    model = make_model()
+    model.graph.node.extend(nodes)
+    value = helper.make_tensor_value_info("z", kind, list(shape))
+    model.graph.output[0].CopyFrom(value)
+    onnx.save(model, path)
+    return path
+
+
+def node(*words, **attributes):
+    operator, *inputs, output = words
+    return helper.make_node(operator, inputs, [output], **attributes)
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (
+            {"nodes": [node("Greater", "y", "slope", "z")], "kind": TensorProto.BOOL},
+            r"first output is bool .*Cast to float32",
+        ),
+        (
+            {
+                "nodes": [node("Cast", "y", "z", to=TensorProto.STRING)],
+                "kind": TensorProto.STRING,
+            },
+            r"first output is object .*Cast to float32",
+        ),
+        (
+            {"nodes": [node("ReduceMean", "y", "z", keepdims=0)], "shape": ()},
+            r"one number for all inputs",
+        ),
+        (
+            {"nodes": [node("RandomNormalLike", "y", "q"), node("Add", "y", "q", "z")]},
+            r"output 1 differs .*random.*model\.eval",
+        ),
+        (
+            {"nodes": [node("RandomUniformLike", "y", "z", seed=3.0)]},
+            r"output 1 differs .*random",
+        ),
+        ({"nodes": [node("Log", "y", "z")]}, "not finite"),
+    ],
+)
+def test_a_network_that_every_device_would_refuse_is_not_packed(
+    tmp_path, command, end, words
+):
+    nodes = end.pop("nodes")
+    path = ending_with(tmp_path / "odd.onnx", *nodes, **end)
+    code, out, err = command(pack, "--base", path, "--bundle")
+    assert (code, out) == (5, "")
+    assert re.search(words, " ".join(err.split()))
+    assert not list(tmp_path.glob("*.zip"))
+
+
+def with_second(path, *nodes, kind=TensorProto.FLOAT, shape=("n", 3)):
+    model = make_model()
+    model.graph.node.extend(nodes)
+    value = helper.make_tensor_value_info("z", kind, list(shape))
+    model.graph.output.append(value)
+    onnx.save(model, path)
+    return read_model(path)
+
+
+def test_a_second_output_is_looked_at_before_a_bundle_leaves(tmp_path):
+    model = with_second(tmp_path / "log.onnx", node("Log", "y", "z"))
+    with pytest.raises(TrialError, match=r"not finite \(output 2 of 2\)"):
+        adopt_model(model)
+    model = with_second(tmp_path / "random.onnx", node("RandomNormalLike", "y", "z"))
+    with pytest.raises(TrialError, match="output 2 differs"):
+        adopt_model(model)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "kept"),
+    [
+        ([node("Neg", "y", "z")], {}, (4, 3)),
+        ([node("ReduceMean", "y", "z", keepdims=0)], {"shape": ()}, ()),
+        ([node("Shape", "y", "z")], {"kind": TensorProto.INT64, "shape": (2,)}, None),
+        ([node("Greater", "y", "slope", "z")], {"kind": TensorProto.BOOL}, None),
+    ],
+)
+def test_a_device_takes_what_a_second_output_may_be(tmp_path, nodes, options, kept):
+    bundle = adopt_model(with_second(tmp_path / "m.onnx", *nodes, **options))
+    found = golden_of(bundle).get("outputs_1")
+    assert (None if found is None else found.shape) == kept
+    assert Device.install(tmp_path / "store", bundle.data).verify()
+
+
+def test_golden_inputs_that_devices_would_not_unpack_are_refused(old, tmp_path):
+    np.savez_compressed(tmp_path / "g.npz", inputs=np.zeros((3 << 20, 6), "f4"))
+    with pytest.raises(ContractError, match="fewer samples"):
+        adopt_model(read_model(old), golden=tmp_path / "g.npz")
 
 
 def test_a_regression_network_needs_no_labels(tmp_path):
