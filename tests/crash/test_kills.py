@@ -1,11 +1,11 @@
 """Real processes, killed at random moments. ``make test-crash`` kills a thousand."""
 
-from tests.conftest import Run
+from tests.conftest import RunOnDisk
 from tests.crash.kills import in_process
 
 
 def test_killed_processes_and_two_writers_lose_nothing(tmp_path):
-    run = Run(tmp_path / "tiny")
+    run = RunOnDisk(tmp_path / "tiny")
     for number in range(4):
         run.add(number)
     options = {"--kills": 20, "--commands": 1, "--updates": 10, "--run": run.path}

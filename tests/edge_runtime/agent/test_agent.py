@@ -502,9 +502,11 @@ def test_another_model_in_the_store_makes_it_forget(watch, tmp_path, new_run):
     round_0 = read_round(run.add(0))
     watch.put(name(1), pack_round(read_round(run.add(1))).data)
     assert watch.look() == [("refused", name(1))]
-    shutil.rmtree(watch.root / "slots")
-    (watch.root / "state.json").unlink()
+    known = (watch.root / "agent.json").read_bytes()
+    shutil.rmtree(watch.root)
+    watch.root.mkdir()
     Device.install(watch.root, build_bundle(round_0).data, trial=world.no_trial)
+    (watch.root / "agent.json").write_bytes(known)
     assert watch.look() == [("applied", name(1))]
 
 
