@@ -5,10 +5,13 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-crash test-arm64 lint format clean wheel wheelhouse
+.PHONY: help demo test test-crash test-arm64 lint format docs clean wheel wheelhouse release
+
+help:  ## This list.
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
-	$(BIN)/python -m tools.demo
+	$(BIN)/python -m tools.demo $(if $(KEEP),--keep)
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 	$(BIN)/python -m pytest
@@ -19,16 +22,19 @@ test-arm64: $(STAMPS)/train  ## The runtime on emulated aarch64; minutes, never 
 test-crash: $(STAMPS)/dev  ## Every crash state, SIGKILLs, full disks: minutes, with counts.
 	$(BIN)/python -m tests.crash
 
-lint: $(STAMPS)/dev
+lint: $(STAMPS)/dev  ## Linter and type checker alone.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m tools.layers --check > /dev/null
 	$(BIN)/python -m tools.code_lines --check
 
-format: $(STAMPS)/dev
+format: $(STAMPS)/dev  ## Sources in the project's form.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(STAMPS)/docs  ## The site, in dist/docs; a warning is an error.
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs dist/docs
 
 wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
@@ -36,11 +42,14 @@ wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
 wheelhouse: $(STAMPS)/pack  ## All wheels of a 64-bit Pi without a network, in dist/.
 	$(BIN)/python -m tools.wheels
 
-clean:
+release: $(STAMPS)/release  ## Source distribution and wheel in dist/, checked and installed.
+	$(BIN)/python -m tools.release
+
+clean:  ## Remove .venv and everything else that make has made.
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(STAMPS)/%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m tools.install $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
 	mkdir -p $(STAMPS) && touch $@

@@ -23,7 +23,33 @@ On a device, :class:`Device` does all of it safely::
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# For type checkers alone; the same names as below.
+if TYPE_CHECKING:
+    from edge_runtime.errors import DpuError as DpuError
+    from edge_runtime.formats.apply import apply_patch as apply_patch
+    from edge_runtime.formats.header import PatchHeader as PatchHeader
+    from edge_runtime.formats.patch import Patch as Patch
+    from edge_runtime.formats.patch import encode_patch as encode_patch
+    from edge_runtime.formats.patch import open_patch as open_patch
+    from edge_runtime.formats.signing import Trust as Trust
+    from edge_runtime.formats.signing import trust_keys as trust_keys
+    from edge_runtime.formats.weights import Weights as Weights
+    from edge_runtime.formats.weights import fingerprint_file as fingerprint_file
+    from edge_runtime.formats.weights import pack_weights as pack_weights
+    from edge_runtime.formats.weights import read_weights as read_weights
+    from edge_runtime.formats.weights import write_weights as write_weights
+    from edge_runtime.inference.predictor import Predictor as Predictor
+    from edge_runtime.inference.predictor import RunOptions as RunOptions
+    from edge_runtime.limits import Limits as Limits
+    from edge_runtime.live.proof import make_proof as make_proof
+    from edge_runtime.live.store_predictor import StorePredictor as StorePredictor
+    from edge_runtime.store.store import Store as Store
+    from edge_runtime.update.device import Device as Device
+    from edge_runtime.update.device import UpdateResult as UpdateResult
+
+    __version__: str
 
 # Imported when first used: ``dpu-edge --help`` answers at once on a small board.
 _HOMES = {
@@ -53,6 +79,8 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # pyproject.toml says which
+        return importlib.import_module("importlib.metadata").version("dpu-edge")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"edge_runtime.{_HOMES[name]}"), name)

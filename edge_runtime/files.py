@@ -5,6 +5,7 @@ below, so that a test can record them, fail any one of them, and enumerate what 
 cut could leave behind.
 """
 
+import fcntl
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EINVAL
+from errno import EDQUOT, EINVAL, ENOLCK, ENOSPC, ENOSYS, ENOTSUP
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,9 @@ from edge_runtime.text import printable
 
 READ_BYTES = 1 << 20
 _SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
+FULL = frozenset({ENOSPC, EDQUOT})  # no block, no inode, or a quota is used up
+_LAST_BYTES, _LAST_INODES = 1 << 16, 4  # less is as good as nothing
+_ABSENT = frozenset({EINVAL, ENOLCK, ENOSYS, ENOTSUP})  # what a file system lacks
 _NAMED = 5  # of the things found in a folder
 
 
@@ -44,6 +48,32 @@ def strangers(folder: Path, own: Collection[str] = ()) -> str:
     more = len(found) - _NAMED
     names = ", ".join(map(printable, found[:_NAMED]))
     return names + (f" and {more} more" if more > 0 else "")
+
+
+def lock_file(file: int | BinaryIO, path: Path) -> None:
+    """Lock an open file for this process alone, without waiting.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: It cannot be locked, with its name.
+    """
+    with _naming(path, "locked"):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _naming(path: Path, done: str) -> Iterator[None]:
+    """Let errors of a system call name the file, and the way out where there is one."""
+    try:
+        yield
+    except OSError as err:
+        reason = err.strerror
+        if err.errno in _ABSENT:
+            reason = (
+                f"cannot be {done} ({reason}): the file system does not support it; "
+                "use a folder on a local disk"
+            )
+        raise OSError(err.errno, reason, err.filename or str(path)) from err
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -137,7 +167,8 @@ class Files:
                             )
                 file.flush()
                 if durable:
-                    self.sync(file.fileno())
+                    with _naming(path, "synced"):
+                        self.sync(file.fileno())
         except OSError as err:
             err.filename = err.filename or str(path)  # a full disk names no file
             raise
@@ -287,9 +318,16 @@ class Files:
         """Make the names in a folder durable."""
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            self.sync(handle)
+            with _naming(path, "synced"):
+                self.sync(handle)
         finally:
             os.close(handle)
+
+    def is_full(self, path: Path) -> bool:
+        """Return whether hardly a block or an inode is left below ``path``."""
+        status = os.statvfs(path)
+        no_inodes = status.f_files > 0 and status.f_favail < _LAST_INODES
+        return no_inodes or status.f_bavail * status.f_frsize < _LAST_BYTES
 
     def free_bytes(self, path: Path) -> int:
         """Return how many bytes can still be written below ``path``."""

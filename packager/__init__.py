@@ -1,7 +1,7 @@
 """From round folders to patch files, each proved before it gets its name.
 
 May import ``edge_runtime``, and ``onnx`` to check a graph; never torch. How a round
-folder looks is in ``packager/README.md``.
+folder looks is in ``docs/round-folder.md``.
 
     from packager import find_round, pack_round, read_round, write_file
 

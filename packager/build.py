@@ -26,7 +26,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import encode_patch, open_patch
@@ -203,11 +203,35 @@ def _check_run(round_: RoundFolder, parent: Parent) -> None:
 
 
 def _check_counter(round_: RoundFolder, parent: Parent, counter: int) -> None:
+    check_counter(counter)
     if parent.counter is not None and counter <= parent.counter:
         raise RoundError(
             f"{round_.name} would be release {counter}, but devices at {parent.name} "
             f"have seen release {parent.counter} and refuse what is not newer; give "
             f"--counter {parent.counter + 1} or more"
+        )
+
+
+def check_counter(counter: int, newest: int | None = None) -> None:
+    """Insist on a counter that devices take, and that leaves room for later ones.
+
+    Args:
+        counter: The release counter.
+        newest: The highest that is known to be given out; None lets it be far ahead.
+
+    Raises:
+        RoundError: No device would take it.
+    """
+    if counter >= RESERVED_COUNTER:
+        raise RoundError(
+            f"release counter {RESERVED_COUNTER} is reserved, as no release could ever "
+            "follow it; give a smaller one with --counter"
+        )
+    if newest is not None and counter > newest + MAX_JUMP:
+        raise RoundError(
+            f"release counter {counter} is more than {MAX_JUMP} above {newest}, the "
+            "newest release that is known: devices would refuse it, or everything "
+            f"after it; give --counter {newest + 1}, or --force if it is meant"
         )
 
 

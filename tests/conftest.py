@@ -1,5 +1,5 @@
 """Settings for all tests, and real round folders of a tiny network, written as the
-contract in packager/README.md says and by no code of the trainer."""
+contract in docs/round-folder.md says and by no code of the trainer."""
 
 import json
 import os

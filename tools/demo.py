@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.files import strangers
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from edge_runtime import Device, Weights
     from trainer.folder.record import RoundRecord
 
+KEPT = "demo"
+REMOVED = (
+    "rounds, patches and device are removed; 'make demo KEEP=1' leaves them in "
+    f"{KEPT}/,\nwith commands to go on with"
+)
 TOLERANCE = 1e-4  # of the largest output, as in the contract
 
 
@@ -89,11 +95,10 @@ class Demo:
 
     def train(self) -> "list[RoundRecord]":
         """Train all rounds, with a progress bar."""
-        from trainer.cli import shown_progress
+        from trainer.progress import shown_progress
         from trainer.rounds.schedule import run_rounds
 
-        rounds = self.config.run.rounds
-        with shown_progress(rounds, quiet=False) as progress:
+        with shown_progress(quiet=False) as progress:
             return run_rounds(self.config, self.run.parent, progress=progress)
 
     def deliver(self, record: "RoundRecord") -> Row:
@@ -160,12 +165,22 @@ class Demo:
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to work.  [default: a new temporary folder]",
+    help="Where to work and leave it all.  [default: a temporary folder, removed]",
 )
+@click.option("--keep", is_flag=True, help=f"The same as --folder {KEPT}.")
 @json_option
-def main(folder: Path | None, *, as_json: bool) -> None:
+def main(folder: Path | None, *, keep: bool, as_json: bool) -> None:
     """Train, pack, apply, verify and infer on real handwritten digits."""
-    folder = folder or Path(tempfile.mkdtemp(prefix="dpu-demo-"))
+    if keep or folder:
+        _run(folder or Path(KEPT), kept=True, as_json=as_json)
+        return
+    with tempfile.TemporaryDirectory(prefix="dpu-demo-") as made:
+        _run(Path(made), kept=False, as_json=as_json)
+
+
+def _run(folder: Path, *, kept: bool, as_json: bool) -> None:
+    if found := strangers(folder):
+        raise click.UsageError(f"{folder} holds {found}; remove it, or choose another")
     with _step("loading torch and the digits"):
         demo = Demo(folder)
     with _step(f"training {demo.config.run.rounds} rounds"):
@@ -174,11 +189,12 @@ def main(folder: Path | None, *, as_json: bool) -> None:
     with _step("packing, applying and comparing each round"):
         for record in records:
             rows.append(demo.deliver(record))
-    text = "\n".join([*table(rows), "", *_next_steps(demo, rows)])
+    steps = _next_steps(demo, rows) if kept else [REMOVED]
+    text = "\n".join([*table(rows), "", *steps])
     verified = all(row.verified for row in rows)
     emit(
         {
-            "folder": str(folder),
+            "folder": str(folder) if kept else None,
             "verified": verified,
             "rounds": [asdict(row) | {"verified": row.verified} for row in rows],
         },

@@ -27,12 +27,22 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "packager": (
         *("zip_file", "signing", "key_lists", "rounds", "check_proof", "diff"),
-        *("build", "size"),
+        *("build", "size", "packed_file", "ledger"),
         *("compose", "models", "bundles", "report", "cli", "__main__"),
     ),
     "trainer": (
         *("parallel", "method", "export", "recipe", "data", "networks", "config"),
-        *("folder", "publish", "rounds", "callbacks", "cli", "__main__"),
+        *(
+            "folder",
+            "publish",
+            "rounds",
+            "callbacks",
+            "board",
+            "progress",
+            "starter",
+            "cli",
+            "__main__",
+        ),
     ),
 }
 # What each package may know of the others. tools and tests may know everything.

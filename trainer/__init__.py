@@ -24,7 +24,32 @@ imported when first used, so that ``dpu-train --help`` need not wait for torch.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# For type checkers alone; the same names as below.
+if TYPE_CHECKING:
+    from trainer.callbacks import lightning_callback as lightning_callback
+    from trainer.callbacks import transformers_callback as transformers_callback
+    from trainer.config import load_config as load_config
+    from trainer.data.samples import DataSource as DataSource
+    from trainer.export.graph import export_graph as export_graph
+    from trainer.export.init_recipe import make_init_spec as make_init_spec
+    from trainer.export.tensors import load_weights as load_weights
+    from trainer.export.tensors import weights_of as weights_of
+    from trainer.folder.record import RoundRecord as RoundRecord
+    from trainer.folder.write import make_contract as make_contract
+    from trainer.folder.write import write_model as write_model
+    from trainer.folder.write import write_round as write_round
+    from trainer.method.scores import DPUScore as DPUScore
+    from trainer.method.scores import Evidence as Evidence
+    from trainer.method.scores import fisher_scores as fisher_scores
+    from trainer.method.scores import magnitude_scores as magnitude_scores
+    from trainer.method.selection import random_masks as random_masks
+    from trainer.method.selection import select_top_k as select_top_k
+    from trainer.method.updater import PartialUpdater as PartialUpdater
+    from trainer.publish import publish_round as publish_round
+    from trainer.publish import start_run as start_run
+    from trainer.rounds.schedule import run_rounds as run_rounds
 
 _HOMES = {
     "DPUScore": "method.scores",

@@ -4,11 +4,12 @@ torch is imported inside the commands, so that ``--help`` and completion answer 
 """
 
 import difflib
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +28,7 @@ from edge_runtime.commandline import (
 )
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import Files
+from trainer.progress import round_table, shown_progress
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from trainer.rounds.schedule import Progress
 
 SUFFIX = ".toml"
+STARTER = ("recipe.toml", "mine.py")
+STEPS = 8  # rounds whose names are printed in commands
 
 
 def _recipes() -> dict[str, Path]:
@@ -116,6 +120,13 @@ def main() -> None:
     help="Folder of all runs.",
 )
 @click.option("--name", help="Name of the run.  [default: the recipe's name]")
+@click.option(
+    "--tensorboard",
+    "board",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write curves for TensorBoard to DIR/NAME.",
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def run(
@@ -123,6 +134,7 @@ def run(
     overrides: tuple[str, ...],
     runs: Path,
     name: str | None,
+    board: Path | None,
     as_json: bool,
     quiet: bool,
     **own: str,
@@ -134,30 +146,105 @@ def run(
     each, DPU.
     """
     size = own.pop("pack")
-    config = _load(recipe, overrides, name=name or "", **own)
-    own_code = (config.model.factory, config.data.factory, size)
-    from trainer.recipe.factory import load_factory, own_code_named
-
-    with _interrupted_as_such(), own_code_named(*own_code):
-        from trainer.parallel import is_first
-        from trainer.rounds.schedule import run_rounds
-
-        pack = load_factory(size) if config.update.budget else None
-        silent = quiet or not is_first()
-        with shown_progress(config.run.rounds, quiet=silent) as progress:
-            records = run_rounds(config, runs, progress=progress, pack=pack)
-    if not is_first():
+    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    with (
+        _interrupted_as_such(),
+        shown_progress(quiet=quiet or not is_first) as progress,
+    ):
+        config = _load(recipe, overrides, name=name or "", **own)
+        records = _run(config, runs, progress, size, board if is_first else None)
+    if not is_first:
         return
     folder = runs / config.run.name
     emit(
         {"run": str(folder), "rounds": [asdict(record) for record in records]},
         as_json=as_json,
-        text="\n".join(_table(records)),
+        text="\n".join(round_table(records)),
     )
-    updated = [record.round for record in records if record.outcome == "updated"]
-    if updated and not quiet:
-        round_ = f"{config.run.name}/round_{updated[-1]:02d}"
-        say(f"next: {shlex.join(['dpu-pack', '--runs', str(runs), round_])}")
+    steps = list(_next_steps(records, runs, config.run.name))
+    if steps and not quiet:
+        say("\n  ".join(["next, in this order:", *map(shlex.join, steps)]))
+
+
+def _run(
+    config: "Config",
+    runs: Path,
+    progress: "Callable[[Progress], None]",
+    size: str,
+    board: Path | None,
+) -> "list[RoundRecord]":
+    from trainer.recipe.factory import load_factory, own_code_named
+    from trainer.rounds.schedule import run_rounds
+
+    with (
+        own_code_named(config.model.factory, config.data.factory, size),
+        ExitStack() as stack,
+    ):
+        pack = load_factory(size) if config.update.budget else None
+        if board is None:
+            return run_rounds(config, runs, progress=progress, pack=pack)
+        from trainer.board import BoardLog
+
+        log = stack.enter_context(BoardLog(board / config.run.name))
+        return run_rounds(
+            config,
+            runs,
+            progress=progress,
+            pack=pack,
+            on_epoch=log.epoch,
+            on_round=log.round,
+        )
+
+
+def _next_steps(
+    records: "list[RoundRecord]", runs: Path, name: str
+) -> Iterator[list[str]]:
+    """Yield commands from a trained run to a device that has its newest weights."""
+    sent = [f"round_{r.round:02d}" for r in records if r.outcome == "updated"]
+    if not sent:
+        return
+    is_default = Path(os.environ.get("DPU_RUNS", "runs")) == runs
+    where = [] if is_default else ["--runs", str(runs)]
+    if not all(record.packable for record in records):
+        yield ["dpu-patch", "report", *where, name]
+        return
+    first, *later = sent
+    later, folder = later[:STEPS], runs / name
+    yield ["dpu-pack", *where, f"{name}/{first}", "--bundle"]
+    if later:
+        yield ["dpu-pack", *where, *(f"{name}/{round_}" for round_ in later)]
+    store = ["--store", "device"]
+    yield ["dpu-edge", *store, "init", str(folder / f"{first}.bundle.zip")]
+    if later:
+        yield ["dpu-edge", *store, "apply", *(str(folder / f"{r}.dpu") for r in later)]
+
+
+@main.command(cls=Command, epilog=EXIT_CODE_HELP)
+@click.argument(
+    "folder", metavar="[DIR]", type=click.Path(path_type=Path), default=Path()
+)
+@json_option
+def init(folder: Path, as_json: bool) -> None:
+    """Write a recipe and a module with network and data to start from, into DIR.
+
+    They train as they are, on handwritten digits. Nothing is overwritten.
+    """
+    source = Path(str(files("trainer") / "starter"))
+    wanted = {folder / name: (source / name).read_bytes() for name in STARTER}
+    for target in wanted:
+        if target.exists() or target.is_symlink():
+            raise ConfigError(f"{target} exists; choose another DIR, or move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    for target, data in wanted.items():
+        Files().replace(target, data)
+    recipe = folder / STARTER[0]
+    emit(
+        {"files": [str(target) for target in wanted]},
+        as_json=as_json,
+        text="\n".join(f"wrote {target}" for target in wanted),
+    )
+    if not as_json:
+        say("next: " + shlex.join(["dpu-train", "run", str(recipe)]))
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
@@ -226,8 +313,9 @@ def _load(
     if recipe is None and not (model and data):
         raise ConfigError("name a RECIPE, or give both --model and --data")
     path = _recipe(recipe) if recipe else None
-    # Where python -m looks as well: your functions are seldom installed.
-    sys.path.insert(0, str(Path.cwd()))
+    # Your functions are seldom installed: beside the recipe, and where python -m looks.
+    places = [Path.cwd(), *([path.resolve().parent] if path else [])]
+    sys.path[:0] = [str(place) for place in reversed(places)]
     from trainer.config import load_config
 
     return load_config(path or OWN, overrides, name=name, model=model, data=data)
@@ -261,36 +349,3 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-@contextmanager
-def shown_progress(
-    rounds: int, *, quiet: bool
-) -> Iterator[Callable[["Progress"], None]]:
-    """Show progress on standard error: a bar on a terminal, else a line a round."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda p: None if quiet or not p.record else say(_line(p.record))
-        return
-    with click.progressbar(length=rounds, file=sys.stderr) as bar:
-
-        def show(progress: "Progress") -> None:
-            # Rounds that were there already count as well.
-            bar.length = rounds * progress.epochs
-            bar.label = f"round_{progress.round:02d} {progress.phase}"
-            bar.update(progress.round * progress.epochs + progress.epoch - bar.pos)
-
-        yield show
-
-
-def _line(record: "RoundRecord") -> str:
-    metrics = record.metrics
-    outcome = str(record.outcome) + (" (re-init)" if record.reinitialised else "")
-    return (
-        f"round_{record.round:02d}  {outcome:<17} {metrics['changed']:>9} "
-        f"{metrics['val_accuracy']:>7.2%} {metrics['test_accuracy']:>7.2%}"
-    )
-
-
-def _table(records: "list[RoundRecord]") -> Iterator[str]:
-    yield f"{'round':<9} {'outcome':<17} {'changed':>9} {'val':>7} {'test':>7}"
-    yield from map(_line, records)

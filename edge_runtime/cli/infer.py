@@ -85,7 +85,8 @@ def infer(  # noqa: PLR0913 - one for each option
     """Run the model on images, .npy files, or folders of both.
 
     INPUT may be - for standard input. Prints one JSON object a sample, as soon as it
-    is computed; with --json one object for all of them.
+    is computed; with --json one object for all of them. --golden says at the end how
+    many of the bundle's labels the answers are.
     """
     import numpy as np
 
@@ -123,9 +124,23 @@ def infer(  # noqa: PLR0913 - one for each option
         np.save(data, np.concatenate(found))
         Files().replace(output, data.getvalue(), durable=False)
         say(f"wrote {output}")
+    told = {"round": number, "backend": predictor.backend, "samples": records}
+    if golden and (score := _golden_right(paths[0], np.concatenate(found))):
+        told |= {"right": score[0], "labels": score[1]}
+        say(f"{score[0]} of {score[1]} right")
     if as_json:
-        told = {"round": number, "backend": predictor.backend, "samples": records}
         emit(told, as_json=True, text="")
+
+
+def _golden_right(path: Path, outputs: "NDArray[np.float32]") -> tuple[int, int] | None:
+    """Count the golden labels that are answered right; None for what has no classes."""
+    import numpy as np
+
+    if outputs.ndim != 2:
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        labels = arrays["labels"]
+    return int(np.sum(outputs.argmax(axis=1) == labels)), len(labels)
 
 
 @click.command()

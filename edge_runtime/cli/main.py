@@ -124,7 +124,10 @@ def _blocked(event: dict[str, Any] | None) -> Iterator[str]:
 @main.command()
 @click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
 @click.option(
-    "--force", is_flag=True, help="Try a release again that failed its trial."
+    "--force",
+    is_flag=True,
+    help="Try a release again that failed its trial, or take one whose counter is far "
+    "ahead.",
 )
 @json_option
 @click.pass_obj

@@ -14,6 +14,10 @@ from edge_runtime.errors import (
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
 VERSION = 1
+# Release counters. No device misses a million releases, so a counter that is further
+# ahead is a slip of the hand; and no release could follow the highest number of all.
+MAX_JUMP = 1 << 20
+RESERVED_COUNTER = (1 << 64) - 1
 DATED = 0x1  # a critical feature: the body says when the patch was signed
 KNOWN_CRITICAL = DATED  # bits of critical features that this runtime understands
 # magic, version, header size, critical, optional, round, counter, model, parent,

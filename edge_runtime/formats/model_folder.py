@@ -1,6 +1,6 @@
 """The files of a run: every name of ``model/`` and of the round folders, once.
 
-Trainer, packager and device meet in these names; ``packager/README.md`` says what is
+Trainer, packager and device meet in these names; ``docs/round-folder.md`` says what is
 in each file.
 """
 

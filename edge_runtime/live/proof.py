@@ -2,7 +2,7 @@
 
 A proof is one JSON object in canonical form: keys sorted, no spaces, ASCII, no floats.
 The signature is over that form without its ``signature`` member. What a proof shows,
-and what not, is in ``edge_runtime/README.md``.
+and what not, is in ``docs/proof.md``.
 """
 
 import json

@@ -7,7 +7,9 @@ None. The rules, in the order in which a device asks them:
 1. The trusted keys signed it (:func:`signers`), before a byte of its body is read.
 2. It is for this network and this run.
 3. The device is not pinned.
-4. Its release counter is above the floor, or equal to it with the same target.
+4. Its release counter is above the floor, or equal to it with the same target; not by
+   more than :data:`MAX_JUMP`, unless somebody insists; and it is not the reserved one,
+   whoever insists: each would end the device's life.
 5. It did not fail its trial here before, unless somebody insists.
 6. The key list that vouches for it had not expired when it was signed.
 7. It leads from weights that this store has.
@@ -25,7 +27,7 @@ from edge_runtime.errors import (
     TrustError,
     WrongParentError,
 )
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import Identity, wrong_model
 from edge_runtime.formats.signing import Trust
 from edge_runtime.store.state import MAX_TRIES, State
@@ -62,18 +64,22 @@ def refusal(
     Args:
         state: The store's state.
         header: The patch's header.
-        force: Admit a release that failed its trial before. Never lowers the floor.
+        force: Admit a release that failed its trial before, or whose counter is far
+            above the floor. Never lowers the floor.
         identity: Gives the store's network and run, for the words of a refusal.
 
     Returns:
         A WrongModelError if it is for another network or run; a HeldError if the
         device is pinned; a TrustError if the release is older than one that was
-        active, or failed its trial; a ListExpiredError if the key list has expired.
+        active or is out of all proportion, or failed its trial; a ListExpiredError if
+        the key list has expired.
     """
     return (
         wrong_model(header, state.model, identity)
         or _pinned(state)
         or _older(state, header)
+        or _reserved(header)
+        or (None if force else _too_far(state, header))
         or (None if force else _failed_before(state, header))
         or _expired(state, header)
     )
@@ -151,6 +157,27 @@ def _older(state: State, header: PatchHeader) -> TrustError | None:
         + ("; it is past that round" if past else "")
         + ". To go back use 'dpu-edge rollback', or publish the old weights as a "
         "new release with a higher counter"
+    )
+
+
+def _reserved(header: PatchHeader) -> TrustError | None:
+    if header.counter != RESERVED_COUNTER:
+        return None
+    return TrustError(
+        f"round {header.round} has release counter {header.counter}, which is "
+        "reserved: no release could follow it; pack the round with a smaller one"
+    )
+
+
+def _too_far(state: State, header: PatchHeader) -> TrustError | None:
+    # A device without a release yet begins wherever its bundle says.
+    if not state.active or header.counter - state.floor <= MAX_JUMP:
+        return None
+    return TrustError(
+        f"round {header.round} has release counter {header.counter}, this device is at "
+        f"{state.floor}: more than {MAX_JUMP} releases ahead, and everything below "
+        "would be refused from then on; pack the round again with a smaller counter, "
+        "or apply it with --force if it is meant"
     )
 
 

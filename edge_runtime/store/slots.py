@@ -4,14 +4,16 @@ What a store gives up, in this order: kept slots, the oldest first, and then the
 patches that lead back to them. The active slot and a patch's parent never go.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from edge_runtime.errors import StoreError, VerificationError, WeightsError
+from edge_runtime.files import FULL
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
@@ -36,6 +38,9 @@ def build_slot(
 ) -> Path:
     """Write the slot that patches lead to, one after the other; it is not active yet.
 
+    Where there is no room, older slots and ways back are given up for it, but not
+    before the patches proved, read without writing, that they lead to the target.
+
     Args:
         store: The store.
         parent: Fingerprint of the weights that the first patch leads from.
@@ -52,50 +57,116 @@ def build_slot(
         StoreError: The parent is damaged, or there is no room.
         OSError: The disk refuses.
     """
-    chunks = store.base(parent)
     for patch in patches:
         patch.check(store.layout)
-        chunks = apply_chunks(chunks, store.layout, patch)
-    make_room(store, parent)
-    try:
-        return store.stage(chunks, target)
-    except VerificationError as err:
-        # Which of the two is at fault: the patch, or the parent on this disk?
-        actual = fingerprint_chunks(store.base(parent))
-        if actual == parent:
-            raise
-        raise StoreError(
-            f"the parent on this device is damaged: its SHA-256 is {actual}, "
-            f"expected {parent}; nothing changed. Run 'dpu-edge rollback' or install "
-            "the bundle into an empty folder"
-        ) from err
+    new = _NewSlot(store, parent, patches, target)
+    new.check_parent()
+    kept = store.state.slot(target)
+    if kept and target != store.state.active:
+        # Damaged, or it would not be built: written anew, once no state names it.
+        new.prove()
+        store.commit(store.state.without(kept))
+        store.collect()
+    while True:
+        shortage: StoreError | OSError | None = _shortage(store)
+        if shortage is None:
+            try:
+                return new.write()
+            except OSError as err:
+                # Blocks that nobody foresaw, a quota, or all inodes used up.
+                if err.errno not in FULL or not store.state.active:
+                    raise
+                shortage = err
+                store.collect()  # what was written of it
+        new.prove()
+        if not _give_up(store, parent, bytes_=isinstance(shortage, StoreError)):
+            raise shortage
 
 
-def make_room(store: Store, parent: str) -> None:
-    """Drop kept slots until a new one fits.
+class _NewSlot:
+    """What patches lead to. It may be read as often as need be, the same each time."""
+
+    def __init__(
+        self, store: Store, parent: str, patches: Sequence[Patch], target: str
+    ) -> None:
+        self._store, self._parent = store, parent
+        self._patches, self._target = patches, target
+        self._proved = False
+
+    def check_parent(self) -> None:
+        """Insist that the store has the parent."""
+        self._store.base(self._parent)
+
+    def write(self) -> Path:
+        """Write it, and prove it while it is written."""
+        with self._blamed():
+            return self._store.stage(self._chunks(), self._target)
+
+    def prove(self) -> None:
+        """Compute it without writing: nothing older is given up for what is no good."""
+        if not self._proved:
+            with self._blamed():
+                deque(self._chunks(), maxlen=0)
+            self._proved = True
+
+    def _chunks(self) -> Iterable[bytes | memoryview]:
+        chunks = self._store.base(self._parent)
+        for patch in self._patches:
+            chunks = apply_chunks(chunks, self._store.layout, patch)
+        return chunks
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Say which of the two is at fault: the patch, or the parent on this disk."""
+        try:
+            yield
+        except VerificationError as err:
+            actual = fingerprint_chunks(self._store.base(self._parent))
+            if actual == self._parent:
+                raise
+            raise StoreError(
+                f"the parent on this device is damaged: its SHA-256 is {actual}, "
+                f"expected {self._parent}; nothing changed. Run 'dpu-edge rollback' or "
+                "install the bundle into an empty folder"
+            ) from err
+
+
+def _shortage(store: Store) -> StoreError | None:
+    """Say what is missing for a new slot; None if there is room."""
+    needed = store.layout.file_size + SPARE_BYTES
+    if (free := store.files.free_bytes(store.root)) >= needed:
+        return None
+    return StoreError(
+        f"{store.root} has {free} bytes free, a new slot needs {needed}; free some "
+        "space and try again"
+    )
+
+
+def _give_up(store: Store, parent: str, *, bytes_: bool) -> bool:
+    """Drop the oldest spare slot, or then the ways back; return whether there was one.
 
     Args:
         store: The store.
         parent: A slot that is still needed, beside the active one.
-
-    Raises:
-        StoreError: There is not enough space even so.
+        bytes_: Whether bytes are missing: then the ways back stay if all of them
+            would not be enough.
     """
+    state = store.state
+    needed = (state.active, parent)
+    if spare := [slot for slot in state.slots if slot.target not in needed]:
+        store.commit(retire(store, state, spare[-1]))
+    elif state.former and not (bytes_ and _ways_are_too_small(store)):
+        store.commit(replace(state, former=()))
+    else:
+        return False
+    store.collect()
+    return True
+
+
+def _ways_are_too_small(store: Store) -> bool:
+    ways = sum(path.stat().st_size for path in store.root.glob("reverse/*"))
     needed = store.layout.file_size + SPARE_BYTES
-    while (free := store.files.free_bytes(store.root)) < needed:
-        state = store.state
-        spare = [s for s in state.slots if s.target not in (state.active, parent)]
-        ways = sum(path.stat().st_size for path in store.root.glob("reverse/*"))
-        if spare:
-            store.commit(retire(store, state, spare[-1]))
-        elif state.former and free + ways >= needed:
-            store.commit(replace(state, former=()))
-        else:
-            raise StoreError(
-                f"{store.root} has {free} bytes free, a new slot needs {needed}; "
-                "free some space and try again"
-            )
-        store.collect()
+    return store.files.free_bytes(store.root) + ways < needed
 
 
 def retire(store: Store, state: State, slot: Slot) -> State:

@@ -116,15 +116,8 @@ class State:
         """
         if self.key_list is None:
             return ""
-        root = self.key_list.root
-        time = self.key_list.now(utc()) if signed_at is None else utc(signed_at)
-        if time < root.expires:
-            return ""
-        when = "and now it is" if signed_at is None else "and this was signed"
-        return (
-            f"key list {root.version} expired {root.expires}, {when} {time}; give the "
-            f"device {root.version + 1}.root.json with 'dpu-edge trust add'"
-        )
+        signed = "" if signed_at is None else utc(signed_at)
+        return self.key_list.problem(utc(), signed)
 
     @property
     def skipped(self) -> list[str]:

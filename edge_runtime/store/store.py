@@ -23,7 +23,6 @@ is whole. What is written into a slot, and what makes room for it, is in
 :mod:`edge_runtime.store.slots`.
 """
 
-import fcntl
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import Files, strangers
+from edge_runtime.files import FULL, Files, lock_file, strangers
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
@@ -61,13 +60,14 @@ _OLD_NAME_LENGTH = 32
 _HALF_OR_WHOLE = "[0-9a-f]{32}(?:[0-9a-f]{32})?"
 _OWN = {
     ".": re.compile(
-        r"init\.unfinished"
+        r"init\.unfinished|current\.old\.part"
         r"|(?:current|state\.json|state\.copy|device\.key|init\.unfinished)\.part"
         r"|\..+\.[0-9a-f]{16}\.part"  # as Files.temporary names them
     ),
     "slots": re.compile(rf"{_HALF_OR_WHOLE}|.+\.part"),
     "reverse": re.compile(rf"{_HALF_OR_WHOLE}\.dpu|.+\.part"),
 }
+_OLD_CURRENT = "current.old.part"
 # An installation begins with this file, so that what it leaves unfinished is known.
 _MARK, _MARK_TEXT = "init.unfinished", b"dpu-edge init was begun here\n"
 _LAID_OUT = ("model", "slots", "reverse", "state.copy")
@@ -79,10 +79,11 @@ def exclusive_lock(file: BinaryIO, problem: str) -> Iterator[None]:
 
     Raises:
         StoreError: Another process holds it; ``problem`` says so.
+        OSError: The file system has no locks.
     """
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, Path(file.name))
         except BlockingIOError as err:
             raise StoreError(problem) from err
         yield
@@ -309,6 +310,28 @@ class Store:
             )
         return folder
 
+    def check_current(self) -> None:
+        """Insist that ``current``, where it is a copy and no link, is not out of date.
+
+        Raises:
+            StoreError: It holds other weights than the active ones.
+        """
+        link = self.root / "current"
+        path = link / WEIGHTS_NAME
+        if link.is_symlink() or not path.exists():
+            return
+        try:
+            found = fingerprint_file(path)
+        except OSError as err:
+            raise StoreError(f"{path} cannot be read: {err}") from err
+        if found != self.state.active:
+            raise StoreError(
+                f"{link} is a copy of other weights ({found[:12]}), expected a link to "
+                "the active ones: was this store copied without its links? The next "
+                "command that changes the store mends it, for example 'dpu-edge pin "
+                "--off'"
+            )
+
     # Changing it --------------------------------------------------------------------
 
     @contextmanager
@@ -386,9 +409,36 @@ class Store:
             OSError: The disk is full or refuses.
         """
         data = encode_state(state)
-        for path in (self._copy_path, self._state_path):
-            self.files.replace(path, data, suffix=".part")
+        try:
+            for path in (self._copy_path, self._state_path):
+                self.files.replace(path, data, suffix=".part")
+        except OSError as err:
+            if not self._gives_up_copy(err):
+                raise
+            # The place of the copy is enough for the state, and that of the state,
+            # once it is replaced, for the copy. If not, the next start writes it.
+            self.files.replace(self._state_path, data, suffix=".part")
+            with suppress(OSError):
+                self.files.replace(self._copy_path, data, suffix=".part")
         self.state = state
+
+    def _gives_up_copy(self, err: OSError) -> bool:
+        """Remove ``state.copy`` where a full disk needs it; return whether it did.
+
+        Only if it is there, and ``state.json`` is whole.
+        """
+        if err.errno not in FULL or not self.files.is_full(self.root):
+            return False
+        try:
+            decode_state(self._state_path.read_bytes())
+        except (OSError, StoreError):
+            return False
+        if not self._copy_path.exists():
+            return False
+        self.files.unlink(self._copy_path)
+        # An older copy must not come back beside a newer state.
+        self.files.sync_folder(self.root)
+        return True
 
     def _settle(self) -> None:
         """Read the state, mend its copy, and remove what a cut left behind."""
@@ -399,8 +449,16 @@ class Store:
             except OSError:
                 mended = False
             if not mended:
-                self.commit(state)
+                self._mend(state)
             self.collect()
+
+    def _mend(self, state: State) -> None:
+        try:
+            self.commit(state)
+        except OSError as err:
+            # A full disk: what is about to be done may make room.
+            if err.errno not in FULL:
+                raise
 
     def collect(self) -> None:
         """Let ``current`` follow the state, and remove what the state does not name.
@@ -408,21 +466,45 @@ class Store:
         Raises:
             OSError: The disk refuses.
         """
-        wanted = f"slots/{self.slot_folder(self.state.active).name}"
-        link = self.root / "current"
-        if not link.is_symlink() or str(link.readlink()) != wanted:
-            try:
-                self.files.point(link, wanted)
-            except OSError:
-                # FAT has no links. Where there are, none may outlive its slot.
-                if link.is_symlink():
-                    raise
-        doomed = set(self._own_files()) - self.named()
+        shown = self._point_current()
+        doomed = set(self._own_files()) - self.named() - shown
         if doomed:
             # A state or link that a killed process left may not be durable yet.
             self.files.sync_folder(self.root)
         for path in sorted(doomed):
             self.files.remove(path)
+
+    def _point_current(self) -> set[Path]:
+        """Let ``current`` lead to the active slot, where the file system has links.
+
+        Returns:
+            What it leads to now: where not one inode is left, it may be another slot.
+        """
+        wanted = f"slots/{self.slot_folder(self.state.active).name}"
+        link = self.root / "current"
+        if link.is_symlink() and str(link.readlink()) == wanted:
+            return set()
+        if link.exists() and not link.is_symlink():
+            # A copy of the slot, as 'cp -rL' makes it of a link: it would never move.
+            old = self.root / _OLD_CURRENT
+            self.files.remove(old)
+            self.files.rename(link, old)
+        try:
+            self.files.point(link, wanted)
+        except OSError as err:
+            # FAT has no links. Where there are, none may outlive its slot.
+            if not link.is_symlink():
+                return set()
+            if err.errno not in FULL:
+                raise
+            if self._gives_up_copy(err):
+                # An inode for the new link, before the old one goes.
+                with suppress(OSError):
+                    self.files.point(link, wanted)
+                with suppress(OSError):
+                    data = self._state_path.read_bytes()
+                    self.files.replace(self._copy_path, data, suffix=".part")
+        return {self.root / link.readlink()}
 
     def _own_files(self) -> Iterator[Path]:
         """Yield what a store may have written and may come to remove."""

@@ -87,6 +87,22 @@ class KeyList:
         """Return what time it is, given the device's own clock."""
         return max(self.seen, clock)
 
+    def problem(self, clock: str, signed: str = "") -> str:
+        """Say that the list expired before something was signed; nothing if not.
+
+        Args:
+            clock: The device's own.
+            signed: When it was signed; empty where it does not say, which means now.
+        """
+        root, time = self.root, signed or self.now(clock)
+        if time < root.expires:
+            return ""
+        when = "and this was signed" if signed else "and now it is"
+        return (
+            f"key list {root.version} expired {root.expires}, {when} {time}; give the "
+            f"device {root.version + 1}.root.json with 'dpu-edge trust add'"
+        )
+
     def is_expired(self, clock: str) -> bool:
         """Whether the list has expired, given the device's own clock."""
         return self.now(clock) >= self.root.expires

@@ -112,6 +112,8 @@ class Device:
             StoreError: Something is installed there already, or lies there.
         """
         key_list = KeyList.begin(trust, utc()) if isinstance(trust, Root) else None
+        if key_list and (expired := key_list.problem(utc())):
+            raise ListExpiredError(expired)
         keys = trust.releases if isinstance(trust, Root) else trust or Trust()
         content = read_bundle(bundle, keys)
         device = cls(Store(root, files), trial)
@@ -120,8 +122,6 @@ class Device:
             device.store.create(content.files, keys)
             if key_list:
                 device.store.state = device.store.state.trusting(key_list)
-                if expired := device.store.state.expired():
-                    raise ListExpiredError(expired)
             device._install(content, patch)
         return device
 
@@ -143,7 +143,8 @@ class Device:
 
         Args:
             source: A patch file, or its bytes.
-            force: Try a release again that failed its trial before.
+            force: Try a release again that failed its trial before, or take one whose
+                counter is far ahead.
 
         Raises:
             OSError: The patch cannot be read, or the disk is full or refuses.
@@ -287,8 +288,6 @@ class Device:
             except StoreError:
                 if target == self.store.state.active:
                     raise
-            # Damaged: written anew, once no state names it.
-            self.store.commit(self.store.state.without(kept))
         return build_slot(self.store, parent, [patch], target)
 
     def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
@@ -359,6 +358,7 @@ class Device:
         """
         state = self.store.state
         self.store.check_slot(state.active)
+        self.store.check_current()
         if self.store.read_identity().model != state.model:
             raise StoreError(
                 f"{self.store.root / 'model'} is damaged; install the bundle into an "

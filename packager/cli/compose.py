@@ -28,9 +28,18 @@ from packager.cli.options import FILE
     help="Where to write the patch.",
 )
 @click.option("--level", type=click.IntRange(1, 22), default=19, show_default=True)
+@click.option(
+    "--force", is_flag=True, help="Replace a signed file by this unsigned one."
+)
 @json_option
 def compose(
-    paths: tuple[Path, ...], *, base: Path, output: Path, level: int, as_json: bool
+    paths: tuple[Path, ...],
+    *,
+    base: Path,
+    output: Path,
+    level: int,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make one patch of several that follow each other.
 
@@ -38,8 +47,9 @@ def compose(
     counter of the last one.
     """
     from edge_runtime.formats.patch import open_patch
-    from packager.build import prefix_errors, write_file
+    from packager.build import prefix_errors
     from packager.compose import compose_patches
+    from packager.ledger import publish_file
     from packager.report.words import percent, spaced
 
     weights = read_any(base).weights
@@ -66,7 +76,7 @@ def compose(
         text = f"they lead back to {base}: nothing to send, nothing written"
         emit(record, as_json=as_json, text=text)
         return
-    write_file(packed.data, output)
+    record["written"] = publish_file(packed.data, output, force=force, say=say)
     size = len(packed.data)
     text = (
         f"{len(paths)} patches  {weights.fingerprint[:12]}  →  {target[:12]}, release "
@@ -77,4 +87,5 @@ def compose(
         f"  checked  applied to {base}, result identical; unsigned"
     )
     emit(record, as_json=as_json, text=text)
-    say(f"wrote {output}")
+    if record["written"]:
+        say(f"wrote {output}")

@@ -1,12 +1,14 @@
 """``dpu-pack --base FILE``: two files of one network, or one for a new device."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.commandline import say
 from packager.cli.options import FILE
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ def pack_files(
     names: Sequence[str],
     *,
     bundle: bool,
+    force: bool,
     options: dict[str, Any],
-) -> "Iterator[Made]":
+) -> "Generator[Made]":
     """Pack what :func:`file_options` name.
 
     Args:
@@ -58,14 +61,18 @@ def pack_files(
         output: File or folder to write to; by default beside the newer file.
         names: Ids of the keys that sign.
         bundle: Whether a bundle is asked for.
+        force: Let a counter be far ahead, and a signed file be replaced.
         options: ``level``, ``max_size``, ``counter``, ``signers``, as for rounds.
 
     Yields:
         What is to be written.
     """
     base, target = _check_usage(files, bundle=bundle)
+    from packager.build import check_counter
     from packager.report.packed import Made, files_record, files_text
 
+    if not force:
+        check_counter(options["counter"] or 0, 0)  # nothing is known of other releases
     run = _named_run(files["name"])
     model = replace(read_any(base, files["graph"]), run=run)
     newer = model
@@ -78,7 +85,13 @@ def pack_files(
     path = _place(newer.path, output, ".bundle.zip" if bundle else ".dpu")
     record = files_record((model, newer), packed, path, len(data), names)
     record["golden"] = "given" if files["golden"] else "made up"
-    yield Made(path, data, record, files_text(record))
+    yield Made(path, data, record, files_text(record), partial(_write, force=force))
+
+
+def _write(data: bytes, path: Path, *, force: bool) -> bool:
+    from packager.ledger import publish_file
+
+    return publish_file(data, path, force=force, say=say)
 
 
 def _named_run(name: str | None) -> "Run | None":

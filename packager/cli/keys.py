@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import emit, json_option
+from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.text import printable
 from packager.cli.options import FILE
 
@@ -75,7 +75,8 @@ def sign(
 
     The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
     """
-    from packager.build import prefix_errors, write_file
+    from packager.build import prefix_errors
+    from packager.ledger import publish_file
     from packager.signing import seconds_now
     from packager.signing import sign as sign_with
 
@@ -86,7 +87,7 @@ def sign(
         with prefix_errors(path):
             signed.append((path, sign_with(path.read_bytes(), signers, seconds)))
     for path, data in signed:
-        write_file(data, path)
+        publish_file(data, path, say=say)
     emit(
         {"signed": [str(path) for path in paths], "key_ids": names},
         as_json=as_json,

@@ -5,7 +5,10 @@ answer at once.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +30,12 @@ from packager.cli.files import file_options
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
 from packager.cli.options import FILE, runs_option
+from packager.cli.releases import releases
 from packager.cli.trust import trust
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
+    from packager.ledger import Ledger
     from packager.report.packed import Made
     from packager.rounds.folder import Parent, RoundFolder
 
@@ -78,7 +83,8 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "--counter",
     metavar="N",
     type=click.IntRange(0, 2**64 - 1),
-    help="Release counter of the target, to send an older round as a newer release.",
+    help="Release counter of the target, to send an older round as a newer release; "
+    "by default the ledger of releases knows the next one.",
 )
 @click.option(
     "--bundle",
@@ -117,6 +123,12 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     type=FILE,
     help="Sign with this private key (repeatable).",
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Take --counter though it is far ahead or another round's; replace a signed "
+    "file by an unsigned one.",
+)
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
@@ -133,6 +145,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     max_size: int | None,
     level: int,
     keys: tuple[Path, ...],
+    force: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -140,14 +153,13 @@ def pack(  # noqa: PLR0913 - one argument for each option
 ) -> None:
     """Pack rounds into patch files.
 
-    ROUND is a folder, RUN/round_05, or round_05 where only one run has it. Each patch
-    is applied to its parent and compared with its target before it is written.
+    ROUND is a folder, RUN/round_05, or round_05 where only one run has it; a run's name
+    stands for all of its rounds that were not released yet. Each patch is applied to
+    its parent and compared with its target before it is written.
 
     Without rounds: --base and --target pack two ONNX or safetensors files of one
     network, and --base with --bundle installs one.
     """
-    from packager.build import write_file
-
     signers, names = read_signers(keys)
     options = {
         "level": level,
@@ -163,13 +175,13 @@ def pack(  # noqa: PLR0913 - one argument for each option
                 "give either rounds or --base, not both; --from and --expect-outputs "
                 "are for rounds"
             )
-        made = pack_files(files, output, names, bundle=bundle, options=options)
+        made = pack_files(
+            files, output, names, bundle=bundle, force=force, options=options
+        )
     else:
         if not rounds:
             raise click.UsageError("give rounds, or --base and --target")
-        from packager.rounds.folder import find_round
-
-        folders = [find_round(name, runs) for name in rounds]
+        folders = [folder for name in rounds for folder in _find(name, runs, bundle)]
         # Beside the round's own patch, which must not be overwritten by this one.
         name = f"_from_{Path(parent).resolve().name}" if parent else ""
         suffix = ".bundle.zip" if bundle else f"{name}.dpu"
@@ -177,46 +189,113 @@ def pack(  # noqa: PLR0913 - one argument for each option
         places = list(zip(folders, paths, strict=True))
         if expect_outputs:
             options["expect_outputs"] = expect_outputs
-        made = _pack_rounds(places, runs, parent, names, bundle=bundle, options=options)
-    records = []
-    for path, data, record, text in made:
-        record["written"] = bool(data) and not dry_run
-        if record["written"]:
-            write_file(data, path)
-        records.append(record)
-        if not (as_json or quiet):
-            progress(text)
-            if data:
-                say(f"dry run: {path} not written" if dry_run else f"wrote {path}")
+        opened = _ledger_to_read if dry_run else _ledger_to_write
+        made = _pack_rounds(
+            places,
+            _Plan(runs, parent, opened, names, force=force, bundle=bundle),
+            options,
+        )
+    # Closed also after an error: then it lets go of the ledger.
+    with closing(made):
+        records = _write_all(made, dry_run=dry_run, silent=as_json or quiet)
     if as_json:
         emit({"packed": records}, as_json=True, text="")
 
 
+def _write_all(
+    made: "Iterable[Made]", *, dry_run: bool, silent: bool
+) -> list[dict[str, Any]]:
+    records = []
+    for path, data, record, text, write in made:
+        if not silent:
+            progress(text)
+        record["written"] = bool(data) and not dry_run and write(data, path)
+        records.append(record)
+        if record["written"] and not silent:
+            say(f"wrote {path}")
+        elif data and dry_run and not silent:
+            say(f"dry run: {path} not written")
+    return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How rounds are packed.
+
+    Attributes:
+        runs: The folder with the runs.
+        parent: What ``--from`` names, if anything.
+        opened: Opens the ledger of a run.
+        names: Ids of the keys that sign.
+        force: Whether somebody insists.
+        bundle: Whether bundles are asked for.
+    """
+
+    runs: Path
+    parent: str | None
+    opened: "Callable[[Path], AbstractContextManager[Ledger]]"
+    names: Sequence[str]
+    force: bool
+    bundle: bool
+
+
+def _ledger_to_read(run: Path) -> "AbstractContextManager[Ledger]":
+    from packager.ledger import read_ledger
+
+    return nullcontext(read_ledger(run))
+
+
+def _ledger_to_write(run: Path) -> "AbstractContextManager[Ledger]":
+    from packager.ledger import open_ledger
+
+    return open_ledger(run, waiting=say)
+
+
+def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
+    """Return the round of a name, or the rounds of a run that are to be released."""
+    from packager.ledger import read_ledger
+    from packager.rounds.folder import find_round, find_run, new_rounds
+
+    run = find_run(name, runs)
+    if run is None:
+        return [find_round(name, runs)]
+    if bundle:
+        raise click.UsageError(
+            f"{name} is a run, and a bundle is of one round: give {name}/round_00"
+        )
+    ledger = read_ledger(run)
+    released = {(r.model, r.target) for r in ledger.releases}
+    found = new_rounds(run, released)
+    if not found:
+        say(f"{name}: every round is released already ('dpu-patch releases {name}')")
+    return found
+
+
 def _pack_rounds(
-    rounds: Sequence[tuple[Path, Path]],
-    runs: Path,
-    parent: str | None,
-    names: Sequence[str],
-    *,
-    bundle: bool,
-    options: dict[str, Any],
-) -> "Iterator[Made]":
+    rounds: Sequence[tuple[Path, Path]], plan: _Plan, options: dict[str, Any]
+) -> "Generator[Made]":
     """Pack round folders, each with the file that it is for."""
     from packager.report.packed import Made, pack_record, pack_text
     from packager.rounds.folder import read_round
 
-    if bundle and parent:
+    if plan.bundle and plan.parent:
         raise click.UsageError("a bundle leads from the init weights: no --from")
-    if bundle and "expect_outputs" in options:
+    if plan.bundle and "expect_outputs" in options:
         raise click.UsageError("a bundle holds all outputs: no --expect-outputs")
     if options["counter"] is not None and len(rounds) > 1:
         raise click.UsageError("--counter is for one round at a time")
+    make = _bundle if plan.bundle else _patch
     for folder, path in rounds:
         round_ = read_round(folder)
-        base = _parent(round_, parent, runs)
-        packed, data = (_bundle if bundle else _patch)(round_, base, options)
-        record = pack_record(round_, packed, path, len(data), names)
-        yield Made(path, data, record, pack_text(record))
+        base = _parent(round_, plan.parent, plan.runs)
+        # Until the file is written: two packers must not give out one counter.
+        with plan.opened(folder.absolute().parent) as ledger:
+            packed, data = make(round_, base, ledger, options, force=plan.force)
+            record = pack_record(round_, packed, path, len(data), plan.names)
+            write = partial(ledger.publish, force=plan.force)
+            yield Made(path, data, record, pack_text(record), write)
+            for note in ledger.notes:
+                say(note)
 
 
 def _places(folders: Sequence[Path], output: str | None, suffix: str) -> list[Path]:
@@ -245,20 +324,41 @@ def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | No
 
 
 def _patch(
-    round_: "RoundFolder", parent: "Parent | None", options: dict[str, Any]
+    round_: "RoundFolder",
+    parent: "Parent | None",
+    ledger: "Ledger",
+    options: dict[str, Any],
+    *,
+    force: bool,
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.build import pack_round
+    from packager.rounds.folder import find_parent
 
+    stated = round_.record
+    if stated.outcome == "updated":
+        counter = ledger.next_counter(stated, options["counter"], force=force)
+        options = options | {"counter": counter}
+        parent = parent or find_parent(round_)
+        # Devices at the parent have seen its newest release, whatever its round says.
+        seen = ledger.counter_of(stated.model, parent.weights.fingerprint)
+        if seen is not None and parent.counter is not None:
+            parent = replace(parent, counter=max(seen, parent.counter))
     packed = pack_round(round_, parent, **options)
     return packed, packed.data if packed else b""
 
 
 def _bundle(
-    round_: "RoundFolder", _: "Parent | None", options: dict[str, Any]
+    round_: "RoundFolder",
+    _: "Parent | None",
+    ledger: "Ledger",
+    options: dict[str, Any],
+    *,
+    force: bool,
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.bundles.from_round import build_bundle
 
-    bundle = build_bundle(round_, **options)
+    counter = ledger.next_counter(round_.record, options["counter"], force=force)
+    bundle = build_bundle(round_, **options | {"counter": counter})
     return bundle.patch, bundle.data
 
 
@@ -269,7 +369,7 @@ def patch() -> None:
 
 
 for command in (
-    *(info, diff, report, verify, compose, extract, keygen, sign),
+    *(info, diff, report, verify, compose, extract, keygen, sign, releases),
     *(check_proof, trust),
 ):
     patch.add_command(command)

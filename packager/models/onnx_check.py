@@ -41,7 +41,8 @@ def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
 
     Raises:
         RoundError: A tensor of the weight file is not an initializer of the graph, or
-            an initializer points somewhere else; the tensor is named.
+            an initializer points somewhere else; the tensor is named. Or the graph is
+            not valid.
     """
     try:
         model = onnx.load_model_from_string(graph)
@@ -68,6 +69,38 @@ def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
                     f"{path} reads {name!r} with {what} {found[what]}, but in "
                     f"{WEIGHTS_NAME} it is {expected}; export the graph again"
                 )
+    check_valid(model, path)
+
+
+def check_valid(model: onnx.ModelProto, path: object) -> None:
+    """Insist on what the ONNX checker insists on.
+
+    Of two initializers of one name, say, ONNX Runtime takes one and a weight file the
+    other. Values of tensors are not looked at: the checker gets them as inputs.
+
+    Raises:
+        RoundError: The checker refuses the model; its reason is in the message.
+    """
+    bare = onnx.ModelProto(ir_version=model.ir_version, functions=model.functions)
+    bare.opset_import.extend(model.opset_import)
+    graph = bare.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(model.graph.node)
+    graph.output.extend(model.graph.output)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    graph.input.extend(v for v in model.graph.input if v.name not in weights)
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in model.graph.initializer
+    )
+    try:
+        onnx.checker.check_model(bare)
+    except onnx.checker.ValidationError as err:
+        reason = " ".join(str(err).split())
+        raise RoundError(
+            f"{path} is not valid ONNX: {reason[:300]}; export it again"
+        ) from err
 
 
 def _expected(layout: Layout, name: str) -> dict[str, object]:

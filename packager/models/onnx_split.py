@@ -26,7 +26,7 @@ from edge_runtime.errors import WeightsError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import DTYPES, Layout, Weights, pack_weights
 from edge_runtime.streams import utf8_path
-from packager.models.onnx_check import ONNX_TYPES
+from packager.models.onnx_check import ONNX_TYPES, check_valid
 
 # ONNX type number -> type code of the weight file.
 CODES = {
@@ -55,6 +55,7 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
         OSError: A file cannot be read.
         WeightsError: Not an ONNX file, or one without weights that a patch could
             change.
+        RoundError: The ONNX checker calls the model invalid.
     """
     model = _load(path)
     _lift_constants(model.graph)
@@ -63,6 +64,7 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
         raise WeightsError(
             f"{path} holds no weights: no initializer of a type that a weight file has"
         )
+    check_valid(model, path)
     arrays = {tensor.name: _bits(tensor) for tensor in found}
     types = {tensor.name: CODES[tensor.data_type] for tensor in found}
     weights = pack_weights(arrays, types)

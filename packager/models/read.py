@@ -6,27 +6,27 @@ network have the same graph and a patch between them is a patch like any other.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from edge_runtime.errors import WeightsError, WrongModelError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, Run, network_id
 from edge_runtime.formats.weights import (
-    DTYPES,
-    MAX_HEADER_BYTES,
     Weights,
-    pack_weights,
 )
-from packager.build import LEVEL, PackedPatch, check_budget, encode_changes
+from packager.build import (
+    LEVEL,
+    PackedPatch,
+    check_budget,
+    check_counter,
+    encode_changes,
+)
 from packager.diff import check_same_tensors, diff
+from packager.models.safetensors_file import is_safetensors, parse_safetensors
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -97,47 +97,6 @@ def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:
     return graph
 
 
-def is_safetensors(path: str | PathLike[str]) -> bool:
-    """Say whether a file looks like safetensors: a short length, then JSON."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    length = int.from_bytes(start[:8], "little")
-    return start[8:] == b"{" and length <= MAX_HEADER_BYTES
-
-
-def parse_safetensors(data: bytes, path: Path) -> Weights:
-    """Bring a safetensors file into canonical form.
-
-    Metadata is left out, and tensors get their canonical order; every bit of every
-    tensor stays as it is.
-
-    Raises:
-        WeightsError: Malformed, truncated, or with types that a weight file lacks.
-    """
-    length = int.from_bytes(data[:8], "little")
-    try:
-        entries = json.loads(data[8 : 8 + length])
-        entries.pop("__metadata__", None)
-        body = memoryview(data)[8 + length :]
-        arrays = {name: _tensor(body, entry) for name, entry in entries.items()}
-        types = {name: entry["dtype"] for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise WeightsError(
-            f"{path} is not a safetensors file, or it is truncated ({err!r})"
-        ) from err
-    return pack_weights(arrays, types)
-
-
-def _tensor(body: memoryview, entry: dict[str, Any]) -> NDArray[Any]:
-    start, stop = entry["data_offsets"]
-    # Unknown types are named by pack_weights; until then their bytes will do.
-    dtype = DTYPES.get(entry["dtype"], np.dtype("u1"))
-    if not 0 <= start <= stop <= len(body):
-        raise ValueError(f"bytes {start} to {stop} of {len(body)}")
-    raw = np.frombuffer(body[start:stop], np.uint8)
-    return raw.view(dtype).reshape(entry["shape"])
-
-
 def check_same_network(base: Model, target: Model) -> None:
     """Insist that two files are one network with other weights.
 
@@ -200,7 +159,12 @@ def pack_models(
 
 
 def header_between(base: Model, target: Model, counter: int) -> PatchHeader:
-    """Return the header of a patch between two files of one network."""
+    """Return the header of a patch between two files of one network.
+
+    Raises:
+        RoundError: The counter is the reserved one.
+    """
+    check_counter(counter)
     return PatchHeader(
         model=base.model,
         parent=base.weights.fingerprint,

@@ -3,7 +3,7 @@
 Sizes are in bytes, digests in hexadecimal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,14 @@ class Made(NamedTuple):
         data: Its bytes; empty where there is nothing to send.
         record: The result as data.
         text: The same for people.
+        write: Writes data to the path, and tells whether it did.
     """
 
     path: Path
     data: bytes
     record: Record
     text: str
+    write: Callable[[bytes, Path], bool]
 
 
 def pack_record(

@@ -1,12 +1,12 @@
 """Read and validate round folders, and find them by name.
 
 The folder is the whole interface between a trainer and this package; its normative
-description is in ``packager/README.md``. Nothing in it is believed: fingerprints and
+description is in ``docs/round-folder.md``. Nothing in it is believed: fingerprints and
 the model's identity are computed again from the bytes.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,9 +20,11 @@ from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
+    MODEL_NAME,
     RECORD_NAME,
     SELECTION_NAME,
     WEIGHTS_NAME,
+    Outcome,
     list_rounds,
 )
 from edge_runtime.formats.weights import Weights, read_weights
@@ -232,6 +234,35 @@ def find_weights(run: Path, header: PatchHeader) -> Weights | None:
 def list_runs(runs: Path) -> list[Path]:
     """Return the round folders of all runs below a folder."""
     return [folder for run in _folders(runs) for folder in list_rounds(run)]
+
+
+def find_run(
+    name_or_path: str | PathLike[str], runs: str | PathLike[str]
+) -> Path | None:
+    """Find a run's folder: a path, or a name below the runs; None if it is no run."""
+    for folder in (Path(name_or_path), Path(runs, name_or_path)):
+        if (folder / MODEL_NAME).is_dir():
+            return folder
+    return None
+
+
+def new_rounds(run: Path, released: Collection[tuple[str, str]]) -> list[Path]:
+    """Return a run's rounds that devices should have and that were not released yet.
+
+    Args:
+        run: The run's folder.
+        released: Model and target of what was released.
+
+    Raises:
+        RoundError: A round's record is malformed.
+    """
+    found = []
+    for folder in list_rounds(run):
+        stated = read_record(folder)
+        is_new = (stated.model, stated.target) not in released
+        if is_new and stated.packable and stated.outcome is Outcome.UPDATED:
+            found.append(folder)
+    return found
 
 
 def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> Path:

@@ -104,7 +104,7 @@ MUTANTS = {
     ),
     "the copy is not mended": (
         "store/store",
-        "            if not mended:\n                self.commit(state)\n",
+        "            if not mended:\n                self._mend(state)\n",
         "",
     ),
     "the state's checksum is not looked at": (
@@ -140,9 +140,9 @@ MUTANTS = {
         "        self.store.commit(state)\n        try:\n            self._run_hooks(",
     ),
     "a damaged kept slot stays in the state": (
-        "update/device",
-        "            self.store.commit(self.store.state.without(kept))\n",
-        "            pass\n",
+        "store/slots",
+        "        store.commit(store.state.without(kept))\n",
+        "",
     ),
     "a kept slot is not looked at": (
         "update/device",
@@ -151,8 +151,30 @@ MUTANTS = {
     ),
     "room is made at the cost of the active slot": (
         "store/slots",
-        "if s.target not in (state.active, parent)",
-        "if s.target != parent",
+        "needed = (state.active, parent)\n",
+        "needed = (parent,)\n",
+    ),
+    "room is made before the result is proved": (
+        "store/slots",
+        "        new.prove()\n        if not _give_up",
+        "        if not _give_up",
+    ),
+    "a damaged kept slot is dropped before the new one is proved": (
+        "store/slots",
+        "        new.prove()\n        store.commit",
+        "        store.commit",
+    ),
+    "the copy is given up for a state that is damaged itself": (
+        "store/store",
+        "        except (OSError, StoreError):\n            return False\n",
+        "        except (OSError, StoreError):\n            pass\n",
+    ),
+    "the copy is given up, and may come back": (
+        "store/store",
+        "        self.files.unlink(self._copy_path)\n"
+        "        # An older copy must not come back beside a newer state.\n"
+        "        self.files.sync_folder(self.root)\n",
+        "        self.files.unlink(self._copy_path)\n",
     ),
     "a rollback lowers the release floor": (
         "store/state",
@@ -161,7 +183,7 @@ MUTANTS = {
     ),
     "no lock": (
         "store/store",
-        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "lock_file(file, Path(file.name))",
         "pass",
     ),
     "the state is not read again under the lock": (

@@ -19,8 +19,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edge_runtime import Device
-from edge_runtime.errors import DpuError
+from edge_runtime.errors import DpuError, VerificationError
 from edge_runtime.files import Files
+from edge_runtime.store.slots import SPARE_BYTES
 from tests.crash import world
 from tests.crash.kills import Worker, is_good, promises, spawn
 
@@ -119,6 +120,49 @@ def fill(path, pages):
             file.truncate(max(0, file.tell() // PAGE - pages) * PAGE)
 
 
+def small(folder, full):
+    """Garbage costs nothing where bytes or inodes are used up; a good patch applies.
+
+    Args:
+        folder: Where to mount a small file system.
+        full: Called with it, once there is a store; uses up what it is about.
+
+    Returns:
+        Attempts, how many were refused, and how many of them broke a promise.
+    """
+    count = {"attempts": 0, "refused": 0, "bad": 0}
+    with mounted(folder / "small", "-t", "tmpfs", "-o", "size=4m", "tmpfs") as disk:
+        root = settled(disk)
+        device = Device.open(root, trial=world.no_trial)
+        full(disk)
+        for _ in range(3):
+            before = device.store.state
+            try:
+                device.update(world.garbage(before))
+            except VerificationError:
+                count["refused"] += 1
+            count["attempts"] += 1
+            count["bad"] += device.store.state != before or not is_good(root, before)
+        for _ in range(3):
+            device.update(world.next_patch(device.store.state))
+            count["attempts"] += 1
+            count["bad"] += not is_good(root, device.store.state)
+    return count
+
+
+def few_bytes(disk):
+    """Leave too little for one more slot, and enough once a kept one is gone."""
+    free = shutil.disk_usage(disk).free
+    slot = world.INIT.layout.file_size
+    (disk / "ballast").write_bytes(bytes(free - SPARE_BYTES - slot + PAGE))
+
+
+def no_inodes(disk):
+    """Leave not one."""
+    used = os.statvfs(disk)
+    run("mount", "-o", f"remount,nr_inodes={used.f_files - used.f_ffree}", str(disk))
+
+
 def read_only(folder):
     """Mount a store read-only: it answers, and refuses to change."""
     count = {"attempts": 0, "refused": 0, "bad": 0}
@@ -198,10 +242,17 @@ def careless(folder, cuts):
 
 
 def main():
+    if sys.argv[1:] == ["--small"]:
+        with world.scratch() as folder:
+            found = [small(folder, full) for full in (few_bytes, no_inodes)]
+            print(json.dumps(found))
+        return
     cuts = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     weak = ",data=writeback,noauto_da_alloc"
     tries = {
         "full disk": full_disk,
+        "too few bytes": lambda folder: small(folder, few_bytes),
+        "no inodes": lambda folder: small(folder, no_inodes),
         "read-only disk": read_only,
         "power cuts, ext4": lambda folder: power_cuts(folder, cuts),
         f"power cuts, ext4{weak}": lambda folder: power_cuts(folder, cuts, weak),

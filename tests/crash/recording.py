@@ -3,7 +3,13 @@
 from dataclasses import replace
 
 from edge_runtime import Device
-from edge_runtime.errors import HeldError, StoreError, TrialError, TrustError
+from edge_runtime.errors import (
+    HeldError,
+    StoreError,
+    TrialError,
+    TrustError,
+    VerificationError,
+)
 from edge_runtime.store.state import decode_state
 from tests.crash import world
 from tests.crash.disk import read_tree
@@ -156,6 +162,18 @@ class Recording:
             return
         raise StoreError("the active slot made room")
 
+    def garbage(self):
+        """A patch that does not lead where it says costs nothing on a full disk."""
+        self.files.room = 2, 1
+        before = self.device.store.state
+        try:
+            self._update(world.garbage)
+        except VerificationError:
+            if self.device.store.state != before:
+                raise StoreError("garbage cost something") from None
+            return
+        raise StoreError("garbage was installed")
+
     def rollback(self):
         self.device.rollback()
 
@@ -204,7 +222,7 @@ LIFE = (
     *(rollback_far, update, pin, unpin),
 )
 TROUBLE = (
-    *(update, update, update, Recording.little_room),
+    *(update, update, update, Recording.garbage, Recording.little_room),
     *(rollback, Recording.come_forward, Recording.release_again),
     *(Recording.too_many_tries, Recording.hook_after_fails, Recording.no_room),
     *(rollback, Recording.rot_slot, Recording.come_forward),

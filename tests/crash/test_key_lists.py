@@ -94,7 +94,7 @@ def test_a_new_list_survives_a_power_cut_anywhere(base):
 def test_a_new_list_survives_a_kill_and_then_a_power_cut(base):
     """Killed after every operation; the next start mends and is cut in turn."""
     recording = recording_of(base).play(take_list)
-    count, log = Count(share=0.3), recording.files.log
+    count, log = Count(share=0.15), recording.files.log
     for position in range(len(log) + 1):
         disk = Disk(recording.start)
         for entry in log[:position]:

@@ -1,5 +1,6 @@
 """The server's side in memory: one small model, and a patch to whatever comes next."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime import Device, PatchHeader, pack_weights
+from edge_runtime import Device, PatchHeader, open_patch, pack_weights
+from edge_runtime.formats.header import HEADER_BYTES, encode_header
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from packager.build import build_patch
@@ -73,6 +75,23 @@ def same_patch(state):
     """The weights that a device has, released anew."""
     number = state.active_slot.round
     return patch(number, number, state.floor + 1)
+
+
+def garbage(state):
+    """What would be the next patch, but promises something else."""
+    data = next_patch(state)
+    return with_header(data, dataclasses.replace(header_of(data), target="f" * 64))
+
+
+def header_of(data):
+    with open_patch(data) as opened:
+        return opened.header
+
+
+def with_header(data, header):
+    """An unsigned patch under another header."""
+    unsigned, body = data[HEADER_BYTES : HEADER_BYTES + 2], data[HEADER_BYTES + 2 :]
+    return encode_header(header, body) + unsigned + body
 
 
 @cache

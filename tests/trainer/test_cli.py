@@ -64,7 +64,7 @@ def test_run_writes_rounds_and_prints_a_table(first):
     assert [row.split()[0] for row in rows] == ["round_00", "round_01"]
     assert (runs / "digits" / "round_01" / "round.json").exists()
     assert "round_01" in result.stderr  # progress
-    assert "next: dpu-pack" in result.stderr
+    assert "\n  dpu-pack" in result.stderr
 
 
 def test_run_goes_on_quietly_and_prints_json(command, runs, monkeypatch):
@@ -263,9 +263,69 @@ def test_the_next_command_can_be_pasted_where_names_have_spaces(
 ):
     moved = shutil.copytree(runs, tmp_path / "my runs")
     err = command("run", "digits", "--runs", moved, *QUICK)[2]
-    words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
+    first = err.partition("in this order:\n")[2].splitlines()[0]
+    words = shlex.split(first)
     assert words[:3] == ["dpu-pack", "--runs", str(moved)]
     assert words[3].startswith("digits/round_")
+
+
+def test_what_init_writes_trains_and_the_next_steps_work_as_they_are_typed(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert command("init", "new")[0] == 0
+    quick = ("--set=run.rounds=3", "--set=train.epochs=2")
+    code, _, err = command("run", "new/recipe.toml", *quick)
+    assert code == 0, err
+    bin_ = Path(sys.executable).parent
+    steps = err.partition("in this order:\n")[2].splitlines()
+    assert [shlex.split(step)[0] for step in steps][::2] == ["dpu-pack", "dpu-edge"]
+    for step in steps:
+        name, *args = shlex.split(step)
+        subprocess.run([bin_ / name, *args], check=True, capture_output=True)
+    record = json.loads(
+        subprocess.run(
+            [bin_ / "dpu-edge", "--store", "device", "infer", "--golden", "--json"],
+            check=True,
+            capture_output=True,
+        ).stdout
+    )
+    assert record["labels"] == 64
+    assert record["right"] > 32
+    newest = [line.split()[0] for line in steps[-1].split("/") if "dpu" in line][-1]
+    assert record["round"] == int(newest.removeprefix("round_").removesuffix(".dpu"))
+
+
+def test_init_overwrites_nothing(command, tmp_path):
+    (tmp_path / "mine.py").write_text("kept")
+    code, _, err = command("init", tmp_path)
+    assert (code, "mine.py exists" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+    assert (tmp_path / "mine.py").read_text() == "kept"
+
+
+def test_a_run_that_cannot_be_packed_is_not_told_to_be(command, tmp_path):
+    args = ("--runs", tmp_path, *QUICK, "--set=update.chain=paper")
+    err = command("run", "digits", *args)[2]
+    assert "dpu-pack" not in err
+    assert f"dpu-patch report --runs {tmp_path} digits" in err
+
+
+def test_curves_for_tensorboard_hold_every_epoch_and_round(command, tmp_path):
+    event_file = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    args = ("--runs", tmp_path / "runs", "--tensorboard", tmp_path / "logs", *QUICK)
+    code, out, _ = command("run", "digits", "--json", *args)
+    assert code == 0
+    found = event_file.EventAccumulator(str(tmp_path / "logs" / "digits"))
+    found.Reload()
+    steps = [e.step for p in ("full", "sparse") for e in found.Scalars(f"loss/{p}")]
+    assert sorted(steps) == list(range(1, 9))  # 2 rounds of 2 x 2 epochs
+    rounds = [r["metrics"]["test_accuracy"] for r in json.loads(out)["rounds"]]
+    written = [event.value for event in found.Scalars("round/test_accuracy")]
+    assert written == pytest.approx(rounds)
 
 
 def test_ctrl_c_is_an_interruption_whatever_a_library_makes_of_it(

@@ -177,12 +177,12 @@ def test_every_built_in_recipe_is_valid(path):
     assert path.read_text().startswith("# ")
 
 
-def test_the_readme_names_every_key(recipe):
-    readme = Path("trainer/README.md").read_text()
+def test_the_documentation_names_every_key(recipe):
+    page = Path("docs/recipes.md").read_text()
     for section, table in as_dict(load_config(recipe)).items():
-        assert f"`[{section}]`" in readme
+        assert f"`[{section}]`" in page
         for key in table:
-            assert f"`{key}`" in readme
+            assert f"`{key}`" in page
 
 
 @pytest.mark.parametrize("text", ["2024", "0012", "1e5", "true", "abc"])

@@ -204,8 +204,8 @@ def make_rounds(names: Sequence[str], data: Path, runs: Path, say: Say) -> None:
         ConfigError: There is no such job, or the data is not there or too small.
         TrainingError: The loss is not finite.
     """
-    from trainer.cli import shown_progress  # late: they bring torch
     from trainer.config import load_config
+    from trainer.progress import shown_progress  # late: they bring torch
     from trainer.rounds.schedule import run_rounds
 
     if missing := [name for name in names if name not in JOBS]:
@@ -221,5 +221,5 @@ def make_rounds(names: Sequence[str], data: Path, runs: Path, say: Say) -> None:
             overrides += [f"data.set={job.data}", f"data.root={data}"]
         config = load_config(RECIPES / f"{job.recipe}.toml", overrides, name=job.name)
         say(f"{job.name}: {config.run.rounds} rounds in {runs}")
-        with shown_progress(config.run.rounds, quiet=False) as progress:
+        with shown_progress(quiet=False) as progress:
             run_rounds(config, runs, progress=progress)

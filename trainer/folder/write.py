@@ -12,7 +12,6 @@ Fingerprints and the network's identity are computed here, from the bytes writte
 process trains a run at a time (:func:`alone`).
 """
 
-import fcntl
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError, TrainingError
-from edge_runtime.files import strangers
+from edge_runtime.files import lock_file, strangers
 from edge_runtime.formats import identity
 from edge_runtime.formats.contract import (
     Contract,
@@ -222,7 +221,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         handle = os.open(run_dir, os.O_RDONLY)
         stack.callback(os.close, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(handle, run_dir)
         except BlockingIOError as err:
             raise ConfigError(
                 f"another process is training {run_dir}; wait for it, or choose "

@@ -7,11 +7,10 @@ Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn.parameter import UninitializedParameter
 
 from edge_runtime.errors import FrozenWeightChangedError, TrainingError
 
@@ -120,6 +119,29 @@ class Freeze:
             )
 
 
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Refuse parameters that cannot be selected from weight by weight.
+
+    Raises:
+        TrainingError: It is lazy, has no data, is complex, or is one process's share
+            of a sharded parameter.
+    """
+    if isinstance(parameter, UninitializedParameter):
+        found = "is lazy and has no shape yet: run one batch through the model first"
+    elif parameter.is_meta:
+        found = "has no data (device 'meta'): build the model on a real device"
+    elif parameter.is_complex():
+        found = "is complex, which a weight file cannot hold: keep two real parameters"
+    elif hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
+        found = (
+            "is sharded over processes (FSDP, ZeRO-3), and the best weights are chosen "
+            "among all of them: use DistributedDataParallel"
+        )
+    else:
+        return
+    raise TrainingError(f"parameter {name!r} {found}, before making the updater")
+
+
 class Still:
     """Tensors that are neither selected from nor dense, and so have to stay the same.
 
@@ -153,22 +175,3 @@ class Still:
 def _digest(tensor: Tensor) -> bytes:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).digest()
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside of a wrapper, or itself.
-
-    Raises:
-        TrainingError: It is none, or it maximises.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, Optimizer):
-        raise TrainingError(
-            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
-        )
-    if any(group.get("maximize") for group in optimizer.param_groups):
-        raise TrainingError(
-            "expected an optimizer that minimises, found maximize=True: the local "
-            "contribution is a drop of the loss; minimise the negative instead"
-        )
-    return optimizer

@@ -29,9 +29,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from edge_runtime.errors import StepNotObservedError, TrainingError
+from trainer.method.optimizers import (
+    at_evaluation,
+    second_weights,
+    to_evaluation,
+    unwrap,
+)
 from trainer.method.scores import DPU, Evidence, Score
 from trainer.method.selection import check_fit, count_of, select_top_k
-from trainer.method.step_hooks import Freeze, LossDrop, Still, unwrap
+from trainer.method.step_hooks import Freeze, LossDrop, Still, check_parameter
 from trainer.parallel import masks_of_first
 
 
@@ -83,9 +89,13 @@ class PartialUpdater:
                 frozen here and thawed later) is an error at ``finish()``.
 
         Raises:
-            TrainingError: No weight is selectable, or the ratio selects none.
+            TrainingError: No weight is selectable, the ratio selects none, or a
+                parameter is of a kind that cannot be selected from (complex, lazy,
+                without data, sharded over processes).
         """
         named = dict(named_parameters)
+        for name, parameter in named.items():
+            check_parameter(name, parameter)
         self._params = {n: p for n, p in named.items() if selectable(n, p)}
         self._still = Still(
             {
@@ -135,7 +145,8 @@ class PartialUpdater:
     def attach(self, *optimizers: Any) -> Self:
         """Follow these optimizers; every selectable weight must be in one of them.
 
-        Wrappers with an ``optimizer`` attribute (Accelerate, Lightning) are unwrapped.
+        What Accelerate and Lightning make of an optimizer is unwrapped; an optimizer
+        around another one (Lookahead) is measured as a whole.
 
         Raises:
             TrainingError: A weight is in none of the attached optimizers, or an
@@ -184,23 +195,31 @@ class PartialUpdater:
                 that do not fit the selectable tensors.
         """
         self._expect(Phase.FULL, "select() comes once, after the full phase")
-        if masks is None:
-            if self.ratio is None:
-                raise TrainingError("pass ratio= to the constructor, or masks= here")
-            scores = self._scores() if scores is None else scores
-            check_fit(scores, self._params)
-            # Our order of tensors, as it decides between equal scores.
-            scores = {name: scores[name] for name in self._params}
-            masks = select_top_k(scores, count_of(self.ratio, self._total))
-        check_fit(masks, self._params, torch.bool)
-        masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
-        self._masks = masks_of_first(masks)
-        self._start(Phase.SPARSE)
-        self._freeze.rewind(self._params)
+        with at_evaluation(list(self._owned)):
+            if masks is None:
+                masks = self._best(scores)
+            check_fit(masks, self._params, torch.bool)
+            masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+            self._masks = masks_of_first(masks)
+            self._start(Phase.SPARSE)
+            self._freeze.rewind(self._params)
+            for optimizer, names in self._owned.items():
+                self._rewind_second(optimizer, names)
         return self._masks
+
+    def _best(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        if self.ratio is None:
+            raise TrainingError("pass ratio= to the constructor, or masks= here")
+        scores = self._scores() if scores is None else scores
+        check_fit(scores, self._params)
+        # Our order of tensors, as it decides between equal scores.
+        scores = {name: scores[name] for name in self._params}
+        return select_top_k(scores, count_of(self.ratio, self._total))
 
     def finish(self) -> Mapping[str, Tensor]:
         """Detach from the optimizers, verify the freeze and return the masks.
+
+        A schedule-free optimizer is left at the weights that are evaluated.
 
         Raises:
             FrozenWeightChangedError: A weight that was not selected differs from the
@@ -210,6 +229,7 @@ class PartialUpdater:
         """
         self._expect(Phase.SPARSE, "finish() comes once, after select()")
         self.detach()
+        to_evaluation(self._owned)
         for name in self._params:
             self._freeze.verify(name)
         self._still.verify()
@@ -275,6 +295,8 @@ class PartialUpdater:
         for name, buffer in self._loss_drop.total.items():
             buffer.copy_(state["loss_drop"][name])
 
+    # A compiled step would trace the hooks and measure nothing, or something else.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         if optimizer in self._stepping:
@@ -286,14 +308,25 @@ class PartialUpdater:
         elif self._phase is Phase.SPARSE:
             self._freeze.before(names)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         names = self._owned[optimizer]
         if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
             self._freeze.after(names)
+            self._rewind_second(optimizer, names)
         elif self._phase is Phase.FULL and optimizer in self._stepping:
             self._steps += self._loss_drop.after(names)
         self._stepping.discard(optimizer)
+
+    @torch.no_grad()
+    def _rewind_second(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        """Rewind the second set of weights that a schedule-free optimizer keeps."""
+        for name in names:
+            second = second_weights(optimizer, self._params[name])
+            if second is not None:
+                base = self._base[name].to(second.dtype)
+                torch.where(self._masks[name], second, base, out=second)
 
     def _scores(self) -> Mapping[str, Tensor]:
         if not self._steps:

@@ -5,7 +5,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Progress:
         phase: Phase of the epoch that ended.
         epoch: Epochs of this round that are done, at most ``epochs``.
         epochs: Epochs of this round, where nothing has to be repeated.
+        metrics: Of the epoch that ended, as in ``metrics.jsonl``: ``loss``, ``lr``, and
+            ``val_accuracy`` where it was measured.
         record: The round's record once its folder is complete, else None.
     """
 
@@ -54,6 +56,7 @@ class Progress:
     epoch: int
     epochs: int
     record: RoundRecord | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,8 @@ class Run:
         record = by_first(
             lambda: write_round(self.run_dir, record, target, masks, epochs, shadow)
         )
-        self._report(number, "done", 2 * self.config.train.epochs, record)
+        done = {"phase": "done"}
+        self._report(number, done, 2 * self.config.train.epochs, record)
         return record
 
     def _attempts(
@@ -270,15 +274,22 @@ class Run:
             (self._pool[: self.split.size_at(number)], self._validation),
             from_init=from_init,
             augmentation=self._source.crop_flip if augmented else None,
-            on_epoch=lambda phase: self._report(number, phase, next(count)),
+            on_epoch=lambda epoch: self._report(number, epoch, next(count)),
         )
 
     def _report(
-        self, number: int, phase: str, epoch: int, record: RoundRecord | None = None
+        self,
+        number: int,
+        metrics: Mapping[str, Any],
+        epoch: int,
+        record: RoundRecord | None = None,
     ) -> None:
         run, epochs = self.config.run, 2 * self.config.train.epochs
         epoch = min(epoch, epochs)  # a phase that is repeated shows as the last one
-        self._progress(Progress(number, run.rounds, phase, epoch, epochs, record))
+        phase = metrics["phase"]
+        self._progress(
+            Progress(number, run.rounds, phase, epoch, epochs, record, metrics)
+        )
 
     def _write_deployment(self, model: nn.Module) -> None:
         """Write the model folder; the model holds what round_00 deploys."""

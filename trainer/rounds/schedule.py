@@ -8,7 +8,7 @@ Interrupted runs continue after their last complete round; a round depends on th
 recipe, its number and the weights deployed before it, and on nothing else.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -36,7 +36,7 @@ __all__ = ["Progress", "as_reported", "run_rounds"]
 FREE_KEYS = {("run", "rounds"), ("run", "name"), ("run", "id"), ("data", "root")}
 
 
-def run_rounds(
+def run_rounds(  # noqa: PLR0913 - all but two have defaults
     config: Config,
     runs_dir: str | PathLike[str],
     *,
@@ -44,6 +44,8 @@ def run_rounds(
     resume: bool = True,
     pack: Pack | None = None,
     source: DataSource | None = None,
+    on_epoch: Report | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
 ) -> list[RoundRecord]:
     """Train every round of a recipe that is not there yet.
 
@@ -58,6 +60,9 @@ def run_rounds(
             ``packager.size.patch_size``; needed where the recipe has a budget.
         source: The recipe's data set where it is loaded already
             (:func:`trainer.data.sources.load_source`), as several runs may share one.
+        on_epoch: Called after every epoch, with its metrics; by the first process
+            only, as ``on_round`` is.
+        on_round: Called with the record of every round whose folder is complete.
 
     Returns:
         The records of all the run's rounds, those found included.
@@ -87,12 +92,32 @@ def run_rounds(
         stack.enter_context(processes(choose_device(device)))
         stack.enter_context(threads)
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        run = Run(config, run_dir, progress, new=not records, pack=pack, source=source)
+        report = _calling(progress, on_epoch, on_round)
+        run = Run(config, run_dir, report, new=not records, pack=pack, source=source)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)
             reinitialise = _must_reinitialise(config, records, samples)
             records.append(run.train(number, records, reinitialise=reinitialise))
     return records
+
+
+def _calling(
+    progress: Report,
+    on_epoch: Report | None,
+    on_round: Callable[[RoundRecord], None] | None,
+) -> Report:
+    """Return one function that reports to all three."""
+
+    def report(found: Progress) -> None:
+        progress(found)
+        if not is_first():
+            return
+        if found.record is None and on_epoch:
+            on_epoch(found)
+        if found.record is not None and on_round:
+            on_round(found.record)
+
+    return report
 
 
 def as_reported(records: Sequence[RoundRecord]) -> list[tuple[float, float]]:

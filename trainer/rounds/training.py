@@ -56,7 +56,7 @@ class RoundTraining:
         *,
         from_init: bool = True,
         augmentation: Callable[[np.random.Generator], Augment] | None = None,
-        on_epoch: Callable[[str], None] = lambda _phase: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
         """Prepare a round.
 
@@ -67,7 +67,7 @@ class RoundTraining:
             samples: Prepared samples for training and for validation.
             from_init: Whether the start weights are the init weights.
             augmentation: Makes the augmentation of an epoch from a random stream.
-            on_epoch: Called with the name of the phase after every epoch.
+            on_epoch: Called with the record of every epoch when it is over.
         """
         self.model = model
         self.start = weights_of(model)
@@ -123,7 +123,7 @@ class RoundTraining:
                 record |= {"val_accuracy": accuracy, "kept": kept}
                 self.accuracy[phase] = accuracy
             self.epochs.append(record)
-            self._on_epoch(phase)
+            self._on_epoch(record)
 
     def consider_rewound(self) -> None:
         """Judge the rewound model: it is kept where no worse than the start.

@@ -98,6 +98,17 @@ def test_malicious_mirrors_cannot_keep_a_good_list_away(watch):
     assert version(watch) == 3
 
 
+def test_a_list_under_a_wrong_number_is_looked_at_again_when_its_time_has_come(watch):
+    """What is refused is refused by a list: under the next one it may be right."""
+    more = {"add": {"root": fleet.public("cat")}}
+    second = fleet.list_2(signers=("ann", "bob", "cat"), **more)
+    watch.put("2.root.json", fleet.list_2(second, ("ann", "bob")))
+    assert watch.look() == [("refused", "2.root.json")]
+    watch.device.add_list(second)
+    watch.look()
+    assert version(watch) == 3
+
+
 def test_half_a_list_waits_for_the_rest(watch):
     data = fleet.list_2()
     watch.put("2.root.json", data[:300])

@@ -103,6 +103,18 @@ def test_infer_on_the_golden_inputs(edge, installed):
     assert (len(record["samples"]), record["backend"]) == (8, "onnxruntime")
 
 
+def test_infer_says_how_many_golden_labels_are_right(edge, installed):
+    _, out, err = edge("infer", "--golden", "--json")
+    record = json.loads(out)
+    with np.load(installed / "model" / "golden.npz") as golden:
+        labels = golden["labels"]
+    answers = ["abcd".index(s["top"][0]["class"]) for s in record["samples"]]
+    right = int(np.sum(np.equal(answers, labels)))
+    assert (record["right"], record["labels"]) == (right, 8)
+    assert err == f"{right} of 8 right\n"
+    assert edge("infer", "--golden", "--batch", 3)[2] == err
+
+
 @pytest.mark.parametrize(
     "options", [["--batch", 3], ["--threads", 2, "--spin"], ["--backend", "numpy"]]
 )

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import pytest
+
 from edge_runtime.errors import (
     HeldError,
     TrustError,
     WrongModelError,
     WrongParentError,
 )
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.signing import Trust
 from edge_runtime.store.admission import (
     is_current,
@@ -61,6 +63,30 @@ def test_a_release_that_failed_its_trial_is_refused_until_forced():
 
 def test_force_does_not_lower_the_floor():
     assert isinstance(refusal(moved(STATE, B), header(A), force=True), TrustError)
+
+
+@pytest.mark.parametrize("floor", [0, 7, 1 << 40, (1 << 64) - 3])
+def test_a_counter_far_ahead_is_refused_unless_somebody_insists(floor):
+    state = dataclasses.replace(moved(STATE, A), floor=floor)
+    last = min(floor + MAX_JUMP, RESERVED_COUNTER - 1)
+    assert refusal(state, header(B, counter=last)) is None
+    if last == floor + MAX_JUMP:
+        error = refusal(state, header(B, counter=last + 1))
+        assert isinstance(error, TrustError)
+        assert f"counter {last + 1}, this device is at {floor}" in str(error)
+        assert refusal(state, header(B, counter=last + 1), force=True) is None
+
+
+@pytest.mark.parametrize("state", [STATE, State("m", "i"), moved(STATE, B)])
+def test_the_reserved_counter_is_refused_by_every_device(state):
+    for force in (False, True):
+        error = refusal(state, header(C, counter=RESERVED_COUNTER), force=force)
+        assert isinstance(error, TrustError)
+        assert "reserved" in str(error)
+
+
+def test_a_new_device_begins_at_the_counter_of_its_bundle():
+    assert refusal(State("m", "i"), header(A, counter=1 << 50)) is None
 
 
 def test_a_patch_for_another_network_is_refused_before_all_else():

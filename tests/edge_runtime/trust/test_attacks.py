@@ -195,6 +195,18 @@ def test_freeze_the_newest_signed_time_never_goes_back(tmp_path, clock):
     assert fleet.again(device).store.state.key_list.seen == BEFORE
 
 
+@pytest.mark.parametrize("dated", [True, False])
+def test_freeze_a_list_does_not_set_the_time_back(tmp_path, clock, dated):
+    clock(NO_CLOCK)
+    device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
+    device.update(fleet.dated(0, 1, BEFORE, "fleet"))
+    early = fleet.list_2(fleet.list_1(times=SHORT), times=(SHORT[0], fleet.UNTIL))
+    if not dated:
+        early = fleet.edited(early, lambda s: s.pop("x-issued"), "ann", "bob")
+    device.add_list(early)
+    assert fleet.again(device).store.state.key_list.seen == BEFORE
+
+
 def test_freeze_what_was_signed_in_time_is_taken_late(tmp_path, clock):
     clock(BEFORE)
     device = fleet.device(tmp_path, fleet.list_1(times=SHORT))
@@ -246,6 +258,7 @@ def test_an_expired_list_vouches_for_no_list_that_was_signed_later(
     first = fleet.list_1(times=SHORT)
     with pytest.raises(ListExpiredError):  # no new device begins with it
         fleet.device(tmp_path, first)
+    assert not (tmp_path / "store").exists()
     clock(BEFORE)
     device = fleet.device(tmp_path, first)
     clock(AFTER)

@@ -3,14 +3,22 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_runtime.errors import KeyListError, StoreError
+from edge_runtime.errors import KeyListError, StoreError, TrustError
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
 from edge_runtime.trust import KeyList, first_root, is_list, list_number, read_root
 from edge_runtime.trust.keylist import MAX_LISTED
 from tests.edge_runtime.trust import fleet
 
 STATE = State("m", "i", "a" * 64, 0, "a" * 64, (Slot("a" * 64, 0, 0),))
+
+FRAGMENTS = [
+    *(b"[" * 40, b'{"a":' * 40, b"1e999", b"NaN", b"-0", b"1.5", b"9" * 400, b"null"),
+    *(b'"\\ud800"', b"\xff", b"\0", b'"', b"{}", b"[]", b",", b":", b"true", b" "),
+    *(b'"signed"', b'"signatures"', b'"_type"', b'"root"', b'"keyids"', b'"keys"'),
+]
 
 
 def test_a_list_says_who_signs_what_and_how_long():
@@ -108,3 +116,24 @@ def test_the_history_of_lists_is_bounded_and_keeps_the_newest():
         assert key_list.root.version == number + 2
     assert len(key_list.history) == MAX_LISTED
     assert key_list.history[-1].version == key_list.root.version
+
+
+@given(st.data())
+def test_damage_of_any_kind_is_refused_in_words_or_leaves_what_was_signed(data):
+    good = fleet.list_1()
+    bad = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(bad) - 1))
+        end = data.draw(st.integers(at, min(len(bad), at + 40)))
+        bad[at:end] = data.draw(st.binary(max_size=8) | st.sampled_from(FRAGMENTS))
+    try:
+        root = first_root(bytes(bad))
+    except (KeyListError, TrustError):
+        return
+    assert root == first_root(good)
+
+
+@given(st.binary(max_size=300) | st.lists(st.sampled_from(FRAGMENTS)).map(b"".join))
+def test_any_bytes_are_refused_in_words(data):
+    with pytest.raises(KeyListError):
+        read_root(data)

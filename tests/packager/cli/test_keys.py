@@ -56,7 +56,7 @@ def test_from_a_new_key_to_a_device_that_accepts_nothing_else(
 ):
     bundle = make("round_00", "--bundle", "--sign", key)
     signed = make("round_01", "--sign", key).read_bytes()
-    unsigned = make("round_01")
+    unsigned = make("round_01", "--force")
     store = ("--store", tmp_path / "store")
 
     code, out, _ = command(edge, *store, "init", bundle, "--trust", public)

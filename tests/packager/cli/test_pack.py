@@ -49,7 +49,7 @@ def files_of(run):
 def test_writes_the_patch_beside_the_round_folder(run, runs, command):
     code, out, err = command(pack, "round_01")
     assert code == 0
-    assert files_of(run) == ["round_01.dpu"]
+    assert files_of(run) == ["releases.jsonl", "round_01.dpu"]
     assert err == f"wrote {run.path / 'round_01.dpu'}\n"
     size = (run.path / "round_01.dpu").stat().st_size
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -153,6 +153,7 @@ def test_a_patch_from_another_parent_does_not_replace_the_rounds_own(
     for options in ((), ("--from", "round_00"), ("--from", "init")):
         assert command(pack, "round_02", *options)[0] == 0
     assert files_of(run) == [
+        "releases.jsonl",
         "round_02.dpu",
         "round_02_from_init.dpu",
         "round_02_from_round_00.dpu",
@@ -166,7 +167,10 @@ def test_every_round_is_packed_though_nobody_reads_the_words(run):
     os.close(reader)
     ended = subprocess.run([sys.executable, *words], stdout=writer, check=False)
     os.close(writer)
-    assert (ended.returncode, files_of(run)) == (0, ["round_01.dpu", "round_02.dpu"])
+    assert (ended.returncode, files_of(run)) == (
+        0,
+        ["releases.jsonl", "round_01.dpu", "round_02.dpu"],
+    )
 
 
 @pytest.mark.parametrize(("value", "coloured"), [("1", False), ("", True)])
@@ -184,7 +188,7 @@ def test_a_closed_standard_stream_is_an_empty_one(run):
     words = f"{sys.executable} -m packager round_01 --runs {run.path.parent}"
     command = f"{words} <&- >&- 2>&-"
     assert subprocess.run(command, shell=True, check=False).returncode == 0
-    assert files_of(run) == ["round_01.dpu"]
+    assert files_of(run) == ["releases.jsonl", "round_01.dpu"]
 
 
 def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
@@ -194,7 +198,7 @@ def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
         code, _, err = command(pack, "round_01")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    path = run.path / "round_01.dpu"
+    path = run.path / "releases.jsonl"
     assert (code, err) == (10, f"error: {path}: File too large\n")
     assert files_of(run) == []
 
@@ -338,7 +342,7 @@ def test_an_output_that_cannot_be_written_has_its_own_code(runs, command, tmp_pa
 def test_a_bundle_installs_any_updated_round(run, runs, command):
     code, out, err = command(pack, "round_01", "--bundle")
     path = run.path / "round_01.bundle.zip"
-    assert (code, files_of(run)) == (0, ["round_01.bundle.zip"])
+    assert (code, files_of(run)) == (0, ["releases.jsonl", "round_01.bundle.zip"])
     assert read_bundle(path).target == run.deployed.fingerprint
     assert "bundle" in out
     assert err == f"wrote {path}\n"
@@ -395,6 +399,7 @@ COMMANDS = [
     "extract",
     "info",
     "keygen",
+    "releases",
     "report",
     "sign",
     "trust",

@@ -463,3 +463,24 @@ def test_a_run_from_before_there_were_ids_goes_on_without_one(copied):
     assert read_round(run / "round_01").record.model == raw["model"]
     with pytest.raises(ConfigError, match="older runs: none"):
         run_rounds(config_of(run={"rounds": 3, "id": "new"}), copied)
+
+
+def test_callbacks_hear_of_every_epoch_and_of_every_round_that_is_complete(tmp_path):
+    epochs, rounds = [], []
+
+    def on_round(record):
+        folder = tmp_path / "tiny" / f"round_{record.round:02d}"
+        rounds.append((record, (folder / "round.json").is_file()))
+
+    records = run_rounds(
+        config_of(run={"rounds": 1}),
+        tmp_path,
+        on_epoch=epochs.append,
+        on_round=on_round,
+    )
+    assert rounds == [(records[0], True)]
+    assert [e.phase for e in epochs] == ["full"] * 6 + ["sparse"] * 6
+    text = (tmp_path / "tiny" / "round_00" / "metrics.jsonl").read_text()
+    written = [json.loads(line) for line in text.splitlines()]
+    assert [e.metrics["loss"] for e in epochs] == [line["loss"] for line in written]
+    assert all(e.record is None for e in epochs)

@@ -1,0 +1,445 @@
+"""The ledger of a run's releases: ``runs/NAME/releases.jsonl``.
+
+One JSON object a line, the oldest first: release counter, target, parent, who signed
+it, file, SHA-256, when, where to. A release counter belongs to its target, and on
+devices it only ever grows; the ledger knows which ones are given out, so that the next
+one is right by itself, also after a release that went back to an older round.
+
+A line is on the disk before its file gets its name: a counter that may have left the
+house is never given to other weights. So a last line that was cut off belongs to a file
+that was never written, and is taken away. Where the ledger is missing, or lacks files
+that lie beside the rounds, their headers tell the same.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from errno import EACCES, EPERM, EROFS
+from io import FileIO
+from pathlib import Path
+
+from edge_runtime.errors import DpuError, RoundError
+from edge_runtime.files import Files
+from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.model_folder import MODEL_NAME
+from edge_runtime.formats.weights import fingerprint_file
+from edge_runtime.store.state import utc
+from packager.build import check_counter, write_file
+from packager.packed_file import Facts, keep_signed, read_facts
+from packager.rounds.record import RoundRecord
+
+LEDGER_NAME = "releases.jsonl"
+SCHEMA = 1
+HERE = "."  # where to: the run's own folder
+PATTERNS = ("*.dpu", "*.bundle.zip")
+_READ_ONLY = (EACCES, EPERM, EROFS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """One file that was made for devices.
+
+    Attributes:
+        counter: Release counter of the target.
+        round: Number of the round.
+        kind: ``patch`` or ``bundle``.
+        model: Identity of network and run, hexadecimal.
+        parent: Fingerprint that the file leads from, hexadecimal.
+        target: Fingerprint that it leads to, hexadecimal.
+        signers: Ids of the keys that signed it.
+        file: Its name.
+        to: Where it was written to: a folder, ``.`` for the run's own, or an address.
+        bytes: Its size.
+        sha256: Its SHA-256, hexadecimal.
+        at: When it was recorded, UTC.
+    """
+
+    counter: int
+    round: int
+    kind: str
+    model: str
+    parent: str
+    target: str
+    signers: tuple[str, ...]
+    file: str
+    to: str
+    bytes: int
+    sha256: str
+    at: str
+
+
+class Ledger:
+    """What is known of a run's releases, and the way to make another one.
+
+    Attributes:
+        path: The file.
+        listed: Its releases, oldest first.
+        found: Files beside the rounds that it does not have.
+        notes: What a person should hear.
+    """
+
+    def __init__(self, run: Path, file: FileIO | None = None) -> None:
+        """Read it; :func:`read_ledger` and :func:`open_ledger` are the ways here.
+
+        Raises:
+            RoundError: A line of it is malformed.
+            OSError: It cannot be read.
+        """
+        self.run, self.path, self._file = run, run / LEDGER_NAME, file
+        self.notes: list[str] = []
+        self._end = 0  # of the last whole line
+        self.listed = list(self._lines())
+        self.found = sorted(self._unlisted(), key=lambda release: release.counter)
+
+    @property
+    def releases(self) -> list[Release]:
+        """All that is known, by counter."""
+        return sorted([*self.found, *self.listed], key=lambda r: (r.counter, r.at))
+
+    def released(self, model: str) -> list[Release]:
+        """Return what was released of a model; what else lies there does not count."""
+        return [release for release in self.releases if release.model == model]
+
+    def counter_of(self, model: str, target: str) -> int | None:
+        """Return the newest counter of some weights; None where there is none."""
+        counters = (r.counter for r in self.released(model) if r.target == target)
+        return max(counters, default=None)
+
+    def next_counter(
+        self, record: RoundRecord, asked: int | None = None, *, force: bool = False
+    ) -> int:
+        """Return the release counter under which a round is packed.
+
+        It belongs to the weights: that of their newest release, or else the round's
+        own number. Where an older round was released after that, devices have seen a
+        higher one, and the next free one is taken.
+
+        Args:
+            record: Of the round.
+            asked: What a person asks for instead.
+            force: Take what is asked for, though it is another round's or far ahead.
+
+        Raises:
+            RoundError: No device would take it.
+        """
+        known = self.released(record.model)
+        others = [release for release in known if release.target != record.target]
+        own = self.counter_of(record.model, record.target)
+        own = record.counter if own is None else own
+        newest = max((release.counter for release in known), default=record.counter)
+        if asked is None:
+            overtaken = any(
+                release.counter == own
+                or (release.counter > own and release.round < record.round)
+                for release in others
+            )
+            asked = newest + 1 if overtaken else own
+        elif not force:
+            self._check_asked(asked, others)
+        check_counter(asked, None if force else newest)
+        return asked
+
+    def _check_asked(self, asked: int, others: Sequence[Release]) -> None:
+        for release in others:
+            if release.counter == asked:
+                raise RoundError(
+                    f"release {asked} is round_{release.round:02d} already "
+                    f"({release.file}), and no device that has it would take other "
+                    f"weights under the same number; give --counter "
+                    f"{max(r.counter for r in others) + 1}, or --force"
+                )
+        if others and (newer := max(others, key=lambda r: r.counter)).counter > asked:
+            self.notes.append(
+                f"release {asked} is older than {newer.counter} (round_"
+                f"{newer.round:02d}): devices that have seen that one refuse it"
+            )
+
+    # Writing ------------------------------------------------------------------------
+
+    def publish(self, data: bytes, path: Path, *, force: bool = False) -> bool:
+        """Write a finished file, and a line about it before that.
+
+        Args:
+            data: The bytes of a patch or bundle.
+            path: Where to.
+            force: Replace a signed file by an unsigned one.
+
+        Returns:
+            Whether it was written; a signed file that is the same otherwise is kept.
+
+        Raises:
+            TrustError: A signed file would be replaced by an unsigned one.
+            OSError: The disk refuses.
+            VerificationError: The disk gives other bytes than were written.
+        """
+        if note := _kept(data, path, force=force):
+            self.notes.append(note)
+            return False
+        before = self._end
+        self._record(self._describe(path, read_facts(data), data))
+        try:
+            write_file(data, path)
+        except (OSError, DpuError):
+            self._truncate(before)  # there is no such file, so no such release
+            raise
+        return True
+
+    def _record(self, release: Release) -> None:
+        """Append a line, after those for files that the ledger lacks; durably."""
+        same = [r for r in self.listed if (r.file, r.to) == (release.file, release.to)]
+        if same and same[-1].sha256 == release.sha256:
+            return
+        if self._file is None:
+            self.notes.append(
+                f"{self.path} cannot be written: this release is not recorded, so keep "
+                f"its counter, {release.counter}, in mind"
+            )
+            return
+        found = [r for r in self.found if (r.file, r.to) != (release.file, release.to)]
+        is_new = self._end == 0
+        lines = b"".join(map(_encode, [*found, release]))
+        self._truncate(self._end)
+        self._file.seek(self._end)
+        try:
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            Files().sync(self._file.fileno())
+            if is_new:
+                Files().sync_folder(self.run)
+        except OSError as err:
+            self._truncate(self._end)
+            err.filename = err.filename or str(self.path)
+            raise
+        self._end += len(lines)
+        self.listed += [*found, release]
+        self.found = []
+
+    def _truncate(self, size: int) -> None:
+        if self._file is not None:
+            self._file.truncate(size)
+
+    def _describe(self, path: Path, facts: Facts, data: bytes | None = None) -> Release:
+        header, folder = facts.header, path.absolute().parent
+        here = folder.resolve() == self.run.resolve()
+        file = path.stat() if data is None else None
+        return Release(
+            counter=header.counter,
+            round=header.round,
+            kind=facts.kind,
+            model=header.model,
+            parent=header.parent,
+            target=header.target,
+            signers=facts.signers,
+            file=_as_text(path.name),
+            to=HERE if here else _as_text(folder),
+            bytes=len(data) if data is not None else path.stat().st_size,
+            sha256=(
+                hashlib.sha256(data).hexdigest()
+                if data is not None
+                else fingerprint_file(path)
+            ),
+            at=utc(file.st_mtime if file else None),
+        )
+
+    # Reading ------------------------------------------------------------------------
+
+    def _lines(self) -> Iterator[Release]:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        *lines, rest = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            what = f"{self.path}, line {number},"
+            try:
+                record = parse_record(line, "record_bytes", what, RoundError)
+            except RoundError as err:
+                if number < len(lines) or rest:
+                    raise _not_readable(err) from err
+                rest = line
+                break
+            yield _decode(record)
+            self._end += len(line) + 1
+        if rest:
+            self.notes.append(
+                f"the last line of {self.path} was cut off, before its file was "
+                "written; it is left out"
+            )
+
+    def _unlisted(self) -> Iterator[Release]:
+        """Yield what lies beside the rounds and is not in the ledger as it is now."""
+        listed = {
+            (r.file, r.counter, r.target, r.parent, r.signers) for r in self.listed
+        }
+        for pattern in PATTERNS:
+            for path in sorted(self.run.glob(pattern)):
+                try:
+                    facts = read_facts(path)
+                    header = facts.header
+                    key = (path.name, header.counter, header.target, header.parent)
+                    if (*key, facts.signers) not in listed:
+                        yield self._describe(path, facts)
+                except (DpuError, OSError) as err:
+                    self.notes.append(f"{path} is not counted: {err}")
+
+
+def read_ledger(run: Path) -> Ledger:
+    """Read what is known of a run's releases, and change nothing.
+
+    Raises:
+        RoundError: A line of the ledger is malformed.
+        OSError: It cannot be read.
+    """
+    return Ledger(run)
+
+
+def publish_file(
+    data: bytes,
+    path: Path,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _words: None,
+) -> bool:
+    """Write a finished file that no round stands for.
+
+    It is recorded where it goes into a run's folder; anywhere else nobody would look.
+
+    Args:
+        data: The bytes of a patch or bundle.
+        path: Where to.
+        force: Replace a signed file by an unsigned one.
+        say: Told what a person should hear.
+
+    Returns:
+        As :meth:`Ledger.publish`.
+
+    Raises:
+        TrustError: A signed file would be replaced by an unsigned one.
+        OSError: The disk refuses.
+    """
+    run = path.absolute().parent
+    if not (run / MODEL_NAME).is_dir():
+        if note := _kept(data, path, force=force):
+            say(note)
+            return False
+        write_file(data, path)
+        return True
+    with open_ledger(run, say) as ledger:
+        written = ledger.publish(data, path, force=force)
+        for note in ledger.notes:
+            say(note)
+        return written
+
+
+def _kept(data: bytes, path: Path, *, force: bool) -> str:
+    signers = keep_signed(data, path, force=force)
+    return signers and (
+        f"{path} is this very file, signed by {signers}: it is left as it is (--force "
+        "gives the signatures up)"
+    )
+
+
+@contextmanager
+def open_ledger(
+    run: Path, waiting: Callable[[str], None] = lambda _words: None
+) -> Iterator[Ledger]:
+    """Open a run's ledger to make releases; other packers wait until it is closed.
+
+    Where the run's folder cannot be written it is read, and a note says so as soon as
+    a release cannot be recorded.
+
+    Args:
+        run: The run's folder.
+        waiting: Told if another packer is at work.
+
+    Raises:
+        RoundError: A line of the ledger is malformed.
+        OSError: It cannot be read, or the file system has no locks.
+    """
+    path = run / LEDGER_NAME
+    try:
+        file = _open_locked(path, waiting)
+    except OSError as err:
+        if err.errno not in _READ_ONLY:
+            raise
+        yield read_ledger(run)
+        return
+    with file:
+        try:
+            yield Ledger(run, file)
+        finally:
+            if not file.seek(0, os.SEEK_END):
+                path.unlink()  # nothing was released: no trace of it either
+
+
+def _open_locked(path: Path, waiting: Callable[[str], None]) -> FileIO:
+    while True:
+        with ExitStack() as stack:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = stack.enter_context(open(handle, "r+b", buffering=0))
+            _lock(file, path, waiting)
+            # Whoever held it before may have taken an empty file away.
+            if _is_named(file, path):
+                stack.pop_all()
+                return file
+
+
+def _lock(file: FileIO, path: Path, waiting: Callable[[str], None]) -> None:
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting(f"another program makes releases of {path.parent}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as err:
+        err.filename = str(path)
+        raise
+
+
+def _is_named(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _as_text(name: object) -> str:
+    # Names on a disk may be no text at all.
+    return str(name).encode(errors="backslashreplace").decode()
+
+
+def _encode(release: Release) -> bytes:
+    return json.dumps({"schema": SCHEMA} | asdict(release)).encode() + b"\n"
+
+
+def _decode(record: Record) -> Release:
+    record.schema(SCHEMA)
+    try:
+        return Release(
+            counter=record.integer("counter"),
+            round=record.integer("round", most=(1 << 32) - 1),
+            kind=record.text("kind"),
+            model=record.digest("model"),
+            parent=record.digest("parent"),
+            target=record.digest("target"),
+            signers=tuple(record.texts("signers")),
+            file=record.text("file"),
+            to=record.text("to"),
+            bytes=record.integer("bytes"),
+            sha256=record.digest("sha256"),
+            at=record.text("at"),
+        )
+    except RoundError as err:
+        raise _not_readable(err) from err
+
+
+def _not_readable(error: RoundError) -> RoundError:
+    return RoundError(
+        f"{error}; restore the file, or move it away: it is made again from the "
+        "patches beside the rounds"
+    )

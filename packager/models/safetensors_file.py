@@ -1,0 +1,115 @@
+"""A safetensors file of anybody -> a canonical weight file.
+
+The rules are those of the reference library: what it refuses is refused here. The two
+are held against each other in the tests.
+"""
+
+import math
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.errors import WeightsError
+from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.weights import DTYPES, Weights, pack_weights
+from edge_runtime.limits import limits
+
+METADATA = "__metadata__"
+# What the format knows and a device has no use for, or this project not yet.
+_OTHER_TYPES = frozenset(
+    ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"]
+)
+
+
+def is_safetensors(path: str | PathLike[str]) -> bool:
+    """Say whether a file looks like safetensors: a short length, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= limits().weight_header_bytes
+
+
+def parse_safetensors(data: bytes, path: Path) -> Weights:
+    """Bring a safetensors file into canonical form.
+
+    Metadata is left out, and tensors get their canonical order; every bit of every
+    tensor stays as it is.
+
+    Args:
+        data: The whole file.
+        path: What to call it in an error.
+
+    Raises:
+        WeightsError: Malformed, truncated, with bytes that belong to no tensor or to
+            two, or with types that a weight file lacks.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise WeightsError(
+            f"{path} is truncated: its header should have {length} bytes, "
+            f"{max(0, len(data) - 8)} are there; fetch it again"
+        )
+    what = f"the header of {path}"
+    header = parse_record(
+        data[8 : 8 + length], "weight_header_bytes", what, WeightsError
+    )
+    if header.values.get(METADATA) is not None:
+        metadata = header.record(METADATA)
+        for name in metadata.values:
+            metadata.text(name)
+    body = memoryview(data)[8 + length :]
+    arrays: dict[str, NDArray[Any]] = {}
+    types: dict[str, str] = {}
+    entries = [
+        (name, _span(entry), entry)
+        for name in header.values
+        if name != METADATA
+        for entry in [header.record(name)]
+    ]
+    expected = 0
+    for name, (start, stop), entry in sorted(entries, key=lambda item: item[1]):
+        if start != expected or stop < start:
+            raise WeightsError(
+                f"{path} is malformed: tensor {name!r} lies at bytes {start} to "
+                f"{stop}, expected its start at {expected}; tensors follow each other "
+                "without gaps and do not overlap"
+            )
+        expected = stop
+        types[name] = entry.text("dtype")
+        arrays[name] = _tensor(body[start:stop], entry, name, path)
+    if expected != len(body):
+        raise WeightsError(
+            f"{path} has {len(body)} bytes of tensors, its header describes "
+            f"{expected}; fetch it again, or write it again with the safetensors "
+            "library"
+        )
+    return pack_weights(arrays, types)
+
+
+def _span(entry: Record) -> tuple[int, int]:
+    offsets = entry.integers("data_offsets")
+    if len(offsets) != 2:
+        raise entry.problem("data_offsets", "two whole numbers")
+    return offsets[0], offsets[1]
+
+
+def _tensor(raw: memoryview, entry: Record, name: str, path: Path) -> NDArray[Any]:
+    code, shape = entry.text("dtype"), tuple(entry.integers("shape"))
+    dtype = DTYPES.get(code)
+    if dtype is None:
+        known = ", ".join(DTYPES)
+        raise WeightsError(
+            f"tensor {name!r} of {path} has the type {code}, which "
+            + ("devices cannot hold yet" if code in _OTHER_TYPES else "is not known")
+            + f"; known are {known}"
+        )
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != len(raw):
+        raise WeightsError(
+            f"tensor {name!r} of {path} has {len(raw)} bytes, but {code} "
+            f"{list(shape)} needs {needed}"
+        )
+    return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)

@@ -1,0 +1,123 @@
+"""What a finished patch or bundle says of itself: for whom, and signed by whom."""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from edge_runtime.errors import BundleError, DpuError, TrustError
+from edge_runtime.formats.bundle import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    PATCH_NAME,
+    SIGNATURES_NAME,
+)
+from edge_runtime.formats.header import MAGIC, PatchHeader, parse_header, read_header
+from edge_runtime.formats.signing import (
+    MAX_BLOCK_BYTES,
+    decode_signatures,
+    read_signatures,
+)
+
+PATCH, BUNDLE = "patch", "bundle"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a file says of itself; nothing but its checksums was proved.
+
+    Attributes:
+        kind: ``patch`` or ``bundle``.
+        header: Of the patch, or of the patch in the bundle.
+        signers: Ids of the keys under whose names there are signatures.
+        signed: The bytes that signatures are made over. They cover everything else,
+            so that two files with the same ones differ in their signatures alone.
+    """
+
+    kind: str
+    header: PatchHeader
+    signers: tuple[str, ...]
+    signed: bytes
+
+
+def read_facts(source: Path | bytes) -> Facts:
+    """Read what a file says of itself, without reading all of it.
+
+    Args:
+        source: The file, or its bytes.
+
+    Raises:
+        OSError: It cannot be read.
+        PatchError: It is neither a patch nor a bundle, or it is damaged.
+        BundleError: A damaged bundle.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        start = file.read(len(MAGIC))
+        file.seek(0)
+        return _bundle_facts(file) if start.startswith(b"PK") else _patch_facts(file)
+
+
+def _patch_facts(file: BinaryIO) -> Facts:
+    raw = read_header(file)
+    header, *_ = parse_header(raw)
+    ids = tuple(signature.key_id for signature in read_signatures(file)[1])
+    return Facts(PATCH, header, ids, raw)
+
+
+def _bundle_facts(file: BinaryIO) -> Facts:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            manifest = _small_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            block = b""
+            if SIGNATURES_NAME in archive.namelist():
+                block = _small_member(archive, SIGNATURES_NAME, MAX_BLOCK_BYTES)
+            with archive.open(PATCH_NAME) as member:
+                header = _patch_facts(member).header  # type: ignore[arg-type]
+    # RuntimeError: an encrypted member, or one of an unknown kind.
+    except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError) as err:
+        raise BundleError(
+            f"not an installation bundle, or damaged ({err}); make it again"
+        ) from err
+    ids = tuple(signature.key_id for signature in decode_signatures(block))
+    return Facts(BUNDLE, header, ids, manifest)
+
+
+def _small_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+        raise BundleError(f"the bundle's {name} is compressed or too large")
+    return archive.read(info)
+
+
+def keep_signed(data: bytes, path: Path, *, force: bool = False) -> str:
+    """Guard a signed file that an unsigned one is about to replace.
+
+    Args:
+        data: The new file.
+        path: Where it goes.
+        force: Give the signatures up.
+
+    Returns:
+        Ids of the signers of a file that is the same but for its signatures, so that it
+        is to be left alone; empty where the new file is to be written.
+
+    Raises:
+        TrustError: The signatures would be lost.
+        OSError: The file that is there cannot be read.
+    """
+    new = read_facts(data)
+    if force or new.signers or not path.is_file():
+        return ""
+    try:
+        old = read_facts(path)
+    except DpuError:
+        return ""  # something else, which is replaced as ever
+    names = ", ".join(old.signers)
+    if not names or new.signed == old.signed:
+        return names
+    raise TrustError(
+        f"{path} is signed by {names}, and would be replaced by an unsigned "
+        f"{new.kind}; sign this one too (--sign), write it elsewhere (-o), or give the "
+        "signatures up with --force"
+    )

@@ -1,0 +1,86 @@
+"""What the ONNX checker calls invalid is no model here either."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_runtime.errors import RoundError
+from packager.models.onnx_check import check_valid
+from packager.models.read import read_model
+
+FLOATS = TensorProto.FLOAT
+
+
+def weight(name, value):
+    return numpy_helper.from_array(np.full((4, 3), value, np.float32), name)
+
+
+def model(nodes=None, weights=None, outputs=("y",), ir=10):
+    values = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes or [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "graph",
+        [values("x", FLOATS, [None, 4])],
+        [values(name, FLOATS, [None, 3]) for name in outputs],
+        weights if weights is not None else [weight("w", 1)],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir)
+
+
+def inner(name):
+    """A branch that writes a name that the graph around it has already."""
+    values = [helper.make_tensor_value_info(name, FLOATS, [4, 3])]
+    node = helper.make_node("Identity", ["w"], [name])
+    return helper.make_graph([node], "branch", [], values)
+
+
+BROKEN = {
+    "two initializers of one name": model(weights=[weight("w", 1), weight("w", 2)]),
+    "an initializer that a node writes too": model(
+        weights=[weight("w", 1), weight("y", 2)]
+    ),
+    "two nodes that write one value": model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])] * 2
+    ),
+    "a value that nobody writes": model(
+        [helper.make_node("MatMul", ["x", "v"], ["y"])]
+    ),
+    "an operator that its version has not": model(
+        [helper.make_node("Nothing", ["x"], ["y"])]
+    ),
+    "a node before what it reads": model(
+        [
+            helper.make_node("Relu", ["h"], ["y"]),
+            helper.make_node("MatMul", ["x", "w"], ["h"]),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_model_that_is_not_valid_is_refused(case, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(BROKEN[case].SerializeToString())
+    with pytest.raises(RoundError, match=r"model\.onnx is not valid ONNX"):
+        read_model(path)
+
+
+def test_a_valid_model_passes_with_weights_as_inputs_of_old():
+    whole = model(ir=3)
+    whole.graph.input.append(helper.make_tensor_value_info("w", FLOATS, [4, 3]))
+    for valid in (model(), whole):
+        onnx.checker.check_model(valid)
+        check_valid(valid, "m")
+
+
+def test_a_model_whose_branch_reads_a_weight_passes():
+    branches = {"then_branch": inner("a"), "else_branch": inner("b")}
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["c"], to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["v"], **branches),
+        helper.make_node("MatMul", ["x", "v"], ["y"]),
+    ]
+    check_valid(model(nodes), "m")

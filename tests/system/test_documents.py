@@ -1,0 +1,202 @@
+"""What README and the pages of docs/ show works as it stands there.
+
+A block of ``sh`` is run: all of a page in order, in a folder of its own with a
+trained run in it. A block that cannot run says why: ``sh no-run: REASON``. What a page
+takes for granted stands in a comment at its beginning: ``<!-- before ... -->``. A
+command that ends with another code than 0 says so: ``# ... (exit 5)``.
+"""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+import edge_runtime.cli.main
+import packager.cli.pack
+import trainer.cli
+from edge_runtime import Device, fingerprint_file
+from edge_runtime.commandline import EXIT_CODE_HELP
+from packager.build import pack_round
+from packager.bundles.from_round import build_bundle
+from packager.rounds.folder import read_round
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+# Those that are included in the site stand elsewhere.
+PAGES = sorted(
+    {
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*/README.md"),
+        *(ROOT / "edge_runtime").glob("*.md"),
+        ROOT / "tools" / "RESULTS.md",
+    }
+)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+COMMANDS = {
+    "dpu-edge": edge_runtime.cli.main.main,
+    "dpu-pack": packager.cli.pack.pack,
+    "dpu-patch": packager.cli.pack.patch,
+    "dpu-train": trainer.cli.main,
+}
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BEFORE = re.compile(r"^<!-- before\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text, language):
+    return [body for info, body in FENCE.findall(text) if info == language]
+
+
+def script(text):
+    """The commands of a page, and what it takes for granted, as one script."""
+    lines = "".join(BEFORE.findall(text) + blocks(text, "sh")).splitlines()
+    for at, line in enumerate(lines):
+        if refused := re.search(r"\(exit (\d+)\)$", line):
+            lines[at] = f"expect {refused[1]} {line}"
+    expect = 'expect() { code=$1; shift; "$@" && got=0 || got=$?; [ $got = $code ]; }'
+    return "\n".join(["set -euo pipefail", expect, *lines])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """What the tour begins with, and files of the kinds that pages speak of."""
+    world = tmp_path_factory.mktemp("world")
+    start("dpu-train run digits --quiet", world)
+    random = np.random.default_rng(0)
+    picture = random.integers(0, 255, (20, 30), dtype=np.uint8)
+    (world / "folder").mkdir()
+    (world / "patches").mkdir()
+    for name in ("photo.jpg", "other.png", "folder/one.png", "folder/two.png"):
+        Image.fromarray(picture).save(world / name)
+    samples = np.load(world / "runs/digits/model/golden.npz")["inputs"][:3]
+    np.save(world / "samples.npy", samples)
+    weight = random.normal(size=(4, 3)).astype(np.float32)
+    for name in ("old", "new", "newer"):
+        weight.flat[len(name)] += 1
+        onnx.save(plain_model(weight), world / f"{name}.onnx")
+    for path in (ROOT / "examples").glob("own_model.*"):
+        shutil.copy(path, world)
+    return world
+
+
+def plain_model(weight):
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Gemm", ["x", "w"], ["y"])],
+        "plain",
+        [value("x", TensorProto.FLOAT, ["batch", 4])],
+        [value("y", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+
+def start(commands, folder):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DPU_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", commands],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, commands + "\n" + done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", [page for page, text in TEXTS.items() if blocks(text, "sh")]
+)
+def test_the_commands_of_a_page_run_in_its_order(page, trained, tmp_path):
+    world = tmp_path / "world"
+    shutil.copytree(trained, world)
+    start(script(TEXTS[page]), world)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_block_says_what_it_is_and_why_it_is_not_run(page):
+    for info, body in FENCE.findall(TEXTS[page]):
+        language, _, rest = info.partition(" ")
+        assert language, f"a block without a language: {body[:60]!r}"
+        if language == "sh" and rest:
+            assert re.fullmatch(r"no-run: \S.{5,}", rest), info
+
+
+@pytest.mark.parametrize(
+    "line",
+    sorted(
+        {
+            line
+            for text in TEXTS.values()
+            for info, body in FENCE.findall(text)
+            if info.startswith("sh")
+            for line in body.splitlines()
+            if line.startswith("dpu-")
+        }
+    ),
+)
+def test_every_command_that_is_shown_exists(line):
+    words = shlex.split(line, comments=True)
+    command = COMMANDS[words[0]]
+    known = {option for p in command.params for option in p.opts}
+    while isinstance(command, click.Group):
+        word = next(w for w in words[1:] if w in command.commands)
+        command = command.commands[word]
+    words = words[: words.index(">")] if ">" in words else words
+    known |= {option for p in command.params for option in p.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_these_commands_are_installed_and_no_others():
+    scripts = {script.name for script in entry_points(group="console_scripts")}
+    assert {name for name in scripts if name.startswith("dpu-")} == set(COMMANDS)
+
+
+def test_the_exit_codes_are_those_of_the_commands():
+    table = re.findall(r"^\| (\d+) \| (.*) \|$", TEXTS["docs/exit-codes.md"], re.M)
+    assert table == re.findall(r"^ *(\d+)  (.*)$", EXIT_CODE_HELP, re.M)
+
+
+def test_the_readme_can_be_read_in_four_minutes():
+    assert len(README.split()) <= 900
+
+
+def test_the_example_trains_rounds_that_a_device_takes(tmp_path, monkeypatch, capsys):
+    (example,) = blocks(README, "python")
+    (tmp_path / "example.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 6, "it is silent while it works"
+    rounds = [read_round(tmp_path / f"runs/mine/round_0{n}") for n in range(3)]
+    device = Device.install(tmp_path / "device", build_bundle(rounds[0]).data)
+    for round_ in rounds[1:]:
+        patch = pack_round(round_)
+        weights = sum(t.size for t in round_.weights.layout.tensors if len(t.shape) > 1)
+        assert sum(patch.counts[name] for name in round_.selection) == int(
+            0.02 * weights
+        )
+        device.update(patch.data)
+        assert device.verify() == fingerprint_file(round_.path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_a_source_file_that_is_named_is_there(page):
+    files = {str(p.relative_to(ROOT)) for p in ROOT.glob("[a-z]*/**/*.py")}
+    for name in re.findall(r"[`(]((?:\.\./)*[\w/]+\.py)[`)]", TEXTS[page]):
+        name = name.lstrip("./")
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), name

@@ -1,0 +1,92 @@
+"""A release, as somebody else will get it: built, checked, installed elsewhere.
+
+    make release
+
+builds the source distribution and the wheel in ``dist``, has twine check them, installs
+each in a fresh environment, and starts every command there. Nothing is uploaded, and
+nothing is tagged.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from tools.wheels import CHECKOUT
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a program and return what it wrote to standard output.
+
+    Raises:
+        click.ClickException: It failed; with all that it wrote.
+    """
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(
+            f"{' '.join(words)} ended with {done.returncode}:\n"
+            f"{done.stdout}{done.stderr}"
+        )
+    return done.stdout
+
+
+def project() -> dict[str, Any]:
+    """Return what pyproject.toml says of the project; the version is only there."""
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    return dict(tomllib.loads(text)["project"])
+
+
+def try_out(archive: Path, version: str) -> None:
+    """Install a distribution where nothing else is, and start its commands.
+
+    Raises:
+        click.ClickException: It cannot be installed, or a command does not answer with
+            the version of the project.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(sys.executable, "-m", "venv", "env", cwd=folder)
+        python = folder / "env" / "bin" / "python"
+        constraints = CHECKOUT / "constraints.txt"
+        install = (python, "-m", "pip", "install", "--quiet", "-c", constraints)
+        run(*install, archive, cwd=folder)
+        for command in project()["scripts"]:
+            answer = run(python.parent / command, "--version", cwd=folder)
+            if version not in answer:
+                raise click.ClickException(
+                    f"{command} of {archive.name} answers {answer!r}, not {version}"
+                )
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@json_option
+def main(*, as_json: bool) -> None:
+    """Build, check and install a release; upload nothing."""
+    version, dist = str(project()["version"]), CHECKOUT / "dist"
+    for old in (*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")):
+        old.unlink()
+    # setuptools would pack again what an earlier build left here.
+    shutil.rmtree(CHECKOUT / "build", ignore_errors=True)
+    say(f"building {version}")
+    run(sys.executable, "-m", "build", "--outdir", dist, CHECKOUT, cwd=CHECKOUT)
+    made = sorted([*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")])
+    run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=CHECKOUT)
+    for archive in made:
+        say(f"installing {archive.name} in a fresh environment")
+        try_out(archive, version)
+    emit(
+        {"version": version, "files": [str(path) for path in made]},
+        as_json=as_json,
+        text="\n".join(f"{path}  checked, installed, started" for path in made),
+    )
+
+
+if __name__ == "__main__":
+    main()

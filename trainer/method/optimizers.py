@@ -1,0 +1,84 @@
+"""Which optimizer is measured, and what of its state is rewound with the weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from edge_runtime.errors import TrainingError
+
+# Wrappers whose step is the inner optimizer's, though they are optimizers themselves.
+_DELEGATING = frozenset({"accelerate"})
+# State that is a second set of weights: schedule-free optimizers step from it.
+SECOND_WEIGHTS = "z"
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer whose steps are to be measured.
+
+    What is an optimizer itself is measured as a whole, also where it wraps another
+    one (Lookahead): only its own step is the step that the loop takes.
+
+    Raises:
+        TrainingError: It is none, runs no step hooks, or maximises.
+    """
+    found = optimizer
+    if type(found).__module__.partition(".")[0] in _DELEGATING:
+        found = getattr(found, "optimizer", found)
+    if not isinstance(found, Optimizer):
+        found = getattr(found, "optimizer", found)
+    if not isinstance(found, Optimizer):
+        raise TrainingError(
+            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
+        )
+    if not hasattr(found, "_optimizer_step_pre_hooks"):
+        raise TrainingError(
+            f"{type(found).__name__} is a torch optimizer that runs no step hooks (its "
+            "constructor does not call that of torch.optim.Optimizer), so its steps "
+            "cannot be measured; use one that does, or the optimizer inside of it alone"
+        )
+    if any(group.get("maximize") for group in found.param_groups):
+        raise TrainingError(
+            "expected an optimizer that minimises, found maximize=True: the local "
+            "contribution is a drop of the loss; minimise the negative instead"
+        )
+    return found
+
+
+def to_evaluation(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Put the weights of evaluation into the model; return what was at training."""
+    training = [
+        optimizer
+        for optimizer in optimizers
+        if any(group.get("train_mode") for group in optimizer.param_groups)
+    ]
+    for optimizer in training:
+        optimizer.eval()  # type: ignore[attr-defined]
+    return training
+
+
+@contextmanager
+def at_evaluation(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Put the weights at which a model is evaluated into it, and back afterwards.
+
+    A schedule-free optimizer trains at other points than it evaluates at; its
+    ``eval()`` and ``train()`` go from one to the other. Others are left alone.
+    """
+    training = to_evaluation(optimizers)
+    try:
+        yield
+    finally:
+        for optimizer in training:
+            optimizer.train()  # type: ignore[attr-defined]
+
+
+def second_weights(
+    optimizer: Optimizer, parameter: torch.Tensor
+) -> torch.Tensor | None:
+    """Return the second set of weights that an optimizer keeps, if it does."""
+    if not any("train_mode" in group for group in optimizer.param_groups):
+        return None
+    found = optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS)
+    return found if isinstance(found, torch.Tensor) else None

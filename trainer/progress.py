@@ -1,0 +1,87 @@
+"""Progress on standard error: a bar on a terminal, else one line a round."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from edge_runtime.commandline import say
+
+if TYPE_CHECKING:
+    from trainer.folder.record import RoundRecord
+    from trainer.rounds.schedule import Progress
+
+WIDTH = 24  # of the bar
+WINDOW = 40  # epochs whose pace the estimate follows: later rounds are longer
+CLEAR = "\r\x1b[K"
+
+
+class Bar:
+    """One line of a terminal that says how far a run is and how long it still takes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+
+    def note(self, text: str) -> None:
+        """Say what is done before the first epoch has ended: nothing to estimate by."""
+        print(f"{CLEAR}{text}", end="", file=self._stream, flush=True)
+
+    def show(self, progress: "Progress") -> None:
+        """Show an epoch that has ended, or a round."""
+        total = progress.rounds * progress.epochs
+        done = progress.round * progress.epochs + progress.epoch
+        self._seen.append((time.monotonic(), done))
+        filled = WIDTH * done // total
+        bar = "#" * filled + "-" * (WIDTH - filled)
+        self.note(
+            f"[{bar}] {100 * done // total:3} %  round_{progress.round:02d} "
+            f"{progress.phase:<7}{self._left(total - done)}"
+        )
+
+    def _left(self, epochs: int) -> str:
+        """Estimate by the pace of the last epochs; those found done say nothing."""
+        (start, first), (now, last) = self._seen[0], self._seen[-1]
+        if last <= first or not epochs:
+            return ""
+        seconds = round(epochs * (now - start) / (last - first))
+        return f"about {seconds // 60}:{seconds % 60:02d} left"
+
+
+@contextmanager
+def shown_progress(
+    *, quiet: bool, doing: str = "loading torch, data and network ..."
+) -> Iterator[Callable[["Progress"], None]]:
+    """Show progress on standard error.
+
+    Args:
+        quiet: Show nothing.
+        doing: What comes before the first epoch, for a terminal.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda p: None if quiet or not p.record else say(round_line(p.record))
+        return
+    bar = Bar(sys.stderr)
+    bar.note(doing)
+    try:
+        yield bar.show
+    finally:
+        print(file=sys.stderr)
+
+
+def round_line(record: "RoundRecord") -> str:
+    """Return a round in one line."""
+    metrics = record.metrics
+    outcome = str(record.outcome) + (" (re-init)" if record.reinitialised else "")
+    return (
+        f"round_{record.round:02d}  {outcome:<17} {metrics['changed']:>9} "
+        f"{metrics['val_accuracy']:>7.2%} {metrics['test_accuracy']:>7.2%}"
+    )
+
+
+def round_table(records: "list[RoundRecord]") -> Iterator[str]:
+    """Return rounds as lines of a table."""
+    yield f"{'round':<9} {'outcome':<17} {'changed':>9} {'val':>7} {'test':>7}"
+    yield from map(round_line, records)
