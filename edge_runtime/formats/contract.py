@@ -3,7 +3,7 @@
 Both directions stand side by side: :func:`encode_contract` and :func:`parse_contract`.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_runtime.errors import MALFORMED, ContractError
+from edge_runtime.errors import ContractError
+from edge_runtime.formats.json_file import Record, parse_record
 
 SCHEMA = 1
+# What NumPy calls the types that a graph may take.
+_DTYPES = (
+    *("float16", "float32", "float64", "bool"),
+    *(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,48 +163,54 @@ def parse_contract(text: str | bytes) -> Contract:
     Raises:
         ContractError: Malformed, or of a newer schema.
     """
-    try:
-        record = json.loads(text)
-        if record["schema"] != SCHEMA:
-            raise ContractError(
-                f"contract of schema {record['schema']}, this runtime knows {SCHEMA}; "
-                "install a newer dpu-edge"
-            )
-        floor = float(record.get("accuracy_floor", 0.0))
-        if not 0 <= floor <= 1:
-            raise ContractError(
-                f"the contract's accuracy_floor is {floor:g}, expected a share of the "
-                "golden labels, from 0 to 1"
-            )
-        return Contract(
-            tuple(_parse_input(entry) for entry in record["inputs"]),
-            tuple(str(name) for name in record.get("classes", ())),
-            floor,
-            float(record.get("output_tolerance", 1e-4)),
-            tuple(_parse_output(entry) for entry in record.get("outputs", ())),
+    record = parse_record(text, "contract_bytes", "the contract", ContractError)
+    record.schema(SCHEMA)
+    floor = record.number("accuracy_floor", 0.0)
+    if not 0 <= floor <= 1:
+        raise ContractError(
+            f"the contract's accuracy_floor is {floor:g}, expected a share of the "
+            "golden labels, from 0 to 1"
         )
-    except MALFORMED as err:
-        raise ContractError(f"the contract is malformed ({err!r})") from err
+    return Contract(
+        tuple(map(_parse_input, record.records("inputs"))),
+        tuple(map(str, record.items("classes", (str, int, float), ()))),
+        floor,
+        record.number("output_tolerance", 1e-4),
+        tuple(map(_parse_output, record.records("outputs", ()))),
+    )
 
 
-def _parse_input(entry: Mapping[str, Any]) -> InputSpec:
+def _parse_input(entry: Record) -> InputSpec:
+    dtype = _dtype(entry.text("dtype"))
+    if dtype not in _DTYPES:
+        raise entry.problem("dtype", f"one of {', '.join(_DTYPES)}")
+    shape = entry.items("shape", (int, type(None)))
+    if any(n is not None and not 0 <= n < 1 << 62 for n in shape):
+        raise entry.problem("shape", "whole numbers, null for any size")
     return InputSpec(
-        str(entry["name"]),
-        np.dtype(entry["dtype"]).name,
-        tuple(None if n is None else int(n) for n in entry["shape"]),
-        float(entry.get("scale", 1.0)),
-        tuple(float(v) for v in entry.get("mean", ())),
-        tuple(float(v) for v in entry.get("std", ())),
+        entry.text("name"),
+        dtype,
+        tuple(shape),
+        entry.number("scale", 1.0),
+        tuple(entry.numbers("mean", ())),
+        tuple(entry.numbers("std", ())),
     )
 
 
-def _parse_output(entry: Mapping[str, Any]) -> OutputSpec:
-    shape = entry.get("shape")
-    return OutputSpec(
-        str(entry["name"]),
-        str(entry.get("dtype", "")),
-        None if shape is None else tuple(None if n is None else int(n) for n in shape),
-    )
+def _parse_output(entry: Record) -> OutputSpec:
+    shape = None
+    if entry.values.get("shape") is not None:
+        shape = tuple(entry.items("shape", (int, type(None))))
+    return OutputSpec(entry.text("name"), entry.text("dtype", ""), shape)
+
+
+def _dtype(text: str) -> str:
+    """Return NumPy's name for a type, however it is spelled; empty for none."""
+    try:
+        # Anything longer would be a structure of several types.
+        return np.dtype(text).name if re.fullmatch("[<>=]?[a-z]+[0-9]*", text) else ""
+    except TypeError:
+        return ""
 
 
 def _show(shape: tuple[int | None, ...]) -> str:

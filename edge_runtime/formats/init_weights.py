@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import MALFORMED, WeightsError
+from edge_runtime.errors import WeightsError
+from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.model_folder import INIT_NAME, INIT_TENSORS_NAME
 from edge_runtime.formats.weights import (
     CHUNK_BYTES,
     DTYPES,
+    MAX_DATA_BYTES,
     Layout,
     Tensor,
     Weights,
@@ -33,8 +35,10 @@ from edge_runtime.formats.weights import (
     pack_weights,
     read_weights,
 )
+from edge_runtime.limits import limits
 
 SCHEMA = 1
+_MAX_SEED = 1 << 128
 KINDS = ("uniform", "constant", "file")
 
 
@@ -146,36 +150,35 @@ def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
     folder = Path(folder)
     stored_path = folder / INIT_TENSORS_NAME
     stored = read_weights(stored_path) if stored_path.exists() else None
-    try:
-        record = json.loads((folder / INIT_NAME).read_bytes())
-        if record["schema"] != SCHEMA:
-            raise WeightsError(
-                f"init recipe of schema {record['schema']}, this runtime knows "
-                f"{SCHEMA}; install a newer runtime"
-            )
-        tensors = {
-            str(name): TensorInit(
-                entry["dtype"],
-                tuple(int(n) for n in entry["shape"]),
-                entry["kind"],
-                float(entry.get("value", 0.0)),
-            )
-            for name, entry in record["tensors"].items()
-        }
-        recipe = InitSpec(int(record["seed"]), tensors, stored or {})
-        _check(recipe, stored)
-    except MALFORMED as err:
-        raise WeightsError(f"the init recipe is malformed ({err!r})") from err
+    record = read_record(
+        folder / INIT_NAME,
+        "recipe_bytes",
+        "the init recipe",
+        WeightsError,
+        finite=False,
+    )
+    record.schema(SCHEMA)
+    entries = record.record("tensors")
+    if problem := limits().problem("tensors", len(entries.values), "the init recipe"):
+        raise WeightsError(problem)
+    tensors = {
+        name: TensorInit(
+            entry.text("dtype"),
+            tuple(entry.integers("shape", most=MAX_DATA_BYTES)),
+            entry.text("kind"),
+            entry.number("value", 0.0, finite=False),
+        )
+        for name, entry in entries.members()
+    }
+    seed = record.integer("seed", least=-_MAX_SEED, most=_MAX_SEED)
+    recipe = InitSpec(seed, tensors, stored or {})
+    _check(recipe, stored)
     return recipe
 
 
 def _check(recipe: InitSpec, stored: Weights | None) -> None:
     for name, init in recipe.tensors.items():
-        if (
-            init.kind not in KINDS
-            or init.dtype not in DTYPES
-            or min(init.shape, default=0) < 0
-        ):
+        if init.kind not in KINDS or init.dtype not in DTYPES:
             raise WeightsError(f"init recipe: tensor {name!r} is not valid ({init})")
         if init.kind == "uniform" and init.dtype != "F32":
             raise WeightsError(f"init recipe: uniform tensor {name!r} must be F32")

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self
@@ -25,6 +26,7 @@ _MAX_INTEGER = (1 << 64) - 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 60  # characters of a value that an error repeats
 _REQUIRED: Final = object()
+_WORDS = {str: "texts", int: "whole numbers", float: "numbers", type(None): "null"}
 
 
 class Record:
@@ -99,9 +101,12 @@ class Record:
         )
         return found
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Return a field that is a finite number."""
-        return float(self._typed(name, "a number", _finite, default))
+    def number(
+        self, name: str, default: Any = _REQUIRED, *, finite: bool = True
+    ) -> float:
+        """Return a field that is a number, and a finite one if it must."""
+        fits = _finite if finite else _number
+        return float(self._typed(name, "a number", fits, default))
 
     def digest(self, name: str, default: Any = _REQUIRED) -> str:
         """Return a field that is a SHA-256, or as the default."""
@@ -134,15 +139,23 @@ class Record:
         )
         return found
 
+    def items(
+        self, name: str, kinds: tuple[type, ...], default: Any = _REQUIRED
+    ) -> Any:
+        """Return a field that is a list of values of some types."""
+        words = " or ".join(_WORDS[kind] for kind in kinds)
+        fits = partial(_is_one_of, kinds)
+        return self._list(name, f"a list of {words}", fits, default)
+
     def record(self, name: str) -> Self:
         """Return a field that is an object."""
         found = self._typed(name, "an object", lambda v: isinstance(v, dict), _REQUIRED)
         return self._inner(found, name)
 
-    def records(self, name: str) -> list[Self]:
+    def records(self, name: str, default: Any = _REQUIRED) -> list[Self]:
         """Return a field that is a list of objects."""
         found = self._list(
-            name, "a list of objects", lambda v: isinstance(v, dict), _REQUIRED
+            name, "a list of objects", lambda v: isinstance(v, dict), default
         )
         return [self._inner(entry, f"{name}[{n}]") for n, entry in enumerate(found)]
 
@@ -172,18 +185,29 @@ def is_digest(value: object) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
+def _is_one_of(kinds: tuple[type, ...], value: object) -> bool:
+    return type(value) in kinds
+
+
 def _whole(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and type(value) is int and least <= value <= most
 
 
+def _number(value: object) -> bool:
+    return type(value) is float or _whole(value, -_MAX_INTEGER, _MAX_INTEGER)
+
+
 def _finite(value: object) -> bool:
-    if type(value) is float:
-        return math.isfinite(value)
-    return _whole(value, -_MAX_INTEGER, _MAX_INTEGER)
+    return _number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def read_record(
-    path: str | PathLike[str], limit: str, what: str, error: type[DpuError]
+    path: str | PathLike[str],
+    limit: str,
+    what: str,
+    error: type[DpuError],
+    *,
+    finite: bool = True,
 ) -> Record:
     """Read a file that holds one JSON object.
 
@@ -192,25 +216,30 @@ def read_record(
         limit: Which of :class:`edge_runtime.limits.Limits` bounds it.
         what: What to call it in an error.
         error: What to raise where it is malformed.
+        finite: Whether it may hold none of Python's ``NaN`` and ``Infinity``.
 
     Raises:
         OSError: It cannot be read.
         DpuError: It is malformed or over its limit.
     """
-    return parse_record(
-        read_bounded(Path(path), limit, what, error), limit, what, error
-    )
+    data = read_bounded(Path(path), limit, what, error)
+    return parse_record(data, limit, what, error, finite=finite)
 
 
 def parse_record(
-    data: bytes | str, limit: str, what: str, error: type[DpuError]
+    data: bytes | str,
+    limit: str,
+    what: str,
+    error: type[DpuError],
+    *,
+    finite: bool = True,
 ) -> Record:
     """Parse one JSON object; the rest is as for :func:`read_record`."""
     if problem := limits().problem(limit, len(data), what):
         raise error(problem)
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        values = parse_values(text)
+        values = parse_values(text, finite=finite)
         if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError) as err:
@@ -218,8 +247,12 @@ def parse_record(
     return Record(values, what, error)
 
 
-def parse_values(text: str) -> Any:
+def parse_values(text: str, *, finite: bool = True) -> Any:
     """Parse any JSON within bounds.
+
+    Args:
+        text: The JSON.
+        finite: Whether ``NaN`` and ``Infinity`` are refused.
 
     Raises:
         ValueError: Malformed, a name twice, a number that is none, text that cannot be
@@ -233,7 +266,10 @@ def parse_values(text: str) -> Any:
     if opened > MAX_DEPTH:
         _check_depth(text)
     values = json.loads(
-        text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_float
+        text,
+        object_pairs_hook=_once,
+        parse_constant=_no_constant if finite else float,
+        parse_float=_float,
     )
     # Escapes can spell surrogates, which no file name and no encoder takes.
     if "\\u" in text:
@@ -250,7 +286,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(name: str) -> None:
+def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
 
 

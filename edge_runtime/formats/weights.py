@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.files import Files
+from edge_runtime.limits import limits
 
-MAX_HEADER_BYTES = 8 << 20
+MAX_DIMENSIONS = 32  # as many as every NumPy has
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 CHUNK_BYTES = 1 << 20
 
@@ -115,11 +116,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         Raises:
             WeightsError: ``data`` has another size than the layout says.
         """
-        if len(data) != layout.file_size:
-            raise WeightsError(
-                f"the weight file has {len(data)} bytes, its header describes "
-                f"{layout.file_size}; it is truncated or has trailing bytes"
-            )
+        check_size(layout, len(data))
         self.layout = layout
         self.data = memoryview(data).toreadonly()
 
@@ -149,10 +146,17 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
     Raises:
         WeightsError: A type is unknown, or they are too many bytes.
     """
-    for name, (dtype, _) in specs.items():
+    if problem := limits().problem("tensors", len(specs), "the weight file"):
+        raise WeightsError(problem)
+    for name, (dtype, shape) in specs.items():
         if dtype not in DTYPES:
             raise WeightsError(
                 f"tensor {name!r} has type {dtype!r}; known: {', '.join(DTYPES)}"
+            )
+        if len(shape) > MAX_DIMENSIONS:
+            raise WeightsError(
+                f"tensor {name!r} has {len(shape)} dimensions; at most "
+                f"{MAX_DIMENSIONS} are possible"
             )
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
     entries, spans, start = [], [], 0
@@ -166,7 +170,10 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
         start = stop
     if start > MAX_DATA_BYTES:
         raise WeightsError(f"the weights have {start} bytes, which is too many")
-    text = f"{{{','.join(entries)}}}".encode()
+    try:
+        text = f"{{{','.join(entries)}}}".encode()
+    except UnicodeEncodeError as err:
+        raise WeightsError(f"the name of a tensor is no text ({err.reason})") from err
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     first = len(header)
@@ -181,6 +188,9 @@ def _entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
     """Return what stands between name and offsets, elements, and bytes of one."""
     lengths = ",".join(map(str, shape))
     opening = f':{{"dtype":"{dtype}","shape":[{lengths}],"data_offsets":['
+    # NumPy multiplies the lengths of an empty tensor too, without the zero.
+    if math.prod(filter(None, shape)) > MAX_DATA_BYTES // 8:
+        raise WeightsError(f"a tensor of shape {list(shape)} is too large")
     return opening, math.prod(shape), DTYPES[dtype].itemsize
 
 
@@ -211,6 +221,9 @@ def parse_layout(header: bytes) -> Layout:
     """
     with gc_paused():
         try:
+            values = sum(map(header.count, (b",", b"[", b"{")))
+            if problem := limits().problem("json_values", values, "its header"):
+                raise ValueError(problem)
             entries = json.loads(header[8:])
             specs = {
                 name: (entry["dtype"], tuple(entry["shape"]))
@@ -240,10 +253,11 @@ def read_layout(file: BinaryIO) -> Layout:
     """
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or not 2 <= length <= MAX_HEADER_BYTES:
+    most = limits().weight_header_bytes
+    if len(prefix) < 8 or not 2 <= length <= most:
         raise WeightsError(
-            f"not a weight file: header length {length}, expected 2 to "
-            f"{MAX_HEADER_BYTES} bytes"
+            f"not a weight file: header length {length}, expected 2 to {most} bytes "
+            "(DPU_LIMITS=weight_header_bytes=N for more)"
         )
     text = file.read(length)
     if len(text) < length:
@@ -261,8 +275,31 @@ def read_weights(source: str | PathLike[str] | bytes) -> Weights:
         OSError: The file cannot be read.
         WeightsError: Malformed, truncated or not canonical.
     """
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return Weights(read_layout(BytesIO(data)), data)
+    if isinstance(source, bytes):
+        return Weights(read_layout(BytesIO(source)), source)
+    with open(source, "rb") as file:
+        layout, size = read_layout(file), file.seek(0, SEEK_END)
+        check_size(layout, size)
+        # No byte is read twice: what was parsed is what is hashed.
+        data = bytearray(size)
+        data[: len(layout.header)] = layout.header
+        file.seek(len(layout.header))
+        found = file.readinto(memoryview(data)[len(layout.header) :])
+        check_size(layout, len(layout.header) + found)
+    return Weights(layout, data)
+
+
+def check_size(layout: Layout, size: int) -> None:
+    """Insist that a weight file has the size that its header describes.
+
+    Raises:
+        WeightsError: It has another.
+    """
+    if size != layout.file_size:
+        raise WeightsError(
+            f"the weight file has {size} bytes, its header describes "
+            f"{layout.file_size}; it is truncated or has trailing bytes"
+        )
 
 
 def pack_weights(

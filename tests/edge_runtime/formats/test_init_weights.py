@@ -69,11 +69,14 @@ def test_a_recipe_survives_its_files(tmp_path):
         (lambda r: r.pop("seed"), "malformed"),
         (lambda r: r["tensors"]["w"].update(dtype="F64"), "must be F32"),
         (lambda r: r["tensors"]["w"].update(kind="normal"), "not valid"),
-        (lambda r: r["tensors"]["w"].update(shape=[-1]), "not valid"),
+        (lambda r: r["tensors"]["w"].update(shape=[-1]), "'shape' is .-1., expected"),
         (lambda r: r["tensors"]["table"].update(shape=[4]), "differs"),
         (lambda r: r["tensors"]["b"].update(kind="file"), "missing"),
-        (lambda r: r["tensors"]["b"].update(dtype=[]), "malformed"),
-        (lambda r: r["tensors"]["b"].update(value=10**400), "malformed"),
+        (lambda r: r["tensors"]["b"].update(dtype=[]), "'b', is malformed: 'dtype' is"),
+        (
+            lambda r: r["tensors"]["b"].update(value=10**400),
+            "'value' is 1000.*, expected",
+        ),
     ],
 )
 def test_a_malformed_recipe_is_refused(tmp_path, change, message):
