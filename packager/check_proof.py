@@ -4,7 +4,6 @@ A proof is untrusted input. Nothing but numbers and hex digits of it is ever pri
 """
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ProofError, RoundError, RoundNotFoundError, TrustError
+from edge_runtime.formats.json_file import parse_values
 from edge_runtime.formats.model_folder import GRAPH_NAME
 from edge_runtime.formats.signing import Signature, Trust, key_id
 from edge_runtime.formats.weights import Weights
+from edge_runtime.limits import limits
 from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
 from packager.rounds.folder import list_runs, read_model_file, read_round
 from packager.rounds.record import read_record
 
-MAX_PROOF_BYTES = 16 << 20
 _HEX = re.compile(r"[0-9a-f]{64}|")
 _KEY_ID, _SIGNATURE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{128}")
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -80,9 +80,9 @@ def read_proof(data: bytes) -> dict[str, Any]:
         ProofError: Malformed, or not in canonical form.
     """
     try:
-        if len(data) > MAX_PROOF_BYTES:
-            raise ValueError(f"{len(data)} bytes")
-        proof = json.loads(data)
+        if problem := limits().problem("proof_bytes", len(data), "it"):
+            raise ValueError(problem)
+        proof = parse_values(data.decode("ascii"))
         # One form only: no second key of a name, nothing that is read in two ways.
         if canonical(proof) != data.removesuffix(b"\n"):
             raise ValueError("not in canonical form")

@@ -9,7 +9,6 @@ from typing import BinaryIO
 from edge_runtime.errors import BundleError, DpuError, TrustError
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     PATCH_NAME,
     SIGNATURES_NAME,
 )
@@ -19,6 +18,7 @@ from edge_runtime.formats.signing import (
     decode_signatures,
     read_signatures,
 )
+from edge_runtime.limits import limits
 
 PATCH, BUNDLE = "patch", "bundle"
 
@@ -68,7 +68,7 @@ def _patch_facts(file: BinaryIO) -> Facts:
 def _bundle_facts(file: BinaryIO) -> Facts:
     try:
         with zipfile.ZipFile(file) as archive:
-            manifest = _small_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            manifest = _small_member(archive, MANIFEST_NAME, limits().manifest_bytes)
             block = b""
             if SIGNATURES_NAME in archive.namelist():
                 block = _small_member(archive, SIGNATURES_NAME, MAX_BLOCK_BYTES)

@@ -25,10 +25,10 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 640,
-        "agent": 475,
+        ".": 660,
+        "agent": 480,
         "cli": 665,
-        "formats": 2485,
+        "formats": 2700,
         "inference": 620,
         "live": 380,
         "store": 850,

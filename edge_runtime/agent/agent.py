@@ -28,9 +28,11 @@ from edge_runtime.errors import (
     TrialCutOffError,
     TrustError,
 )
+from edge_runtime.files import open_regular
 from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
 from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.limits import limits
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State
 from edge_runtime.trust import list_number, load_list
@@ -61,6 +63,12 @@ class Found:
     verdict: str = ""
     reason: str = ""
     error: str = ""
+
+
+def _newest(seen: dict[str, list[int]], most: int) -> dict[str, list[int]]:
+    """Return those of so many files that were changed last, as the kernel says."""
+    by_time = sorted(seen.items(), key=lambda item: item[1][-1])
+    return dict(by_time[-most:])
 
 
 class Agent:
@@ -96,7 +104,7 @@ class Agent:
         self._folder, self._log, self._metrics = folder, log, metrics
         self._clock, self._written_at = clock, -math.inf
         self._failed, self._delay, self._retry_at = False, 0.0, math.inf
-        # What
+        self._crowded = False
         # What the last look saw; None: look in any case.
         self._view: tuple[object, object] | None = None
         status = read_status(self._device.store.root)
@@ -172,20 +180,35 @@ class Agent:
         return True
 
     def _scan(self) -> dict[str, list[int]]:
-        """Return the identities of the patch files, without opening any."""
-        seen = {}
+        """Return the identities of the newest patch files, without opening any."""
+        seen, most = dict[str, list[int]](), limits().agent_files
+        left_out = 0
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 # Transports begin the names of unfinished files with a dot.
                 name, is_list = entry.name, list_number(entry.name) is not None
-                if name.startswith(".") or not (is_list or name.endswith(".dpu")):
+                is_patch = name.lower().endswith(".dpu")  # in capitals on FAT
+                if name.startswith(".") or not (is_list or is_patch):
                     continue
                 with suppress(FileNotFoundError):
                     if entry.is_file(follow_symlinks=False):
                         s = entry.stat(follow_symlinks=False)
                         times = s.st_mtime_ns, s.st_ctime_ns
-                        seen[entry.name] = [s.st_ino, s.st_size, *times]
-        return dict(sorted(seen.items()))
+                        seen[name] = [s.st_ino, s.st_size, *times]
+                if len(seen) > 2 * most:  # memory for so many, however many come
+                    left_out += len(seen) - most
+                    seen = _newest(seen, most)
+        left_out += max(0, len(seen) - most)
+        self._tell_left_out(left_out)
+        return dict(sorted(_newest(seen, most).items()))
+
+    def _tell_left_out(self, count: int) -> None:
+        if bool(count) != self._crowded:
+            self._crowded = bool(count)
+            if count:
+                most = limits().agent_files
+                reason = f"only the newest {most} files are; remove the others"
+                self._log("not looked at", files=count, reason=reason)
 
     def _recognise(self, seen: dict[str, list[int]]) -> list[Offer]:
         """Take key lists, and open patches that were not refused before."""
@@ -267,9 +290,10 @@ class Agent:
         """Return what a file offers, unless it is refused, or cannot be read yet."""
         ping()
         try:
-            path, trust = self._folder / name, signers(self.state)
+            # Not by its name alone: a pipe put there meanwhile would never end.
+            file, trust = open_regular(self._folder / name), signers(self.state)
             own = self._device.store.read_identity
-            with open_patch(path, trust=trust) as patch:
+            with file, open_patch(file, trust=trust) as patch:
                 if error := wrong_model(patch.header, self.state.model, own):
                     raise error
                 return Offer(name, patch.size, patch.header)
@@ -305,7 +329,8 @@ class Agent:
         ping()
         start = time.monotonic()
         try:
-            result = self._device.update(self._folder / offer.name)
+            with open_regular(self._folder / offer.name) as file:
+                result = self._device.update(file)
         except BLOCKED as err:
             self._decide(offer.name, Decision.BLOCKED, str(err))
             if self._view:  # our own note of it is no news

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.agent.plan import Decision
+from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
+from edge_runtime.formats.json_file import Record, read_record
+from edge_runtime.limits import limits
 from edge_runtime.store.state import utc
 from edge_runtime.text import printable
 
 SCHEMA = 3
 _TOLD = {Decision.WAITING, Decision.HELD, Decision.BLOCKED, Decision.REFUSED}
+_LAST_SECOND = 253402300799  # of the year 9999, the last one that can be written
 
 
 def _status_path(root: Path) -> Path:
@@ -28,10 +32,43 @@ def read_status(root: Path) -> dict[str, Any]:
     It is not synced, so a power cut may leave half of it. Nothing in it is needed for
     safety: the store alone decides what may be installed.
     """
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        record: dict[str, Any] = json.loads(_status_path(root).read_bytes())
-        return record if record["schema"] == SCHEMA else {}
+    with suppress(OSError, StoreError):
+        return _parse(
+            read_record(
+                _status_path(root),
+                "agent_bytes",
+                "agent.json",
+                StoreError,
+                encodable=False,
+            )
+        )
     return {}
+
+
+def _parse(record: Record) -> dict[str, Any]:
+    record.schema(SCHEMA)
+    installed, files = record.record("installed"), record.record("files")
+    return {
+        "schema": SCHEMA,
+        "at": record.text("at"),
+        "installed": {
+            **{name: installed.digest(name) for name in ("model", "fingerprint")},
+            **{name: installed.integer(name) for name in ("round", "release_counter")},
+            "release_floor": installed.integer("release_floor", least=-1),
+            "pinned": installed.flag("pinned"),
+        },
+        "last_success": record.integer("last_success", most=_LAST_SECOND),
+        "failing": record.text("failing"),
+        "basis": record.items("basis", (str, int)),
+        "files": {name: _file(entry) for name, entry in files.members()},
+    }
+
+
+def _file(entry: Record) -> dict[str, Any]:
+    words = ("verdict", "reason", "error")
+    return {"identity": entry.integers("identity", least=-(1 << 63))} | {
+        word: entry.text(word) for word in words
+    }
 
 
 def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> None:
@@ -46,6 +83,11 @@ def write_status(root: Path, record: dict[str, Any], metrics: Path | None) -> No
         OSError: They cannot be written.
     """
     text = json.dumps({"schema": SCHEMA, "at": utc()} | record, indent=1)
+    # What is not remembered is looked at again, which costs time and nothing else.
+    while len(text) >= limits().agent_bytes and record["files"]:
+        kept = list(record["files"].items())[len(record["files"]) // 2 + 1 :]
+        record = record | {"files": dict(kept)}
+        text = json.dumps({"schema": SCHEMA, "at": utc()} | record, indent=1)
     files, path = Files(), _status_path(root)
     files.replace(path, f"{text}\n".encode(), durable=False)
     if metrics:

@@ -81,15 +81,11 @@ def init(
 ) -> None:
     """Install a model from a bundle into an empty store."""
     from edge_runtime import Device
-    from edge_runtime.formats.bundle import carried_trust
+    from edge_runtime.formats.signing import FirstUse
 
     if carried and keys:
         raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
-    trust = (
-        carried_trust(bundle, threshold)
-        if carried
-        else cli_trust.read_trust(keys, threshold)
-    )
+    trust = FirstUse(threshold) if carried else cli_trust.read_trust(keys, threshold)
     status = Device.install(root, bundle, trust=trust).status()
     emit(
         status,

@@ -23,16 +23,18 @@ sign without undoing what the former did.
 
 import hashlib
 import io
-import json
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
 from edge_runtime.formats import signing
+from edge_runtime.formats.json_file import Record, parse_record
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -41,6 +43,7 @@ from edge_runtime.formats.model_folder import (
     INIT_TENSORS_NAME,
     RUN_NAME,
 )
+from edge_runtime.limits import limits
 
 SCHEMA = 1
 RUN_SCHEMA = 2  # with run.json: a runtime that cannot read it must say so
@@ -50,9 +53,7 @@ KEYS_FOLDER = "keys/"
 PATCH_NAME = "patch.dpu"
 REQUIRED = (GRAPH_NAME, INIT_NAME, CONTRACT_NAME, GOLDEN_NAME, PATCH_NAME)
 OPTIONAL = (INIT_TENSORS_NAME, RUN_NAME)
-MAX_MANIFEST_BYTES = 1 << 20
-MAX_KEY_BYTES = 4096
-MAX_MEMBER_BYTES = 2 << 30  # of any other
+_INDEX = "bundle_index_bytes"
 Source = str | PathLike[str] | bytes
 
 
@@ -65,20 +66,25 @@ class Bundle:
         target: Fingerprint of the weights that it installs, hex.
         patch: The bytes of the patch that leads to them from the init weights.
         files: The other members that a device keeps, by name.
+        trust: Whose signatures it has.
     """
 
     model: str
     target: str
     patch: bytes
     files: dict[str, bytes]
+    trust: signing.Trust
 
 
-def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
+def read_bundle(
+    source: Source, trust: signing.Trust | signing.FirstUse | None = None
+) -> Bundle:
     """Read a bundle and check every member against the manifest.
 
     Args:
         source: A path, or the bytes of the file.
-        trust: Whose signatures it needs; by default nobody's.
+        trust: Whose signatures it needs, or how many of the keys that it carries; by
+            default nobody's.
 
     Raises:
         OSError: The file cannot be read.
@@ -86,26 +92,34 @@ def read_bundle(source: Source, trust: signing.Trust | None = None) -> Bundle:
         TrustError: The trusted keys did not sign it.
     """
     with _opened(source) as archive:
-        signed = _member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        signed = _member(archive, MANIFEST_NAME, "manifest_bytes")
+        manifest = _parse(signed)
+        if isinstance(trust, signing.FirstUse):
+            trust = _carried(archive, manifest, trust.threshold)
+        trust = trust or signing.Trust()
         block = b""
         if SIGNATURES_NAME in archive.namelist():
-            block = _member(archive, SIGNATURES_NAME, signing.MAX_BLOCK_BYTES)
+            block = _member(archive, SIGNATURES_NAME, "signature_bytes")
         signatures = signing.decode_signatures(block)
-        (trust or signing.Trust()).check(signing.BUNDLE_CONTEXT, signed, signatures)
-        manifest = json.loads(signed)
-        if manifest["schema"] not in (SCHEMA, RUN_SCHEMA):
-            raise BundleError(
-                f"bundle of schema {manifest['schema']}, this runtime knows up to "
-                f"{RUN_SCHEMA}; install a newer dpu-edge"
-            )
-        digests = manifest["files"]
+        trust.check(signing.BUNDLE_CONTEXT, signed, signatures)
+        manifest.schema(SCHEMA, RUN_SCHEMA)
+        digests = manifest.record("files")
         missing = [name for name in REQUIRED if name not in digests]
         if missing:
             raise BundleError(f"the bundle lacks {', '.join(missing)}; make it anew")
         names = [name for name in (*REQUIRED, *OPTIONAL) if name in digests]
-        files = {name: _member(archive, name, digest=digests[name]) for name in names}
+        _check_room(archive, names)
+        files = {
+            name: _member(archive, name, digest=digests.digest(name)) for name in names
+        }
         patch = files.pop(PATCH_NAME)
-        return Bundle(str(manifest["model"]), str(manifest["target"]), patch, files)
+        model, target = manifest.digest("model"), manifest.digest("target")
+        return Bundle(model, target, patch, files, trust)
+
+
+def _parse(manifest: bytes) -> Record:
+    what = f"the bundle's {MANIFEST_NAME}"
+    return parse_record(manifest, "manifest_bytes", what, BundleError)
 
 
 def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
@@ -125,12 +139,19 @@ def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
         TrustError: It carries fewer keys than that.
     """
     with _opened(source) as archive:
-        manifest = json.loads(_member(archive, MANIFEST_NAME, MAX_MANIFEST_BYTES))
-        pems = {
-            name: _member(archive, name, MAX_KEY_BYTES, digest)
-            for name, digest in sorted(manifest["files"].items())
-            if name.startswith(KEYS_FOLDER)
-        }
+        manifest = _parse(_member(archive, MANIFEST_NAME, "manifest_bytes"))
+        return _carried(archive, manifest, threshold)
+
+
+def _carried(
+    archive: zipfile.ZipFile, manifest: Record, threshold: int
+) -> signing.Trust:
+    digests = manifest.record("files")
+    pems = {
+        name: _member(archive, name, "key_bytes", digests.digest(name))
+        for name in sorted(digests.values)
+        if name.startswith(KEYS_FOLDER)
+    }
     if not pems:
         raise TrustError(
             "the bundle carries no keys; give the key with --trust KEY.pem"
@@ -138,11 +159,36 @@ def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
     return signing.trust_keys(pems, threshold)
 
 
+class _Index:
+    """A file of which a zip reader sees no more than an index may have, at first.
+
+    The reader believes the file's end about how long its index is, and makes an object
+    of each entry before anybody can ask how many there are.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self.left = limits().bundle_index_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self.left + 1 if size < 0 else min(size, self.left + 1))
+        self.left -= len(data)
+        if self.left < 0:
+            most = limits().bundle_index_bytes
+            raise BundleError(limits().problem(_INDEX, most + 1, "the bundle's index"))
+        return data
+
+
 @contextmanager
 def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
     try:
-        with file, zipfile.ZipFile(file) as archive:
+        with file, zipfile.ZipFile(index := cast(BinaryIO, _Index(file))) as archive:
+            members = len(archive.infolist())
+            if problem := limits().problem("bundle_members", members, "the bundle"):
+                raise BundleError(problem)
+            cast(_Index, index).left = sys.maxsize
             yield archive
     except PatchError as err:
         raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
@@ -153,18 +199,31 @@ def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
         ) from err
 
 
+def _check_room(archive: zipfile.ZipFile, names: Sequence[str]) -> None:
+    """Insist that members do not share bytes: a small file would be a large bundle."""
+    file = archive.fp
+    size = file.seek(0, io.SEEK_END) if file else 0
+    if sum(archive.getinfo(name).file_size for name in names) > size:
+        raise BundleError(
+            f"the bundle's members have more bytes than the {size} of its file; make "
+            "it anew"
+        )
+
+
 def _member(
     archive: zipfile.ZipFile,
     name: str,
-    limit: int = MAX_MEMBER_BYTES,
+    limit: str = "member_bytes",
     digest: str | None = None,
 ) -> bytes:
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
+    if info.compress_type != zipfile.ZIP_STORED:
         raise BundleError(
-            f"the bundle's {name} is compressed or larger than {limit} bytes; make it "
-            "with dpu-pack --bundle"
+            f"the bundle's {name} is compressed; make it with dpu-pack --bundle"
         )
+    if problem := limits().problem(limit, info.file_size, f"the bundle's {name}"):
+        raise BundleError(problem)
+    # Read once: what is hashed here is what is used.
     data = archive.read(info)
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         raise BundleError(f"the bundle's {name} is damaged; fetch it again")

@@ -3,6 +3,7 @@
 Both directions stand side by side: :func:`encode_contract` and :func:`parse_contract`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

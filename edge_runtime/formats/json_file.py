@@ -11,7 +11,7 @@ Fields that no reader asks for are left alone: a newer writer may have added the
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,7 @@ from edge_runtime.limits import limits
 MAX_DEPTH = 32
 _MAX_INTEGER = (1 << 64) - 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_SHOWN = 60  # characters of a value that an error repeats
+_SHOWN = 80  # characters of a value that an error repeats
 _REQUIRED: Final = object()
 _WORDS = {str: "texts", int: "whole numbers", float: "numbers", type(None): "null"}
 
@@ -52,7 +52,8 @@ class Record:
         """Return the error for a field that is not as expected."""
         found = "nothing"
         if name in self.values:
-            text = json.dumps(self.values[name])  # in one line, of plain characters
+            value = self.values[name]  # shown in one line of plain characters
+            text = repr(value) if isinstance(value, str) else json.dumps(value)
             found = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         return self._error(
             f"{self.what} is malformed: {name!r} is {found}, expected {expected}"
@@ -131,11 +132,27 @@ class Record:
         found: list[float] = self._list(name, "a list of numbers", _finite, default)
         return found
 
-    def integers(self, name: str, *, most: int = _MAX_INTEGER) -> list[int]:
+    def one_of(self, name: str, known: Collection[str]) -> str:
+        """Return a field that is one of some words."""
+        found: str = self._typed(
+            name, f"one of {', '.join(known)}", partial(_is_in, known), _REQUIRED
+        )
+        return found
+
+    def matching(self, name: str, pattern: str, expected: str) -> str:
+        """Return a field that is text of some form."""
+        found = self.text(name)
+        if not re.fullmatch(pattern, found):
+            raise self.problem(name, expected)
+        return found
+
+    def integers(
+        self, name: str, *, least: int = 0, most: int = _MAX_INTEGER
+    ) -> list[int]:
         """Return a field that is a list of whole numbers."""
-        expected = f"a list of whole numbers up to {most}"
+        expected = f"a list of whole numbers from {least} to {most}"
         found: list[int] = self._list(
-            name, expected, lambda v: _whole(v, 0, most), _REQUIRED
+            name, expected, lambda v: _whole(v, least, most), _REQUIRED
         )
         return found
 
@@ -189,6 +206,10 @@ def _is_one_of(kinds: tuple[type, ...], value: object) -> bool:
     return type(value) in kinds
 
 
+def _is_in(known: Collection[str], value: object) -> bool:
+    return isinstance(value, str) and value in known
+
+
 def _whole(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and type(value) is int and least <= value <= most
 
@@ -208,6 +229,7 @@ def read_record(
     error: type[DpuError],
     *,
     finite: bool = True,
+    encodable: bool = True,
 ) -> Record:
     """Read a file that holds one JSON object.
 
@@ -217,13 +239,15 @@ def read_record(
         what: What to call it in an error.
         error: What to raise where it is malformed.
         finite: Whether it may hold none of Python's ``NaN`` and ``Infinity``.
+        encodable: Whether it may hold no text that cannot be encoded. File names may
+            be such text; nothing else is.
 
     Raises:
         OSError: It cannot be read.
         DpuError: It is malformed or over its limit.
     """
     data = read_bounded(Path(path), limit, what, error)
-    return parse_record(data, limit, what, error, finite=finite)
+    return parse_record(data, limit, what, error, finite=finite, encodable=encodable)
 
 
 def parse_record(
@@ -233,26 +257,30 @@ def parse_record(
     error: type[DpuError],
     *,
     finite: bool = True,
+    encodable: bool = True,
 ) -> Record:
     """Parse one JSON object; the rest is as for :func:`read_record`."""
     if problem := limits().problem(limit, len(data), what):
         raise error(problem)
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        values = parse_values(text, finite=finite)
+        values = parse_values(text, finite=finite, encodable=encodable)
         if not isinstance(values, dict):
             raise ValueError("it holds no JSON object")
+    except json.JSONDecodeError as err:
+        raise error(f"{what} is malformed (not valid JSON: {err})") from err
     except (ValueError, RecursionError) as err:
         raise error(f"{what} is malformed ({err})") from err
     return Record(values, what, error)
 
 
-def parse_values(text: str, *, finite: bool = True) -> Any:
+def parse_values(text: str, *, finite: bool = True, encodable: bool = True) -> Any:
     """Parse any JSON within bounds.
 
     Args:
         text: The JSON.
         finite: Whether ``NaN`` and ``Infinity`` are refused.
+        encodable: Whether text that cannot be encoded is refused.
 
     Raises:
         ValueError: Malformed, a name twice, a number that is none, text that cannot be
@@ -272,7 +300,7 @@ def parse_values(text: str, *, finite: bool = True) -> Any:
         parse_float=_float,
     )
     # Escapes can spell surrogates, which no file name and no encoder takes.
-    if "\\u" in text:
+    if encodable and "\\u" in text:
         _check_text(values)
     return values
 

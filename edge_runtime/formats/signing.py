@@ -108,6 +108,17 @@ class Trust:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class FirstUse:
+    """Trust in the keys that a bundle itself carries, whoever made it.
+
+    Attributes:
+        threshold: How many of them must sign.
+    """
+
+    threshold: int = 1
+
+
 def _verify(public: str, signature: Signature, message: bytes) -> None:
     if not is_signed(public, signature.value, message):
         raise TrustError(

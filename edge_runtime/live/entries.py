@@ -18,16 +18,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from edge_runtime.errors import StoreError
+from edge_runtime.files import open_regular
+from edge_runtime.formats.json_file import Record, parse_record
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import CHUNK_BYTES, Layout, fingerprint_file
+from edge_runtime.limits import limits
 from edge_runtime.store.state import utc
 from edge_runtime.store.store import Store
 from edge_runtime.text import printable
 
 _log = logging.getLogger("edge_runtime")
+_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+_SLOT = "[0-9a-f]{32}|[0-9a-f]{64}"
 _SIZE = 1024  # of a file: one write replaces all that it said
 
 
@@ -155,22 +162,42 @@ def _withdraw(file: FileIO, pid: int) -> None:
 
 def read_entries(store: Store) -> Iterator[dict[str, Any]]:
     """Yield what live predictors tell; remove what dead ones told."""
-    for path in sorted(store.root.glob("live/*.json")):
+    paths = sorted(islice(store.root.glob("live/*.json"), limits().live_files))
+    for path in paths:
         record: dict[str, Any] = {"pid": 0, "status": Status.UNKNOWN}
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, StoreError):
             if (text := _read(path)) is None:
                 continue
-            record |= json.loads(text)
+            record = _parse(
+                parse_record(text, "live_bytes", f"live/{path.name}", StoreError)
+            )
         yield record
+
+
+def _parse(record: Record) -> dict[str, Any]:
+    """Return what an entry tells; of what no predictor writes, nothing is taken on."""
+    status = Status(record.one_of("status", list(Status)))
+    told: dict[str, Any] = {
+        "pid": record.integer("pid", most=(1 << 31) - 1),
+        "started": record.matching("started", _TIME, "a time"),
+        "slot": record.matching("slot", _SLOT, "the name of a slot"),
+        "status": status,
+    }
+    if status is Status.LOADED:
+        told |= {name: record.digest(name) for name in ("fingerprint", "graph")}
+        numbers = ("bytes", "device", "inode", "changed_ns")
+        told |= {name: record.integer(name) for name in numbers}
+        told["loaded"] = record.matching("loaded", _TIME, "a time")
+    return told
 
 
 def _read(path: Path) -> bytes | None:
     """Return what a file says; None, and no file any more, if nobody holds it."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
+    with suppress(FileNotFoundError), open_regular(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read()
+            return file.read(limits().live_bytes + 1)
         with suppress(OSError):
             path.unlink()
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
+from edge_runtime.files import read_bounded
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.entries import measure, read_entries, undeclared_processes
 from edge_runtime.store.state import utc
@@ -119,14 +120,17 @@ def read_key(path: Path) -> "Ed25519PrivateKey | None":
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
-        return Ed25519PrivateKey.from_private_bytes(
-            bytes.fromhex(path.read_text(encoding="utf-8"))
-        )
+        return Ed25519PrivateKey.from_private_bytes(_key_bytes(path))
     except ValueError as err:
         raise KeyFileError(
             f"{path} does not hold a device's private key ({err}); remove it, and "
             "'dpu-edge device-key' makes one"
         ) from err
+
+
+def _key_bytes(path: Path) -> bytes:
+    data = read_bounded(path, "key_bytes", str(path), KeyFileError)
+    return bytes.fromhex(data.decode("ascii"))
 
 
 def public_key(key: "Ed25519PrivateKey") -> str:

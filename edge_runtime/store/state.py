@@ -5,14 +5,13 @@ No I/O but a look at the clock, for the history.
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from edge_runtime.errors import MALFORMED, StoreError
-from edge_runtime.formats.json_file import Record
+from edge_runtime.errors import KeyFileError, StoreError
+from edge_runtime.formats.json_file import Record, parse_record
 from edge_runtime.formats.signing import Trust
 from edge_runtime.trust.keylist import KeyList
 
@@ -20,7 +19,7 @@ SCHEMA, WITH_LIST = 1, 2  # of a state without and with a key list
 MAX_HISTORY = 100  # events kept, and targets whose tries are counted
 MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 MAX_FORMER = 8  # reverse patches kept
-_FINGERPRINT = re.compile("[0-9a-f]{64}")
+MAX_REASON = 1000  # characters of why something was refused
 
 
 def utc(seconds: float | None = None) -> str:
@@ -226,6 +225,7 @@ class State:
 
     def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
         """Return the state with one more event, of now, in its history."""
+        reason = reason[:MAX_REASON]  # a hook may say a lot
         entry = Event(utc(), event, slot.round, slot.target, reason)
         return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
 
@@ -269,55 +269,69 @@ def decode_state(data: bytes) -> State:
     Raises:
         StoreError: Damaged, or written by a newer runtime.
     """
-    try:
-        record: dict[str, Any] = json.loads(data)
-        digest, schema = record.pop("sha256", None), record["schema"]
-        if schema not in (SCHEMA, WITH_LIST):
-            raise StoreError(
-                f"state.json has schema {schema}, this runtime knows {SCHEMA} and "
-                f"{WITH_LIST}; install a newer dpu-edge"
-            )
-        # Half an old and half a new state may be good JSON, with a floor of its own.
-        if digest != _digest(record):
-            raise ValueError("its checksum does not match")
-        del record["schema"]
-        trust = record["trust"]
-        state = State(
-            **record
-            | {
-                "slots": tuple(Slot(**entry) for entry in record["slots"]),
-                "former": tuple(Slot(**entry) for entry in record["former"]),
-                "trust": Trust(tuple(trust["keys"]), trust["threshold"]),
-                "history": tuple(Event(**entry) for entry in record["history"]),
-                "key_list": KeyList.from_record(
-                    Record(record, "state.json", StoreError).record("key_list")
-                )
-                if schema == WITH_LIST
-                else None,
-            }
-        )
-        _ = state.active_slot
-        _check_names(state)
-    except (StopIteration, *MALFORMED) as err:
+    record = parse_record(data, "state_bytes", "it", _DamagedError, encodable=False)
+    values = dict(record.values)
+    digest = values.pop("sha256", None)
+    if (schema := record.integer("schema")) not in (SCHEMA, WITH_LIST):
         raise StoreError(
-            f"state.json is damaged ({err!r}); restore it from a backup, or install "
-            "the bundle again into an empty folder"
-        ) from err
+            f"state.json has schema {schema}, this runtime knows {SCHEMA} and "
+            f"{WITH_LIST}; install a newer dpu-edge"
+        )
+    # Half an old and half a new state may be good JSON, with a floor of its own.
+    if digest != _digest(values):
+        raise _DamagedError("its checksum does not match")
+    trust, tries = record.record("trust"), record.record("tries")
+    try:
+        state = State(
+            record.digest("model"),
+            record.digest("init"),
+            record.digest("active"),
+            record.integer("floor", least=-1),
+            record.digest("floor_target", ""),
+            tuple(map(_slot, record.records("slots"))),
+            Trust(tuple(trust.texts("keys")), trust.integer("threshold")),
+            tuple(map(_event, record.records("history"))),
+            tuple(map(_slot, record.records("former"))),
+            record.flag("pinned"),
+            {target: tries.integer(target) for target in tries.values},
+            key_list=KeyList.from_record(record.record("key_list"))
+            if schema == WITH_LIST
+            else None,
+        )
+        _ = state.active_slot, state.trust.ids
+    except (StopIteration, ValueError, KeyFileError) as err:
+        raise _DamagedError(repr(err)) from err
     return state
 
 
-def _check_names(state: State) -> None:
-    """Insist that what names files is a fingerprint: a path could lead out of a store.
+class _DamagedError(StoreError):
+    """Says what to do, whatever is wrong with the state."""
 
-    Raises:
-        ValueError: One is something else.
-    """
-    for slot in (*state.slots, *state.former):
-        for name in (slot.target, *filter(None, [slot.parent])):
-            if not _FINGERPRINT.fullmatch(name):
-                raise ValueError(
-                    f"a slot is named {name!r}, expected a SHA-256 in 64 hex digits"
-                )
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"state.json is damaged ({problem}); restore it from a backup, or install "
+            "the bundle again into an empty folder"
+        )
+
+
+def _slot(entry: Record) -> Slot:
+    # They name files: anything else could lead out of the store.
+    return Slot(
+        entry.digest("target"),
+        entry.integer("round"),
+        entry.integer("counter"),
+        entry.digest("parent", ""),
+    )
+
+
+def _event(entry: Record) -> Event:
+    return Event(
+        entry.text("at"),
+        entry.text("event"),
+        entry.integer("round"),
+        entry.text("target"),
+        entry.text("reason", ""),
+    )
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -31,8 +31,8 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_runtime.errors import StoreError
-from edge_runtime.files import FULL, Files, lock_file, strangers
+from edge_runtime.errors import ContractError, StoreError, WeightsError
+from edge_runtime.files import FULL, Files, lock_file, read_bounded, strangers
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
@@ -117,16 +117,17 @@ class Store:
         store.reload()
         return store
 
-    def create(self, model: Mapping[str, bytes], trust: Trust) -> None:
+    def create(self, model: Mapping[str, bytes], trust: Trust, size: int) -> None:
         """Lay a new store out; it counts as installed after the first commit.
 
         Args:
             model: The files of ``model/``, by name.
             trust: Whose signatures patches will need.
+            size: Bytes that a weight file should have.
 
         Raises:
             StoreError: Something is there already; nothing of it was touched.
-            WeightsError: The init recipe is malformed.
+            WeightsError: The init recipe is malformed, or gives another size.
         """
         self.insist_free()
         if self._is_unfinished():
@@ -141,6 +142,7 @@ class Store:
         for name, data in model.items():
             self.files.write(folder / name, [data])
         self.files.sync_folder(folder)
+        self._check_size(size)
         init = fingerprint_chunks(self.recipe.chunks())
         self.state = State(self.read_identity().model, init, trust=trust)
 
@@ -181,6 +183,20 @@ class Store:
             return False
         return mark.read_bytes() == _MARK_TEXT
 
+    def _check_size(self, size: int) -> None:
+        """Look at what a recipe would make before it is made: a line can ask for it."""
+        stated = self.layout.file_size
+        if stated != size:
+            raise WeightsError(
+                f"the init recipe gives a weight file of {stated} bytes, the patch is "
+                f"for one of {size}; make the bundle anew"
+            )
+        if (free := self.files.free_bytes(self.root)) < stated:
+            raise StoreError(
+                f"{self.root} has {free} bytes free, a weight file needs {stated}; "
+                "free some space and try again"
+            )
+
     # What is there ------------------------------------------------------------------
 
     def reload(self) -> State:
@@ -190,7 +206,7 @@ class Store:
             StoreError: Nothing is installed there, or both are damaged.
         """
         try:
-            self.state = decode_state(self._state_path.read_bytes())
+            self.state = decode_state(self._read(self._state_path))
         except (FileNotFoundError, NotADirectoryError) as err:
             raise StoreError(
                 f"nothing is installed in {self.root}; run 'dpu-edge --store "
@@ -199,12 +215,15 @@ class Store:
         except (OSError, StoreError):
             # The copy is never older, so its release floor is never lower.
             with suppress(OSError, StoreError):
-                state = decode_state(self._copy_path.read_bytes())
+                state = decode_state(self._read(self._copy_path))
                 reason = "state.json was damaged"
                 self.state = state.noted("mended", state.active_slot, reason)
                 return self.state
             raise
         return self.state
+
+    def _read(self, path: Path) -> bytes:
+        return read_bounded(path, "state_bytes", path.name, StoreError)
 
     def stamp(self) -> tuple[int, int]:
         """Return what changes with every commit, at the cost of one ``stat``.
@@ -245,7 +264,9 @@ class Store:
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        return parse_contract((self.root / "model" / CONTRACT_NAME).read_bytes())
+        path = self.root / "model" / CONTRACT_NAME
+        what = "the contract"
+        return parse_contract(read_bounded(path, "contract_bytes", what, ContractError))
 
     @cached_property
     def layout(self) -> Layout:
@@ -445,8 +466,8 @@ class Store:
         if self._state_path.exists():
             state = self.reload()
             try:
-                mended = self._copy_path.read_bytes() == self._state_path.read_bytes()
-            except OSError:
+                mended = self._read(self._copy_path) == self._read(self._state_path)
+            except (OSError, StoreError):
                 mended = False
             if not mended:
                 self._mend(state)

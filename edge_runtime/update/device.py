@@ -30,8 +30,8 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.formats.patch import Patch, open_patch
-from edge_runtime.formats.signing import Trust
+from edge_runtime.formats.patch import Patch, Source, open_patch
+from edge_runtime.formats.signing import FirstUse, Trust
 from edge_runtime.inference.predictor import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
@@ -87,7 +87,7 @@ class Device:
         root: StrPath,
         bundle: StrPath | bytes,
         *,
-        trust: Trust | Root | None = None,
+        trust: Trust | FirstUse | Root | None = None,
         files: Files | None = None,
         trial: Trial = run_trial,
     ) -> "Device":
@@ -99,8 +99,9 @@ class Device:
         Args:
             root: The store's directory.
             bundle: A bundle file, or its bytes.
-            trust: Whose signatures the bundle, and every patch after it, needs, or the
-                key list that says so; by default nobody's.
+            trust: Whose signatures the bundle, and every patch after it, needs, how
+                many of the keys that it carries, or the key list that says so; by
+                default nobody's.
             files: The seam to the disk.
             trial: Called as :func:`edge_runtime.update.trial.run_trial`.
 
@@ -119,7 +120,8 @@ class Device:
         device = cls(Store(root, files), trial)
         device.store.insist_free()  # before there is a lock in somebody's folder
         with device.store.lock(), open_patch(content.patch) as patch:
-            device.store.create(content.files, keys)
+            size = patch.header.file_size
+            device.store.create(content.files, content.trust, size)
             if key_list:
                 device.store.state = device.store.state.trusting(key_list)
             device._install(content, patch)
@@ -138,11 +140,11 @@ class Device:
 
     # Moving on ----------------------------------------------------------------------
 
-    def update(self, source: StrPath | bytes, *, force: bool = False) -> UpdateResult:
+    def update(self, source: Source, *, force: bool = False) -> UpdateResult:
         """Apply a patch: check, write beside, try, switch. Or change nothing.
 
         Args:
-            source: A patch file, or its bytes.
+            source: A patch file, its bytes, or the open file.
             force: Try a release again that failed its trial before, or take one whose
                 counter is far ahead.
 

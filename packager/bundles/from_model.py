@@ -35,6 +35,7 @@ from edge_runtime.formats.init_weights import (
     uniform,
     write_init_spec,
 )
+from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -186,11 +187,8 @@ def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise ContractError(f"{path} is not valid JSON: {err}") from err
-    if not isinstance(stated, dict) or not isinstance(stated.get("inputs", []), list):
+    stated = dict(read_record(path, "contract_bytes", str(path), ContractError).values)
+    if not isinstance(stated.get("inputs", []), list):
         raise ContractError(f"{path} is no contract: an object with a list of inputs")
     return stated
 

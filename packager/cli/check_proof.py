@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import OK, emit, json_option
+from edge_runtime.errors import KeyFileError, ProofError
+from edge_runtime.files import read_bounded
 from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import FILE, runs_option
@@ -67,8 +69,13 @@ def check_proof(  # noqa: PLR0913 - one for each option
 
     if round_ and weights:
         raise click.UsageError("give --round or --weights, not both")
-    proof = proofs.read_proof(path.read_bytes())
-    public = {load_public(key.read_bytes(), str(key)): str(key) for key in keys}
+    proof = proofs.read_proof(read_bounded(path, "proof_bytes", str(path), ProofError))
+    public = {
+        load_public(read_bounded(key, "key_bytes", str(key), KeyFileError), str(key)): (
+            str(key)
+        )
+        for key in keys
+    }
     signer, name = proofs.check_origin(proof, nonce, public)
     age = proofs.age_s(proof)
     if max_age is not None and abs(age) > max_age:

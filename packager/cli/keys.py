@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.errors import KeyFileError
+from edge_runtime.files import read_bounded
 from edge_runtime.text import printable
 from packager.cli.options import FILE
 
@@ -114,7 +116,7 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
 
     keys = []
     for path in paths:
-        pem = path.read_bytes()
+        pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
         passphrase = _passphrase(f"Passphrase of {path}") if is_encrypted(pem) else None
         keys.append(load_private(pem, passphrase, str(path)))
     return keys, sorted({key_id(public_key(key)) for key in keys})

@@ -4,7 +4,6 @@ Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into wo
 pictures.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import DpuError, RoundError
+from edge_runtime.formats import json_file
 from edge_runtime.formats.model_folder import (
     RECORD_NAME,
     WEIGHTS_NAME,
@@ -93,7 +93,11 @@ def cumulate(rounds: Sequence[Record]) -> None:
 
 def _round_record(folder: Path) -> Record:
     stated = read_record(folder)
-    extra = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    path = folder / RECORD_NAME
+    what = str(path)
+    extra = json_file.read_record(
+        path, "record_bytes", what, RoundError, finite=False
+    ).values
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     return (

@@ -1,6 +1,5 @@
 """``round.json``: what a trainer states about a round."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats import json_file
 from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
 SCHEMAS = (1, 2)  # 2: of a run with an id, which older packagers do not know
@@ -46,14 +46,15 @@ def read_record(folder: Path) -> RoundRecord:
     """
     path = folder / RECORD_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        what = str(path)
+        raw = json_file.read_record(
+            path, "record_bytes", what, RoundError, finite=False
+        ).values
     except FileNotFoundError as err:
         raise RoundError(
             f"{folder} is no round folder: no {RECORD_NAME} in it"
         ) from err
-    except (ValueError, RecursionError) as err:
-        raise RoundError(f"{path} is not valid JSON: {err}") from err
-    schema = raw.get("schema") if isinstance(raw, dict) else None
+    schema = raw.get("schema")
     if schema not in SCHEMAS:
         raise RoundError(
             f"{path} has schema {schema!r}, this packager knows "

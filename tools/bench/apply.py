@@ -193,7 +193,7 @@ def _install(root: Path, base: Path, parent: str) -> None:
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     root.mkdir()
     store = Store(root)
-    store.create(files | {"graph.onnx": _GRAPH}, Trust())
+    store.create(files | {"graph.onnx": _GRAPH}, Trust(), layout.file_size)
     store.stage(read_chunks(base), parent)
     store.commit(store.state.activated(Slot(parent, 0, 0), "installed"))
 

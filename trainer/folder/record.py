@@ -1,6 +1,5 @@
 """What a round folder states about its round: ``round.json``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
 SCHEMA, RUN_SCHEMA = 1, 2  # 2: of a run with an id
@@ -66,7 +66,9 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
     """
     path = Path(folder, RECORD_NAME)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        what = str(path)
+        found = read_record(path, "record_bytes", what, RoundError, finite=False)
+        raw = dict(found.values)
         if raw["schema"] not in (SCHEMA, RUN_SCHEMA):
             raise RoundError(
                 f"{path} has schema {raw['schema']}, expected {SCHEMA} or {RUN_SCHEMA}"

@@ -463,17 +463,17 @@ def test_a_store_in_use_is_tried_again_and_new_files_are_not_kept_waiting(watch)
 
 
 def test_a_file_that_cannot_be_read_does_not_hold_up_the_others(watch, monkeypatch):
-    opened = module.open_patch
+    opened = module.open_regular
 
-    def deny(path, **options):
+    def deny(path):
         if path.name == name(1):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, **options)
+        return opened(path)
 
     watch.put(name(1), world.patch(0, 1))
     watch.put("0-2.dpu", world.patch(0, 2))
     with monkeypatch.context() as patched:
-        patched.setattr(module, "open_patch", deny)
+        patched.setattr(module, "open_regular", deny)
         assert watch.look() == [("waiting", name(1)), ("applied", "0-2.dpu")]
         assert watch.look() == []
     watch.time += 2 * BACKOFF_S

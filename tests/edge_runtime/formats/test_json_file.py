@@ -70,7 +70,7 @@ def test_a_field_of_another_type_is_refused_by_its_name(name):
 
 def test_a_field_inside_is_named_with_what_is_around_it():
     record = parse(json.dumps(GOOD | {"records": [{"inner": 1}, {"inner": "x"}]}))
-    words = r"the contract, 'records\[1\]', is malformed: 'inner' is \"x\", expected"
+    words = r"the contract, 'records\[1\]', is malformed: 'inner' is 'x', expected"
     with pytest.raises(ContractError, match=words):
         READERS["records"](record)
 

@@ -1,6 +1,7 @@
 """What a store knows, and that it comes back from its file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,7 +45,8 @@ def test_history_is_bounded():
 
 
 def test_a_state_comes_back_from_its_file():
-    state = moved(STATE, B, C).tried("x").tried("y", MAX_TRIES)
+    state = replace(STATE, model="d" * 64, init="e" * 64)
+    state = moved(state, B, C).tried("x").tried("y", MAX_TRIES)
     assert decode_state(encode_state(state)) == state
 
 

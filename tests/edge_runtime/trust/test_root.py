@@ -12,7 +12,7 @@ from edge_runtime.trust import KeyList, first_root, is_list, list_number, read_r
 from edge_runtime.trust.keylist import MAX_LISTED
 from tests.edge_runtime.trust import fleet
 
-STATE = State("m", "i", "a" * 64, 0, "a" * 64, (Slot("a" * 64, 0, 0),))
+STATE = State("d" * 64, "e" * 64, "a" * 64, 0, "a" * 64, (Slot("a" * 64, 0, 0),))
 
 FRAGMENTS = [
     *(b"[" * 40, b'{"a":' * 40, b"1e999", b"NaN", b"-0", b"1.5", b"9" * 400, b"null"),

@@ -400,7 +400,7 @@ def test_what_is_stated_replaces_what_is_derived(old, tmp_path):
     ("text", "words"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no contract"),
+        ("[]", "no JSON object"),
         ('{"inputs": [{"name": "image"}]}', "an input 'image', the graph takes x"),
         ('{"inputs": [{"scale": "a"}]}', "malformed"),
         ('{"schema": 9}', "c.json: .*schema 9"),
