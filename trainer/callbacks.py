@@ -15,13 +15,17 @@ Neither library is needed to import this module. Both clip gradients and scale l
 before the step; the updater sees the step as it was made.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from edge_runtime.errors import TrainingError
 from trainer.method.updater import PartialUpdater, Phase
+
+_log = logging.getLogger(__name__)
 
 
 class _Round:
@@ -38,16 +42,23 @@ class _Round:
         self._full_epochs, self._options = full_epochs, options
 
     def start(self, model: nn.Module, optimizers: Iterable[Any]) -> PartialUpdater:
-        """Begin the full phase."""
+        """Begin the full phase.
+
+        Raises:
+            TrainingError: The model writes weights outside of its optimizers' steps.
+        """
+        _check_modules(model)
         self.updater = PartialUpdater(model.named_parameters(), **self._options)
         return self.updater.attach(*optimizers)
 
-    def start_epoch(self, epoch: float) -> None:
-        """Select when the full phase is over."""
+    def start_epoch(self, epoch: float) -> bool:
+        """Select when the full phase is over; tell whether that was now."""
         if epoch < self._full_epochs or self.updater is None:
-            return
-        if self.updater.phase is Phase.FULL:
-            self.updater.select()
+            return False
+        if self.updater.phase is not Phase.FULL:
+            return False
+        self.updater.select()
+        return True
 
     def end(self) -> None:
         """Verify and give the masks.
@@ -62,6 +73,43 @@ class _Round:
                 "nothing was selected; train for more epochs, or lower full_epochs"
             )
         self.masks = self.updater.finish()
+
+
+def _check_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise TrainingError(
+                f"{name!r} has max_norm, so that its forward pass writes weights, also "
+                "those that are not selected; build it without max_norm, and limit the "
+                "norms in your loop before select()"
+            )
+
+
+def _each_phase_its_own(scheduler: Any, first: int, steps: int) -> None:
+    """Let a schedule over all steps run once in each phase.
+
+    Args:
+        scheduler: torch's, or what Accelerate made of it.
+        first: Steps of the full phase.
+        steps: Steps of both.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not 0 < first < steps or not isinstance(scheduler, LambdaLR):
+        _log.warning(
+            "the learning rate follows one schedule over both phases: the weights that "
+            "were selected are fine-tuned at its end"
+        )
+        return
+
+    def twice(rate: Callable[[int], float]) -> Callable[[int], float]:
+        def at(step: int) -> float:
+            if step < first:
+                return rate(step * steps // first)
+            return rate((step - first) * steps // (steps - first))
+
+        return at
+
+    scheduler.lr_lambdas = [twice(rate) for rate in scheduler.lr_lambdas]
 
 
 def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
@@ -107,11 +155,18 @@ def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
     return PartialUpdate()
 
 
-def transformers_callback(*, full_epochs: int, **options: Any) -> Any:
+def transformers_callback(
+    *, full_epochs: int, one_schedule: bool = False, **options: Any
+) -> Any:
     """Return a callback for the Hugging Face Trainer; after ``train`` it has ``masks``.
+
+    With ``load_best_model_at_end``, the best is looked for among the checkpoints of the
+    fine-tuning: those of the full phase hold weights that no patch could carry.
 
     Args:
         full_epochs: Epochs in which every weight trains; the others fine-tune.
+        one_schedule: Let the learning rate follow the Trainer's schedule once over both
+            phases, instead of once in each: it then fine-tunes at the schedule's end.
         **options: As for :class:`PartialUpdater`: ``ratio``, ``score``, ``selectable``.
     """
     from trainer.data import vision  # noqa: F401 - first: transformers may import torchvision
@@ -131,11 +186,16 @@ def transformers_callback(*, full_epochs: int, **options: Any) -> Any:
                     "round cannot go on from its checkpoint; start the round again"
                 )
             self.start(kw["model"], [kw["optimizer"]])
+            if not one_schedule:
+                first = round(state.max_steps * full_epochs / state.num_train_epochs)
+                _each_phase_its_own(kw.get("lr_scheduler"), first, state.max_steps)
 
         def on_epoch_begin(
             self, args: Any, state: Any, control: Any, **kw: Any
         ) -> None:
-            self.start_epoch(state.epoch)
+            if self.start_epoch(state.epoch):
+                state.best_metric = state.best_model_checkpoint = None
+                state.best_global_step = None
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
             self.end()

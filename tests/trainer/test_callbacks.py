@@ -88,19 +88,25 @@ def fit(tmp_path, module, *callbacks, epochs=4, resume=None, **options):
 
 def hugging_face(tmp_path, model, *callbacks, **options):
     rows = [{"inputs": x, "labels": y} for x, y in samples()]
+    options = {"save_strategy": "no"} | options
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         num_train_epochs=4,
         per_device_train_batch_size=16,
         learning_rate=1e-2,
         report_to="none",
-        save_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
         **options,
     )
-    return Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=list(callbacks),
+    )
 
 
 def check(before, after, masks):
@@ -167,3 +173,56 @@ def test_a_hugging_face_checkpoint_is_refused(tmp_path):
     trainer.state.global_step = 3
     with pytest.raises(TrainingError, match="start the round again"):
         update.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_each_phase_has_the_whole_schedule_of_the_learning_rate(tmp_path):
+    rates = {}
+    for one_schedule in (False, True):
+        update = transformers_callback(
+            full_epochs=2, ratio=0.1, one_schedule=one_schedule
+        )
+        trainer = hugging_face(tmp_path, Classifier(net()), update)
+        seen = rates[one_schedule] = []
+        step = trainer.create_optimizer().step
+
+        def record(*args, _seen=seen, _step=step, _trainer=trainer, **options):
+            _seen.append(_trainer.optimizer.param_groups[0]["lr"])
+            return _step(*args, **options)
+
+        trainer.optimizer.step = record
+        trainer.train()
+    half = len(rates[False]) // 2
+    assert rates[False][half] == rates[False][0] == 1e-2
+    assert rates[False][:half] == rates[False][half:]
+    assert rates[True][half] <= 0.5e-2
+
+
+def test_the_best_model_is_one_that_a_patch_can_carry(tmp_path):
+    model, update = Classifier(net()), transformers_callback(full_epochs=2, ratio=0.1)
+    before = state_of(model)
+    trainer = hugging_face(
+        tmp_path,
+        model,
+        update,
+        load_best_model_at_end=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="worse",
+        greater_is_better=False,
+    )
+    calls = iter(range(100))  # it gets worse with every evaluation
+    trainer.compute_metrics = lambda _: {"worse": next(calls)}
+    trainer.train()
+    check(before, state_of(model), update.masks)
+    assert trainer.state.best_metric == 2  # the first evaluation of the fine-tuning
+
+
+def test_an_embedding_that_writes_its_weights_is_refused_at_the_start(tmp_path):
+    class Embedded(Module):
+        def __init__(self):
+            super().__init__(net())
+            self.words = nn.Embedding(5, 4, max_norm=1.0)
+
+    update = lightning_callback(full_epochs=2, ratio=0.1)
+    with pytest.raises(TrainingError, match="'words' has max_norm"):
+        fit(tmp_path, Embedded(), update)

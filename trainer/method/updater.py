@@ -225,13 +225,18 @@ class PartialUpdater:
             FrozenWeightChangedError: A weight that was not selected differs from the
                 base, compared as bits, or a tensor of several axes changed that has no
                 mask.
-            TrainingError: Nothing has been selected.
+            TrainingError: Nothing has been selected, or a selected weight is no number.
         """
         self._expect(Phase.SPARSE, "finish() comes once, after select()")
         self.detach()
         to_evaluation(self._owned)
-        for name in self._params:
+        for name, parameter in self._params.items():
             self._freeze.verify(name)
+            if not parameter.detach()[self._masks[name]].isfinite().all():
+                raise TrainingError(
+                    f"selected weights of {name!r} are no numbers any more (NaN or "
+                    "infinite); lower the learning rate, or look for broken samples"
+                )
         self._still.verify()
         self._start(Phase.DONE)
         return self._masks

@@ -200,3 +200,17 @@ def test_odd_parameters_are_refused_by_name_at_the_start(make, words):
     named = [("a.weight", nn.Parameter(torch.zeros(4, 4))), ("b.weight", make())]
     with pytest.raises(TrainingError, match=rf"'b\.weight' {words}"):
         PartialUpdater(named, ratio=0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_selected_weight_that_is_no_number_ends_the_round(value):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(optimizer)
+    train(model, optimizer, optimizer.step)
+    masks = updater.select()
+    train(model, optimizer, optimizer.step)
+    with torch.no_grad():
+        model[0].weight[tuple(masks["0.weight"].nonzero()[0])] = value
+    with pytest.raises(TrainingError, match=r"'0\.weight' are no numbers"):
+        updater.finish()
