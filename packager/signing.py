@@ -21,12 +21,14 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edge_runtime.errors import KeyFileError, PatchFormatError
 from edge_runtime.formats.bundle import (
@@ -210,15 +212,36 @@ def seconds_now() -> int:
     Raises:
         KeyFileError: SOURCE_DATE_EPOCH is set and is no number of seconds.
     """
+    given = stated_seconds()
+    return int(time.time()) if given is None else given
+
+
+def stated_seconds() -> int | None:
+    """Return the moment of SOURCE_DATE_EPOCH, in seconds since 1970; None without it.
+
+    Raises:
+        KeyFileError: It is no number of seconds.
+    """
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
     if given and not re.fullmatch(r"[0-9]{1,11}", given):
         raise KeyFileError(
             f"SOURCE_DATE_EPOCH is {given!r}, expected seconds since 1970"
         )
-    return int(given or time.time())
+    return int(given) if given else None
 
 
 # Keys ---------------------------------------------------------------------------------
+
+PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
+# Those that the OpenSSF Model Signing tool takes.
+CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+
+
+class KeyKind(StrEnum):
+    """What a key is for: releases that devices check, or public tools."""
+
+    ED25519 = "ed25519"
+    P256 = "p256"
 
 
 def generate_key() -> Ed25519PrivateKey:
@@ -226,7 +249,7 @@ def generate_key() -> Ed25519PrivateKey:
     return Ed25519PrivateKey.generate()
 
 
-def encode_private(key: Ed25519PrivateKey, passphrase: str | None = None) -> bytes:
+def encode_private(key: PrivateKey, passphrase: str | None = None) -> bytes:
     """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase."""
     lock: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:
@@ -247,7 +270,7 @@ def _bytes_of(passphrase: str) -> bytes:
 def load_private(
     pem: bytes, passphrase: str | None = None, name: str = "the key"
 ) -> Ed25519PrivateKey:
-    """Read a private key from PEM.
+    """Read a private key that signs releases from PEM.
 
     Args:
         pem: The content of the key file.
@@ -256,6 +279,28 @@ def load_private(
 
     Raises:
         KeyFileError: Not a private Ed25519 key, or the passphrase is wrong or missing.
+    """
+    key = load_any_private(pem, passphrase, name)
+    if not isinstance(key, Ed25519PrivateKey):
+        raise KeyFileError(
+            f"{name}: expected Ed25519, found {key.curve.name}, which signs for public "
+            "tools only ('dpu-patch provenance')"
+        )
+    return key
+
+
+def load_any_private(
+    pem: bytes, passphrase: str | None = None, name: str = "the key"
+) -> PrivateKey:
+    """Read a private key from PEM: Ed25519, or one for public tools.
+
+    Args:
+        pem: The content of the key file.
+        passphrase: Used only if the key is encrypted.
+        name: What to call it in an error.
+
+    Raises:
+        KeyFileError: Neither of them, or the passphrase is wrong or missing.
     """
     if b"PUBLIC KEY" in pem:
         raise KeyFileError(
@@ -278,17 +323,32 @@ def load_private(
             f"{name} is not a private key in PEM form ({err}); make one with "
             "'dpu-patch keygen'"
         ) from err
-    if not isinstance(key, Ed25519PrivateKey):
-        raise KeyFileError(f"{name}: expected Ed25519, found {type(key).__name__}")
-    return key
+    if isinstance(key, Ed25519PrivateKey):
+        return key
+    if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, CURVES):
+        return key
+    found = getattr(getattr(key, "curve", None), "name", type(key).__name__)
+    raise KeyFileError(f"{name}: expected Ed25519 or P-256, found {found}")
 
 
-def write_key_pair(path: Path, passphrase: str | None = None) -> tuple[Path, str]:
+def is_model_key(pem: bytes) -> bool:
+    """Whether a public key is one that the OpenSSF Model Signing tool takes."""
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, CURVES)
+
+
+def write_key_pair(
+    path: Path, passphrase: str | None = None, kind: KeyKind = KeyKind.ED25519
+) -> tuple[Path, str]:
     """Generate a key and write both halves: ``NAME.pem`` and ``NAME.pub.pem``.
 
     Args:
         path: Where the private key goes, readable for its owner only.
         passphrase: Encrypts it.
+        kind: What it is for.
 
     Returns:
         The path of the public key, and its id.
@@ -300,12 +360,14 @@ def write_key_pair(path: Path, passphrase: str | None = None) -> tuple[Path, str
     for place in (path, public):
         if place.exists():
             raise FileExistsError(f"{place} exists; a key is never overwritten")
-    key = generate_key()
-    private = encode_private(key, passphrase)
+    key: PrivateKey = generate_key()
+    if kind is KeyKind.P256:
+        key = ec.generate_private_key(ec.SECP256R1())
+    private, pem = encode_private(key, passphrase), _public_pem(key)
     with ExitStack() as undo:  # both or none: half of a pair would block the next try
         for place, mode, data in (
             (path, 0o600, private),
-            (public, 0o644, encode_public(key)),
+            (public, 0o644, pem),
         ):
             # Exclusive, and private from its first byte on.
             handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -313,4 +375,12 @@ def write_key_pair(path: Path, passphrase: str | None = None) -> tuple[Path, str
             with open(handle, "wb") as file:
                 file.write(data)
         undo.pop_all()
-    return public, key_id(public_key(key))
+    if isinstance(key, Ed25519PrivateKey):
+        return public, key_id(public_key(key))
+    # As the Model Signing tool calls it: the hint in its signatures begins so.
+    return public, hashlib.sha256(pem).hexdigest()[:16]
+
+
+def _public_pem(key: PrivateKey) -> bytes:
+    form = PublicFormat.SubjectPublicKeyInfo
+    return key.public_key().public_bytes(Encoding.PEM, form)

@@ -28,7 +28,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "packager": (
         *("zip_file", "signing", "key_lists", "rounds", "check_proof", "diff"),
         *("build", "size", "packed_file", "ledger"),
-        *("compose", "models", "bundles", "report", "cli", "__main__"),
+        *("compose", "models", "bundles", "provenance", "report", "cli", "__main__"),
     ),
     "trainer": (
         *("parallel", "method", "export", "recipe", "data", "networks", "config"),

@@ -25,21 +25,33 @@ if TYPE_CHECKING:
 @click.option(
     "--encrypt", is_flag=True, help="Ask for a passphrase (or take DPU_PASSPHRASE)."
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["ed25519", "p256"]),
+    default="ed25519",
+    show_default=True,
+    help="ed25519 signs for devices, p256 for the OpenSSF Model Signing tool.",
+)
 @json_option
-def keygen(path: Path, *, encrypt: bool, as_json: bool) -> None:
+def keygen(path: Path, *, encrypt: bool, kind: str, as_json: bool) -> None:
     """Make a key: KEY.pem to sign with, KEY.pub.pem for the devices.
 
     Whoever has KEY.pem can update every device that trusts it: encrypt it, keep it off
-    the network, and keep a copy.
+    the network, and keep a copy. A key of kind p256 signs provenance only.
     """
-    from packager.signing import write_key_pair
+    from packager.signing import KeyKind, write_key_pair
 
     passphrase = _passphrase("New passphrase", confirm=True) if encrypt else None
     if encrypt and not passphrase:
         raise click.UsageError("no passphrase: set DPU_PASSPHRASE, or use a terminal")
-    public, name = write_key_pair(path, passphrase)
+    public, name = write_key_pair(path, passphrase, KeyKind(kind))
     emit(
-        {"private": str(path), "public": str(public), "key_id": name},
+        {
+            "private": str(path),
+            "public": str(public),
+            "key_id": name,
+            "kind": kind,
+        },
         as_json=as_json,
         text=f"key {name}\n  private  {path}{'' if encrypt else ' (not encrypted)'}"
         f"\n  public   {public}",
@@ -117,9 +129,14 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
     keys = []
     for path in paths:
         pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
-        passphrase = _passphrase(f"Passphrase of {path}") if is_encrypted(pem) else None
+        passphrase = ask_passphrase(path) if is_encrypted(pem) else None
         keys.append(load_private(pem, passphrase, str(path)))
     return keys, sorted({key_id(public_key(key)) for key in keys})
+
+
+def ask_passphrase(path: Path) -> str | None:
+    """Return the passphrase of an encrypted key file, if there is anybody to ask."""
+    return _passphrase(f"Passphrase of {path}")
 
 
 def _passphrase(prompt: str, *, confirm: bool = False) -> str | None:

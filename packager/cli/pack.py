@@ -30,6 +30,7 @@ from packager.cli.files import file_options
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
 from packager.cli.options import FILE, runs_option
+from packager.cli.provenance import provenance
 from packager.cli.releases import releases
 from packager.cli.trust import trust
 
@@ -370,6 +371,6 @@ def patch() -> None:
 
 for command in (
     *(info, diff, report, verify, compose, extract, keygen, sign, releases),
-    *(check_proof, trust),
+    *(check_proof, provenance, trust),
 ):
     patch.add_command(command)

@@ -125,7 +125,9 @@ def test_a_private_key_of_another_kind_is_refused_by_its_name():
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    with pytest.raises(KeyFileError, match="the key: expected Ed25519, found EC"):
+    with pytest.raises(
+        KeyFileError, match="the key: expected Ed25519, found secp256r1"
+    ):
         load_private(pem)
 
 
