@@ -70,7 +70,7 @@ _OWN = {
 _OLD_CURRENT = "current.old.part"
 # An installation begins with this file, so that what it leaves unfinished is known.
 _MARK, _MARK_TEXT = "init.unfinished", b"dpu-edge init was begun here\n"
-_LAID_OUT = ("model", "slots", "reverse", "state.copy")
+_LAID_OUT = ("model", "slots", "reverse", "current", "state.copy")
 
 
 @contextmanager
@@ -456,6 +456,8 @@ class Store:
             return False
         if not self._copy_path.exists():
             return False
+        # What decodes may have got its name a moment ago: not before that is durable.
+        self.files.sync_folder(self.root)
         self.files.unlink(self._copy_path)
         # An older copy must not come back beside a newer state.
         self.files.sync_folder(self.root)

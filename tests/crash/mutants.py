@@ -4,6 +4,7 @@
 nothing did, or if the line to break is not there any more.
 """
 
+import errno
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from edge_runtime.files import Files
 from tests.crash import world
 from tests.crash.disk import read_tree
 from tests.crash.explore import (
@@ -109,7 +111,7 @@ MUTANTS = {
     ),
     "the state's checksum is not looked at": (
         "store/state",
-        "if digest != _digest(record):",
+        "if digest != _digest(values):",
         "if digest is None:",
     ),
     "no sync before old slots are removed": (
@@ -210,6 +212,7 @@ def hunt(folder):
         ("killed, then cut", lambda c: _kill(folder, c)),
         ("read errors", lambda c: _fail(folder, fail_reads, c)),
         ("I/O errors", lambda c: _fail(folder, fail_everywhere, c)),
+        ("no room", lambda c: _no_room(folder, c)),
         ("cut: life", lambda c: _cut(folder, c, (install,), *LIFE)),
         ("cut: trouble", lambda c: _cut(folder, c, (install,), *TROUBLE)),
     ):
@@ -254,6 +257,19 @@ def _fail(folder, work, count):
         base = Path(tempfile.mkdtemp(dir=folder))
         states = Recording(base).play(*before).states() if before else [None]
         work(step, read_tree(base), states, count)
+
+
+def _no_room(folder, count):
+    """One operation after the other finds a disk without a block or inode left."""
+    is_full, Files.is_full = Files.is_full, lambda *_: True
+    try:
+        for before in ((install, update), (install, update, Recording.rot_state)):
+            base = Path(tempfile.mkdtemp(dir=folder))
+            states = Recording(base).play(*before).states()
+            faults = [(errno.ENOSPC, False)]
+            fail_everywhere(update, read_tree(base), states, count, faults)
+    finally:
+        Files.is_full = is_full
 
 
 def break_and_hunt(name, seconds):

@@ -108,6 +108,15 @@ def test_an_installation_that_was_cut_anywhere_is_taken_up_again(tmp_path):
     assert number > 20
 
 
+def test_an_installation_cut_behind_its_commit_is_taken_up_again(tmp_path):
+    """The name of state.json was not durable yet, the mark and 'current' were."""
+    root = tmp_path / "store"
+    world.install(root)
+    (root / "state.json").unlink()
+    (root / "init.unfinished").write_bytes(b"dpu-edge init was begun here\n")
+    insist(world.install(root), INIT)
+
+
 def test_things_beside_an_unfinished_installation_are_not_ours(tmp_path):
     def refuse(*_, **__):
         raise TrialError("no")

@@ -196,11 +196,12 @@ def test_a_state_that_is_damaged_never_costs_its_copy(device):
     assert decode_state((root / "state.copy").read_bytes()).active == device.verify()
 
 
-def test_one_failure_for_want_of_room_survives_a_power_cut_anywhere(monkeypatch):
+@pytest.mark.parametrize("more", [(), (Recording.rot_state,)], ids=["whole", "rotten"])
+def test_one_failure_for_want_of_room_survives_a_power_cut_anywhere(monkeypatch, more):
     monkeypatch.setattr(Files, "is_full", lambda *_: True)
     with world.scratch() as folder:
-        states = Recording(folder).play(install, update).states()
-        count = Count(share=0.2)
+        states = Recording(folder).play(install, update, *more).states()
+        count = Count(share=0.1)
         tree = read_tree(folder)
         failures = fail_everywhere(update, tree, states, count, [(errno.ENOSPC, False)])
         assert not count.bad
