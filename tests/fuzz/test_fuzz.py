@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.fuzz.readers import READERS, reader
 from tests.fuzz.target import attempt
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
@@ -15,6 +17,14 @@ CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
 def test_the_corpus_replays_clean(path):
     attempt(path.read_bytes())
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_refuses_hostile_files_by_our_errors_alone(name):
+    """With checksums mended: what a longer run of the fuzzer does, for a moment."""
+    attempt_file, rng = reader(name), np.random.default_rng(0)
+    for _ in range(500):
+        attempt_file(rng.bytes(int(rng.integers(1, 60))))
 
 
 def test_a_bounded_run_finds_nothing(tmp_path):

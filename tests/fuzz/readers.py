@@ -1,0 +1,221 @@
+"""What else is fuzzed: bundles, weight files, proofs, state, agent and live files.
+
+Each takes any bytes; it raises only if a reader raises what is none of our errors. Some
+inputs are files as they are, most are edits of a good file with mended checksums.
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from edge_runtime.agent import status
+from edge_runtime.errors import DpuError
+from edge_runtime.formats.bundle import read_bundle
+from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.init_weights import (
+    InitSpec,
+    TensorInit,
+    read_init_spec,
+    write_init_spec,
+)
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import read_weights
+from edge_runtime.live import entries
+from edge_runtime.live.proof import canonical
+from edge_runtime.store.admission import refusal
+from edge_runtime.store.state import Slot, State, decode_state, encode_state
+from packager.check_proof import check_origin, read_proof
+from packager.zip_file import encode_members
+from tests.fuzz.edits import Edits
+from tests.fuzz.target import BASE, seal
+
+_WORK = Path(tempfile.mkdtemp(prefix="dpu-fuzz-readers-"))
+_HEX = "5f" * 32
+SLOTS = tuple(Slot(digit * 64, number, number) for number, digit in enumerate("ab"))
+STATE = State(_HEX, _HEX, SLOTS[0].target, 1, SLOTS[1].target, SLOTS)
+STATE = STATE.tried("c" * 64).noted("refused", SLOTS[1], "why")
+LIVE = {
+    "pid": 7,
+    "started": "2026-01-01T00:00:00Z",
+    "slot": "ab" * 32,
+    "status": "loaded",
+    "loaded": "2026-01-01T00:00:00Z",
+    "fingerprint": _HEX,
+    "graph": _HEX,
+    "bytes": 9,
+    "device": 1,
+    "inode": 2,
+    "changed_ns": 3,
+}
+FILE = {"identity": [1, 2, 3, 4], "verdict": "refused", "reason": "r", "error": "E"}
+AGENT = {
+    "schema": status.SCHEMA,
+    "at": "2026-01-01T00:00:00Z",
+    "installed": STATE.summary(),
+    "last_success": 1,
+    "failing": "",
+    "basis": [1],
+    "files": {"a.dpu": FILE},
+}
+PROOF = STATE.summary() | {
+    "schema": 1,
+    "time": "2026-01-01T00:00:00Z",
+    "nonce": "n",
+    "untold": [3],
+    "disk": {
+        "fingerprint": _HEX,
+        "graph": _HEX,
+        "bytes": 9,
+        "header": _HEX,
+        "tensors": {"w": _HEX},
+    },
+    "live": [LIVE | {"file_now": _HEX}],
+}
+RECIPE = InitSpec(
+    7,
+    {
+        "w": TensorInit("F32", (2, 3), "uniform", 0.5),
+        "b": TensorInit("F32", (3,), "constant"),
+    },
+    {},
+)
+write_init_spec(RECIPE, _WORK)
+_GOOD = json.loads((_WORK / "init.json").read_bytes())
+CONTRACT = {
+    "schema": 1,
+    "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 2], "mean": [0.5]}],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": [None, 2]}],
+    "classes": ["a", "b"],
+}
+
+
+def dump(record):
+    """Encode a record as Python does it, with NaN and lone surrogates as they come."""
+    return json.dumps(record).encode()
+
+
+def _state(data):
+    edits = Edits(data)
+    record = json.loads(encode_state(STATE))
+    record.pop("sha256")
+    record = edits.record(record)
+    sealed = record | {"sha256": hashlib.sha256(dump(record)).hexdigest()}
+    file = dump(sealed) if edits.pick(4) else edits.bytes(dump(sealed))
+    state = decode_state(file)
+    # Whatever is accepted can be used, shown and written again.
+    state.summary(), state.reachable, state.earlier(), state.trust.ids, state.skipped
+    with open_patch(seal(b"\0")) as patch:
+        refusal(state, patch.header)
+    if decode_state(encode_state(state)) != state:
+        raise AssertionError("a state does not come back")
+
+
+def _json(good, parse):
+    def attempt(data):
+        edits = Edits(data)
+        file = dump(edits.record(good))
+        return parse(file if edits.pick(4) else edits.bytes(file))
+
+    return attempt
+
+
+def _parse_agent(file):
+    record = parse_record(file, "agent_bytes", "it", DpuError, encodable=False)
+    found = status._parse(record)
+    list(status.status_lines(found)), list(status.metric_lines(found))
+    json.dumps(found)
+
+
+def _parse_live(file):
+    told = entries._parse(parse_record(file, "live_bytes", "it", DpuError))
+    canonical(told)
+    Path("/", told["slot"])
+
+
+def _proof(data):
+    edits = Edits(data)
+    proof = edits.record(PROOF)
+    file = canonical(proof) if edits.pick(4) else edits.bytes(canonical(proof))
+    check_origin(read_proof(file), "n", {})
+
+
+def _weights(data):
+    edits = Edits(data)
+    layout = {
+        t.name: {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [
+                t.start - len(BASE.layout.header),
+                t.stop - len(BASE.layout.header),
+            ],
+        }
+        for t in BASE.layout.tensors
+    }
+    text = json.dumps(edits.record(layout), separators=(",", ":")).encode()
+    text = text if edits.pick(4) else edits.bytes(text)
+    text += b" " * (-len(text) % 8)
+    file = (
+        len(text).to_bytes(8, "little")
+        + text
+        + bytes(BASE.data[len(BASE.layout.header) :])
+    )
+    weights = read_weights(file)
+    for name in weights:
+        weights[name].sum()
+
+
+def _recipe(data):
+    edits = Edits(data)
+    path = _WORK / "init.json"
+    record = edits.record(_GOOD)
+    path.write_bytes(dump(record) if edits.pick(4) else edits.bytes(dump(record)))
+    recipe = read_init_spec(_WORK)
+    if recipe.layout().file_size < 1 << 20:
+        recipe.generate()
+
+
+def _bundle(data):
+    edits = Edits(data)
+    files = {
+        "graph.onnx": b"graph",
+        "init.json": b"{}",
+        "contract.json": dump(CONTRACT),
+        "golden.npz": b"golden",
+        "patch.dpu": seal(b"\0"),
+        "keys/0.pem": b"key",
+    }
+    digests = {name: hashlib.sha256(file).hexdigest() for name, file in files.items()}
+    manifest = {"schema": 1, "model": _HEX, "target": _HEX, "files": digests}
+    file = encode_members({"bundle.json": dump(edits.record(manifest))} | files)
+    read_bundle(file if edits.pick(2) else edits.bytes(file))
+
+
+READERS = {
+    "bundle": (_bundle, read_bundle),
+    "weights": (_weights, read_weights),
+    "recipe": (_recipe, None),
+    "contract": (_json(CONTRACT, parse_contract), parse_contract),
+    "proof": (_proof, read_proof),
+    "state": (_state, decode_state),
+    "agent": (_json(AGENT, _parse_agent), _parse_agent),
+    "live": (_json(LIVE, _parse_live), _parse_live),
+}
+
+
+def reader(name):
+    """Return what takes any bytes for a target."""
+    edited, whole = READERS[name]
+
+    def attempt(data):
+        if not data:
+            return
+        work = whole if whole and data[0] % 8 == 0 else edited
+        try:
+            work(data[1:])
+        except DpuError as err:
+            str(err).encode("utf-8", "surrogateescape")
+
+    return attempt
