@@ -31,6 +31,7 @@ from edge_runtime.commandline import EXIT_CODE_HELP
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
+from tools.layers import FLOORS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -170,6 +171,15 @@ def test_these_commands_are_installed_and_no_others():
 def test_the_exit_codes_are_those_of_the_commands():
     table = re.findall(r"^\| (\d+) \| (.*) \|$", TEXTS["docs/exit-codes.md"], re.M)
     assert table == re.findall(r"^ *(\d+)  (.*)$", EXIT_CODE_HELP, re.M)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_architecture_names_every_floor(package):
+    page = TEXTS["docs/architecture.md"]
+    floors = {floor for floor in FLOORS[package] if floor != "__main__"}
+    assert {
+        f for f in floors if f"`{f}`" not in page and f"`{f}/`" not in page
+    } == set()
 
 
 def test_the_readme_can_be_read_in_four_minutes():
