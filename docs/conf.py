@@ -42,6 +42,9 @@ def _link_to_pages(_app: Sphinx, _path: Path, _parent: str, content: list[str]) 
     """Let links between included texts lead to the pages that include them."""
     for name, page in _PAGES.items():
         content[0] = content[0].replace(f"]({name}", f"](../docs/{page}.md")
+        # As SECURITY.md names them, from the root.
+        content[0] = content[0].replace(f"](edge_runtime/{name}", f"](docs/{page}.md")
+    content[0] = content[0].replace("](tools/RESULTS.md", "](docs/results.md")
 
 
 def setup(app: Sphinx) -> None:
