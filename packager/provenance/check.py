@@ -125,6 +125,7 @@ def _bom(facts: Facts, path: Path, written: Mapping[str, str]) -> Part:
 
 
 def _signature(facts: Facts, path: Path, keys: Sequence[Path]) -> Part:
+    _read(path)  # is it a file, and within its limit
     key, problem = verify_model(facts.path, path, keys)
     if problem:
         return Part(path.name, Found.DIFFERENT, problem)
@@ -136,4 +137,4 @@ def _unchecked(path: Path, reason: str) -> Part:
 
 
 def _read(path: Path) -> bytes:
-    return read_bounded(path, "record_bytes", str(path), TrustError)
+    return read_bounded(path, "record_bytes", str(path), TrustError, regular=True)

@@ -195,7 +195,12 @@ def _from_header(header: PatchHeader) -> dict[str, Any]:
 
 
 def _contract(data: bytes) -> Mapping[str, Any]:
-    return parse_record(data, "contract_bytes", CONTRACT_NAME, ContractError).values
+    contract = parse_record(data, "contract_bytes", CONTRACT_NAME, ContractError)
+    for side in ("inputs", "outputs"):
+        for entry in contract.records(side) if side in contract else ():
+            if not isinstance(entry.values.get("shape"), list):
+                raise entry.problem("shape", "a list")
+    return contract.values
 
 
 def _digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -404,3 +405,25 @@ def test_a_damaged_release_gets_no_provenance(command, release, keys):
         assert provenance(command, path, *given(keys))[0] == 3
     shutil.rmtree(release.path / "model")
     assert provenance(command, release.path / "round_01", *given(keys))[0] == 3
+
+
+@pytest.mark.parametrize(
+    "change", [{"inputs": "abc"}, {"outputs": [3]}, {"inputs": [{"shape": 7}]}]
+)
+def test_a_contract_of_odd_shape_is_refused_in_words(command, release, keys, change):
+    path = release.path / "model" / "contract.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    code, record = provenance(command, release.path / "round_01", *given(keys))
+    assert (code, "expected" in str(record)) == (2, True)
+
+
+def test_a_pipe_in_the_place_of_a_provenance_file_hangs_nothing(command, written, keys):
+    for ending in ("intoto.json", "cdx.json", "sig"):
+        path = written / f"round_01.{ending}"
+        data = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        options = ("--check", *given(keys, public=True))
+        assert provenance(command, written / "round_01", *options)[0] == 10
+        path.unlink()
+        path.write_bytes(data)
