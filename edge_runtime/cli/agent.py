@@ -1,11 +1,13 @@
 """``dpu-edge agent`` and ``dpu-edge service``."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from importlib import resources
@@ -21,6 +23,7 @@ from edge_runtime.store.state import utc
 if TYPE_CHECKING:
     from edge_runtime.agent.agent import Agent
 
+PRIVATE_PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # a service sees others there
 LONGEST_SLEEP_S = 1.0  # a signal waits no longer, and systemd's watchdog neither
 
 
@@ -126,12 +129,9 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
     if not re.fullmatch(r"[\w.-]+", user, re.ASCII):
         raise click.BadParameter(f"{user!r} is no user's name", param_hint="--user")
     folder, metrics = options["folder"], options["metrics"]
-    for path in (root, folder, *filter(None, [metrics])):
-        if not re.fullmatch(r"/[\w ./:=@+,-]*", str(path)):
-            raise click.UsageError(
-                f"a unit needs absolute paths of letters, digits and ' ./:=@+,-', "
-                f"not {str(path)!r}"
-            )
+    paths = [root, folder, *filter(None, [metrics])]
+    for path in paths:
+        _check_unit_path(str(path))
     writable = [str(root), *([str(metrics.parent)] if metrics else [])]
     if "/run" in writable:  # the unit makes it read-only, and that would win
         raise click.UsageError("units may write to folders in /run, not to /run itself")
@@ -149,3 +149,45 @@ def service(context: click.Context, user: str, arguments: tuple[str, ...]) -> No
     unit = resources.files("edge_runtime") / "dpu-edge-agent.service"
     text = unit.read_text(encoding="utf-8")
     print(re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], text), end="")
+    for warning in _unit_warnings(user, root, paths):
+        say(f"warning: {warning}")
+
+
+def _check_unit_path(path: str) -> None:
+    if not re.fullmatch(r"/[\w ./:=@+,-]*", path):
+        raise click.UsageError(
+            f"a unit needs absolute paths of letters, digits and ' ./:=@+,-', "
+            f"not {path!r}"
+        )
+    # systemd leaves such a line out, and the agent could not write to its store then.
+    plain = os.path.normpath("/" + path.lstrip("/"))
+    if path != plain:
+        raise click.UsageError(
+            f"systemd ignores paths with '..' or '//': write {path!r} as it really is, "
+            f"for example {os.path.realpath(path)!r}"
+        )
+
+
+def _unit_warnings(user: str, root: Path, paths: list[Path]) -> Iterator[str]:
+    """Yield why the unit would not work on this machine; it may be for another one."""
+    for path in paths:
+        for place in PRIVATE_PLACES:
+            if any(
+                Path(p).is_relative_to(place) for p in (path, os.path.realpath(path))
+            ):
+                yield (
+                    f"{path} is below {place}, of which a service has an empty one of "
+                    "its own (PrivateTmp): move it, for example to /var/lib"
+                )
+    if not Path(root / "state.json").exists():
+        yield (
+            f"nothing is installed in {root} here: run 'dpu-edge --store {root} init "
+            "BUNDLE' before the service is started"
+        )
+    try:
+        pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    except (KeyError, OverflowError):
+        yield (
+            f"this machine has no user {user}: make one (useradd --system {user}), or "
+            "give another --user"
+        )

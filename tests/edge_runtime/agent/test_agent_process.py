@@ -319,6 +319,9 @@ def test_a_unit_closes_what_a_strict_system_leaves_open(edge, site):
         (["/a$b"], "absolute paths"),
         (["/in", "--metrics", "x"], "absolute paths"),
         (["/in", "--metrics", "/run/dpu.prom"], "not to /run itself"),
+        (["/srv/x/../in"], "write '/srv/x/../in' as it really is"),
+        (["/in", "--metrics", "/srv/../run/dpu.prom"], "ignores paths with '..'"),
+        (["//srv/in"], "ignores paths with '..' or '//'"),
         (["/in", "--once"], "cron"),
         (["/in", "--user", "pi\nExecStartPre=/bin/evil"], "no user's name"),
         (["/in", "--no-such-option"], "no such option"),
@@ -328,6 +331,28 @@ def test_a_unit_closes_what_a_strict_system_leaves_open(edge, site):
 def test_a_unit_that_would_not_work_is_not_printed(edge, arguments, text):
     code, out, err = edge("service", *arguments)
     assert (code, out, text in err) == (2, "", True)
+
+
+def test_a_store_behind_dots_is_refused_too(command, site):
+    store = site / "in" / ".." / "store"
+    code, out, err = command(main, "--store", store, "service", "/in")
+    assert (code, out, f"for example '{site / 'store'}'" in err) == (2, "", True)
+
+
+def test_what_would_not_work_on_this_machine_is_said(command, site):
+    words = ("--store", "/srv/nowhere", "service", "/srv/in", "--user", "nobody-here")
+    code, out, err = command(main, *words)
+    assert (code, unit_of(out)["User"]) == (0, "nobody-here")
+    assert "nothing is installed in /srv/nowhere" in err
+    assert "no user nobody-here" in err
+    assert "is below" not in err
+    store = site / "store"
+    words = ("--store", store, "service", "/dev/shm/in", "--user", "root")
+    code, _, err = command(main, *words)
+    assert "/dev/shm/in is below /dev/shm" in err
+    assert ("is installed" in err, "no user" in err) == (False, False)
+    if store.is_relative_to("/tmp"):
+        assert f"{store} is below /tmp" in err
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
