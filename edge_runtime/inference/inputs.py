@@ -1,22 +1,27 @@
 """Samples from outside: images, arrays, folders of both, standard input."""
 
 import io
+import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import MALFORMED, ContractError
+from edge_runtime.files import read_bounded
+from edge_runtime.formats.arrays import read_npy, read_npz
 from edge_runtime.formats.contract import InputSpec
+from edge_runtime.limits import limits
 
 ARRAYS = {".npy", ".npz"}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tiff", ".webp"}
+# What Pillow raises for damaged images, as each format has a parser of its own.
+_DAMAGED = (*MALFORMED, OSError, EOFError, SyntaxError, struct.error, zlib.error)
 STDIN = Path("-")
 
 Sample = tuple[str, NDArray[Any]]  # where it comes from, and its raw values
@@ -68,28 +73,36 @@ def in_batches(
 def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
     for path in paths:
         if path == STDIN:
-            yield "-", sys.stdin.buffer.read()
+            most = limits().input_bytes
+            data = sys.stdin.buffer.read(most + 1)
+            if problem := limits().problem("input_bytes", len(data), "standard input"):
+                raise ContractError(problem)
+            yield "-", data
         elif path.is_dir():
             known = ARRAYS | IMAGES
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
             if not found:
                 raise ContractError(f"{path} holds no image, .npy or .npz file")
-            yield from ((str(file), file.read_bytes()) for file in found)
+            yield from ((str(file), _read(file)) for file in found)
         else:
-            yield str(path), path.read_bytes()
+            yield str(path), _read(path)
+
+
+def _read(path: Path) -> bytes:
+    return read_bounded(path, "input_bytes", str(path), ContractError)
 
 
 def _array(name: str, data: bytes) -> NDArray[Any]:
     try:
-        loaded = np.load(io.BytesIO(data), allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        found: NDArray[Any] = loaded["inputs"]
-    except (ValueError, EOFError, KeyError, BadZipFile, zlib.error) as err:
+        if data[:4] != b"PK\x03\x04":
+            return read_npy(data)
+        # As much as the file has, packed or not; a little may be packed well.
+        most = max(limits().golden_bytes, 4 * len(data))
+        return read_npz(data, ["inputs"], limit=most)["inputs"]
+    except (ContractError, KeyError) as err:
         raise ContractError(
             f"{name} is no .npy file, nor an .npz file with an array 'inputs' ({err})"
         ) from err
-    return found
 
 
 def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
@@ -113,8 +126,11 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
     mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(data)) as file:
+            pixels = file.width * file.height  # stated: nothing is unpacked yet
+            if problem := limits().problem("image_pixels", pixels, "it"):
+                raise ValueError(problem)
             image = ImageOps.exif_transpose(file).convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as err:
+    except (*_DAMAGED, Image.DecompressionBombError) as err:
         # Pillow names the buffer that it was given, not the file.
         reason = str(err).partition(" <")[0]
         raise ContractError(f"{name} is no image that can be read ({reason})") from err
