@@ -91,7 +91,7 @@ def _columns(values: Sequence[float]) -> dict[float, float]:
 
 
 def _round_labels(place: dict[float, float], height: float) -> Iterator[str]:
-    every = math.ceil(len(place) / 20)
+    every = math.ceil(len(place) / 14)
     for number, (value, x) in enumerate(place.items()):
         if number % every == 0:
             yield write(x, height - BOTTOM + 18, f"{value:g}", "middle")
@@ -174,7 +174,7 @@ def column_chart(
             f'width="{width:.1f}" height="{bottom - top + 1:.1f}" rx="2">'
             f"<title>{escape(f'{axes[0]} {x:g}: {form(value)}')}</title></rect>"
         )
-        if len(columns) <= 12:
+        if len(columns) <= 8:
             parts.append(write(place[x], top - 6, form(value), "middle"))
     words = ", ".join(f"{axes[0]} {x:g}: {form(value)}" for x, value in columns)
     return draw(title, words, height, parts)

@@ -55,11 +55,11 @@ p { margin: 0 0 16px; color: var(--soft); max-width: 72ch; }
 .facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 section { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 22px 24px; margin: 0 0 20px; }
-figure { margin: 0 0 14px; overflow-x: auto; }
-figcaption { color: var(--soft); font-size: 14px; max-width: 820px;
+figure { margin: 0 0 14px; }
+figcaption { color: var(--soft); font-size: 14px; max-width: 640px;
   margin: 6px auto 0; }
-svg { display: block; width: 100%; height: auto; max-width: 820px;
-  margin: 0 auto; }
+svg { display: block; width: 100%; height: auto; max-width: 640px;
+  margin: 0 auto; overflow: visible; }
 svg text { font: 12px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .axis { fill: var(--soft); font-style: italic; }
@@ -80,6 +80,8 @@ svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
   background: currentColor; margin-right: 7px; vertical-align: -1px; }
 .legend span { color: var(--ink); }
+summary { color: var(--soft); font-size: 14px; cursor: pointer; padding: 6px 0; }
+summary:hover { color: var(--ink); }
 .scroll { overflow: auto; max-height: 430px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; color: var(--soft); font-weight: 500; background: var(--card); }
@@ -94,13 +96,15 @@ th:not(:first-child):not(.number) { padding-left: 14px; }
 footer { color: var(--soft); font-size: 13px; }
 @media (max-width: 640px) { main { padding: 20px 10px; }
   section { padding: 16px 14px; }
-  svg { min-width: 480px; } } /* words stay legible; the figure scrolls */
+  svg text { font-size: 14px; } svg .strong { font-size: 15px; } }
 @media print { body { font-size: 11px; } main { max-width: none; padding: 0; }
   h1 { font-size: 22px; } h2 { font-size: 15px; }
   h2, section > p { break-after: avoid; }
   section { padding: 10px 14px; } figure, tr, .figures { break-inside: avoid; }
   .facts, figcaption, .legend, table { font-size: 10px; }
-  .scroll, figure { overflow: visible; max-height: none; } svg { max-width: 480px; } }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  summary { display: none; }
+  .scroll { overflow: visible; max-height: none; } svg { max-width: 480px; } }
 """
 
 
@@ -153,8 +157,17 @@ def _section(section: Section) -> Iterator[str]:
             yield f"<figcaption>{escape(section.caption)}</figcaption>\n"
         yield "</figure>\n"
     if section.table and section.table.rows:
+        # Where there is no picture, the table is what the section says.
+        yield "<details>" if section.picture else "<details open>"
+        yield f"<summary>Table, {_rows(section.table)}</summary>\n"
         yield from _table(section.table, section.title)
+        yield "</details>\n"
     yield "</section>\n"
+
+
+def _rows(table: Table) -> str:
+    count = len(table.rows)
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _legend(section: Section) -> Iterator[str]:

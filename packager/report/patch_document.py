@@ -34,17 +34,18 @@ def patch_document(record: Record) -> Document:
     figures = [
         (short_bytes(size), "patch"),
         (times(full / size, 1), "smaller than the weights"),
-        (spaced(record["changed"]), "values travel"),
+        (spaced(record["changed"]), "values change"),
     ]
     if "floor" in record and record["floor"]["total"]["ratio"]:
         ratio = record["floor"]["total"]["ratio"]
-        figures.append((times(ratio, 2), "the floor (lower is better)"))
+        figures.append((times(ratio, 2), "of the floor (lower is better)"))
+    signed = bool(record["signed_by"])
     facts = [
         ("model", record["model"]),
         ("parent", record["parent"]),
         ("target", record["target"]),
         ("round", f"{record['round']}, release counter {record['counter']}"),
-        ("signed", f"by {', '.join(record['signed_by']) or 'nobody'}"),
+        ("signed", f"by {', '.join(record['signed_by'])}" if signed else "no"),
         (
             "changed",
             f"{spaced(record['changed'])} values in {record['tensors_changed']} "
@@ -81,12 +82,12 @@ def _parts(record: Record) -> Section:
         kinds = ("index", "values", "dense")
         bars.append(("floor", [(n, PARTS[n], floor[n]["floor_bytes"]) for n in kinds]))
         text = (
-            "Lower is better. Floor: log2 of the ways to choose the changed elements "
-            "of each tensor, and every value at the full bits of its type. Selections "
-            "are clustered and exponents are predictable, so a good patch is below 1. "
-            "The total's ratio leaves the header out. Dense: tensors of which more "
-            "than half travels; their values share sections with the others, and bytes "
-            "are split by what each puts in."
+            "Lower is better. The floor is what the changes would take if nothing "
+            "about them could be foreseen: for each tensor the bits that tell which of "
+            "its elements change, and every changed value in full. A good patch is "
+            "smaller, because changes lie close together and values resemble each "
+            "other. Index: which elements change. Dense: tensors of which more than "
+            "half changes. The total is compared without the header."
         )
     legend = [(PARTS[name], name) for name in PARTS if parts[name]]
     picture = stacked_bars("Where the bytes of the patch go", bars, short_bytes)
@@ -108,7 +109,8 @@ def _sections(record: Record) -> Section:
         for s in record["sections"]
     ]
     columns = ["section", "packed", "raw", "<encoding"]
-    return Section("Sections of the file", "", Table(columns, rows))
+    text = "Bytes of each section, as the patch format names them."
+    return Section("Sections of the file", text, Table(columns, rows))
 
 
 def link_section(record: Record, what: str) -> Section:
@@ -126,8 +128,8 @@ def link_section(record: Record, what: str) -> Section:
         for link in links
     ]
     text = (
-        "Downlink, best case: nothing lost, nobody else on the air, no retransmission; "
-        "duty cycles are counted in."
+        "The best case for one device: nothing is lost, and nobody else sends. Pauses "
+        "that a sender has to keep are included."
     )
     columns = ["link", "messages", "time", "full weights", "payload rate", "<assumed"]
     picture = ""
@@ -169,7 +171,7 @@ def tensor_section(tensors: Sequence[Record], total: int) -> Section:
         columns.append("moved by")
     text = f"{len(found)} of {len(tensors)} tensors change."
     if moved:
-        text += " Moved by: length of the change, relative to the tensor's own length."
+        text += " Moved by: length of the change as a share of the tensor's own length."
     picture = caption = ""
     drawn = sorted(found, key=lambda tensor: -tensor["changed"])[:STRIPS]
     if drawn:

@@ -13,6 +13,14 @@ from packager.report.words import natural, percent, short_bytes, spaced, times
 Record = dict[str, Any]
 DENSE = "dense part"
 ROUNDS = "round"
+# What the bytes of a round are the size of.
+SOURCES = {
+    "patch file": "its patch file",
+    "packed now": "a patch packed for this report",
+    "weight file": "its weight file",
+    "nothing": "nothing to send",
+    "not packable": "cannot be packed",
+}
 
 
 def run_document(record: Record) -> Document:
@@ -32,8 +40,9 @@ def run_document(record: Record) -> Document:
             f"{len(record['rounds'])}, {record['patches']} of them sent a patch",
         ),
         ("method", _method(record["rounds"][-1])),
-        ("beside", ", ".join(other["path"] for other in record["beside"]) or "nothing"),
     ]
+    if others := ", ".join(other["path"] for other in record["beside"]):
+        facts.append(("compared with", others))
     kept = [section for section in sections if section is not None]
     return Document(f"Run {record['run']}", _figures(record), facts, kept)
 
@@ -63,8 +72,8 @@ def _figures(record: Record) -> list[tuple[str, str]]:
 
 def _label(entry: Record) -> str:
     if entry["outcome"] == "kept_base":
-        return "kept its base"
-    return "re-initialised" if entry.get("reinitialised") else "updated"
+        return "no update"
+    return "began anew" if entry.get("reinitialised") else "updated"
 
 
 def _accuracy(record: Record) -> Section | None:
@@ -105,8 +114,9 @@ def _accuracy(record: Record) -> Section | None:
         form=lambda y: f"{y:.3g} %",
     )
     caption = (
-        "Solid: test; dashed: validation. A ring is a round that kept its base and "
-        "sent nothing, a diamond one that began again from the init weights."
+        "Solid: test samples; dashed: validation samples. A ring is a round without an "
+        "update: it got no better, and nothing was sent. A diamond is a round that "
+        "began anew from the init weights."
     )
     legend = [(colour, name) for name, _, colour in runs]
     table = Table(columns, rows)
@@ -114,9 +124,7 @@ def _accuracy(record: Record) -> Section | None:
 
 
 def _symbol(entry: Record) -> str:
-    return {"kept its base": "ring", "re-initialised": "diamond"}.get(
-        _label(entry), "dot"
-    )
+    return {"no update": "ring", "began anew": "diamond"}.get(_label(entry), "dot")
 
 
 def _share(value: float | None) -> str:
@@ -142,7 +150,7 @@ def _bytes(record: Record) -> Section:
                 spaced(sum(t["changed"] for t in tensors if t["dense"]))
                 if tensors
                 else "-",
-                e["bytes_from"],
+                SOURCES.get(e["bytes_from"], e["bytes_from"]),
             ]
         )
     columns = [
@@ -151,12 +159,13 @@ def _bytes(record: Record) -> Section:
         "so far",
         "of the weights",
         "weights changed",
-        "dense values",
-        "<counted",
+        DENSE,
+        "<size of",
     ]
     text = (
-        "Lower is better. What one device downloads; the first round's patch comes in "
-        "its bundle. A round without a patch file beside it is packed to be counted."
+        "What one device downloads; lower is better. The first round's patch is part "
+        "of the bundle that the device is installed from. The dense part is all biases "
+        "and normalisation values."
     )
     picture = column_chart(
         "Bytes of each round's patch",
@@ -199,11 +208,12 @@ def _cumulative(record: Record) -> Section | None:
     columns = ["", "after the last round", "times smaller than full weights"]
     legend = [(line.colour, line.name) for line in lines]
     text = (
-        "A round of full updating counts as its weight file: that would be sent. A "
-        "round that kept its base sends nothing either way."
+        "A round that trained every weight is counted with its whole weight file, "
+        "which would have to be sent. A round without an update sends nothing in any "
+        "case."
     )
     table = Table(columns, rows)
-    caption = "The scale is logarithmic."
+    caption = "Each step up is ten times as much."
     return Section("Bytes so far", text, table, picture, caption, legend)
 
 
@@ -230,7 +240,7 @@ def _shares(record: Record) -> Section | None:
         "bias and normalisation value together."
     )
     table = Table(["layer", *columns], rows)
-    caption = "The colour is logarithmic; rounds are columns."
+    caption = "A column is a round; the stronger the colour, the larger the share."
     return Section("What changes, layer by layer", text, table, picture, caption)
 
 
@@ -284,8 +294,9 @@ def _overlap(record: Record) -> Section | None:
     rows = [[name, *(_percent(value) for value in values)] for name, values in grid]
     pairs = [chance[i][j] for i in range(len(rounds)) for j in range(i)]
     text = (
-        "Of the smaller of two selections, the share that is in the other too. Random "
-        f"selections of these sizes would share {_percent(sum(pairs) / len(pairs))}."
+        "How many of the weights that one round selected another round selected too, "
+        "as a share of the smaller of the two selections. Choosing at random would "
+        f"give {_percent(sum(pairs) / len(pairs))}."
     )
     table = Table(["", *names], rows)
-    return Section("Selection overlap", text, table, picture)
+    return Section("Weights that are selected again", text, table, picture)

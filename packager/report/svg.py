@@ -12,7 +12,8 @@ from html import escape
 
 from edge_runtime.streams import utf8
 
-WIDTH, RIGHT = 640, 16
+# Narrow, so that words are legible where a phone shows the whole picture.
+WIDTH, RIGHT = 480, 16
 LEVELS = 8  # steps of the heat map's colour
 Format = Callable[[float], str]
 
@@ -76,7 +77,7 @@ def heat_map(
         log: Whether equal steps of the colour are equal factors.
     """
     longest = max(len(name) for name, _ in rows)
-    left = min(300, 16 + 6.6 * longest)
+    left = min(190, 16 + 6.6 * longest)
     count = max(len(values) for _, values in rows)
     width = (WIDTH - left - 4) / count
     width = min(width, 64) if columns else width

@@ -153,7 +153,7 @@ def test_a_report_of_a_run_is_a_page_in_its_folder(run, packed, new_run, command
         assert (code, err) == (0, f"wrote {run.path / 'report.html'}\n")
     text = (run.path / "report.html").read_text()
     assert "Run tiny" in text
-    assert "Selection overlap" in text
+    assert "Weights that are selected again" in text
     record = json.loads(command(patch, "report", "tiny", "--json")[1])
     assert [entry["round"] for entry in record["rounds"]] == [0, 1]
     assert command(patch, "report", "tiny", "--md")[1].startswith("## Run tiny\n")

@@ -1,5 +1,6 @@
 """Text, Markdown and pages of documents; charts in them."""
 
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -8,7 +9,7 @@ import pytest
 from packager.report.curves import Series, column_chart, line_chart
 from packager.report.document import Document, Section, Table, to_markdown, to_text
 from packager.report.html import to_html
-from packager.report.svg import dumbbells, heat_level, heat_map, stacked_bars
+from packager.report.svg import WIDTH, dumbbells, heat_level, heat_map, stacked_bars
 from packager.report.words import short_bytes
 
 EVIL = "<script>alert('x')</script> | & \"quoted\" `code` *"
@@ -192,3 +193,26 @@ def test_colours_are_zero_for_nothing_and_full_for_the_largest():
         levels = [heat_level(10**-n, log=log) for n in range(12)]
         assert levels == sorted(levels, reverse=True)
         assert min(levels) == 1
+
+
+def test_a_picture_is_as_narrow_as_the_screen_and_its_words_stay_large(document):
+    page = to_html(document)
+    assert "min-width: 480px" not in page  # the page scrolled sideways on a phone
+    assert f'viewBox="0 0 {WIDTH} ' in page
+    assert "width: 100%" in page
+    # 390 points less the margins of page and card, for WIDTH units of 14 a letter.
+    (size,) = re.findall(
+        r"max-width: 640px\).*?svg text { font-size: (\d+)px", page, re.S
+    )
+    assert int(size) * (390 - 2 * 10 - 2 * 15) / WIDTH > 9
+
+
+def test_tables_wait_behind_their_pictures_and_are_open_where_they_are_alone():
+    table = Table(["name", "n"], [["a", "1"], ["b", "2"]])
+    drawn = Section("Drawn", "", table, picture="<svg></svg>")
+    page = to_html(Document("A", sections=[drawn, Section("Alone", "", table)]))
+    first, second = page.split("<h2>")[1:]
+    assert "<details><summary>Table, 2 rows</summary>" in first
+    assert "<details open>" in second
+    assert page.count("</details>") == 2
+    assert "details::details-content { content-visibility: visible" in page  # printed

@@ -6,6 +6,7 @@ import pytest
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import list_rounds
 from packager.build import pack_round
+from packager.report.document import to_text
 from packager.report.run_document import run_document
 from packager.report.run_record import overlap_record, run_record
 from packager.rounds.folder import read_round
@@ -167,7 +168,7 @@ def test_the_report_tells_all_of_it(history, full):
         "Bytes per round",
         "Bytes so far",
         "What changes, layer by layer",
-        "Selection overlap",
+        "Weights that are selected again",
         "Time on thin links",
     ]
     accuracy = sections["Accuracy"].table
@@ -175,8 +176,8 @@ def test_the_report_tells_all_of_it(history, full):
     assert [row[2] for row in accuracy.rows] == [
         "updated",
         "updated",
-        "kept its base",
-        "re-initialised",
+        "no update",
+        "began anew",
         "updated",
     ]
     layers = sections["What changes, layer by layer"].table
@@ -209,3 +210,12 @@ def test_a_run_that_sent_nothing_still_has_a_report(new_run):
 
 def test_the_record_is_plain_data(history, full):
     json.dumps(run_record(history.path, [full.path]), allow_nan=False)
+
+
+def test_a_report_says_what_it_means_in_plain_words(history):
+    document = run_document(run_record(history.path))
+    assert "compared with" not in dict(document.facts)  # there is nothing to compare
+    text = to_text(document)
+    for riddle in ("beside", "packed now", "kept its base", "re-init"):
+        assert riddle not in text
+    assert "a patch packed for this report" in text
