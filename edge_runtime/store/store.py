@@ -507,7 +507,9 @@ class Store:
         link = self.root / "current"
         if link.is_symlink() and str(link.readlink()) == wanted:
             return set()
-        if link.exists() and not link.is_symlink():
+        if link.is_dir() and not link.is_symlink():
+            if strangers(link, {GRAPH_NAME, WEIGHTS_NAME}):
+                return set()  # somebody's folder
             # A copy of the slot, as 'cp -rL' makes it of a link: it would never move.
             old = self.root / _OLD_CURRENT
             self.files.remove(old)

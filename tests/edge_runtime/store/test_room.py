@@ -245,6 +245,15 @@ def test_current_leads_to_the_active_weights_again_after_a_copy(copied):
     insist(copied, world.weights(4).fingerprint)
 
 
+def test_a_folder_of_somebodys_that_is_called_current_stays(copied):
+    mine = copied.store.root / "current" / "thesis.txt"
+    mine.write_text("mine")
+    copied.update(world.next_patch(copied.store.state))
+    assert mine.read_text() == "mine"
+    with pytest.raises(StoreError, match="current"):
+        copied.verify()
+
+
 def test_a_copy_of_current_that_is_out_of_date_is_told(copied):
     path = copied.store.root / "current" / "weights.safetensors"
     path.write_bytes(bytes(world.weights(0).data))
