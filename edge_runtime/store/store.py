@@ -48,7 +48,6 @@ from edge_runtime.formats.weights import (
     fingerprint_chunks,
     fingerprint_file,
     read_chunks,
-    read_layout,
 )
 from edge_runtime.store.admission import unknown_parent
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
@@ -304,6 +303,17 @@ class Store:
             return read_chunks(self.slot_folder(parent) / WEIGHTS_NAME)
         return self.recipe.chunks()
 
+    def _hashed(self, path: Path) -> tuple[str, bytes]:
+        """Return a weight file's SHA-256 and its header, of one reading."""
+        size, head = len(self.layout.header), bytearray()
+
+        def seen() -> Iterator[memoryview]:
+            for chunk in read_chunks(path):
+                head.extend(chunk[: max(0, size - len(head))])
+                yield chunk
+
+        return fingerprint_chunks(seen()), bytes(head)
+
     def check_slot(self, target: str) -> Path:
         """Hash a slot's weight file, look at its header and graph; return its folder.
 
@@ -313,9 +323,7 @@ class Store:
         folder = self.slot_folder(target)
         path = folder / WEIGHTS_NAME
         try:
-            actual = fingerprint_file(path)
-            with open(path, "rb") as file:
-                header = read_layout(file).header if actual == target else b""
+            actual, header = self._hashed(path)
             graph = (folder / GRAPH_NAME).read_bytes()
         except OSError as err:
             raise StoreError(f"the slot {target[:12]} cannot be read: {err}") from err

@@ -23,7 +23,12 @@ from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.contract import InputSpec
 from edge_runtime.formats.frames import frame_size
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
-from edge_runtime.formats.weights import make_layout, parse_layout, read_weights
+from edge_runtime.formats.weights import (
+    make_layout,
+    parse_layout,
+    read_chunks,
+    read_weights,
+)
 from edge_runtime.inference.inputs import read_samples
 from edge_runtime.limits import limits
 from edge_runtime.live.entries import Entry, Status, read_entries
@@ -248,3 +253,18 @@ def test_damaged_inputs_are_refused_by_their_name(tmp_path, name):
         path.write_bytes(data)
     with pytest.raises(ContractError, match=name):
         list(read_samples([path], SPEC))
+
+
+def test_a_slot_is_read_once_for_its_hash_and_its_header(store, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "edge_runtime.store.store.read_chunks",
+        lambda path: opened.append(path) or read_chunks(path),
+    )
+    folder = store.check_slot(store.state.active)
+    assert opened == [folder / "weights.safetensors"]
+    monkeypatch.setattr(
+        "edge_runtime.store.store.read_chunks", lambda _: [memoryview(b"other")]
+    )
+    with pytest.raises(StoreError, match="is damaged: its SHA-256"):
+        store.check_slot(store.state.active)
