@@ -169,7 +169,7 @@ def status(device: "Device") -> Answer:
         f"round          {record['round']}",
         f"fingerprint    {record['fingerprint']}",
         f"model          {record['model']}",
-        f"run            {device.store.run or 'without an id'}",
+        f"trained in     {device.store.run or 'a run without an id'}",
         f"weights        {printable(record['weights'])} "
         f"({record['weights_bytes']} bytes)",
         f"release floor  {record['release_floor']}",
