@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import ContractError, StoreError, TrialError
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import (
     Contract,
@@ -53,7 +53,7 @@ from packager.build import (
 from packager.bundles.from_round import PackedBundle
 from packager.diff import diff
 from packager.models.read import Model, header_between
-from packager.rounds.golden import with_outputs
+from packager.rounds.golden import run_golden, with_outputs
 from packager.signing import carried_keys, sign
 from packager.zip_file import encode_bundle
 
@@ -216,6 +216,43 @@ def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
         shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return {"name": value.name, "dtype": dtype, "shape": shape}
+
+
+# Before a patch leaves ---------------------------------------------------------------
+
+
+def check_answers(base: Model, target: Model) -> str:
+    """Run a patch's target on made-up inputs, as a trial runs it on golden ones.
+
+    Args:
+        base: What devices hold; where its own answers are no good, they tell nothing.
+        target: What they shall hold.
+
+    Returns:
+        Why nothing could be told; empty if it was run and is good.
+
+    Raises:
+        TrialError: Devices would refuse the target.
+    """
+    try:
+        _run_made_up(target)
+    except (ContractError, StoreError) as err:
+        return str(err)
+    except TrialError as err:
+        try:
+            _run_made_up(base)
+        except TrialError:
+            return f"{err}; so does {base.path.name}"
+        raise
+    return ""
+
+
+def _run_made_up(model: Model) -> None:
+    text = make_contract(model)
+    inputs = made_up(_only_input(model, parse_contract(text)))
+    golden = _npz({"inputs": inputs})
+    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text, GOLDEN_NAME: golden}
+    run_golden(files, model.weights)
 
 
 # Golden inputs -----------------------------------------------------------------------

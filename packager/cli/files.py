@@ -121,6 +121,11 @@ def _patch(
 
     counter = 1 if options["counter"] is None else options["counter"]
     packed = pack_models(base, target, **options | {"counter": counter})
+    if packed and target.graph:
+        from packager.bundles.from_model import check_answers
+
+        if reason := check_answers(base, target):
+            say(f"its answers were not looked at: {reason}")
     return packed, packed.data if packed else b""
 
 

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ContractError, RoundError, TrialError
+from edge_runtime.errors import (
+    ContractError,
+    DpuError,
+    RoundError,
+    StoreError,
+    TrialError,
+)
 from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.model_folder import (
@@ -101,7 +107,13 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
         (slot / GRAPH_NAME).write_bytes(files[GRAPH_NAME])
         (slot / WEIGHTS_NAME).write_bytes(weights.data)
         predictor = Predictor(slot, contract)
-        outputs, again = (predictor.predict_all(inputs) for _ in range(2))
+        try:
+            outputs, again = (predictor.predict_all(inputs) for _ in range(2))
+        except DpuError:
+            raise
+        except Exception as err:
+            # ONNX Runtime's own exceptions share no base but this one.
+            raise StoreError(f"the graph cannot be run on its inputs: {err}") from err
     answers = first_output(outputs).argmax(axis=-1)
     if labels is None:
         # What is no classifier has no answer; any label of the right length will do.

@@ -574,6 +574,26 @@ def test_a_device_takes_what_a_second_output_may_be(tmp_path, nodes, options, ke
     assert Device.install(tmp_path / "store", bundle.data).verify()
 
 
+def test_a_patch_to_a_second_output_that_is_not_finite_does_not_leave(
+    tmp_path, command
+):
+    def save(name, slope):
+        model = make_model(arrays_of(slope=np.array(slope, "f4")))
+        model.graph.node.append(node("Div", "slope", "slope", "z"))
+        value = helper.make_tensor_value_info("z", TensorProto.FLOAT, [])
+        model.graph.output.append(value)
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    good, better, bad = (save(f"{n}.onnx", n / 4) for n in (2, 1, 0))
+    assert command(pack, "--base", good, "--target", better)[0] == 0
+    code, out, err = command(pack, "--base", good, "--target", bad)
+    assert (code, out) == (5, "")
+    assert "not finite (output 2 of 2)" in " ".join(err.split())
+    assert not (tmp_path / "0.dpu").exists()
+    assert command(pack, "--base", bad, "--target", good)[0] == 0
+
+
 def test_golden_inputs_that_devices_would_not_unpack_are_refused(old, tmp_path):
     np.savez_compressed(tmp_path / "g.npz", inputs=np.zeros((3 << 20, 6), "f4"))
     with pytest.raises(ContractError, match="fewer samples"):
