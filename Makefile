@@ -30,6 +30,7 @@ lint: $(STAMPS)/dev  ## Linter and type checker alone.
 	$(BIN)/python -m tools.code_lines --check
 
 format: $(STAMPS)/dev  ## Sources in the project's form.
+	$(BIN)/python -m tools.licence_line
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """API pages from the sources alone: ``.. public:: edge_runtime``, and names below it.
 
 The public names of a package are those that its ``__init__`` imports for type

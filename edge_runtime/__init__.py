@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs on a device: patches, the store, inference.
 
 It imports the standard library, NumPy, zstandard, click and cryptography; ONNX Runtime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-edge``, also as ``python -m edge_runtime``; where all commands begin."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every command of this project shares: exit codes, ``--json``, error messages.
 
 Data goes to standard output, everything else to standard error. With ``--json`` a

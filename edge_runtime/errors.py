@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every error this project raises on purpose.
 
 One tree, so that a caller can catch as much or as little as needed::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one seam between a store and the disk.
 
 Every change that a store makes to its files goes through the primitive operations

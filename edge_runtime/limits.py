@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What readers accept at most: one table, looked at before the work is done.
 
 A file of a few kilobytes must not take the machine, whoever sent it. The limits are far

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text and file names in every locale, and standard streams that fail no command.
 
 A stream may be closed, may have no reader any more, and may have an encoding in which

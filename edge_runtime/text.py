@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One way to show text that somebody else chose.
 
 File names, names in a graph or a weight file, what a program said: whoever chose them

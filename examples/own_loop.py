@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Your own network, optimizer and loop, with three lines of ours around them.
 
     python examples/own_loop.py --runs runs

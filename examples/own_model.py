@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Your own network and data for ``dpu-train``: two functions that a recipe names.
 
     cd examples && dpu-train run own_model.toml

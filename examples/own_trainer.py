@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trainer of one's own: round folders from NumPy, without ours and without torch.
 
     python examples/own_trainer.py --runs runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From round folders to patch files, each proved before it gets its name.
 
 May import ``edge_runtime``, and ``onnx`` to check a graph; never torch. How a round

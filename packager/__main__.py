@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-pack``, also as ``python -m packager``, and ``dpu-patch``."""
 
 from edge_runtime.__main__ import start

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes -> a finished, proven patch.
 
 No patch leaves this module unproven: its bytes are opened, applied to the base and

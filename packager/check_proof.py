@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judge a device's proof: does it hold, and run, exactly the server's weights?
 
 A proof is untrusted input. Nothing but numbers and hex digits of it is ever printed.

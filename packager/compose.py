@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several patches -> one: for a device that missed some of them.
 
 The result does what the patches do one after another, and costs less than their sum:

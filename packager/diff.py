@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two weight files -> which elements differ.
 
 Compared as bits, because comparing floats as numbers loses -0.0 and NaN payloads.

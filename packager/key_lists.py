@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Key lists: made, changed, and signed by several people one after the other.
 
 Devices read them with :mod:`edge_runtime.trust`, which says what a list is. A list is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger of a run's releases: ``runs/NAME/releases.jsonl``.
 
 One JSON object a line, the oldest first: release counter, target, parent, who signed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished patch or bundle says of itself: for whom, and signed by whom."""
 
 import io

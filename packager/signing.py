@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signing keys, and what they sign: patches and bundles.
 
 Devices verify with :mod:`edge_runtime.formats.signing`; private keys never come near

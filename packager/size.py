@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large a patch will be, for whoever has to stay below a limit.
 
 A trainer with a budget is given this function; it need not know any more of packing.

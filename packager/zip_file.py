@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the zip file of a bundle.
 
 :mod:`edge_runtime.formats.bundle` says what is in it.

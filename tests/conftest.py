@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings for all tests, and real round folders of a tiny network, written as the
 contract in docs/round-folder.md says and by no code of the trainer."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Count code lines (without comments, docstrings, blank lines); hold the budgets.
 
     python -m tools.code_lines --check

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole path on real data: train, pack, apply, verify, infer.
 
     python -m tools.demo

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Install with pip, and show in few lines what it fetches: it may be gigabytes.
 
     python -m tools.install --constraint constraints.txt --editable '.[train]'

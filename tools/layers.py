@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hold the floors: no import runs upward, none runs in a circle.
 
     python -m tools.layers --check

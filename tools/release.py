@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A release, as somebody else will get it: built, checked, installed elsewhere.
 
     make release

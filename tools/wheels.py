@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our wheel, and everything a board needs to install it without a network.
 
     python -m tools.wheels

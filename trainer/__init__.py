@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train networks whose updates are small: Deep Partial Updating.
 
 From a recipe to round folders (this is what ``dpu-train run digits`` does)::

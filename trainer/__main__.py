@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-train``, also as ``python -m trainer``."""
 
 from edge_runtime.__main__ import start

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run in TensorBoard, through the callbacks of ``run_rounds``.
 
 ::

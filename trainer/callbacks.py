@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: ARG002 - the arguments are those that the libraries pass
 """Partial updating in Lightning and in the Hugging Face Trainer, as a callback.
 

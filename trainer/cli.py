@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-train``: run recipes, list them, check them.
 
 torch is imported inside the commands, so that ``--help`` and completion answer at once.

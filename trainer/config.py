@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: TOML files that say everything about a run.
 
 A recipe is read into frozen dataclasses, one a section. Unknown keys are errors, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run in several processes: ``torchrun --nproc-per-node 4 -m trainer run RECIPE``.
 
 Every process draws the same global batches and trains on its share of each;

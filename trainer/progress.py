@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress on standard error: a bar on a terminal, else one line a round."""
 
 import sys

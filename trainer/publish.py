@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round folders from your own training loop, without a recipe.
 
 :func:`start_run` once; then train however you like, and :func:`publish_round` after

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent: keeps a device at the newest release that a folder of patches leads to.
 
 It looks at the folder and at the store, decides (:mod:`edge_runtime.agent.plan`) and

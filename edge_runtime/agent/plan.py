@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which patches lead a device to the newest release. No I/O.
 
 The rules are in :mod:`edge_runtime.store.admission`; here is only what follows from

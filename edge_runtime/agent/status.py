@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the agent tells: a status file, the same as metrics, and words for systemd."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-edge agent`` and ``dpu-edge service``."""
 
 import json

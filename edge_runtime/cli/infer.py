@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-edge infer`` and ``dpu-edge bench``."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-edge``: the device's command line."""
 
 from collections.abc import Iterator

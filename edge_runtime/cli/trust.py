@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-edge trust``: whose releases this device takes, and how that changes."""
 
 from pathlib import Path

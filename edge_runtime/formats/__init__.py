@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes to values and back: an attacker's bytes end here.
 
 Every file format of the device: weight files, patches, bundles, contracts, init

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From base weights and a patch to target weights: what the bytes must prove, no I/O.
 
 The rules, in order:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays in NumPy's files, read within limits that are checked before the work.
 
 ``numpy.load`` believes what a file says of itself: 2 MB of zeros that somebody packed

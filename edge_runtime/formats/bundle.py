@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a new device is installed from: one uncompressed zip file.
 
 ::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file that gives the bytes that were hashed, or none.
 
 A patch is larger than a small board's memory may be, so it is read twice: once for its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes into a model and what comes out: ``contract.json``. No I/O.
 
 Both directions stand side by side: :func:`encode_contract` and :func:`parse_contract`.

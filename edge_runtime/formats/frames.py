@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One section of a patch: stored as it is, or one zstd frame; both directions.
 
 Readers hand out its bytes in pieces, so that the memory needed to apply a patch does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The header of a patch: fixed size, little-endian, nothing decompressed to read it."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which network and which run a patch belongs to: the ``model`` of its header.
 
 Two runs of one recipe train the same network, often from the same init weights, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Init weights: what training started from, regenerated on a device from a seed.
 
 Each tensor is one of three kinds: ``uniform`` (from the seed), ``constant``, or

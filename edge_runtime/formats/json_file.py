@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one reader of JSON: bounded, and typed field by field.
 
 Whoever wrote a file may have written anything. So size, number of values and depth are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a run: every name of ``model/`` and of the round folders, once.
 
 Trainer, packager and device meet in these names; ``docs/round-folder.md`` says what is

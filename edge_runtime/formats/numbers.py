@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers as symbols and bits: both directions side by side.
 
 Every decoder reads from :class:`SectionReader` objects in bounded pieces, so that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patch file: header, signature block, and a body of sections.
 
 Reading is in steps, cheapest refusal first, and needs no more memory for a large patch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions as numbers: which elements travel, both directions side by side.
 
 Every decoder reads in bounded pieces, so that the memory needed to apply a patch does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The body of a patch: a table of sections, and the sections, each one stream of bytes.
 
 What a section looks like is in :mod:`edge_runtime.formats.frames`. FORMAT.md is the

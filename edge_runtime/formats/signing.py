@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ed25519 signatures over the exact bytes of a patch header or a bundle manifest.
 
 What is signed is never the bare message: a context and the message go in together, each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The line on which values are steps from the base, and how a group is written.
 
 Training moves the small and the large weights of a tensor about equally far, so a new

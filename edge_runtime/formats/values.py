@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """New values as steps on a line, and whole bytes: both directions side by side.
 
 What the steps are is in :mod:`edge_runtime.formats.value_line`. FORMAT.md is the

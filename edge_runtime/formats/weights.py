@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight file: one canonical safetensors file for each set of weights.
 
 Equal weights are equal bytes, so ``sha256sum weights.safetensors`` is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast a model answers here, beside ONNX Runtime alone on the same weights."""
 
 import time

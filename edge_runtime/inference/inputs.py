@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples from outside: images, arrays, folders of both, standard input."""
 
 import io

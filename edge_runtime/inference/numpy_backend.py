@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inference with NumPy alone: for boards without ONNX Runtime, and a second opinion.
 
 It reads ``graph.onnx`` with the few lines of protobuf that this takes and maps the

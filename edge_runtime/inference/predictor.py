@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inference: a slot becomes a session, and sessions change between two calls.
 
 ``onnxruntime`` is imported when the first session is made, not before. Where it cannot

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What running programs answer with: predictors that follow the store, and proofs."""

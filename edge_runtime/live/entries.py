@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every live predictor tells in ``STORE/live`` what its session was made from.
 
 One file each, which its process keeps locked (``flock``) as long as the predictor

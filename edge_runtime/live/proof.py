@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proofs: what a device holds and runs, in answer to a server's nonce, signed.
 
 A proof is one JSON object in canonical form: keys sorted, no spaces, ASCII, no floats.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A predictor that keeps up with its store, whichever process installs the updates."""
 
 import logging

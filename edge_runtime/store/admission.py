@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which patches a store may apply: every rule, in one place. No I/O.
 
 Each function takes what the store knows (:class:`edge_runtime.store.state.State`) and

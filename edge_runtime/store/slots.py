@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How slots come and go: patches make one, others make room for it.
 
 What a store gives up, in this order: kept slots, the oldest first, and then the reverse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a store knows, as plain data; which patches it admits is in admission.py.
 
 No I/O but a look at the clock, for the history.

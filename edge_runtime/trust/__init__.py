@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Key lists: whose releases a device takes, replaced and revoked without a visit."""
 
 from edge_runtime.trust.keylist import KeyList, Listed

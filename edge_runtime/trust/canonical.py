@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Canonical JSON as OLPC defines it: the bytes over which a key list is signed."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a store keeps of its key lists, as plain data, and what time it is there.
 
 A small board may have no clock that runs without power. So two things together say what

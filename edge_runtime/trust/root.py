@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The key list as a file: root metadata of The Update Framework (TUF), version 1.0.
 
 ::

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which key list may follow which. No I/O and no clock: times are given.
 
 *Expired* is a list from its ``expires`` on. What counts is when something was signed,

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """One update from patch to commit: admission, trial, hooks, rollback."""

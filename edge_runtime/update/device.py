@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device: a store, and the rules by which it moves from one round to the next.
 
 Example::

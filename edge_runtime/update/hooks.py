@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks: the owner's own programs, run before and after the weights change.
 
 ``STORE/hooks/before-apply.d`` may refuse an update (stop a service, check a battery);

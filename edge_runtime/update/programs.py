@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs that a device starts: the owner's hooks, and this project's own code.
 
 Python, started in the usual way, runs code of others: ``python -m`` looks for every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trial session: new weights prove themselves before they become active.
 
 It runs in a process of its own (:mod:`edge_runtime.update.trial_process`), so that a

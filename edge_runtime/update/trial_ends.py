@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a trial's process ends, and whose fault that is.
 
 Only :data:`VERDICT` blames the weights. What this device cannot do (no memory, no file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The process that a trial runs in: :func:`main` judges a slot and ends with a code.
 
 It ends with its parent, and the model runs under limits. With what it ends says who is

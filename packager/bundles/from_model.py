@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """First installation of a model from anybody: from one ONNX file to a bundle.
 
 The file's weights become the init weights, stored in the bundle: a device keeps them,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bundle: what a new device is installed from, in one reproducible zip file.
 
 It holds no weights: a device regenerates the init weights and applies the patch that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-patch check-proof``: is a device's proof about the server's weights?"""
 
 from dataclasses import asdict

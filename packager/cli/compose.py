@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-patch compose``: several patches become one."""
 
 from contextlib import ExitStack

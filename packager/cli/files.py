@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-pack --base FILE``: two files of one network, or one for a new device."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence

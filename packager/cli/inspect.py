@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of ``dpu-patch`` that look inside patches, runs and models.
 
 Everything heavy is imported inside the commands.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys on the command line: ``dpu-patch keygen``, ``dpu-patch sign``, ``--sign``."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-pack`` makes patches and bundles, ``dpu-patch`` looks at them and signs them.
 
 Everything heavy is imported inside the commands, so that ``--help`` and completion

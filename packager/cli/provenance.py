@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-patch provenance``: what a release is, in formats of public tools."""
 
 from collections.abc import Iterator, Sequence

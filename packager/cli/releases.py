@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-patch releases``: what a run gave to devices, and who signed it."""
 
 from pathlib import Path

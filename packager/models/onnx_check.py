@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does the graph read its weights from where the weight file has them?
 
 A wrong offset gives a network that runs and is wrong, on every device; so the graph is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An ONNX file -> a graph without weights, and a weight file that it reads.
 
 What is a weight? Every initializer of a number type that networks learn in or are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models from anybody: an ONNX or safetensors file becomes weights and a graph.
 
 A device holds a graph without weights and one canonical weight file. Both are made

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A safetensors file of anybody -> a canonical weight file.
 
 The rules are those of the reference library: what it refuses is refused here. The two

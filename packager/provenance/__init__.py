@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Provenance in public formats: what a release is, signed, for anybody's tools."""
 
 from packager.provenance.check import Part, check_provenance

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bill of materials: CycloneDX 1.6, a machine-learning model with its model card.
 
 Serial number and order come from the release itself, so that the same release gives the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check the provenance of a release against the release as it is here."""
 
 import hashlib

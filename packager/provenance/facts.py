@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of a release: from its files, and from nothing else.
 
 A round folder says most: ``round.json`` states how its weights came to be. A bundle and

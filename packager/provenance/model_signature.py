@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signatures of the OpenSSF Model Signing tool, by its own library (``model-signing``).
 
 It signs each file of a folder, or one file, with a key on a NIST curve; Ed25519 is not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The in-toto statement: a SLSA provenance, in an envelope that release keys sign.
 
 Statement v1, predicate ``https://slsa.dev/provenance/v1``, DSSE v1. Ed25519 is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the provenance of a release: three files, bound to the same SHA-256."""
 
 import hashlib

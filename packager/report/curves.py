@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Charts with axes over whole numbers such as rounds: lines and columns."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report before it is text, Markdown or a page: figures, facts, tables, pictures."""
 
 from collections.abc import Iterator, Sequence

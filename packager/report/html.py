@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A document as one HTML page that needs nothing else: no script, no font, no network.
 
 It follows the reader's light or dark setting, prints in black on white, and says every

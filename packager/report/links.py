@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a patch takes on common thin links.
 
 Downlink to one device, nothing lost, nobody else on the air: the best case, so that two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was packed: as data for ``--json``, and as text from it.
 
 Sizes are in bytes, digests in hexadecimal.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches and weight files as documents: records in, words and pictures out."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a patch holds and how far it is from the floor; where two weight files differ.
 
 Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into words and

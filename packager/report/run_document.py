@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's rounds as a document: accuracy, bytes, where the changes were."""
 
 from collections.abc import Collection, Iterator, Sequence

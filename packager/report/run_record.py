@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run's rounds came to: accuracy, bytes, and where the changes were.
 
 Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into words and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Charts as inline SVG: no script, no library, colours from the page's style sheet.
 
 Each chart has a title and a description for those who do not see it, and each mark has

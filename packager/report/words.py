@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers in words: bytes, shares, times; names in the order that people expect."""
 
 import re

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round folders as the packager reads them."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read and validate round folders, and find them by name.
 
 The folder is the whole interface between a trainer and this package; its normative

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model answers to its golden inputs, in ONNX Runtime here.
 
 A bundle carries the outputs of its own weights, a patch may carry some of its target's:

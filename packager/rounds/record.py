@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``round.json``: what a trainer states about a round."""
 
 import re

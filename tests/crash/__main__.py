@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``make test-crash``: everything about crash safety, with counts.
 
 Exit code 1 if a promise was broken, or if something could not run on this machine:

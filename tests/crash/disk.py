@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk that remembers what is durable and what a power cut may still take away.
 
 POSIX, taken at its word, and a little less: until a file is synced it may hold what it

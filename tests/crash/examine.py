@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must hold after every crash: the next start insists on everything promised."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cut the power everywhere, refuse every operation, and start again each time."""
 
 import errno

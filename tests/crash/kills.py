@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real processes that apply the patches of a real run, killed without a warning.
 
 ``python -m tests.crash.kills`` prints one JSON object. Workers are forked from a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is the proof any good? Break the store on purpose, one way at a time.
 
 ``python -m tests.crash.mutants`` prints, for each way, what found it; it ends with 1 if

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real file systems: full, read-only, and cut off in the middle of work.
 
 Mounting needs a namespace of our own: as root, or as a user who may make one

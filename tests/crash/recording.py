@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work on a store, written down: every operation, and what was acknowledged when."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real run on the server's side: trained rounds, and the patches between them."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From every state that a power cut may leave, the next start goes on.
 
 A small part of what ``make test-crash`` explores; of the larger explorations a share of

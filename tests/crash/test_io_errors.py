@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every operation may fail: then nothing changed, or the update counts."""
 
 import errno

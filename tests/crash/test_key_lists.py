@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A key list is taken as a whole or not at all, wherever the power is cut."""
 
 import errno

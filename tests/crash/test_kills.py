@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real processes, killed at random moments. ``make test-crash`` kills a thousand."""
 
 from tests.conftest import RunOnDisk

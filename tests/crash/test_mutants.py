@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The broken stores that the crash suite has to find are still stores."""
 
 import ast

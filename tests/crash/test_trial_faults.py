@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trial's process meets a fault of the system wherever it opens a file."""
 
 import errno

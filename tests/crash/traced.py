@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that record, refuse or forget single operations."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server's side in memory: one small model, and a patch to whatever comes next."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file is replaced in one way: whole, unaimed, and as private as before."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ground floor stays a ground floor.
 
 The import list: what the runtime may import at all, and what is imported when. A new

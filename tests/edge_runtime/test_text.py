@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text that somebody else chose cannot write on a terminal, or forge a line."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fuzzer's bytes, read as edits of a good file, so that it gets deep into the rules.
 
 What a checksum covers is mended afterwards: a reader that stops there would see nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coverage-guided fuzzing of everything that reads what others wrote, with atheris.
 
     python -m tests.fuzz.fuzz -runs=100000                 # patches, from the corpus

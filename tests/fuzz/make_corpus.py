@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the seeds of the corpus: good patches for the fuzzed weight file, in all forms.
 
 python -m tests.fuzz.make_corpus

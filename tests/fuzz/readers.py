@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What else is fuzzed: bundles, weight files, proofs, state, agent and live files.
 
 Each takes any bytes; it raises only if a reader raises what is none of our errors. Some

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is fuzzed: any bytes, as a patch for a small weight file.
 
 The first byte chooses: the rest as a whole file, or as a body that gets a valid header,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The corpus replays clean, and a bounded run of the fuzzer finds nothing."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A second decoder, from FORMAT.md [section] alone; no model, counter, signatures."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the golden files of the current format version.
 
     python -m tests.golden.make           # those that are not there yet

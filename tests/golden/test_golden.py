@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a released version wrote decodes for ever, by two independent decoders."""
 
 from pathlib import Path

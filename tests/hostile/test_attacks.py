@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attacks on a device that trusts keys: one named test each, and nothing moves."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged and malicious patches are refused before anything is written."""
 
 import hashlib

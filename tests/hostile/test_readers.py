@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files that would take the machine, and files that are not what they seem."""
 
 import hashlib

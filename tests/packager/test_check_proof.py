@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a device's proof to the server's verdict, with real processes that predict."""
 
 import errno

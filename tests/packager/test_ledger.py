@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger knows which release counters are given out, whatever happened to it."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signing: files gain a signature and nothing else changes; keys stay private."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are no float32, from two ONNX files to a device's answers."""
 
 import ml_dtypes

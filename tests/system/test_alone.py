@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel alone, as a device has it: no torch, no onnx, nothing that is only trained
 or packed with. What needs them says so in one sentence."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What README and the pages of docs/ show works as it stands there.
 
 A block of ``sh`` is run: all of a page in order, in a folder of its own with a

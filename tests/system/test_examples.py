@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples run as they stand, and devices take what they write."""
 
 import subprocess

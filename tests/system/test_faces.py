@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What type checkers see of a package is what Python finds in it."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train, pack, apply, verify, infer: the console scripts, end to end, on digits."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that other programs read: workflow, forms, citation."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No command fails because of the locale: LC_ALL=C without Python's UTF-8 mode."""
 
 import json

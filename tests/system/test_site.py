@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The site builds without a warning, and needs no network to be read."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One voice for all errors: click's sound like ours, and each says what comes next."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built wheel, outside of the checkout: what type checkers make of it."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the emulated checks stand on; the emulation itself is `make test-arm64`."""
 
 import sys

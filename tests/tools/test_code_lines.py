@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Code lines are counted as code, and held floor by floor."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo leaves nothing behind that nobody was told of."""
 
 import tempfile

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is shown of pip: large downloads with their size, and that it installs."""
 
 from tools.install import shown

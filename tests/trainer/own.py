@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Somebody's own networks and data, for --model and --data."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train in one process, then in two that torchrun's launcher starts.
 
 See test_parallel.py. The argument is a folder that holds tiny.toml.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real Lightning and a real Hugging Face Trainer."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress: nothing is estimated before there is a pace, and found rounds give none."""
 
 import io

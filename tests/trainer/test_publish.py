@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a loop publishes is what devices will compute, or it is refused."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runtime on aarch64, under emulation, held against this machine.
 
     python -m tools.arm64.__main__

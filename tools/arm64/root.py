@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An aarch64 system in a folder: Debian's Python under qemu, our wheel in it.
 
 It needs no root, no chroot and no binfmt: packages are downloaded into a private apt

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a command in the memory of a small board, and see how much of it it takes."""
 
 import os

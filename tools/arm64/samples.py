@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the emulated device is given: two networks, their bundles and their patches.
 
     python -m tools.arm64.samples FOLDER

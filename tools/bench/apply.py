@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long applying a patch takes beside copying the weights, and how much memory.
 
     python -m tools.bench.apply --rounds runs --check

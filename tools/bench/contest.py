@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every tool of :mod:`tools.bench.rivals` on the same rounds: measured, then judged.
 
 Each measurement is a process of its own. The tools take turns, each turn in another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A contest for eyes: Markdown and SVG."""
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How small patches are, on real rounds and beside the floor.
 
     python -m tools.bench.floor --cache runs --check

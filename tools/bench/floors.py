@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What no coder can be expected to beat: floors of positions and values of a round.
 
 The entropy of the index, ``log2 C(n, m)`` summed over tensors, is no floor, as masks

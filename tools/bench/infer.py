@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What prediction costs: this runtime beside ONNX Runtime alone, and NumPy beside both.
 
 ``python -m tools.bench.infer`` exports every built-in network, measures each in a

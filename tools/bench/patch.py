@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our patches beside every other way to send new weights.
 
     python -m tools.bench.patch --rounds runs --check

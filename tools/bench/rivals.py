@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other ways to send new weights: each one made and applied the same way.
 
 A tool is a pair of functions and an entry in ``TOOLS``. Applying does equal work in

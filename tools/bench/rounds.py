@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real rounds for the benchmarks: found in run folders, or trained.
 
 The paper's three networks at the paper's ratios, on less data and for fewer epochs, so

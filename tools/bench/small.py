@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How small the runtime is: installed size, import time, memory.
 
 ``python -m tools.bench.small`` installs the wheel without extras into empty folders,

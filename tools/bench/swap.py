@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a swap costs: callers in several threads while the weights change under them.
 
 ``python -m tools.bench.swap`` makes three versions of a network and lets callers ask

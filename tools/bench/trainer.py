@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast the trainer is, as ratios within one run; ``--check`` holds them to bars.
 
     python -m tools.bench.trainer --check

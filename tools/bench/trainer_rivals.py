@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainer is measured against: official selection, usual loader and loop."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's table, row by row: train its recipes and hold them against its numbers.
 
     python -m tools.paper.reproduce run --work ~/repro --data ~/data  # hours

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Result files of the reproduction; the table and plot that are drawn from them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the paper's method leaves on the table: its knobs, one at a time, beside it.
 
     python -m tools.paper.variants --recipe digits --seeds 10 --work ~/variants

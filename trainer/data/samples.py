@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples as tensors in memory, and the fixed split that a run trains on.
 
 A loop over tensors is several times faster than one that decodes and normalises image

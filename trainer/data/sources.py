@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where samples come from: named data sets, image folders, your own function.
 
 In memory, or read batch by batch where they are too large for it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Import torchvision, also where its compiled operators do not fit the installed torch.
 
 PyPI's Linux wheels of torchvision are built for CUDA. Beside a CPU-only torch their

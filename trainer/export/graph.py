@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deploy a torch model weight for weight: an ONNX graph that holds no weights.
 
 The graph is exported once and reused in every round, so it must not depend on any

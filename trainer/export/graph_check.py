@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prove that a finished graph runs from the weight file and gives torch's outputs."""
 
 import math

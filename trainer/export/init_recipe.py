@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The init recipe of a network, from the network's own initialisation.
 
 A device regenerates from a seed what is random by rule; the rest it must be given.

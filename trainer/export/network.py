@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find the network of a run inside of what somebody's loop has made of it.
 
 A LightningModule keeps it as ``self.net``, ``torch.compile`` as ``_orig_mod``,

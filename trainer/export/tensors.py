@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model's deployed tensors as a weight file, and back, bit for bit.
 
 Deployed are parameters and persistent buffers, under their state-dict names, without

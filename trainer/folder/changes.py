@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weights a new round may change, held against the round that it leads from."""
 
 from collections.abc import Collection, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a round folder states about its round: ``round.json``."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run and round folders, as the packager reads them.
 
 ::

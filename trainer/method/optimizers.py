@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which optimizer is measured, and what of its state is rewound with the weights."""
 
 from collections.abc import Iterable, Iterator

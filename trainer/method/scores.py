@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much each weight contributed to the drop of the loss.
 
 A score is any function from :class:`Evidence` to one tensor a weight tensor; higher is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weights to keep: the best of all tensors together, or a random share of each.
 
 The global top-k is exact and has one stated tie rule. Ties are common (inputs that

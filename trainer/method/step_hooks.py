@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens around each step of an optimizer: it is measured, or frozen.
 
 Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both have

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deep Partial Updating around any training loop, by hooks on its optimizers.
 
 ::

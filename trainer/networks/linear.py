@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A linear layer whose matrix products are as fast as the CPU allows, in float32.
 
 torch multiplies float32 matrices with MKL, which on AMD processors keeps to 256-bit

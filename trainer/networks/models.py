@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The networks that recipes name.
 
 A model is a function from the shape of one input and the number of classes to a

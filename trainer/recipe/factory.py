@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Your own networks and data sets in recipes: ``package.module:function``.
 
 What your code raises is told with your file and line (:func:`own_code_named`): it is no

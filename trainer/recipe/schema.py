@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sections of a recipe: every key with its default, its rule and what it means."""
 
 import re

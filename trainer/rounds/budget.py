@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A round whose patch has a given size: how many weights it may change.
 
 The number is found by packing, with the packager's own function, which is handed in.

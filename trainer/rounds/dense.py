@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dense part: what is not selected weight by weight, and what to do with it.
 
 Biases, normalisation and its statistics are few, but where they train they travel

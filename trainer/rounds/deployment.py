@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run deploys once: the network's graph, its init weights, its contract."""
 
 from collections.abc import Callable

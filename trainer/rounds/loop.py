@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop: short, plain, and to be replaced by your own."""
 
 import contextlib

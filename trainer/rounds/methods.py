@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One round of training: from the start weights to the best weights it found.
 
 Section numbers refer to Deep Partial Updating (Qu, Liu, Thiele, ECCV 2022), whose

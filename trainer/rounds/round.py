@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run at work: its data, its network, and the training of one round after another.
 
 :mod:`trainer.rounds.schedule` decides which round comes next and where it starts from.

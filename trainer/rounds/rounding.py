@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights with fewer mantissa bits: the same model, smaller patches.
 
 The bits that are dropped are mostly noise, and noise does not compress. Rounding comes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedule of a run: rounds of training on growing data, one folder each.
 
 ::

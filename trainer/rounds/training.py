@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every method trains a round with: model, optimizer, epochs, the best weights."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent on real folders: what it applies, what it leaves alone, what it says."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent as a process: signals, one per store, killed, and what systemd hears."""
 
 import json

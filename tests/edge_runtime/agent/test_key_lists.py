@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Key lists that arrive in the agent's folder."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which patches an agent applies, in which order: the choice alone, without files."""
 
 import dataclasses

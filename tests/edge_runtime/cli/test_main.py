@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dpu-edge: data on stdout, messages on stderr, documented exit codes."""
 
 import errno

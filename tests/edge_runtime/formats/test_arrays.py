@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Array files are read as NumPy reads them, but never more than is allowed."""
 
 import io

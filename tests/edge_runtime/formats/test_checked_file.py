@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is used of a patch is what was hashed, whoever writes to the file meanwhile."""
 
 import hashlib

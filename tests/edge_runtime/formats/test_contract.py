@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes into a model: raw values become what the graph takes."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two runs of one network are two models, and refusals say which is which."""
 
 import json

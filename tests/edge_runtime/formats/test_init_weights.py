@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Init weights come back bit for bit from a seed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one reader of JSON: bounded, and refuses by field name."""
 
 import json

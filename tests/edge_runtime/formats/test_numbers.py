@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both directions of each codec agree, in one piece and in many."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A patch may say what its target must answer: then the trial insists on it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches: what is encoded comes back, for any type, shape and density."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions: what is encoded comes back, tensor by tensor and many at once."""
 
 import io

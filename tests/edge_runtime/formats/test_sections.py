@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections: the table, both encodings, and frames that are not what they should be."""
 
 import io

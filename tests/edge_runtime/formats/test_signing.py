@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signature blocks and trust: one form, one meaning, and nobody else's signature."""
 
 import hashlib

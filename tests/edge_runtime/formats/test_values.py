@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values: any bits of any type come back, and training costs few bits."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weight file: canonical bytes, exact bits, clear refusals."""
 
 import hashlib

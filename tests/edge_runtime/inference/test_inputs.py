@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples from files: what a camera or a script leaves becomes what the model takes."""
 
 import io

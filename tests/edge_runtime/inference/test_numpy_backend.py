@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NumPy alone gives ONNX Runtime's answers, or names what it cannot do."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predictions go on while the weights change, and come from one version each."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which patches a store admits: every rule, on plain data."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Installing: into empty folders only, or on top of its own unfinished work."""
 
 import pytest

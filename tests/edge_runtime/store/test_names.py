@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is named in a store: an attacker chooses targets, but never what is removed."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small disks: what is given up for new weights, and for nothing less."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a store knows, and that it comes back from its file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Owners, fleet keys, their key lists, and devices that hold one."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attacks of TUF's list on key lists and on what they vouch for, one test each.
 
 What of that list does not apply here, or does not hold, is in SECURITY.md and in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a key list says, and what a store keeps of it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Update Framework's own client as the oracle, in both directions."""
 
 import copy

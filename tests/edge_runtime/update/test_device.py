@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device moves from round to round, or does not move at all."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tries, pins, hooks, a damaged state, a wrong clock: what devices live through."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way back: kept slots, and reverse patches that the device wrote itself."""
 
 import dataclasses

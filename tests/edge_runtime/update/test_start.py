@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """However the runtime is installed, its trial starts, and with no code of others."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trial on a real device: what blames the weights, what blames the device.
 
 The trial's process is the real one. Where a fault must arise inside of it, a few words

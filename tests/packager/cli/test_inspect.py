@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``dpu-patch info``, ``diff``, ``report`` and ``extract``."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys on the command line, from keygen to a device that trusts nobody else."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Key lists on the command lines: made by several people, taken by devices."""
 
 import json

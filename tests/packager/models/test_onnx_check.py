@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the ONNX checker calls invalid is no model here either."""
 
 import numpy as np

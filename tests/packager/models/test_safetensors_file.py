@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that the reference library refuses are refused, and no others."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Provenance as public tools see it: each file is judged by the real package."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text, Markdown and pages of documents; charts in them."""
 
 import re

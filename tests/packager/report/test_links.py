@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 
 from packager.report.links import LINKS, Link, link_records, lora_airtime_s

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 
 from packager.report.words import duration, natural, percent, short_bytes, spaced, times

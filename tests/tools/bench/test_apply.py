@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of applying measures what it says, on a file of a few kilobytes."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Variants beside full updating and the paper's method: pairs of one seed."""
 
 import pytest

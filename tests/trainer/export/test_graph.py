@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models deployed weight for weight: the graph, the tensors, what is refused."""
 
 import copy

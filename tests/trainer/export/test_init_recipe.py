@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Init recipes: what is regenerated from a seed and what is stored."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run folders: complete or absent, and consistent with the bytes in them."""
 
 import dataclasses

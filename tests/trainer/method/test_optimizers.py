@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers of all kinds: what is measured is the step that the loop takes."""
 
 import warnings

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people's own loops do: mixed precision, schedulers, closures, tied weights."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a recipe once, then in processes that are killed; see test_resume.py.
 
 Arguments: recipe, folder of the undisturbed run, folder of the killed one, and where to
