@@ -52,6 +52,10 @@ def _recipe(text: str) -> Path:
     recipes, path = _recipes(), Path(text)
     if text in recipes:
         return recipes[text]
+    if (path / STARTER[0]).is_file():
+        raise ConfigError(f"{text} is a folder; did you mean {path / STARTER[0]}?")
+    if path.is_dir():
+        raise ConfigError(f"{text} is a folder; name a recipe, a TOML file")
     if path.exists():
         return path
     near = difflib.get_close_matches(text, recipes, 1)

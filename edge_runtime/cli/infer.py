@@ -146,7 +146,12 @@ def _golden_right(path: Path, outputs: "NDArray[np.float32]") -> tuple[int, int]
 
 @click.command()
 @_run_options
-@click.option("--seconds", default=3.0, help="How long to measure.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 3600),
+    default=3.0,
+    help="How long to measure.",
+)
 @on_device
 def bench(
     device: "Device", *, batch: int, options: "RunOptions", seconds: float

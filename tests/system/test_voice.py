@@ -47,6 +47,11 @@ def type_in(command, tmp_path, monkeypatch):
         ("dpu-pack", "error: give rounds, or --base and --target"),
         ("dpu-patch info", "error: missing argument 'PATCH'"),
         ("dpu-train check", "error: name a RECIPE, or give both --model and --data"),
+        ("dpu-train run .", "error: . is a folder; name a recipe, a TOML file"),
+        (
+            "dpu-edge --store s bench --seconds -1",
+            "error: invalid value for '--seconds': -1.0 is not in the range",
+        ),
         ("dpu-train run Absent", "error: Absent is neither a file nor a built-in"),
     ],
 )

@@ -74,8 +74,9 @@ def _torchvision(name: str, root: Path) -> DataSource:
     try:
         halves = [open_set(root, train=t, download=True) for t in (True, False)]
     except (OSError, RuntimeError) as err:
+        reason = str(err).partition("\n")[0].rstrip(":")  # the others are addresses
         raise TrainingError(
-            f"{name} is neither in {root} nor can it be downloaded ({err}); put it "
+            f"{name} is neither in {root} nor can it be downloaded ({reason}); put it "
             "there, or say where it is with data.root"
         ) from err
     train, test = (
