@@ -19,7 +19,7 @@ from tools.layers import modules as modules_of
 ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
     "codecs collections contextlib ctypes dataclasses enum errno fcntl functools gc "
-    "hashlib importlib inspect io itertools json logging math os pathlib queue re "
+    "hashlib importlib inspect io itertools json logging math os pathlib pwd queue re "
     "resource secrets shlex shutil signal socket stat struct subprocess sys tempfile "
     "threading time tokenize traceback types typing weakref zipfile zlib"
 )
