@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from errno import EACCES, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from types import UnionType
@@ -124,7 +124,7 @@ def json_option(command: Any) -> Any:
     )(command)
 
 
-def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
+def emit(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
     """Print a command's result to standard output.
 
     Args:
@@ -133,7 +133,7 @@ def emit(record: dict[str, Any], *, as_json: bool, text: str) -> None:
         text: The result for people.
     """
     if as_json:
-        print(json.dumps({"schema": SCHEMA} | record, indent=2))
+        print(json.dumps({"schema": SCHEMA, **record}, indent=2))
     else:
         print(printable_lines(text))
 

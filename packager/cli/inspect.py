@@ -5,7 +5,7 @@ Everything heavy is imported inside the commands.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from edge_runtime.formats.weights import Weights
     from packager.report.document import Document
 
-    Look = tuple[dict[str, Any], Document]
+    # What was found: as data, and as a document.
+    Look = tuple[Mapping[str, object], Document]
 
 _base_help = "A weight file of the network, or its ONNX or safetensors file."
 
@@ -62,7 +63,7 @@ def show(
     from packager.report.html import to_html
 
     if as_json or output.suffix == ".json":
-        text = json.dumps({"schema": SCHEMA} | record, indent=2) + "\n"
+        text = json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n"
     elif as_markdown or output.suffix == ".md":
         text = to_markdown(document) + "\n"
     else:

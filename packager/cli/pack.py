@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from packager.build import PackedPatch
     from packager.ledger import Ledger
     from packager.report.packed import Made
+    from packager.report.records import FilesRecord, PackRecord
     from packager.rounds.folder import Parent, RoundFolder
 
 INIT = "init"  # for --from: the init weights
@@ -206,7 +207,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
 
 def _write_all(
     made: "Iterable[Made]", *, dry_run: bool, silent: bool
-) -> list[dict[str, Any]]:
+) -> "list[PackRecord | FilesRecord]":
     records = []
     for path, data, record, text, write in made:
         if not silent:

@@ -9,6 +9,8 @@ class C multicast) takes as long as one device; lost fragments come on top.
 import math
 from dataclasses import dataclass
 
+from packager.report.records import LinkRecord
+
 # LoRaWAN frame around the application payload, bytes: MHDR 1, FHDR 7, FPort 1, MIC 4
 # (LoRaWAN L2 1.0.4 specification, section 4).
 LORAWAN_OVERHEAD_BYTES = 13
@@ -105,7 +107,7 @@ LINKS = (
 )
 
 
-def link_records(size: int, full_size: int) -> list[dict[str, object]]:
+def link_records(size: int, full_size: int) -> list[LinkRecord]:
     """Say for every link how long a patch and the full weights take.
 
     Args:

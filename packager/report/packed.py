@@ -6,16 +6,15 @@ Sizes are in bytes, digests in hexadecimal.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from edge_runtime.formats.model_folder import Outcome, round_name
 from edge_runtime.text import printable
 from packager.build import PackedPatch
 from packager.models.read import Model
+from packager.report.records import FilesRecord, PackRecord
 from packager.report.words import percent, spaced
 from packager.rounds.folder import RoundFolder
-
-Record = dict[str, Any]
 
 
 class Made(NamedTuple):
@@ -31,7 +30,7 @@ class Made(NamedTuple):
 
     path: Path
     data: bytes
-    record: Record
+    record: PackRecord | FilesRecord
     text: str
     write: Callable[[bytes, Path], bool]
 
@@ -42,7 +41,7 @@ def pack_record(
     path: Path,
     size: int,
     signed_by: Sequence[str] = (),
-) -> Record:
+) -> PackRecord:
     """Describe the result of packing one round.
 
     Args:
@@ -53,7 +52,7 @@ def pack_record(
         signed_by: Ids of the keys that signed it.
     """
     stated = round_.record
-    record: Record = {
+    record: PackRecord = {
         "run": stated.run,
         "round": stated.round,
         "counter": packed.header.counter if packed else stated.counter,
@@ -83,7 +82,7 @@ def pack_record(
     }
 
 
-def pack_text(record: Record) -> str:
+def pack_text(record: PackRecord) -> str:
     """Put a record of :func:`pack_record` into words."""
     name = round_name(record["round"])
     if record["path"] is None:
@@ -118,7 +117,9 @@ def pack_text(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _changed_line(record: Record, changed: int, of: int, what: str) -> str:
+def _changed_line(
+    record: PackRecord | FilesRecord, changed: int, of: int, what: str
+) -> str:
     tensors = record["tensors_changed"]
     return (
         f"  changed  {spaced(changed):>11} of {spaced(of)} {what} "
@@ -126,7 +127,7 @@ def _changed_line(record: Record, changed: int, of: int, what: str) -> str:
     )
 
 
-def _patch_line(record: Record, values: int) -> str:
+def _patch_line(record: PackRecord | FilesRecord, values: int) -> str:
     size = record["patch_bytes"]
     share = percent(size, record["full_bytes"])
     return (
@@ -141,7 +142,7 @@ def files_record(
     path: Path,
     size: int,
     signed_by: Sequence[str] = (),
-) -> Record:
+) -> FilesRecord:
     """Describe the result of packing two files, or a bundle of one.
 
     Args:
@@ -152,7 +153,7 @@ def files_record(
         signed_by: Ids of the keys that signed it.
     """
     base, target = models
-    record: Record = {
+    record: FilesRecord = {
         "base": str(base.path),
         "target_path": str(target.path),
         "model": base.model,
@@ -178,9 +179,10 @@ def files_record(
     }
 
 
-def files_text(record: Record) -> str:
+def files_text(record: FilesRecord) -> str:
     """Put a record of :func:`files_record` into words."""
-    name, base = (printable(Path(record[k]).name) for k in ("target_path", "base"))
+    paths = record["target_path"], record["base"]
+    name, base = (printable(Path(path).name) for path in paths)
     if record["path"] is None:
         return f"{name}  holds the weights of {base}: nothing to send, nothing written"
     if record["parent"] == record["target"]:
@@ -207,7 +209,7 @@ def files_text(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _change_lines(record: Record, base: str) -> list[str]:
+def _change_lines(record: FilesRecord, base: str) -> list[str]:
     changed, values = record["changed"], record["values"]
     lines = [
         _changed_line(record, changed, values, "values"),
@@ -222,7 +224,7 @@ def _change_lines(record: Record, base: str) -> list[str]:
     return lines
 
 
-def _bundle_lines(record: Record) -> list[str]:
+def _bundle_lines(record: FilesRecord) -> list[str]:
     made_up = record["golden"] == "made up"
     return [
         f"  bundle   {spaced(record['bytes']):>11} bytes   with graph, weights, "

@@ -3,13 +3,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from packager.report.document import Document, Section, Table
+from packager.report.records import (
+    DiffRecord,
+    FloorRecord,
+    LinkRecord,
+    PatchRecord,
+    TensorRecord,
+)
 from packager.report.svg import dumbbells, heat_map, stacked_bars
 from packager.report.words import duration, natural, percent, short_bytes, spaced, times
 
-Record = dict[str, Any]
 # Parts of a patch with their colours, in the order of the file.
 PARTS = {"header": 5, "signatures": 4, "index": 1, "values": 2, "dense": 3}
 STRIPS = 40  # tensors whose changes are drawn
@@ -29,7 +34,7 @@ TIMES = (
 )
 
 
-def patch_document(record: Record) -> Document:
+def patch_document(record: PatchRecord) -> Document:
     """Return the report of a patch, from :func:`patch_record`."""
     size, full = record["bytes"], record["full_bytes"]
     figures = [
@@ -58,14 +63,18 @@ def patch_document(record: Record) -> Document:
             f"{spaced(full)} (lower is better)",
         ),
     ]
-    sections = [_parts(record), _sections(record), link_section(record, "this patch")]
+    sections = [
+        _parts(record),
+        _sections(record),
+        link_section(record["links"], "this patch"),
+    ]
     if "tensors" in record:
         sections.insert(1, tensor_section(record["tensors"], record["changed"]))
     title = f"Patch {Path(record['path']).name}"
     return Document(title, figures, facts, sections)
 
 
-def _parts(record: Record) -> Section:
+def _parts(record: PatchRecord) -> Section:
     parts, floor = record["parts"], record.get("floor", {})
     rows = []
     for name in [*PARTS, "total"]:
@@ -76,6 +85,7 @@ def _parts(record: Record) -> Section:
         if size:
             rows.append(row)
     columns = ["part", "bytes", "share"]
+    bars: list[tuple[str, list[tuple[str, int, float]]]]
     bars = [("patch", [(name, PARTS[name], parts[name]) for name in PARTS])]
     text = "Lower is better."
     if floor:
@@ -96,7 +106,7 @@ def _parts(record: Record) -> Section:
     return Section("Where the bytes go", text, table, picture, legend=legend)
 
 
-def _against_floor(entry: Record | None) -> list[str]:
+def _against_floor(entry: FloorRecord | None) -> list[str]:
     if entry is None:
         return ["", ""]
     ratio = entry["ratio"]
@@ -104,7 +114,7 @@ def _against_floor(entry: Record | None) -> list[str]:
     return [floor, f"{ratio:.3f}" if ratio is not None else "-"]
 
 
-def _sections(record: Record) -> Section:
+def _sections(record: PatchRecord) -> Section:
     rows = [
         [s["name"], spaced(s["packed_bytes"]), spaced(s["raw_bytes"]), s["encoding"]]
         for s in record["sections"]
@@ -114,9 +124,8 @@ def _sections(record: Record) -> Section:
     return Section("Sections of the file", text, Table(columns, rows))
 
 
-def link_section(record: Record, what: str) -> Section:
+def link_section(links: Sequence[LinkRecord], what: str) -> Section:
     """Say how long something takes on thin links, beside the full weights."""
-    links = record["links"]
     rows = [
         [
             link["name"],
@@ -147,7 +156,7 @@ def link_section(record: Record, what: str) -> Section:
     return Section("Time on thin links", text, table, picture, legend=legend)
 
 
-def tensor_section(tensors: Sequence[Record], total: int) -> Section:
+def tensor_section(tensors: Sequence[TensorRecord], total: int) -> Section:
     """Say what changed, tensor by tensor."""
     found = [tensor for tensor in tensors if tensor["changed"]]
     found.sort(key=lambda tensor: natural(tensor["name"]))
@@ -190,7 +199,7 @@ def tensor_section(tensors: Sequence[Record], total: int) -> Section:
     return Section("What changed", text, Table(columns, rows), picture, caption)
 
 
-def diff_document(record: Record, names: tuple[str, str]) -> Document:
+def diff_document(record: DiffRecord, names: tuple[str, str]) -> Document:
     """Return the comparison of two weight files.
 
     Args:

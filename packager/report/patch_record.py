@@ -13,7 +13,6 @@ and the exponents of floats are no noise, so a good patch is smaller than its fl
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +39,13 @@ from edge_runtime.formats.signing import encode_signatures
 from edge_runtime.formats.weights import Layout, Tensor, Weights
 from packager.diff import TensorChange
 from packager.report.links import link_records
+from packager.report.records import (
+    DiffRecord,
+    FloorRecord,
+    PatchRecord,
+    SectionRecord,
+    TensorRecord,
+)
 
 NAMES = {
     COUNTS: "counts",
@@ -55,7 +61,6 @@ VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
 ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
 BINS = 48  # of a tensor's flat positions, to see where in it something changes
 FLOATS = {"F64", "F32", "F16"}
-Record = dict[str, Any]
 
 
 def log2_choose(n: int, m: int) -> float:
@@ -68,7 +73,7 @@ def log2_choose(n: int, m: int) -> float:
 
 def patch_record(
     path: Path, patch: Patch, layout: Layout | None = None, base: Weights | None = None
-) -> Record:
+) -> PatchRecord:
     """Describe an open patch.
 
     Args:
@@ -79,7 +84,7 @@ def patch_record(
         base: The weights that it leads from; tells how much the values change.
     """
     header = patch.header
-    record: Record = {
+    record: PatchRecord = {
         "path": str(path),
         "model": header.model,
         "parent": header.parent,
@@ -103,7 +108,8 @@ def patch_record(
         tensors = tensor_records(layout, patch.counts, bins)
         if base is not None:
             _add_changes(tensors, base, patch)
-        record |= {"tensors": tensors, "floor": floor_record(tensors, record["parts"])}
+        record["tensors"] = tensors
+        record["floor"] = floor_record(tensors, record["parts"])
     return record
 
 
@@ -124,7 +130,7 @@ def section_part(kind: int) -> str:
     return "dense" if kind & DENSE else "values"
 
 
-def _section_record(section: Section) -> Record:
+def _section_record(section: Section) -> SectionRecord:
     return {
         "name": section_name(section.kind),
         "kind": section.kind,
@@ -157,7 +163,7 @@ def is_dense(changed: int, size: int) -> bool:
 
 def tensor_records(
     layout: Layout, counts: Sequence[int], bins: Sequence[NDArray[np.float64]] = ()
-) -> list[Record]:
+) -> list[TensorRecord]:
     """Describe each tensor of a weight file and what changes in it.
 
     Args:
@@ -167,7 +173,7 @@ def tensor_records(
     """
     records = []
     for number, (tensor, count) in enumerate(zip(layout.tensors, counts, strict=True)):
-        record: Record = {
+        record: TensorRecord = {
             "name": tensor.name,
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -182,7 +188,9 @@ def tensor_records(
     return records
 
 
-def floor_record(tensors: Sequence[Record], parts: dict[str, int]) -> Record:
+def floor_record(
+    tensors: Sequence[TensorRecord], parts: dict[str, int]
+) -> dict[str, FloorRecord]:
     """Hold a patch against its floor, part by part.
 
     Returns:
@@ -209,7 +217,7 @@ def floor_record(tensors: Sequence[Record], parts: dict[str, int]) -> Record:
 
 def diff_record(
     base: Weights, target: Weights, changes: Sequence[TensorChange]
-) -> Record:
+) -> DiffRecord:
     """Describe where two weight files differ."""
     layout = base.layout
     counts = [len(change.positions) for change in changes]
@@ -219,7 +227,7 @@ def diff_record(
     ]
     tensors = tensor_records(layout, counts, bins)
     for record, tensor in zip(tensors, layout.tensors, strict=True):
-        record |= _moved(tensor, base, target)
+        _add_change(record, tensor, base, target)
     return {
         "base": base.fingerprint,
         "target": target.fingerprint,
@@ -259,22 +267,23 @@ def _histogram(
     return shares
 
 
-def _add_changes(tensors: list[Record], base: Weights, patch: Patch) -> None:
+def _add_changes(tensors: list[TensorRecord], base: Weights, patch: Patch) -> None:
     from edge_runtime.formats.apply import apply_patch
 
     target = apply_patch(base, patch)
     for record, tensor in zip(tensors, base.layout.tensors, strict=True):
-        record |= _moved(tensor, base, target)
+        _add_change(record, tensor, base, target)
 
 
-def _moved(tensor: Tensor, base: Weights, target: Weights) -> Record:
-    """Say how far a tensor of floats moved, relative to its own length."""
+def _add_change(
+    record: TensorRecord, tensor: Tensor, base: Weights, target: Weights
+) -> None:
+    """Add how far a tensor of floats moved, relative to its own length."""
     if tensor.dtype not in FLOATS:
-        return {}
+        return
     before = base[tensor.name].astype(np.float64).ravel()
     after = target[tensor.name].astype(np.float64).ravel()
     with np.errstate(all="ignore"):  # weights may hold infinities and NaN
         length, moved = np.linalg.norm(before), np.linalg.norm(after - before)
-    if not np.isfinite(length + moved) or not length:
-        return {"relative_change": None}
-    return {"relative_change": float(moved / length)}
+    is_known = bool(np.isfinite(length + moved) and length)
+    record["relative_change"] = float(moved / length) if is_known else None

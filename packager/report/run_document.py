@@ -3,15 +3,14 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
 from packager.report.curves import Series, column_chart, line_chart
 from packager.report.document import Document, Section, Table
 from packager.report.patch_document import link_section
+from packager.report.records import OtherRound, RoundEntry, RunRecord
 from packager.report.svg import heat_map
 from packager.report.words import natural, percent, short_bytes, spaced, times
 
-Record = dict[str, Any]
 DENSE = "dense part"
 ROUNDS = "round"
 # What the bytes of a round are the size of.
@@ -24,7 +23,7 @@ SOURCES = {
 }
 
 
-def run_document(record: Record) -> Document:
+def run_document(record: RunRecord) -> Document:
     """Return the report of a run, from :func:`run_record`."""
     sections = [
         _accuracy(record),
@@ -32,7 +31,7 @@ def run_document(record: Record) -> Document:
         _cumulative(record),
         _shares(record),
         _overlap(record),
-        link_section(record, "median patch"),
+        link_section(record["links"], "median patch"),
     ]
     facts = [
         ("model", record["model"]),
@@ -48,14 +47,14 @@ def run_document(record: Record) -> Document:
     return Document(f"Run {record['run']}", _figures(record), facts, kept)
 
 
-def _method(entry: Record) -> str:
+def _method(entry: RoundEntry) -> str:
     if not entry.get("method"):
         return "not stated"
     ratio = entry.get("ratio")
     return f"{entry['method']}" + (f", ratio {ratio:g}" if ratio else "")
 
 
-def _figures(record: Record) -> list[tuple[str, str]]:
+def _figures(record: RunRecord) -> list[tuple[str, str]]:
     rounds, sent = record["rounds"], record["bytes"]
     full = record["full_bytes"] * record["patches"]
     figures = [(short_bytes(sent), f"sent in {record['patches']} patches")]
@@ -71,22 +70,23 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     return figures
 
 
-def _label(entry: Record) -> str:
+def _label(entry: RoundEntry | OtherRound) -> str:
     if entry["outcome"] == "kept_base":
         return "no update"
     return "began anew" if entry.get("reinitialised") else "updated"
 
 
-def _accuracy(record: Record) -> Section | None:
+def _accuracy(record: RunRecord) -> Section | None:
     lines = []
+    runs: list[tuple[str, Sequence[RoundEntry | OtherRound], int]]
     runs = [(record["run"], record["rounds"], 1)]
     runs += [(o["run"], o["rounds"], 2 + n) for n, o in enumerate(record["beside"][:3])]
     for name, rounds, colour in runs:
-        for metric, dashed in (("test_accuracy", False), ("val_accuracy", True)):
-            known = [e for e in rounds if e[metric] is not None]
+        for dashed in (False, True):
+            known = list(_accuracies(rounds, validation=dashed))
             if known:
-                points = [(e["round"], 100 * e[metric]) for e in known]
-                marks = [_symbol(e) for e in known] if not dashed else [""] * len(known)
+                points = [(e["round"], 100 * value) for e, value in known]
+                marks = ["" if dashed else _symbol(e) for e, _ in known]
                 words = f"{name}, {'validation' if dashed else 'test'}"
                 lines.append(Series(words, points, colour, dashed, marks))
     if not lines:
@@ -124,7 +124,17 @@ def _accuracy(record: Record) -> Section | None:
     return Section("Accuracy", "", table, picture, caption, legend)
 
 
-def _symbol(entry: Record) -> str:
+def _accuracies(
+    rounds: Sequence[RoundEntry | OtherRound], *, validation: bool
+) -> Iterator[tuple[RoundEntry | OtherRound, float]]:
+    """Yield each round whose accuracy is known, with it."""
+    for entry in rounds:
+        value = entry["val_accuracy"] if validation else entry["test_accuracy"]
+        if value is not None:
+            yield entry, value
+
+
+def _symbol(entry: RoundEntry | OtherRound) -> str:
     return {"no update": "ring", "began anew": "diamond"}.get(_label(entry), "dot")
 
 
@@ -132,21 +142,18 @@ def _share(value: float | None) -> str:
     return "-" if value is None else percent(value, 1)
 
 
-def _bytes(record: Record) -> Section:
+def _bytes(record: RunRecord) -> Section:
     rounds, full = record["rounds"], record["full_bytes"]
     rows = []
     for e in rounds:
-        known = e["bytes"] is not None
-        tensors = e["tensors"]
+        size, so_far, tensors = e["bytes"], e["cumulative_bytes"], e["tensors"]
         sparse = [t for t in tensors if not t["dense"]]
         rows.append(
             [
                 str(e["round"]),
-                spaced(e["bytes"]) if known else "-",
-                spaced(e["cumulative_bytes"])
-                if e["cumulative_bytes"] is not None
-                else "-",
-                percent(e["bytes"], full) if known else "-",
+                spaced(size) if size is not None else "-",
+                spaced(so_far) if so_far is not None else "-",
+                percent(size, full) if size is not None else "-",
                 spaced(sum(t["changed"] for t in sparse)) if tensors else "-",
                 spaced(sum(t["changed"] for t in tensors if t["dense"]))
                 if tensors
@@ -177,7 +184,7 @@ def _bytes(record: Record) -> Section:
     return Section("Bytes per round", text, Table(columns, rows), picture)
 
 
-def _cumulative(record: Record) -> Section | None:
+def _cumulative(record: RunRecord) -> Section | None:
     rounds, full = record["rounds"], record["full_bytes"]
     points = [
         (e["round"], e["cumulative_bytes"]) for e in rounds if e["cumulative_bytes"]
@@ -193,7 +200,7 @@ def _cumulative(record: Record) -> Section | None:
     each = [(e["round"], y) for e, y in zip(rounds, sent, strict=True) if y]
     if not any(line.points == each for line in lines):
         lines.append(Series("full weights instead", each, 5, dashed=True))
-    by_round = dict(each)
+    by_round: dict[float, int] = dict(each)
     rows = []
     for line in lines:
         last, size = line.points[-1]
@@ -218,7 +225,7 @@ def _cumulative(record: Record) -> Section | None:
     return Section("Bytes so far", text, table, picture, caption, legend)
 
 
-def _shares(record: Record) -> Section | None:
+def _shares(record: RunRecord) -> Section | None:
     sent = [e for e in record["rounds"] if e["tensors"]]
     if not sent:
         return None
@@ -245,7 +252,7 @@ def _shares(record: Record) -> Section | None:
     return Section("What changes, layer by layer", text, table, picture, caption)
 
 
-def _layers(entry: Record, free: Collection[str]) -> Iterator[tuple[str, int, int]]:
+def _layers(entry: RoundEntry, free: Collection[str]) -> Iterator[tuple[str, int, int]]:
     """Yield name, changed and all elements of the selectable tensors, then the rest."""
     dense = [t for t in entry["tensors"] if t["name"] in free]
     for tensor in entry["tensors"]:
@@ -272,7 +279,7 @@ def _percent(share: float | None) -> str:
     return "0" if not value else f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 
-def _overlap(record: Record) -> Section | None:
+def _overlap(record: RunRecord) -> Section | None:
     rounds: Sequence[int] = record["overlap"]["rounds"]
     if len(rounds) < 2:
         return None

@@ -7,7 +7,6 @@ pictures.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +22,22 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.patch import open_patch
 from packager.build import pack_round
 from packager.report.links import link_records
+from packager.report.records import (
+    OtherRound,
+    OtherRun,
+    OverlapRecord,
+    RoundEntry,
+    RoundTensor,
+    RunRecord,
+    SentRecord,
+)
 from packager.rounds.folder import RoundFolder, read_round
 from packager.rounds.record import RoundRecord, read_record
 
-Record = dict[str, Any]
 Masks = Mapping[str, NDArray[np.uint8]]
-# What a trainer may state beside what packing needs; a run without it has no curves.
-FIELDS = ("method", "ratio", "samples", "reinitialised")
-METRICS = ("val_accuracy", "test_accuracy")
 
 
-def run_record(run: Path, beside: Sequence[Path] = ()) -> Record:
+def run_record(run: Path, beside: Sequence[Path] = ()) -> RunRecord:
     """Describe a run.
 
     Args:
@@ -71,28 +75,39 @@ def _folders(run: Path) -> list[Path]:
     return folders
 
 
-def _other_record(run: Path) -> Record:
+def _other_record(run: Path) -> OtherRun:
     rounds = [_round_record(folder) for folder in _folders(run)]
     cumulate(rounds)
-    kept = ("round", "outcome", "bytes", "cumulative_bytes", "bytes_from", *METRICS)
     return {
         "run": run.resolve().name,
         "path": str(run),
-        "method": rounds[-1].get("method"),
-        "rounds": [{name: entry[name] for name in kept} for entry in rounds],
+        "method": rounds[-1]["method"],
+        "rounds": [_other_round(entry) for entry in rounds],
     }
 
 
-def cumulate(rounds: Sequence[Record]) -> None:
+def _other_round(entry: RoundEntry) -> OtherRound:
+    return {
+        "round": entry["round"],
+        "outcome": entry["outcome"],
+        "bytes": entry["bytes"],
+        "cumulative_bytes": entry["cumulative_bytes"],
+        "bytes_from": entry["bytes_from"],
+        "val_accuracy": entry["val_accuracy"],
+        "test_accuracy": entry["test_accuracy"],
+    }
+
+
+def cumulate(rounds: Sequence[RoundEntry]) -> None:
     """Add to each round the bytes of all rounds up to it; None once one is unknown."""
     total: int | None = 0
     for entry in rounds:
-        known = total is not None and entry["bytes"] is not None
-        total = total + entry["bytes"] if known else None
+        size = entry["bytes"]
+        total = None if total is None or size is None else total + size
         entry["cumulative_bytes"] = total
 
 
-def _round_record(folder: Path) -> Record:
+def _round_record(folder: Path) -> RoundEntry:
     stated = read_record(folder)
     path = folder / RECORD_NAME
     what = str(path)
@@ -101,47 +116,55 @@ def _round_record(folder: Path) -> Record:
     ).values
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
-    return (
-        {
-            "round": stated.round,
-            "outcome": stated.outcome,
-            "model": stated.model,
-            "counter": stated.counter,
-            "full_bytes": (folder / WEIGHTS_NAME).stat().st_size,
-        }
-        | {name: extra.get(name) for name in FIELDS}
-        | {name: _number(metrics.get(name)) for name in METRICS}
-        | _sent(folder, stated, full=extra.get("ratio", 0) is None)
-    )
+    sent = _sent(folder, stated, full=extra.get("ratio", 0) is None)
+    return {
+        "round": stated.round,
+        "outcome": stated.outcome,
+        "model": stated.model,
+        "counter": stated.counter,
+        "full_bytes": (folder / WEIGHTS_NAME).stat().st_size,
+        # What a trainer may state beside what packing needs: without it no curves.
+        "method": extra.get("method"),
+        "ratio": extra.get("ratio"),
+        "samples": extra.get("samples"),
+        "reinitialised": extra.get("reinitialised"),
+        "val_accuracy": _number(metrics.get("val_accuracy")),
+        "test_accuracy": _number(metrics.get("test_accuracy")),
+        "bytes": sent["bytes"],
+        "bytes_from": sent["bytes_from"],
+        "tensors": sent["tensors"],
+        "cumulative_bytes": None,  # until those before it are known
+    }
 
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> Record:
+def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> SentRecord:
     """Say how many bytes a round costs, and what changes in which tensor.
 
     Counted is the patch beside the round folder, else one that is packed now. A round
     of full updating counts as its weight file: that is what would be sent.
     """
-    nothing: Record = {"bytes": 0, "bytes_from": "nothing", "tensors": []}
+    nothing: SentRecord = {"bytes": 0, "bytes_from": "nothing", "tensors": []}
     if stated.outcome is Outcome.KEPT_BASE:
         return nothing
     if not stated.packable:
-        return nothing | {"bytes": None, "bytes_from": "not packable"}
+        return {"bytes": None, "bytes_from": "not packable", "tensors": []}
     if full:
         size = (folder / WEIGHTS_NAME).stat().st_size
-        return nothing | {"bytes": size, "bytes_from": "weight file"}
+        return {"bytes": size, "bytes_from": "weight file", "tensors": []}
     round_ = read_round(folder)
     size, counts = _existing(folder, stated)
     if counts:
-        return nothing | _changes(round_, size, counts) | {"bytes_from": "patch file"}
+        tensors = _changes(round_, counts)
+        return {"bytes": size, "bytes_from": "patch file", "tensors": tensors}
     packed = pack_round(round_)
     if packed is None:
         return nothing
-    counts = list(packed.counts.values())
-    return _changes(round_, len(packed.data), counts) | {"bytes_from": "packed now"}
+    tensors, size = _changes(round_, list(packed.counts.values())), len(packed.data)
+    return {"bytes": size, "bytes_from": "packed now", "tensors": tensors}
 
 
 def _existing(folder: Path, stated: RoundRecord) -> tuple[int, list[int]]:
@@ -158,20 +181,17 @@ def _existing(folder: Path, stated: RoundRecord) -> tuple[int, list[int]]:
     return 0, []
 
 
-def _changes(round_: RoundFolder, size: int, counts: Sequence[int]) -> Record:
+def _changes(round_: RoundFolder, counts: Sequence[int]) -> list[RoundTensor]:
     tensors = round_.weights.layout.tensors
-    return {
-        "bytes": size,
-        "tensors": [
-            {
-                "name": tensor.name,
-                "size": tensor.size,
-                "changed": count,
-                "dense": tensor.name not in round_.selection,
-            }
-            for tensor, count in zip(tensors, counts, strict=True)
-        ],
-    }
+    return [
+        {
+            "name": tensor.name,
+            "size": tensor.size,
+            "changed": count,
+            "dense": tensor.name not in round_.selection,
+        }
+        for tensor, count in zip(tensors, counts, strict=True)
+    ]
 
 
 def _is_update(folder: Path) -> bool:
@@ -179,7 +199,7 @@ def _is_update(folder: Path) -> bool:
     return stated.packable and stated.outcome is Outcome.UPDATED
 
 
-def overlap_record(folders: Sequence[Path]) -> Record:
+def overlap_record(folders: Sequence[Path]) -> OverlapRecord:
     """Say how far the selections of rounds coincide.
 
     Returns:

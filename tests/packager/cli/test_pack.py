@@ -400,6 +400,7 @@ COMMANDS = [
     "extract",
     "info",
     "keygen",
+    "provenance",
     "releases",
     "report",
     "sign",
