@@ -4,7 +4,7 @@
 A file of a few kilobytes must not take the machine, whoever sent it. The limits are far
 above what real models need. Whoever needs more says so in the environment::
 
-    DPU_LIMITS="tensors=300000 weight_header_bytes=200000000" dpu-edge apply ...
+    DPU_LIMITS="tensors=300000 weight_header_bytes=200MB" dpu-edge apply ...
 
 CRASH.md has the same table in words.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 
 from edge_runtime.errors import LimitError
+from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
 VARIABLE = "DPU_LIMITS"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -110,10 +111,17 @@ def limits() -> Limits:
     found: dict[str, int] = {}
     for text in os.environ.get(VARIABLE, "").replace(",", " ").split():
         name, _, number = text.partition("=")
-        if name not in known or not (number.isascii() and number.isdecimal()):
+        value = _number(name, number)
+        if name not in known or value is None:
             raise LimitError(
                 f"{VARIABLE} holds {text[:80]!r}, expected NAME=NUMBER; the names are "
-                f"{', '.join(sorted(known))}"
+                f"{', '.join(sorted(known))}; bytes are {SIZE_WORDS}"
             )
-        found[name] = int(number[:19])  # more digits than any file has bytes
+        found[name] = value
     return Limits(**found)
+
+
+def _number(name: str, text: str) -> int | None:
+    if text.isascii() and text.isdecimal():
+        return int(text[:19])  # more digits than any file has bytes
+    return parse_size(text) if name.endswith("_bytes") and is_size(text) else None

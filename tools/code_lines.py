@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 660,
+        ".": 700,
         "agent": 480,
         "cli": 700,
         "formats": 2700,
@@ -43,7 +43,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "models": 345,
         "provenance": 540,
         "report": 1640,
-        "rounds": 360,
+        "rounds": 385,
     },
     "trainer": {
         "starter": 35,

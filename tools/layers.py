@@ -23,7 +23,17 @@ from tools.wheels import CHECKOUT
 # From the ground up: sub-packages, and modules that stand beside them.
 FLOORS: dict[str, tuple[str, ...]] = {
     "edge_runtime": (
-        *("errors", "text", "streams", "limits", "files", "formats", "trust", "store"),
+        *(
+            "errors",
+            "sizes",
+            "text",
+            "streams",
+            "limits",
+            "files",
+            "formats",
+            "trust",
+            "store",
+        ),
         *("inference", "live", "update", "agent", "commandline", "cli", "__main__"),
     ),
     "packager": (

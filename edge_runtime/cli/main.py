@@ -23,6 +23,7 @@ from edge_runtime.commandline import (
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError, add_details
+from edge_runtime.formats.model_folder import round_number
 from edge_runtime.text import printable
 
 if TYPE_CHECKING:
@@ -224,13 +225,20 @@ def verify(device: "Device", expect: str | None) -> Answer:
 @click.option(
     "--to",
     metavar="ROUND",
-    type=int,
-    help="A round that 'status' calls within reach.  [default: the one before]",
+    help="A round that 'status' calls within reach, such as round_01 or 1.  [default: "
+    "the one before]",
 )
 @on_device
-def rollback(device: "Device", to: int | None) -> Answer:
+def rollback(device: "Device", to: str | None) -> Answer:
     """Go back to earlier weights. Newer releases stay welcome, older ones do not."""
-    slot = device.rollback(to)
+    try:
+        number = round_number(to) if to is not None else None
+    except ValueError as err:
+        reach = device.store.state.reach_words
+        raise click.BadParameter(
+            f"{err}; rounds within reach: {reach}", param_hint="--to"
+        ) from err
+    slot = device.rollback(number)
     return device.status(), f"rolled back to round {slot.round} ({slot.target[:12]})"
 
 

@@ -38,6 +38,18 @@ def round_name(number: int) -> str:
     return f"round_{number:02d}"
 
 
+def round_number(text: str) -> int:
+    """Return the number of a round, from ``round_01`` or ``1``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    found = re.fullmatch(r"(?:round_)?(\d{1,9})", text.strip(), re.ASCII)
+    if not found:
+        raise ValueError(f"found {text[:80]!r}, expected a round such as round_01 or 1")
+    return int(found[1])
+
+
 def list_rounds(run: str | PathLike[str]) -> list[Path]:
     """Return a run's round folders, oldest first; none if there is no run."""
     found = [

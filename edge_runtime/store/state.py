@@ -150,6 +150,11 @@ class State:
         """Every slot that a rollback can lead to, kept or made again."""
         return [s for s in (*self.slots, *self.former) if s.target != self.active]
 
+    @property
+    def reach_words(self) -> str:
+        """The numbers of the rounds that a rollback can lead to."""
+        return ", ".join(str(slot.round) for slot in self.reachable) or "none"
+
     def earlier(self, round_: int | None = None) -> Slot | None:
         """Return what a rollback leads to.
 

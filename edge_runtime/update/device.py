@@ -199,10 +199,9 @@ class Device:
             state = self.store.state
             slot = state.earlier(to)
             if slot is None:
-                reach = ", ".join(str(known.round) for known in state.reachable)
                 raise RoundNotFoundError(
                     ("there is no earlier slot" if to is None else f"no round {to}")
-                    + f" to go back to; rounds within reach: {reach or 'none'}"
+                    + f" to go back to; rounds within reach: {state.reach_words}"
                 )
             if state.slot(slot.target):
                 self.store.check_slot(slot.target)

@@ -2,10 +2,29 @@
 """Options and arguments that several commands share."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from edge_runtime.sizes import parse_size
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, as people write it."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the bytes that a text stands for."""
+        try:
+            return parse_size(str(value))
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+
 
 runs_option = click.option(
     "--runs",

@@ -5,7 +5,6 @@ Everything heavy is imported inside the commands, so that ``--help`` and complet
 answer at once.
 """
 
-import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from packager.cli.compose import compose
 from packager.cli.files import file_options
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
-from packager.cli.options import FILE, runs_option
+from packager.cli.options import FILE, Size, runs_option
 from packager.cli.provenance import provenance
 from packager.cli.releases import releases
 from packager.cli.trust import trust
@@ -42,19 +41,9 @@ if TYPE_CHECKING:
     from packager.report.records import FilesRecord, PackRecord
     from packager.rounds.folder import Parent, RoundFolder
 
-INIT = "init"  # for --from: the init weights
 OUTPUTS = 8  # golden inputs: more cost bytes, and a wrong weight shows in any
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "KIB": 2**10, "MIB": 2**20}
 
 _folder = click.Path(file_okay=False, path_type=Path)
-
-
-def parse_size(text: str) -> int:
-    """Turn ``200KB`` (1000 each), ``200KiB`` (1024 each) or ``200000`` into bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
-    if not match or match[2] not in UNITS:
-        raise click.BadParameter(f"{text!r} is not a size such as 200KB or 1.5MiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[str]:
@@ -80,7 +69,8 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "parent",
     metavar="ROUND",
     shell_complete=complete_round,
-    help="Lead from this round, or from 'init', instead of the recorded parent.",
+    help="Lead from this round of ROUND's run (RUN/round_02: of another one), or from "
+    "'init', instead of the recorded parent.",
 )
 @click.option(
     "--counter",
@@ -108,8 +98,8 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=parse_size,
-    help="Write nothing larger, for example 200KB.",
+    type=Size(),
+    help="Write nothing larger, for example 200KB (1000 bytes each) or 1.5MiB (1024).",
 )
 @click.option(
     "--level",
@@ -317,13 +307,9 @@ def _places(folders: Sequence[Path], output: str | None, suffix: str) -> list[Pa
 
 
 def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | None":
-    from packager.rounds.folder import find_round, parent_from, read_init, read_round
+    from packager.rounds.folder import named_parent
 
-    if name is None:
-        return None
-    if name == INIT:
-        return read_init(round_)
-    return parent_from(read_round(find_round(name, runs)))
+    return named_parent(round_, name, runs) if name is not None else None
 
 
 def _patch(

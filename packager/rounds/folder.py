@@ -7,6 +7,7 @@ the model's identity are computed again from the bytes.
 """
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -178,6 +179,32 @@ def find_parent(round_: RoundFolder) -> Parent:
         "name another parent with --from"
     )
     raise RoundError("\n  - ".join([problem, *unread]))
+
+
+def named_parent(round_: RoundFolder, name: str, runs: str | PathLike[str]) -> Parent:
+    """Return the weights that somebody wants an update to lead from.
+
+    Args:
+        round_: The round that it leads to.
+        name: ``init``, or a round: a bare ``round_02`` is one of the same run.
+        runs: Where the names of other runs are looked up.
+
+    Raises:
+        RoundNotFoundError: There is none of that name.
+        RoundError: It is not what it should be.
+    """
+    if name == INIT:
+        return read_init(round_)
+    if not re.fullmatch(r"round_\d+", name, re.ASCII):
+        return parent_from(read_round(find_round(name, runs)))
+    run = round_.path.absolute().parent
+    if not (run / name).is_dir():
+        known = ", ".join(folder.name for folder in list_rounds(run))
+        raise RoundNotFoundError(
+            f"no {name} in {run.name}, the run of {round_.name}; it has {known}; a "
+            "round of another run is given as RUN/round_02"
+        )
+    return parent_from(read_round(run / name))
 
 
 def parent_from(round_: RoundFolder) -> Parent:

@@ -7,7 +7,6 @@ import pytest
 
 from edge_runtime.errors import ConfigError
 from trainer.config import as_dict, load_config, make_config
-from trainer.recipe.schema import parse_size
 
 RECIPES = sorted(Path("trainer/recipes").glob("*.toml"))
 
@@ -117,20 +116,6 @@ def test_your_own_functions_take_the_place_of_names(recipe):
     assert (config.model.name, config.model.factory) == ("", "a.b:net")
     assert config.model.options == {"width": 3}
     assert (config.data.set, config.data.factory) == ("", "c:load")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("64KB", 64000),
-        ("1.5 MiB", 1572864),
-        ("700", 700),
-        ("1GB", 10**9),
-        ("1TB", None),
-    ],
-)
-def test_sizes_have_units(text, size):
-    assert parse_size(text) == size
 
 
 def test_a_section_that_is_no_table_is_a_problem(recipe):

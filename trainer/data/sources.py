@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from edge_runtime.errors import MALFORMED, ConfigError, TrainingError
+from edge_runtime.sizes import parse_size
 from trainer.data.samples import DataSource, Samples, Stored, generator
 from trainer.recipe.factory import call_factory, own_place
-from trainer.recipe.schema import DataConfig, parse_size
+from trainer.recipe.schema import DataConfig
 
 STATISTICS_SAMPLES = 2000
 DIGITS_TEST = 400  # samples; scikit-learn's digits come without a test set
@@ -114,17 +115,21 @@ def _folder(root: Path, config: DataConfig) -> DataSource:
     folders = [open_folder(half, transform) for half in (root / "train", tests[0])]
     if folders[0].classes != folders[1].classes:
         raise ConfigError(f"{root}: train and {tests[0].name} hold different classes")
-    memory = parse_size(config.memory) or 0
+    memory = _memory(config)
     train, test = (_samples(folder, memory) for folder in folders)
     step = max(1, len(train) // STATISTICS_SAMPLES)
     mean, std = _channel_statistics(train[::step].read())
     return DataSource(train, test, tuple(folders[0].classes), 1 / 255, mean, std)
 
 
+def _memory(config: DataConfig) -> int:
+    return parse_size(config.memory) if config.memory else 0
+
+
 def _own(config: DataConfig) -> DataSource:
     found = call_factory(config.factory)
     try:
-        return as_source(found, parse_size(config.memory) or 0)
+        return as_source(found, _memory(config))
     except (*MALFORMED, RuntimeError) as err:
         if own_place(err, config.factory):
             raise  # out of a data set of yours, not about what it is

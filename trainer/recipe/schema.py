@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from edge_runtime.sizes import SIZE_WORDS, is_size
+
 # Those that rank what a full phase did; a budget needs them.
 RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
 PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
-SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
 
 
@@ -31,8 +31,8 @@ _ANY: Rule = ("", lambda _value: True)
 _ABOVE_0: Rule = ("above 0, and finite", lambda value: 0 < value < float("inf"))
 _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
 _SIZE: Rule = (
-    "a size such as 64KB (1000 each) or 64KiB (1024 each)",
-    lambda value: value == "" or parse_size(value) is not None,
+    SIZE_WORDS,
+    lambda value: value == "" or is_size(value),
 )
 _FACTORY: Rule = (
     "package.module:function",
@@ -42,14 +42,6 @@ _REINIT: Rule = (
     "auto, never, or a number of rounds",
     lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
 )
-
-
-def parse_size(text: str) -> int | None:
-    """Return a size such as ``64KB`` or ``1.5MiB`` in bytes; None if it is none."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
-    if not match or match[2] not in SIZE_UNITS:
-        return None
-    return int(float(match[1]) * SIZE_UNITS[match[2]]) or None
 
 
 def _key(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.sizes import parse_size
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
-from trainer.recipe.schema import Config, parse_size
+from trainer.recipe.schema import Config
 from trainer.rounds.budget import Room, train_within
 from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
@@ -41,9 +42,10 @@ def train_round(
     if update.method in ("fisher", "rpu"):
         return _fixed(training, epochs, update.ratio, update.method)
     score = score_of(config)
-    if limit := parse_size(update.budget):
+    if update.budget:
         if pack is None:
             raise ConfigError("update.budget needs a function that packs: pass pack=")
+        limit = parse_size(update.budget)
         return train_within(training, epochs, score, Room(pack, limit, update.ratio))
     return _partial(training, epochs, update.ratio, score)
 

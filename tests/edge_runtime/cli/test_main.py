@@ -59,8 +59,11 @@ def test_a_device_goes_back_to_a_named_round(edge, installed):
     edge("apply", installed / "round_01.dpu", installed / "round_02.dpu")
     assert "within reach   1" in edge("status")[1]
     assert "rolled back to round 1" in edge("rollback", "--to", 1)[1]
-    code, _, err = edge("rollback", "--to", 7)
-    assert (code, "rounds within reach: 2" in err) == (2, True)
+    assert "rolled back to round 2" in edge("rollback", "--to", "round_02")[1]
+    assert "rolled back to round 1" in edge("rollback", "--to", "round_1")[1]
+    for unknown in (7, "round_07", "one", "-1"):
+        code, _, err = edge("rollback", "--to", unknown)
+        assert (code, "rounds within reach: 2" in err) == (2, True)
 
 
 def test_a_pinned_device_holds_updates_back(edge, installed):

@@ -123,7 +123,7 @@ def test_a_patch_over_its_limit_leaves_no_file(run, runs, command):
 def test_a_size_that_is_none_is_a_usage_error(runs, command):
     code, _, err = command(pack, "round_01", "--max-size", "200 bananas")
     assert code == 2
-    assert "200KB" in err
+    assert "such as 64KB" in err
 
 
 def test_an_ambiguous_name_is_a_usage_error_with_the_candidates(runs, new_run, command):
@@ -131,6 +131,36 @@ def test_an_ambiguous_name_is_a_usage_error_with_the_candidates(runs, new_run, c
     code, _, err = command(pack, "round_01")
     assert code == 2
     assert "other/round_01, tiny/round_01" in err
+
+
+def test_a_parents_bare_name_is_of_the_rounds_own_run(
+    runs, new_run, command, monkeypatch, tmp_path
+):
+    other = new_run("other")
+    other.add(1)
+    other.add(2)
+    code, _, err = command(pack, "other/round_02", "--from", "round_01")
+    assert (code, err.count("wrote")) == (0, 1), err
+    with open_patch(other.path / "round_02_from_round_01.dpu") as made:
+        parent = read_round(other.path / "round_01").weights
+        assert made.header.parent == parent.fingerprint
+    # A folder of that name where the command is typed is another run's too.
+    shutil.copytree(runs / "tiny", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (other.path / "round_02_from_round_01.dpu").unlink()
+    assert command(pack, "other/round_02", "--from", "round_01")[0] == 0
+    with open_patch(other.path / "round_02_from_round_01.dpu") as made:
+        assert made.header.parent == parent.fingerprint
+
+
+def test_a_parent_that_the_rounds_run_lacks_is_not_looked_for_in_others(
+    runs, new_run, command
+):
+    new_run("other").add(2)
+    code, _, err = command(pack, "tiny/round_01", "--from", "round_02")
+    assert code == 2
+    assert "no round_02 in tiny, the run of round_01; it has round_00, round_01" in err
+    assert "RUN/round_02" in err
 
 
 def test_a_damaged_round_is_refused_and_writes_nothing(run, runs, command):
