@@ -22,6 +22,7 @@ _SYSTEM_WORDS = (
     *map(os.strerror, (*_ENDED, errno.EACCES, errno.EPERM, errno.ENOSPC)),
     *("bad_alloc", "Failed to allocate memory", "failed to allocate memory"),
     *("Unable to allocate", "failed to map segment", "allocate memory"),
+    "SystemError : ",  # ONNX Runtime's, with the number of an error of the system
 )
 
 

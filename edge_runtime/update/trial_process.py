@@ -45,11 +45,11 @@ def _words(error: Exception) -> str:
 def _judge(slot: Path, model: Path, golden: bool, timeout_s: float) -> None:
     # Imported late, so that a package that is missing is told as such.
     from edge_runtime.inference.predictor import Backend, choose_backend
-    from edge_runtime.update.trial import Expected, try_slot
+    from edge_runtime.update.trial import Expected, read_all, try_slot
 
     choose_backend(Backend.AUTO)  # imports the runtime, before there are limits
     for name in (GRAPH_NAME, WEIGHTS_NAME):
-        _read_all(slot / name)
+        read_all(slot / name)
     expected = Expected(golden=golden, values=sys.stdin.buffer.read())
     limit_memory((slot / WEIGHTS_NAME).stat().st_size)
     limit_time(timeout_s)
@@ -58,14 +58,6 @@ def _judge(slot: Path, model: Path, golden: bool, timeout_s: float) -> None:
 
 def _begin() -> None:
     os.write(sys.stdout.fileno(), BEGUN)
-
-
-def _read_all(path: Path) -> None:
-    """Read a file once: what the disk refuses now is not the model's fault."""
-    with path.open("rb", buffering=0) as file:
-        buffer = bytearray(1 << 20)
-        while file.readinto(buffer):
-            pass
 
 
 # Ends and limits ---------------------------------------------------------------------

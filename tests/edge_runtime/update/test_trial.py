@@ -5,6 +5,7 @@ The trial's process is the real one. Where a fault must arise inside of it, a fe
 are put before those that it starts with.
 """
 
+import errno
 import os
 import resource
 import subprocess
@@ -18,7 +19,13 @@ from onnx import TensorProto, helper
 
 from edge_runtime import Device, UpdateResult
 from edge_runtime.cli.main import main
-from edge_runtime.errors import BlockedError, TrialCutOffError, TrialError, TrustError
+from edge_runtime.errors import (
+    BlockedError,
+    StoreError,
+    TrialCutOffError,
+    TrialError,
+    TrustError,
+)
 from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update import programs, trial_ends
@@ -82,7 +89,7 @@ def refused_for(device):
 FAIL = """
 import errno, os, sys
 def fail(event, args):
-    if event == "open" and str(args[0]).endswith({name!r}):
+    if event == "open" and {name!r} in os.path.basename(str(args[0])):
         raise OSError(errno.{error}, os.strerror(errno.{error}), str(args[0]))
 sys.addaudithook(fail)
 """
@@ -95,7 +102,7 @@ sys.addaudithook(fail)
         ("golden.npz", "EMFILE", 1),
         ("graph.onnx", "EACCES", 1),
         ("weights.safetensors", "ENOMEM", 1),
-        ("predictor.py", "EIO", 1),
+        ("predictor.", "EIO", 1),  # or what it was compiled to
     ],
 )
 def test_a_file_that_cannot_be_read_now_is_no_verdict(
@@ -182,6 +189,51 @@ def test_a_blocked_release_ends_with_the_code_of_the_system(
 
 
 # Ends that are no answer -------------------------------------------------------------
+
+
+_LOADING = """
+import onnxruntime, os, resource
+_Session = onnxruntime.InferenceSession
+def _session(path, *a, **k):
+    graph = os.path.realpath(path)
+    {meanwhile}
+    return _Session(path, *a, **k)
+onnxruntime.InferenceSession = _session
+"""
+# What the runtime says of a file that the disk gave only in part: that it is malformed.
+_HALF_READ = """
+    onnxruntime.InferenceSession = _Session
+    whole = open(graph, "rb").read()
+    os.unlink(graph)
+    open(graph, "wb").write(whole[: len(whole) // 2])
+    try:
+        return _Session(path, *a, **k)
+    finally:
+        open(graph, "wb").write(whole)
+"""
+_NO_HANDLES = "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))"
+
+
+def test_a_graph_that_the_runtime_could_not_read_once_is_read_again(
+    device, patch, in_the_trial
+):
+    in_the_trial(_LOADING.format(meanwhile=_HALF_READ))
+    assert device.update(patch) is UpdateResult.APPLIED
+
+
+def test_what_the_runtime_cannot_open_while_it_loads_is_no_verdict(
+    device, patch, in_the_trial
+):
+    in_the_trial(_LOADING.format(meanwhile=_NO_HANDLES))
+    with pytest.raises(BlockedError):
+        device.update(patch)
+    assert device.store.state.tries == {}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ELOOP])
+def test_the_number_of_an_error_of_the_system_is_no_verdict(number):
+    error = StoreError(f"cannot load graph.onnx: SystemError : {number}")
+    assert trial_ends.end_code(error) == trial_ends.BLOCKED
 
 
 def test_a_signal_counts_as_one_try(device, patch, in_the_trial):
