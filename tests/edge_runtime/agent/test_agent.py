@@ -13,12 +13,8 @@ import pytest
 
 from edge_runtime import Device
 from edge_runtime.agent import agent as module
-from edge_runtime.agent.agent import (
-    BACKOFF_S,
-    MAX_BACKOFF_S,
-    MAX_BLOCKED_BACKOFF_S,
-    Agent,
-)
+from edge_runtime.agent.agent import Agent
+from edge_runtime.agent.backoff import BACKOFF_S, MAX_BACKOFF_S, MAX_BLOCKED_BACKOFF_S
 from edge_runtime.agent.status import metric_lines, read_status, status_lines
 from edge_runtime.errors import (
     BackendError,
