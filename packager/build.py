@@ -27,6 +27,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
@@ -37,8 +38,6 @@ from packager.rounds.folder import Parent, RoundFolder, find_parent
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-LEVEL = 19  # zstd, 1 to 22
 
 
 @dataclass(frozen=True, slots=True)

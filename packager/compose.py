@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from edge_runtime.errors import WrongModelError, WrongParentError
 from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.weights import Weights
-from packager.build import LEVEL, PackedPatch, encode_changes, prefix_errors
+from packager.build import PackedPatch, encode_changes, prefix_errors
 from packager.diff import diff
 
 Named = tuple[str, Patch]  # a patch, and what to call it in messages

@@ -18,6 +18,7 @@ MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a 
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 READ_BYTES = 1 << 16
+LEVEL = 19  # of zstd, 1 to 22: a patch is packed once and sent often
 # Each block of a frame is looked at. Ours have kilobytes; small tensors' have less.
 MAX_BLOCKS, BYTES_A_BLOCK = 1 << 16, 128
 

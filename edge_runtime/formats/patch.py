@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import (
     DATED,
     PatchHeader,
@@ -327,7 +328,7 @@ def encode_patch(
     base: Weights,
     target: Weights,
     *,
-    level: int = 19,
+    level: int = LEVEL,
     outputs: bytes = b"",
 ) -> bytes:
     """Encode a patch, unsigned.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.formats.frames import SectionReader, quick_size
+from edge_runtime.formats.frames import LEVEL, SectionReader, quick_size
 from edge_runtime.formats.numbers import (
     PIECE,
     Integers,
@@ -61,7 +61,7 @@ def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
 
 
 def encode_positions(
-    tensors: Sequence[tuple[tuple[int, ...], Positions]], level: int = 19
+    tensors: Sequence[tuple[tuple[int, ...], Positions]], level: int = LEVEL
 ) -> tuple[int, dict[int, list[bytes]]]:
     """Encode which elements travel, tensor by tensor.
 

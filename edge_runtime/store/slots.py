@@ -31,7 +31,7 @@ from edge_runtime.store.store import Store
 SPARE_BYTES = 1 << 20  # left free beside a new slot, for state and directory blocks
 REVERSE_SHARE = 8  # a reverse patch may have one part in this many of a slot's size
 MAX_CHANGES = 1 << 18  # elements of one: encoding them takes about 16 MB of memory
-_LEVEL = 3  # of zstd: a small board has better things to do
+_LEVEL = 3  # of zstd: a reverse patch is never sent, and a small board is slow
 
 
 def build_slot(

@@ -28,6 +28,7 @@ from edge_runtime.formats.contract import (
     encode_contract,
     parse_contract,
 )
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.identity import encode_run
 from edge_runtime.formats.init_weights import (
     InitSpec,
@@ -45,7 +46,6 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.weights import Weights
 from packager.build import (
-    LEVEL,
     PackedPatch,
     check_budget,
     encode_changes,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats import bundle as layout
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.model_folder import GOLDEN_NAME, GRAPH_NAME
-from packager.build import LEVEL, PackedPatch, check_budget, pack_round, write_file
+from packager.build import PackedPatch, check_budget, pack_round, write_file
 from packager.models.onnx_check import check_graph
 from packager.rounds.folder import RoundFolder, read_init, read_model_file
 from packager.rounds.golden import with_outputs

@@ -8,7 +8,7 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from packager.cli.files import read_any
-from packager.cli.options import FILE
+from packager.cli.options import FILE, level_option
 
 
 @click.command()
@@ -28,7 +28,7 @@ from packager.cli.options import FILE
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to write the patch.",
 )
-@click.option("--level", type=click.IntRange(1, 22), default=19, show_default=True)
+@level_option
 @click.option(
     "--force", is_flag=True, help="Replace a signed file by this unsigned one."
 )

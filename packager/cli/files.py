@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-pack --base FILE``: two files of one network, or one for a new device."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,40 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import say
-from packager.cli.options import FILE
+from packager.cli.options import FILE, PackOptions
 
 if TYPE_CHECKING:
     from edge_runtime.formats.identity import Run
     from packager.build import PackedPatch
     from packager.models.read import Model
     from packager.report.packed import Made
+
+
+@dataclass(frozen=True, slots=True)
+class FileOptions:
+    """The values of :func:`file_options`; None where an option was not given.
+
+    Attributes:
+        base: The file that devices hold.
+        target: What they shall hold.
+        graph: For safetensors: the graph that devices have.
+        contract: For a bundle: what goes in and comes out.
+        golden: For a bundle: inputs, and labels if there are any.
+        name: What tells this model from others of the same network.
+    """
+
+    base: Path | None
+    target: Path | None
+    graph: Path | None
+    contract: Path | None
+    golden: Path | None
+    name: str | None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether files are to be packed, and not rounds."""
+        paths = self.base, self.target, self.graph, self.contract, self.golden
+        return any((*paths, self.name))
 
 
 def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,46 +74,38 @@ def read_any(path: Path, graph: Path | None = None) -> "Model":
 
 
 def pack_files(
-    files: Mapping[str, Any],
-    output: str | None,
-    names: Sequence[str],
-    *,
-    bundle: bool,
-    force: bool,
-    options: dict[str, Any],
+    files: FileOptions, output: str | None, options: PackOptions
 ) -> "Generator[Made]":
     """Pack what :func:`file_options` name.
 
     Args:
         files: Their values.
         output: File or folder to write to; by default beside the newer file.
-        names: Ids of the keys that sign.
-        bundle: Whether a bundle is asked for.
-        force: Let a counter be far ahead, and a signed file be replaced.
-        options: ``level``, ``max_size``, ``counter``, ``signers``, as for rounds.
+        options: How to pack.
 
     Yields:
         What is to be written.
     """
-    base, target = _check_usage(files, bundle=bundle)
+    base, target = _check_usage(files, bundle=options.bundle)
     from packager.build import check_counter
     from packager.report.packed import Made, files_record, files_text
 
-    if not force:
-        check_counter(options["counter"] or 0, 0)  # nothing is known of other releases
-    run = _named_run(files["name"])
-    model = replace(read_any(base, files["graph"]), run=run)
+    if not options.force:
+        check_counter(options.counter or 0, 0)  # nothing is known of other releases
+    run = _named_run(files.name)
+    model = replace(read_any(base, files.graph), run=run)
     newer = model
     if target is not None:
-        newer = replace(read_any(target, files["graph"]), run=run)
+        newer = replace(read_any(target, files.graph), run=run)
     if target is None:
         packed, data = _bundle(model, files, options)
     else:
         packed, data = _patch(model, newer, options)
-    path = _place(newer.path, output, ".bundle.zip" if bundle else ".dpu")
-    record = files_record((model, newer), packed, path, len(data), names)
-    record["golden"] = "given" if files["golden"] else "made up"
-    yield Made(path, data, record, files_text(record), partial(_write, force=force))
+    path = _place(newer.path, output, ".bundle.zip" if options.bundle else ".dpu")
+    record = files_record((model, newer), packed, path, len(data), options.signed_by)
+    record["golden"] = "given" if files.golden else "made up"
+    write = partial(_write, force=options.force)
+    yield Made(path, data, record, files_text(record), write)
 
 
 def _write(data: bytes, path: Path, *, force: bool) -> bool:
@@ -101,8 +120,8 @@ def _named_run(name: str | None) -> "Run | None":
     return Run(run_id(name), name) if name else None
 
 
-def _check_usage(files: Mapping[str, Any], *, bundle: bool) -> tuple[Path, Path | None]:
-    base, target = files["base"], files["target"]
+def _check_usage(files: FileOptions, *, bundle: bool) -> tuple[Path, Path | None]:
+    base, target = files.base, files.target
     if base is None:
         raise click.UsageError("give --base too: the file that devices hold")
     if bundle == (target is not None):
@@ -110,18 +129,24 @@ def _check_usage(files: Mapping[str, Any], *, bundle: bool) -> tuple[Path, Path 
             "give --base with --target for a patch, or --base with --bundle for what a "
             "new device is installed from"
         )
-    if not bundle and (files["contract"] or files["golden"]):
+    if not bundle and (files.contract or files.golden):
         raise click.UsageError("--contract and --golden are for --bundle")
     return base, target
 
 
 def _patch(
-    base: "Model", target: "Model", options: dict[str, Any]
+    base: "Model", target: "Model", options: PackOptions
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.models.read import pack_models
 
-    counter = 1 if options["counter"] is None else options["counter"]
-    packed = pack_models(base, target, **options | {"counter": counter})
+    packed = pack_models(
+        base,
+        target,
+        counter=1 if options.counter is None else options.counter,
+        level=options.level,
+        max_size=options.max_size,
+        signers=options.signers,
+    )
     if packed and target.graph:
         from packager.bundles.from_model import check_answers
 
@@ -131,7 +156,7 @@ def _patch(
 
 
 def _bundle(
-    model: "Model", files: Mapping[str, Any], options: dict[str, Any]
+    model: "Model", files: FileOptions, options: PackOptions
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.bundles.from_model import adopt_model
 
@@ -139,9 +164,15 @@ def _bundle(
         raise click.UsageError(
             f"a bundle needs a graph: give the ONNX file, or {model.path} with --graph"
         )
-    contract, golden = files["contract"], files["golden"]
-    options = options | {"counter": options["counter"] or 0}
-    bundle = adopt_model(model, contract=contract, golden=golden, **options)
+    bundle = adopt_model(
+        model,
+        contract=files.contract,
+        golden=files.golden,
+        counter=options.counter or 0,
+        level=options.level,
+        max_size=options.max_size,
+        signers=options.signers,
+    )
     return bundle.patch, bundle.data
 
 

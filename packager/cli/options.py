@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options and arguments that several commands share."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.sizes import parse_size
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -36,3 +42,36 @@ runs_option = click.option(
     is_eager=True,  # known when a ROUND is completed in the shell
     help="Where names of runs and rounds are looked up.",
 )
+level_option = click.option(
+    "--level",
+    type=click.IntRange(1, 22),
+    default=LEVEL,
+    show_default=True,
+    help="zstd level.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """How ``dpu-pack`` is to pack, whatever it packs.
+
+    Attributes:
+        level: zstd level, 1 to 22.
+        max_size: Largest file in bytes; None for any.
+        counter: Release counter; None for the next one that is free.
+        signers: The keys that sign.
+        signed_by: Their ids.
+        expect_outputs: For how many golden inputs the patch carries outputs.
+        bundle: Make what a new device is installed from, not a patch.
+        force: Take a counter that is far ahead or another round's; replace a signed
+            file by an unsigned one.
+    """
+
+    level: int = LEVEL
+    max_size: int | None = None
+    counter: int | None = None
+    signers: "Sequence[Ed25519PrivateKey]" = ()
+    signed_by: Sequence[str] = ()
+    expect_outputs: int = 0
+    bundle: bool = False
+    force: bool = False

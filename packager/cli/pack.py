@@ -5,10 +5,8 @@ Everything heavy is imported inside the commands, so that ``--help`` and complet
 answer at once.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +24,24 @@ from edge_runtime.commandline import (
 )
 from packager.cli.check_proof import check_proof
 from packager.cli.compose import compose
-from packager.cli.files import file_options
+from packager.cli.files import FileOptions, file_options, pack_files
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
-from packager.cli.options import FILE, Size, runs_option
+from packager.cli.options import (
+    FILE,
+    PackOptions,
+    Size,
+    level_option,
+    runs_option,
+)
 from packager.cli.provenance import provenance
 from packager.cli.releases import releases
+from packager.cli.rounds import RoundOptions, pack_rounds
 from packager.cli.trust import trust
 
 if TYPE_CHECKING:
-    from packager.build import PackedPatch
-    from packager.ledger import Ledger
     from packager.report.packed import Made
     from packager.report.records import FilesRecord, PackRecord
-    from packager.rounds.folder import Parent, RoundFolder
 
 OUTPUTS = 8  # golden inputs: more cost bytes, and a wrong weight shows in any
 
@@ -101,13 +103,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     type=Size(),
     help="Write nothing larger, for example 200KB (1000 bytes each) or 1.5MiB (1024).",
 )
-@click.option(
-    "--level",
-    type=click.IntRange(1, 22),
-    default=19,
-    show_default=True,
-    help="zstd level.",
-)
+@level_option
 @click.option(
     "--sign",
     "keys",
@@ -154,40 +150,28 @@ def pack(  # noqa: PLR0913 - one argument for each option
     network, and --base with --bundle installs one.
     """
     signers, names = read_signers(keys)
-    options = {
-        "level": level,
-        "max_size": max_size,
-        "counter": counter,
-        "signers": signers,
-    }
-    if any(files.values()):
-        from packager.cli.files import pack_files
-
+    options = PackOptions(
+        level=level,
+        max_size=max_size,
+        counter=counter,
+        signers=signers,
+        signed_by=names,
+        expect_outputs=expect_outputs or 0,
+        bundle=bundle,
+        force=force,
+    )
+    asked = FileOptions(**files)
+    if asked.is_given:
         if rounds or parent or expect_outputs:
             raise click.UsageError(
                 "give either rounds or --base, not both; --from and --expect-outputs "
                 "are for rounds"
             )
-        made = pack_files(
-            files, output, names, bundle=bundle, force=force, options=options
-        )
+        made = pack_files(asked, output, options)
     else:
         if not rounds:
             raise click.UsageError("give rounds, or --base and --target")
-        folders = [folder for name in rounds for folder in _find(name, runs, bundle)]
-        # Beside the round's own patch, which must not be overwritten by this one.
-        name = f"_from_{Path(parent).resolve().name}" if parent else ""
-        suffix = ".bundle.zip" if bundle else f"{name}.dpu"
-        paths = _places(folders, output, suffix)
-        places = list(zip(folders, paths, strict=True))
-        if expect_outputs:
-            options["expect_outputs"] = expect_outputs
-        opened = _ledger_to_read if dry_run else _ledger_to_write
-        made = _pack_rounds(
-            places,
-            _Plan(runs, parent, opened, names, force=force, bundle=bundle),
-            options,
-        )
+        made = pack_rounds(RoundOptions(rounds, runs, parent, dry_run), output, options)
     # Closed also after an error: then it lets go of the ledger.
     with closing(made):
         records = _write_all(made, dry_run=dry_run, silent=as_json or quiet)
@@ -209,146 +193,6 @@ def _write_all(
         elif data and dry_run and not silent:
             say(f"dry run: {path} not written")
     return records
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How rounds are packed.
-
-    Attributes:
-        runs: The folder with the runs.
-        parent: What ``--from`` names, if anything.
-        opened: Opens the ledger of a run.
-        names: Ids of the keys that sign.
-        force: Whether somebody insists.
-        bundle: Whether bundles are asked for.
-    """
-
-    runs: Path
-    parent: str | None
-    opened: "Callable[[Path], AbstractContextManager[Ledger]]"
-    names: Sequence[str]
-    force: bool
-    bundle: bool
-
-
-def _ledger_to_read(run: Path) -> "AbstractContextManager[Ledger]":
-    from packager.ledger import read_ledger
-
-    return nullcontext(read_ledger(run))
-
-
-def _ledger_to_write(run: Path) -> "AbstractContextManager[Ledger]":
-    from packager.ledger import open_ledger
-
-    return open_ledger(run, waiting=say)
-
-
-def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
-    """Return the round of a name, or the rounds of a run that are to be released."""
-    from packager.ledger import read_ledger
-    from packager.rounds.folder import find_round, find_run, new_rounds
-
-    run = find_run(name, runs)
-    if run is None:
-        return [find_round(name, runs)]
-    if bundle:
-        raise click.UsageError(
-            f"{name} is a run, and a bundle is of one round: give {name}/round_00"
-        )
-    ledger = read_ledger(run)
-    released = {(r.model, r.target) for r in ledger.releases}
-    found = new_rounds(run, released)
-    if not found:
-        say(f"{name}: every round is released already ('dpu-patch releases {name}')")
-    return found
-
-
-def _pack_rounds(
-    rounds: Sequence[tuple[Path, Path]], plan: _Plan, options: dict[str, Any]
-) -> "Generator[Made]":
-    """Pack round folders, each with the file that it is for."""
-    from packager.report.packed import Made, pack_record, pack_text
-    from packager.rounds.folder import read_round
-
-    if plan.bundle and plan.parent:
-        raise click.UsageError("a bundle leads from the init weights: no --from")
-    if plan.bundle and "expect_outputs" in options:
-        raise click.UsageError("a bundle holds all outputs: no --expect-outputs")
-    if options["counter"] is not None and len(rounds) > 1:
-        raise click.UsageError("--counter is for one round at a time")
-    make = _bundle if plan.bundle else _patch
-    for folder, path in rounds:
-        round_ = read_round(folder)
-        base = _parent(round_, plan.parent, plan.runs)
-        # Until the file is written: two packers must not give out one counter.
-        with plan.opened(folder.absolute().parent) as ledger:
-            packed, data = make(round_, base, ledger, options, force=plan.force)
-            record = pack_record(round_, packed, path, len(data), plan.names)
-            write = partial(ledger.publish, force=plan.force)
-            yield Made(path, data, record, pack_text(record), write)
-            for note in ledger.notes:
-                say(note)
-
-
-def _places(folders: Sequence[Path], output: str | None, suffix: str) -> list[Path]:
-    """Say which file each round is written to."""
-    if output is None:
-        return [folder.with_name(folder.name + suffix) for folder in folders]
-    if len(folders) == 1 and not output.endswith("/") and not Path(output).is_dir():
-        return [Path(output)]
-    places = [Path(output) / (folder.name + suffix) for folder in folders]
-    if len(set(places)) < len(places):
-        raise click.UsageError(
-            "two of these rounds have the same name and would be one file in "
-            f"{output}: pack them one by one, each with its own -o"
-        )
-    return places
-
-
-def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | None":
-    from packager.rounds.folder import named_parent
-
-    return named_parent(round_, name, runs) if name is not None else None
-
-
-def _patch(
-    round_: "RoundFolder",
-    parent: "Parent | None",
-    ledger: "Ledger",
-    options: dict[str, Any],
-    *,
-    force: bool,
-) -> "tuple[PackedPatch | None, bytes]":
-    from packager.build import pack_round
-    from packager.rounds.folder import find_parent
-
-    stated = round_.record
-    if stated.outcome == "updated":
-        counter = ledger.next_counter(stated, options["counter"], force=force)
-        options = options | {"counter": counter}
-        parent = parent or find_parent(round_)
-        # Devices at the parent have seen its newest release, whatever its round says.
-        seen = ledger.counter_of(stated.model, parent.weights.fingerprint)
-        if seen is not None and parent.counter is not None:
-            parent = replace(parent, counter=max(seen, parent.counter))
-    packed = pack_round(round_, parent, **options)
-    return packed, packed.data if packed else b""
-
-
-def _bundle(
-    round_: "RoundFolder",
-    _: "Parent | None",
-    ledger: "Ledger",
-    options: dict[str, Any],
-    *,
-    force: bool,
-) -> "tuple[PackedPatch | None, bytes]":
-    from packager.bundles.from_round import build_bundle
-
-    counter = ledger.next_counter(round_.record, options["counter"], force=force)
-    bundle = build_bundle(round_, **options | {"counter": counter})
-    return bundle.patch, bundle.data
 
 
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import WeightsError, WrongModelError
+from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, Run, network_id
 from edge_runtime.formats.weights import (
     Weights,
 )
 from packager.build import (
-    LEVEL,
     PackedPatch,
     check_budget,
     check_counter,
