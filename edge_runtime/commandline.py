@@ -24,6 +24,7 @@ from click.core import ParameterSource
 from click.exceptions import NoArgsIsHelpError
 
 from edge_runtime import errors
+from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.streams import prepare_streams, read_by_nobody
 from edge_runtime.text import printable_lines, printable_message
 
@@ -266,6 +267,29 @@ def _in_our_voice(error: click.ClickException) -> str:
         r"\. (?=Or set |Did you mean )(.)", lambda m: f"; {m[1].lower()}", small
     )
     return re.sub(r"(?<!\.)\.$", "", joined.rstrip())
+
+
+class FileOf(click.Path):
+    """A file of some kinds; another kind is refused by its name, before any work."""
+
+    def __init__(self, *kinds: Kind, **how: Any) -> None:
+        """Accept files of these kinds, and what nobody recognises.
+
+        Args:
+            kinds: What the file may be.
+            how: As :class:`click.Path` takes it.
+        """
+        super().__init__(exists=True, path_type=Path, **{"dir_okay": False} | how)
+        self.kinds = kinds
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the path, or say what is there and which command takes it."""
+        path = Path(value)
+        if not (self.dir_okay and path.is_dir()):
+            refuse_others(path, self.kinds)
+        return super().convert(value, param, ctx)
 
 
 class Command(_CatchErrors, click.Command):

@@ -2,24 +2,20 @@
 """What a finished patch or bundle says of itself: for whom, and signed by whom."""
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_runtime.errors import BundleError, DpuError, TrustError
+from edge_runtime.errors import DpuError, TrustError
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
     PATCH_NAME,
     SIGNATURES_NAME,
+    open_archive,
+    read_member,
 )
 from edge_runtime.formats.header import MAGIC, PatchHeader, parse_header, read_header
-from edge_runtime.formats.signing import (
-    MAX_BLOCK_BYTES,
-    decode_signatures,
-    read_signatures,
-)
-from edge_runtime.limits import limits
+from edge_runtime.formats.signing import decode_signatures, read_signatures
 
 PATCH, BUNDLE = "patch", "bundle"
 
@@ -55,8 +51,10 @@ def read_facts(source: Path | bytes) -> Facts:
     """
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         start = file.read(len(MAGIC))
-        file.seek(0)
-        return _bundle_facts(file) if start.startswith(b"PK") else _patch_facts(file)
+        if not start.startswith(b"PK"):
+            file.seek(0)
+            return _patch_facts(file)
+    return _bundle_facts(source)
 
 
 def _patch_facts(file: BinaryIO) -> Facts:
@@ -66,29 +64,16 @@ def _patch_facts(file: BinaryIO) -> Facts:
     return Facts(PATCH, header, ids, raw)
 
 
-def _bundle_facts(file: BinaryIO) -> Facts:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            manifest = _small_member(archive, MANIFEST_NAME, limits().manifest_bytes)
-            block = b""
-            if SIGNATURES_NAME in archive.namelist():
-                block = _small_member(archive, SIGNATURES_NAME, MAX_BLOCK_BYTES)
-            with archive.open(PATCH_NAME) as member:
-                header = _patch_facts(member).header  # type: ignore[arg-type]
-    # RuntimeError: an encrypted member, or one of an unknown kind.
-    except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, ValueError) as err:
-        raise BundleError(
-            f"not an installation bundle, or damaged ({err}); make it again"
-        ) from err
-    ids = tuple(signature.key_id for signature in decode_signatures(block))
+def _bundle_facts(source: Path | bytes) -> Facts:
+    with open_archive(source) as archive:
+        manifest = read_member(archive, MANIFEST_NAME, "manifest_bytes")
+        block = b""
+        if SIGNATURES_NAME in archive.namelist():
+            block = read_member(archive, SIGNATURES_NAME, "signature_bytes")
+        with archive.open(PATCH_NAME) as member:
+            header = _patch_facts(member).header  # type: ignore[arg-type]
+        ids = tuple(signature.key_id for signature in decode_signatures(block))
     return Facts(BUNDLE, header, ids, manifest)
-
-
-def _small_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
-        raise BundleError(f"the bundle's {name} is compressed or too large")
-    return archive.read(info)
 
 
 def keep_signed(data: bytes, path: Path, *, force: bool = False) -> str:

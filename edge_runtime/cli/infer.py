@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import Answer, emit, json_option, on_device, say
+from edge_runtime.commandline import Answer, FileOf, emit, json_option, on_device, say
 from edge_runtime.errors import ContractError
+from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     "inputs",
     metavar="INPUT...",
     nargs=-1,
-    type=click.Path(exists=True, allow_dash=True, path_type=Path),
+    type=FileOf(Kind.IMAGE, Kind.NPY, Kind.NPZ, dir_okay=True, allow_dash=True),
 )
 @click.option("--golden", is_flag=True, help="Use the golden inputs of the bundle.")
 @click.option(

@@ -14,6 +14,7 @@ from edge_runtime.commandline import (
     CONTEXT,
     EXIT_CODE_HELP,
     Answer,
+    FileOf,
     Group,
     emit,
     json_option,
@@ -23,13 +24,13 @@ from edge_runtime.commandline import (
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError, add_details
+from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.formats.model_folder import round_number
 from edge_runtime.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.update.device import Device
 
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 _settings = CONTEXT | {"show_default": True}
 
 
@@ -49,13 +50,13 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_file)
+@click.argument("bundle", type=FileOf(Kind.BUNDLE))
 @click.option(
     "--trust",
     "keys",
     metavar="KEY.pem|N.root.json",
     multiple=True,
-    type=_file,
+    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
     help="Accept only what this key signed (repeatable), or what a key list says.",
 )
 @click.option(
@@ -120,7 +121,9 @@ def _blocked(event: dict[str, Any] | None) -> Iterator[str]:
 
 
 @main.command()
-@click.argument("patches", metavar="PATCH...", nargs=-1, required=True, type=_file)
+@click.argument(
+    "patches", metavar="PATCH...", nargs=-1, required=True, type=FileOf(Kind.PATCH)
+)
 @click.option(
     "--force",
     is_flag=True,
@@ -205,6 +208,7 @@ def verify(device: "Device", expect: str | None) -> Answer:
 
     found, number = device.verify(), device.store.state.active_slot.round
     if expect is not None:
+        refuse_others(Path(expect), [Kind.WEIGHTS])
         wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
         if len(wanted) != 64:
             raise click.BadParameter(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import CONTEXT, Answer, Group, on_device
+from edge_runtime.commandline import CONTEXT, Answer, FileOf, Group, on_device
+from edge_runtime.formats.kinds import Kind
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import Trust
@@ -87,7 +88,7 @@ def _words(role: dict[str, Any]) -> str:
     metavar="N.root.json...",
     nargs=-1,
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FileOf(Kind.KEY_LIST),
 )
 @click.option(
     "--lapsed",
@@ -136,8 +137,9 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
         KeyListError: A key list is damaged.
         TrustError: A key list is not signed by its own keys.
     """
-    from edge_runtime.errors import KeyFileError
+    from edge_runtime.errors import DpuError, KeyFileError
     from edge_runtime.files import read_bounded
+    from edge_runtime.formats.kinds import kind_of
     from edge_runtime.formats.signing import trust_keys
     from edge_runtime.trust import first_root, is_list
 
@@ -145,11 +147,21 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
         str(path): read_bounded(path, "key_list_bytes", str(path), KeyFileError)
         for path in paths
     }
-    if not any(map(is_list, files.values())):
+    # A damaged list is no PEM file either: its name tells, or what is left of it.
+    listed = [
+        name
+        for name, data in files.items()
+        if is_list(data) or kind_of(Path(name)) is Kind.KEY_LIST
+    ]
+    if not listed:
         return trust_keys(files, threshold)
     if len(files) > 1 or threshold > 1:
         raise click.UsageError(
             "a key list says itself which keys and how many of them: give it alone, "
             "without --threshold"
         )
-    return first_root(next(iter(files.values())))
+    try:
+        return first_root(files[listed[0]])
+    except DpuError as err:
+        err.args = (f"{listed[0]}: {err}",)
+        raise

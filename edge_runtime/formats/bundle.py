@@ -92,15 +92,15 @@ def read_bundle(
         BundleError: Not a bundle, damaged or incomplete.
         TrustError: The trusted keys did not sign it.
     """
-    with _opened(source) as archive:
-        signed = _member(archive, MANIFEST_NAME, "manifest_bytes")
+    with open_archive(source) as archive:
+        signed = read_member(archive, MANIFEST_NAME, "manifest_bytes")
         manifest = _parse(signed)
         if isinstance(trust, signing.FirstUse):
             trust = _carried(archive, manifest, trust.threshold)
         trust = trust or signing.Trust()
         block = b""
         if SIGNATURES_NAME in archive.namelist():
-            block = _member(archive, SIGNATURES_NAME, "signature_bytes")
+            block = read_member(archive, SIGNATURES_NAME, "signature_bytes")
         signatures = signing.decode_signatures(block)
         trust.check(signing.BUNDLE_CONTEXT, signed, signatures)
         manifest.schema(SCHEMA, RUN_SCHEMA)
@@ -111,7 +111,8 @@ def read_bundle(
         names = [name for name in (*REQUIRED, *OPTIONAL) if name in digests]
         _check_room(archive, names)
         files = {
-            name: _member(archive, name, digest=digests.digest(name)) for name in names
+            name: read_member(archive, name, digest=digests.digest(name))
+            for name in names
         }
         patch = files.pop(PATCH_NAME)
         model, target = manifest.digest("model"), manifest.digest("target")
@@ -139,8 +140,8 @@ def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
         KeyFileError: A key in it is none.
         TrustError: It carries fewer keys than that.
     """
-    with _opened(source) as archive:
-        manifest = _parse(_member(archive, MANIFEST_NAME, "manifest_bytes"))
+    with open_archive(source) as archive:
+        manifest = _parse(read_member(archive, MANIFEST_NAME, "manifest_bytes"))
         return _carried(archive, manifest, threshold)
 
 
@@ -149,7 +150,7 @@ def _carried(
 ) -> signing.Trust:
     digests = manifest.record("files")
     pems = {
-        name: _member(archive, name, "key_bytes", digests.digest(name))
+        name: read_member(archive, name, "key_bytes", digests.digest(name))
         for name in sorted(digests.values)
         if name.startswith(KEYS_FOLDER)
     }
@@ -182,7 +183,13 @@ class _Index:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
+def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
+    """Open a bundle's zip file, if its index is within the limits.
+
+    Raises:
+        OSError: The file cannot be read.
+        BundleError: Not a bundle, or damaged: also while it is used.
+    """
     file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
     try:
         with file, zipfile.ZipFile(index := cast(BinaryIO, _Index(file))) as archive:
@@ -200,6 +207,17 @@ def _opened(source: Source) -> Iterator[zipfile.ZipFile]:
         ) from err
 
 
+def list_members(source: Source) -> dict[str, int]:
+    """Return the bytes of each member of a bundle, in the order of its index.
+
+    Raises:
+        OSError: The file cannot be read.
+        BundleError: Not a bundle, or damaged.
+    """
+    with open_archive(source) as archive:
+        return {info.filename: info.file_size for info in archive.infolist()}
+
+
 def _check_room(archive: zipfile.ZipFile, names: Sequence[str]) -> None:
     """Insist that members do not share bytes: a small file would be a large bundle."""
     file = archive.fp
@@ -211,12 +229,24 @@ def _check_room(archive: zipfile.ZipFile, names: Sequence[str]) -> None:
         )
 
 
-def _member(
+def read_member(
     archive: zipfile.ZipFile,
     name: str,
     limit: str = "member_bytes",
     digest: str | None = None,
 ) -> bytes:
+    """Return a member of a bundle.
+
+    Args:
+        archive: From :func:`open_archive`.
+        name: Of the member.
+        limit: Which limit bounds it.
+        digest: Its SHA-256, where that is known.
+
+    Raises:
+        KeyError: There is none; :func:`open_archive` makes a ``BundleError`` of it.
+        BundleError: Compressed, too large or damaged.
+    """
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED:
         raise BundleError(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, emit, json_option
+from edge_runtime.commandline import OK, FileOf, emit, json_option
 from edge_runtime.errors import KeyFileError, ProofError
 from edge_runtime.files import read_bounded
+from edge_runtime.formats.kinds import Kind
 from edge_runtime.text import printable
 from packager.cli.files import read_any
-from packager.cli.options import FILE, runs_option
+from packager.cli.options import MODEL, PUBLIC_KEY, runs_option
 from packager.report.words import duration
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ DIFFERENT = 5  # as for any verification that failed
 
 
 @click.command("check-proof")
-@click.argument("path", metavar="PROOF", type=FILE)
+@click.argument("path", metavar="PROOF", type=FileOf(Kind.PROOF))
 @click.option("--nonce", required=True, help="What the device was asked with.")
 @click.option("--round", "round_", metavar="ROUND", help="Where it should be.")
 @click.option(
     "--weights",
-    type=FILE,
+    type=MODEL,
     metavar="FILE",
     help="What it should hold: a weight file, or any safetensors or ONNX file.",
 )
@@ -37,7 +38,7 @@ DIFFERENT = 5  # as for any verification that failed
     "keys",
     metavar="DEVICE.pub.pem",
     multiple=True,
-    type=FILE,
+    type=PUBLIC_KEY,
     help="Insist that this device, or another one given, signed it (repeatable).",
 )
 @click.option(

@@ -8,15 +8,15 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from packager.cli.files import read_any
-from packager.cli.options import FILE, level_option
+from packager.cli.options import MODEL, PATCH, level_option
 
 
 @click.command()
-@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=FILE)
+@click.argument("paths", metavar="PATCH...", nargs=-1, required=True, type=PATCH)
 @click.option(
     "--base",
     required=True,
-    type=FILE,
+    type=MODEL,
     metavar="FILE",
     help="The weights that the first patch leads from.",
 )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import say
-from packager.cli.options import FILE, PackOptions
+from edge_runtime.commandline import FileOf, say
+from edge_runtime.formats.kinds import Kind
+from packager.cli.options import MODEL, PackOptions
 
 if TYPE_CHECKING:
     from edge_runtime.formats.identity import Run
@@ -49,11 +50,23 @@ class FileOptions:
 def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that pack files instead of rounds to a command."""
     options = [
-        ("--base", "ONNX or safetensors file that devices hold."),
-        ("--target", "Of the same network: what they shall hold."),
-        ("--graph", "For safetensors: the graph.onnx that devices have."),
-        ("--contract", "With --base --bundle: JSON with what goes in and comes out."),
-        ("--golden", "With --base --bundle: .npz with inputs, and labels if any."),
+        ("--base", MODEL, "ONNX or safetensors file that devices hold."),
+        ("--target", MODEL, "Of the same network: what they shall hold."),
+        (
+            "--graph",
+            FileOf(Kind.ONNX),
+            "For safetensors: the graph.onnx that devices have.",
+        ),
+        (
+            "--contract",
+            FileOf(Kind.CONTRACT),
+            "With --base --bundle: JSON with what goes in and comes out.",
+        ),
+        (
+            "--golden",
+            FileOf(Kind.NPZ),
+            "With --base --bundle: .npz with inputs, and labels if any.",
+        ),
     ]
     command = click.option(
         "--name",
@@ -61,8 +74,8 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="With --base: tells this model from others of the same network; devices "
         "installed under a name take patches of that name only.",
     )(command)
-    for name, words in reversed(options):
-        command = click.option(name, type=FILE, metavar="FILE", help=words)(command)
+    for name, kind, words in reversed(options):
+        command = click.option(name, type=kind, metavar="FILE", help=words)(command)
     return command
 
 

@@ -15,11 +15,12 @@ import click
 from edge_runtime.commandline import SCHEMA, emit, json_option, say
 from edge_runtime.errors import ConfigError, KeyFileError
 from edge_runtime.files import read_bounded
+from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.streams import utf8
 from edge_runtime.text import printable
 from packager.cli.files import read_any
-from packager.cli.options import FILE, runs_option
+from packager.cli.options import MODEL, PUBLIC_KEY, RELEASE, runs_option
 
 if TYPE_CHECKING:
     from edge_runtime.formats.patch import Patch
@@ -75,11 +76,11 @@ def show(
 
 
 @click.command()
-@click.argument("path", metavar="PATCH", type=FILE)
-@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
+@click.argument("path", metavar="PATCH|BUNDLE", type=RELEASE)
+@click.option("--base", type=MODEL, metavar="FILE", help=_base_help)
 @shown
 def info(path: Path, *, base: Path | None, **how: Any) -> None:
-    """Say what a patch is for and where its bytes go.
+    """Say what a patch or bundle is for and where its bytes go.
 
     Names of tensors and the floor need a weight file of the network: --base, or the
     run in whose folder the patch lies.
@@ -88,8 +89,8 @@ def info(path: Path, *, base: Path | None, **how: Any) -> None:
 
 
 @click.command()
-@click.argument("base", metavar="A", type=FILE)
-@click.argument("target", metavar="B", type=FILE)
+@click.argument("base", metavar="A", type=MODEL)
+@click.argument("target", metavar="B", type=MODEL)
 @shown
 def diff(base: Path, target: Path, **how: Any) -> None:
     """Count, tensor by tensor, which elements differ between two models.
@@ -107,7 +108,7 @@ def diff(base: Path, target: Path, **how: Any) -> None:
 
 @click.command()
 @click.argument("path", metavar="PATCH|RUN")
-@click.option("--base", type=FILE, metavar="FILE", help=_base_help)
+@click.option("--base", type=MODEL, metavar="FILE", help=_base_help)
 @click.option(
     "--beside",
     multiple=True,
@@ -125,6 +126,7 @@ def report(
     folder; --md and --json print the same numbers instead.
     """
     found = Path(path)
+    refuse_others(found, (Kind.PATCH, Kind.BUNDLE, Kind.RUN))
     if found.is_file():
         if beside:
             raise click.UsageError("--beside is for runs")
@@ -144,14 +146,14 @@ def report(
 
 
 @click.command()
-@click.argument("path", metavar="PATCH", type=FILE)
-@click.option("--base", type=FILE, help="The parent weights: apply, prove the target.")
+@click.argument("path", metavar="PATCH|BUNDLE", type=RELEASE)
+@click.option("--base", type=MODEL, help="The parent weights: apply, prove the target.")
 @click.option(
     "--key",
     "keys",
     metavar="KEY.pub.pem",
     multiple=True,
-    type=FILE,
+    type=PUBLIC_KEY,
     help="Insist on the signature of this public key (repeatable).",
 )
 @json_option
@@ -213,7 +215,7 @@ def _open_trusted(path: Path, trust: "Trust") -> "Patch":
 
 
 @click.command()
-@click.argument("source", metavar="FILE", type=FILE)
+@click.argument("source", metavar="FILE", type=MODEL)
 @click.option(
     "-o",
     "--output",
@@ -257,19 +259,31 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 
 
 def _look_into(path: Path, base: Path | None) -> "Look":
-    from edge_runtime.formats.patch import open_patch
     from packager.build import prefix_errors
     from packager.report.patch_document import patch_document
     from packager.report.patch_record import patch_record
 
-    with prefix_errors(path), open_patch(path) as patch:
+    is_bundle = kind_of(path) in (Kind.BUNDLE, Kind.ZIP)
+    with prefix_errors(path), _open(path, is_bundle=is_bundle) as patch:
         weights = _weights_for(path, patch, base)
         layout = weights.layout if weights else None
         if layout is not None:
             patch.check(layout)
         is_parent = weights and weights.fingerprint == patch.header.parent
         record = patch_record(path, patch, layout, weights if is_parent else None)
+        if is_bundle:
+            from packager.report.bundle_document import bundle_document, bundle_record
+
+            whole = bundle_record(path, record)
+            return whole, bundle_document(whole)
     return record, patch_document(record)
+
+
+def _open(path: Path, *, is_bundle: bool) -> "Patch":
+    from edge_runtime.formats.bundle import read_bundle
+    from edge_runtime.formats.patch import open_patch
+
+    return open_patch(read_bundle(path).patch if is_bundle else path)
 
 
 def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | None":

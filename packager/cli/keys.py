@@ -13,7 +13,7 @@ from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.errors import KeyFileError
 from edge_runtime.files import read_bounded
 from edge_runtime.text import printable
-from packager.cli.options import FILE
+from packager.cli.options import PRIVATE_KEY, RELEASE
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -60,14 +60,16 @@ def keygen(path: Path, *, encrypt: bool, kind: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=FILE)
+@click.argument(
+    "paths", metavar="PATCH|BUNDLE...", nargs=-1, required=True, type=RELEASE
+)
 @click.option(
     "--key",
     "keys",
     metavar="KEY.pem",
     multiple=True,
     required=True,
-    type=FILE,
+    type=PRIVATE_KEY,
     help="Sign with this private key (repeatable).",
 )
 @click.option(

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.commandline import FileOf
 from edge_runtime.formats.frames import LEVEL
+from edge_runtime.formats.kinds import Kind
 from edge_runtime.sizes import parse_size
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+MODEL = FileOf(Kind.WEIGHTS, Kind.ONNX)
+PATCH, RELEASE = FileOf(Kind.PATCH), FileOf(Kind.PATCH, Kind.BUNDLE)
+PRIVATE_KEY, PUBLIC_KEY = FileOf(Kind.PRIVATE_KEY), FileOf(Kind.PUBLIC_KEY)
+KEY_LIST = FileOf(Kind.KEY_LIST)
 
 
 class Size(click.ParamType[int]):

@@ -28,7 +28,7 @@ from packager.cli.files import FileOptions, file_options, pack_files
 from packager.cli.inspect import diff, extract, info, report, verify
 from packager.cli.keys import keygen, read_signers, sign
 from packager.cli.options import (
-    FILE,
+    PRIVATE_KEY,
     PackOptions,
     Size,
     level_option,
@@ -109,7 +109,7 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "keys",
     metavar="KEY.pem",
     multiple=True,
-    type=FILE,
+    type=PRIVATE_KEY,
     help="Sign with this private key (repeatable).",
 )
 @click.option(

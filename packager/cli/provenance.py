@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, emit, json_option
+from edge_runtime.commandline import OK, FileOf, emit, json_option
 from edge_runtime.errors import KeyFileError
 from edge_runtime.files import read_bounded
+from edge_runtime.formats.kinds import Kind
 from edge_runtime.text import printable
 from packager.cli.keys import ask_passphrase
-from packager.cli.options import FILE, runs_option
+from packager.cli.options import runs_option
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -41,7 +42,7 @@ DIFFERENT = 5  # as for any verification that failed
     metavar="KEY.pem",
     multiple=True,
     required=True,
-    type=FILE,
+    type=FileOf(Kind.PRIVATE_KEY, Kind.PUBLIC_KEY),
     help="Sign, or check, with this key (repeatable): Ed25519 the statement, P-256 the "
     "model signature.",
 )

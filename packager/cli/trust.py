@@ -11,19 +11,18 @@ import click
 from edge_runtime.commandline import CONTEXT, Answer, Group, emit, json_option, say
 from edge_runtime.errors import KeyFileError
 from packager.cli.keys import read_signers
-from packager.cli.options import FILE
+from packager.cli.options import KEY_LIST, PRIVATE_KEY, PUBLIC_KEY
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import Trust
     from edge_runtime.trust import SignedRoot
 
-_key = click.Path(exists=True, dir_okay=False, path_type=Path)
 _sign = click.option(
     "--sign",
     "signers",
     metavar="KEY.pem",
     multiple=True,
-    type=FILE,
+    type=PRIVATE_KEY,
     help="Sign it with this private key at once (repeatable).",
 )
 _expires = click.option(
@@ -64,7 +63,7 @@ def _thresholds(command: Callable[..., Any]) -> Any:
     metavar="KEY.pub.pem",
     multiple=True,
     required=True,
-    type=_key,
+    type=PUBLIC_KEY,
     help="A key that signs the next list (repeatable).",
 )
 @click.option(
@@ -73,7 +72,7 @@ def _thresholds(command: Callable[..., Any]) -> Any:
     metavar="KEY.pub.pem",
     multiple=True,
     required=True,
-    type=_key,
+    type=PUBLIC_KEY,
     help="A key that signs patches and bundles (repeatable).",
 )
 @_thresholds
@@ -105,7 +104,7 @@ def init(  # noqa: PLR0913 - one parameter an option
 
 
 @trust.command()
-@click.argument("old", metavar="N.root.json", type=FILE)
+@click.argument("old", metavar="N.root.json", type=KEY_LIST)
 @click.option("--add-root", "root_in", metavar="KEY.pub.pem", multiple=True)
 @click.option("--remove-root", "root_out", metavar="KEY.pub.pem|ID", multiple=True)
 @click.option("--add-release", "release_in", metavar="KEY.pub.pem", multiple=True)
@@ -150,7 +149,7 @@ def rotate(  # noqa: PLR0913 - one parameter an option
 
 
 @trust.command()
-@click.argument("old", metavar="N.root.json", type=FILE)
+@click.argument("old", metavar="N.root.json", type=KEY_LIST)
 @click.argument("keys", metavar="KEY.pub.pem|ID...", nargs=-1, required=True)
 @_expires
 @_sign
@@ -185,14 +184,14 @@ def revoke(
 
 
 @trust.command()
-@click.argument("path", metavar="N.root.json", type=FILE)
+@click.argument("path", metavar="N.root.json", type=KEY_LIST)
 @click.option(
     "--key",
     "signers",
     metavar="KEY.pem",
     multiple=True,
     required=True,
-    type=FILE,
+    type=PRIVATE_KEY,
     help="Sign with this private key (repeatable).",
 )
 @json_option
@@ -212,7 +211,7 @@ def sign(path: Path, *, signers: tuple[Path, ...], as_json: bool) -> None:
 
 
 @trust.command()
-@click.argument("path", metavar="N.root.json", type=FILE)
+@click.argument("path", metavar="N.root.json", type=KEY_LIST)
 @json_option
 def show(path: Path, *, as_json: bool) -> None:
     """Show a list: its keys, who signed it, and what it still needs.

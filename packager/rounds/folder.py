@@ -20,9 +20,9 @@ from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
+from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
-    MODEL_NAME,
     RECORD_NAME,
     SELECTION_NAME,
     WEIGHTS_NAME,
@@ -269,7 +269,7 @@ def find_run(
 ) -> Path | None:
     """Find a run's folder: a path, or a name below the runs; None if it is no run."""
     for folder in (Path(name_or_path), Path(runs, name_or_path)):
-        if (folder / MODEL_NAME).is_dir():
+        if kind_of(folder) is Kind.RUN:
             return folder
     return None
 
@@ -305,6 +305,7 @@ def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> 
             or the nearest names are listed.
     """
     path, runs = Path(name_or_path), Path(runs)
+    refuse_others(path, (Kind.ROUND, Kind.RUN))
     for folder in (path, runs / path):
         if folder.is_dir():
             return _named(folder)
