@@ -149,6 +149,7 @@ def _patch(
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.build import pack_round
     from packager.rounds.folder import find_parent
+    from packager.rounds.golden import try_round  # with ONNX Runtime
 
     stated, counter = round_.record, options.counter
     if stated.outcome == "updated":
@@ -167,7 +168,11 @@ def _patch(
         signers=options.signers,
         expect_outputs=options.expect_outputs,
     )
-    return packed, packed.data if packed else b""
+    if packed is None:
+        return None, b""
+    if lacking := try_round(round_):
+        say(f"{round_.name}: not run here, the run lacks {', '.join(lacking)}")
+    return packed, packed.data
 
 
 def _bundle(

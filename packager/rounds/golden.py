@@ -71,6 +71,24 @@ def expected_outputs(round_: RoundFolder, count: int) -> bytes:
     return data
 
 
+def try_round(round_: RoundFolder) -> list[str]:
+    """Run a round's weights on its golden inputs, as every device's trial will.
+
+    Returns:
+        Names of files that the run lacks for it; where there are some, nothing was run.
+
+    Raises:
+        TrialError: Devices would refuse these weights.
+        DpuError: As :func:`run_golden`.
+    """
+    folder = round_.model_folder
+    if lacking := [name for name in NEEDED if not (folder / name).is_file()]:
+        return lacking
+    files = {name: read_model_file(round_, name) for name in NEEDED}
+    run_golden(files, round_.weights)
+    return []
+
+
 def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
     """Return ``golden.npz`` with the outputs of these weights: :func:`run_golden`."""
     file = io.BytesIO()
@@ -105,8 +123,11 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
     contract = parse_contract(files[CONTRACT_NAME])
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
-        (slot / GRAPH_NAME).write_bytes(files[GRAPH_NAME])
-        (slot / WEIGHTS_NAME).write_bytes(weights.data)
+        try:
+            (slot / GRAPH_NAME).write_bytes(files[GRAPH_NAME])
+            (slot / WEIGHTS_NAME).write_bytes(weights.data)
+        except OSError as err:  # a full disk names no file
+            raise OSError(err.errno, err.strerror, name) from err
         predictor = Predictor(slot, contract)
         try:
             outputs, again = (predictor.predict_all(inputs) for _ in range(2))

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -222,7 +223,19 @@ def test_a_closed_standard_stream_is_an_empty_one(run):
     assert files_of(run) == ["releases.jsonl", "round_01.dpu"]
 
 
+def test_a_disk_without_room_to_try_the_weights_is_named(run, runs, command):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        code, _, err = command(pack, "round_01")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (code, tempfile.gettempdir() in err) == (10, True)
+    assert files_of(run) == []
+
+
 def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
+    (run.path / "model" / "golden.npz").unlink()  # or it is run first, in /tmp
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
     try:
@@ -230,7 +243,7 @@ def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     path = run.path / "releases.jsonl"
-    assert (code, err) == (10, f"error: {path}: File too large\n")
+    assert (code, err.splitlines()[-1]) == (10, f"error: {path}: File too large")
     assert files_of(run) == []
 
 
@@ -484,3 +497,27 @@ def test_packing_imports_neither_onnx_nor_onnxruntime(run):
 def test_a_moved_run_still_packs(run, command, tmp_path):
     moved = shutil.move(run.path, tmp_path / "elsewhere")
     assert command(pack, Path(moved) / "round_01")[0] == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_every_device_would_refuse_are_not_packed(
+    run, runs, command, value
+):
+    arrays = run.changed(number=7)
+    arrays[next(iter(arrays))].reshape(-1)[0] = value
+    (last,) = sorted(run.path.glob("round_*"))[-1:]
+    folder = run.add(int(last.name[6:]) + 1, arrays)
+    before = files_of(run)
+    code, out, err = command(pack, folder.name)
+    assert (code, out) == (5, "")
+    assert "finite" in err
+    assert files_of(run) == before
+
+
+def test_a_run_without_golden_inputs_is_packed_and_it_is_said(run, runs, command):
+    (run.path / "model" / "golden.npz").unlink()
+    code, _, err = command(pack, "round_01")
+    assert (code, "round_01: not run here, the run lacks golden.npz" in err) == (
+        0,
+        True,
+    )
