@@ -53,6 +53,8 @@ class Limits:
         live_bytes: What a predictor tells in ``live/``.
         live_files: Files in ``live/`` that are looked at.
         record_bytes: A round's record (``round.json``).
+        run_bytes: The name of a run (``run.json``).
+        ledger_bytes: A ledger of releases (``releases.jsonl``).
     """
 
     json_values: int = 1_000_000
@@ -81,6 +83,8 @@ class Limits:
     live_bytes: int = MIB
     live_files: int = 4096
     record_bytes: int = 16 * MIB
+    run_bytes: int = 4 * KIB
+    ledger_bytes: int = 64 * MIB
 
     def problem(self, name: str, found: int, what: str) -> str:
         """Say that something is over a limit; nothing if it is not.

@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, RoundError
-from edge_runtime.files import Files
+from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import Record, parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
@@ -251,7 +251,8 @@ class Ledger:
 
     def _lines(self) -> Iterator[Release]:
         try:
-            data = self.path.read_bytes()
+            name = str(self.path)
+            data = read_bounded(self.path, "ledger_bytes", name, RoundError)
         except FileNotFoundError:
             return
         *lines, rest = data.split(b"\n")

@@ -18,7 +18,6 @@ import io
 import os
 import re
 import time
-import zipfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,7 +35,9 @@ from edge_runtime.formats.bundle import (
     KEYS_FOLDER,
     MANIFEST_NAME,
     SIGNATURES_NAME,
+    open_archive,
     read_bundle,
+    read_member,
 )
 from edge_runtime.formats.frames import STORED
 from edge_runtime.formats.header import (
@@ -170,8 +171,8 @@ def sign_bundle(data: bytes, key: Ed25519PrivateKey) -> bytes:
         BundleError: Not a bundle, damaged or incomplete.
     """
     read_bundle(data)  # nobody's name goes on what no device would take
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
+    with open_archive(data) as archive:
+        members = {name: read_member(archive, name) for name in archive.namelist()}
     manifest = members.pop(MANIFEST_NAME)
     signatures = decode_signatures(members.pop(SIGNATURES_NAME, b""))
     signatures = add_signature(signatures, BUNDLE_CONTEXT, manifest, key)

@@ -34,7 +34,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "live": 380,
         "store": 850,
         "trust": 320,
-        "update": 690,
+        "update": 720,
     },
     "packager": {
         ".": 1290,

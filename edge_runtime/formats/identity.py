@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from edge_runtime.errors import MALFORMED, WeightsError, WrongModelError
+from edge_runtime.errors import WeightsError, WrongModelError
+from edge_runtime.files import read_bounded
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import RUN_NAME
 
 SCHEMA = 1
-MAX_RUN_BYTES = 4096
 MAX_NAME = 100  # characters of a run's name that travel
 HALF = 32  # hexadecimal digits: of a run's id, and of a network in an identity
 SHOWN = 12  # digits that a message shows
@@ -163,22 +164,16 @@ def parse_run(data: bytes) -> Run:
     Raises:
         WeightsError: Malformed, or of a newer schema.
     """
+    record = parse_record(data, "run_bytes", RUN_NAME, WeightsError)
+    record.schema(SCHEMA)
     try:
-        if len(data) > MAX_RUN_BYTES:
-            raise ValueError(f"{len(data)} bytes, expected at most {MAX_RUN_BYTES}")
-        record = json.loads(data)
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"schema {record['schema']!r}, expected {SCHEMA}")
-        name, found = record.get("name", ""), record["id"]
-        if not re.fullmatch(f"[0-9a-f]{{{HALF}}}", found):
-            raise ValueError(f"id {found!r}, expected {HALF} hexadecimal digits")
+        found = record.matching("id", f"[0-9a-f]{{{HALF}}}", f"{HALF} hex digits")
+        name = record.text("name", "")
         # It is shown on terminals: no escape codes, no halves of characters.
-        if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
-            raise ValueError(f"name {name!r}, expected {MAX_NAME} plain characters")
-    except MALFORMED as err:
-        raise WeightsError(
-            f"{RUN_NAME} is malformed ({err}); take it from the run or bundle again"
-        ) from err
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise record.problem("name", f"at most {MAX_NAME} plain characters")
+    except WeightsError as err:
+        raise WeightsError(f"{err}; take it from the run or bundle again") from err
     return Run(found, name)
 
 
@@ -191,8 +186,7 @@ def read_run(folder: str | PathLike[str]) -> Run | None:
     """
     path = Path(folder, RUN_NAME)
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RUN_BYTES + 1)
+        data = read_bounded(path, "run_bytes", RUN_NAME, WeightsError)
     except FileNotFoundError:
         return None
     return parse_run(data)

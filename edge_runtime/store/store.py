@@ -460,7 +460,9 @@ class Store:
         if err.errno not in FULL or not self.files.is_full(self.root):
             return False
         try:
-            decode_state(self._state_path.read_bytes())
+            decode_state(
+                read_bounded(self._state_path, "state_bytes", "state.json", StoreError)
+            )
         except (OSError, StoreError):
             return False
         if not self._copy_path.exists():

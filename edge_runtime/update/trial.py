@@ -26,6 +26,7 @@ from edge_runtime.errors import (
     TrialCutOffError,
     TrialError,
 )
+from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.model_folder import (
@@ -168,8 +169,8 @@ def try_slot(
         OSError: A file cannot be read.
     """
     try:
-        contract = parse_contract((model / CONTRACT_NAME).read_bytes())
-        golden = read_golden((model / GOLDEN_NAME).read_bytes())
+        contract = parse_contract(_read(model, CONTRACT_NAME, "contract_bytes"))
+        golden = read_golden(_read(model, GOLDEN_NAME, "golden_bytes"))
         contract.prepare(golden.inputs)
     except (ContractError, LimitError) as err:
         # At an installation the bundle is at fault, and later this device's own files.
@@ -182,6 +183,10 @@ def try_slot(
         return
     wanted = [_of_the_patch(expected.values, outputs[0])] if expected.values else []
     check_outputs(outputs, golden.labels, contract, wanted)
+
+
+def _read(model: Path, name: str, limit: str) -> bytes:
+    return read_bounded(model / name, limit, name, ContractError)
 
 
 def _answers(slot: Path, contract: Contract, inputs: Array) -> list[Any]:

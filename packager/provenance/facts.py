@@ -6,8 +6,6 @@ a patch know what they lead to and what they hold. What nobody stated stays unsa
 """
 
 import hashlib
-import io
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import BundleError, ContractError, PatchError, RoundError
-from edge_runtime.formats.bundle import MANIFEST_NAME, PATCH_NAME, read_bundle
+from edge_runtime.formats.bundle import (
+    MANIFEST_NAME,
+    PATCH_NAME,
+    open_archive,
+    read_bundle,
+    read_member,
+)
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import (
@@ -163,8 +167,8 @@ def _bundle_facts(path: Path, data: bytes) -> Facts:
             "it anew"
         )
     # The manifest that read_bundle just proved, from the same bytes.
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        manifest = archive.read(MANIFEST_NAME)
+    with open_archive(data) as archive:
+        manifest = read_member(archive, MANIFEST_NAME, "manifest_bytes")
     stated = parse_record(manifest, "manifest_bytes", MANIFEST_NAME, BundleError)
     return Facts(
         path=path,

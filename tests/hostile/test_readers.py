@@ -14,13 +14,15 @@ import pytest
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.status import read_status
 from edge_runtime.errors import (
+    BlockedError,
     BundleError,
     ContractError,
     PatchFormatError,
+    RoundError,
     StoreError,
     WeightsError,
 )
-from edge_runtime.formats.bundle import read_bundle
+from edge_runtime.formats.bundle import list_members, read_bundle
 from edge_runtime.formats.contract import InputSpec
 from edge_runtime.formats.frames import frame_size
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
@@ -35,6 +37,10 @@ from edge_runtime.limits import limits
 from edge_runtime.live.entries import Entry, Status, read_entries
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
+from edge_runtime.update.trial import try_slot
+from packager.ledger import read_ledger
+from packager.packed_file import read_facts
+from packager.signing import generate_key, sign
 from packager.zip_file import encode_members
 from tests.hostile.test_attacks import bundle_of, members_of, no_trial
 
@@ -269,3 +275,32 @@ def test_a_slot_is_read_once_for_its_hash_and_its_header(store, monkeypatch):
     )
     with pytest.raises(StoreError, match="is damaged: its SHA-256"):
         store.check_slot(store.state.active)
+
+
+@pytest.mark.parametrize("name", ["contract.json", "golden.npz"])
+def test_a_trial_reads_no_more_of_its_own_files_than_they_may_have(name, store):
+    with open(store.root / "model" / name, "r+b") as file:
+        file.truncate(1 << 40)
+    slot = store.slot_folder(store.state.active)
+    with pytest.raises(BlockedError, match=f"{name} has 1099511627776 bytes"):
+        try_slot(slot, store.root / "model")
+
+
+def test_a_ledger_is_read_within_its_limit(tmp_path):
+    with open(tmp_path / "releases.jsonl", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(RoundError, match="DPU_LIMITS=ledger_bytes="):
+        read_ledger(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [read_facts, list_members, lambda path: sign(path.read_bytes(), [generate_key()])],
+)
+def test_the_packager_reads_a_bundles_index_within_the_limits_too(reader, tmp_path):
+    path = tmp_path / "many.bundle.zip"
+    few = {"bundle.json": b"{}"}
+    few |= {f"{n}": b"" for n in range(limits().bundle_members)}
+    path.write_bytes(encode_members(few))
+    with pytest.raises(BundleError, match="bundle_members"):
+        reader(path)

@@ -60,7 +60,7 @@ def test_a_difference_is_said_in_words(own, model, words):
 def test_no_name_reaches_a_terminal_that_would_act_on_it(name):
     assert parse_run(encode_run(Run(ONE.id, name))).name.isprintable()
     raw = json.dumps({"schema": 1, "id": ONE.id, "name": name}).encode()
-    with pytest.raises(WeightsError, match=r"run\.json is malformed \(name"):
+    with pytest.raises(WeightsError, match=r"run\.json is malformed"):
         parse_run(raw)
 
 
@@ -72,8 +72,9 @@ def test_no_name_reaches_a_terminal_that_would_act_on_it(name):
         b"[]",
         b"null",
         b"\xff",
-        b"[" * 5000,
-        b'{"schema": 2, "id": "%s"}' % ONE.id.encode(),
+        b"[" * 4000,
+        b'{"schema": "1", "id": "%s"}' % ONE.id.encode(),
+        b'{"schema": 1, "id": "%s", "id": "%s"}' % (ONE.id.encode(), TWO.id.encode()),
         b'{"schema": 1}',
         b'{"schema": 1, "id": 7}',
         b'{"schema": 1, "id": "../x"}',
@@ -92,8 +93,13 @@ def test_a_malformed_file_is_refused_by_its_name(record, tmp_path):
 def test_a_huge_file_is_not_read_whole(tmp_path):
     with open(tmp_path / "run.json", "wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(WeightsError, match="at most 4096"):
+    with pytest.raises(WeightsError, match="4096 are accepted"):
         read_run(tmp_path)
+
+
+def test_a_newer_schema_says_what_to_install():
+    with pytest.raises(WeightsError, match=r"schema 2, this runtime knows 1; install"):
+        parse_run(b'{"schema": 2, "id": "%s"}' % ONE.id.encode())
 
 
 def test_a_folder_without_the_file_has_no_run(tmp_path):
