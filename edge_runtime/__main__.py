@@ -5,12 +5,18 @@ import signal
 from importlib import import_module
 
 
-def start(module: str, command: str, name: str) -> None:
-    """Import a command and run it.
+def _hold_interrupts() -> None:
+    """Let Ctrl-C wait while commands are imported, for a tenth of a second.
 
-    Ctrl-C meanwhile, for a tenth of a second, waits until it can be told properly.
+    The command lets it through again, once it can say what was interrupted:
+    ``release_interrupts`` of :mod:`edge_runtime.commandline`.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def start(module: str, command: str, name: str) -> None:
+    """Import a command and run it."""
+    _hold_interrupts()
     getattr(import_module(module), command)(prog_name=name)
 
 

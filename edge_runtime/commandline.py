@@ -177,6 +177,11 @@ def say(message: str, *, label: str = "") -> None:
     print(label + printable_message(message), file=sys.stderr, flush=True)
 
 
+def release_interrupts() -> None:
+    """Let Ctrl-C interrupt this thread; :mod:`edge_runtime.__main__` held it back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 class _CatchErrors:
     """Turns exceptions into messages and documented exit codes."""
 
@@ -187,8 +192,7 @@ class _CatchErrors:
         prepare_streams()
         kwargs["standalone_mode"] = False
         try:
-            # Held back by edge_runtime.__main__ while there was no message to give.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            release_interrupts()
             # An empty path would be this folder, where a shell variable was not set.
             if unset := [a for a in args if not a or re.fullmatch("--[a-z-]+=", a)]:
                 raise click.UsageError(

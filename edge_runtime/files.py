@@ -32,7 +32,7 @@ _NAMED = 5  # of the things found in a folder
 
 
 def strangers(folder: Path, own: Collection[str] = ()) -> str:
-    """Name what lies in a folder, in words; empty if there is nothing, or no folder.
+    """Name files of others in a folder, in words; empty if there are none.
 
     Args:
         folder: Where something is to be written.
@@ -64,7 +64,7 @@ def lock_file(file: int | BinaryIO, path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path, done: str) -> Iterator[None]:
-    """Let errors of a system call name the file, and the way out where there is one."""
+    """Add the file, and what to do about it where that is known, to system errors."""
     try:
         yield
     except OSError as err:
@@ -78,7 +78,7 @@ def _naming(path: Path, done: str) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open an ordinary file to read it, and nothing that only has its name.
+    """Open an ordinary file to read it; refuse pipes, devices and links.
 
     A pipe would wait for ever, a device never end, and a link lead anywhere.
 
@@ -238,7 +238,7 @@ class Files:
     def replacing(
         self, path: Path, *, durable: bool = True, suffix: str = ".new"
     ) -> Iterator[Path]:
-        """Give out a name to write to; what is there in the end takes the path's.
+        """Yield a temporary path; in the end what is there gets the name ``path``.
 
         Nobody can foresee the name, so nobody can put a link there.
 
@@ -268,11 +268,11 @@ class Files:
             self.sync_folder(path.parent)
 
     def temporary(self, path: Path, suffix: str) -> Path:
-        """Return a name beside a file that nobody can foresee."""
+        """Return the name of a temporary file beside another; nobody can guess it."""
         return path.with_name(f".{path.name[:_SHOWN]}.{secrets.token_hex(8)}{suffix}")
 
     def forget(self, path: Path) -> None:
-        """Remove what killed processes left of their tries to replace a file.
+        """Remove the temporary files that killed processes left beside a file.
 
         To be called only where no other process replaces it.
         """
@@ -292,7 +292,7 @@ class Files:
             self.sync_folder(folder.parent)
 
     def link(self, source: Path, target: Path) -> None:
-        """Give a file a second name, or copy it where links are not to be had."""
+        """Give a file a second name, or copy it where the file system has no links."""
         try:
             self.hardlink(source, target)
         except OSError:

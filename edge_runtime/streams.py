@@ -42,7 +42,7 @@ def _write_somehow(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def read_by_nobody(stream: TextIO) -> None:
-    """Let a stream take what nobody reads any more."""
+    """Send what else is written to a stream nowhere: its reader is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

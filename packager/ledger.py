@@ -84,7 +84,7 @@ class Ledger:
     """
 
     def __init__(self, run: Path, file: FileIO | None = None) -> None:
-        """Read it; :func:`read_ledger` and :func:`open_ledger` are the ways here.
+        """Read a ledger; use :func:`read_ledger` or :func:`open_ledger` to get one.
 
         Raises:
             RoundError: A line of it is malformed.

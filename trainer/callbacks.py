@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Round:
-    """What both callbacks do, at the moments that their libraries give them.
+    """One round of partial updating, as both callbacks drive it.
 
     Attributes:
         masks: What was selected, by parameter name, once training has ended.
@@ -86,7 +86,7 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
-def _each_phase_its_own(scheduler: Any, first: int, steps: int) -> None:
+def _schedule_each_phase(scheduler: Any, first: int, steps: int) -> None:
     """Let a schedule over all steps run once in each phase.
 
     Args:
@@ -189,7 +189,7 @@ def transformers_callback(
             self.start(kw["model"], [kw["optimizer"]])
             if not one_schedule:
                 first = round(state.max_steps * full_epochs / state.num_train_epochs)
-                _each_phase_its_own(kw.get("lr_scheduler"), first, state.max_steps)
+                _schedule_each_phase(kw.get("lr_scheduler"), first, state.max_steps)
 
         def on_epoch_begin(
             self, args: Any, state: Any, control: Any, **kw: Any

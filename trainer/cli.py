@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -153,7 +153,7 @@ def run(
     size = own.pop("pack")
     is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     with (
-        _interrupted_as_such(),
+        _kept_interrupts(),
         shown_progress(quiet=quiet or not is_first) as progress,
     ):
         config = _load(recipe, overrides, name=name or "", **own)
@@ -306,6 +306,15 @@ def check(
     emit({"recipe": recipe, "config": tables}, as_json=as_json, text="\n".join(lines))
 
 
+def _extend_import_path(places: Sequence[Path]) -> None:
+    """Let this process import from some folders too; the last one comes first.
+
+    Your functions are seldom installed: they lie beside the recipe, or where
+    ``python -m`` looks.
+    """
+    sys.path[:0] = [str(place) for place in reversed(places)]
+
+
 def _load(
     recipe: str | None,
     overrides: tuple[str, ...],
@@ -318,16 +327,14 @@ def _load(
     if recipe is None and not (model and data):
         raise ConfigError("name a RECIPE, or give both --model and --data")
     path = _recipe(recipe) if recipe else None
-    # Your functions are seldom installed: beside the recipe, and where python -m looks.
-    places = [Path.cwd(), *([path.resolve().parent] if path else [])]
-    sys.path[:0] = [str(place) for place in reversed(places)]
+    _extend_import_path([Path.cwd(), *([path.resolve().parent] if path else [])])
     from trainer.config import load_config
 
     return load_config(path or OWN, overrides, name=name, model=model, data=data)
 
 
 @contextmanager
-def _interrupted_as_such() -> Iterator[None]:
+def _kept_interrupts() -> Iterator[None]:
     """Let Ctrl-C be an interruption, whatever a library makes of it on its way.
 
     torch's exporter turns it into errors of its own, about the model.

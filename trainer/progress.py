@@ -27,7 +27,7 @@ class Bar:
         self._seen: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     def note(self, text: str) -> None:
-        """Say what is done before the first epoch has ended: nothing to estimate by."""
+        """Say what is done before the first epoch ends; there is no estimate yet."""
         print(f"{CLEAR}{text}", end="", file=self._stream, flush=True)
 
     def show(self, progress: "Progress") -> None:
@@ -43,7 +43,7 @@ class Bar:
         )
 
     def _left(self, epochs: int) -> str:
-        """Estimate by the pace of the last epochs; those found done say nothing."""
+        """Estimate the time left from the last epochs; resumed ones do not count."""
         (start, first), (now, last) = self._seen[0], self._seen[-1]
         if last <= first or not epochs:
             return ""

@@ -156,5 +156,5 @@ def sd_notify(*lines: str) -> None:
 
 
 def ping() -> None:
-    """Tell the watchdog that there is progress; call it nowhere else."""
+    """Tell systemd's watchdog that the agent makes progress; the agent alone calls it."""
     sd_notify("WATCHDOG=1")

@@ -74,14 +74,19 @@ def agent(
             _watch(watcher, log, interval)
 
 
-def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
-    """Look again and again until SIGTERM or SIGINT; neither interrupts an update."""
+def _stop_on_signals(agent: "Agent") -> None:
+    """Let SIGTERM and SIGINT stop the agent after the update that it is in."""
 
     def stop(*_: object) -> None:
         agent.stopping = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
+    """Look again and again until SIGTERM or SIGINT; neither interrupts an update."""
+    _stop_on_signals(agent)
     from edge_runtime.agent.agent import FAILURES
 
     log("started", round=agent.state.active_slot.round)

@@ -37,7 +37,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         "--backend",
         type=click.Choice(["auto", "onnxruntime", "numpy"]),
         default="auto",
-        help="What computes. NumPy is slower, but needs nothing else.",
+        help="What runs the model. NumPy is slower, but needs nothing else.",
     )
     @functools.wraps(command)
     def with_options(
@@ -205,7 +205,7 @@ def _only_input(contract: "Contract") -> "InputSpec":
 def _answer(
     row: "NDArray[np.float32]", classes: tuple[str, ...], count: int
 ) -> dict[str, Any]:
-    """Return the likeliest classes, or the plain numbers of what is no classifier."""
+    """Return the likeliest classes; of a model without classes, its plain output."""
     import numpy as np
 
     if len(classes) != len(row):

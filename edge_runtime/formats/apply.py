@@ -84,7 +84,7 @@ def apply_chunks(
         PatchFormatError: The base has another size than the layout says.
         VerificationError: After the last piece, if the result is not the promised
             one. The caller must discard all pieces then.
-        OSError: No other thread is to be had.
+        OSError: The system cannot start another thread.
     """
     digest = hashlib.sha256()
     yield from _hashed(_patched(base, layout, patch), digest)
@@ -100,7 +100,7 @@ def apply_chunks(
 def _hashed(
     windows: Iterable[memoryview], digest: "hashlib._Hash"
 ) -> Iterator[memoryview]:
-    """Pass windows on; another thread hashes each until the next one is made."""
+    """Yield the windows as they are, while another thread hashes each of them."""
     todo, done = SimpleQueue[memoryview | None](), SimpleQueue[None]()
 
     def work() -> None:

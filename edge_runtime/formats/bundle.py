@@ -162,7 +162,7 @@ def _carried(
 
 
 class _Index:
-    """A file of which a zip reader sees no more than an index may have, at first.
+    """A file that gives a zip reader no more bytes than an index may have.
 
     The reader believes the file's end about how long its index is, and makes an object
     of each entry before anybody can ask how many there are.
@@ -219,7 +219,7 @@ def list_members(source: Source) -> dict[str, int]:
 
 
 def _check_room(archive: zipfile.ZipFile, names: Sequence[str]) -> None:
-    """Insist that members do not share bytes: a small file would be a large bundle."""
+    """Insist that members do not overlap: else a small file unpacks to a large one."""
     file = archive.fp
     size = file.seek(0, io.SEEK_END) if file else 0
     if sum(archive.getinfo(name).file_size for name in names) > size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that gives the bytes that were hashed, or none.
+"""A file that is hashed first, and then read: only bytes that were hashed.
 
 A patch is larger than a small board's memory may be, so it is read twice: once for its
 hash, and then piece by piece. Whoever can write to the file could change it in between.

@@ -181,7 +181,7 @@ class SectionReader:
 
 
 def frame_size(file: BinaryIO, start: int, packed: int) -> int:
-    """Walk the blocks of a frame: one frame, its size stated, nothing behind.
+    """Return the unpacked size of a section, which must be exactly one zstd frame.
 
     python-zstandard ignores ``max_output_size`` when a frame states its size, and
     accepts trailing bytes; so neither is left to it.

@@ -56,7 +56,7 @@ class PatchHeader:
     signed_at: int | None = None
 
 
-def exactly(file: BinaryIO, count: int) -> bytes:
+def read_exactly(file: BinaryIO, count: int) -> bytes:
     """Read ``count`` bytes.
 
     Raises:
@@ -83,7 +83,7 @@ def read_header(file: BinaryIO) -> bytes:
             f"not a patch: it begins with {start!r}, expected {MAGIC!r}; give a .dpu "
             "file, or fetch it again, whole and as binary data"
         )
-    start += exactly(file, 4)
+    start += read_exactly(file, 4)
     version, size = struct.unpack_from("<HH", start, len(MAGIC))
     if version != VERSION:
         what = "which was never settled; pack its round again"
@@ -96,7 +96,7 @@ def read_header(file: BinaryIO) -> bytes:
         )
     if not HEADER_BYTES <= size <= MAX_HEADER_BYTES:
         raise PatchFormatError(f"the patch states a header of {size} bytes")
-    return start + exactly(file, size - len(start))
+    return start + read_exactly(file, size - len(start))
 
 
 def parse_header(data: bytes) -> tuple[PatchHeader, int, bytes]:

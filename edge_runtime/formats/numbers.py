@@ -17,15 +17,24 @@ from edge_runtime.formats.frames import SectionReader
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.
 PIECE = 1 << 14
-# glibc hands freed memory back to the kernel, and page faults to get it again cost more
-# than decoding, until a block larger than what pieces need has come and gone.
-np.empty(1 << 21, np.uint8)
 MAX_FINE = 7
 MAX_WIDTH = 32  # of a number's low bits
 MAX_BITS = 40  # of a number in unary: sums of a piece of them fit into 64
 _MASKS = ((1 << np.arange(MAX_WIDTH + 1)) - 1).astype(np.uint32)
 
 Integers = NDArray[np.int64]
+
+
+def _warm_allocator() -> None:
+    """Let this process keep freed blocks of up to 2 MiB, as long as it runs.
+
+    glibc hands freed memory back to the kernel, and page faults to get it again cost
+    more than decoding, until a block larger than what pieces need has come and gone.
+    """
+    np.empty(1 << 21, np.uint8)
+
+
+_warm_allocator()
 
 
 def encode_numbers(numbers: Integers, fine: int) -> tuple[bytes, Integers]:
@@ -131,7 +140,7 @@ class NumberReader:
 
 
 def encode_unary(numbers: Integers, width: int) -> bytes:
-    """Write numbers without their ``width`` low bits: so many zeros, and a one.
+    """Write numbers, less ``width`` low bits, in unary: as many zeros, then a one.
 
     With the low bits this is the code of Golomb and Rice, which is within a percent of
     the entropy of gaps between positions that are all equally likely.
@@ -143,7 +152,7 @@ def encode_unary(numbers: Integers, width: int) -> bytes:
 
 
 def unary_width(numbers: Integers) -> int:
-    """Return the ``width`` with which :func:`encode_unary` and low bits are least."""
+    """Return the ``width`` with which unary and low bits are shortest together."""
     return min(
         range(MAX_WIDTH + 1),
         key=lambda width: len(numbers) * width + int((numbers >> width).sum()),

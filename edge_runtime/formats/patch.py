@@ -186,7 +186,7 @@ class Patch:
         index.finish()
 
     def _plan_for(self, layout: Layout) -> "_Plan":
-        """Hold counts and forms against a layout; done once for each."""
+        """Check counts and forms against a layout, once for each layout."""
         if self._plan is None or self._plan.layout is not layout:
             changed, totals = self._changed(layout), Counter[tuple[int, str]]()
             for group, tensor, count in changed:

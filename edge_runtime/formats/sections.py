@@ -19,7 +19,7 @@ from edge_runtime.formats.frames import (
     frame_size,
     pack_section,
 )
-from edge_runtime.formats.header import exactly
+from edge_runtime.formats.header import read_exactly
 
 MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
@@ -130,7 +130,7 @@ class Body:
                 not end together.
         """
         self._file = file
-        entries = [_read_entry(file) for _ in range(exactly(file, 1)[0])]
+        entries = [_read_entry(file) for _ in range(read_exactly(file, 1)[0])]
         kinds = [kind for kind, _, _ in entries]
         if kinds != sorted(set(kinds)) or len(kinds) > MAX_SECTIONS:
             raise PatchFormatError(
@@ -229,7 +229,7 @@ class Body:
 
 
 def _read_entry(file: BinaryIO) -> tuple[int, int, int]:
-    kind, encoding = exactly(file, 2)
+    kind, encoding = read_exactly(file, 2)
     packed = decode_varint(chain.from_iterable(iter(partial(file.read, 1), b"")))
     if kind not in KINDS or encoding > (STORED if kind in STORED_KINDS else ZSTD):
         raise PatchFormatError(

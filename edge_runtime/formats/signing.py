@@ -24,7 +24,7 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     TrustError,
 )
-from edge_runtime.formats.header import exactly
+from edge_runtime.formats.header import read_exactly
 
 PATCH_CONTEXT = b"dpu patch header"
 BUNDLE_CONTEXT = b"dpu bundle manifest"
@@ -208,12 +208,12 @@ def read_signatures(
         PatchFormatError: Truncated, malformed or over the limit.
         PatchIntegrityError: Its checksum does not match.
     """
-    size = int.from_bytes(exactly(file, 2), "little")
+    size = int.from_bytes(read_exactly(file, 2), "little")
     if size > limit:
         raise PatchFormatError(
             f"the signature block has {size} bytes, this device accepts {limit}"
         )
-    return 2 + size, decode_signatures(exactly(file, size))
+    return 2 + size, decode_signatures(read_exactly(file, size))
 
 
 # Keys ---------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Form:
         return self.drop + 8 * self.planes
 
     def is_plain(self, item_size: int) -> bool:
-        """Tell whether planes are all there is."""
+        """Tell whether values are written as whole bytes (planes) and nothing else."""
         return self.shift == 8 * item_size
 
     def kinds(self, item_size: int) -> list[int]:
@@ -68,7 +68,7 @@ class Form:
         return [*symbols, *range(PLANES, PLANES + self.planes)]
 
     def check(self, dtype: str, item_size: int) -> None:
-        """Insist that a group may be written so.
+        """Insist that a group of this type may be written in this form.
 
         Raises:
             PatchFormatError: The form does not fit the type.
@@ -142,7 +142,7 @@ class Line:
         return negative
 
     def rests(self, elements: Bits, numbers: Steps) -> tuple[Integers, Integers]:
-        """Return what tells elements from others on their integers, and its width."""
+        """Return the bits of elements that their integers leave out, and how many."""
         high: Integers = (elements >> self._shift).astype(np.int64)
         if not self._is_float:
             return high, np.zeros_like(high)

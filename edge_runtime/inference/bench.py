@@ -71,7 +71,7 @@ def bench(
 
 
 def _in_turn(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:
-    """Time functions in turn, so that a busy moment of the machine meets all."""
+    """Time functions in turn, so that a busy moment of the machine slows all."""
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
     order = list(range(len(calls)))

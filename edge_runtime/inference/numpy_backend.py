@@ -103,7 +103,7 @@ def _plan(nodes: list[Message], kept: set[str]) -> list[Step]:
 
 
 def _taps(x: Array, fill: float, /, **window: Ints) -> Iterator[Array]:
-    """Yield what each position of a kernel sees, each of shape (N, C, *output)."""
+    """Yield the inputs under each position of a kernel, each (N, C, *output)."""
     kernel, ones = window["kernel_shape"], [1] * (x.ndim - 2)
     strides, dilations = window.get("strides", ones), window.get("dilations", ones)
     if any(window.get("pads", ())):

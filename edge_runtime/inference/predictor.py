@@ -32,7 +32,7 @@ DRAIN_S = 10.0  # how long a swap waits for calls that still use the old session
 
 
 class Backend(StrEnum):
-    """What computes."""
+    """The library that runs a model."""
 
     AUTO = "auto"  # ONNX Runtime where it can be imported
     ONNXRUNTIME = "onnxruntime"
@@ -56,7 +56,7 @@ class RunOptions:
             environment variable of its BLAS, OPENBLAS_NUM_THREADS for the usual one.
         spinning: Whether idle threads spin, to be quicker for the next call. On a
             shared board they burn the other processes' time.
-        backend: What computes.
+        backend: What runs the model.
         policy: How a swap treats the old session.
     """
 
@@ -75,7 +75,7 @@ class Predictor:
     Attributes:
         folder: The slot that the current session was made from.
         options: How it runs.
-        backend: What computes, in fact: settled once, a swap does not change it.
+        backend: What runs the model: chosen once, a swap does not change it.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Predictor:
             # ONNX Runtime's own exceptions share no base but this one. The frames go:
             # they hold a session whose memory the old one may need to return.
             err.__traceback__ = None
-            _trim()
+            _trim_heap()
             raise StoreError(f"cannot load {folder / GRAPH_NAME}: {err}") from err
 
     def _warmed_up(self, session: Any) -> Any:
@@ -191,7 +191,7 @@ class Predictor:
 
 
 def choose_backend(wanted: Backend) -> Backend:
-    """Return what computes; ``AUTO`` becomes ONNX Runtime where it can be imported."""
+    """Settle what runs a model; ``AUTO`` is ONNX Runtime where it can be imported."""
     if wanted != Backend.AUTO:
         return Backend(wanted)
     try:
@@ -201,10 +201,17 @@ def choose_backend(wanted: Backend) -> Backend:
     return Backend.ONNXRUNTIME
 
 
-def _import_onnxruntime() -> Any:
-    # Its wheel else writes an id of the device and a database of events for Microsoft
-    # into the home folder: nothing that a device should do unasked.
+def _disable_telemetry() -> None:
+    """Keep ONNX Runtime from collecting events, in this process and its children.
+
+    Its wheel else writes an id of the device and a database of events for Microsoft
+    into the home folder: nothing that a device should do unasked.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def _import_onnxruntime() -> Any:
+    _disable_telemetry()
     try:
         # Imported late: looking at patches and stores must not need a runtime.
         import onnxruntime
@@ -277,11 +284,11 @@ def _drain(session: "weakref.ref[Any] | None") -> None:
             gc.collect()  # held by a cycle then, such as an exception's traceback
             break
         time.sleep(0.001)
-    _trim()
+    _trim_heap()
 
 
-def _trim() -> None:
-    """Give freed memory back to the system.
+def _trim_heap() -> None:
+    """Give freed memory of the whole process back to the system.
 
     glibc keeps it: after ten swaps of ResNet-34 a process would hold 539 MB, not 154.
     """

@@ -94,7 +94,7 @@ def _piece(file: BinaryIO, size: int) -> str:
 
 
 class Entry:
-    """What one predictor tells; it goes with its only owner, the predictor.
+    """The file in which one predictor says what it answers with; it ends with it.
 
     Attributes:
         pending: Whether the disk did not take what is to be told.
@@ -112,7 +112,7 @@ class Entry:
     def declare(
         self, folder: Path, status: Status, source: dict[str, Any] | None = None
     ) -> None:
-        """Say what answers now.
+        """Say which weights the predictor answers with now.
 
         Args:
             folder: The slot that it was made from.
@@ -125,7 +125,7 @@ class Entry:
         self.try_again()
 
     def try_again(self) -> None:
-        """Write what was to be told last. A disk that refuses must stop no answers."""
+        """Write the last status again; an error of the disk must not stop answers."""
         try:
             if self._file is None:
                 self._file = _create(self._folder)
@@ -142,7 +142,7 @@ class Entry:
 
 
 def _create(folder: Path) -> FileIO:
-    """Create a file and lock it; a reader may take it for left behind in between."""
+    """Create a file and lock it; again if a reader removed it before the lock."""
     folder.mkdir(exist_ok=True)
     while True:
         path = folder / f"{os.getpid()}-{time.time_ns()}.json"
@@ -176,7 +176,7 @@ def read_entries(store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _parse(record: Record) -> dict[str, Any]:
-    """Return what an entry tells; of what no predictor writes, nothing is taken on."""
+    """Return the fields of an entry, each checked; other fields are left out."""
     status = Status(record.one_of("status", list(Status)))
     told: dict[str, Any] = {
         "pid": record.integer("pid", most=(1 << 31) - 1),
@@ -193,7 +193,7 @@ def _parse(record: Record) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return what a file says; None, and no file any more, if nobody holds it."""
+    """Return the content of an entry; where its predictor is dead, remove the file."""
     with suppress(FileNotFoundError), open_regular(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

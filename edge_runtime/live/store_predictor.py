@@ -88,7 +88,7 @@ class StorePredictor(Predictor):
             return self.folder != former
 
     def swap(self, folder: Path) -> None:
-        """Move to another slot, as :meth:`Predictor.swap` does, and tell.
+        """Move to another slot, as :meth:`Predictor.swap` does, and record it.
 
         Raises:
             StoreError: The new slot cannot be loaded; the old one stays in use.

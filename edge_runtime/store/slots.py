@@ -104,7 +104,7 @@ class _NewSlot:
             return self._store.stage(self._chunks(), self._target)
 
     def prove(self) -> None:
-        """Compute it without writing: nothing older is given up for what is no good."""
+        """Prove it without writing it, before anything older is given up for it."""
         if not self._proved:
             with self._blamed():
                 deque(self._chunks(), maxlen=0)

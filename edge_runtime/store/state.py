@@ -311,7 +311,7 @@ def decode_state(data: bytes) -> State:
 
 
 class _DamagedError(StoreError):
-    """Says what to do, whatever is wrong with the state."""
+    """The state is damaged; the message says what to do."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(

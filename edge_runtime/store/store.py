@@ -184,7 +184,7 @@ class Store:
         return mark.read_bytes() == _MARK_TEXT
 
     def _check_size(self, size: int) -> None:
-        """Look at what a recipe would make before it is made: a line can ask for it."""
+        """Check the size that a recipe asks for, before anything of it is written."""
         stated = self.layout.file_size
         if stated != size:
             raise WeightsError(
@@ -245,14 +245,14 @@ class Store:
     def _place(
         self, folder: str, target: str, suffix: str, known: Iterable[Slot]
     ) -> Path:
-        """Return where something is or is to be; only what is known has an old name."""
+        """Return a path in the store; older runtimes named the same by half of it."""
         path = self.root / folder / (target + suffix)
         old = path.with_name(target[:_OLD_NAME_LENGTH] + suffix)
         is_known = any(slot.target == target for slot in known)
         return old if is_known and not path.exists() and old.exists() else path
 
     def named(self) -> set[Path]:
-        """Return what the state names: nothing of it may go before a commit does."""
+        """Return the paths that the state names; they may go only after a commit."""
         slots = {self.slot_folder(slot.target) for slot in self.state.slots}
         return slots | {self.reverse_path(link.target) for link in self.state.former}
 

@@ -110,7 +110,7 @@ class KeyList:
 
     @classmethod
     def from_record(cls, record: Record) -> Self:
-        """Return it from plain data, as :func:`dataclasses.asdict` gave it."""
+        """Return a key list from plain data, as :func:`dataclasses.asdict` gave it."""
         root = record.record("root")
         history = tuple(
             Listed(e.integer("version"), e.digest("sha256"), e.text("at"))

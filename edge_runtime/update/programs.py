@@ -132,7 +132,7 @@ def own_environment() -> dict[str, str]:
 
 
 def _inherited() -> Iterator[str]:
-    """Yield where this process finds modules, but for places that were not chosen."""
+    """Yield the import path of this process, less what Python adds by itself."""
     chance = {Path(sys.argv[0]).resolve().parent} if sys.argv else set()
     with suppress(FileNotFoundError):  # removed meanwhile
         chance.add(Path.cwd())

@@ -130,7 +130,7 @@ def run_trial(
 
 
 def end_of_trial(ended: Ended) -> DpuError | None:
-    """Return the error that the end of a trial's process is; None for a good one."""
+    """Return the error that an ended trial process stands for; None for success."""
     if not ended.code:
         return None
     text = f"nothing changed: the trial {ended.problem}"
@@ -190,7 +190,7 @@ def _read(model: Path, name: str, limit: str) -> bytes:
 
 
 def _answers(slot: Path, contract: Contract, inputs: Array) -> list[Any]:
-    """Return what a slot gives; where it gives nothing, ask again before that counts.
+    """Return the outputs of a slot; a failure counts only if it comes twice.
 
     The runtime reads the files itself, and of a disk that failed meanwhile it may say
     that the graph is malformed. What is wrong with the files is wrong a second time.
@@ -215,7 +215,7 @@ def _asked(slot: Path, contract: Contract, inputs: Array) -> list[Any]:
 
 
 def read_all(path: Path) -> None:
-    """Read a file once: what the disk refuses now is not the model's fault.
+    """Read a file to its end, so that a broken disk is not taken for a bad model.
 
     Raises:
         OSError: The disk refuses.
@@ -324,7 +324,7 @@ def check_outputs(
 
 
 def first_output(outputs: Sequence[Any]) -> Array:
-    """Return what a model is tried by.
+    """Return the output by which a model is tried: the first.
 
     Raises:
         TrialError: A device cannot compare it.

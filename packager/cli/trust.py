@@ -138,9 +138,9 @@ def rotate(  # noqa: PLR0913 - one parameter an option
     _follow(
         old,
         given,
-        add={role: [_named(text, ()) for text in ins[role]] for role in roles},
+        add={role: [_public_key(text, ()) for text in ins[role]] for role in roles},
         remove={
-            role: [_named(text, keys.keys) for text in outs[role]]
+            role: [_public_key(text, keys.keys) for text in outs[role]]
             for role, keys in roles.items()
         },
         thresholds=_by_role(root_threshold, release_threshold),
@@ -168,7 +168,7 @@ def revoke(
     given = _read(old)
     roles = {"root": given.root.keys, "targets": given.root.releases}
     known = (*given.root.keys.keys, *given.root.releases.keys)
-    gone = {_named(text, known) for text in keys}
+    gone = {_public_key(text, known) for text in keys}
     if unknown := sorted(gone.difference(known)):
         raise KeyFileError(f"{old} does not name key {_ids(unknown)}")
     _follow(
@@ -206,7 +206,7 @@ def sign(path: Path, *, signers: tuple[Path, ...], as_json: bool) -> None:
 
     data = sign_list(load_list(path), read_signers(signers)[0])
     write_file(data, path)
-    record, text = _told(path, data, _before(path))
+    record, text = _describe(path, data, _list_before(path))
     emit(record, as_json=as_json, text=text)
 
 
@@ -220,7 +220,7 @@ def show(path: Path, *, as_json: bool) -> None:
     """
     from edge_runtime.trust import load_list
 
-    record, text = _told(path, load_list(path), _before(path))
+    record, text = _describe(path, load_list(path), _list_before(path))
     emit(record, as_json=as_json, text=text)
 
 
@@ -265,11 +265,11 @@ def _finish(
     if signers:
         data = sign_list(data, read_signers(signers)[0])
     write_file(data, path)
-    record, text = _told(path, data, before)
+    record, text = _describe(path, data, before)
     emit(record, as_json=as_json, text=text)
 
 
-def _told(path: Path, data: bytes, before: "SignedRoot | None") -> Answer:
+def _describe(path: Path, data: bytes, before: "SignedRoot | None") -> Answer:
     """Say what is in a list, who signed it, and who has to sign it yet."""
     from edge_runtime.formats.signing import key_id
     from edge_runtime.trust import read_root
@@ -312,7 +312,7 @@ def _words(trust: "Trust") -> str:
     return f"{trust.threshold} of {', '.join(trust.ids)}"
 
 
-def _before(path: Path) -> "SignedRoot | None":
+def _list_before(path: Path) -> "SignedRoot | None":
     """Read the list before this one, where it lies beside it."""
     version = _read(path).root.version
     beside = path.with_name(f"{version - 1}.root.json")
@@ -341,7 +341,7 @@ def read_public(path: Path) -> str:
     return load_public(pem, str(path))
 
 
-def _named(text: str, known: Sequence[str]) -> str:
+def _public_key(text: str, known: Sequence[str]) -> str:
     """Return the public key of a file, or that which an id names."""
     from edge_runtime.formats.signing import key_id
     from edge_runtime.trust import tuf_key_id

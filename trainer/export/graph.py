@@ -20,7 +20,8 @@ one graph.
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,6 +122,17 @@ def _copy_with(
     return copy.deepcopy(model, memo).eval()
 
 
+@contextmanager
+def _known_warnings_ignored() -> Iterator[None]:
+    """Ignore two warnings of torch's exporter, in all threads of this process."""
+    with warnings.catch_warnings():
+        # torch 2.13 copies tree specs of its own, of a type that it deprecates.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        # nn.LSTM and nn.GRU keep a list of their weights, which tracing swaps.
+        warnings.filterwarnings("ignore", ".*_flat_weights", UserWarning)
+        yield
+
+
 def _trace(twin: nn.Module, groups: Mapping[str, str], inputs: Sequence[Tensor]) -> Any:
     """Export a module without its values and return torch's ONNX program."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -130,11 +142,7 @@ def _trace(twin: nn.Module, groups: Mapping[str, str], inputs: Sequence[Tensor])
     batch = tuple(rows_of(x, 2) for x in inputs)
     shapes = tuple({0: torch.export.Dim("batch")} for _ in batch)
     # Without gradients always: names of inner values differ with and without.
-    with torch.no_grad(), warnings.catch_warnings():
-        # torch 2.13 copies tree specs of its own, of a type that it deprecates.
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        # nn.LSTM and nn.GRU keep a list of their weights, which tracing swaps.
-        warnings.filterwarnings("ignore", ".*_flat_weights", UserWarning)
+    with torch.no_grad(), _known_warnings_ignored():
         program = torch.export.export(fake, batch, dynamic_shapes=shapes, strict=False)
         return torch.onnx.export(
             program, (), dynamo=True, optimize=False, verbose=False

@@ -256,7 +256,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def read_shadow(folder: Path) -> Weights | None:
-    """Read the weights that a round trained unseen; None where it has none.
+    """Read the weights that a round trained but did not deploy; None without them.
 
     Raises:
         OSError: They cannot be read.

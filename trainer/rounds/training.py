@@ -185,10 +185,14 @@ class RoundTraining:
         self.dense.verify(weights, self.start)
         self.accuracy["best"], self.best = accuracy, weights
 
+    def _seed_torch(self) -> None:
+        """Seed torch's streams of the whole process, from which dropout draws."""
+        torch.manual_seed(self.random_seed("dropout"))
+
     def _epoch(self) -> float:
         order = torch.from_numpy(self.random("order").permutation(len(self._train)))
         augment = self._augmentation and self._augmentation(self.random("augment"))
-        torch.manual_seed(self.random_seed("dropout"))
+        self._seed_torch()
         size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
         loss = train_epoch(self._trained, self.optimizer, epoch)
