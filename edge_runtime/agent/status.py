@@ -156,5 +156,5 @@ def sd_notify(*lines: str) -> None:
 
 
 def ping() -> None:
-    """Tell systemd's watchdog that the agent makes progress; the agent alone calls it."""
+    """Tell systemd's watchdog that the agent makes progress."""
     sd_notify("WATCHDOG=1")
