@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from edge_runtime.formats.apply import apply_patch as apply_patch
     from edge_runtime.formats.header import PatchHeader as PatchHeader
     from edge_runtime.formats.patch import Patch as Patch
-    from edge_runtime.formats.patch import encode_patch as encode_patch
     from edge_runtime.formats.patch import open_patch as open_patch
+    from edge_runtime.formats.patch_encoder import encode_patch as encode_patch
     from edge_runtime.formats.signing import Trust as Trust
     from edge_runtime.formats.signing import trust_keys as trust_keys
     from edge_runtime.formats.weights import Weights as Weights
@@ -67,7 +67,7 @@ _HOMES = {
     "UpdateResult": "update.device",
     "Weights": "formats.weights",
     "apply_patch": "formats.apply",
-    "encode_patch": "formats.patch",
+    "encode_patch": "formats.patch_encoder",
     "fingerprint_file": "formats.weights",
     "make_proof": "live.proof",
     "open_patch": "formats.patch",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from packager.bundles.from_model import adopt_model
     from packager.bundles.from_round import PackedBundle, build_bundle, write_bundle
     from packager.compose import compose_patches
+    from packager.keys import generate_key, load_private
     from packager.models.read import Model, pack_models, read_model
     from packager.rounds.folder import (
         Parent,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         find_round,
         read_round,
     )
-    from packager.signing import generate_key, load_private, sign_bundle, sign_patch
+    from packager.signing import sign_bundle, sign_patch
 
 __all__ = [
     "Model",
@@ -62,7 +63,7 @@ __all__ = [
 
 # Those that import onnx come last.
 _MODULES = (
-    *("rounds.folder", "build", "compose", "models.read", "signing"),
+    *("rounds.folder", "build", "compose", "models.read", "keys", "signing"),
     *("bundles.from_round", "bundles.from_model"),
 )
 

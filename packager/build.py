@@ -31,7 +31,8 @@ from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
-from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.rounds.folder import Parent, RoundFolder, find_parent

@@ -14,63 +14,28 @@ that lie beside the rounds, their headers tell the same.
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from errno import EACCES, EPERM, EROFS
 from io import FileIO
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files, read_bounded
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.store.state import utc
 from packager.build import check_counter, write_file
 from packager.packed_file import Facts, keep_signed, read_facts
+from packager.release import Release, decode_release, encode_release, not_readable
 from packager.rounds.record import RoundRecord
 
 LEDGER_NAME = "releases.jsonl"
-SCHEMA = 1
 HERE = "."  # where to: the run's own folder
 PATTERNS = ("*.dpu", "*.bundle.zip")
 _READ_ONLY = (EACCES, EPERM, EROFS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """One file that was made for devices.
-
-    Attributes:
-        counter: Release counter of the target.
-        round: Number of the round.
-        kind: ``patch`` or ``bundle``.
-        model: Identity of network and run, hexadecimal.
-        parent: Fingerprint that the file leads from, hexadecimal.
-        target: Fingerprint that it leads to, hexadecimal.
-        signers: Ids of the keys that signed it.
-        file: Its name.
-        to: Where it was written to: a folder, ``.`` for the run's own, or an address.
-        bytes: Its size.
-        sha256: Its SHA-256, hexadecimal.
-        at: When it was recorded, UTC.
-    """
-
-    counter: int
-    round: int
-    kind: str
-    model: str
-    parent: str
-    target: str
-    signers: tuple[str, ...]
-    file: str
-    to: str
-    bytes: int
-    sha256: str
-    at: str
 
 
 class Ledger:
@@ -202,7 +167,7 @@ class Ledger:
             return
         found = [r for r in self.found if (r.file, r.to) != (release.file, release.to)]
         is_new = self._end == 0
-        lines = b"".join(map(_encode, [*found, release]))
+        lines = b"".join(map(encode_release, [*found, release]))
         self._truncate(self._end)
         self._file.seek(self._end)
         try:
@@ -262,10 +227,10 @@ class Ledger:
                 record = parse_record(line, "record_bytes", what, RoundError)
             except RoundError as err:
                 if number < len(lines) or rest:
-                    raise _not_readable(err) from err
+                    raise not_readable(err) from err
                 rest = line
                 break
-            yield _decode(record)
+            yield decode_release(record)
             self._end += len(line) + 1
         if rest:
             self.notes.append(
@@ -413,35 +378,3 @@ def _is_named(file: FileIO, path: Path) -> bool:
 def _as_text(name: object) -> str:
     # Names on a disk may be no text at all.
     return str(name).encode(errors="backslashreplace").decode()
-
-
-def _encode(release: Release) -> bytes:
-    return json.dumps({"schema": SCHEMA} | asdict(release)).encode() + b"\n"
-
-
-def _decode(record: Record) -> Release:
-    record.schema(SCHEMA)
-    try:
-        return Release(
-            counter=record.integer("counter"),
-            round=record.integer("round", most=(1 << 32) - 1),
-            kind=record.text("kind"),
-            model=record.digest("model"),
-            parent=record.digest("parent"),
-            target=record.digest("target"),
-            signers=tuple(record.texts("signers")),
-            file=record.text("file"),
-            to=record.text("to"),
-            bytes=record.integer("bytes"),
-            sha256=record.digest("sha256"),
-            at=record.text("at"),
-        )
-    except RoundError as err:
-        raise _not_readable(err) from err
-
-
-def _not_readable(error: RoundError) -> RoundError:
-    return RoundError(
-        f"{error}; restore the file, or move it away: it is made again from the "
-        "patches beside the rounds"
-    )

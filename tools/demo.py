@@ -128,7 +128,7 @@ class Demo:
         import numpy as np
 
         from edge_runtime import fingerprint_file, read_weights
-        from edge_runtime.update.trial import relative_difference
+        from edge_runtime.update.golden import relative_difference
 
         server = self.run / round_name(record.round) / WEIGHTS_NAME
         found = device.predictor().predict(self.test.read().numpy())

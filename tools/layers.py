@@ -37,8 +37,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("inference", "live", "update", "agent", "commandline", "cli", "__main__"),
     ),
     "packager": (
-        *("zip_file", "signing", "key_lists", "rounds", "check_proof", "diff"),
-        *("build", "size", "packed_file", "ledger"),
+        *("zip_file", "keys", "signing", "key_lists", "rounds", "check_proof", "diff"),
+        *("build", "size", "packed_file", "release", "ledger"),
         *("compose", "models", "bundles", "provenance", "report", "cli", "__main__"),
     ),
     "trainer": (

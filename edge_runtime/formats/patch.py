@@ -14,23 +14,19 @@ import io
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, starmap
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
-from numpy.typing import NDArray
-
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
-from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import (
     DATED,
     PatchHeader,
-    encode_header,
     parse_header,
     read_header,
 )
@@ -38,23 +34,18 @@ from edge_runtime.formats.positions import (
     Change,
     PositionReader,
     PositionRun,
-    Positions,
-    encode_positions,
     pack_run,
     unpack_run,
 )
 from edge_runtime.formats.sections import (
     COUNTS,
     FORMS,
-    OUTPUTS,
     Body,
-    encode_body,
-    encode_varint,
     group_kind,
 )
-from edge_runtime.formats.value_line import MANTISSA_BITS, Bits, Form
-from edge_runtime.formats.values import TensorValues, ValueReader, encode_values
-from edge_runtime.formats.weights import DTYPES, Layout, Tensor, Weights
+from edge_runtime.formats.value_line import MANTISSA_BITS, Form
+from edge_runtime.formats.values import ValueReader
+from edge_runtime.formats.weights import DTYPES, Layout, Tensor
 from edge_runtime.limits import MIB, Limits
 from edge_runtime.limits import limits as current_limits
 
@@ -320,56 +311,3 @@ def _check_size(size: int, header: PatchHeader, limits: Limits) -> None:
             f"the patch states {size} bytes for a weight file of {header.file_size}, "
             f"at most {most} are possible; pack it again"
         )
-
-
-def encode_patch(
-    header: PatchHeader,
-    changes: Sequence[Positions],
-    base: Weights,
-    target: Weights,
-    *,
-    level: int = LEVEL,
-    outputs: bytes = b"",
-) -> bytes:
-    """Encode a patch, unsigned.
-
-    Args:
-        header: What the patch is for.
-        changes: For each tensor of the layout, in file order, the increasing flat
-            positions that travel; empty where nothing changed. If they are all of the
-            tensor's elements, no position is sent.
-        base: The weights that the patch leads from.
-        target: The weights that it leads to, of the same layout.
-        level: zstd level, 1 to 22.
-        outputs: As :attr:`Patch.outputs`.
-
-    Returns:
-        The bytes of the patch file.
-
-    Raises:
-        PatchFormatError: Two changes are too far apart for the format.
-    """
-    tensors = target.layout.tensors
-    fine, sections = encode_positions(
-        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)], level
-    )
-    sections[COUNTS] = [encode_varint(len(found)) for found in changes]
-    sections[OUTPUTS] = [outputs]
-    groups: dict[int, list[TensorValues]] = {}
-    for tensor, found in zip(tensors, changes, strict=True):
-        if len(found):
-            old, new = (_bits(w[tensor.name])[found] for w in (base, target))
-            group = groups.setdefault(group_of(tensor, len(found)), [])
-            group.append(TensorValues(tensor.dtype, old, new))
-    forms = [fine] if groups else []
-    for kind, group in sorted(groups.items()):
-        form, parts = encode_values(group)
-        forms += astuple(form)
-        sections |= {kind + offset: part for offset, part in parts.items()}
-    sections[FORMS] = [encode_varint(number) for number in forms]
-    body = encode_body(sections, level)
-    return encode_header(header, body) + b"\0\0" + body
-
-
-def _bits(array: NDArray[Any]) -> Bits:
-    return array.reshape(-1).view(f"<u{array.dtype.itemsize}")

@@ -18,7 +18,8 @@ from edge_runtime.files import FULL
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.patch import Patch, encode_patch
+from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.weights import (
     CHUNK_BYTES,
     Layout,

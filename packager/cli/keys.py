@@ -40,7 +40,7 @@ def keygen(path: Path, *, encrypt: bool, kind: str, as_json: bool) -> None:
     Whoever has KEY.pem can update every device that trusts it: encrypt it, keep it off
     the network, and keep a copy. A key of kind p256 signs provenance only.
     """
-    from packager.signing import KeyKind, write_key_pair
+    from packager.keys import KeyKind, write_key_pair
 
     passphrase = _passphrase("New passphrase", confirm=True) if encrypt else None
     if encrypt and not passphrase:
@@ -127,7 +127,7 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
         return [], []
     from edge_runtime.formats.signing import key_id
     from edge_runtime.live.proof import public_key
-    from packager.signing import is_encrypted, load_private
+    from packager.keys import is_encrypted, load_private
 
     keys = []
     for path in paths:

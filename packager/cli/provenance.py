@@ -110,9 +110,9 @@ def _check(
     facts: "Facts", paths: "Paths", keys: Sequence[Path], *, as_json: bool
 ) -> int:
     from edge_runtime.formats.signing import load_public
+    from packager.keys import is_model_key
     from packager.provenance import check_provenance
     from packager.provenance.check import Found
-    from packager.signing import is_model_key
 
     pems = {
         path: read_bounded(path, "key_bytes", str(path), KeyFileError) for path in keys
@@ -137,7 +137,7 @@ def _private_keys(
     """Sort private keys by what they sign."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from packager.signing import is_encrypted, load_any_private
+    from packager.keys import is_encrypted, load_any_private
 
     signers, model = [], []
     for path in paths:

@@ -11,7 +11,7 @@ from edge_runtime.text import printable
 from packager.cli.options import runs_option
 
 if TYPE_CHECKING:
-    from packager.ledger import Release
+    from packager.release import Release
 
 HEADS = ("counter", "round", "from", "file", "signed by", "state", "recorded", "to")
 

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import CONTEXT, Answer, Group, emit, json_option, say
+from edge_runtime.commandline import CONTEXT, Group, emit, json_option, say
 from edge_runtime.errors import KeyFileError
 from packager.cli.keys import read_signers
 from packager.cli.options import KEY_LIST, PRIVATE_KEY, PUBLIC_KEY
+from packager.cli.trust_words import (
+    describe_list,
+    key_ids,
+    list_before,
+    read_list,
+    read_public,
+)
 
 if TYPE_CHECKING:
-    from edge_runtime.formats.signing import Trust
     from edge_runtime.trust import SignedRoot
 
 _sign = click.option(
@@ -131,7 +137,7 @@ def rotate(  # noqa: PLR0913 - one parameter an option
     as_json: bool,
 ) -> None:
     """Make the list after N.root.json, with other keys or for a longer time."""
-    given = _read(old)
+    given = read_list(old)
     roles = {"root": given.root.keys, "targets": given.root.releases}
     ins = {"root": root_in, "targets": release_in}
     outs = {"root": root_out, "targets": release_out}
@@ -165,12 +171,12 @@ def revoke(
     as_json: bool,
 ) -> None:
     """Make the list after N.root.json without some keys, in whatever role they are."""
-    given = _read(old)
+    given = read_list(old)
     roles = {"root": given.root.keys, "targets": given.root.releases}
     known = (*given.root.keys.keys, *given.root.releases.keys)
     gone = {_public_key(text, known) for text in keys}
     if unknown := sorted(gone.difference(known)):
-        raise KeyFileError(f"{old} does not name key {_ids(unknown)}")
+        raise KeyFileError(f"{old} does not name key {key_ids(unknown)}")
     _follow(
         old,
         given,
@@ -206,7 +212,7 @@ def sign(path: Path, *, signers: tuple[Path, ...], as_json: bool) -> None:
 
     data = sign_list(load_list(path), read_signers(signers)[0])
     write_file(data, path)
-    record, text = _describe(path, data, _list_before(path))
+    record, text = describe_list(path, data, list_before(path))
     emit(record, as_json=as_json, text=text)
 
 
@@ -220,7 +226,7 @@ def show(path: Path, *, as_json: bool) -> None:
     """
     from edge_runtime.trust import load_list
 
-    record, text = _describe(path, load_list(path), _list_before(path))
+    record, text = describe_list(path, load_list(path), list_before(path))
     emit(record, as_json=as_json, text=text)
 
 
@@ -265,80 +271,8 @@ def _finish(
     if signers:
         data = sign_list(data, read_signers(signers)[0])
     write_file(data, path)
-    record, text = _describe(path, data, before)
+    record, text = describe_list(path, data, before)
     emit(record, as_json=as_json, text=text)
-
-
-def _describe(path: Path, data: bytes, before: "SignedRoot | None") -> Answer:
-    """Say what is in a list, who signed it, and who has to sign it yet."""
-    from edge_runtime.formats.signing import key_id
-    from edge_runtime.trust import read_root
-    from edge_runtime.trust.rules import missing
-
-    given = read_root(data)
-    root = given.root
-    wanted = {"own": root.keys} | ({"former": before.root.keys} if before else {})
-    record: dict[str, Any] = {
-        "file": str(path),
-        "version": root.version,
-        "issued": root.issued or None,
-        "expires": root.expires,
-        "roots": list(root.keys.ids),
-        "root_threshold": root.keys.threshold,
-        "releases": list(root.releases.ids),
-        "release_threshold": root.releases.threshold,
-        "signatures": {
-            whose: {
-                "signed_by": [key_id(key) for key in given.signers(keys)],
-                "missing": missing(given, keys),
-            }
-            for whose, keys in wanted.items()
-        },
-    }
-    lines = [
-        f"{path}: key list {root.version}, expires {root.expires}",
-        f"  next list  {_words(root.keys)}",
-        f"  releases   {_words(root.releases)}",
-    ]
-    for whose, found in record["signatures"].items():
-        names = ", ".join(found["signed_by"]) or "nobody"
-        list_ = root.version if whose == "own" else root.version - 1
-        need = f"; needs {found['missing']} more" if found["missing"] else ""
-        lines.append(f"  signed     by {names} of list {list_}'s root keys{need}")
-    return record, "\n".join(lines)
-
-
-def _words(trust: "Trust") -> str:
-    return f"{trust.threshold} of {', '.join(trust.ids)}"
-
-
-def _list_before(path: Path) -> "SignedRoot | None":
-    """Read the list before this one, where it lies beside it."""
-    version = _read(path).root.version
-    beside = path.with_name(f"{version - 1}.root.json")
-    return _read(beside) if beside.is_file() else None
-
-
-def _read(path: Path) -> "SignedRoot":
-    from edge_runtime.trust import load_list, read_root
-    from packager.build import prefix_errors
-
-    with prefix_errors(path):
-        return read_root(load_list(path))
-
-
-def read_public(path: Path) -> str:
-    """Read a public key file; return its 32 raw bytes in hex.
-
-    Raises:
-        KeyFileError: It is none.
-        OSError: It cannot be read.
-    """
-    from edge_runtime.files import read_bounded
-    from edge_runtime.formats.signing import load_public
-
-    pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
-    return load_public(pem, str(path))
 
 
 def _public_key(text: str, known: Sequence[str]) -> str:
@@ -350,14 +284,8 @@ def _public_key(text: str, known: Sequence[str]) -> str:
         for key in known:
             if text in (key_id(key), tuf_key_id(key), key):
                 return key
-        raise KeyFileError(f"no key {text} is there; known: {_ids(known) or 'none'}")
+        raise KeyFileError(f"no key {text} is there; known: {key_ids(known) or 'none'}")
     return read_public(Path(text))
-
-
-def _ids(keys: Sequence[str]) -> str:
-    from edge_runtime.formats.signing import key_id
-
-    return ", ".join(key_id(key) for key in keys)
 
 
 def _times(expires: str) -> tuple[str, str]:

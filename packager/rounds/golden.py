@@ -33,7 +33,7 @@ from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.limits import limits
-from edge_runtime.update.trial import (
+from edge_runtime.update.golden import (
     MAX_OUTPUTS,
     check_outputs,
     comparable,

@@ -17,7 +17,8 @@ from edge_runtime.formats.header import VERSION, PatchHeader
 from edge_runtime.formats.weights import pack_weights
 from packager.build import encode_changes
 from packager.diff import diff
-from packager.signing import date_patch, generate_key, sign_patch
+from packager.keys import generate_key
+from packager.signing import date_patch, sign_patch
 
 FOLDER = Path(__file__).parent / f"v{VERSION}"
 MODEL = "5a" * 32

@@ -29,7 +29,7 @@ from edge_runtime.formats.bundle import carried_trust
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
-from edge_runtime.formats.patch import encode_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     PATCH_CONTEXT,

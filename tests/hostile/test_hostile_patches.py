@@ -22,7 +22,8 @@ from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.frames import ZSTD, pack_section
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
 from edge_runtime.formats.numbers import encode_bits, encode_unary
-from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.sections import (
     BITS,
     COLUMNS,

@@ -532,7 +532,8 @@ def test_no_byte_of_a_signed_proof_can_be_changed(device):
 
 def test_a_patch_signature_is_worth_nothing_on_a_proof(device):
     """The fleet's own key, and the right bytes, but for another purpose."""
-    from packager.signing import PATCH_CONTEXT, add_signature, generate_key
+    from packager.keys import generate_key
+    from packager.signing import PATCH_CONTEXT, add_signature
 
     key = generate_key()
     proof = json.loads(make_proof(device.store, NONCE))

@@ -18,9 +18,9 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
 from packager.build import pack_round
 from packager.cli.pack import pack, patch
+from packager.keys import encode_private, generate_key
 from packager.ledger import open_ledger, read_ledger
 from packager.rounds.folder import parent_from, read_round
-from packager.signing import encode_private, generate_key
 
 
 @pytest.fixture

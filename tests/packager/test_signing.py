@@ -14,19 +14,17 @@ import packager.signing
 from edge_runtime.errors import BundleError, KeyFileError, PatchError, PatchFormatError
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
-from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.signing import key_id, load_public, trust_keys
 from edge_runtime.formats.weights import pack_weights
+from packager.keys import encode_private, generate_key, load_private, write_key_pair
 from packager.signing import (
     date_patch,
-    encode_private,
     encode_public,
-    generate_key,
-    load_private,
     public_key,
     sign_bundle,
     sign_patch,
-    write_key_pair,
 )
 
 A, B = (ed25519.Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))

@@ -13,7 +13,7 @@ import pytest
 import edge_runtime.cli.main
 import packager.cli.pack
 import trainer.cli
-from packager.signing import load_private
+from packager.keys import load_private
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SCRIPTS = {

@@ -8,7 +8,7 @@ import torch
 
 from edge_runtime import Device
 from edge_runtime.errors import ConfigError
-from edge_runtime.update.trial import relative_difference
+from edge_runtime.update.golden import relative_difference
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round

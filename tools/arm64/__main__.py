@@ -168,7 +168,7 @@ def _same_answers(what: str, stores: dict[Machine, Path], folder: Path) -> Check
     import numpy as np
 
     from edge_runtime import Device
-    from edge_runtime.update.trial import relative_difference
+    from edge_runtime.update.golden import relative_difference
 
     outputs = []
     runs = []

@@ -25,7 +25,7 @@ from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
-from edge_runtime.update.trial import relative_difference
+from edge_runtime.update.golden import relative_difference
 
 OVERHEAD_S = 20e-6  # a call, on networks shorter than ...
 LONG_S = 5e-3

@@ -30,8 +30,9 @@ from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.trial import run_trial
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
+from packager.keys import generate_key
 from packager.rounds.folder import read_round
-from packager.signing import encode_public, generate_key, sign_bundle, sign_patch
+from packager.signing import encode_public, sign_bundle, sign_patch
 from tests.crash import world
 
 

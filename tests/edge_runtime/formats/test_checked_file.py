@@ -14,7 +14,8 @@ from edge_runtime.errors import DpuError, PatchFormatError, PatchIntegrityError
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.checked_file import BLOCK_BYTES, KEPT_BLOCKS, CheckedFile
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
-from edge_runtime.formats.patch import encode_patch, open_patch
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.weights import pack_weights
 
 LARGE = (KEPT_BLOCKS + 40) * BLOCK_BYTES + 77

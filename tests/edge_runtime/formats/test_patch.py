@@ -23,7 +23,8 @@ from edge_runtime.errors import (
 from edge_runtime.formats import patch as patch_module
 from edge_runtime.formats.apply import apply_chunks, apply_patch
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
-from edge_runtime.formats.patch import Limits, encode_patch, open_patch
+from edge_runtime.formats.patch import Limits, open_patch
+from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.sections import FORMS, SYMBOLS, encode_body, group_kind
 from edge_runtime.formats.weights import CHUNK_BYTES, pack_weights
 

@@ -31,7 +31,8 @@ from edge_runtime.formats.signing import (
     load_public,
     trust_keys,
 )
-from packager.signing import add_signature, encode_private, encode_public, public_key
+from packager.keys import encode_private
+from packager.signing import add_signature, encode_public, public_key
 
 
 def key_of(number):

@@ -34,7 +34,8 @@ from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.state import MAX_TRIES
-from edge_runtime.update.trial import Expected, check_outputs, run_trial, try_slot
+from edge_runtime.update.golden import check_outputs
+from edge_runtime.update.trial import Expected, run_trial, try_slot
 from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import parent_from, read_init, read_round

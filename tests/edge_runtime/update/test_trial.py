@@ -29,14 +29,8 @@ from edge_runtime.errors import (
 from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update import programs, trial_ends
-from edge_runtime.update.trial import (
-    PROCESS,
-    Expected,
-    check_outputs,
-    first_output,
-    read_golden,
-    run_trial,
-)
+from edge_runtime.update.golden import check_outputs, first_output, read_golden
+from edge_runtime.update.trial import PROCESS, Expected, run_trial
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round

@@ -16,8 +16,9 @@ from edge_runtime.formats.signing import load_public
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.cli.pack import pack, patch
+from packager.keys import generate_key, load_private
 from packager.rounds.folder import read_round
-from packager.signing import generate_key, load_private, public_key, sign_patch
+from packager.signing import public_key, sign_patch
 
 
 @pytest.fixture
