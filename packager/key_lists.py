@@ -4,7 +4,7 @@
 Devices read them with :mod:`edge_runtime.trust`, which says what a list is. A list is
 changed as it stands: fields, keys and roles that this module does not know stay.
 
-    >>> from packager.signing import generate_key
+    >>> from packager.keys import generate_key
     >>> from edge_runtime.live.proof import public_key
     >>> from edge_runtime.trust import first_root, next_root
     >>> owner, fleet = generate_key(), generate_key()

@@ -15,7 +15,7 @@ from edge_runtime.formats.kinds import Kind, kind_of, recognise
 from edge_runtime.live.proof import public_key
 from packager.cli.pack import pack, patch
 from packager.key_lists import make_list, sign_list
-from packager.signing import generate_key, write_key_pair
+from packager.keys import generate_key, write_key_pair
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
 JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF" + bytes(40)
