@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signing keys, and what they sign: patches and bundles.
+"""Signatures of patches and bundles, made with the keys of :mod:`packager.keys`.
 
 Devices verify with :mod:`edge_runtime.formats.signing`; private keys never come near
 them. Ed25519 is deterministic and signatures are kept in the order of their key ids, so
 the same file and keys always give the same bytes, whoever signs first.
 
     >>> from edge_runtime.formats.signing import trust_keys
+    >>> from edge_runtime.live.proof import encode_public
+    >>> from packager.keys import generate_key
     >>> key = generate_key()
     >>> trust = trust_keys({"fleet.pub.pem": encode_public(key)})
     >>> signatures = add_signature((), PATCH_CONTEXT, b"some header", key)
