@@ -45,7 +45,7 @@ def type_in(command, tmp_path, monkeypatch):
             "error: invalid value for '--level': 99 is not in the range 1<=x<=22",
         ),
         ("dpu-pack", "error: give rounds, or --base and --target"),
-        ("dpu-patch info", "error: missing argument 'PATCH'"),
+        ("dpu-patch info", "error: missing argument 'PATCH|BUNDLE'"),
         ("dpu-train check", "error: name a RECIPE, or give both --model and --data"),
         ("dpu-train run .", "error: . is a folder; name a recipe, a TOML file"),
         (
