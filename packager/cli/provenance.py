@@ -13,7 +13,7 @@ import click
 from edge_runtime.commandline import OK, FileOf, emit, json_option
 from edge_runtime.errors import KeyFileError
 from edge_runtime.files import read_bounded
-from edge_runtime.formats.kinds import Kind
+from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
 from packager.cli.keys import ask_passphrase
 from packager.cli.options import runs_option
@@ -73,6 +73,8 @@ def provenance(
     from packager.rounds.folder import find_round
 
     path = Path(release)
+    if path.is_file():
+        refuse_others(path, (Kind.PATCH, Kind.BUNDLE))
     facts = read_facts(path if path.is_file() else find_round(release, runs))
     paths = Paths.of(facts, output)
     run = _check if check else _write

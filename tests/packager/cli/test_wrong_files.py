@@ -125,6 +125,16 @@ COMMANDS = {
     ),
     "diff": (patch, ["diff", "WEIGHTS", "FILE"], {Kind.WEIGHTS, Kind.ONNX}),
     "extract": (patch, ["extract", "FILE", "-o", "x"], {Kind.WEIGHTS, Kind.ONNX}),
+    "provenance": (
+        patch,
+        ["provenance", "FILE", "--key", "KEY"],
+        {Kind.PATCH, Kind.BUNDLE, Kind.ZIP, Kind.ROUND, Kind.RUN, Kind.STORE},
+    ),
+    "provenance --key": (
+        patch,
+        ["provenance", "PATCH", "--key", "FILE"],
+        {Kind.PRIVATE_KEY, Kind.PUBLIC_KEY},
+    ),
     "show": (patch, ["trust", "show", "FILE"], {Kind.KEY_LIST}),
     "pack": (pack, ["FILE"], {Kind.ROUND, Kind.RUN}),
     "base": (
@@ -137,7 +147,10 @@ COMMANDS = {
 
 
 # Exit code 2, as documented: an unknown round, an input or a key file.
-INPUT_OR_KEY = ("trust", "infer", "verify --key", "sign --key", "pack", "golden")
+INPUT_OR_KEY = (
+    *("trust", "infer", "pack", "golden"),
+    *("verify --key", "sign --key", "provenance --key"),
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
