@@ -38,9 +38,10 @@ from edge_runtime.live.entries import Entry, Status, read_entries
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
 from edge_runtime.update.trial import try_slot
+from packager.keys import generate_key
 from packager.ledger import read_ledger
 from packager.packed_file import read_facts
-from packager.signing import generate_key, sign
+from packager.signing import sign
 from packager.zip_file import encode_members
 from tests.hostile.test_attacks import bundle_of, members_of, no_trial
 
