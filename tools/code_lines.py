@@ -28,7 +28,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 700,
         "agent": 480,
-        "cli": 700,
+        "cli": 735,
         "formats": 2850,
         "inference": 620,
         "live": 380,
