@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.header import HEADER_BYTES, PatchHeader
-from edge_runtime.weights import Weights
+from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.weights import Weights
 from packager.build import build_patch
 from tests.fuzz.target import BASE
 
