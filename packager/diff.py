@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import WrongModelError
-from edge_runtime.formats.weights import Layout, Tensor, Weights
+from edge_runtime.formats.layout import Layout, Tensor
+from edge_runtime.formats.weights import Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,8 +20,6 @@ from edge_runtime.formats.signing import (
 from edge_runtime.live.proof import public_key
 
 PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
-
-
 # Those that the OpenSSF Model Signing tool takes.
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 

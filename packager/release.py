@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from edge_runtime.errors import RoundError
-from edge_runtime.formats.json_file import Record
+from edge_runtime.formats.json_record import Record
 
 SCHEMA = 1
 

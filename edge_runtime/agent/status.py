@@ -13,7 +13,8 @@ from typing import Any
 from edge_runtime.agent.plan import Decision
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
-from edge_runtime.formats.json_file import Record, read_record
+from edge_runtime.formats.json_file import read_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.limits import limits
 from edge_runtime.store.state import utc
 from edge_runtime.text import printable

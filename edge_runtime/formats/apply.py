@@ -28,10 +28,11 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.formats.identity import wrong_model
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.numbers import PIECE
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.positions import PositionRun
-from edge_runtime.formats.weights import CHUNK_BYTES, Layout, Weights
+from edge_runtime.formats.weights import CHUNK_BYTES, Weights
 
 
 def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Weights:

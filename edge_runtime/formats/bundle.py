@@ -35,7 +35,8 @@ from typing import BinaryIO, cast
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
 from edge_runtime.formats import signing
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,

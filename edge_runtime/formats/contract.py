@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edge_runtime.errors import ContractError
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
 
 SCHEMA = 1
 # What NumPy calls the types that a graph may take.

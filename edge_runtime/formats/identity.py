@@ -196,7 +196,7 @@ def identify(header: bytes, graph: bytes, folder: str | PathLike[str]) -> Identi
     """Return the identity of a ``model`` folder.
 
     Args:
-        header: Of the weight file (:attr:`edge_runtime.formats.weights.Layout.header`).
+        header: Of the weight file (:attr:`edge_runtime.formats.layout.Layout.header`).
         graph: The bytes of ``graph.onnx``.
         folder: Where ``run.json`` lies, if there is one.
 

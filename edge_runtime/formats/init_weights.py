@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import read_record
-from edge_runtime.formats.model_folder import INIT_NAME, INIT_TENSORS_NAME
-from edge_runtime.formats.weights import (
-    CHUNK_BYTES,
+from edge_runtime.formats.layout import (
     DTYPES,
     MAX_DATA_BYTES,
     Layout,
     Tensor,
-    Weights,
     make_layout,
+)
+from edge_runtime.formats.model_folder import INIT_NAME, INIT_TENSORS_NAME
+from edge_runtime.formats.weights import (
+    CHUNK_BYTES,
+    Weights,
     pack_weights,
     read_weights,
 )

@@ -30,6 +30,7 @@ from edge_runtime.formats.header import (
     parse_header,
     read_header,
 )
+from edge_runtime.formats.layout import DTYPES, Layout, Tensor
 from edge_runtime.formats.positions import (
     Change,
     PositionReader,
@@ -45,7 +46,6 @@ from edge_runtime.formats.sections import (
 )
 from edge_runtime.formats.value_line import MANTISSA_BITS, Form
 from edge_runtime.formats.values import ValueReader
-from edge_runtime.formats.weights import DTYPES, Layout, Tensor
 from edge_runtime.limits import MIB, Limits
 from edge_runtime.limits import limits as current_limits
 

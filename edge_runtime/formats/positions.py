@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats.frames import LEVEL, SectionReader, quick_size
+from edge_runtime.formats.layout import Tensor
 from edge_runtime.formats.numbers import (
     PIECE,
     Integers,
@@ -27,7 +28,6 @@ from edge_runtime.formats.numbers import (
     unary_width,
 )
 from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, encode_body
-from edge_runtime.formats.weights import Tensor
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits

@@ -12,6 +12,7 @@ from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GRAPH_NAME,
@@ -19,7 +20,6 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.weights import (
-    Layout,
     fingerprint_chunks,
     fingerprint_file,
     read_chunks,

@@ -17,15 +17,11 @@ from edge_runtime.errors import StoreError, VerificationError, WeightsError
 from edge_runtime.files import FULL
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.patch_encoder import encode_patch
-from edge_runtime.formats.weights import (
-    CHUNK_BYTES,
-    Layout,
-    Weights,
-    fingerprint_chunks,
-)
+from edge_runtime.formats.weights import CHUNK_BYTES, Weights, fingerprint_chunks
 from edge_runtime.store.state import Slot, State
 from edge_runtime.store.store import Store
 

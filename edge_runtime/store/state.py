@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust
 from edge_runtime.trust.keylist import KeyList
 

@@ -9,7 +9,7 @@ which never goes back, and the board's clock where it is not before that.
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from edge_runtime.formats.json_file import Record, is_digest
+from edge_runtime.formats.json_record import Record, is_digest
 from edge_runtime.formats.signing import Trust
 from edge_runtime.trust.root import Root
 from edge_runtime.trust.rules import next_root

@@ -30,7 +30,8 @@ from typing import Any
 
 from edge_runtime.errors import KeyFileError, KeyListError
 from edge_runtime.files import read_bounded
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust, is_signed
 from edge_runtime.limits import limits
 from edge_runtime.trust.canonical import encode_canonical

@@ -20,8 +20,6 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.limits import limits
 
 MAX_OUTPUTS = 1024  # of a graph: the outputs after the first are golden arrays too
-
-
 Array = NDArray[Any]
 
 

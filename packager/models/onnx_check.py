@@ -9,8 +9,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from edge_runtime.errors import RoundError
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
-from edge_runtime.formats.weights import Layout
 
 # ONNX names of the types that a weight file can hold.
 ONNX_TYPES = {

@@ -24,8 +24,9 @@ from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from edge_runtime.errors import WeightsError
+from edge_runtime.formats.layout import DTYPES, Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.weights import DTYPES, Layout, Weights, pack_weights
+from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.streams import utf8_path
 from packager.models.onnx_check import ONNX_TYPES, check_valid
 

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
-from edge_runtime.formats.json_file import Record, parse_record
-from edge_runtime.formats.weights import DTYPES, Weights, pack_weights
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
+from edge_runtime.formats.layout import DTYPES
+from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.limits import limits
 
 METADATA = "__metadata__"

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from edge_runtime.errors import TrustError
-from edge_runtime.formats.json_file import Record, parse_record
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.signing import key_id
 from edge_runtime.live.proof import public_key

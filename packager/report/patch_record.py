@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.formats.frames import STORED, ZSTD, Section
+from edge_runtime.formats.layout import Layout, Tensor
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.sections import (
     BITS,
@@ -36,7 +37,7 @@ from edge_runtime.formats.sections import (
     VALUES,
 )
 from edge_runtime.formats.signing import encode_signatures
-from edge_runtime.formats.weights import Layout, Tensor, Weights
+from edge_runtime.formats.weights import Weights
 from packager.diff import TensorChange
 from packager.report.links import link_records
 from packager.report.records import (

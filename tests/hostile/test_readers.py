@@ -26,12 +26,8 @@ from edge_runtime.formats.bundle import list_members, read_bundle
 from edge_runtime.formats.contract import InputSpec
 from edge_runtime.formats.frames import frame_size
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
-from edge_runtime.formats.weights import (
-    make_layout,
-    parse_layout,
-    read_chunks,
-    read_weights,
-)
+from edge_runtime.formats.layout import make_layout, parse_layout
+from edge_runtime.formats.weights import read_chunks, read_weights
 from edge_runtime.inference.inputs import read_samples
 from edge_runtime.limits import limits
 from edge_runtime.live.entries import Entry, Status, read_entries

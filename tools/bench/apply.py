@@ -29,11 +29,11 @@ from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
+from edge_runtime.formats.layout import read_layout
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import (
     pack_weights,
     read_chunks,
-    read_layout,
     read_weights,
     write_weights,
 )

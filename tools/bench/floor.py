@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.positions import encode_positions
 from edge_runtime.formats.sections import pack_kind
-from edge_runtime.formats.weights import Layout, Weights
+from edge_runtime.formats.weights import Weights
 from packager.build import encode_changes
 from packager.diff import diff
 from packager.report.patch_record import section_part

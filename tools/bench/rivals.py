@@ -138,8 +138,9 @@ def _make_ours(base: Path, target: Path, patch: Path) -> None:
 def _apply_ours(base: Path, patch: Path, target: Path) -> str:
     from edge_runtime.files import Files
     from edge_runtime.formats.apply import apply_chunks
+    from edge_runtime.formats.layout import read_layout
     from edge_runtime.formats.patch import open_patch
-    from edge_runtime.formats.weights import read_chunks, read_layout
+    from edge_runtime.formats.weights import read_chunks
 
     with open(base, "rb") as file:
         layout = read_layout(file)

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.weights import Layout
 from trainer.export.graph_check import as_tuple, check_graph, rows_of
 from trainer.export.tensors import (
     deployed_tensors,

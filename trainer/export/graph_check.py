@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
 from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
     GRAPH_NAME,
     WEIGHTS_NAME,
 )
-from edge_runtime.formats.weights import Layout, Weights, write_weights
+from edge_runtime.formats.weights import Weights, write_weights
 from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
 
 GOLDEN_ROWS = 8  # golden inputs that every round is tried with

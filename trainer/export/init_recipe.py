@@ -17,7 +17,8 @@ from torch import nn
 
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats.init_weights import InitSpec, TensorInit
-from edge_runtime.formats.weights import DTYPES, Tensor, Weights
+from edge_runtime.formats.layout import DTYPES, Tensor
+from edge_runtime.formats.weights import Weights
 from trainer.export.tensors import weights_of
 
 BUILDS = 4

@@ -11,7 +11,8 @@ from typing import TypeVar
 from torch import nn
 
 from edge_runtime.errors import ExportError, TrainingError
-from edge_runtime.formats.weights import Layout, Weights, pack_weights
+from edge_runtime.formats.layout import Layout
+from edge_runtime.formats.weights import Weights, pack_weights
 from trainer.export.tensors import check_fit, layout_of, weights_of
 
 COMPILED = "_orig_mod."  # torch.compile's, also around a part of a network

@@ -16,13 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.weights import (
-    DTYPES,
-    Layout,
-    Weights,
-    make_layout,
-    pack_weights,
-)
+from edge_runtime.formats.layout import DTYPES, Layout, make_layout
+from edge_runtime.formats.weights import Weights, pack_weights
 
 # torch type -> (weight file's type code, ONNX's name).
 TYPES: dict[torch.dtype, tuple[str, str]] = {

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.errors import FrozenWeightChangedError, TrainingError
-from edge_runtime.formats.weights import Layout, Weights
+from edge_runtime.formats.layout import Layout
+from edge_runtime.formats.weights import Weights
 from trainer.export.tensors import changed_elements
 
 

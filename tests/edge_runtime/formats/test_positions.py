@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats import positions
 from edge_runtime.formats.frames import STORED, Section, SectionReader
+from edge_runtime.formats.layout import make_layout
 from edge_runtime.formats.numbers import encode_bits, encode_numbers
 from edge_runtime.formats.patch import group_of
 from edge_runtime.formats.positions import (
@@ -21,7 +22,6 @@ from edge_runtime.formats.positions import (
     unpack_run,
 )
 from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, pack_kind
-from edge_runtime.formats.weights import make_layout
 from tests.golden import independent
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats import values
 from edge_runtime.formats.frames import STORED, Section, SectionReader, pack_section
+from edge_runtime.formats.layout import DTYPES
 from edge_runtime.formats.numbers import BitReader, encode_bits
 from edge_runtime.formats.sections import BITS, SYMBOLS
 from edge_runtime.formats.value_line import Form, Line
 from edge_runtime.formats.values import TensorValues, ValueReader, encode_values
-from edge_runtime.formats.weights import DTYPES
 
 EDGES = {1: [0, 1, 127, 128, 255], 2: [0, 1, 0x3C00, 0x7C00, 0x7E01, 0x8000, 0xFFFF]}
 EDGES[4] = [0, 1, 0x7FFFFF, 0x800000, 0x3F800000, 0x7F800000, 0x7FC00001, 0x80000000]

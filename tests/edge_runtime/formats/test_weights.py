@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_runtime.errors import WeightsError
-from edge_runtime.formats.weights import (
-    DTYPES,
-    make_layout,
-    pack_weights,
-    parse_layout,
-    read_layout,
-    read_weights,
-    write_weights,
-)
+from edge_runtime.formats.layout import DTYPES, make_layout, parse_layout, read_layout
+from edge_runtime.formats.weights import pack_weights, read_weights, write_weights
 
 DTYPE_STRATEGY = st.sampled_from(
     [np.dtype(t) for t in ("<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?")]
