@@ -262,13 +262,13 @@ def test_damaged_inputs_are_refused_by_their_name(tmp_path, name):
 def test_a_slot_is_read_once_for_its_hash_and_its_header(store, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "edge_runtime.store.store.read_chunks",
+        "edge_runtime.store.contents.read_chunks",
         lambda path: opened.append(path) or read_chunks(path),
     )
     folder = store.check_slot(store.state.active)
     assert opened == [folder / "weights.safetensors"]
     monkeypatch.setattr(
-        "edge_runtime.store.store.read_chunks", lambda _: [memoryview(b"other")]
+        "edge_runtime.store.contents.read_chunks", lambda _: [memoryview(b"other")]
     )
     with pytest.raises(StoreError, match="is damaged: its SHA-256"):
         store.check_slot(store.state.active)
