@@ -75,7 +75,7 @@ class Limits:
     golden_bytes: int = 64 * MIB
     trial_bytes: int = 2 * GIB
     input_bytes: int = GIB
-    image_pixels: int = 100_000_000
+    image_pixels: int = 16_000_000
     proof_bytes: int = 16 * MIB
     state_bytes: int = MIB
     agent_bytes: int = MIB

@@ -107,11 +107,7 @@ def infer(  # noqa: PLR0913 - one for each option
     found = []
     for names, values in in_batches(read_samples(paths, spec), batch):
         outputs = predictor.predict(values)
-        if not np.isfinite(outputs).all():
-            raise ContractError(
-                f"{names[0]}: the model's answer is not finite; look for values that "
-                "are not, or that are too large"
-            )
+        _check_answer(outputs, names)
         found.append(outputs)
         for name, row in zip(names, outputs.reshape(len(outputs), -1), strict=True):
             record = {"sample": len(records), "input": name, "round": number}
@@ -132,6 +128,23 @@ def infer(  # noqa: PLR0913 - one for each option
         say(f"{score[0]} of {score[1]} right")
     if as_json:
         emit(told, as_json=True, text="")
+
+
+def _check_answer(outputs: "NDArray[np.float32]", names: list[str]) -> None:
+    """Insist on numbers, in a row for each sample."""
+    import numpy as np
+
+    if not np.isfinite(outputs).all():
+        raise ContractError(
+            f"{names[0]}: the model's answer is not finite; look for values that "
+            "are not, or that are too large"
+        )
+    if outputs.shape[:1] != (len(names),):
+        raise ContractError(
+            f"{names[0]}: the model gives outputs of shape {list(outputs.shape)} "
+            f"for {len(names)} samples, expected a row for each; use "
+            "Device.predictor() from Python"
+        )
 
 
 def _golden_right(path: Path, outputs: "NDArray[np.float32]") -> tuple[int, int] | None:

@@ -187,7 +187,8 @@ def status(device: "Device") -> Answer:
         *status_lines(agent),
         "history",
         *(
-            f"  {e['at']}  {e['event']:<11}  round {e['round']}  {e['target'][:12]}"
+            f"  {printable(e['at'])}  {printable(e['event']):<11}  "
+            f"round {e['round']}  {printable(e['target'][:12])}"
             + (f"  {printable(e['reason'])}" if e["reason"] else "")
             for e in record["history"]
         ),

@@ -18,6 +18,11 @@ GOLDEN_NAME = "golden.npz"
 INIT_NAME = "init.json"
 INIT_TENSORS_NAME = "init.safetensors"
 RUN_NAME = "run.json"
+# All that a device keeps of them.
+MODEL_FILES = (
+    *(GRAPH_NAME, CONTRACT_NAME, GOLDEN_NAME),
+    *(INIT_NAME, INIT_TENSORS_NAME, RUN_NAME),
+)
 
 RECORD_NAME = "round.json"
 WEIGHTS_NAME = "weights.safetensors"

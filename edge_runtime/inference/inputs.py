@@ -130,7 +130,10 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
             pixels = file.width * file.height  # stated: nothing is unpacked yet
             if problem := limits().problem("image_pixels", pixels, "it"):
                 raise ValueError(problem)
-            image = ImageOps.exif_transpose(file).convert(mode)
+            # In place, and no copy of what is right already: pixels are much memory.
+            ImageOps.exif_transpose(file, in_place=True)
+            image = file if file.mode == mode else file.convert(mode)
+            image.load()
     except (*_DAMAGED, Image.DecompressionBombError) as err:
         # Pillow names the buffer that it was given, not the file.
         reason = str(err).partition(" <")[0]

@@ -25,7 +25,7 @@ is whole. What is written into a slot, and what makes room for it, is in
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -35,6 +35,7 @@ from edge_runtime.errors import StoreError, WeightsError
 from edge_runtime.files import FULL, Files, lock_file, read_bounded, strangers
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
+    MODEL_FILES,
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.signing import Trust
@@ -43,6 +44,7 @@ from edge_runtime.formats.weights import (
 )
 from edge_runtime.store.contents import StoreContents
 from edge_runtime.store.state import State, decode_state, encode_state
+from edge_runtime.text import printable
 
 # What a store writes and may remove; whatever else lies there is somebody's.
 _HALF_OR_WHOLE = "[0-9a-f]{32}(?:[0-9a-f]{32})?"
@@ -145,11 +147,12 @@ class Store(StoreContents):
         own, lock = {"lost+found"}, self.root / "lock"
         if lock.is_file() and not lock.stat().st_size:
             own.add(lock.name)
-        parts = {path.name for path in self._own_files()}
-        own |= {name for name in parts if name.endswith(".part") and _MARK in name}
+        own |= {path.name for path in self._own_files() if self._is_begun_mark(path)}
+        inside: list[str] = []
         if self._is_unfinished():
-            own.update(_LAID_OUT, parts)
-        if found := strangers(self.root, own):
+            own.update(_LAID_OUT, self._left())
+            inside = list(self._put_into())
+        if found := ", ".join([*filter(None, [strangers(self.root, own)]), *inside]):
             raise StoreError(
                 f"{self.root} is not empty and holds no store: found {found}; give an "
                 "empty folder, or one that does not exist"
@@ -165,6 +168,46 @@ class Store(StoreContents):
         if not mark.is_file() or mark.stat().st_size != len(_MARK_TEXT):
             return False
         return mark.read_bytes() == _MARK_TEXT
+
+    def _is_begun_mark(self, path: Path) -> bool:
+        """Return whether a file is what a cut left of the mark before it had its name.
+
+        Of a name like it, but with something else in it, nobody knows whose it is.
+        """
+        if _MARK not in path.name or path.suffix != ".part":
+            return False
+        plain = path.is_file() and not path.is_symlink()
+        return plain and path.stat().st_size <= len(_MARK_TEXT)
+
+    def _left(self) -> set[str]:
+        """Return names beside the folders that a cut may have left."""
+        paths = (path for path in self._own_files() if path.parent == self.root)
+        return {p.name for p in paths if p.name == _OLD_CURRENT or not p.is_dir()}
+
+    def _put_into(self) -> Iterator[str]:
+        """Yield, in words, what somebody else put into an unfinished installation."""
+        slots, ways = (
+            {
+                p.name
+                for p in (self.root / name).glob("*")
+                if _OWN[name].fullmatch(p.name)
+            }
+            for name in ("slots", "reverse")
+        )
+        known: dict[str, Collection[str]] = {
+            "model": MODEL_FILES,
+            "slots": slots,
+            "reverse": ways,
+            **{f"slots/{name}": (GRAPH_NAME, WEIGHTS_NAME) for name in sorted(slots)},
+        }
+        if not (self.root / "current").is_symlink():
+            known["current"] = (GRAPH_NAME, WEIGHTS_NAME)  # a copy, made with cp -rL
+        for name, own in known.items():
+            folder = self.root / name
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                yield printable(name)
+            elif found := strangers(folder, own):
+                yield f"{printable(name)}/ with {found}"
 
     def _check_size(self, size: int) -> None:
         """Check the size that a recipe asks for, before anything of it is written."""

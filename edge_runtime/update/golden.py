@@ -127,6 +127,11 @@ def first_output(outputs: Sequence[Any]) -> Array:
             "devices need one row for each; export the model without the last "
             "reduction, or make another output the first"
         )
+    if not first.size:
+        raise TrialError(
+            f"the model's first output is {found}: it holds nothing that devices could "
+            "compare; make another output the first"
+        )
     return first
 
 

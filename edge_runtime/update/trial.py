@@ -35,7 +35,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update import trial_ends
-from edge_runtime.update.golden import Array, check_outputs, read_golden
+from edge_runtime.update.golden import Array, check_outputs, first_output, read_golden
 from edge_runtime.update.programs import (
     Ended,
     own_command,
@@ -223,16 +223,11 @@ def read_all(path: Path) -> None:
 
 
 def _of_the_patch(values: bytes, found: Any) -> Array:
-    wanted, each = np.frombuffer(values, "<f4"), np.asarray(found)[:1].size
+    found = first_output([found])
+    wanted, each = np.frombuffer(values, "<f4"), found[:1].size
     if not each or wanted.size % each or wanted.size > np.size(found):
         raise TrialError(
             f"the patch expects {wanted.size} output values; the network gives "
             f"{each} for each of {len(found)} golden inputs"
         )
     return wanted.reshape(-1, *np.shape(found)[1:])
-
-
-# Golden inputs -----------------------------------------------------------------------
-
-
-# Judging -----------------------------------------------------------------------------

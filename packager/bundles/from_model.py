@@ -211,6 +211,8 @@ def _merge(derived: list[dict[str, Any]], stated: list[Any]) -> list[dict[str, A
 
 def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):  # a list or map, as some outputs are
+        return {"name": value.name, "dtype": "", "shape": None}
     shape: list[int | None] | None = None
     if kind.HasField("shape"):
         dims = kind.shape.dim

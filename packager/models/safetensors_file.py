@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.layout import DTYPES
+from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.limits import limits
 
@@ -108,6 +108,11 @@ def _tensor(raw: memoryview, entry: Record, name: str, path: Path) -> NDArray[An
             f"tensor {name!r} of {path} has the type {code}, which "
             + ("devices cannot hold yet" if code in _OTHER_TYPES else "is not known")
             + f"; known are {known}"
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        raise WeightsError(
+            f"tensor {name!r} of {path} has {len(shape)} dimensions, at most "
+            f"{MAX_DIMENSIONS} are possible"
         )
     needed = math.prod(shape) * dtype.itemsize
     if needed != len(raw):

@@ -174,3 +174,37 @@ def test_four_bit_weights_stay_in_the_graph_and_so_cannot_change(tmp_path):
     model.graph.initializer.append(weight)
     onnx.save(model, tmp_path / "a.onnx")
     assert set(read_model(tmp_path / "a.onnx").weights) == {"ws"}
+
+
+@pytest.mark.parametrize("kind", ["list", "map", "nothing"])
+def test_an_output_that_is_no_tensor_goes_into_a_bundle(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    model = plain("f4", TensorProto.FLOAT)(rng)
+    tensor = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    node, found = {
+        "list": (
+            helper.make_node("SplitToSequence", ["y"], ["more"], axis=0),
+            helper.make_sequence_type_proto(tensor),
+        ),
+        "map": (
+            helper.make_node(
+                *("ZipMap", ["y"], ["more"]),
+                domain="ai.onnx.ml",
+                classlabels_int64s=range(OUT),
+            ),
+            helper.make_sequence_type_proto(helper.make_map_type_proto(7, tensor)),
+        ),
+        "nothing": (
+            helper.make_node("Optional", [], ["more"], type=tensor),
+            helper.make_optional_type_proto(tensor),
+        ),
+    }[kind]
+    model.graph.node.append(node)
+    model.graph.output.append(helper.make_value_info("more", found))
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    onnx.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "golden.npz", inputs=rng.normal(size=(4, IN)).astype("f4"))
+    adopted = adopt_model(
+        read_model(tmp_path / "model.onnx"), golden=tmp_path / "golden.npz"
+    )
+    Device.install(tmp_path / "store", adopted.data)

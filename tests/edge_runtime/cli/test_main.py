@@ -8,12 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import click
 import numpy as np
+import onnx
 import pytest
 
 from edge_runtime.cli.main import main
+from edge_runtime.store.state import decode_state, encode_state
 from packager.build import write_file
 from packager.cli.pack import pack
 
@@ -75,6 +78,16 @@ def test_a_pinned_device_holds_updates_back(edge, installed):
     assert edge("apply", installed / "round_01.dpu")[0] == 0
 
 
+def test_no_line_of_status_comes_from_inside_a_history(edge, installed, tmp_path):
+    path = tmp_path / "store" / "state.json"
+    state = decode_state(path.read_bytes())
+    forged = replace(state.history[0], at="\nround 9", event="\nround 9", target="\nr")
+    path.write_bytes(encode_state(replace(state, history=(forged,))))
+    lines = edge("status")[1].splitlines()
+    assert lines[-2] == "history"
+    assert "round 9" in lines[-1]
+
+
 def test_status_as_json_is_one_object_with_a_schema(edge, installed):
     record = json.loads(edge("status", "--json")[1])
     assert record["schema"] == 1
@@ -100,6 +113,27 @@ def test_infer_names_classes_with_probabilities(edge, installed, tmp_path):
     assert [line["sample"] for line in lines] == [0, 1, 2]
     assert {line["input"] for line in lines} == {str(tmp_path / "in.npy")}
     assert {line["round"] for line in lines} == {0}
+
+
+def test_infer_names_a_model_that_does_not_answer_sample_by_sample(
+    edge, new_run, reload_graph, command, tmp_path
+):
+    def one_row(model):
+        (end,) = model.graph.output
+        total = onnx.helper.make_node("ReduceSum", [end.name], ["total"], keepdims=1)
+        model.graph.node.append(total)
+        info = onnx.helper.make_tensor_value_info
+        end.CopyFrom(info("total", onnx.TensorProto.FLOAT, [1, 1]))
+
+    run = new_run("totals")
+    run.graph = reload_graph(run, one_row)
+    run.add(0)
+    bundle = tmp_path / "bundle.zip"
+    done = command(pack, run.path / "round_00", "--bundle", "-o", bundle)
+    assert done[0] == 0, done
+    assert edge("init", bundle)[0] == 0
+    code, _, err = edge("infer", "--golden", "--batch", 4)
+    assert (code, "[1, 1] for 4 samples" in err) == (2, True)
 
 
 def test_infer_on_the_golden_inputs(edge, installed):

@@ -59,6 +59,13 @@ def test_an_image_is_turned_as_its_camera_says(tmp_path):
     assert values[0, 0, 5] == 0
 
 
+def test_an_image_that_takes_much_memory_is_not_unpacked(tmp_path):
+    # 4 bytes a pixel, twice while it is turned or changes its colours: 130 MB at most.
+    Image.new("1", (4001, 4000)).save(tmp_path / "large.png")
+    with pytest.raises(ContractError, match="DPU_LIMITS=image_pixels=16004000"):
+        read(RGB, tmp_path / "large.png")
+
+
 def test_arrays_hold_one_sample_or_a_batch(tmp_path):
     np.save(tmp_path / "one.npy", np.ones((3, 4, 6)))
     np.savez(tmp_path / "two.npz", inputs=np.zeros((2, 3, 4, 6)))

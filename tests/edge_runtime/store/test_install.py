@@ -145,3 +145,41 @@ def test_an_installed_store_is_not_installed_over(tmp_path):
     with pytest.raises(StoreError, match="already holds"):
         world.install(tmp_path / "store")
     assert Device.open(tmp_path / "store").verify() == INIT
+
+
+MARK = "dpu-edge init was begun here\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("slots/photos", "slots/1.jpg", f"slots/{INIT}/1.jpg", "reverse/gear.txt"),
+        *(
+            "model/plan.txt",
+            "current/1.jpg",
+            ".init.unfinished.0123456789abcdef.part/1",
+        ),
+    ],
+)
+def test_what_somebody_put_into_an_unfinished_installation_stays(tmp_path, name):
+    root = tmp_path / "store"
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_text("mine")
+    (root / "init.unfinished").write_text(MARK)
+    before = tree(root)
+    with pytest.raises(StoreError, match="not empty") as refused:
+        world.install(root)
+    assert name.partition("/")[0] in str(refused.value)
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize("name", ["model", "slots", "reverse"])
+def test_a_link_in_an_unfinished_installation_is_somebodys(tmp_path, name):
+    root, elsewhere = tmp_path / "store", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (root / name).symlink_to(elsewhere)
+    (root / "init.unfinished").write_text(MARK)
+    with pytest.raises(StoreError, match=name):
+        world.install(root)
+    assert (root / name).is_symlink()

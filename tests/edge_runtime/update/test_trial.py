@@ -487,6 +487,7 @@ def test_numbers_in_lists_and_maps_are_looked_at_too(output):
         (np.array(["a"], object), "is object"),
         (np.array(1.0), "one number for all inputs"),
         ([np.zeros(2)], "is list"),
+        (np.zeros((3, 0), "f4"), "holds nothing"),
     ],
 )
 def test_a_first_output_that_no_device_can_compare_is_named(output, words):

@@ -94,6 +94,11 @@ def test_what_the_reference_refuses_is_refused_in_words(case):
         parse_safetensors(data, PATH)
 
 
+def test_more_dimensions_than_arrays_have_are_refused():
+    with pytest.raises(WeightsError, match="901 dimensions"):
+        parse_safetensors(build({"a": entry(0, 30, [1] * 900 + [30])}), PATH)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 8, 20, len(WHOLE) - 1])
 def test_a_file_that_was_cut_is_refused(cut):
     assert not reference_takes(WHOLE[:cut])
