@@ -217,6 +217,7 @@ class Ledger:
     def _lines(self) -> Iterator[Release]:
         try:
             name = str(self.path)
+            _insist_file(self.path)
             data = read_bounded(self.path, "ledger_bytes", name, RoundError)
         except FileNotFoundError:
             return
@@ -344,7 +345,17 @@ def open_ledger(
                 path.unlink()  # nothing was released: no trace of it either
 
 
+def _insist_file(path: Path) -> None:
+    """Insist on a file, where there is something: a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise RoundError(
+            f"{path} is no ordinary file; move it away: the ledger is made again from "
+            "the patches beside the rounds"
+        )
+
+
 def _open_locked(path: Path, waiting: Callable[[str], None]) -> FileIO:
+    _insist_file(path)
     while True:
         with ExitStack() as stack:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -370,3 +370,15 @@ def test_a_newer_schema_is_refused_in_words(run, runs):
     (run.path / "releases.jsonl").write_text('{"schema": 2}\n{"schema": 2}\n')
     with pytest.raises(RoundError, match="schema 2, this runtime knows 1"):
         read_ledger(run.path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_ledger_that_is_no_file_is_refused_and_not_waited_for(runs, make):
+    make(runs / "tiny" / "releases.jsonl")
+    with pytest.raises(RoundError, match="no ordinary file"):
+        read_ledger(runs / "tiny")
+    with (
+        pytest.raises(RoundError, match="no ordinary file"),
+        open_ledger(runs / "tiny"),
+    ):
+        pass
