@@ -17,6 +17,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parent.parent
+OURS = ("edge_runtime.", "packager.", "trainer.")
 _NAPOLEON = Config(napoleon_use_rtype=False, napoleon_use_ivar=True)
 
 Definition = ast.ClassDef | ast.FunctionDef
@@ -50,9 +51,31 @@ def definition(package: str, name: str) -> Definition:
     """Return the class or function behind a public name, or of a module's own."""
     module = home(package, name)
     for node in _parsed(module).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _with_inherited(module, node)
         if isinstance(node, Definition) and node.name == name:
             return node
     raise LookupError(f"{module} defines no class or function {name}")
+
+
+def _with_inherited(module: str, node: ast.ClassDef) -> ast.ClassDef:
+    """Return a class with the methods that it inherits from other modules of ours."""
+    names = {member.name for member in node.body if isinstance(member, Definition)}
+    whole = ast.ClassDef(**dict(ast.iter_fields(node)) | {"body": list(node.body)})
+    for line in _parsed(module).body:
+        if isinstance(line, ast.ImportFrom) and (line.module or "").startswith(OURS):
+            for base in _parsed(str(line.module)).body:
+                if isinstance(base, ast.ClassDef) and base.name in _bases(node):
+                    whole.body += [
+                        member
+                        for member in base.body
+                        if isinstance(member, Definition) and member.name not in names
+                    ]
+    return whole
+
+
+def _bases(node: ast.ClassDef) -> set[str]:
+    return {ast.unparse(base) for base in node.bases}
 
 
 def _classes(module: str) -> list[str]:
