@@ -291,6 +291,8 @@ class FileOf(click.Path):
     ) -> Any:
         """Return the path, or say what is there and which command takes it."""
         path = Path(value)
+        if path.is_char_device() or path.is_block_device():
+            self.fail(f"{path} is a device, expected a file", param, ctx)
         if not (self.dir_okay and path.is_dir()):
             refuse_others(path, self.kinds)
         return super().convert(value, param, ctx)

@@ -14,14 +14,15 @@ from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ContractError, StoreError, TrialError
+from edge_runtime.files import read_bounded
 from edge_runtime.formats import bundle as layout
+from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import (
     Contract,
     InputSpec,
@@ -45,6 +46,7 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
 )
 from edge_runtime.formats.weights import Weights
+from edge_runtime.limits import limits
 from packager.build import (
     PackedPatch,
     check_budget,
@@ -294,24 +296,22 @@ def made_up(spec: InputSpec) -> NDArray[Any]:
 
 
 def _read_golden(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
-    data = io.BytesIO(Path(path).read_bytes())  # np.load leaves a bad file open
+    what = f"golden inputs {path}"
+    data = read_bounded(Path(path), "golden_bytes", what, ContractError)
     try:
-        with np.load(data, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, AttributeError, TypeError, EOFError, BadZipFile) as err:
+        arrays = read_npz(data, ("inputs", "labels"), limit=limits().golden_bytes)
+    except ContractError as err:
         raise ContractError(
-            f"{path} is no .npz file of arrays; make one with numpy.savez(FILE, "
-            "inputs=..., labels=...)"
+            f"{path} is no .npz file of arrays ({err}); make one with "
+            "numpy.savez(FILE, inputs=..., labels=...)"
         ) from err
     if "inputs" not in arrays:
         raise ContractError(
-            f"{path} has {', '.join(arrays) or 'nothing'}, expected inputs and, where "
-            "there are any, labels"
+            f"{path} lacks an array 'inputs'; beside it there may be 'labels'"
         )
-    kept = {name: arrays[name] for name in ("inputs", "labels") if name in arrays}
-    if len({len(np.atleast_1d(array)) for array in kept.values()}) > 1:
+    if len({len(np.atleast_1d(array)) for array in arrays.values()}) > 1:
         raise ContractError(f"{path} has more inputs than labels, or fewer")
-    return kept
+    return arrays
 
 
 def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:

@@ -259,3 +259,29 @@ def test_a_bundle_whose_members_another_tool_reordered_is_taken(
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
     assert command(main, "--store", tmp_path / "new", "init", other)[0] == 0
     assert command(patch, "info", other)[0] == 0
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sign", "PATH", "--key", "own.pem"),
+        ("diff", "PATH", "PATH"),
+        ("info", "PATH"),
+        ("verify", "PATH"),
+    ],
+)
+def test_a_device_is_no_file_and_is_not_read(
+    words, device, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_key_pair(tmp_path / "own.pem", "secret")
+    code, out, err = command(patch, *(device if w == "PATH" else w for w in words))
+    assert (code, out) == (2, "")
+    assert f"{device} is a device, expected a file" in err
+
+
+def test_golden_inputs_are_not_read_from_a_device(command):
+    words = ("--golden", "/dev/zero", "--base", "m.onnx", "--bundle")
+    code, _, err = command(pack, *words)
+    assert (code, "/dev/zero is a device, expected a file" in err) == (2, True)
