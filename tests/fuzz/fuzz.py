@@ -22,6 +22,7 @@ with atheris.instrument_imports(include=["edge_runtime", "packager"]):
     from tests.fuzz.target import attempt
 
 CORPUS = Path(__file__).parent / "corpus"
+INTERRUPTED = 72  # what libFuzzer ends with after Ctrl-C
 TARGETS = ("patch", *READERS)
 
 
@@ -58,7 +59,7 @@ def fuzz_all(seconds: int, words: list[str]) -> int:
             target,
             *runs,
             "executions",
-            "" if not done.returncode else "FOUND",
+            "" if done.returncode in (0, INTERRUPTED) else "FOUND",
             flush=True,
         )
         if done.returncode:
