@@ -182,7 +182,12 @@ class Store(StoreContents):
     def _left(self) -> set[str]:
         """Return names beside the folders that a cut may have left."""
         paths = (path for path in self._own_files() if path.parent == self.root)
-        return {p.name for p in paths if p.name == _OLD_CURRENT or not p.is_dir()}
+        # ``current.part`` leads to a folder, and is none.
+        return {
+            path.name
+            for path in paths
+            if path.name == _OLD_CURRENT or path.is_symlink() or not path.is_dir()
+        }
 
     def _put_into(self) -> Iterator[str]:
         """Yield, in words, what somebody else put into an unfinished installation."""

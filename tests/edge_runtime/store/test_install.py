@@ -183,3 +183,13 @@ def test_a_link_in_an_unfinished_installation_is_somebodys(tmp_path, name):
     with pytest.raises(StoreError, match=name):
         world.install(root)
     assert (root / name).is_symlink()
+
+
+def test_a_link_that_had_not_its_name_yet_is_what_a_cut_leaves(tmp_path):
+    root = tmp_path / "store"
+    (root / "slots" / ("ab" * 32)).mkdir(parents=True)
+    (root / "current.part").symlink_to(f"slots/{'ab' * 32}")
+    (root / "init.unfinished").write_text(MARK)
+    world.install(root)
+    assert not (root / "current.part").is_symlink()
+    assert (root / "current" / "weights.safetensors").is_file()
