@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -494,6 +495,8 @@ def test_ctrl_c_during_the_imports_is_an_interruption(tmp_path, module, command)
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--help"],
+        # A job in the background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         env=os.environ | {"HERE": str(tmp_path)},
         capture_output=True,
         text=True,
