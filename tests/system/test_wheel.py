@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built wheel, outside of the checkout: what type checkers make of it."""
+"""The built wheel, outside of the checkout: its commands, and its types."""
 
 import subprocess
 import sys
@@ -58,6 +58,53 @@ def test_what_travels_and_what_does_not(installed):
     assert "edge_runtime/FORMAT.md" in here
     assert any(name.endswith("licenses/LICENSE") for name in here)
     assert not [name for name in here if name.startswith(("tests/", "tools/", "docs/"))]
+
+
+EVERY_COMMAND = """
+import sys, importlib
+from pathlib import Path
+import click
+
+site = Path(sys.argv[1])
+sys.path.insert(0, str(site))
+MAINS = (
+    ("edge_runtime.cli.main", "main"),
+    ("packager.cli.pack", "pack"),
+    ("packager.cli.pack", "patch"),
+    ("trainer.cli", "main"),
+)
+
+
+def walk(command, words):
+    yield words
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from walk(inner, [*words, name])
+
+
+for module, name in MAINS:
+    found = importlib.import_module(module)
+    assert site in Path(found.__file__).parents, found.__file__
+    for words in walk(getattr(found, name), []):
+        try:
+            getattr(found, name).main([*words, "--help"], prog_name=name)
+        except SystemExit as end:
+            assert not end.code, words
+        print("ran", name, *words)
+"""
+
+
+def test_every_command_runs_from_the_wheel(installed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", EVERY_COMMAND, str(installed)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ran = [line for line in done.stdout.splitlines() if line.startswith("ran ")]
+    for line in ("ran main apply", "ran pack", "ran patch info", "ran main run"):
+        assert line in ran
 
 
 def test_type_checkers_know_every_name_from_outside(installed, tmp_path):
