@@ -122,14 +122,15 @@ def publish_round(
     """
     folder = Path(run_dir, MODEL_NAME)
     done = [read_round_record(path) for path in list_rounds(run_dir)]
-    init = read_init_spec(folder).generate()
-    prefix, network = find_network(model, init.layout, masks)
+    init = read_init_spec(folder)
+    prefix, network = find_network(model, init.layout(), masks)
     masks = without_prefix(masks, prefix)
     weights = network_weights(network)
-    base, source = init, folder
     if done and not from_init:
         source = Path(run_dir, round_name(done[-1].round))
         base = read_weights(source / WEIGHTS_NAME)
+    else:
+        base, source = init.generate(), folder
     kept = weights.fingerprint == base.fingerprint
     check_masks(weights.layout, masks)
     check_changes(base, weights, masks, source=source, dense=dense)

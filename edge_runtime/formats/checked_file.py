@@ -10,6 +10,7 @@ what is read again has to match it.
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from hashlib import blake2b
 from tempfile import TemporaryFile
 from typing import BinaryIO
@@ -46,7 +47,9 @@ class CheckedFile(io.RawIOBase):
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         fits = size <= KEPT_BLOCKS * BLOCK_BYTES
         copy = None if fits or file.seekable() else TemporaryFile()
-        try:
+        with ExitStack() as unless_whole:
+            if copy:
+                unless_whole.callback(copy.close)
             for number, chunk in enumerate(_chunks(file, size)):
                 see(chunk)
                 self._keep(number, chunk)
@@ -54,10 +57,7 @@ class CheckedFile(io.RawIOBase):
                     self._digests.append(_digest(chunk))
                 if copy:
                     copy.write(chunk)
-        except BaseException:
-            if copy:
-                copy.close()
-            raise
+            unless_whole.pop_all()
         if copy:
             file.close()
             self._file, self._offset = copy, 0
