@@ -34,7 +34,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "live": 315,
         "store": 885,
         "trust": 320,
-        "update": 750,
+        "update": 900,
     },
     "packager": {
         ".": 1330,
