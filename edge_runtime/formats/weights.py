@@ -63,10 +63,15 @@ class Weights(Mapping[str, NDArray[Any]]):
     def __len__(self) -> int:
         return len(self.layout.tensors)
 
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the file's bytes in order, in pieces of bounded size."""
+        for start in range(0, len(self.data), CHUNK_BYTES):
+            yield self.data[start : start + CHUNK_BYTES]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes, hexadecimal."""
-        return hashlib.sha256(self.data).hexdigest()
+        return fingerprint_chunks(self.chunks())
 
 
 def read_weights(source: str | PathLike[str] | bytes) -> Weights:

@@ -27,7 +27,8 @@ from packager.build import (
     encode_changes,
 )
 from packager.diff import check_same_tensors, diff
-from packager.models.safetensors_file import is_safetensors, parse_safetensors
+from packager.models.safetensors_file import is_safetensors, views
+from packager.models.views import MappedFile, ViewedWeights
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -78,10 +79,12 @@ def read_model(
     """
     path = Path(path)
     if is_safetensors(path):
-        data = path.read_bytes()
-        weights = parse_safetensors(data, path)
+        file = MappedFile(path)
+        weights: Weights = ViewedWeights(views(file.data, path, file))
         graph_bytes = _read_graph(graph, weights) if graph is not None else b""
-        return Model(path, weights, graph_bytes, weights.data == data)
+        # Equal headers say that the tensors lie in the same places.
+        canonical = file.data[: len(weights.layout.header)] == weights.layout.header
+        return Model(path, weights, graph_bytes, canonical)
     if graph is not None:
         raise WeightsError(f"{path} is not a safetensors file and needs no other graph")
     from packager.models.onnx_split import split_onnx

@@ -8,17 +8,16 @@ are held against each other in the tests.
 import math
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS
-from edge_runtime.formats.weights import Weights, pack_weights
+from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
+from packager.models.views import MappedFile, View, ViewedWeights
 
 METADATA = "__metadata__"
 # What the format knows and a device has no use for, or this project not yet.
@@ -36,36 +35,28 @@ def is_safetensors(path: str | PathLike[str]) -> bool:
 
 
 def parse_safetensors(data: bytes, path: Path) -> Weights:
-    """Bring a safetensors file into canonical form.
+    """Bring the bytes of a safetensors file into canonical form; as :func:`views`."""
+    return ViewedWeights(views(memoryview(data), path))
 
-    Metadata is left out, and tensors get their canonical order; every bit of every
-    tensor stays as it is.
+
+def views(
+    data: memoryview, path: Path, file: MappedFile | None = None
+) -> dict[str, View]:
+    """Find the tensors of a safetensors file.
+
+    Metadata is left out; every bit of every tensor stays as it is.
 
     Args:
         data: The whole file.
         path: What to call it in an error.
+        file: The mapping that ``data`` is, if it is one.
 
     Raises:
         WeightsError: Malformed, truncated, with bytes that belong to no tensor or to
             two, or with types that a weight file lacks.
     """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise WeightsError(
-            f"{path} is truncated: its header should have {length} bytes, "
-            f"{max(0, len(data) - 8)} are there; fetch it again"
-        )
-    what = f"the header of {path}"
-    header = parse_record(
-        data[8 : 8 + length], "weight_header_bytes", what, WeightsError
-    )
-    if header.values.get(METADATA) is not None:
-        metadata = header.record(METADATA)
-        for name in metadata.values:
-            metadata.text(name)
-    body = memoryview(data)[8 + length :]
-    arrays: dict[str, NDArray[Any]] = {}
-    types: dict[str, str] = {}
+    header, body = read_header(data, path)
+    found: dict[str, View] = {}
     entries = [
         (name, _span(entry), entry)
         for name in header.values
@@ -81,15 +72,37 @@ def parse_safetensors(data: bytes, path: Path) -> Weights:
                 "without gaps and do not overlap"
             )
         expected = stop
-        types[name] = entry.text("dtype")
-        arrays[name] = _tensor(body[start:stop], entry, name, path)
+        raw = np.frombuffer(body[start:stop], np.uint8)
+        found[name] = View(*_described(raw.size, entry, name, path), raw, file)
     if expected != len(body):
         raise WeightsError(
             f"{path} has {len(body)} bytes of tensors, its header describes "
             f"{expected}; fetch it again, or write it again with the safetensors "
             "library"
         )
-    return pack_weights(arrays, types)
+    return found
+
+
+def read_header(data: memoryview, path: Path) -> tuple[Record, memoryview]:
+    """Read the header of a safetensors file; return it and what follows it.
+
+    Raises:
+        WeightsError: Malformed or truncated.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise WeightsError(
+            f"{path} is truncated: its header should have {length} bytes, "
+            f"{max(0, len(data) - 8)} are there; fetch it again"
+        )
+    what = f"the header of {path}"
+    text = bytes(data[8 : 8 + length])
+    header = parse_record(text, "weight_header_bytes", what, WeightsError)
+    if header.values.get(METADATA) is not None:
+        metadata = header.record(METADATA)
+        for name in metadata.values:
+            metadata.text(name)
+    return header, data[8 + length :]
 
 
 def _span(entry: Record) -> tuple[int, int]:
@@ -99,7 +112,10 @@ def _span(entry: Record) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _tensor(raw: memoryview, entry: Record, name: str, path: Path) -> NDArray[Any]:
+def _described(
+    size: int, entry: Record, name: str, path: Path
+) -> tuple[str, tuple[int, ...]]:
+    """Return type and shape of a tensor that has so many bytes."""
     code, shape = entry.text("dtype"), tuple(entry.integers("shape"))
     dtype = DTYPES.get(code)
     if dtype is None:
@@ -115,9 +131,9 @@ def _tensor(raw: memoryview, entry: Record, name: str, path: Path) -> NDArray[An
             f"{MAX_DIMENSIONS} are possible"
         )
     needed = math.prod(shape) * dtype.itemsize
-    if needed != len(raw):
+    if needed != size:
         raise WeightsError(
-            f"tensor {name!r} of {path} has {len(raw)} bytes, but {code} "
+            f"tensor {name!r} of {path} has {size} bytes, but {code} "
             f"{list(shape)} needs {needed}"
         )
-    return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
+    return code, shape

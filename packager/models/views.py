@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that lie in files of others: each tensor is a view of where it is.
+
+A checkpoint of many gigabytes is mapped, not read: nothing of it is in memory but the
+pages that are looked at, and those the system may take back at any time.
+"""
+
+import mmap
+import stat
+from collections.abc import Iterator, Mapping
+from errno import EINVAL
+from functools import cached_property
+from os import fstat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.formats.layout import DTYPES, make_layout
+from edge_runtime.formats.weights import CHUNK_BYTES, Weights
+
+KEPT_BYTES = 16 << 20  # of a mapping, before its pages are given back
+
+
+class MappedFile:
+    """A file in memory, page by page as it is looked at.
+
+    Attributes:
+        path: The file.
+        data: All of its bytes, read-only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map a file.
+
+        Raises:
+            OSError: It cannot be read, or is no ordinary file.
+        """
+        self.path, self.data = path, memoryview(b"")
+        self._map: mmap.mmap | None = None
+        self._seen = 0
+        with path.open("rb") as file:
+            status = fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(EINVAL, "no ordinary file; give a file", str(path))
+            if status.st_size:  # nothing cannot be mapped
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.data = memoryview(self._map)
+
+    def saw(self, size: int) -> None:
+        """Count what was read in order, and give its pages back now and then."""
+        self._seen += size
+        if self._map and self._seen >= KEPT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._seen = 0
+
+
+class View(NamedTuple):
+    """A tensor that lies somewhere.
+
+    Attributes:
+        dtype: Its type code.
+        shape: Its shape.
+        raw: (bytes,) uint8, its bytes in C order.
+        file: The mapping that ``raw`` is a part of, if any.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+    file: MappedFile | None = None
+
+
+class ViewedWeights(Weights):
+    """A weight file that need not be anywhere as a whole."""
+
+    def __init__(self, views: Mapping[str, View]) -> None:
+        """Bring tensors into their canonical order, without copying them.
+
+        Args:
+            views: The tensors by name, in any order.
+
+        Raises:
+            WeightsError: They have no place in a weight file.
+        """
+        self.layout = make_layout({n: (v.dtype, v.shape) for n, v in views.items()})
+        self._views = views
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        view = self._views[name]
+        return view.raw.view(DTYPES[view.dtype]).reshape(view.shape)
+
+    @cached_property
+    def data(self) -> memoryview:  # type: ignore[override]
+        """The whole file in memory, for whoever cannot do with less."""
+        return memoryview(b"".join(self.chunks()))
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the file's bytes in order, in pieces of bounded size."""
+        yield memoryview(self.layout.header)
+        for name in self.layout.by_name:
+            view = self._views[name]
+            for start in range(0, view.raw.size, CHUNK_BYTES):
+                piece = view.raw[start : start + CHUNK_BYTES]
+                yield piece.data
+                if view.file:
+                    view.file.saw(piece.size)
