@@ -60,6 +60,24 @@ def frozen():
     return model
 
 
+class Drifting(nn.Module):
+    """Training changes what it keeps outside of its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = small((6,), 3), 1.0
+
+    def forward(self, inputs):
+        """Return logits, larger after every step."""
+        if self.training:
+            self.scale *= 1.01
+        return self.inner(inputs) * self.scale
+
+
+def drifting():
+    return Drifting()
+
+
 def wrong_head():
     return small((6,), 5)
 

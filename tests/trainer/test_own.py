@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edge_runtime import Device
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.update.golden import relative_difference
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -52,6 +52,12 @@ def test_own_networks_and_data_become_rounds_that_can_be_packed(tmp_path, model,
     found = device.predictor().predict(source.test.read().numpy())
     assert relative_difference(found, expected.detach().numpy()) < 1e-5
     assert "second.weight" not in rounds[1].weights
+
+
+def test_a_network_that_training_changes_beside_its_weights_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="its state dict does not hold"):
+        run_own(tmp_path, "own:drifting")
+    assert not list(tmp_path.glob("own/round_*"))
 
 
 def test_tied_weights_are_selected_once_and_counted_once(tmp_path):

@@ -15,9 +15,11 @@ from trainer import parallel
 from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
 
-# Of one evaluation batch: 1000 images of CIFAR's size, 27 of 224x224 pixels. What the
-# network holds on its way is a multiple of its input.
-EVALUATION_SAMPLES, EVALUATION_BYTES = 1000, 1 << 24
+# Of one evaluation batch: at most 27 images of 224x224 pixels. What the network holds
+# on its way is a multiple of its input; on a CPU it should stay in the cache, which
+# makes ResNet20 twice to three times as fast as in batches of 1000.
+EVALUATION_SAMPLES = {"cpu": 128}
+MOST_EVALUATION_SAMPLES, EVALUATION_BYTES = 1000, 1 << 24
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,7 +73,8 @@ def evaluate(model: nn.Module, samples: Samples) -> float:
     """
     model.eval()
     one = 4 * math.prod(samples.inputs.shape[1:])  # bytes, as float32
-    size = max(1, min(EVALUATION_SAMPLES, EVALUATION_BYTES // one))
+    most = EVALUATION_SAMPLES.get(samples.labels.device.type, MOST_EVALUATION_SAMPLES)
+    size = max(1, min(most, EVALUATION_BYTES // one))
     right = sum(
         int((model(inputs).argmax(1) == labels).sum())
         for index, (inputs, labels) in enumerate(batches(samples, size))

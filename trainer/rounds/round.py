@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
 from edge_runtime.formats.weights import Weights, read_weights
 from trainer.config import as_dict
-from trainer.data.samples import DataSource, split_source
+from trainer.data.samples import DataSource, batches, split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import changed_elements, load_weights
 from trainer.folder.record import RoundRecord
@@ -70,7 +70,6 @@ class _Attempt:
         masks: What was selected, or has changed since the parent.
         best: The best weights; what it started from where none are better.
         new: Weights to deploy; None where they are no better than what there is.
-        test_best: Test accuracy of the best weights, deployed or not.
         epochs: The records of its epochs, with what it started from.
     """
 
@@ -79,7 +78,6 @@ class _Attempt:
     masks: Masks
     best: Weights
     new: Weights | None
-    test_best: float
     epochs: Sequence[Mapping[str, Any]]
 
 
@@ -125,6 +123,9 @@ class Run:
             raise ConfigError(
                 f"data.augment is for images (C, H, W), these inputs are {shape}"
             )
+        self._accuracies: dict[
+            tuple[str, str], float
+        ] = {}  # by fingerprint and samples
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
             make_deployment(self.build, shape, seed=seed)
@@ -160,15 +161,24 @@ class Run:
         init, update = self._deployment.init, self.config.update
         folder = self.run_dir / round_name(number - 1)
         deployed = read_weights(folder / WEIGHTS_NAME) if records else init
-        before = records[-1].metrics["val_accuracy"] if records else 0.0
+        before = 0.0
+        if records:
+            before = records[-1].metrics["val_accuracy"]
+            self._accuracies |= {
+                (deployed.fingerprint, "validation"): before,
+                (deployed.fingerprint, "test"): records[-1].metrics["test_accuracy"],
+            }
         fresh = init if reinitialise else read_shadow(folder)
         attempts = list(self._attempts(number, deployed, before, fresh))
         attempt = attempts[-1]
         target = attempt.new or deployed
         start = attempt.parent if attempt.new else deployed
+        if not number:
+            self._write_deployment(target)
         metrics = {
-            **self._measure(number, target),
-            "test_best": attempt.test_best,
+            "val_accuracy": self._accuracy(target, "validation"),
+            "test_accuracy": self._accuracy(target, "test"),
+            "test_best": self._accuracy(attempt.best, "test"),
             **{f"val_{k}": share for k, share in attempt.training.accuracy.items()},
             **_counts(start, target, attempt.masks),
         }
@@ -233,14 +243,18 @@ class Run:
 
         Equal weights are no result: there is nothing to send.
         """
-        model = self.build().to(self.device)
-        load_weights(model, start)
+        model = self._network(start)
         from_init = parent is self._deployment.init
-        training = self._prepare(model, number, from_init=from_init)
+        training = self._prepare(model, number, start, from_init=from_init)
         training.start = start
         masks = train_round(training, self.config, self._pack)
         best = training.best or start
         load_weights(model, best)
+        self._insist_on_whole_weights(model, best)
+        # What a training found is not measured again.
+        for weights, name in ((start, "start"), (best, "best")):
+            found = {(weights.fingerprint, "validation"): training.accuracy[name]}
+            self._accuracies |= found
         new = best if training.accuracy["best"] >= floor else None
         if best.fingerprint in (start.fingerprint, parent.fingerprint):
             new = None
@@ -248,22 +262,47 @@ class Run:
         if start is not parent:
             origin, masks = "shadow", _with_changes(masks, parent, best)
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        test_best = evaluate(model, self._test)
-        return _Attempt(training, parent, masks, best, new, test_best, epochs)
+        return _Attempt(training, parent, masks, best, new, epochs)
 
-    def _measure(self, number: int, target: Weights) -> dict[str, float]:
-        """Evaluate what is deployed after a round; round_00 decides the contract."""
+    def _network(self, weights: Weights) -> nn.Module:
+        """Build the network anew, with these weights."""
         model = self.build().to(self.device)
-        load_weights(model, target)
-        if not number:
-            self._write_deployment(model)
-        return {
-            "val_accuracy": evaluate(model, self._validation),
-            "test_accuracy": evaluate(model, self._test),
-        }
+        load_weights(model, weights)
+        return model
+
+    def _accuracy(self, weights: Weights, which: str) -> float:
+        """Return the accuracy on ``validation`` or ``test``, measured at most once."""
+        key = weights.fingerprint, which
+        if key not in self._accuracies:
+            samples = {"validation": self._validation, "test": self._test}[which]
+            self._accuracies[key] = evaluate(self._network(weights), samples)
+        return self._accuracies[key]
+
+    @torch.no_grad()
+    def _insist_on_whole_weights(self, model: nn.Module, weights: Weights) -> None:
+        """Insist that the weights are all that training left in the network.
+
+        Accuracies are measured on the network that was trained, devices build theirs
+        from the graph and the weights.
+
+        Raises:
+            TrainingError: One built anew answers otherwise.
+        """
+        samples = self._validation[:GOLDEN_SAMPLES]
+        (inputs, _), *_ = batches(samples, len(samples))
+        trained, anew = (
+            network.eval()(inputs) for network in (model, self._network(weights))
+        )
+        if not torch.allclose(trained, anew, 1e-3, 1e-3, equal_nan=True):
+            raise TrainingError(
+                "the trained network answers otherwise than one that is built anew "
+                "with its weights, and so would devices: training changes something "
+                "that its state dict does not hold; make that a persistent buffer "
+                "(register_buffer), or keep it the same"
+            )
 
     def _prepare(
-        self, model: nn.Module, number: int, *, from_init: bool
+        self, model: nn.Module, number: int, start: Weights, *, from_init: bool
     ) -> RoundTraining:
         """Bring together what a round trains with."""
         count = itertools.count(1)
@@ -274,6 +313,7 @@ class Run:
             number,
             (self._pool[: self.split.size_at(number)], self._validation),
             from_init=from_init,
+            start_accuracy=self._accuracies.get((start.fingerprint, "validation")),
             augmentation=self._source.crop_flip if augmented else None,
             on_epoch=lambda epoch: self._report(number, epoch, next(count)),
         )
@@ -292,11 +332,12 @@ class Run:
             Progress(number, run.rounds, phase, epoch, epochs, record, metrics)
         )
 
-    def _write_deployment(self, model: nn.Module) -> None:
-        """Write the model folder; the model holds what round_00 deploys."""
+    def _write_deployment(self, target: Weights) -> None:
+        """Write the model folder; round_00's weights decide the contract's floor."""
         floor = self.config.run.accuracy_floor
         if floor is None:
-            share = evaluate(model, self._validation[:GOLDEN_SAMPLES])
+            samples = self._validation[:GOLDEN_SAMPLES]
+            share = evaluate(self._network(target), samples)
             floor = (1 / len(self._source.classes) + share) / 2
         golden = self.split.validation[:GOLDEN_SAMPLES]
         by_first(

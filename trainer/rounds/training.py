@@ -48,7 +48,7 @@ class RoundTraining:
         best: The best weights, or None while nothing beats the start.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but four by name
         self,
         model: nn.Module,
         config: Config,
@@ -56,6 +56,7 @@ class RoundTraining:
         samples: tuple[Samples, Samples],
         *,
         from_init: bool = True,
+        start_accuracy: float | None = None,
         augmentation: Callable[[np.random.Generator], Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
@@ -67,6 +68,7 @@ class RoundTraining:
             number: The round's number; keys its random streams.
             samples: Prepared samples for training and for validation.
             from_init: Whether the start weights are the init weights.
+            start_accuracy: Of the start weights on validation, where it is known.
             augmentation: Makes the augmentation of an epoch from a random stream.
             on_epoch: Called with the record of every epoch when it is over.
         """
@@ -82,7 +84,9 @@ class RoundTraining:
         self._train, self._validation = samples
         self._augmentation = augmentation
         self._on_epoch = on_epoch
-        start = evaluate(model, self._validation)
+        start = start_accuracy
+        if start is None:
+            start = evaluate(model, self._validation)
         self.accuracy = {"start": start, "best": start}
 
     def random(self, purpose: str) -> np.random.Generator:

@@ -40,6 +40,21 @@ def test_training_learns(samples, optimizer):
     assert evaluate(model, samples) > 0.9
 
 
+def test_a_cpu_evaluates_in_batches_that_stay_in_its_cache():
+    sizes = []
+
+    class Sees(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.flatten(1)
+
+    inputs = torch.eye(300, 3).view(300, 3, 1, 1)
+    labels = torch.arange(300) % 3
+    labels[3:] = 0  # all logits equal: the first class is the answer
+    assert evaluate(Sees(), Samples(inputs, labels)) == 1
+    assert sizes == [128, 128, 44]
+
+
 def test_the_loss_is_the_mean_over_samples(samples):
     model = linear()
     still = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -16,7 +16,12 @@ from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
 from trainer.config import as_dict, make_config
+from trainer.data.samples import split_source
+from trainer.data.sources import load_source
+from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.write import run_lock
+from trainer.networks.models import build_model
+from trainer.rounds.loop import evaluate
 from trainer.rounds.schedule import as_reported, run_rounds
 
 torch.set_num_threads(1)
@@ -404,6 +409,31 @@ def test_full_updating_starts_from_init_in_every_round(tmp_path):
     assert second.ratio is None
     contract = json.loads((tmp_path / "tiny" / "model" / "contract.json").read_text())
     assert contract["accuracy_floor"] == 0.3
+
+
+def test_the_same_weights_are_never_evaluated_twice_on_the_same_samples(
+    tmp_path, monkeypatch
+):
+    seen = []
+
+    def seeing(model, samples):
+        seen.append((weights_of(model).fingerprint, samples.labels.numpy().tobytes()))
+        return evaluate(model, samples)
+
+    for module in ("round", "training"):
+        monkeypatch.setattr(f"trainer.rounds.{module}.evaluate", seeing)
+    update = {"reinit": 2, "chain": "shadow"}
+    config = config_of(run={"rounds": 5}, update=update, train={"epochs": 2})
+    records = run_rounds(config, tmp_path)
+    assert any("val_reinit" in record.metrics for record in records)
+    assert len(seen) == len(set(seen))
+    again = build_model(config.model, (1, 8, 8), 10)
+    load_weights(again, read_weights(tmp_path / "tiny/round_04/weights.safetensors"))
+    source = load_source(config.data)
+    split = split_source(source, config.data, seed=1, rounds=5)
+    for name, samples in (("val", split.validation), ("test", split.test)):
+        found = evaluate(again, source.prepared(samples))
+        assert records[-1].metrics[f"{name}_accuracy"] == found
 
 
 def test_every_so_many_rounds_is_a_rule_too(tmp_path):
