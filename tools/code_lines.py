@@ -49,7 +49,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 915,
         "data": 355,
         "export": 540,
-        "folder": 345,
+        "folder": 360,
         "method": 610,
         "networks": 260,
         "recipe": 310,

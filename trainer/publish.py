@@ -8,13 +8,12 @@ each training that devices should get. ``dpu-pack`` does the rest.
 from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.contract import Contract, RawInputs
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     MODEL_NAME,
@@ -39,8 +38,8 @@ def start_run(  # noqa: PLR0913 - all but two by name
     build: Callable[[], nn.Module],
     *,
     contract: Contract,
-    golden_inputs: NDArray[Any],
-    golden_labels: NDArray[Any],
+    golden_inputs: RawInputs,
+    golden_labels: ArrayLike | None = None,
     seed: int = 0,
     pretrained: bool = False,
     run_id: str = "",
@@ -51,8 +50,9 @@ def start_run(  # noqa: PLR0913 - all but two by name
         run_dir: The run's folder, for example ``"runs/mine"``.
         build: Builds the network; called several times.
         contract: What goes in and comes out: :func:`make_contract`.
-        golden_inputs: Raw samples to try new weights on, shape (samples, ...).
-        golden_labels: Their labels, shape (samples,), integers.
+        golden_inputs: Raw samples to try new weights on, shape (samples, ...); of
+            several inputs the arrays by name, or a tuple.
+        golden_labels: Their labels, as :func:`write_model` takes them.
         seed: Of the init weights, which a device regenerates.
         pretrained: Keep the weights that ``build`` gives; they travel with the bundle.
         run_id: Tells this run from others of the same network: devices of one refuse

@@ -17,12 +17,29 @@ from edge_runtime.errors import ContractError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 
-SCHEMA = 1
+SCHEMA, WIDE_SCHEMA = 1, 2  # the second only where the first has no word for it
 # What NumPy calls the types that a graph may take.
 _DTYPES = (
     *("float16", "float32", "float64", "bool"),
     *(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")),
 )
+
+# What a model is for, and how its answers are compared with golden labels by default.
+TASKS = {
+    "classification": "top1",
+    "multilabel": "element_accuracy",
+    "regression": "mae",
+    "segmentation": "iou",
+    "free": "",  # no labels: outputs alone are compared
+}
+# By name, whether more is better.
+METRICS = {
+    "top1": True,
+    "element_accuracy": True,
+    "iou": True,
+    "cosine": True,
+    "mae": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +61,11 @@ class InputSpec:
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    @property
+    def has_batch(self) -> bool:
+        """Whether its first axis takes any number of samples."""
+        return bool(self.shape) and self.shape[0] is None
 
     def batch(self, raw: ArrayLike) -> NDArray[Any]:
         """Return raw values with their batch axis, as they are.
@@ -105,6 +127,9 @@ class OutputSpec:
     shape: tuple[int | None, ...] | None
 
 
+RawInputs = ArrayLike | Mapping[str, ArrayLike] | tuple[ArrayLike, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """What a model takes, what it gives, and how good it must be.
@@ -116,6 +141,13 @@ class Contract:
         output_tolerance: Allowed difference to expected outputs, relative to the
             largest absolute output: CPUs differ by up to 1e-6 of it.
         outputs: In the graph's order; empty where the contract does not say.
+        task: What the model is for, one of :data:`TASKS`.
+        metric: How golden labels are compared, one of :data:`METRICS`; empty for the
+            task's own way (:attr:`label_metric`).
+        bound: What a trial asks of the metric: at least, or at most for errors; None
+            for nothing, or for ``accuracy_floor`` (:attr:`label_bound`).
+        random_outputs: Names of outputs that are random by design: nobody compares
+            them, they must only be finite.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -123,12 +155,56 @@ class Contract:
     accuracy_floor: float = 0.0
     output_tolerance: float = 1e-4
     outputs: tuple[OutputSpec, ...] = ()
+    task: str = "classification"
+    metric: str = ""
+    bound: float | None = None
+    random_outputs: tuple[str, ...] = ()
 
-    def prepare(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Any]:
-        """Turn raw values into the feed of a session.
+    @property
+    def label_metric(self) -> str:
+        """How golden labels are compared; empty where they are not."""
+        return self.metric or TASKS[self.task]
+
+    @property
+    def label_bound(self) -> float | None:
+        """What a trial asks of :attr:`label_metric`; None for nothing."""
+        if self.bound is None and self.label_metric == "top1":
+            return self.accuracy_floor
+        return self.bound
+
+    def is_random(self, number: int) -> bool:
+        """Return whether an output, counted from 0, is random by design."""
+        if not self.random_outputs:
+            return False
+        return self.outputs[number].name in self.random_outputs
+
+    def by_name(self, raw: RawInputs) -> dict[str, ArrayLike]:
+        """Return raw values by the names of the inputs, in the contract's order.
 
         Args:
-            raw: An array for the only input, or arrays by input name.
+            raw: An array for the only input; arrays by input name; or a tuple of
+                several arrays, in the contract's order.
+
+        Raises:
+            ContractError: An input is missing or unknown.
+        """
+        names = [spec.name for spec in self.inputs]
+        given: Mapping[str, Any]
+        if isinstance(raw, Mapping):
+            given = raw
+        elif isinstance(raw, tuple) and len(raw) == len(names) > 1:
+            given = dict(zip(names, raw, strict=True))
+        else:
+            given = {names[0] if len(names) == 1 else "one array": raw}
+        if set(given) != set(names):
+            raise ContractError(
+                f"the model takes its inputs by name, {', '.join(names)}; got "
+                f"{', '.join(given) or 'nothing'}"
+            )
+        return {name: given[name] for name in names}
+
+    def prepare(self, raw: RawInputs) -> dict[str, Any]:
+        """Turn raw values, as :meth:`by_name` takes them, into the feed of a session.
 
         Raises:
             ContractError: An input is missing, unknown, or does not fit.
@@ -136,28 +212,36 @@ class Contract:
         if isinstance(raw, np.ndarray) and len(self.inputs) == 1:
             (spec,) = self.inputs  # the usual case, without a detour
             return {spec.name: spec.prepare(raw)}
-        names = [spec.name for spec in self.inputs]
-        if not isinstance(raw, Mapping):
-            raw = {names[0] if len(names) == 1 else "one array": raw}
-        if set(raw) != set(names):
-            raise ContractError(
-                f"the model takes its inputs by name, {', '.join(names)}; got "
-                f"{', '.join(raw) or 'nothing'}"
-            )
-        return {spec.name: spec.prepare(raw[spec.name]) for spec in self.inputs}
+        given = self.by_name(raw)
+        return {spec.name: spec.prepare(given[spec.name]) for spec in self.inputs}
 
 
 def encode_contract(contract: Contract) -> bytes:
     """Encode ``contract.json``; the same contract gives the same bytes."""
+    wide = _wide_fields(contract)
     record = {
-        "schema": SCHEMA,
+        "schema": WIDE_SCHEMA if wide else SCHEMA,
         "inputs": [asdict(spec) for spec in contract.inputs],
         "outputs": [asdict(spec) for spec in contract.outputs],
         "classes": contract.classes,
         "accuracy_floor": contract.accuracy_floor,
         "output_tolerance": contract.output_tolerance,
     }
-    return json.dumps(record, indent=2).encode() + b"\n"
+    return json.dumps(record | wide, indent=2).encode() + b"\n"
+
+
+def _wide_fields(contract: Contract) -> dict[str, Any]:
+    """Return what the first schema has no word for; nothing where nothing is used."""
+    fields = {
+        "task": contract.task,
+        "metric": contract.metric,
+        "bound": contract.bound,
+        "random_outputs": contract.random_outputs,
+    }
+    plain = {"task": "classification", "metric": "", "bound": None}
+    is_plain = fields == plain | {"random_outputs": ()}
+    one_batch = len(contract.inputs) == 1 and contract.inputs[0].shape
+    return {} if is_plain and one_batch else fields
 
 
 def parse_contract(text: str | bytes) -> Contract:
@@ -167,20 +251,40 @@ def parse_contract(text: str | bytes) -> Contract:
         ContractError: Malformed, or of a newer schema.
     """
     record = parse_record(text, "contract_bytes", "the contract", ContractError)
-    record.schema(SCHEMA)
+    schema = record.schema(SCHEMA, WIDE_SCHEMA)
     floor = record.number("accuracy_floor", 0.0)
     if not 0 <= floor <= 1:
         raise ContractError(
             f"the contract's accuracy_floor is {floor:g}, expected a share of the "
             "golden labels, from 0 to 1"
         )
+    outputs = tuple(map(_parse_output, record.records("outputs", ())))
     return Contract(
         tuple(map(_parse_input, record.records("inputs"))),
         tuple(map(str, record.items("classes", (str, int, float), ()))),
         floor,
         record.number("output_tolerance", 1e-4),
-        tuple(map(_parse_output, record.records("outputs", ()))),
+        outputs,
+        **(_parse_wide(record, outputs) if schema == WIDE_SCHEMA else {}),
     )
+
+
+def _parse_wide(record: Record, outputs: tuple[OutputSpec, ...]) -> dict[str, Any]:
+    """Read what came with the second schema."""
+    found: dict[str, Any] = {}
+    if "task" in record:
+        found["task"] = record.one_of("task", TASKS)
+    if record.values.get("metric"):
+        found["metric"] = record.one_of("metric", METRICS)
+    if record.values.get("bound") is not None:
+        found["bound"] = record.number("bound")
+    names = tuple(record.texts("random_outputs", ()))
+    known = [spec.name for spec in outputs]
+    if not set(names) <= set(known):
+        raise record.problem(
+            "random_outputs", f"names of outputs ({', '.join(known) or 'none stated'})"
+        )
+    return found | {"random_outputs": names}
 
 
 def _parse_input(entry: Record) -> InputSpec:

@@ -167,13 +167,14 @@ def try_slot(
     try:
         contract = parse_contract(_read(model, CONTRACT_NAME, "contract_bytes"))
         golden = read_golden(_read(model, GOLDEN_NAME, "golden_bytes"))
-        contract.prepare(golden.inputs)
+        inputs = golden.by_name(contract)
+        contract.prepare(inputs)
     except (ContractError, LimitError) as err:
         # At an installation the bundle is at fault, and later this device's own files.
         kind = TrialError if expected.golden else BlockedError
         raise kind(f"{model}: {err}") from err
     begin()
-    outputs = _answers(slot, contract, golden.inputs)
+    outputs = _answers(slot, contract, inputs)
     if expected.golden:
         check_outputs(outputs, golden.labels, contract, golden.outputs)
         return
@@ -185,7 +186,7 @@ def _read(model: Path, name: str, limit: str) -> bytes:
     return read_bounded(model / name, limit, name, ContractError)
 
 
-def _answers(slot: Path, contract: Contract, inputs: Array) -> list[Any]:
+def _answers(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[Any]:
     """Return the outputs of a slot; a failure counts only if it comes twice.
 
     The runtime reads the files itself, and of a disk that failed meanwhile it may say
@@ -199,7 +200,7 @@ def _answers(slot: Path, contract: Contract, inputs: Array) -> list[Any]:
         return _asked(slot, contract, inputs)
 
 
-def _asked(slot: Path, contract: Contract, inputs: Array) -> list[Any]:
+def _asked(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[Any]:
     predictor = Predictor(slot, contract)
     try:
         return predictor.predict_all(inputs)

@@ -15,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import (
-    ContractError,
     DpuError,
     RoundError,
     StoreError,
     TrialError,
 )
-from edge_runtime.formats.arrays import read_npz
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -32,13 +30,12 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.limits import limits
 from edge_runtime.update.golden import (
     MAX_OUTPUTS,
+    Golden,
     check_outputs,
     comparable,
     first_output,
-    output_name,
     read_golden,
     relative_difference,
 )
@@ -62,7 +59,8 @@ def expected_outputs(round_: RoundFolder, count: int) -> bytes:
         DpuError: As :func:`run_golden`.
     """
     files = {name: read_model_file(round_, name) for name in NEEDED}
-    data = run_golden(files, round_.weights)["outputs"][:count].astype("<f4").tobytes()
+    first = first_output(run_golden(files, round_.weights).outputs)
+    data = first[:count].astype("<f4").tobytes()
     if len(data) > MAX_COUNTED_BYTES:
         raise RoundError(
             f"{round_.path}: the expected outputs have {len(data)} bytes, a patch "
@@ -92,13 +90,14 @@ def try_round(round_: RoundFolder) -> list[str]:
 def with_outputs(files: Mapping[str, bytes], weights: Weights) -> bytes:
     """Return ``golden.npz`` with the outputs of these weights: :func:`run_golden`."""
     file = io.BytesIO()
-    np.savez(file, **run_golden(files, weights))  # type: ignore[arg-type]
+    arrays: dict[str, Any] = run_golden(files, weights).arrays()
+    np.savez(file, **arrays)
     read_golden(file.getvalue())  # as devices will, within their limits
     return file.getvalue()
 
 
-def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArray[Any]]:
-    """Return golden ``inputs``, ``labels`` and ``outputs``, after their trial.
+def run_golden(files: Mapping[str, bytes], weights: Weights) -> Golden:
+    """Return golden inputs, labels and outputs, after their trial.
 
     Args:
         files: ``graph.onnx``, ``contract.json`` and ``golden.npz``, by name. Golden
@@ -112,15 +111,9 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
             number, or differs from run to run.
         StoreError: ONNX Runtime cannot load the graph.
     """
-    given = read_npz(
-        files[GOLDEN_NAME], ("inputs", "labels"), limit=limits().golden_bytes
-    )
-    if "inputs" not in given:
-        raise ContractError(
-            f"{GOLDEN_NAME} lacks inputs; give some, as devices get them"
-        )
-    inputs, labels = given["inputs"], given.get("labels")
+    golden = read_golden(files[GOLDEN_NAME])
     contract = parse_contract(files[CONTRACT_NAME])
+    inputs, labels = golden.by_name(contract), golden.labels
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
         try:
@@ -137,33 +130,40 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> dict[str, NDArra
             # ONNX Runtime's own exceptions share no base but this one.
             raise StoreError(f"the graph cannot be run on its inputs: {err}") from err
     answers = first_output(outputs).argmax(axis=-1)
-    if labels is None:
+    if labels is None and contract.label_metric == "top1":
         # What is no classifier has no answer; any label of the right length will do.
-        labels = answers if outputs[0].ndim > 1 else np.zeros(len(inputs), np.int64)
+        rows = len(golden.inputs[0])
+        labels = answers if outputs[0].ndim > 1 else np.zeros(rows, np.int64)
     check_outputs(outputs, labels, contract)
-    _check_repeats(outputs, again, contract.output_tolerance)
-    return {"inputs": inputs, "labels": labels, **_kept(outputs)}
+    _check_repeats(outputs, again, contract)
+    return Golden(golden.inputs, labels, _kept(outputs, contract))
 
 
-def _check_repeats(first: list[Any], again: list[Any], tolerance: float) -> None:
+def _check_repeats(first: list[Any], again: list[Any], contract: Contract) -> None:
     for number, (output, other) in enumerate(zip(first, again, strict=True)):
-        if number and not comparable(output):
+        if contract.is_random(number) or (number and not comparable(output)):
             continue
         difference = relative_difference(np.asarray(other), np.asarray(output))
-        if not difference <= tolerance:
+        if not difference <= contract.output_tolerance:
             raise TrialError(
                 f"output {number + 1} differs by {difference:.2g} of the largest value "
                 "when the model runs again on the same inputs: it draws random "
                 "numbers, and every device would refuse it; export it for inference "
-                "(model.eval(), no Dropout, no RandomNormal)"
+                "(model.eval(), no Dropout, no RandomNormal), or name the output in "
+                "the contract's random_outputs"
             )
 
 
-def _kept(outputs: list[Any]) -> dict[str, NDArray[Any]]:
+def _kept(outputs: list[Any], contract: Contract) -> tuple[NDArray[Any] | None, ...]:
     """Return what devices compare: the first output, and the first rows of others."""
-    found = {output_name(0): outputs[0]}
-    for number, output in enumerate(outputs[1:MAX_OUTPUTS], 1):
-        if comparable(output) and output.nbytes:
+    found: list[NDArray[Any] | None] = []
+    for number, output in enumerate(outputs[:MAX_OUTPUTS]):
+        found.append(None)
+        if contract.is_random(number):
+            continue
+        if not number:
+            found[0] = output
+        elif comparable(output) and output.nbytes:
             rows = (
                 max(1, len(output) * MAX_OTHER_BYTES // output.nbytes)
                 if output.ndim
@@ -171,5 +171,5 @@ def _kept(outputs: list[Any]) -> dict[str, NDArray[Any]]:
             )
             kept = output[:rows] if output.ndim else output
             if kept.nbytes <= MAX_ROW_BYTES:
-                found[output_name(number)] = kept
-    return found
+                found[number] = kept
+    return tuple(found)

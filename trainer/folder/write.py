@@ -27,16 +27,17 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.errors import ConfigError, ContractError, TrainingError
 from edge_runtime.files import lock_file, strangers
 from edge_runtime.formats import identity
 from edge_runtime.formats.contract import (
     Contract,
     InputSpec,
     OutputSpec,
+    RawInputs,
     encode_contract,
 )
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
@@ -62,6 +63,7 @@ from edge_runtime.formats.weights import (
     read_weights,
     write_weights,
 )
+from edge_runtime.update.golden import Golden
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 from trainer.export.tensors import check_fit
 from trainer.folder.changes import check_masks
@@ -109,8 +111,8 @@ def write_model(
     graph: bytes,
     recipe: InitSpec,
     contract: Contract,
-    golden_inputs: NDArray[Any],
-    golden_labels: NDArray[Any],
+    golden_inputs: RawInputs,
+    golden_labels: ArrayLike | None = None,
     run_id: str = "",
 ) -> Path:
     """Write a run's ``model`` folder and return its path.
@@ -121,8 +123,9 @@ def write_model(
         recipe: The init weights.
         contract: What goes into the network and comes out of it.
         golden_inputs: Shape (samples, ...), as a device gets them: before scale, mean
-            and standard deviation.
-        golden_labels: Shape (samples,), integers.
+            and standard deviation. Of several inputs the arrays by name, or a tuple.
+        golden_labels: What the answers should be, a row for each sample; of a
+            classifier shape (samples,), integers. None where nobody knows.
         run_id: Tells the run from others of the same network; drawn by default
             (:func:`edge_runtime.formats.identity.run_id`).
 
@@ -131,26 +134,54 @@ def write_model(
             the contract; nothing was written.
         OSError: The files cannot be written.
     """
-    shape, classes = list(contract.inputs[0].shape[1:]), len(contract.classes)
-    labels = golden_labels.astype(np.int64)
-    if list(golden_inputs.shape[1:]) != shape or len(golden_inputs) != len(labels):
-        raise TrainingError(
-            f"golden inputs of shape {list(golden_inputs.shape)} with {len(labels)} "
-            f"labels do not fit the contract's input {[None, *shape]}"
-        )
-    if not len(labels) or labels.min() < 0 or labels.max() >= classes:
-        raise TrainingError(
-            f"golden labels must be one or more of 0 to {classes - 1}, as the "
-            f"contract has {classes} classes"
-        )
+    golden = _golden(contract, golden_inputs, golden_labels)
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
         write_init_spec(recipe, folder)
         run = identity.Run(identity.run_id(run_id), Path(run_dir).absolute().name)
         (folder / RUN_NAME).write_bytes(identity.encode_run(run))
         (folder / CONTRACT_NAME).write_bytes(encode_contract(contract))
-        np.savez(folder / GOLDEN_NAME, inputs=golden_inputs, labels=labels)
+        np.savez(folder / GOLDEN_NAME, **golden)
     return Path(run_dir, MODEL_NAME)
+
+
+def _golden(
+    contract: Contract, inputs: RawInputs, labels: ArrayLike | None
+) -> dict[str, Any]:
+    """Return the arrays of ``golden.npz``, which fit the contract."""
+    try:
+        by_name = contract.by_name(inputs)
+    except ContractError as err:
+        raise TrainingError(f"golden inputs: {err}") from err
+    arrays = [np.asarray(array) for array in by_name.values()]
+    values = None if labels is None else np.asarray(labels)
+    for spec, array in zip(contract.inputs, arrays, strict=True):
+        shape, rows = list(spec.shape), array.shape[:1]
+        sizes = zip(shape, array.shape, strict=False)
+        fits = all(want in (None, found) for want, found in sizes)
+        fits &= array.ndim == len(shape)
+        if spec.has_batch and values is not None:
+            fits &= rows == values.shape[:1]
+        if not fits:
+            count = "no" if values is None else len(values)
+            raise TrainingError(
+                f"golden inputs of shape {list(array.shape)} with {count} labels do "
+                f"not fit the contract's input {spec.name!r} {shape}"
+            )
+    golden = Golden(tuple(arrays), values)
+    if values is not None and contract.task == "classification":
+        golden = replace(golden, labels=_classes(values, len(contract.classes)))
+    return golden.arrays()
+
+
+def _classes(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    found = labels.astype(np.int64)
+    if not len(found) or found.min() < 0 or found.max() >= classes:
+        raise TrainingError(
+            f"golden labels must be one or more of 0 to {classes - 1}, as the "
+            f"contract has {classes} classes"
+        )
+    return found
 
 
 def write_round(

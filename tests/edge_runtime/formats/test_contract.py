@@ -9,6 +9,8 @@ import pytest
 
 from edge_runtime.errors import ContractError
 from edge_runtime.formats.contract import (
+    METRICS,
+    TASKS,
     Contract,
     InputSpec,
     OutputSpec,
@@ -96,7 +98,7 @@ def test_a_floor_that_is_no_share_is_refused_before_any_trial(floor):
 
 def test_a_newer_schema_is_refused():
     with pytest.raises(ContractError, match="newer dpu-edge"):
-        contract(schema=2)
+        contract(schema=3)
 
 
 def test_a_contract_is_read_as_it_was_written():
@@ -109,3 +111,61 @@ def test_a_contract_that_says_nothing_of_outputs_is_still_one():
     record = json.loads(encode_contract(Contract((IMAGE,))))
     del record["outputs"]
     assert parse_contract(json.dumps(record)) == Contract((IMAGE,))
+
+
+ONE = InputSpec("x", "float32", (None, 4))
+TWO_OUTPUTS = (OutputSpec("y", "float32", (None, 4)), OutputSpec("n", "float32", None))
+
+
+@pytest.mark.parametrize(
+    "wide",
+    [
+        Contract((ONE, InputSpec("mask", "bool", (None, None)))),
+        Contract((InputSpec("temperature", "float32", ()),)),
+        *(Contract((ONE,), task=task) for task in TASKS if task != "classification"),
+        *(Contract((ONE,), metric=metric) for metric in METRICS),
+        Contract((ONE,), task="regression", bound=3.5),
+        Contract((ONE,), outputs=TWO_OUTPUTS, random_outputs=("n",)),
+    ],
+)
+def test_what_the_first_schema_has_no_word_for_is_written_in_the_second(wide):
+    text = encode_contract(wide)
+    assert json.loads(text)["schema"] == 2
+    assert parse_contract(text) == wide
+
+
+def test_what_the_first_schema_can_say_is_written_as_ever():
+    record = json.loads(encode_contract(Contract((ONE,), ("a",), 0.5)))
+    assert record["schema"] == 1
+    assert not record.keys() & {"task", "metric", "bound", "random_outputs"}
+
+
+def test_a_first_schema_means_what_it_meant_whatever_else_it_says():
+    assert contract(task="nonsense", bound="high") == contract()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"task": "poetry"}, "'task' is 'poetry', expected one of classification, "),
+        ({"metric": "f1"}, "'metric' is 'f1', expected one of top1, "),
+        ({"bound": "0.5"}, "'bound' is '0.5', expected a number"),
+        ({"random_outputs": ["noise"]}, r"expected names of outputs \(none stated\)"),
+    ],
+)
+def test_a_second_schema_says_what_it_knows(fields, words):
+    with pytest.raises(ContractError, match=words):
+        contract(schema=2, **fields)
+
+
+def test_each_task_has_its_metric_and_classifiers_their_floor():
+    assert Contract((ONE,), accuracy_floor=0.5).label_bound == 0.5
+    assert Contract((ONE,), task="regression").label_metric == "mae"
+    assert Contract((ONE,), task="regression").label_bound is None
+    assert Contract((ONE,), task="free").label_metric == ""
+    assert Contract((ONE,), metric="cosine", bound=0.9).label_bound == 0.9
+
+
+def test_several_inputs_may_come_in_order_too():
+    feed = contract().prepare((np.zeros((1, 2)), np.ones((1, 2))))
+    assert feed["b"].tolist() == [[1, 1]]

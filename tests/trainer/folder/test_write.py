@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from edge_runtime.errors import RoundError, TrainingError
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract import InputSpec, parse_contract
 from edge_runtime.formats.identity import network_id, parse_run, read_run
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.formats.weights import pack_weights, read_weights
+from edge_runtime.update.golden import read_golden
 from trainer.folder.write import (
     RoundRecord,
     make_contract,
@@ -331,3 +332,55 @@ def test_a_record_of_before_kept_the_tried_re_initialisation_among_its_numbers(r
     raw["metrics"]["tried_reinit"] = 1
     path.write_text(json.dumps(raw))
     assert read_round_record(run / "round_00").tried_reinit is True
+
+
+MASK_INPUT = InputSpec("mask", "bool", (None, None))
+TWO = dataclasses.replace(CONTRACT, inputs=(*CONTRACT.inputs, MASK_INPUT))
+MASKS = np.ones((2, 5), bool)
+
+
+def with_golden(folder, contract, inputs, labels=None):
+    write_model(
+        folder,
+        graph=GRAPH,
+        recipe=RECIPE,
+        contract=contract,
+        golden_inputs=inputs,
+        golden_labels=labels,
+    )
+    return read_golden((folder / "model" / "golden.npz").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"mask": MASKS, "input": IMAGES}, (IMAGES, MASKS)], ids=["names", "row"]
+)
+def test_golden_inputs_of_several_inputs_are_kept_in_the_contracts_order(
+    tmp_path, inputs
+):
+    golden = with_golden(tmp_path / "run", TWO, inputs, [0, 2])
+    assert [array.tolist() for array in golden.inputs] == [
+        IMAGES.tolist(),
+        MASKS.tolist(),
+    ]
+    assert golden.labels.tolist() == [0, 2]
+
+
+def test_golden_inputs_need_no_labels(tmp_path):
+    assert with_golden(tmp_path / "run", CONTRACT, IMAGES).labels is None
+
+
+@pytest.mark.parametrize(
+    ("contract", "inputs", "words"),
+    [
+        (TWO, IMAGES, "by name, input, mask; got one array"),
+        (TWO, {"input": IMAGES}, "by name, input, mask; got input"),
+        (TWO, (IMAGES, MASKS[0]), r"do not fit the contract's input 'mask'"),
+        (TWO, (IMAGES, MASKS[:1]), r"do not fit the contract's input 'mask'"),
+    ],
+)
+def test_golden_inputs_that_are_no_row_for_each_label_write_nothing(
+    tmp_path, contract, inputs, words
+):
+    with pytest.raises(TrainingError, match=words):
+        with_golden(tmp_path / "run", contract, inputs, [0, 2])
+    assert not (tmp_path / "run" / "model").exists()
