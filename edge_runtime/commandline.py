@@ -30,7 +30,7 @@ from edge_runtime.text import printable_lines, printable_message
 
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
-OK, BUG, USAGE = 0, 1, 2
+OK, BUG, USAGE, SYSTEM = 0, 1, 2, 10
 HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
 HINTS[ENOSPC] = "; make room and try again"
 HINTS[EROFS] = "; mount it for writing, or choose another place"
@@ -65,7 +65,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     7: errors.StoreError,
     8: errors.TrustError,
     9: errors.TrainingError,
-    10: OSError | MemoryError | errors.BlockedError,
+    SYSTEM: OSError | MemoryError | errors.BlockedError,
     11: errors.BackendError,
     12: errors.HeldError,
     130: KeyboardInterrupt | click.Abort,
@@ -94,6 +94,8 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends a command with."""
     if _missing_package(error) or _beyond_locale(error):
         return USAGE
+    if _lacking(error):
+        return SYSTEM
     return next((c for c, kind in EXIT_CODES.items() if isinstance(error, kind)), BUG)
 
 
@@ -116,6 +118,17 @@ def _beyond_locale(error: BaseException) -> str:
         f"{error.object!r} cannot be a file name here, as this locale has only "
         f"{error.encoding}: set LC_ALL=C.UTF-8"
     )
+
+
+def _lacking(error: BaseException) -> str:
+    """Say what the system lacks, where a library tells it in words; or nothing."""
+    known = isinstance(error, ImportError | RuntimeError | SystemError)
+    if not known or not errors.tells_of_the_system(str(error)):
+        return ""
+    # NumPy says a page of advice around it.
+    lines = str(error).splitlines()
+    said = next((li for li in lines if errors.tells_of_the_system(li)), lines[0])
+    return f"{said.strip()}; end other programs, or raise the limits on this one"
 
 
 def json_option(command: Any) -> Any:
@@ -246,7 +259,8 @@ def _report(error: BaseException, *, as_json: bool) -> None:
 
 
 def _message(error: BaseException) -> str:
-    if known := _missing_package(error) or _beyond_locale(error):
+    known = _missing_package(error) or _beyond_locale(error) or _lacking(error)
+    if known:
         return known
     if isinstance(error, click.ClickException):
         return _in_our_voice(error)

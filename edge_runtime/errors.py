@@ -41,6 +41,8 @@ retries are normal on bad links. The library knows nothing of exit codes; they a
 :mod:`edge_runtime.commandline`.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +51,24 @@ MALFORMED = (
     *(ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, RecursionError),
 )
+
+_SYSTEM_ERRORS = (
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN),
+    *(errno.EACCES, errno.EPERM, errno.ENOSPC),
+)
+# Libraries tell of faults of the system in words alone.
+_SYSTEM_WORDS = (
+    *map(os.strerror, _SYSTEM_ERRORS),
+    *("bad_alloc", "Failed to allocate memory", "failed to allocate memory"),
+    *("Unable to allocate", "failed to map segment", "allocate memory"),
+    "can't start new thread",
+    "SystemError : ",  # ONNX Runtime's, with the number of an error of the system
+)
+
+
+def tells_of_the_system(text: str) -> bool:
+    """Return whether a library's message says that the system lacks something."""
+    return any(words in text for words in _SYSTEM_WORDS)
 
 
 class DpuError(Exception):

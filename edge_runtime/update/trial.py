@@ -24,6 +24,7 @@ from edge_runtime.errors import (
     StoreError,
     TrialCutOffError,
     TrialError,
+    tells_of_the_system,
 )
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.contract import Contract, parse_contract
@@ -137,9 +138,7 @@ def end_of_trial(ended: Ended) -> DpuError | None:
     if ended.timeout_s:
         return TrialCutOffError(text)
     had_begun = ended.printed == trial_ends.BEGUN
-    out_of_memory = ended.code in _CRASHES and trial_ends.tells_of_the_system(
-        ended.said
-    )
+    out_of_memory = ended.code in _CRASHES and tells_of_the_system(ended.said)
     if ended.code < 0 and had_begun and not out_of_memory:
         return TrialCutOffError(text)
     return BlockedError(text)

@@ -7,23 +7,18 @@ handles, a disk that gives an error, a package that cannot be imported) is
 beginning of its turn is told on standard output.
 """
 
-import errno
-import os
 from collections.abc import Iterator
 
-from edge_runtime.errors import BackendError, BlockedError, DpuError
+from edge_runtime.errors import (
+    BackendError,
+    BlockedError,
+    DpuError,
+    tells_of_the_system,
+)
 
 VERDICT, NO_BACKEND, BLOCKED = 20, 11, 10
 BEGUN = b"the model's turn\n"
 THREADS = 4  # that NumPy's BLAS may use in a trial
-_ENDED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN)
-# Runtimes tell of faults of the system in words alone.
-_SYSTEM_WORDS = (
-    *map(os.strerror, (*_ENDED, errno.EACCES, errno.EPERM, errno.ENOSPC)),
-    *("bad_alloc", "Failed to allocate memory", "failed to allocate memory"),
-    *("Unable to allocate", "failed to map segment", "allocate memory"),
-    "SystemError : ",  # ONNX Runtime's, with the number of an error of the system
-)
 
 
 def end_code(error: Exception) -> int:
@@ -34,11 +29,6 @@ def end_code(error: Exception) -> int:
         return NO_BACKEND
     # A bug in this project is no verdict either.
     return VERDICT if isinstance(error, DpuError) else BLOCKED
-
-
-def tells_of_the_system(text: str) -> bool:
-    """Return whether a message says that the system lacks something."""
-    return any(words in text for words in _SYSTEM_WORDS)
 
 
 def _is_of_the_system(error: BaseException) -> bool:

@@ -73,11 +73,16 @@ def blocking_hook(site):
     os.mkfifo(site / "runs-now")
     os.mkfifo(site / "go-on")
     hook = folder / "wait"
-    hook.write_text(f"#!/bin/sh\necho > {site}/runs-now; read x < {site}/go-on\n")
+    groups = site / "groups"  # a hook leads a process group of its own
+    hook.write_text(
+        f"#!/bin/sh\necho $$ >> {groups}\n"
+        f"echo > {site}/runs-now; read x < {site}/go-on\n"
+    )
     hook.chmod(0o755)
     yield
-    with suppress(OSError):  # one whose agent was killed may still wait
-        os.close(os.open(site / "go-on", os.O_WRONLY | os.O_NONBLOCK))
+    for group in groups.read_text().split():  # one whose agent was killed still waits
+        with suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGKILL)
 
 
 def installed(site):
@@ -100,7 +105,7 @@ def test_an_agent_applies_what_is_there_and_ends_on_sigterm(site, start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_never_cuts_an_update_off(site, start, blocking_hook, number):
+def test_a_signal_never_cuts_an_update_off(site, blocking_hook, start, number):
     agent = start()
     (site / "runs-now").read_text()
     agent.send_signal(number)
@@ -134,7 +139,7 @@ def test_a_store_has_one_agent(site, start):
     assert start("--once").wait(LONG_S) == 0  # the lock died with it
 
 
-def test_killed_in_the_middle_it_goes_on_where_it_was(site, start, blocking_hook):
+def test_killed_in_the_middle_it_goes_on_where_it_was(site, blocking_hook, start):
     agent = start()
     (site / "runs-now").read_text()
     agent.kill()
@@ -201,7 +206,7 @@ def test_systemd_hears_when_the_agent_is_ready_alive_and_stopping(site, start, m
     assert agent.wait(LONG_S) == 0
 
 
-def test_an_update_that_hangs_stops_the_pings(site, start, manager, blocking_hook):
+def test_an_update_that_hangs_stops_the_pings(site, blocking_hook, start, manager):
     start(NOTIFY_SOCKET=manager.address)
     (site / "runs-now").read_text()
     with suppress(BlockingIOError):

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.store.state import decode_state, encode_state
+from edge_runtime.update.device import Device
 from packager.build import write_file
 from packager.cli.pack import pack
 
@@ -422,6 +424,21 @@ def test_too_little_memory_is_no_bug(edge, installed, monkeypatch):
     monkeypatch.setattr("edge_runtime.update.device.Device.status", greedy)
     code, _, err = edge("status")
     assert (code, "not enough memory" in err) == (10, True)
+
+
+@pytest.mark.parametrize("megabytes", (60, 100, 140, 155, 180))
+def test_a_limit_on_memory_is_no_bug_wherever_it_is_met(installed, tmp_path, megabytes):
+    limit = megabytes << 20
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", "apply", installed / "round_01.dpu"],
+        env=os.environ | {"DPU_STORE": str(tmp_path / "store")},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "this is a bug" not in done.stderr
+    assert Device.open(tmp_path / "store").status()["skipped"] == []
 
 
 def test_what_a_terminal_cannot_show_is_spelled_out(installed, tmp_path):
