@@ -307,7 +307,8 @@ class FileOf(click.Path):
         path = Path(value)
         if path.is_char_device() or path.is_block_device():
             self.fail(f"{path} is a device, expected a file", param, ctx)
-        if not (self.dir_okay and path.is_dir()):
+        named = Kind.SHARDS in self.kinds  # of other folders it looks at names alone
+        if named or not (self.dir_okay and path.is_dir()):
             refuse_others(path, self.kinds)
         return super().convert(value, param, ctx)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From round folders to patch files, each proved before it gets its name.
 
-May import ``edge_runtime``, and ``onnx`` to check a graph; never torch. How a round
-folder looks is in ``docs/round-folder.md``.
+May import ``edge_runtime``, ``onnx`` to check a graph, and torch where a PyTorch state
+dict is given. How a round folder looks is in ``docs/round-folder.md``.
 
     from packager import find_round, pack_round, read_round, write_file
 
@@ -12,8 +12,8 @@ folder looks is in ``docs/round-folder.md``.
         write_file(packed.data, "round_05.dpu")
 
 For new devices: :func:`write_bundle`. To sign either: :func:`sign_patch`,
-:func:`sign_bundle`. Several patches in one: :func:`compose_patches`. From ONNX or
-safetensors files, without rounds: :func:`read_model`, then :func:`pack_models` or
+:func:`sign_bundle`. Several patches in one: :func:`compose_patches`. From ONNX files or
+checkpoints, without rounds: :func:`read_model`, then :func:`pack_models` or
 :func:`adopt_model`; between any two weight files: :func:`build_patch`. Which elements
 differ: :func:`packager.diff.diff`.
 """

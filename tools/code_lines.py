@@ -40,7 +40,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1330,
         "bundles": 290,
         "cli": 1645,
-        "models": 440,
+        "models": 880,
         "provenance": 565,
         "report": 1965,
         "rounds": 400,

@@ -5,6 +5,7 @@ Nothing here decides whether a file is good: each reader does that itself. What 
 module does not know passes, and its reader says what is wrong.
 """
 
+import os
 import re
 import stat
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from edge_runtime.errors import (
 from edge_runtime.formats.header import MAGIC
 from edge_runtime.formats.model_folder import MODEL_NAME, RECORD_NAME
 
+# What a folder of weights has in it, beside a model's settings.
+_WEIGHT_FILE = re.compile(r".+\.(?:safetensors|bin|pth?|ckpt)(?:\.index\.json)?")
 LOOKED_AT = 1 << 16  # bytes; a key list has all of its signatures first
 
 
@@ -37,7 +40,7 @@ class Kind(Enum):
         "an installation bundle",
         "'dpu-edge init' takes it, 'dpu-patch info' shows it",
     )
-    TORCH = "a PyTorch file", "export the model as ONNX, or save it as safetensors"
+    TORCH = "a PyTorch file", "'dpu-patch diff' and 'dpu-pack --base' take its weights"
     NPZ = "an .npz file of arrays", "'dpu-edge infer' takes it"
     ZIP = "a zip file", "unpack it first; no command takes it as it is"
     NPY = "an .npy array", "'dpu-edge infer' takes it"
@@ -69,6 +72,14 @@ class Kind(Enum):
     ROUND = "a round folder", "'dpu-pack' takes it"
     RUN = "a run's folder", "'dpu-pack' and 'dpu-patch report' take it"
     STORE = "a device's store", "give it with --store"
+    INDEX = (
+        "an index of shards",
+        "'dpu-patch diff' and 'dpu-pack --base' take the weights that it names",
+    )
+    SHARDS = (
+        "a folder of weight files",
+        "'dpu-patch diff' and 'dpu-pack --base' take it",
+    )
 
     def __init__(self, words: str, taker: str) -> None:
         self.words, self.taker = words, taker
@@ -105,11 +116,13 @@ _FORMS = {
     rb'\s*\{\s*"sign(?:ed|atures)"\s*:': Kind.KEY_LIST,
     rb'\s*\{[\s\S]*"nonce"\s*:': Kind.PROOF,
     rb'\s*\{[\s\S]*"accuracy_floor"\s*:': Kind.CONTRACT,
+    rb'\s*\{[\s\S]*"weight_map"\s*:': Kind.INDEX,
+    rb"\x80[\x02-\x05]": Kind.TORCH,  # a pickle, as torch wrote it of old
 }
 # By the first member of a zip file; tools may have put them in any order.
 _MEMBERS = {
     rb".*\.npy": Kind.NPZ,
-    rb".*data\.pkl": Kind.TORCH,
+    rb".*data\.pkl|[^/]+/(?:data/.*|code/.*|constants\.pkl|version)": Kind.TORCH,
     rb"bundle\.(json|sig)|(graph\.onnx|patch\.dpu)|(init|contract|run)\.json|keys/.*": (
         Kind.BUNDLE
     ),
@@ -154,7 +167,11 @@ def _folder(path: Path) -> Kind | None:
         return Kind.ROUND
     if (path / "state.json").is_file():
         return Kind.STORE
-    return Kind.RUN if (path / MODEL_NAME).is_dir() else None
+    if (path / MODEL_NAME).is_dir():
+        return Kind.RUN
+    with os.scandir(path) as entries:
+        found = any(_WEIGHT_FILE.fullmatch(entry.name) for entry in entries)
+    return Kind.SHARDS if found else None
 
 
 def refuse_others(path: Path, wanted: Sequence[Kind]) -> None:

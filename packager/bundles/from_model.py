@@ -115,7 +115,7 @@ def adopt_model(
     patch = _nothing_to_patch(model, counter, level)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
-        "run": model.run.name if model.run else model.path.stem,
+        "run": model.run.name if model.run else model.name,
         "round": patch.header.round,
         "model": model.model,
         "target": patch.header.target,

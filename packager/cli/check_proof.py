@@ -30,7 +30,7 @@ DIFFERENT = 5  # as for any verification that failed
     "--weights",
     type=MODEL,
     metavar="FILE",
-    help="What it should hold: a weight file, or any safetensors or ONNX file.",
+    help="What it should hold: a weight file, an ONNX file or a checkpoint.",
 )
 @runs_option
 @click.option(

@@ -27,7 +27,7 @@ class FileOptions:
     Attributes:
         base: The file that devices hold.
         target: What they shall hold.
-        graph: For safetensors: the graph that devices have.
+        graph: For a checkpoint: the graph that devices have.
         contract: For a bundle: what goes in and comes out.
         golden: For a bundle: inputs, and labels if there are any.
         name: What tells this model from others of the same network.
@@ -50,12 +50,12 @@ class FileOptions:
 def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that pack files instead of rounds to a command."""
     options = [
-        ("--base", MODEL, "ONNX or safetensors file that devices hold."),
+        ("--base", MODEL, "ONNX file or checkpoint that devices hold."),
         ("--target", MODEL, "Of the same network: what they shall hold."),
         (
             "--graph",
             FileOf(Kind.ONNX),
-            "For safetensors: the graph.onnx that devices have.",
+            "For a checkpoint: the graph.onnx that devices have.",
         ),
         (
             "--contract",
@@ -80,10 +80,13 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_any(path: Path, graph: Path | None = None) -> "Model":
-    """Read a weight file, or any ONNX or safetensors file."""
+    """Read a weight file, an ONNX file or a checkpoint, and say what was left out."""
     from packager.models.read import read_model
 
-    return read_model(path, graph)
+    model = read_model(path, graph)
+    for note in model.notes:
+        say(note)
+    return model
 
 
 def pack_files(
@@ -114,7 +117,7 @@ def pack_files(
         packed, data = _bundle(model, files, options)
     else:
         packed, data = _patch(model, newer, options)
-    path = _place(newer.path, output, ".bundle.zip" if options.bundle else ".dpu")
+    path = _place(newer, output, ".bundle.zip" if options.bundle else ".dpu")
     record = files_record((model, newer), packed, path, len(data), options.signed_by)
     record["golden"] = "given" if files.golden else "made up"
     write = partial(_write, force=options.force)
@@ -189,10 +192,11 @@ def _bundle(
     return bundle.patch, bundle.data
 
 
-def _place(source: Path, output: str | None, suffix: str) -> Path:
-    name = source.stem + suffix
+def _place(source: "Model", output: str | None, suffix: str) -> Path:
+    name = source.name + suffix
     if output is None:
-        return source.with_name(name)
+        path = source.path
+        return (path.resolve() if path.is_dir() else path).with_name(name)
     if output.endswith("/") or Path(output).is_dir():
         return Path(output) / name
     return Path(output)

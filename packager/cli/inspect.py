@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     # What was found: as data, and as a document.
     Look = tuple[Mapping[str, object], Document]
 
-_base_help = "A weight file of the network, or its ONNX or safetensors file."
+_base_help = "A weight file of the network, its ONNX file or a checkpoint."
 
 
 def shown(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def info(path: Path, *, base: Path | None, **how: Any) -> None:
 def diff(base: Path, target: Path, **how: Any) -> None:
     """Count, tensor by tensor, which elements differ between two models.
 
-    A and B are weight files, or any safetensors or ONNX files of one network.
+    A and B are weight files, ONNX files or checkpoints of one network.
     """
     from packager.diff import diff as compare
     from packager.report.patch_document import diff_document
@@ -226,7 +226,7 @@ def _open_trusted(path: Path, trust: "Trust") -> "Patch":
 )
 @json_option
 def extract(source: Path, *, output: Path, as_json: bool) -> None:
-    """Write what a device holds for an ONNX or safetensors file.
+    """Write what a device holds for an ONNX file or a checkpoint.
 
     That is weights.safetensors in canonical form, whose SHA-256 is the fingerprint, and
     for an ONNX file graph.onnx, which reads it.

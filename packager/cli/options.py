@@ -16,7 +16,9 @@ from edge_runtime.sizes import parse_size
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-MODEL = FileOf(Kind.WEIGHTS, Kind.ONNX)
+MODEL = FileOf(
+    *(Kind.WEIGHTS, Kind.ONNX, Kind.TORCH, Kind.INDEX, Kind.SHARDS), dir_okay=True
+)
 PATCH, RELEASE = FileOf(Kind.PATCH), FileOf(Kind.PATCH, Kind.BUNDLE)
 PRIVATE_KEY, PUBLIC_KEY = FileOf(Kind.PRIVATE_KEY), FileOf(Kind.PUBLIC_KEY)
 KEY_LIST = FileOf(Kind.KEY_LIST)

@@ -146,7 +146,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
     stands for all of its rounds that were not released yet. Each patch is applied to
     its parent and compared with its target before it is written.
 
-    Without rounds: --base and --target pack two ONNX or safetensors files of one
+    Without rounds: --base and --target pack two ONNX files or checkpoints of one
     network, and --base with --bundle installs one.
     """
     signers, names = read_signers(keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models from anybody: an ONNX or safetensors file becomes weights and a graph.
+"""Models from anybody: an ONNX file or a checkpoint becomes weights and a graph.
 
 A device holds a graph without weights and one canonical weight file. Both are made
 here from a file of any exporter, in the same way each time, so that two files of one
@@ -27,8 +27,8 @@ from packager.build import (
     encode_changes,
 )
 from packager.diff import check_same_tensors, diff
-from packager.models.safetensors_file import is_safetensors, views
-from packager.models.views import MappedFile, ViewedWeights
+from packager.models.checkpoint import find_checkpoint, name_of, read_views
+from packager.models.views import ViewedWeights
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -46,6 +46,7 @@ class Model:
         graph: The network without weights, as ONNX; empty where it is not known.
         canonical: Whether the file itself is that weight file, byte for byte.
         run: Tells it from other models of the same network, where it was given a name.
+        notes: What is to be said of how it was read.
     """
 
     path: Path
@@ -53,6 +54,12 @@ class Model:
     graph: bytes
     canonical: bool
     run: Run | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call what is made of it."""
+        return name_of(self.path)
 
     @property
     def model(self) -> str:
@@ -64,33 +71,43 @@ class Model:
 def read_model(
     path: str | PathLike[str], graph: str | PathLike[str] | None = None
 ) -> Model:
-    """Read an ONNX file, or a safetensors file in any order and with any metadata.
+    """Read an ONNX file, or a checkpoint in any order and with any metadata.
 
     Args:
-        path: The file; ONNX weights may be inside it or in files beside it.
-        graph: For a safetensors file: the graph that reads its tensors.
+        path: An ONNX file; its weights may be inside it or in files beside it. Or a
+            safetensors file, a PyTorch state dict, an index of shards, or a folder
+            of these.
+        graph: For a checkpoint: the graph that reads its tensors.
 
     Raises:
         OSError: It cannot be read.
-        WeightsError: It is neither, is malformed, or holds no weights; or a graph was
-            given for an ONNX file.
+        WeightsError: It is neither, is malformed, or holds no weights, or more than one
+            set of them; or a graph was given for an ONNX file.
+        ConfigError: It is a PyTorch file and torch is not installed.
         RoundError: The graph does not read its weights from that weight file.
         ModuleNotFoundError: It is an ONNX file and ``onnx`` is not installed.
     """
     path = Path(path)
-    if is_safetensors(path):
-        file = MappedFile(path)
-        weights: Weights = ViewedWeights(views(file.data, path, file))
+    if (checkpoint := find_checkpoint(path)) is not None:
+        found, notes = read_views(checkpoint)
+        weights: Weights = ViewedWeights(found)
         graph_bytes = _read_graph(graph, weights) if graph is not None else b""
-        # Equal headers say that the tensors lie in the same places.
-        canonical = file.data[: len(weights.layout.header)] == weights.layout.header
-        return Model(path, weights, graph_bytes, canonical)
+        one = checkpoint.files[0]
+        canonical = not checkpoint.is_folder and _is_canonical(one, weights)
+        return Model(path, weights, graph_bytes, canonical, notes=tuple(notes))
     if graph is not None:
         raise WeightsError(f"{path} is not a safetensors file and needs no other graph")
     from packager.models.onnx_split import split_onnx
 
     graph_bytes, weights = split_onnx(path)
     return Model(path, weights, graph_bytes, canonical=False)
+
+
+def _is_canonical(path: Path, weights: Weights) -> bool:
+    # Equal headers say that the tensors lie in the same places.
+    header = weights.layout.header
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
 
 
 def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:

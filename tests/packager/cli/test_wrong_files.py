@@ -29,7 +29,10 @@ def prove(command, store):
 def files(run, command, tmp_path):
     """One file or folder of each kind."""
     folder, store = tmp_path / "some", tmp_path / "store"
+    shards = tmp_path / "shards"
     folder.mkdir()
+    shards.mkdir()
+    (shards / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     runs = run.path.parent
     command(pack, "round_00", "--bundle", "-q", "--runs", runs)
     command(pack, "round_01", "-q", "--runs", runs)
@@ -50,6 +53,8 @@ def files(run, command, tmp_path):
         Kind.ROUND: run.path / "round_01",
         Kind.RUN: run.path,
         Kind.STORE: store,
+        Kind.SHARDS: shards,
+        Kind.INDEX: shards / "model.safetensors.index.json",
     }
     made = {
         Kind.KEY_LIST: sign_list(listed, [owner]),
@@ -82,6 +87,8 @@ def test_each_kind_is_recognised_whatever_its_name(files, tmp_path):
         assert recognise(other) is None
 
 
+FOLDERS = {Kind.ROUND, Kind.RUN, Kind.STORE, Kind.SHARDS}
+MODELS = {Kind.WEIGHTS, Kind.ONNX, Kind.TORCH, Kind.INDEX, Kind.SHARDS}
 # Each command that takes a file, and what it takes.
 COMMANDS = {
     "init": (main, ["init", "FILE"], {Kind.BUNDLE, Kind.ZIP}),
@@ -94,7 +101,7 @@ COMMANDS = {
     "infer": (
         main,
         ["infer", "FILE"],
-        {Kind.IMAGE, Kind.NPY, Kind.NPZ, Kind.ROUND, Kind.RUN, Kind.STORE},
+        {Kind.IMAGE, Kind.NPY, Kind.NPZ, *FOLDERS},
     ),
     "expect": (main, ["verify", "--expect", "FILE"], {Kind.WEIGHTS}),
     "add": (main, ["trust", "add", "FILE"], {Kind.KEY_LIST}),
@@ -116,19 +123,19 @@ COMMANDS = {
     "compose --base": (
         patch,
         ["compose", "PATCH", "--base", "FILE", "-o", "x.dpu"],
-        {Kind.WEIGHTS, Kind.ONNX},
+        MODELS,
     ),
     "report": (
         patch,
         ["report", "FILE", "--md"],
         {Kind.PATCH, Kind.BUNDLE, Kind.ZIP, Kind.RUN},
     ),
-    "diff": (patch, ["diff", "WEIGHTS", "FILE"], {Kind.WEIGHTS, Kind.ONNX}),
-    "extract": (patch, ["extract", "FILE", "-o", "x"], {Kind.WEIGHTS, Kind.ONNX}),
+    "diff": (patch, ["diff", "WEIGHTS", "FILE"], MODELS),
+    "extract": (patch, ["extract", "FILE", "-o", "x"], MODELS),
     "provenance": (
         patch,
         ["provenance", "FILE", "--key", "KEY"],
-        {Kind.PATCH, Kind.BUNDLE, Kind.ZIP, Kind.ROUND, Kind.RUN, Kind.STORE},
+        {Kind.PATCH, Kind.BUNDLE, Kind.ZIP, *FOLDERS},
     ),
     "provenance --key": (
         patch,
@@ -140,7 +147,7 @@ COMMANDS = {
     "base": (
         pack,
         ["--bundle", "--base", "FILE"],
-        {Kind.WEIGHTS, Kind.ONNX},
+        MODELS,
     ),
     "golden": (pack, ["--bundle", "--base", "WEIGHTS", "--golden", "FILE"], {Kind.NPZ}),
 }

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as people have them are one model, however their files are cut."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from edge_runtime.errors import WeightsError
+from packager.cli.pack import pack, patch
+from packager.models.read import pack_models, read_model
+
+torch.manual_seed(5)
+STATE = {
+    "head.weight": torch.randn(4, 6),
+    "embed.weight": torch.randn(9, 6).to(torch.bfloat16),
+    "norm.steps": torch.tensor(3),
+    "a.mask": torch.tensor([True, False, True]),
+    "empty": torch.zeros(0, 3),
+    "z.bias": torch.randn(4),
+}
+SHARDS = [
+    ("z.bias", "embed.weight"),
+    ("norm.steps", "a.mask", "empty"),
+    ("head.weight",),
+]
+
+
+def changed(state):
+    new = {name: tensor.clone() for name, tensor in state.items()}
+    new["head.weight"][2, 3] += 1
+    new["embed.weight"][0, 0] += 1
+    return new
+
+
+def cut(folder, state, *, end=".safetensors", index=True, name="model"):
+    """Write a state as shards, as Hugging Face's libraries cut it."""
+    folder.mkdir(parents=True)
+    places = {}
+    for number, names in enumerate(SHARDS, 1):
+        file = f"{name}-{number:05}-of-{len(SHARDS):05}{end}"
+        part = {n: state[n] for n in names}
+        if end == ".bin":
+            torch.save(part, folder / file)
+        else:
+            save_file(part, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if index:
+        text = {"metadata": {"total_size": 1}, "weight_map": places}
+        (folder / f"{name}{end}.index.json").write_text(json.dumps(text))
+    return folder
+
+
+def cached(folder, state):
+    """Write a state as the Hugging Face cache has it: links into a folder of blobs."""
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "0123abcd"
+    blobs.mkdir(parents=True)
+    whole = cut(folder / "made", state)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(whole.iterdir())):
+        path.rename(blobs / f"{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    whole.rmdir()
+    return folder
+
+
+def saved(folder, state, wrap=lambda s: s, name="state.pt", **how):
+    folder.mkdir(parents=True)
+    torch.save(wrap(state), folder / name, **how)
+    return folder / name
+
+
+FORMS = {
+    "shards with an index": cut,
+    "shards without one": lambda f, s: cut(f, s, index=False),
+    "an index alone": lambda f, s: cut(f, s) / "model.safetensors.index.json",
+    "shards of state dicts": lambda f, s: cut(f, s, end=".bin", name="pytorch_model"),
+    "the Hugging Face cache": cached,
+    "a snapshot in it": lambda f, s: cached(f, s) / "snapshots" / "0123abcd",
+    "a folder with one file": lambda f, s: saved(f, s, name="pytorch_model.bin").parent,
+    "a state dict": saved,
+    "a state dict of old": lambda f, s: saved(
+        f, s, _use_new_zipfile_serialization=False
+    ),
+    "Lightning's": lambda f, s: saved(
+        f, s, lambda s: {"epoch": 3, "state_dict": s, "optimizer_states": [{}]}
+    ),
+    "with an optimizer and a best accuracy": lambda f, s: saved(
+        f,
+        s,
+        lambda s: {
+            "model": s,
+            "optimizer": {"exp_avg": torch.ones(3)},
+            "best": torch.tensor(1.0),
+        },
+    ),
+}
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """The old and the new state, each in one safetensors file."""
+    for name, state in {"old": STATE, "new": changed(STATE)}.items():
+        save_file(state, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    return tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_model_in_any_form_gives_one_patch(form, merged, tmp_path):
+    old, new = (
+        read_model(FORMS[form](tmp_path / form / name, state))
+        for name, state in {"old": STATE, "new": changed(STATE)}.items()
+    )
+    ours, theirs = read_model(merged[0]), read_model(merged[1])
+    assert old.weights.fingerprint == ours.weights.fingerprint
+    assert bytes(old.weights.data) == bytes(ours.weights.data)
+    assert old.model == ours.model
+    packed = pack_models(old, new)
+    assert packed.data == pack_models(ours, theirs).data == pack_models(ours, new).data
+    assert packed.counts["head.weight"] == packed.counts["embed.weight"] == 1
+
+
+def test_what_is_no_weight_is_named(tmp_path, command, merged):
+    path = saved(tmp_path / "a", STATE, lambda s: {"epoch": 3, **s, "args": {"x": 1}})
+    code, _, err = command(patch, "diff", path, merged[1])
+    assert code == 0
+    assert "left out, no weights: 'epoch', 'args'" in err
+
+
+def test_a_folder_is_packed_beside_itself_under_its_name(merged, tmp_path, command):
+    for name, state in {"v1.0": STATE, "v1.1": changed(STATE)}.items():
+        cut(tmp_path / name, state)
+    files = ("--base", tmp_path / "v1.0", "--target", tmp_path / "v1.1")
+    assert command(pack, *files)[0] == 0
+    assert command(pack, "--base", merged[0], "--target", merged[1])[0] == 0
+    ours = (tmp_path / "v1.1.dpu").read_bytes()
+    assert ours == (tmp_path / "new.dpu").read_bytes()
+
+
+# What is refused, and how ------------------------------------------------------------
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path):
+    for number, index in enumerate((True, False)):
+        folder = cut(tmp_path / f"{number}", STATE, index=index)
+        (folder / "model-00002-of-00003.safetensors").unlink()
+        with pytest.raises(WeightsError, match=r"00002-of-00003|lacks shard 2"):
+            read_model(folder)
+
+
+def test_a_link_into_a_cache_that_lacks_its_blob_is_named(tmp_path):
+    folder = cached(tmp_path / "c", STATE)
+    (folder / "blobs" / "1").unlink()
+    with pytest.raises(WeightsError, match="leads to nothing; fetch"):
+        read_model(folder)
+
+
+def test_one_tensor_in_two_shards_is_refused(tmp_path):
+    folder = cut(tmp_path / "f", STATE, index=False)
+    save_file({"z.bias": STATE["z.bias"]}, folder / "model-00003-of-00003.safetensors")
+    with pytest.raises(WeightsError, match=r"'z\.bias' lies in .*-00001.*-00003"):
+        read_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda m: m.pop("z.bias"), r"'z\.bias' in no file, it is in model-00001"),
+        (lambda m: m.update(more=m["z.bias"]), "'more' in model-00001.*it is in none"),
+        (lambda m: m.update({"z.bias": m["head.weight"]}), "it is in model-00001"),
+        (lambda m: m.update({"z.bias": "../secret"}), "without a path"),
+        (lambda m: m.update({"z.bias": 3}), "expected text"),
+        (lambda m: m.clear(), "names no tensor"),
+    ],
+)
+def test_an_index_that_tells_otherwise_is_refused(edit, words, tmp_path):
+    folder = cut(tmp_path / "f", STATE)
+    index = folder / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    edit(record["weight_map"])
+    index.write_text(json.dumps(record))
+    with pytest.raises(WeightsError, match=words):
+        read_model(folder)
+
+
+def test_a_choice_is_left_to_the_caller(tmp_path):
+    folder = cut(tmp_path / "f", STATE)
+    save_file(STATE, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match="a whole model and shards"):
+        read_model(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    save_file(STATE, folder / "consolidated.safetensors")
+    with pytest.raises(WeightsError, match="more than one set of shards"):
+        read_model(folder)
+    for name in ("one.pt", "two.pt"):
+        saved(tmp_path / name, STATE, name=name).rename(tmp_path / "f.pt")
+        (tmp_path / "t").mkdir(exist_ok=True)
+        (tmp_path / "f.pt").rename(tmp_path / "t" / name)
+    with pytest.raises(WeightsError, match=r"several PyTorch files \(one.pt, two.pt\)"):
+        read_model(tmp_path / "t")
+
+
+def test_a_folder_without_weights_says_what_is_in_it(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"no checkpoint.*found config\.json"):
+        read_model(tmp_path / "f")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def zipped_again(path):
+    other = path.with_name("packed.pt")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return other
+
+
+def rewritten(path, data):
+    path.write_bytes(data(path.read_bytes()))
+    return path
+
+
+ODD = {
+    "code": (lambda f: saved(f, Evil()), "objects of Python"),
+    "a module": (
+        lambda f: saved(f, torch.nn.Linear(2, 2)),
+        r"objects of Python \(torch.*Linear",
+    ),
+    "a plain pickle": (
+        lambda f: rewritten(saved(f, STATE), lambda _: pickle.dumps({"a": 1})),
+        "torch.save did not write",
+    ),
+    "a file that was cut": (
+        lambda f: rewritten(saved(f, STATE), lambda d: d[: len(d) // 2]),
+        "truncated or damaged",
+    ),
+    "a compressed one": (lambda f: zipped_again(saved(f, STATE)), "was compressed"),
+    "two sets": (
+        lambda f: saved(f, STATE, lambda s: {"state_dict": s, "ema_state_dict": s}),
+        "'state_dict', 'ema_state_dict', and it is not known",
+    ),
+    "a set under another name": (
+        lambda f: saved(f, STATE, lambda s: {"weights_of_mine": s}),
+        "'weights_of_mine'",
+    ),
+    "tensors within tensors": (
+        lambda f: saved(f, STATE, lambda s: s | {"deep": {"w": torch.ones(2)}}),
+        "'deep'",
+    ),
+    "a list": (lambda f: saved(f, [1, 2]), "holds a list"),
+    "one tensor": (lambda f: saved(f, torch.ones(2)), "holds a Tensor"),
+    "no tensor": (lambda f: saved(f, {"a": 1}), "no tensors, found 'a'"),
+    "numbers for names": (lambda f: saved(f, {1: torch.ones(2)}), "under 1, expected"),
+    "a sparse one": (
+        lambda f: saved(f, {"s": torch.eye(3).to_sparse()}),
+        "'s' of .* sparse",
+    ),
+    "a type of none": (
+        lambda f: saved(f, {"c": torch.ones(2, dtype=torch.complex128)}),
+        "'c' of .* complex128",
+    ),
+    "no values": (
+        lambda f: saved(f, {"m": torch.ones(2, device="meta")}),
+        "'m' of .* meta",
+    ),
+    "a number that is said again and again": (
+        lambda f: saved(f, {"e": torch.ones(1).expand(1 << 40)}),
+        "'e' of .* repeats",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_no_state_dict_is_refused_in_words(
+    case, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    make, words = ODD[case]
+    path = make(tmp_path / "made")
+    with pytest.raises(WeightsError, match=words) as caught:
+        read_model(path)
+    assert "weights_only" not in str(caught.value)  # torch advises to switch it off
+    assert not (tmp_path / "harmed").exists()
+    assert command(patch, "extract", path, "-o", "x")[0] == 3
+
+
+def test_a_program_is_refused_as_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        for name in ("data/0", "data.pkl", "code/net.py", "constants.pkl"):
+            archive.writestr(f"script/{name}", b"x")
+    with pytest.raises(WeightsError, match="TorchScript"):
+        read_model(tmp_path / "script.pt")
+
+
+def test_torch_is_imported_for_its_own_files_alone_and_asked_for_by_its_extra(
+    tmp_path, merged
+):
+    path = saved(tmp_path / "a", STATE)
+    code = (
+        "import sys; from packager.models.read import read_model\n"
+        f"read_model({str(merged[0])!r}); assert 'torch' not in sys.modules\n"
+        "sys.modules['torch'] = None\n"
+        "sys.argv = ['dpu-patch', 'extract', sys.argv[1], '-o', 'x']\n"
+        "from packager.__main__ import patch; patch()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "pip install 'dpu-edge[checkpoints]'" in done.stderr
+
+
+def test_a_files_own_bytes_are_mapped_not_copied(tmp_path):
+    data = np.arange(1 << 20, dtype="<f4")
+    header = b'{"w":{"dtype":"F32","shape":[1048576],"data_offsets":[0,4194304]}}'
+    text = header + b" " * (-len(header) % 8)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data.tobytes())
+    weights = read_model(path).weights
+    assert not weights["w"].flags.owndata
+    assert np.array_equal(weights["w"], data)
+    assert b"".join(weights.chunks()) == path.read_bytes()
