@@ -19,9 +19,7 @@ one graph.
 """
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from trainer.export.tensors import (
     state_tensors,
     weights_of,
 )
+from trainer.export.tracing import insist_on_answers, trace
 
 __all__ = [
     "check_graph",
@@ -69,28 +68,62 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     tensors = state_tensors(model)
     groups = owners(tensors)
     _refuse_hidden_weights(model, tensors)
+    _refuse_wrappers(model)
     twin = _copy_with(model, groups, copy.deepcopy).cpu()
     inputs = tuple(x.detach().cpu() for x in as_tuple(example, "the example"))
     if any(x.dim() == 0 or len(x) == 0 for x in inputs):
         raise ExportError("the example needs a batch axis with at least one row")
-    try:
-        exported = _trace(twin, groups, inputs)
-    except Exception as err:
-        # torch's tracer raises what the model's own code raises, so: anything.
-        raise ExportError(
-            f"torch cannot trace this model: {str(err).strip().splitlines()[0]} "
-            f"(forward must take any batch size: x.shape[0], not len(x); and it must "
-            f"not branch on a weight's value)"
-        ) from err
+    pair = tuple(rows_of(x, 2) for x in inputs)
+    # A copy that shares the weights: what forward keeps to itself is not traced.
+    taster = _copy_with(twin, groups, lambda tensor: tensor)
+    insist_on_answers(taster, [pair, tuple(rows_of(x, 3) for x in inputs)])
+    exported, read = trace(_copy_without_values(twin, groups), pair)
     for name in exported.exported_program.graph_signature.buffers_to_mutate.values():
         raise ExportError(
             f"forward changes buffer {name!r} in eval mode, but inference never "
             f"changes a device's weights; change it in training mode only"
         )
     _simplify(exported.model, groups)
+    _refuse_lost(exported.model, {groups[name] for name in read if name in groups})
     graph = _serialise(exported.model, layout_of(twin))
     check_graph(graph, twin, inputs)
     return graph
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Refuse what cannot be traced, or would be traced as something else."""
+    for path, module in model.named_modules():
+        where = f"module {path!r}" if path else "the network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ExportError(
+                f"{where} is a ScriptModule (torch.jit), which torch cannot export: "
+                "use the module that it was made from"
+            )
+        if hasattr(module, "_orig_mod"):
+            raise ExportError(
+                f"{where} is compiled (torch.compile), and a run's graph and names are "
+                "those of the plain network: build it without, and compile what "
+                "start_run() returns; publish_round() finds the network in that"
+            )
+        if getattr(module, "max_norm", None) is not None:
+            raise ExportError(
+                f"{where} has max_norm, so that forward changes its weights also in "
+                "eval mode, and inference never changes a device's: build it without "
+                "max_norm, and limit the norms in your loop before select()"
+            )
+
+
+def _refuse_lost(graph_model: Any, read: set[str]) -> None:
+    """Refuse a graph without a tensor that forward reads: the exporter dropped it."""
+    graph = graph_model.graph
+    outside = {value.name for value in [*graph.inputs, *graph.outputs]}
+    for name in sorted(read - outside):  # check_graph() has words for those
+        if name not in graph.initializers:
+            raise ExportError(
+                f"forward reads tensor {name!r}, and torch's exporter leaves it out of "
+                "the graph (an LSTM's proj_size is such a case: use nn.Linear behind "
+                "an LSTM without it); use other operators in forward"
+            )
 
 
 def _refuse_hidden_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -122,31 +155,10 @@ def _copy_with(
     return copy.deepcopy(model, memo).eval()
 
 
-@contextmanager
-def _known_warnings_ignored() -> Iterator[None]:
-    """Ignore two warnings of torch's exporter, in all threads of this process."""
-    with warnings.catch_warnings():
-        # torch 2.13 copies tree specs of its own, of a type that it deprecates.
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        # nn.LSTM and nn.GRU keep a list of their weights, which tracing swaps.
-        warnings.filterwarnings("ignore", ".*_flat_weights", UserWarning)
-        yield
-
-
-def _trace(twin: nn.Module, groups: Mapping[str, str], inputs: Sequence[Tensor]) -> Any:
-    """Export a module without its values and return torch's ONNX program."""
+def _copy_without_values(twin: nn.Module, groups: Mapping[str, str]) -> nn.Module:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    fake = _copy_with(twin, groups, FakeTensorMode().from_tensor)
-    # Two rows: torch takes a batch of one for a constant.
-    batch = tuple(rows_of(x, 2) for x in inputs)
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in batch)
-    # Without gradients always: names of inner values differ with and without.
-    with torch.no_grad(), _known_warnings_ignored():
-        program = torch.export.export(fake, batch, dynamic_shapes=shapes, strict=False)
-        return torch.onnx.export(
-            program, (), dynamo=True, optimize=False, verbose=False
-        )
+    return _copy_with(twin, groups, FakeTensorMode().from_tensor)
 
 
 def _simplify(model: Any, groups: Mapping[str, str]) -> None:

@@ -128,7 +128,11 @@ def as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
     """Return one tensor, or several, as a tuple."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not values or not all(isinstance(item, Tensor) for item in values):
-        raise ExportError(f"{what} must be a tensor or a tuple of tensors")
+        raise ExportError(
+            f"{what} must be a tensor or a tuple of tensors, found "
+            f"{type(value).__name__}; put a module around the network that takes and "
+            "returns those"
+        )
     return values
 
 

@@ -334,12 +334,42 @@ FAULTS = {
     "fixed batch": (
         lambda m: None,
         lambda m, x: m.layer(x).reshape(2, 2, 2),
-        "cannot trace",
+        r"input of float32 \[3, 4\].*with 2 rows it works.*test_graph.py, line",
+    ),
+    "batch as a number": (
+        lambda m: None,
+        lambda m, x: m.layer(x) + torch.zeros(len(x), 4),
+        r"fixes the batch size.*not from len\(x\)",
     ),
     "branches on a weight": (
         lambda m: None,
         lambda m, x: m.layer(x) if m.layer.bias.sum() > 0 else x,
-        "cannot trace",
+        "branches on a value.*test_graph.py, line",
+    ),
+    "an operator that ONNX lacks": (
+        lambda m: None,
+        lambda m, x: m.layer(x) + torch.linalg.eigvalsh(x[:, :, None] * x[:, None]),
+        "no ONNX form for the operator 'aten._linalg_eigh': use",
+    ),
+    "another shape": (
+        lambda m: m.add_module("layer", nn.Linear(5, 4)),
+        lambda m, x: m.layer(x),
+        r"input of float32 \[2, 4\]: RuntimeError: mat1 and mat2 .*contract's inputs",
+    ),
+    "a projection": (
+        lambda m: m.add_module("layer", nn.LSTM(4, 4, proj_size=2)),
+        lambda m, x: m.layer(x[None])[0][0],
+        "reads tensor 'layer.weight_hr_l0', and torch's exporter leaves it out",
+    ),
+    "norms of an embedding": (
+        lambda m: m.add_module("words", nn.Embedding(4, 4, max_norm=1.0)),
+        lambda m, x: m.layer(x) + m.words(x.long().abs() % 4).sum(1),
+        "module 'words' has max_norm.*before select",
+    ),
+    "compiled": (
+        lambda m: m.add_module("layer", torch.compile(m.layer, backend="eager")),
+        lambda m, x: m.layer(x),
+        "module 'layer' is compiled.*compile what start_run",
     ),
     "random": (
         lambda m: None,
@@ -349,16 +379,41 @@ FAULTS = {
     "output": (
         lambda m: None,
         lambda m, x: {"y": m.layer(x)},
-        "must be a tensor or a tuple",
+        "must be a tensor or a tuple of tensors, found dict; put",
     ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's, once a process
 @pytest.mark.parametrize("fault", FAULTS)
 def test_refuses_what_cannot_be_deployed_and_says_why(fault):
     prepare, run, message = FAULTS[fault]
     with pytest.raises(ExportError, match=message):
         export_graph(Faulty(prepare, run), torch.randn(2, 4))
+
+
+class AnyNumber(nn.Module):
+    """As many wrappers have it: the names of the inputs are the inner module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Bilinear(3, 3, 2)
+
+    def forward(self, *args, **options):
+        return self.net(*args, **options)
+
+
+def test_inputs_without_names_of_their_own_export():
+    example = torch.randn(2, 3), torch.randn(2, 3)
+    graph = onnx.load_model_from_string(export_graph(AnyNumber(), example)).graph
+    assert [value.name for value in graph.input] == ["input_0", "input_1"]
+
+
+def test_refuses_a_scripted_module():
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(ExportError, match=r"ScriptModule.*that it was made from"):
+        export_graph(scripted, torch.randn(1, 4))
 
 
 def test_refuses_hook_based_weight_norm():
