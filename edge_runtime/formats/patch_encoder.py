@@ -64,7 +64,7 @@ def encode_patch(
     """
     tensors = target.layout.tensors
     fine, sections = encode_positions(
-        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)], level
+        [(t.axes, found) for t, found in zip(tensors, changes, strict=True)], level
     )
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     sections[OUTPUTS] = [outputs]

@@ -187,11 +187,14 @@ def apply(base: bytes, patch: bytes) -> bytes:
     tensors, groups, sizes = [], {}, [section.size for section in used]
     target, data_at = bytearray(base), 8 + unpack_from("<Q", base)[0]
     for t in json.loads(base[8:data_at]).values():  # [0x01 counts]
-        n, c, (at, stop) = math.prod(t["shape"]), counts.varint(), t["data_offsets"]
+        c, (at, stop) = counts.varint(), t["data_offsets"]
+        # Numbers smaller than a byte: a row of bytes [Weight file].
+        shape = [stop - at] if t["dtype"].startswith(("F4", "F6_")) else t["shape"]
+        n = math.prod(shape)
         _must(c <= n and sizes[0] <= 8 << 20, "count")
         size = (stop - at) // max(n, 1)
         kind = (32 + 32 * size.bit_length() + 16 * (2 * c > n)) * (c > 0)
-        tensors.append((kind, t["shape"], c, size, data_at + at, t["dtype"]))
+        tensors.append((kind, shape, c, size, data_at + at, t["dtype"]))
     if 9 in parts:
         _subspaces(parts.pop(9), tensors, target)
     moved = bytes(target)
