@@ -8,10 +8,12 @@ be imported, :mod:`edge_runtime.inference.numpy_backend` answers.
 import ctypes
 import gc
 import os
+import re
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +30,25 @@ from edge_runtime.streams import utf8_path
 # Creating a session takes up to 2.9 times the weight file (ResNet-34: 257 MB for 87):
 # the mapped file, a copy with BatchNorm folded in, and one in the kernels' own layout.
 LOAD_FACTOR = 3
+# What ONNX Runtime says of graphs that are newer than it, or need an operator that it
+# has not: the runtime is at fault then, and no file of the device.
+_LACKS = {
+    r"Unsupported model IR version: (\d+), max supported IR version: (\d+)": (
+        "it has IR version {0}, the runtime reads up to {1}"
+    ),
+    r"Opset (\d+) is under development[^\0]*domain (\S+) is till opset (\d+)": (
+        "it is of opset {0} of {1}, the runtime knows up to {2}"
+    ),
+    r"No Op registered for (\S+) with domain_version of (\d+)": (
+        "it needs the operator {0} of opset {1}, which the runtime lacks"
+    ),
+    r"(\S+?)(?:\(-?\d+\))? is not a registered function/op": (
+        "it needs the operator {0}, which the runtime lacks"
+    ),
+    r"Could not find an implementation for (\S+) node": (
+        "it needs the operator {0} for types for which the runtime lacks it"
+    ),
+}
 DRAIN_S = 10.0  # how long a swap waits for calls that still use the old session
 
 
@@ -154,16 +175,7 @@ class Predictor:
         _drain(old)
 
     def _load(self, folder: Path) -> Any:
-        try:
-            return self._warmed_up(make_session(folder, self.backend, self.options))
-        except DpuError:
-            raise
-        except Exception as err:
-            # ONNX Runtime's own exceptions share no base but this one. The frames go:
-            # they hold a session whose memory the old one may need to return.
-            err.__traceback__ = None
-            _trim_heap()
-            raise StoreError(f"cannot load {folder / GRAPH_NAME}: {err}") from err
+        return open_session(folder, self.backend, self.options, self._warmed_up)
 
     def _warmed_up(self, session: Any) -> Any:
         # What a call needs beside the weights is taken before anybody relies on it.
@@ -221,6 +233,52 @@ def _import_onnxruntime() -> Any:
             "choose the numpy backend"
         ) from err
     return onnxruntime
+
+
+def open_session(
+    folder: Path,
+    backend: Backend,
+    options: RunOptions,
+    use: Callable[[Any], Any] = lambda session: session,
+) -> Any:
+    """Load a slot as :func:`make_session` does; every failure is one of ours.
+
+    Args:
+        folder: Holds ``graph.onnx`` and ``weights.safetensors``.
+        backend: NumPy or ONNX Runtime.
+        options: How to run it.
+        use: What to do with the session before it is returned.
+
+    Raises:
+        StoreError: The slot cannot be loaded.
+        BackendError: The backend is not installed, or cannot run this graph.
+    """
+    try:
+        return use(make_session(folder, backend, options))
+    except DpuError:
+        raise
+    except Exception as err:
+        # ONNX Runtime's own exceptions share no base but this one. The frames go: they
+        # hold a session whose memory the old one may need to return.
+        err.__traceback__ = None
+        _trim_heap()
+        what = f"cannot load {folder / GRAPH_NAME}"
+        if reason := _lacks(str(err)):
+            version = sys.modules["onnxruntime"].__version__
+            raise BackendError(
+                f"{what}: {reason}, and this is ONNX Runtime {version}; install a "
+                "newer one (pip install --upgrade onnxruntime), or export the model "
+                "for an older one"
+            ) from err
+        raise StoreError(f"{what}: {err}") from err
+
+
+def _lacks(message: str) -> str:
+    """Say what ONNX Runtime itself lacks for a graph; empty for any other failure."""
+    for pattern, words in _LACKS.items():
+        if found := re.search(pattern, message):
+            return words.format(*found.groups())
+    return ""
 
 
 def make_session(folder: Path, backend: Backend, options: RunOptions) -> Any:

@@ -9,6 +9,7 @@ What a bundle needs beside them is derived from the graph where it is not given.
 import io
 import json
 import math
+import re
 import tempfile
 from collections.abc import Collection, Sequence
 from os import PathLike
@@ -19,7 +20,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ContractError, StoreError, TrialError
+from edge_runtime.errors import (
+    BackendError,
+    ContractError,
+    RoundError,
+    StoreError,
+    TrialError,
+)
 from edge_runtime.files import read_bounded
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.arrays import read_npz
@@ -39,7 +46,6 @@ from edge_runtime.formats.init_weights import (
     write_init_spec,
 )
 from edge_runtime.formats.json_file import read_record
-from edge_runtime.formats.layout import DTYPES
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -69,9 +75,7 @@ SAMPLES = 4  # golden inputs that are made up where none are given
 # half precision and 8 bits round and saturate differently from CPU to CPU.
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
 INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std")
-COARSE_TYPES = {"F16", "BF16", "I8", "U8"} | {
-    code for code in DTYPES if code.startswith(("F4", "F6_", "F8_"))
-}
+COARSE_TYPES = {"F16", "BF16", "I8", "U8", "F8_E5M2", "F8_E4M3"}
 
 
 def adopt_model(
@@ -104,7 +108,8 @@ def adopt_model(
         ContractError: The contract is malformed, or the golden inputs do not fit it; or
             the graph says too little to do without them.
         TrialError: Devices would refuse these weights.
-        StoreError: ONNX Runtime cannot load the graph.
+        RoundError: ONNX Runtime cannot load or run the graph.
+        BackendError: ONNX Runtime is older than the graph, or lacks an operator.
         BudgetError: The bundle is larger than ``max_size``.
     """
     text = make_contract(model, contract)
@@ -112,7 +117,13 @@ def adopt_model(
     arrays = {"inputs": made_up(spec)} if golden is None else _read_golden(golden)
     files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text} | _init(model.weights)
     files[GOLDEN_NAME] = _npz(arrays)
-    files[GOLDEN_NAME] = with_outputs(files, model.weights)
+    try:
+        files[GOLDEN_NAME] = with_outputs(files, model.weights)
+    except (StoreError, BackendError) as err:
+        kind = BackendError if isinstance(err, BackendError) else RoundError
+        # Not where a copy of the graph lay for a moment.
+        reason = re.sub(rf"\S+/{GRAPH_NAME}", "the graph", str(err))
+        raise kind(f"{model.path}: ONNX Runtime cannot run it: {reason}") from err
     if model.run:
         files[RUN_NAME] = encode_run(model.run)
     patch = _nothing_to_patch(model, counter, level)
@@ -220,8 +231,9 @@ def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
         return {"name": value.name, "dtype": "", "shape": None}
     shape: list[int | None] | None = None
     if kind.HasField("shape"):
-        dims = kind.shape.dim
-        shape = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+        # Some exporters write -1 where any size goes.
+        sizes = [(d.HasField("dim_value"), d.dim_value) for d in kind.shape.dim]
+        shape = [size if given and size >= 0 else None for given, size in sizes]
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return {"name": value.name, "dtype": dtype, "shape": shape}
 
@@ -244,7 +256,7 @@ def check_answers(base: Model, target: Model) -> str:
     """
     try:
         _run_made_up(target)
-    except (ContractError, StoreError) as err:
+    except (ContractError, StoreError, BackendError) as err:
         return str(err)
     except TrialError as err:
         try:

@@ -8,10 +8,11 @@ held against the weight file before it travels, which is once, in the bundle.
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import BackendError, RoundError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 
+OWN = ("", "ai.onnx")  # the domain of ONNX's own operators
 # ONNX names of the types that a weight file can hold.
 ONNX_TYPES = {
     "F64": "DOUBLE",
@@ -24,11 +25,6 @@ ONNX_TYPES = {
     "BF16": "BFLOAT16",
     "I16": "INT16",
     "U16": "UINT16",
-    "C64": "COMPLEX64",
-    "F4": "FLOAT4E2M1",
-    "F8_E8M0": "FLOAT8E8M0",
-    "F8_E5M2FNUZ": "FLOAT8E5M2FNUZ",
-    "F8_E4M3FNUZ": "FLOAT8E4M3FNUZ",
     "F8_E5M2": "FLOAT8E5M2",
     "F8_E4M3": "FLOAT8E4M3FN",
     "I8": "INT8",
@@ -86,16 +82,19 @@ def check_valid(model: onnx.ModelProto, path: object) -> None:
 
     Raises:
         RoundError: The checker refuses the model; its reason is in the message.
+        BackendError: It is newer than the checker.
     """
+    _check_age(model, path)
     bare = onnx.ModelProto(ir_version=model.ir_version, functions=model.functions)
     bare.opset_import.extend(model.opset_import)
     graph = bare.graph
     graph.name = model.graph.name or "graph"
     graph.node.extend(model.graph.node)
-    graph.output.extend(model.graph.output)
+    graph.output.extend(map(_with_shape, model.graph.output))
     graph.sparse_initializer.extend(model.graph.sparse_initializer)
     weights = {tensor.name for tensor in model.graph.initializer}
-    graph.input.extend(v for v in model.graph.input if v.name not in weights)
+    inputs = (v for v in model.graph.input if v.name not in weights)
+    graph.input.extend(map(_with_shape, inputs))
     graph.input.extend(
         onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
         for t in model.graph.initializer
@@ -109,10 +108,33 @@ def check_valid(model: onnx.ModelProto, path: object) -> None:
         ) from err
 
 
+def _with_shape(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """Return a value that has a shape for the checker; none at all is an open one."""
+    given = onnx.ValueInfoProto()
+    given.CopyFrom(value)
+    if value.type.HasField("tensor_type"):
+        given.type.tensor_type.shape.SetInParent()
+    return given
+
+
+def _check_age(model: onnx.ModelProto, path: object) -> None:
+    opset = max((o.version for o in model.opset_import if o.domain in OWN), default=1)
+    for what, found, known in (
+        ("IR version", model.ir_version, int(onnx.IR_VERSION)),
+        ("opset", opset, onnx.defs.onnx_opset_version()),
+    ):
+        if found > known:
+            raise BackendError(
+                f"{path} has {what} {found}, and onnx {onnx.__version__} here knows up "
+                f"to {known}; install a newer one (pip install --upgrade onnx), or "
+                "export the model for an older one"
+            )
+
+
 def _expected(layout: Layout, name: str) -> dict[str, object]:
     tensor = layout.by_name[name]
     return {
-        "type": ONNX_TYPES.get(tensor.dtype, f"no ONNX type ({tensor.dtype})"),
+        "type": ONNX_TYPES[tensor.dtype],
         "shape": tensor.shape,
         "location": WEIGHTS_NAME,
         "offset": str(tensor.start),

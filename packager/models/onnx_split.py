@@ -4,46 +4,40 @@
 What is a weight? Every initializer of a number type that networks learn in or are
 quantised to. 64-bit integers and booleans are not: they are shapes, axes and index
 tables, which ONNX Runtime must see while it loads a graph; they stay inside, and so do
-the few floats that say how large something is (``Resize``). A difference in those is a
-difference of the networks.
+the few other numbers that say how large something is. What else it must see, loading
+the graph tells. A difference in those is a difference of the networks.
 """
 
-import math
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Container, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import onnx
-from google.protobuf.message import (  # type: ignore[import-untyped]
-    DecodeError,
-    Message,
-)
-from numpy.typing import NDArray
-from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_model
+from google.protobuf.message import Message  # type: ignore[import-untyped]
+from onnx import TensorProto, numpy_helper
 
-from edge_runtime.errors import WeightsError
-from edge_runtime.formats.layout import DTYPES, Layout
-from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.weights import Weights, pack_weights
-from edge_runtime.streams import utf8_path
+from edge_runtime.errors import BackendError, StoreError, WeightsError
+from edge_runtime.formats.layout import Layout
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.weights import Weights
+from edge_runtime.inference.predictor import Backend, RunOptions, open_session
 from packager.models.onnx_check import ONNX_TYPES, check_valid
+from packager.models.onnx_file import Values, is_external, read_onnx
+from packager.models.onnx_lift import lift, shaping
+from packager.models.onnx_words import without_weights
+from packager.models.views import View, ViewedWeights
 
-# Weights by their looks, which so far stay inside too.
-INSIDE = {"C64", "F4", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"}
 # ONNX type number -> type code of the weight file.
 CODES = {
-    onnx.TensorProto.DataType.Value(name): code
+    TensorProto.DataType.Value(name): code
     for code, name in ONNX_TYPES.items()
-    if code not in {"I64", "U64", "BOOL"} and code not in INSIDE
+    if code not in {"I64", "U64", "BOOL"}
 }
-# Operators whose inputs from this one on decide a shape: ONNX Runtime refuses to load
-# a graph in which they lie in another file.
-SHAPING = {"Resize": 1, "Upsample": 1, "Range": 0}
 # What exporters write for people and their own bookkeeping, some of it with paths and
 # dates: it must not make two exports of one network differ.
 REMARKS = {"doc_string", "metadata_props", "producer_name", "producer_version"}
+SMALL = 1 << 16  # bytes: what is larger is no shape, and never stays inside
 
 
 def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
@@ -61,154 +55,128 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
             change.
         RoundError: The ONNX checker calls the model invalid.
     """
-    model = _load(path)
-    _lift_constants(model.graph)
-    found = list(_weights(model.graph))
-    if not found:
-        raise WeightsError(
-            f"{path} holds no weights: no initializer of a type that a weight file has"
-        )
+    model, values = read_onnx(path)
+    model = lift(model, CODES.keys())
+    names = _weights(model.graph)
+    if not names:
+        raise WeightsError(f"{path} holds no weights: {without_weights(model)}")
     check_valid(model, path)
-    arrays = {tensor.name: _bits(tensor) for tensor in found}
-    types = {tensor.name: CODES[tensor.data_type] for tensor in found}
-    weights = pack_weights(arrays, types)
-    for tensor in found:
-        _point_into(tensor, weights.layout)
-    _tidy(model)
+    views = _taken_out(model.graph, names, values)
+    _tidy(model, values)
     model.graph.name = "graph"
-    return model.SerializeToString(deterministic=True), weights
+    weights = ViewedWeights(views)
+    if inside := _needed_inside(model, weights):
+        kept = {name: views[name] for name in views.keys() - inside}
+        constants = {name: views[name].raw.tobytes() for name in inside}
+        return _graph(model, (rest := ViewedWeights(kept)).layout, constants), rest
+    return _graph(model, weights.layout, {}), weights
 
 
-def _load(path: str | PathLike[str]) -> onnx.ModelProto:
-    try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-        load_external_data_for_model(model, utf8_path(Path(path).parent))
-    except (DecodeError, ValueError, onnx.checker.ValidationError) as err:
-        raise WeightsError(
-            f"{path} is neither an ONNX nor a safetensors file, or its weights are "
-            f"missing ({err})"
-        ) from err
-    if not model.graph.node:
-        raise WeightsError(f"{path} is no ONNX file with a network in it")
-    return model
+def _weights(graph: onnx.GraphProto) -> set[str]:
+    stays = shaping(graph)
+    return {
+        tensor.name
+        for tensor in graph.initializer
+        # ONNX Runtime takes no empty tensor from a file either.
+        if tensor.data_type in CODES and all(tensor.dims) and tensor.name not in stays
+    }
 
 
-def _tidy(message: Message) -> None:
+def _taken_out(
+    graph: onnx.GraphProto, names: Container[str], values: Values
+) -> dict[str, View]:
+    """Take weights out of a graph; tensors without values are left of them."""
+    views = {}
+    for tensor in graph.initializer:
+        if tensor.name in names:
+            code, shape = CODES[tensor.data_type], tuple(tensor.dims)
+            views[tensor.name] = View(code, shape, *values.raw(tensor))
+            bare = TensorProto(name=tensor.name, data_type=tensor.data_type)
+            bare.dims.extend(shape)
+            bare.data_location = TensorProto.EXTERNAL
+            tensor.CopyFrom(bare)
+    return views
+
+
+def _tidy(message: Message, values: Values) -> None:
     """Write in one way what ONNX lets exporters write in several."""
     for field, value in message.ListFields():
         if field.name in REMARKS:
             message.ClearField(field.name)
         elif field.message_type is not None:
             for entry in [value] if isinstance(value, Message) else value:
-                if isinstance(entry, onnx.TensorProto):
-                    _rewrite(entry)
+                if isinstance(entry, TensorProto):
+                    _rewrite(entry, values)
                 else:
-                    _tidy(entry)
+                    _tidy(entry, values)
 
 
-def _rewrite(tensor: onnx.TensorProto) -> None:
-    """Keep a constant's values as raw bytes, not as a list of numbers."""
-    if tensor.data_type == onnx.TensorProto.STRING:
+def _rewrite(tensor: TensorProto, values: Values) -> None:
+    """Keep a constant's values inside, as raw bytes, not as a list of numbers."""
+    if tensor.data_type == TensorProto.STRING:
         tensor.ClearField("doc_string")
-    elif tensor.data_location != onnx.TensorProto.EXTERNAL:
-        array = numpy_helper.to_array(tensor)
+    elif not is_external(tensor) or tensor.external_data:
+        array = values.array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
-def _lift_constants(graph: onnx.GraphProto) -> None:
-    """Turn nodes that are nothing but a weight into initializers.
+def _graph(
+    model: onnx.ModelProto, layout: Layout, inside: Mapping[str, bytes]
+) -> bytes:
+    """Return a graph that reads its weights from the weight file, some from inside."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for tensor in whole.graph.initializer:
+        if tensor.name in inside:
+            tensor.ClearField("data_location")
+            tensor.raw_data = inside[tensor.name]
+        elif is_external(tensor):
+            place = layout.by_name[tensor.name]
+            for key, value in {
+                "location": WEIGHTS_NAME,
+                "offset": place.start,
+                "length": place.stop - place.start,
+            }.items():
+                tensor.external_data.add(key=key, value=str(value))
+    return bytes(whole.SerializeToString(deterministic=True))
 
-    Some exporters write every weight like that. Single numbers are left alone: they
-    are part of a formula more often than learned.
+
+def _needed_inside(model: onnx.ModelProto, weights: Weights) -> set[str]:
+    """Return the weights without which ONNX Runtime does not load the graph.
+
+    Found by trying, the smallest first: none in nearly every model.
     """
-    for node in list(graph.node):
-        tensors = [a.t for a in node.attribute if a.name == "value"]
-        if node.op_type != "Constant" or not tensors:
-            continue
-        (tensor,) = tensors
-        if tensor.data_type in CODES and math.prod(tensor.dims) > 1:
-            graph.node.remove(node)
-            graph.initializer.add().CopyFrom(tensor)
-            graph.initializer[-1].name = node.output[0]
-
-
-def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    shaping = {
-        name
-        for node in graph.node
-        for name in node.input[SHAPING.get(node.op_type, len(node.input)) :]
-    }
-    for tensor in graph.initializer:
-        # ONNX Runtime takes no empty tensor from a file either.
-        if (
-            tensor.data_type in CODES
-            and tensor.name not in shaping
-            and all(tensor.dims)
-        ):
-            yield tensor
-
-
-def _bits(tensor: onnx.TensorProto) -> NDArray[Any]:
-    """Return a tensor in the NumPy type that the weight file has for it."""
-    array = numpy_helper.to_array(tensor)
-    return array.view(DTYPES[CODES[tensor.data_type]])
-
-
-def _point_into(tensor: onnx.TensorProto, layout: Layout) -> None:
-    """Replace a tensor's values by where the weight file has them."""
-    place = layout.by_name[tensor.name]
-    bare = onnx.TensorProto(
-        name=tensor.name,
-        data_type=tensor.data_type,
-        dims=list(tensor.dims),
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    for key, value in {
-        "location": WEIGHTS_NAME,
-        "offset": place.start,
-        "length": place.stop - place.start,
-    }.items():
-        bare.external_data.add(key=key, value=str(value))
-    tensor.CopyFrom(bare)
-
-
-def first_difference(base: bytes, target: bytes) -> str:
-    """Put into words where two graphs of :func:`split_onnx` begin to differ."""
-    if not base or not target:
-        return "one of them has no graph"
-    a, b = onnx.load_from_string(base), onnx.load_from_string(target)
-    if a.opset_import != b.opset_import or a.ir_version != b.ir_version:
-        return "they are of different ONNX versions"
-    parts = [
-        ("input", a.graph.input, b.graph.input),
-        ("output", a.graph.output, b.graph.output),
-        ("operator", a.graph.node, b.graph.node),
-        ("constant", a.graph.initializer, b.graph.initializer),
-        ("function", a.functions, b.functions),
+    small = [
+        tensor.name
+        for tensor in sorted(weights.layout.tensors, key=lambda t: t.stop - t.start)
+        if tensor.stop - tensor.start <= SMALL
     ]
-    for what, ours, theirs in parts:
-        if words := _differ(what, ours, theirs):
-            return words
-    return "their graphs are written differently"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with (folder / WEIGHTS_NAME).open("wb") as file:
+            file.writelines(weights.chunks())
 
+        def loads(names: Iterable[str]) -> bool:
+            constants = {name: weights[name].tobytes() for name in names}
+            graph = _graph(model, weights.layout, constants)
+            (folder / GRAPH_NAME).write_bytes(graph)
+            try:
+                open_session(folder, Backend.ONNXRUNTIME, RunOptions())
+            except (BackendError, StoreError):
+                return False
+            return True
 
-def _differ(what: str, ours: Iterable[Any], theirs: Iterable[Any]) -> str:
-    left, right = list(ours), list(theirs)
-    for number, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            names = " and ".join(dict.fromkeys(map(_name, (a, b))))
-            kind = f"; {_type(a)} stay in the graph" if what == "constant" else ""
-            return f"{what} {number} differs ({names}{kind})"
-    if len(left) != len(right):
-        return f"one has {len(left)} {what}s, the other {len(right)}"
-    return ""
-
-
-def _type(tensor: onnx.TensorProto) -> str:
-    name = onnx.TensorProto.DataType.Name(tensor.data_type)
-    return f"numbers of type {name}" if math.prod(tensor.dims) > 1 else "single numbers"
-
-
-def _name(part: Any) -> str:
-    kind = getattr(part, "op_type", "")
-    return f"{kind} {part.name or (part.output[0] if kind else '')!r}".strip()
+        inside: set[str] = set()
+        # What does not load with all of them inside either fails for another reason,
+        # which is told when it is run.
+        while not loads(inside) and (inside or loads(small)):
+            rest = [name for name in small if name not in inside]
+            fails, enough = 0, len(rest)
+            while enough - fails > 1:
+                middle = (fails + enough) // 2
+                if loads(inside.union(rest[:middle])):
+                    enough = middle
+                else:
+                    fails = middle
+            inside.add(rest[enough - 1])
+    return inside

@@ -124,9 +124,17 @@ def check_same_network(base: Model, target: Model) -> None:
     Raises:
         WrongModelError: Tensors or graphs differ; the first difference is named.
     """
-    check_same_tensors(base.weights.layout, target.weights.layout)
+    try:
+        check_same_tensors(base.weights.layout, target.weights.layout)
+    except WrongModelError as err:
+        if base.graph and target.graph:
+            from packager.models.onnx_words import merged
+
+            layouts = base.weights.layout, target.weights.layout
+            err.args = (f"{err}{merged(*layouts, (base.graph, target.graph))}",)
+        raise
     if base.graph != target.graph:
-        from packager.models.onnx_split import first_difference
+        from packager.models.onnx_words import first_difference
 
         raise WrongModelError(
             f"{base.path} and {target.path} are different networks: "
