@@ -55,6 +55,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     | errors.RoundNotFoundError,
     3: errors.PatchError
     | errors.BundleError
+    | errors.HeadError
     | errors.KeyListError
     | errors.ProofError
     | errors.RoundError

@@ -22,6 +22,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + TrustError                   unsigned, wrongly signed or replayed release
      |  + ListExpiredError          the key list expired before it was signed
      + KeyListError                 what should be a key list is malformed
+     + HeadError                    what should be a channel's head is malformed
      + KeyFileError                 a file does not hold the key that is needed
      + ProofError                   what should be a device's proof is malformed
      + LimitError                   DPU_LIMITS does not say what it should
@@ -178,6 +179,10 @@ class ListExpiredError(TrustError):
 
 class KeyListError(DpuError):
     """What should be a key list is malformed, or could never be met."""
+
+
+class HeadError(DpuError):
+    """What should be the head of a channel is malformed."""
 
 
 class KeyFileError(DpuError):

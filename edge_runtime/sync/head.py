@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head of a channel: a small signed file that says what to run. No I/O.
+
+::
+
+    {"signatures": {KEY_ID: BASE64, ...},
+     "signed": {"schema": 1, "model": BASE64, "channel": "stable", "version": 17,
+                "expires": 1798761600, "counter": 5, "round": 5, "target": BASE64,
+                "ways": [[FROM, BYTES, SHA256], [FROM, BYTES, SHA256, TO], ...],
+                "bundle": [BYTES, SHA256], "keys": 2, "pausers": [KEY, ...],
+                "rollout": {"id": "5", "steps": [[10, 1798700000], ...],
+                            "groups": ["lab"]}},
+     "pause": {"at": 1798700500, "key": KEY_ID, "signature": BASE64}}
+
+Every device polls this file, so its bytes count: digests are base64 without padding,
+``FROM`` and ``TO`` are the first 6 bytes of a fingerprint (they choose a file, and the
+file's own header then proves what it is), and what is not used is left out. ``TO`` is
+left out where a way leads to the target. Signed are the bytes of ``signed`` as
+canonical JSON, in a context of their own. A pause may be added by a key that can do
+nothing else; whoever takes it away again makes no device forget it.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from edge_runtime.errors import HeadError
+from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_record import Record
+from edge_runtime.formats.signing import Signature, Trust, framed, is_signed, key_id
+from edge_runtime.trust.canonical import encode_canonical
+
+HEAD_CONTEXT = b"dpu channel head"
+PAUSE_CONTEXT = b"dpu channel pause"
+CHANNEL_FORM = r"[a-z0-9][a-z0-9_-]{0,31}"
+NAME_FORM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+SHORT = 12  # hexadecimal digits of a fingerprint in a way
+PERMILLE = 1000
+_WHAT = "the channel's head"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A patch that the channel offers.
+
+    Attributes:
+        parent: First 12 hexadecimal digits of the weights that it leads from.
+        target: The same of those that it leads to.
+        size: Its bytes.
+        sha256: Of the file, which is its name too.
+    """
+
+    parent: str
+    target: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """Which devices take a release, and when.
+
+    Attributes:
+        id: Keeps a device's place while the share grows; another id shuffles.
+        steps: Share in permille, and from which second since 1970 on, in order of time.
+        groups: Devices of these groups only; empty: all.
+    """
+
+    id: str
+    steps: tuple[tuple[int, int], ...] = ()
+    groups: tuple[str, ...] = ()
+
+    def share(self, now: int) -> int:
+        """Return the share of the devices that take part at a time, in permille."""
+        begun = [share for share, start in self.steps if start <= now]
+        return begun[-1] if begun else PERMILLE if not self.steps else 0
+
+    def includes(self, device: str, group: str, now: int) -> bool:
+        """Return whether a device takes part now; once it does, it stays.
+
+        Args:
+            device: The device's id, any text that stays the same.
+            group: The group that it belongs to, or empty.
+            now: Seconds since 1970.
+        """
+        if self.groups and group not in self.groups:
+            return False
+        return place(self.id, device) < self.share(now)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a channel says.
+
+    Attributes:
+        model: Identity of network and run, 64 hexadecimal digits.
+        channel: Its name.
+        version: Grows with every head of the channel.
+        expires: From this second since 1970 on, nobody knows whether it is the newest.
+        counter: Release counter of the newest release.
+        round: Its round.
+        target: Its fingerprint, 64 hexadecimal digits.
+        ways: The patches that lead there, alone or one behind the other.
+        bundle: Bytes and SHA-256 of what installs a new device; None without one.
+        keys: Number of the newest key list beside it; 0: there is none.
+        rollout: Which devices take part; None: all, now.
+        pausers: Public keys, hex, that may pause it and do nothing else.
+    """
+
+    model: str
+    channel: str
+    version: int
+    expires: int
+    counter: int
+    round: int
+    target: str
+    ways: tuple[Way, ...] = ()
+    bundle: tuple[int, str] | None = None
+    keys: int = 0
+    rollout: Rollout | None = None
+    pausers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A halt of a rollout: no device begins this version any more.
+
+    Attributes:
+        at: When, in seconds since 1970.
+        signature: Of one of the head's pausers.
+    """
+
+    at: int
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class SignedHead:
+    """A head whose signatures have not been looked at yet.
+
+    Attributes:
+        head: What it says.
+        message: The bytes that are signed.
+        signatures: What came with them.
+        pause: What a pauser added; None for nothing.
+    """
+
+    head: Head
+    message: bytes
+    signatures: tuple[Signature, ...]
+    pause: Pause | None = None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what is signed: two heads of one version must not differ."""
+        return hashlib.sha256(self.message).hexdigest()
+
+    def check(self, trust: Trust) -> tuple[str, ...]:
+        """Insist that enough trusted keys signed it; return the ids of those.
+
+        Raises:
+            TrustError: Too few of them did, or a signature is wrong.
+        """
+        return trust.check(HEAD_CONTEXT, self.message, self.signatures)
+
+    def is_paused(self) -> bool:
+        """Return whether a key that the head names paused it.
+
+        To be asked behind :meth:`check`, which proves whom the head names.
+        """
+        if self.pause is None:
+            return False
+        message = framed(PAUSE_CONTEXT, pause_message(self.sha256, self.pause.at))
+        return any(
+            key_id(key) == self.pause.signature.key_id
+            and is_signed(key, self.pause.signature.value, message)
+            for key in self.head.pausers
+        )
+
+
+def place(rollout: str, device: str) -> int:
+    """Return where a device stands in a rollout, from 0 to 999."""
+    text = f"{rollout}\n{device}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) % PERMILLE
+
+
+def pause_message(sha256: str, at: int) -> bytes:
+    """Return what a pauser signs: which head, and when."""
+    return encode_canonical({"head": sha256, "at": at})
+
+
+# Encoding -----------------------------------------------------------------------------
+
+
+def head_message(head: Head) -> bytes:
+    """Return the bytes of a head that are signed."""
+    return encode_canonical(_signed(head))
+
+
+def encode_head(
+    head: Head, signatures: Iterable[Signature], pause: Pause | None = None
+) -> bytes:
+    """Encode the file of a head; the same content gives the same bytes."""
+    value: dict[str, Any] = {
+        "signed": _signed(head),
+        "signatures": {s.key_id: _base64(s.value) for s in signatures},
+    }
+    if pause:
+        name, signature = pause.signature.key_id, _base64(pause.signature.value)
+        value["pause"] = {"at": pause.at, "key": name, "signature": signature}
+    return encode_canonical(value)
+
+
+def _signed(head: Head) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "model": _digest64(head.model),
+        "channel": head.channel,
+        "version": head.version,
+        "expires": head.expires,
+        "counter": head.counter,
+        "round": head.round,
+        "target": _digest64(head.target),
+        "ways": [_encode_way(way, head.target) for way in head.ways],
+    }
+    if head.bundle:
+        value["bundle"] = [head.bundle[0], _digest64(head.bundle[1])]
+    if head.keys:
+        value["keys"] = head.keys
+    if head.pausers:
+        value["pausers"] = [_digest64(key) for key in head.pausers]
+    if head.rollout:
+        steps = [list(step) for step in head.rollout.steps]
+        value["rollout"] = {"id": head.rollout.id, "steps": steps}
+        if head.rollout.groups:
+            value["rollout"]["groups"] = list(head.rollout.groups)
+    return value
+
+
+def _encode_way(way: Way, target: str) -> list[Any]:
+    found: list[Any] = [_digest64(way.parent), way.size, _digest64(way.sha256)]
+    return found if target.startswith(way.target) else [*found, _digest64(way.target)]
+
+
+def _base64(value: bytes) -> str:
+    return base64.urlsafe_b64encode(value).decode().rstrip("=")
+
+
+def _digest64(digest: str) -> str:
+    return _base64(bytes.fromhex(digest))
+
+
+# Reading ------------------------------------------------------------------------------
+
+
+def read_head(data: bytes) -> SignedHead:
+    """Read a head, strictly; nothing is believed yet.
+
+    Raises:
+        HeadError: Too large, damaged, not a head, or of a newer schema.
+    """
+    record = parse_record(data, "head_bytes", _WHAT, HeadError)
+    signed, names = record.record("signed"), record.record("signatures")
+    signed.schema(_SCHEMA)
+    try:
+        message = encode_canonical(signed.values)
+    except ValueError as err:
+        raise HeadError(f"{_WHAT} cannot be signed: {err}") from err
+    signatures = tuple(
+        Signature(_key_id(names, name, name), _bytes(names, name, names.text(name), 64))
+        for name in names.values
+    )
+    pause = _read_pause(record.record("pause")) if "pause" in record else None
+    return SignedHead(_read_signed(signed), message, signatures, pause)
+
+
+def _read_signed(signed: Record) -> Head:
+    target = _hex(signed, "target", signed.text("target"))
+    bundle = _bundle(signed) if "bundle" in signed else None
+    return Head(
+        _hex(signed, "model", signed.text("model")),
+        signed.matching("channel", CHANNEL_FORM, "a name of a to z, 0 to 9, - and _"),
+        signed.integer("version", least=1),
+        signed.integer("expires"),
+        signed.integer("counter"),
+        signed.integer("round"),
+        target,
+        tuple(_read_way(signed, entry, target) for entry in _lists(signed, "ways")),
+        bundle,
+        signed.integer("keys", 0),
+        _read_rollout(signed.record("rollout")) if "rollout" in signed else None,
+        tuple(_hex(signed, "pausers", key) for key in signed.texts("pausers", [])),
+    )
+
+
+def _lists(record: Record, name: str) -> list[list[Any]]:
+    found = record.values.get(name)
+    if not isinstance(found, list) or not all(isinstance(e, list) for e in found):
+        raise record.problem(name, "a list of lists")
+    return found
+
+
+def _read_way(signed: Record, entry: list[Any], target: str) -> Way:
+    match entry:
+        case [str(parent), int(size), str(sha256), *rest] if (
+            len(rest) <= 1 and type(size) is int and size > 0
+        ):
+            to = target[:SHORT]
+            if rest and isinstance(rest[0], str):
+                to = _hex(signed, "ways", rest[0], SHORT // 2)
+            if not rest or isinstance(rest[0], str):
+                start = _hex(signed, "ways", parent, SHORT // 2)
+                return Way(start, to, size, _hex(signed, "ways", sha256))
+    raise signed.problem("ways", "entries of from, bytes, SHA-256 and perhaps to")
+
+
+def _bundle(signed: Record) -> tuple[int, str]:
+    match signed.values["bundle"]:
+        case [int(size), str(sha256)] if type(size) is int and size > 0:
+            return size, _hex(signed, "bundle", sha256)
+    raise signed.problem("bundle", "bytes and SHA-256")
+
+
+def _read_rollout(record: Record) -> Rollout:
+    steps = []
+    for entry in _lists(record, "steps"):
+        match entry:
+            case [int(share), int(start)] if 0 <= share <= PERMILLE and start >= 0:
+                steps.append((share, start))
+            case _:
+                raise record.problem("steps", "entries of permille and second")
+    starts = [start for _, start in steps]
+    if starts != sorted(starts):
+        raise record.problem("steps", "entries in the order of their time")
+    groups = record.texts("groups", [])
+    if not all(re.fullmatch(NAME_FORM, group) for group in groups):
+        raise record.problem("groups", "names of letters, digits, '.', '_' and '-'")
+    name = record.matching("id", NAME_FORM, "letters, digits, '.', '_' and '-'")
+    return Rollout(name, tuple(steps), tuple(groups))
+
+
+def _read_pause(record: Record) -> Pause:
+    name = record.text("key")
+    value = _bytes(record, "signature", record.text("signature"), 64)
+    return Pause(record.integer("at"), Signature(_key_id(record, "key", name), value))
+
+
+def _key_id(record: Record, field: str, text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise record.problem(field, "a key's id, 16 hexadecimal digits")
+    return text
+
+
+def _hex(record: Record, field: str, text: str, size: int = 32) -> str:
+    return _bytes(record, field, text, size).hex()
+
+
+def _bytes(record: Record, field: str, text: str, size: int) -> bytes:
+    try:
+        found = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except (ValueError, binascii.Error):
+        found = b""
+    # One form only for the same bytes: no padding, no stray bits or characters.
+    if len(found) != size or _base64(found) != text:
+        raise record.problem(field, f"{size} bytes in base64 for addresses")
+    return found

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads of channels, signed: the writing side of :mod:`edge_runtime.sync.head`."""
+
+from collections.abc import Iterable
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from edge_runtime.formats.signing import Signature
+from edge_runtime.sync.head import (
+    HEAD_CONTEXT,
+    PAUSE_CONTEXT,
+    Head,
+    Pause,
+    encode_head,
+    head_message,
+    pause_message,
+    read_head,
+)
+from packager.signing import add_signature
+
+
+def sign_head(head: Head, keys: Iterable[Ed25519PrivateKey]) -> bytes:
+    """Return the file of a head with the signatures of some keys.
+
+    Raises:
+        HeadError: No device could read it.
+    """
+    message, signatures = head_message(head), tuple[Signature, ...]()
+    for key in keys:
+        signatures = add_signature(signatures, HEAD_CONTEXT, message, key)
+    data = encode_head(head, signatures)
+    read_head(data)  # nobody's name goes on what no device would take
+    return data
+
+
+def pause_head(data: bytes, key: Ed25519PrivateKey, *, at: int) -> bytes:
+    """Return the file of a head with a pause; what the head says stays as it is.
+
+    Args:
+        data: The file of the head.
+        key: Of a pauser that the head names; devices ignore any other's.
+        at: When, in seconds since 1970.
+
+    Raises:
+        HeadError: It is no head.
+    """
+    signed = read_head(data)
+    message = pause_message(signed.sha256, at)
+    (signature,) = add_signature((), PAUSE_CONTEXT, message, key)
+    return encode_head(signed.head, signed.signatures, Pause(at, signature))
