@@ -23,8 +23,8 @@ from edge_runtime.formats.model_folder import (
     round_name,
 )
 from edge_runtime.formats.weights import read_weights
+from trainer.export.deployed_check import check_deployed
 from trainer.export.graph import export_graph
-from trainer.export.graph_check import check_deployed
 from trainer.export.init_recipe import make_init_spec
 from trainer.export.network import find_network, network_weights, without_prefix
 from trainer.export.tensors import load_weights

@@ -78,6 +78,23 @@ def drifting():
     return Drifting()
 
 
+class Drawn(nn.Module):
+    """Each build draws what the state dict does not hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small((6,), 3)
+        self.register_buffer("noise", torch.rand(6), persistent=False)
+
+    def forward(self, inputs):
+        """Return logits."""
+        return self.inner(inputs * self.noise)
+
+
+def drawn():
+    return Drawn()
+
+
 def wrong_head():
     return small((6,), 5)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edge_runtime import Device
-from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.errors import ConfigError, ExportError
 from edge_runtime.update.golden import relative_difference
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -54,10 +54,11 @@ def test_own_networks_and_data_become_rounds_that_can_be_packed(tmp_path, model,
     assert "second.weight" not in rounds[1].weights
 
 
-def test_a_network_that_training_changes_beside_its_weights_is_refused(tmp_path):
-    with pytest.raises(TrainingError, match="its state dict does not hold"):
-        run_own(tmp_path, "own:drifting")
-    assert not list(tmp_path.glob("own/round_*"))
+@pytest.mark.parametrize("network", ["drifting", "drawn"])
+def test_a_network_with_more_to_it_than_its_weights_is_refused(tmp_path, network):
+    with pytest.raises(ExportError, match="outside of its state dict"):
+        run_own(tmp_path, f"own:{network}")
+    assert not list(tmp_path.rglob("own/*"))
 
 
 def test_tied_weights_are_selected_once_and_counted_once(tmp_path):

@@ -2,6 +2,7 @@
 """What a loop publishes is what devices will compute, or it is refused."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from edge_runtime.errors import ExportError, FrozenWeightChangedError, TrainingError
+from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights
 from packager.build import pack_round
@@ -26,14 +28,23 @@ def net():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-def start(tmp_path, build=net, dtype=torch.float32):
-    return start_run(
-        tmp_path / "run",
-        build,
-        contract=make_contract((6,), ["a", "b", "c"]),
-        golden_inputs=INPUTS,
-        golden_labels=LABELS,
-    )
+def start(tmp_path, build=net):
+    """Start a run; the export of the usual network is made once and copied."""
+    kept = (tmp_path if build is not net else tmp_path.parent / "started") / "run"
+    if not kept.exists():
+        start_run(
+            kept,
+            build,
+            contract=make_contract((6,), ["a", "b", "c"]),
+            golden_inputs=INPUTS,
+            golden_labels=LABELS,
+        )
+    run = tmp_path / "run"
+    if kept != run:
+        shutil.copytree(kept, run)
+    model = build()
+    load_weights(model, read_init_spec(run / "model").generate())
+    return model
 
 
 def train(model, optimizer, steps=3):
@@ -61,41 +72,121 @@ def one_round(model, *, ratio=0.2, **options):
 # State that the weight file does not bring ------------------------------------------
 
 
+def closed(module):
+    """Hold a value where only two functions see it."""
+    value = 0.0
+
+    def add():
+        nonlocal value
+        value += 0.5
+
+    return lambda: value, add
+
+
+HOLDERS = {
+    "buffer": (
+        lambda m: m.register_buffer("shift", torch.zeros(6), persistent=False),
+        lambda m: m.shift,
+        lambda m: m.shift.add_(0.5),
+        "it has 'shift'",
+    ),
+    "attribute": (
+        lambda m: setattr(m, "shift", torch.zeros(6)),
+        lambda m: m.shift,
+        lambda m: setattr(m, "shift", m.shift + 0.5),
+        "it has 'shift'",
+    ),
+    "dictionary": (
+        lambda m: setattr(m, "state", {"shifts": [0.0], "shift": torch.zeros(6)}),
+        lambda m: m.state["shift"] + m.state["shifts"][0],
+        lambda m: m.state.update(shifts=[m.state["shifts"][0] + 0.5]),
+        "it has 'state'",
+    ),
+    "number": (
+        lambda m: setattr(m, "shift", 0.0),
+        lambda m: m.shift,
+        lambda m: setattr(m, "shift", m.shift + 0.5),
+        "outside of its state dict that training",
+    ),
+    "closure": (
+        lambda m: setattr(m, "closed", closed(m)),
+        lambda m: m.closed[0](),
+        lambda m: m.closed[1](),
+        "outside of its state dict that training",
+    ),
+}
+
+
 class Drifting(nn.Module):
     """Eval reads what training changes, and the state dict does not have it."""
 
     def __init__(self, holder):
         super().__init__()
         self.fc = nn.Linear(6, 3)
-        self.holder = holder
-        if holder == "buffer":
-            self.register_buffer("shift", torch.zeros(6), persistent=False)
-        elif holder == "attribute":
-            self.shift = torch.zeros(6)
-        elif holder == "list":
-            self.shifts = [torch.zeros(6)]
-        else:
-            self.shift = 0.0
+        make, self.read, self.change, _ = HOLDERS[holder]
+        make(self)
 
     def forward(self, x):
-        if self.holder == "list":
-            if self.training:
-                self.shifts[0] = self.shifts[0] + 0.5
-            return self.fc(x - self.shifts[0])
         if self.training:
-            self.shift = self.shift + 0.5
-        return self.fc(x - self.shift)
+            self.change(self)
+        return self.fc(x - self.read(self))
 
 
-@pytest.mark.parametrize("holder", ["buffer", "attribute", "list", "number"])
+@pytest.mark.parametrize("holder", HOLDERS)
 def test_state_outside_of_the_state_dict_is_refused_by_the_name_of_the_output(
     tmp_path, holder
 ):
     model = start(tmp_path, lambda: Drifting(holder))
     masks = one_round(model)
-    with pytest.raises(ExportError, match=r"output 'output' .* outside of its state"):
+    with pytest.raises(ExportError, match=r"output 'output' ") as caught:
+        publish_round(tmp_path / "run", model, masks)
+    assert HOLDERS[holder][-1] in str(caught.value)
+    assert list_rounds(tmp_path / "run") == []
+
+
+class Switched(nn.Module):
+    """It turns bad after it was exported."""
+
+    bad = ""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.bad == "random" and not self.training:
+            x = x + torch.rand_like(x)
+        if self.bad == "writes" and not self.training:
+            with torch.no_grad():
+                self.fc.bias += 1
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("random", r"another answer .* each time.*random_outputs=\('output',\)"),
+        ("writes", r"forward changes 'fc.bias' in eval mode"),
+    ],
+)
+def test_what_eval_does_beside_answering_is_told_from_state(tmp_path, bad, words):
+    model = start(tmp_path, Switched)
+    masks = one_round(model)
+    model.bad = bad
+    with pytest.raises(ExportError, match=words):
         publish_round(tmp_path / "run", model, masks)
     assert list_rounds(tmp_path / "run") == []
+
+
+def test_a_loop_in_lower_precision_is_proved_in_the_models_own(tmp_path):
+    model = start(tmp_path)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            publish_round(tmp_path / "run", model, one_round(model))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_modes_of_all_modules_are_as_they_were(tmp_path):

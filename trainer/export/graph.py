@@ -76,18 +76,26 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     pair = tuple(rows_of(x, 2) for x in inputs)
     # A copy that shares the weights: what forward keeps to itself is not traced.
     taster = _copy_with(twin, groups, lambda tensor: tensor)
+    versions = {name: t._version for name, t in state_tensors(taster).items()}
     insist_on_answers(taster, [pair, tuple(rows_of(x, 3) for x in inputs)])
+    for name, tensor in state_tensors(taster).items():
+        if tensor._version != versions[name]:
+            raise _changes(name)
     exported, read = trace(_copy_without_values(twin, groups), pair)
     for name in exported.exported_program.graph_signature.buffers_to_mutate.values():
-        raise ExportError(
-            f"forward changes buffer {name!r} in eval mode, but inference never "
-            f"changes a device's weights; change it in training mode only"
-        )
+        raise _changes(name)
     _simplify(exported.model, groups)
     _refuse_lost(exported.model, {groups[name] for name in read if name in groups})
     graph = _serialise(exported.model, layout_of(twin))
     check_graph(graph, twin, inputs)
     return graph
+
+
+def _changes(name: str) -> ExportError:
+    return ExportError(
+        f"forward changes {name!r} in eval mode, but inference never changes a "
+        "device's weights; change it in training mode only"
+    )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

@@ -13,19 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.layout import Layout
-from edge_runtime.formats.model_folder import (
-    CONTRACT_NAME,
-    GOLDEN_NAME,
-    GRAPH_NAME,
-    WEIGHTS_NAME,
-)
-from edge_runtime.formats.weights import Weights, write_weights
-from edge_runtime.update.golden import read_golden
+from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.weights import write_weights
 from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
 
-GOLDEN_ROWS = 8  # golden inputs that every round is tried with
 OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6
 
 
@@ -54,74 +46,7 @@ def check_graph(
             batch = tuple(rows_of(x, count) for x in inputs)
             with torch.no_grad():
                 expected = as_tuple(model(*batch), "what forward returns")
-            _compare(_run(path, batch), expected)
-
-
-def check_deployed(
-    model: nn.Module, weights: Weights, folder: Path, rows: int = GOLDEN_ROWS
-) -> None:
-    """Prove that the device's graph with new weights answers as the model does.
-
-    What a model keeps outside of its state dict and changes in training (a buffer that
-    is not persistent, a plain attribute) was frozen into the graph when it was
-    exported; the weight file cannot bring it up to date.
-
-    Args:
-        model: The network; left in the mode in which it was.
-        weights: Its deployed tensors.
-        folder: The run's ``model`` folder: graph, contract, golden inputs.
-        rows: How many of the golden inputs are tried.
-
-    Raises:
-        ExportError: The outputs differ by more than the contract allows, or ONNX
-            Runtime refuses the graph.
-        OSError: A file cannot be read.
-    """
-    contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
-    golden = read_golden((folder / GOLDEN_NAME).read_bytes()).by_name(contract)
-    feed = contract.prepare(
-        {
-            spec.name: golden[spec.name][: rows if spec.has_batch else None]
-            for spec in contract.inputs
-        }
-    )
-    batch = tuple(torch.tensor(array) for array in feed.values())
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, GRAPH_NAME)
-        path.write_bytes((folder / GRAPH_NAME).read_bytes())
-        write_weights(weights, Path(scratch, WEIGHTS_NAME))
-        found = _run(path, batch)
-    expected = as_tuple(_answer(model, batch), "what forward returns")
-    names = [spec.name for spec in contract.outputs]
-    if len(names) != len(expected):
-        names = [str(index) for index in range(len(expected))]
-    for name, value, wanted in zip(names, found, expected, strict=True):
-        if name in contract.random_outputs:
-            continue
-        error = _difference(value, wanted)
-        if error > contract.output_tolerance:
-            raise ExportError(
-                f"output {name!r} of the device's graph with these weights differs "
-                f"from the model's by {error:.2g} of its largest value, allowed are "
-                f"{contract.output_tolerance:g}; nothing was written. The model keeps "
-                "something outside of its state dict that training changes: make it a "
-                "parameter or a persistent buffer, and start a new run"
-            )
-
-
-@torch.no_grad()
-def _answer(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
-    """Return what the model answers in eval mode; every module keeps its mode."""
-    modes = {module: module.training for module in model.modules()}
-    first = next(iter(model.parameters()), None)
-    device = torch.device("cpu") if first is None else first.device
-    model.eval()
-    try:
-        answer = model(*(x.to(device) for x in batch))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return [x.cpu() for x in as_tuple(answer, "what forward returns")]
+            _compare(run_graph(path, batch), expected)
 
 
 def as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
@@ -178,8 +103,12 @@ def _check_initializers(
             )
 
 
-def _run(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Return ONNX Runtime's outputs."""
+def run_graph(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
+    """Return ONNX Runtime's outputs.
+
+    Raises:
+        ExportError: It refuses the graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -198,7 +127,7 @@ def _run(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
 
 def _compare(found: Sequence[NDArray[Any]], expected: Sequence[Tensor]) -> None:
     for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        if _difference(value, wanted) > OUTPUT_TOLERANCE:
+        if difference(value, wanted) > OUTPUT_TOLERANCE:
             raise ExportError(
                 f"output {index} of the exported graph, shape {list(value.shape)}, "
                 f"differs from torch's, shape {list(wanted.shape)}, by more than "
@@ -207,7 +136,7 @@ def _compare(found: Sequence[NDArray[Any]], expected: Sequence[Tensor]) -> None:
             )
 
 
-def _difference(value: NDArray[Any], wanted: Tensor) -> float:
+def difference(value: NDArray[Any], wanted: Tensor) -> float:
     """Return the largest difference, as a share of the largest wanted value."""
     y = wanted.double().numpy()
     if value.shape != y.shape or (np.isfinite(value) != np.isfinite(y)).any():

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
 from edge_runtime.formats.weights import Weights, read_weights
 from trainer.config import as_dict
 from trainer.data.samples import DataSource, batches, split_source
 from trainer.data.sources import load_source
+from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
 from trainer.export.tensors import changed_elements, load_weights
 from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, write_round
@@ -250,7 +251,7 @@ class Run:
         masks = train_round(training, self.config, self._pack)
         best = training.best or start
         load_weights(model, best)
-        self._insist_on_whole_weights(model, best)
+        self._check_answers(model, best)
         # What a training found is not measured again.
         for weights, name in ((start, "start"), (best, "best")):
             found = {(weights.fingerprint, "validation"): training.accuracy[name]}
@@ -278,28 +279,16 @@ class Run:
             self._accuracies[key] = evaluate(self._network(weights), samples)
         return self._accuracies[key]
 
-    @torch.no_grad()
-    def _insist_on_whole_weights(self, model: nn.Module, weights: Weights) -> None:
-        """Insist that the weights are all that training left in the network.
-
-        Accuracies are measured on the network that was trained, devices build theirs
-        from the graph and the weights.
+    def _check_answers(self, model: nn.Module, weights: Weights) -> None:
+        """Prove that a device will answer as the trained network does.
 
         Raises:
-            TrainingError: One built anew answers otherwise.
+            ExportError: It would not.
         """
-        samples = self._validation[:GOLDEN_SAMPLES]
+        samples = self._validation[:GOLDEN_ROWS]
         (inputs, _), *_ = batches(samples, len(samples))
-        trained, anew = (
-            network.eval()(inputs) for network in (model, self._network(weights))
-        )
-        if not torch.allclose(trained, anew, 1e-3, 1e-3, equal_nan=True):
-            raise TrainingError(
-                "the trained network answers otherwise than one that is built anew "
-                "with its weights, and so would devices: training changes something "
-                "that its state dict does not hold; make that a persistent buffer "
-                "(register_buffer), or keep it the same"
-            )
+        graph = self._deployment.graph
+        by_first(lambda: check_answers(model, weights, graph, [inputs.cpu()]))
 
     def _prepare(
         self, model: nn.Module, number: int, start: Weights, *, from_init: bool

@@ -299,7 +299,12 @@ FAULTS = {
     "changes a buffer": (
         lambda m: m.register_buffer("count", torch.zeros(1)),
         _counts,
-        "changes buffer 'count' in eval mode",
+        "changes 'count' in eval mode",
+    ),
+    "changes a weight": (
+        lambda m: None,
+        lambda m, x: m.layer(x) + 0 * m.layer.weight.detach().clamp_(max=0.1).sum(),
+        "changes 'layer.weight' in eval mode",
     ),
     "cached": (
         lambda m: setattr(m, "cache", m.layer.weight.detach()),

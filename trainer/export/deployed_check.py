@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove that a device will answer as the trained model does, before anything is sent.
+
+What a model keeps outside of its state dict and changes in training was frozen into the
+graph when that was exported; a weight file cannot bring it up to date.
+"""
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_runtime.errors import ExportError
+from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    WEIGHTS_NAME,
+)
+from edge_runtime.formats.weights import Weights, write_weights
+from edge_runtime.update.golden import read_golden
+from trainer.export.graph_check import (
+    OUTPUT_TOLERANCE,
+    as_tuple,
+    difference,
+    run_graph,
+)
+from trainer.export.network import network_weights
+from trainer.export.tensors import changed_elements
+
+GOLDEN_ROWS = 8  # golden inputs that every round is tried with
+
+
+def check_deployed(
+    model: nn.Module, weights: Weights, folder: Path, rows: int = GOLDEN_ROWS
+) -> None:
+    """Prove that a run's graph with new weights answers as the model does.
+
+    Args:
+        model: The network; left in the mode in which it was.
+        weights: Its deployed tensors.
+        folder: The run's ``model`` folder: graph, contract, golden inputs.
+        rows: How many of the golden inputs are tried.
+
+    Raises:
+        ExportError: As :func:`check_answers`.
+        OSError: A file cannot be read.
+    """
+    contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
+    golden = read_golden((folder / GOLDEN_NAME).read_bytes()).by_name(contract)
+    feed = contract.prepare(
+        {
+            spec.name: golden[spec.name][: rows if spec.has_batch else None]
+            for spec in contract.inputs
+        }
+    )
+    check_answers(
+        model,
+        weights,
+        (folder / GRAPH_NAME).read_bytes(),
+        [torch.tensor(array) for array in feed.values()],
+        names=[spec.name for spec in contract.outputs],
+        tolerance=contract.output_tolerance,
+        random_outputs=contract.random_outputs,
+    )
+
+
+def check_answers(
+    model: nn.Module,
+    weights: Weights,
+    graph: bytes,
+    batch: Sequence[Tensor],
+    *,
+    names: Sequence[str] = (),
+    tolerance: float = OUTPUT_TOLERANCE,
+    random_outputs: Collection[str] = (),
+) -> None:
+    """Prove that a graph with new weights answers as the model does.
+
+    Args:
+        model: The network; left in the mode in which it was.
+        weights: Its deployed tensors.
+        graph: The bytes of ``graph.onnx``.
+        batch: Its inputs.
+        names: Of the outputs; by default their numbers.
+        tolerance: By how much they may differ, as a share of the largest value.
+        random_outputs: Names of those that are not compared.
+
+    Raises:
+        ExportError: The outputs differ by more than that, forward changes the weights,
+            or ONNX Runtime refuses the graph; the message gives the cause.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, GRAPH_NAME)
+        path.write_bytes(graph)
+        write_weights(weights, Path(scratch, WEIGHTS_NAME))
+        found = run_graph(path, batch)
+    expected = _answer(model, batch)
+    after = network_weights(model)
+    if after.fingerprint != weights.fingerprint:
+        written = [n for n in weights if changed_elements(weights, after, n).any()]
+        raise ExportError(
+            f"forward changes {', '.join(map(repr, written[:3]))} in eval mode; "
+            "nothing was written. Inference never changes a device's weights: change "
+            "them in training mode only"
+        )
+    if len(names) != len(expected):
+        names = [str(index) for index in range(len(expected))]
+    for index, (name, value) in enumerate(zip(names, found, strict=True)):
+        if name in random_outputs:
+            continue
+        error = difference(value, expected[index])
+        if error > tolerance:
+            again = _answer(model, batch)[index]
+            random = not torch.equal(again, expected[index])
+            raise ExportError(
+                f"output {name!r} of the device's graph with these weights differs "
+                f"from the model's by {error:.2g} of its largest value, allowed are "
+                f"{tolerance:g}; nothing was written. "
+                + (_random(name) if random else _stale(model))
+            )
+
+
+def _random(name: str) -> str:
+    return (
+        "The model gives another answer to the same input each time: take the random "
+        "numbers (or the state that each call changes) out of eval mode, or declare "
+        f"random_outputs=({name!r},) in the contract, and start a new run"
+    )
+
+
+def _stale(model: nn.Module) -> str:
+    suspects = list(_outside(model))
+    names = f" (it has {', '.join(map(repr, suspects[:5]))})" if suspects else ""
+    return (
+        f"The model keeps something outside of its state dict{names} that training "
+        "changes, or that is another in each build: make it a parameter or a "
+        "persistent buffer (register_buffer), and start a new run"
+    )
+
+
+def _outside(model: nn.Module) -> Iterator[str]:
+    """Yield names of tensors that modules hold and the state dict does not."""
+    known = model.state_dict().keys()
+    yield from (name for name, _ in model.named_buffers() if name not in known)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers") and _has_tensors(value):
+                yield f"{path}.{name}".strip(".")
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    values = value if isinstance(value, list | tuple) else [value]
+    return any(
+        isinstance(item, Tensor) and not isinstance(item, nn.Parameter)
+        for item in values
+    )
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, batch: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the model answers in eval mode; every module keeps its mode."""
+    modes = {module: module.training for module in model.modules()}
+    first = next(iter(model.parameters()), None)
+    device = torch.device("cpu") if first is None else first.device
+    model.eval()
+    try:
+        with _exact(device):
+            answer = model(*(x.to(device) for x in batch))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [x.cpu() for x in as_tuple(answer, "what forward returns")]
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Compute in the model's own types, as a device does: no TF32, no autocast."""
+    cudnn = torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            cudnn.flags(
+                enabled=cudnn.enabled,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            ),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
