@@ -40,7 +40,11 @@ class Kind(Enum):
         "an installation bundle",
         "'dpu-edge init' takes it, 'dpu-patch info' shows it",
     )
-    TORCH = "a PyTorch file", "'dpu-patch diff' and 'dpu-pack --base' take its weights"
+    TORCH = (
+        "a PyTorch file",
+        "'dpu-pack --base' takes its weights, 'dpu-patch extract' makes a weight file "
+        "of them",
+    )
     NPZ = "an .npz file of arrays", "'dpu-edge infer' takes it"
     ZIP = "a zip file", "unpack it first; no command takes it as it is"
     NPY = "an .npy array", "'dpu-edge infer' takes it"
@@ -74,11 +78,11 @@ class Kind(Enum):
     STORE = "a device's store", "give it with --store"
     INDEX = (
         "an index of shards",
-        "'dpu-patch diff' and 'dpu-pack --base' take the weights that it names",
+        "'dpu-pack --base', 'dpu-patch diff' and 'apply' take what it names",
     )
     SHARDS = (
         "a folder of weight files",
-        "'dpu-patch diff' and 'dpu-pack --base' take it",
+        "'dpu-pack --base', 'dpu-patch diff' and 'apply' take it",
     )
 
     def __init__(self, words: str, taker: str) -> None:

@@ -22,6 +22,7 @@ from edge_runtime.commandline import (
     progress,
     say,
 )
+from packager.cli.apply import apply
 from packager.cli.check_proof import check_proof
 from packager.cli.compose import compose
 from packager.cli.files import FileOptions, file_options, pack_files
@@ -202,7 +203,7 @@ def patch() -> None:
 
 
 for command in (
-    *(info, diff, report, verify, compose, extract, keygen, sign, releases),
+    *(info, diff, report, verify, apply, compose, extract, keygen, sign, releases),
     *(check_proof, provenance, trust),
 ):
     patch.add_command(command)

@@ -73,7 +73,8 @@ def views(
             )
         expected = stop
         raw = np.frombuffer(body[start:stop], np.uint8)
-        found[name] = View(*_described(raw.size, entry, name, path), raw, file)
+        what = _described(raw.size, entry, name, path)
+        found[name] = View(*what, raw, file, len(data) - len(body) + start)
     if expected != len(body):
         raise WeightsError(
             f"{path} has {len(body)} bytes of tensors, its header describes "

@@ -64,12 +64,14 @@ class View(NamedTuple):
         shape: Its shape.
         raw: (bytes,) uint8, its bytes in C order.
         file: The mapping that ``raw`` is a part of, if any.
+        start: Where in that file it begins.
     """
 
     dtype: str
     shape: tuple[int, ...]
     raw: NDArray[np.uint8]
     file: MappedFile | None = None
+    start: int = 0
 
 
 class ViewedWeights(Weights):

@@ -204,7 +204,7 @@ def files_text(record: FilesRecord) -> str:
     if not record["graph"]:
         lines.append(
             "  graph    not known: dpu-edge takes this patch only if it was made with "
-            "--graph"
+            "--graph; 'dpu-patch apply' takes it"
         )
     return "\n".join(lines)
 

@@ -437,6 +437,7 @@ def test_verify_refuses_a_damaged_patch(packed, command):
 
 
 COMMANDS = [
+    "apply",
     "check-proof",
     "compose",
     "diff",

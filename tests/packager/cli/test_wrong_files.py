@@ -142,6 +142,17 @@ COMMANDS = {
         ["provenance", "PATCH", "--key", "FILE"],
         {Kind.PRIVATE_KEY, Kind.PUBLIC_KEY},
     ),
+    "apply BASE": (
+        patch,
+        ["apply", "FILE", "PATCH", "-o", "x"],
+        {Kind.WEIGHTS, Kind.SHARDS, Kind.INDEX},
+    ),
+    "apply PATCH": (patch, ["apply", "WEIGHTS", "FILE", "-o", "x"], {Kind.PATCH}),
+    "apply --trust": (
+        patch,
+        ["apply", "WEIGHTS", "PATCH", "-o", "x", "--trust", "FILE"],
+        {Kind.PUBLIC_KEY, Kind.KEY_LIST},
+    ),
     "show": (patch, ["trust", "show", "FILE"], {Kind.KEY_LIST}),
     "pack": (pack, ["FILE"], {Kind.ROUND, Kind.RUN}),
     "base": (
@@ -156,7 +167,7 @@ COMMANDS = {
 # Exit code 2, as documented: an unknown round, an input or a key file.
 INPUT_OR_KEY = (
     *("trust", "infer", "pack", "golden"),
-    *("verify --key", "sign --key", "provenance --key"),
+    *("verify --key", "sign --key", "provenance --key", "apply --trust"),
 )
 
 
