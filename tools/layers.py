@@ -52,7 +52,16 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "__main__",
     ),
     "trainer": (
-        *("parallel", "method", "export", "recipe", "data", "networks", "config"),
+        *(
+            "trees",
+            "parallel",
+            "method",
+            "export",
+            "recipe",
+            "data",
+            "networks",
+            "config",
+        ),
         *(
             "folder",
             "publish",

@@ -15,8 +15,8 @@ from types import TracebackType
 from trainer.folder.record import RoundRecord
 from trainer.rounds.schedule import Progress
 
-EPOCH = ("loss", "lr", "val_accuracy")
-ROUND = ("val_accuracy", "test_accuracy", "changed", "selected", "patch_bytes")
+EPOCH = ("loss", "lr")
+ROUND = ("changed", "selected", "patch_bytes")
 
 
 class BoardLog:
@@ -35,13 +35,14 @@ class BoardLog:
     def epoch(self, progress: Progress) -> None:
         """Write an epoch: ``loss/full``, ``loss/sparse`` and so on."""
         step = progress.round * progress.epochs + progress.epoch
-        for name in EPOCH:
-            if (value := progress.metrics.get(name)) is not None:
+        for name, value in progress.metrics.items():
+            if name in EPOCH or name.startswith("val_"):
                 self._add(f"{name}/{progress.phase}", value, step)
 
     def round(self, record: RoundRecord) -> None:
         """Write a round, and all that came before it, to the disk."""
-        for name in ROUND:
+        halves = (f"{half}_{record.metric}" for half in ("val", "test"))
+        for name in (*halves, *ROUND):
             if (value := record.metrics.get(name)) is not None:
                 self._add(f"round/{name}", value, record.round)
         self._writer.flush()

@@ -31,6 +31,7 @@ from trainer.recipe.schema import (
     TrainConfig,
     UpdateConfig,
 )
+from trainer.recipe.task import task_problems
 
 
 def load_config(
@@ -99,6 +100,9 @@ def make_config(
     }
     for section in made.values():
         problems += _disagreements(section)
+    parts = made["run"], made["data"], made["train"]
+    if all(parts):
+        problems += task_problems(*parts)
     if problems:
         raise ConfigError(f"{source}, {len(problems)} to mend:", problems=problems)
     return Config(**made)

@@ -13,13 +13,14 @@ import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from edge_runtime.errors import ConfigError
+from trainer.trees import each
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return model if _count() == 1 else DistributedDataParallel(model)
 
 
-def share(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+def share(inputs: Tensor, labels: Any) -> tuple[Tensor, Any, float]:
     """Return this process' share of a global batch, and what its mean loss weighs.
 
     The average of the weighted losses over all processes is the global mean. A batch
@@ -85,14 +86,14 @@ def share(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
 
     Args:
         inputs: (B, ...).
-        labels: (B,).
+        labels: (B, ...), or several such tensors (:mod:`trainer.trees`).
     """
     count = _count()
-    if count == 1 or len(labels) < 2 * count:
+    if count == 1 or len(inputs) < 2 * count:
         return inputs, labels, 1.0
     mine = slice(distributed.get_rank(), None, count)
-    weight = len(labels[mine]) * count / len(labels)
-    return inputs[mine], labels[mine], weight
+    weight = len(inputs[mine]) * count / len(inputs)
+    return inputs[mine], each(lambda part: part[mine], labels), weight
 
 
 def mean(value: Tensor) -> Tensor:
@@ -105,6 +106,15 @@ def total(value: Tensor) -> Tensor:
     if _count() > 1:
         distributed.all_reduce(value)
     return value
+
+
+def gathered(value: T) -> list[T]:
+    """Return what each process has, in the same order everywhere."""
+    if _count() == 1:
+        return [value]
+    found: list[Any] = [None] * _count()
+    distributed.all_gather_object(found, value)
+    return found
 
 
 def is_mine(index: int) -> bool:

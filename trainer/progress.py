@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainer.rounds.schedule import Progress
 
 WIDTH = 24  # of the bar
+SHARES = ("accuracy", "element_accuracy", "iou")  # metrics that read as per cent
 WINDOW = 40  # epochs whose pace the estimate follows: later rounds are longer
 CLEAR = "\r\x1b[K"
 
@@ -74,15 +75,22 @@ def shown_progress(
 
 def round_line(record: "RoundRecord") -> str:
     """Return a round in one line."""
-    metrics = record.metrics
+    metrics, name = record.metrics, record.metric
     outcome = str(record.outcome) + (" (re-init)" if record.reinitialised else "")
+    values = (_shown(metrics[f"{half}_{name}"], name) for half in ("val", "test"))
     return (
         f"round_{record.round:02d}  {outcome:<17} {metrics['changed']:>9} "
-        f"{metrics['val_accuracy']:>7.2%} {metrics['test_accuracy']:>7.2%}"
+        + " ".join(f"{value:>7}" for value in values)
     )
+
+
+def _shown(value: float, metric: str) -> str:
+    return f"{value:.2%}" if metric in SHARES else f"{value:.5g}"
 
 
 def round_table(records: "list[RoundRecord]") -> Iterator[str]:
     """Return rounds as lines of a table."""
-    yield f"{'round':<9} {'outcome':<17} {'changed':>9} {'val':>7} {'test':>7}"
+    name = records[0].metric if records else "accuracy"
+    what = "" if name == "accuracy" else f"  {name}, {records[0].better} is better"
+    yield f"{'round':<9} {'outcome':<17} {'changed':>9} {'val':>7} {'test':>7}{what}"
     yield from map(round_line, records)

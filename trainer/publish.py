@@ -13,9 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from edge_runtime.formats.contract import Contract, RawInputs
+from edge_runtime.formats.contract import Contract, RawInputs, parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
     MODEL_NAME,
     WEIGHTS_NAME,
     Outcome,
@@ -23,14 +25,17 @@ from edge_runtime.formats.model_folder import (
     round_name,
 )
 from edge_runtime.formats.weights import read_weights
+from edge_runtime.update.golden import read_golden
+from edge_runtime.update.metrics import METRICS
 from trainer.export.deployed_check import check_deployed
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
+from trainer.export.label_check import check_labels
 from trainer.export.network import find_network, network_weights, without_prefix
 from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.record import RoundRecord, read_round_record
-from trainer.folder.write import write_model, write_round
+from trainer.folder.write import golden_of, write_model, write_round
 
 
 def start_run(  # noqa: PLR0913 - all but two by name
@@ -68,6 +73,8 @@ def start_run(  # noqa: PLR0913 - all but two by name
         OSError: The files cannot be written.
     """
     model = build()
+    golden = golden_of(contract, golden_inputs, golden_labels)
+    check_labels(model, contract, golden, reach=False)
     recipe = make_init_spec(build, seed, keep=pretrained)
     shape = [size or 1 for size in contract.inputs[0].shape]
     write_model(
@@ -134,8 +141,12 @@ def publish_round(
     kept = weights.fingerprint == base.fingerprint
     check_masks(weights.layout, masks)
     check_changes(base, weights, masks, source=source, dense=dense)
+    contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
     if not kept:
         check_deployed(network, weights, folder)
+        golden = read_golden((folder / GOLDEN_NAME).read_bytes())
+        check_labels(network, contract, golden, reach=True)
+    metric = METRICS[contract.label_metric or "top1"]
     total = sum(mask.numel() for mask in masks.values())
     selected = sum(int(mask.sum()) for mask in masks.values())
     record = RoundRecord(
@@ -150,6 +161,8 @@ def publish_round(
         packable=True,
         samples=samples,
         metrics=metrics or {},
+        metric=metric.title,
+        better=metric.better,
         seeds={},
         config={},
     )

@@ -5,6 +5,7 @@ Both directions stand side by side: :func:`encode_contract` and :func:`parse_con
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ METRICS = {
     "cosine": True,
     "mae": False,
 }
+# Their least and largest values, where those are not 0 and 1.
+RANGES = {"cosine": (-1.0, 1.0), "mae": (0.0, math.inf)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,8 @@ class Contract:
             task's own way (:attr:`label_metric`).
         bound: What a trial asks of the metric: at least, or at most for errors; None
             for nothing, or for ``accuracy_floor`` (:attr:`label_bound`).
+        threshold: Above it, an output that is yes or no means yes: 0 for logits, 0.5
+            for probabilities.
         random_outputs: Names of outputs that are random by design: nobody compares
             them, they must only be finite.
     """
@@ -158,7 +163,12 @@ class Contract:
     task: str = "classification"
     metric: str = ""
     bound: float | None = None
+    threshold: float = 0.0
     random_outputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bound is not None:
+            check_bound(self.label_metric, self.bound)
 
     @property
     def label_metric(self) -> str:
@@ -171,6 +181,12 @@ class Contract:
         if self.bound is None and self.label_metric == "top1":
             return self.accuracy_floor
         return self.bound
+
+    @property
+    def asks_for_labels(self) -> bool:
+        """Whether golden labels decide; any answer has a top1 of 0."""
+        bound = self.label_bound
+        return bound is not None and (self.label_metric != "top1" or bound > 0)
 
     def is_random(self, number: int) -> bool:
         """Return whether an output, counted from 0, is random by design."""
@@ -216,6 +232,23 @@ class Contract:
         return {spec.name: spec.prepare(given[spec.name]) for spec in self.inputs}
 
 
+def check_bound(metric: str, bound: float) -> None:
+    """Insist on a bound that a metric can have.
+
+    Raises:
+        ContractError: It is outside of the metric's range, or there is no metric.
+    """
+    if not metric:
+        raise ContractError(
+            f"the contract has a bound, {bound:g}, and no metric for it; give one of "
+            f"{', '.join(METRICS)}"
+        )
+    low, high = RANGES.get(metric, (0.0, 1.0))
+    if not (math.isfinite(bound) and low <= bound <= high):
+        span = f"from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " on")
+        raise ContractError(f"{metric} has values {span}; the bound is {bound:g}")
+
+
 def encode_contract(contract: Contract) -> bytes:
     """Encode ``contract.json``; the same contract gives the same bytes."""
     wide = _wide_fields(contract)
@@ -236,9 +269,10 @@ def _wide_fields(contract: Contract) -> dict[str, Any]:
         "task": contract.task,
         "metric": contract.metric,
         "bound": contract.bound,
+        "threshold": contract.threshold,
         "random_outputs": contract.random_outputs,
     }
-    plain = {"task": "classification", "metric": "", "bound": None}
+    plain = {"task": "classification", "metric": "", "bound": None, "threshold": 0.0}
     is_plain = fields == plain | {"random_outputs": ()}
     one_batch = len(contract.inputs) == 1 and contract.inputs[0].shape
     return {} if is_plain and one_batch else fields
@@ -278,6 +312,7 @@ def _parse_wide(record: Record, outputs: tuple[OutputSpec, ...]) -> dict[str, An
         found["metric"] = record.one_of("metric", METRICS)
     if record.values.get("bound") is not None:
         found["bound"] = record.number("bound")
+    found["threshold"] = record.number("threshold", 0.0)
     names = tuple(record.texts("random_outputs", ()))
     known = [spec.name for spec in outputs]
     if not set(names) <= set(known):

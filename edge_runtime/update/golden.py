@@ -18,6 +18,7 @@ from edge_runtime.formats.model_folder import (
     GOLDEN_NAME,
 )
 from edge_runtime.limits import limits
+from edge_runtime.update.metrics import METRICS
 
 MAX_INPUTS = MAX_OUTPUTS = 1024  # of a graph: each is an array
 Array = NDArray[Any]
@@ -42,8 +43,7 @@ class Golden:
         """Return the inputs by their names in the contract.
 
         Raises:
-            ContractError: They are more, or fewer; or labels are asked for that are
-                not there.
+            ContractError: They are more, or fewer.
         """
         names = [spec.name for spec in contract.inputs]
         if len(names) != len(self.inputs):
@@ -51,13 +51,20 @@ class Golden:
                 f"{GOLDEN_NAME} has {len(self.inputs)} arrays of inputs, the contract "
                 f"has {len(names)} inputs ({', '.join(names)})"
             )
-        if self.labels is None and contract.label_metric and contract.label_bound:
+        return dict(zip(names, self.inputs, strict=True))
+
+    def insist_on_labels(self, contract: Contract) -> None:
+        """Insist on labels where the contract asks for some.
+
+        Raises:
+            ContractError: There are none.
+        """
+        if self.labels is None and contract.asks_for_labels:
             raise ContractError(
                 f"{GOLDEN_NAME} lacks 'labels', and the contract asks for "
                 f"{contract.label_metric} of {contract.label_bound:g}; give labels, or "
                 "install the bundle anew"
             )
-        return dict(zip(names, self.inputs, strict=True))
 
     def arrays(self) -> dict[str, Array]:
         """Return all of it by the names that it has in ``golden.npz``."""
@@ -139,16 +146,18 @@ def check_outputs(
 
 def _check_labels(output: Array, labels: Array, contract: Contract) -> None:
     """Insist on the contract's bound for golden labels."""
-    if contract.label_metric != "top1":
-        return
-    answers = output.argmax(axis=-1)
-    fits = answers.shape == labels.shape
-    right = int(np.sum(answers == labels)) if fits else 0
-    bound = contract.label_bound or 0.0
-    if right < bound * len(labels):
+    bound = contract.label_bound
+    if bound is None or not contract.asks_for_labels:
+        return  # anything will do, also what is no classifier
+    metric = METRICS[contract.label_metric]
+    try:
+        sums = metric.sums(output, labels, contract.threshold)
+    except ContractError as err:
+        raise TrialError(f"the new weights' answers: {err}") from err
+    if not metric.reaches(metric.value(sums), bound):
         raise TrialError(
-            f"the new weights get {right} of {len(labels)} golden labels right, the "
-            f"contract asks for {bound:.0%}"
+            f"the new weights give {metric.shown(sums)} on golden labels, the contract "
+            f"asks for {metric.asked(bound)}"
         )
 
 

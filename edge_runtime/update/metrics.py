@@ -16,7 +16,6 @@ above the threshold, which is 0 for logits. Negative labels of several axes (tor
 writes -100) do not count.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ContractError
+from edge_runtime.formats import contract
 
 Array = NDArray[Any]
 Sums = NDArray[np.float64]
@@ -39,16 +39,32 @@ class Metric:
         parts: From output, labels and threshold to what is added up.
         value: From the sums to the metric.
         labels: From an output and the threshold to the labels that it would have right.
-        range: Its least and its largest value.
-        higher: Whether more is better.
     """
 
     name: str
     parts: Callable[[Array, Array, float], Sums]
     value: Callable[[Sums], float]
     labels: Callable[[Array, float], Array]
-    range: tuple[float, float] = (0.0, 1.0)
-    higher: bool = True
+
+    @property
+    def higher(self) -> bool:
+        """Whether more is better."""
+        return contract.METRICS[self.name]
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Its least and its largest value."""
+        return contract.RANGES.get(self.name, (0.0, 1.0))
+
+    @property
+    def title(self) -> str:
+        """What records and reports call it."""
+        return "accuracy" if self.name == "top1" else self.name
+
+    @property
+    def better(self) -> str:
+        """Which values are better: ``"higher"`` or ``"lower"`` ones."""
+        return "higher" if self.higher else "lower"
 
     def sums(self, output: Array, labels: Array, threshold: float = 0.0) -> Sums:
         """Return the parts of a batch; those of several batches are added.
@@ -77,16 +93,16 @@ class Metric:
         """Tell whether a value is as good as a bound; NaN never is."""
         return value >= bound if self.higher else value <= bound
 
-    def check_bound(self, bound: float) -> None:
-        """Insist on a bound that the metric can have.
+    def shown(self, sums: Sums) -> str:
+        """Return what sums came to, in words."""
+        value = f"{self.title} {self.value(sums):.6g}"
+        if self.value is not _mean or self.parts in (_absolute, _cosine):
+            return value
+        return f"{value} ({sums[0]:.0f} of {sums[1]:.0f} right)"
 
-        Raises:
-            ContractError: It is outside of the metric's range.
-        """
-        low, high = self.range
-        if not (math.isfinite(bound) and low <= bound <= high):
-            span = f"from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " on")
-            raise ContractError(f"{self.name} has values {span}; the bound is {bound}")
+    def asked(self, bound: float) -> str:
+        """Return what a bound asks for, in words."""
+        return f"{'at least' if self.higher else 'at most'} {bound:.6g}"
 
 
 def _top1(output: Array, labels: Array, _threshold: float) -> Sums:
@@ -211,7 +227,7 @@ METRICS = {
         Metric("top1", _top1, _mean, _largest),
         Metric("element_accuracy", _elements, _mean, _yes),
         Metric("iou", _overlap, _mean_overlap, _maps),
-        Metric("cosine", _cosine, _mean, _itself, range=(-1.0, 1.0)),
-        Metric("mae", _absolute, _mean, _itself, (0.0, math.inf), higher=False),
+        Metric("cosine", _cosine, _mean, _itself),
+        Metric("mae", _absolute, _mean, _itself),
     )
 }

@@ -167,6 +167,7 @@ def try_slot(
         contract = parse_contract(_read(model, CONTRACT_NAME, "contract_bytes"))
         golden = read_golden(_read(model, GOLDEN_NAME, "golden_bytes"))
         inputs = golden.by_name(contract)
+        golden.insist_on_labels(contract)
         contract.prepare(inputs)
     except (ContractError, LimitError) as err:
         # At an installation the bundle is at fault, and later this device's own files.

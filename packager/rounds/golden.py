@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import (
+    ContractError,
     DpuError,
     RoundError,
     StoreError,
@@ -39,6 +40,7 @@ from edge_runtime.update.golden import (
     read_golden,
     relative_difference,
 )
+from edge_runtime.update.metrics import METRICS
 from packager.rounds.folder import RoundFolder, read_model_file
 
 # Of each output after the first: so much is kept of it, and one row at least if that
@@ -129,14 +131,40 @@ def run_golden(files: Mapping[str, bytes], weights: Weights) -> Golden:
         except Exception as err:
             # ONNX Runtime's own exceptions share no base but this one.
             raise StoreError(f"the graph cannot be run on its inputs: {err}") from err
-    answers = first_output(outputs).argmax(axis=-1)
-    if labels is None and contract.label_metric == "top1":
+    answer = first_output(outputs)
+    metric = METRICS.get(contract.label_metric)
+    if labels is None and metric and metric.name == "top1" and answer.ndim < 2:
         # What is no classifier has no answer; any label of the right length will do.
-        rows = len(golden.inputs[0])
-        labels = answers if outputs[0].ndim > 1 else np.zeros(rows, np.int64)
+        labels = np.zeros(len(golden.inputs[0]), np.int64)
+    elif labels is None and metric and contract.label_bound is not None:
+        labels = metric.labels(answer, contract.threshold)
     check_outputs(outputs, labels, contract)
     _check_repeats(outputs, again, contract)
     return Golden(golden.inputs, labels, _kept(outputs, contract))
+
+
+def check_labels(golden: Golden, contract: Contract) -> None:
+    """Insist that golden labels, and the names of classes, fit the first output.
+
+    Args:
+        golden: With outputs, as :func:`run_golden` gives it.
+        contract: Names classes and metric.
+
+    Raises:
+        ContractError: They do not.
+    """
+    output, metric = golden.outputs[0], METRICS.get(contract.label_metric)
+    if output is None:
+        return
+    axis = 1 if contract.task == "segmentation" else -1
+    width = output.shape[axis] if output.ndim > 1 else 1
+    if contract.classes and len(contract.classes) != width:
+        raise ContractError(
+            f"the contract names {len(contract.classes)} classes, the first output has "
+            f"{width} numbers for each input (shape {list(output.shape)})"
+        )
+    if golden.labels is not None and metric and output.ndim > 1:
+        metric.sums(output, golden.labels, contract.threshold)
 
 
 def _check_repeats(first: list[Any], again: list[Any], contract: Contract) -> None:

@@ -10,6 +10,7 @@ every round, however many epochs either of them trains.
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from torch import Tensor
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.init_weights import philox
 from trainer.recipe.schema import DataConfig
+from trainer.trees import each
 
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
 CROP_PADDING = 4  # pixels
 
 CPU = torch.device("cpu")
+FLOAT = "float32"
 READERS = 8  # threads; decoding an image lets others run
 
 Augment = Callable[[Tensor], Tensor]
@@ -79,19 +82,21 @@ class Samples:
 
     Attributes:
         inputs: (N, C, H, W), raw (uint8) or normalised (float32); or what reads them.
-        labels: (N,) int64.
+        labels: (N, ...): classes are int64, values float32. For a loss of your own also
+            several such tensors, in dicts and tuples.
         prepare: What a batch of ``inputs`` still has to go through before the network.
     """
 
     inputs: Tensor | Stored
-    labels: Tensor
+    labels: Any
     prepare: Callable[[Any], Tensor] = lambda inputs: inputs
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.inputs.shape[0]
 
     def __getitem__(self, which: slice | Tensor) -> "Samples":
-        return replace(self, inputs=self.inputs[which], labels=self.labels[which])
+        labels = each(partial(_rows, which=which), self.labels)
+        return replace(self, inputs=self.inputs[which], labels=labels)
 
     def read(self) -> Tensor:
         """Return the inputs as they are stored, as a tensor."""
@@ -103,15 +108,17 @@ class Samples:
 class DataSource:
     """One data set: raw samples, and how they become the network's input.
 
-    The network sees ``(raw * scale - mean) / std`` in float32.
+    The network sees ``(raw * scale - mean) / std`` in float32, or whole numbers (the
+    tokens of a text) as they are.
 
     Attributes:
         train: Raw training samples, uint8.
         test: Raw test samples, uint8.
-        classes: Class names, by label.
+        classes: Names of the network's outputs: of the classes, by label, or of values.
         scale: Factor of a raw value.
         mean: Per channel, of scaled values; empty for none.
         std: Likewise.
+        dtype: What the network takes: float32, int64 or int32.
     """
 
     train: Samples
@@ -120,14 +127,22 @@ class DataSource:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    dtype: str = FLOAT
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, (C, H, W)."""
         return tuple(self.train.inputs.shape[1:])
 
+    @property
+    def example(self) -> Tensor:
+        """A batch of one input, as the network takes it."""
+        return torch.zeros(1, *self.input_shape, dtype=getattr(torch, self.dtype))
+
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn raw inputs (N, C, ...) into float32 network inputs."""
+        """Turn raw inputs (N, C, ...) into network inputs, of :attr:`dtype`."""
+        if self.dtype != FLOAT:
+            return raw.to(getattr(torch, self.dtype))
         scaled = raw.float().mul(self.scale)
         if not self.mean:
             return scaled
@@ -143,7 +158,7 @@ class DataSource:
 
         Batches come to be on the device; so do all samples, where they are in memory.
         """
-        labels = samples.labels.to(device)
+        labels = each(lambda part: part.to(device), samples.labels)
         if isinstance(samples.inputs, Stored):
             return Samples(
                 samples.inputs, labels, lambda s: self.normalise(s.read().to(device))
@@ -253,8 +268,8 @@ def batches(
     size: int,
     order: Tensor | None = None,
     augment: Augment | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of network inputs (B, C, H, W) and labels (B,).
+) -> Iterator[tuple[Tensor, Any]]:
+    """Yield batches of network inputs (B, C, H, W) and labels (B, ...).
 
     Args:
         samples: Prepared samples.
@@ -269,5 +284,9 @@ def batches(
             return
         which = slice(start, stop) if order is None else order[start:stop]
         inputs = samples.prepare(samples.inputs[which])
-        labels = samples.labels[which]
+        labels = each(partial(_rows, which=which), samples.labels)
         yield augment(inputs) if augment else inputs, labels
+
+
+def _rows(tensor: Tensor, which: slice | Tensor) -> Tensor:
+    return tensor[which]

@@ -4,7 +4,7 @@
 In memory, or read batch by batch where they are too large for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from edge_runtime.errors import MALFORMED, ConfigError, TrainingError
 from edge_runtime.sizes import parse_size
-from trainer.data.samples import DataSource, Samples, Stored, generator
+from trainer.data.samples import FLOAT, DataSource, Samples, Stored, generator
+from trainer.data.targets import as_targets, check_length, check_targets
 from trainer.recipe.factory import call_factory, own_place
 from trainer.recipe.schema import DataConfig
 
 STATISTICS_SAMPLES = 2000
+TOKENS = ("int32", "int64")
 DIGITS_TEST = 400  # samples; scikit-learn's digits come without a test set
 
 
@@ -129,7 +132,7 @@ def _memory(config: DataConfig) -> int:
 def _own(config: DataConfig) -> DataSource:
     found = call_factory(config.factory)
     try:
-        return as_source(found, _memory(config))
+        return as_source(found, _memory(config), config.task)
     except (*MALFORMED, RuntimeError) as err:
         if own_place(err, config.factory):
             raise  # out of a data set of yours, not about what it is
@@ -140,40 +143,41 @@ def _own(config: DataConfig) -> DataSource:
         ) from err
 
 
-def as_source(found: Any, memory: int) -> DataSource:
+def as_source(found: Any, memory: int, task: str = "classification") -> DataSource:
     """Turn what your own function returned into a data source.
 
     Args:
         found: A :class:`DataSource`; or a tuple of training samples, test samples,
             class names and, if wanted, a mapping with ``scale``, ``mean`` and ``std``.
             Samples are a pair of tensors (inputs, labels) or a map-style torch
-            ``Dataset`` of (input tensor, label). Inputs are uint8 or floating-point.
+            ``Dataset`` of (input tensor, label). Inputs of uint8 and floating-point
+            types become float32; int32 and int64 without a scale stay what they are.
         memory: Bytes; a ``Dataset`` that is larger is read batch by batch.
+        task: What the labels are for, as in ``[data] task``.
 
     Raises:
         ConfigError: It is something else.
     """
     if isinstance(found, DataSource):
+        for half in (found.train, found.test):
+            check_targets(half.labels, task, found.classes)
         return found
     if not isinstance(found, tuple) or len(found) not in (3, 4):
         raise ConfigError(
             "a data function returns (train, test, class names) or a DataSource, found "
             f"{type(found).__name__}"
         )
-    train, test = (_own_samples(half, memory) for half in found[:2])
+    train, test = (_own_samples(half, memory, task) for half in found[:2])
     classes = tuple(map(str, found[2]))
     for half in (train, test):
-        if not len(half) or half.labels.min() < 0 or half.labels.max() >= len(classes):
-            raise ConfigError(
-                f"labels must be 0 to {len(classes) - 1}, as there are {len(classes)} "
-                "class names, and there must be samples"
-            )
+        check_targets(half.labels, task, classes)
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         raise ConfigError(
             f"training inputs are {tuple(train.inputs.shape[1:])}, test inputs "
             f"{tuple(test.inputs.shape[1:])}"
         )
     about = found[3] if len(found) == 4 else {}
+    dtype = _input_type(train.inputs, about)
     mean, std = (tuple(map(float, about.get(key, ()))) for key in ("mean", "std"))
     channels = train.inputs.shape[1] if len(train.inputs.shape) > 1 else 0
     if len(mean) != len(std) or len(mean) not in (0, 1, channels):
@@ -181,27 +185,46 @@ def as_source(found: Any, memory: int) -> DataSource:
             f"mean has {len(mean)} values and std {len(std)}, expected one for each of "
             f"{channels} channels, or for all"
         )
-    return DataSource(train, test, classes, float(about.get("scale", 1)), mean, std)
+    scale = float(about.get("scale", 1))
+    return DataSource(train, test, classes, scale, mean, std, dtype)
 
 
-def _own_samples(half: Any, memory: int) -> Samples:
+def _input_type(inputs: Tensor | Stored, about: Mapping[str, Any]) -> str:
+    """Return what the network takes: whole numbers that nobody scales are tokens.
+
+    Raises:
+        ConfigError: The data function asks for a type that no network here takes.
+    """
+    found = inputs[:1].read() if isinstance(inputs, Stored) else inputs
+    name = str(found.dtype).removeprefix("torch.")
+    is_token = name in TOKENS and not {"scale", "mean", "std"} & about.keys()
+    wanted = str(about.get("dtype", name if is_token else FLOAT))
+    if wanted not in (FLOAT, *TOKENS):
+        raise ConfigError(
+            f"dtype is {wanted!r}, expected what the network takes: {FLOAT}, or "
+            f"{' or '.join(TOKENS)} without scale, mean and std"
+        )
+    return wanted
+
+
+def _own_samples(half: Any, memory: int, task: str) -> Samples:
     if not isinstance(half, tuple | list):
-        return _samples(half, memory)
-    inputs, labels = (torch.as_tensor(part) for part in half)
-    if len(inputs) != len(labels):
-        raise ConfigError(f"{len(inputs)} inputs have {len(labels)} labels")
-    return Samples(inputs, labels.long())
+        return _samples(half, memory, task)
+    raw, targets = half
+    inputs, labels = torch.as_tensor(raw), as_targets(targets, task)
+    check_length(len(inputs), labels)
+    return Samples(inputs, labels)
 
 
-def _samples(dataset: Any, memory: int) -> Samples:
+def _samples(dataset: Any, memory: int, task: str = "classification") -> Samples:
     """Take a map-style dataset of (input, label) into memory, if it fits."""
     first = torch.as_tensor(dataset[0][0])
     inputs = Stored(dataset, tuple(first.shape), torch.arange(len(dataset)))
-    # Most data sets know their labels without decoding their images.
-    labels = getattr(dataset, "targets", None)
+    # Most data sets know their classes without decoding their images.
+    labels = getattr(dataset, "targets", None) if task == "classification" else None
     if labels is None:
-        labels = [int(dataset[index][1]) for index in range(len(dataset))]
-    samples = Samples(inputs, torch.as_tensor(labels).long())
+        labels = default_collate([dataset[index][1] for index in range(len(dataset))])
+    samples = Samples(inputs, as_targets(labels, task))
     if len(dataset) * first.numel() * first.element_size() > memory:
         return samples
     return replace(samples, inputs=samples.read())

@@ -100,7 +100,7 @@ def check_answers(
         path.write_bytes(graph)
         write_weights(weights, Path(scratch, WEIGHTS_NAME))
         found = run_graph(path, batch)
-    expected = _answer(model, batch)
+    expected = answer_of(model, batch)
     after = network_weights(model)
     if after.fingerprint != weights.fingerprint:
         written = [n for n in weights if changed_elements(weights, after, n).any()]
@@ -116,7 +116,7 @@ def check_answers(
             continue
         error = difference(value, expected[index])
         if error > tolerance:
-            again = _answer(model, batch)[index]
+            again = answer_of(model, batch)[index]
             random = not torch.equal(again, expected[index])
             raise ExportError(
                 f"output {name!r} of the device's graph with these weights differs "
@@ -165,7 +165,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, batch: Sequence[Tensor]) -> list[Tensor]:
+def answer_of(model: nn.Module, batch: Sequence[Tensor]) -> list[Tensor]:
     """Return what the model answers in eval mode; every module keeps its mode."""
     modes = {module: module.training for module in model.modules()}
     first = next(iter(model.parameters()), None)

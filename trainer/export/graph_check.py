@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
+from edge_runtime.formats.contract import OutputSpec
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import write_weights
@@ -47,6 +48,21 @@ def check_graph(
             with torch.no_grad():
                 expected = as_tuple(model(*batch), "what forward returns")
             _compare(run_graph(path, batch), expected)
+
+
+def graph_outputs(graph: bytes) -> tuple[OutputSpec, ...]:
+    """Describe the outputs of ``graph.onnx``."""
+    import onnx
+
+    found = []
+    for value in onnx.load_model_from_string(graph).graph.output:
+        kind = value.type.tensor_type
+        dims = [
+            d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim
+        ]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        found.append(OutputSpec(value.name, dtype, tuple(dims)))
+    return tuple(found)
 
 
 def as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 """What a round folder states about its round: ``round.json``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
 
 SCHEMA, RUN_SCHEMA = 1, 2  # 2: of a run with an id
+ACCURACY, HIGHER = "accuracy", "higher"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class RoundRecord:
         packable: False if devices were never meant to get these weights.
         samples: Number of training samples.
         metrics: Numbers by name, ``val_accuracy`` and ``test_accuracy`` among them.
+        metric: What they are called instead, if not accuracy: ``val_mae`` for ``mae``.
+        better: Which values of it are better, ``"higher"`` or ``"lower"`` ones.
         seeds: Every seed that decided the round, by purpose.
         versions: Of Python and the libraries; filled in by :func:`write_round`.
         config: The recipe of the run, resolved.
@@ -53,9 +56,19 @@ class RoundRecord:
     packable: bool
     samples: int
     metrics: Mapping[str, float]
+    metric: str = ACCURACY
+    better: str = HIGHER
     seeds: Mapping[str, int]
     versions: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any]
+
+
+def as_json(record: RoundRecord) -> dict[str, Any]:
+    """Return what ``round.json`` holds; the metric only where it is no accuracy."""
+    found = asdict(record)
+    if (record.metric, record.better) == (ACCURACY, HIGHER):
+        del found["metric"], found["better"]
+    return found
 
 
 def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
@@ -76,6 +89,7 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
             )
         # Earlier versions kept it among the metrics.
         raw.setdefault("tried_reinit", bool(raw["metrics"].get("tried_reinit", False)))
+        raw = {"metric": ACCURACY, "better": HIGHER} | raw
         known = {part.name: raw[part.name] for part in fields(RoundRecord)}
         return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
     except (ValueError, KeyError, TypeError) as err:

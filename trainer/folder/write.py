@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 from os import PathLike
 from pathlib import Path
@@ -34,6 +34,8 @@ from edge_runtime.errors import ConfigError, ContractError, TrainingError
 from edge_runtime.files import lock_file, strangers
 from edge_runtime.formats import identity
 from edge_runtime.formats.contract import (
+    METRICS,
+    TASKS,
     Contract,
     InputSpec,
     OutputSpec,
@@ -64,44 +66,79 @@ from edge_runtime.formats.weights import (
     write_weights,
 )
 from edge_runtime.update.golden import Golden
-from trainer.export.graph_check import OUTPUT_TOLERANCE
+from trainer.export.graph_check import OUTPUT_TOLERANCE, graph_outputs
 from trainer.export.tensors import check_fit
 from trainer.folder.changes import check_masks
-from trainer.folder.record import RUN_SCHEMA, SCHEMA, RoundRecord, read_round_record
+from trainer.folder.record import (
+    RUN_SCHEMA,
+    SCHEMA,
+    RoundRecord,
+    as_json,
+    read_round_record,
+)
 
 # What a killed process leaves of a folder that it was writing.
 _ABANDONED = re.compile(rf"\.(?:{MODEL_NAME}|round_\d{{2,}})\.part")
 
 
-def make_contract(
+def make_contract(  # noqa: PLR0913 - all but two by name
     input_shape: Sequence[int],
-    classes: Sequence[str],
+    classes: Sequence[str] = (),
     *,
     scale: float = 1.0,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    dtype: str = "float32",
     accuracy_floor: float = 0.0,
+    task: str = "classification",
+    metric: str = "",
+    bound: float | None = None,
+    threshold: float = 0.0,
 ) -> Contract:
-    """Return what goes into a classifier and comes out of it.
+    """Return what goes into a network with one input, and what comes out of it.
 
-    The network gets ``(raw * scale - mean) / std`` in float32.
+    The network gets ``(raw * scale - mean) / std``.
 
     Args:
         input_shape: Of one sample, without the batch axis.
-        classes: Names, by label.
+        classes: Names, by label, or of the values that the network gives.
         scale: Factor of a raw value, for example 1/255 for 8-bit images.
         mean: Per channel (axis 1), or one value, of scaled values; empty for none.
         std: Likewise.
-        accuracy_floor: Share of golden labels that a device must get right, 0 to 1.
+        dtype: What the network takes; int64 for tokens.
+        accuracy_floor: Share of golden labels that a classifier must get right in a
+            device's trial, 0 to 1.
+        task: classification, multilabel, regression, segmentation, or free.
+        metric: How golden labels are compared: top1, element_accuracy, iou, cosine or
+            mae; the task's by default. A free task has none.
+        bound: What devices ask of the metric: at least, or at most for mae.
+        threshold: Above it, an answer that is yes or no means yes: 0 for logits, 0.5
+            for probabilities.
+
+    Raises:
+        TrainingError: There is no such task or metric.
+        ContractError: The bound is outside of the metric's range.
     """
+    name = metric or TASKS.get(task, "")
+    if task not in TASKS or name not in ("", *METRICS):
+        raise TrainingError(
+            f"task is {task!r} and metric {metric!r}, expected one of "
+            f"{', '.join(TASKS)}, and of {', '.join(METRICS)}"
+        )
     shape = (None, *input_shape)
-    given = InputSpec("input", "float32", shape, scale, tuple(mean), tuple(std))
+    given = InputSpec("input", dtype, shape, scale, tuple(mean), tuple(std))
+    one_row = task in ("classification", "multilabel")
+    output = OutputSpec("output", "float32", (None, len(classes)))
     return Contract(
         (given,),
-        tuple(classes),
+        tuple(classes) if task not in ("regression", "free") else (),
         accuracy_floor,
         OUTPUT_TOLERANCE,
-        (OutputSpec("output", "float32", (None, len(classes))),),
+        (output,) if one_row and classes else (),
+        task,
+        metric,
+        bound,
+        threshold,
     )
 
 
@@ -134,21 +171,27 @@ def write_model(
             the contract; nothing was written.
         OSError: The files cannot be written.
     """
-    golden = _golden(contract, golden_inputs, golden_labels)
+    arrays: dict[str, Any] = golden_of(contract, golden_inputs, golden_labels).arrays()
+    if not contract.outputs:
+        contract = replace(contract, outputs=graph_outputs(graph))
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
         write_init_spec(recipe, folder)
         run = identity.Run(identity.run_id(run_id), Path(run_dir).absolute().name)
         (folder / RUN_NAME).write_bytes(identity.encode_run(run))
         (folder / CONTRACT_NAME).write_bytes(encode_contract(contract))
-        np.savez(folder / GOLDEN_NAME, **golden)
+        np.savez(folder / GOLDEN_NAME, **arrays)
     return Path(run_dir, MODEL_NAME)
 
 
-def _golden(
+def golden_of(
     contract: Contract, inputs: RawInputs, labels: ArrayLike | None
-) -> dict[str, Any]:
-    """Return the arrays of ``golden.npz``, which fit the contract."""
+) -> Golden:
+    """Return the content of ``golden.npz``, which fits the contract.
+
+    Raises:
+        TrainingError: The inputs or labels do not.
+    """
     try:
         by_name = contract.by_name(inputs)
     except ContractError as err:
@@ -168,10 +211,27 @@ def _golden(
                 f"golden inputs of shape {list(array.shape)} with {count} labels do "
                 f"not fit the contract's input {spec.name!r} {shape}"
             )
-    golden = Golden(tuple(arrays), values)
-    if values is not None and contract.task == "classification":
-        golden = replace(golden, labels=_classes(values, len(contract.classes)))
-    return golden.arrays()
+    if values is not None:
+        values = _labels(values, contract)
+    return Golden(tuple(arrays), values)
+
+
+def _labels(labels: NDArray[Any], contract: Contract) -> NDArray[Any]:
+    """Return golden labels in the type that the contract's metric takes."""
+    if not contract.label_metric:
+        raise TrainingError(
+            f"golden labels are compared by a metric, and task {contract.task} has "
+            "none: give one to make_contract, or no labels"
+        )
+    if contract.task == "classification":
+        return _classes(labels, len(contract.classes))
+    if labels.dtype.kind not in "biuf" or not np.isfinite(labels).all():
+        raise TrainingError(
+            f"golden labels are {labels.dtype}, expected finite numbers"
+        )
+    if contract.task == "segmentation":
+        return labels.astype(np.int64)
+    return labels.astype(np.float32) if labels.dtype.kind in "bf" else labels
 
 
 def _classes(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
@@ -180,6 +240,11 @@ def _classes(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
         raise TrainingError(
             f"golden labels must be one or more of 0 to {classes - 1}, as the "
             f"contract has {classes} classes"
+        )
+    if labels.dtype.kind not in "biu" and (found != labels).any():
+        raise TrainingError(
+            f"golden labels of classes are whole numbers, these are {labels.dtype} "
+            'with fractions; for values, make the contract with task="regression"'
         )
     return found
 
@@ -228,7 +293,7 @@ def write_round(
             )
     _check_parent(Path(run_dir), complete, recipe)
     schema = RUN_SCHEMA if run.run else SCHEMA
-    text = _to_json({"schema": schema} | asdict(complete), indent=2) + "\n"
+    text = _to_json({"schema": schema} | as_json(complete), indent=2) + "\n"
     lines = "".join(_to_json(epoch) + "\n" for epoch in epochs)
     with _written_once(_round_folder(run_dir, record.round)) as folder:
         write_weights(weights, folder / WEIGHTS_NAME)

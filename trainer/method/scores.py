@@ -10,6 +10,7 @@ better. The three of the paper (Qu, Liu, Thiele, *Deep Partial Updating*, ECCV 2
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,10 +145,10 @@ def _finite_sum(tensors: Mapping[str, Tensor], what: str) -> float:
 
 def fisher_scores(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, Any]],
     names: Iterable[str],
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+    loss: Callable[[Any, Any], Tensor] = functional.cross_entropy,
 ) -> dict[str, Tensor]:
     """Return each weight's squared gradient, summed over batches, as its score.
 

@@ -277,21 +277,3 @@ _OPTION_RULES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "no options"
-
-
-@torch.no_grad()
-def check_outputs(model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Refuse a network of your own that does not give one output a class.
-
-    Raises:
-        ConfigError: Its outputs have another shape, or are no tensor.
-    """
-    training = model.training
-    outputs = model.eval()(torch.zeros(2, *shape))
-    model.train(training)
-    found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs)
-    if found != (2, classes):
-        raise ConfigError(
-            f"the network gives {found} for two inputs of shape {shape}, expected "
-            f"{(2, classes)}: one logit for each of {classes} classes"
-        )

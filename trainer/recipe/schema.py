@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from edge_runtime.formats.contract import METRICS, TASKS
 from edge_runtime.sizes import SIZE_WORDS, is_size
 
 # Those that rank what a full phase did; a budget needs them.
@@ -13,7 +14,15 @@ RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
 PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
-
+LOSSES = ("cross_entropy", "bce", "mse", "l1")
+LOSS_OF_TASK = {
+    "classification": "cross_entropy",
+    "multilabel": "bce",
+    "regression": "mse",
+    "segmentation": "cross_entropy",
+    "free": "",  # what it is for, a function of yours says
+}
+AUTO = "auto"
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
 
@@ -38,6 +47,15 @@ _FACTORY: Rule = (
     "package.module:function",
     lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
 )
+
+
+def _named(*names: str) -> Rule:
+    """Return the rule of a choice by name, or of a function of your own."""
+    words = f"auto, {', '.join(names)}, or package.module:function"
+    known = {AUTO, *names}
+    return words, lambda v: v in known or (":" in v and _FACTORY[1](v))
+
+
 _REINIT: Rule = (
     "auto, never, or a number of rounds",
     lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
@@ -69,6 +87,12 @@ class RunConfig:
         ("from 0 to 1", lambda value: value is None or 0 <= value <= 1),
         default=None,
     )
+    bound: float | None = _key(
+        "what a device asks of the metric on golden labels before it takes new "
+        "weights: at least, or at most for mae; default: halfway between the best "
+        "answer that is the same for every sample and round_00's",
+        default=None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +108,11 @@ class DataConfig:
         "in place of set: package.module:function that returns your own data",
         _FACTORY,
         default="",
+    )
+    task: str = _key(
+        "what the network is for; all but classification with data of your own",
+        _one_of(*TASKS),
+        default="classification",
     )
     initial: int = _key("training samples in round_00", _from(2))
     growth: int = _key("training samples that every later round adds", _from(0))
@@ -197,6 +226,22 @@ class TrainConfig:
 
     epochs: int = _key("epochs of one phase; a round has two phases", _from(1))
     batch: int = _key("samples of one step", _from(2), default=128)
+    loss: str = _key(
+        "what is minimised; auto: the task's (cross_entropy, bce of logits, mse)",
+        _named(*LOSSES),
+        default=AUTO,
+    )
+    metric: str = _key(
+        "what the best epoch is chosen by; auto: the task's (top1, element_accuracy, "
+        "mae, iou)",
+        _named(*METRICS),
+        default=AUTO,
+    )
+    better: str = _key(
+        "for a metric of your own: which values are better, higher or lower ones",
+        _one_of(AUTO, "higher", "lower"),
+        default=AUTO,
+    )
     optimizer: str = _key("the optimizer", _one_of("adam", "sgd"), default="adam")
     lr: float = _key("learning rate at the start of a phase", _ABOVE_0, default=5e-3)
     momentum: float = _key("sgd only", _from(0, 1), default=0.0)

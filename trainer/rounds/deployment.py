@@ -4,21 +4,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats import identity
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract import TASKS, Contract, parse_contract
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
 from edge_runtime.formats.weights import Weights
+from edge_runtime.update.metrics import Metric
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
 from trainer.folder.write import make_contract, write_model
 from trainer.parallel import by_first
+from trainer.recipe.schema import Config
+from trainer.recipe.task import device_metric
 
 GOLDEN_SAMPLES = 64
 
@@ -39,9 +44,9 @@ class Deployment:
 
 
 def make_deployment(
-    build: Callable[[], nn.Module], input_shape: tuple[int, ...], *, seed: int
+    build: Callable[[], nn.Module], example: Tensor, *, seed: int
 ) -> Deployment:
-    """Draw the init weights and export the graph.
+    """Draw the init weights and export the graph, for inputs such as the example.
 
     Raises:
         ExportError: The network cannot be deployed weight for weight.
@@ -49,7 +54,7 @@ def make_deployment(
     recipe, graph = by_first(
         lambda: (
             make_init_spec(build, seed),
-            export_graph(build(), torch.zeros(1, *input_shape)),
+            export_graph(build(), example),
         )
     )
     return Deployment(recipe, graph, recipe.generate())
@@ -88,12 +93,98 @@ def check_run_id(run_dir: Path, wanted: str) -> None:
         )
 
 
+def contract_of(
+    config: Config,
+    source: DataSource,
+    golden: Samples,
+    measure: Callable[[Metric], float],
+) -> Contract:
+    """Return a run's contract; where the recipe has no bound, round_00 decides it.
+
+    Args:
+        config: The recipe.
+        source: Says how raw samples become inputs.
+        golden: Raw samples that travel with the model.
+        measure: Returns what round_00's weights give for them.
+    """
+    task, metric = config.data.task, device_metric(config.data, config.train)
+    bound = config.run.bound
+    if bound is None:
+        bound = config.run.accuracy_floor
+    if bound is None and metric:
+        labels = golden.labels.numpy()
+        constant = constant_value(metric, labels, len(source.classes))
+        bound = default_bound(metric, measure(metric), constant)
+    is_top1 = metric is not None and metric.name == "top1"
+    return make_contract(
+        source.input_shape,
+        source.classes,
+        scale=source.scale,
+        mean=source.mean,
+        std=source.std,
+        dtype=source.dtype,
+        accuracy_floor=(bound or 0.0) if is_top1 else 0.0,
+        task=task,
+        metric=metric.name if metric and metric.name != TASKS[task] else "",
+        bound=None if is_top1 else bound,
+    )
+
+
+def default_bound(metric: Metric, value: float, constant: float) -> float:
+    """Return a bound between what weights reach and what a constant answer does.
+
+    Where they fall short of that, it is as far away on the other side: devices take at
+    least the weights that they are installed with.
+    """
+    middle = (constant + value) / 2
+    if metric.reaches(value, middle):
+        return middle
+    low, high = metric.range
+    return min(max(2 * value - middle, low), high)
+
+
+def constant_value(metric: Metric, labels: NDArray[Any], classes: int) -> float:
+    """Return what the best answer that is the same for every sample would give.
+
+    Args:
+        metric: Of the devices.
+        labels: Golden labels.
+        classes: How many there are, where labels are classes.
+    """
+    if metric.name == "top1":
+        return 1 / classes
+    if labels.dtype.kind in "iu":
+        often = np.bincount(labels[labels >= 0], minlength=classes).argmax()
+        answer = np.zeros((len(labels), classes, *labels.shape[1:]))
+        answer[:, often] = 1.0
+    elif metric.name == "mae":
+        answer = np.broadcast_to(np.median(labels, axis=0), labels.shape)
+    elif metric.name == "cosine":
+        answer = np.broadcast_to(labels.mean(axis=0), labels.shape)
+    else:
+        answer = np.broadcast_to(labels.mean(axis=0) > 1 / 2, labels.shape)
+    return metric.score(answer, labels)
+
+
+def bound_of(config: Config, run_dir: Path) -> float | None:
+    """Return what devices ask of their metric; None for nothing, or not yet.
+
+    Raises:
+        OSError: The contract cannot be read.
+        ContractError: It is malformed.
+    """
+    for bound in (config.run.bound, config.run.accuracy_floor):
+        if bound is not None:
+            return bound
+    path = run_dir / MODEL_NAME / CONTRACT_NAME
+    return parse_contract(path.read_bytes()).label_bound if path.exists() else None
+
+
 def write_deployment(
     run_dir: Path,
     deployment: Deployment,
-    source: DataSource,
+    contract: Contract,
     golden: Samples,
-    accuracy_floor: float,
     run_id: str = "",
 ) -> None:
     """Write the run's model folder, or check the one that is there.
@@ -103,23 +194,14 @@ def write_deployment(
     Args:
         run_dir: The run's folder.
         deployment: Graph and init weights.
-        source: Says how raw samples become inputs.
+        contract: What goes in and comes out, and how good it must be.
         golden: Raw samples that travel with the model.
-        accuracy_floor: Share of ``golden`` that a device must get right, 0 to 1.
         run_id: As for :func:`trainer.folder.write_model`.
 
     Raises:
         ConfigError: The folder holds another network's files.
         OSError: The files cannot be written.
     """
-    contract = make_contract(
-        source.input_shape,
-        source.classes,
-        scale=source.scale,
-        mean=source.mean,
-        std=source.std,
-        accuracy_floor=accuracy_floor,
-    )
     folder = run_dir / MODEL_NAME
     if not folder.exists():
         write_model(
@@ -128,7 +210,7 @@ def write_deployment(
             recipe=deployment.recipe,
             contract=contract,
             golden_inputs=golden.read().numpy(),
-            golden_labels=golden.labels.numpy(),
+            golden_labels=golden.labels.numpy() if contract.label_metric else None,
             run_id=run_id,
         )
         return

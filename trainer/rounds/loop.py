@@ -3,17 +3,22 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.update.metrics import Metric
 from trainer import parallel
 from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
+from trainer.rounds.objective import ACCURACY, Judge, Loss
+from trainer.trees import joined, leaves
 
 # Of one evaluation batch: at most 27 images of 224x224 pixels. What the network holds
 # on its way is a multiple of its input; on a CPU it should stay in the cache, which
@@ -39,16 +44,18 @@ def choose_device(name: str) -> torch.device:
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    epoch: Iterable[tuple[Tensor, Tensor]],
+    epoch: Iterable[tuple[Tensor, Any]],
+    loss_of: Loss = functional.cross_entropy,
 ) -> float:
     """Train on every batch once and return the mean loss a sample.
 
     Among several processes each trains on its share of every batch.
 
     Args:
-        model: Returns logits (B, classes).
+        model: Returns what ``loss_of`` takes, such as logits (B, classes).
         optimizer: Of the model's parameters.
-        epoch: Batches of inputs (B, C, H, W) float32 and labels (B,) int64.
+        epoch: Batches of inputs (B, C, H, W) float32 and labels, such as (B,) int64.
+        loss_of: From what the model returns and the labels to the mean loss.
     """
     model.train()
     total: Tensor | float = 0.0  # becomes a tensor where the losses are
@@ -56,31 +63,45 @@ def train_epoch(
     for inputs, labels in epoch:
         optimizer.zero_grad()
         mine, targets, weight = parallel.share(inputs, labels)
-        loss = functional.cross_entropy(model(mine), targets) * weight
+        loss = loss_of(model(mine), targets) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        total = total + loss.detach() * len(labels)
-        count += len(labels)
+        total = total + loss.detach() * len(inputs)
+        count += len(inputs)
     parallel.copy_buffers(model)
     return float(parallel.mean(torch.as_tensor(total))) / count
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: Samples) -> float:
-    """Return the share of prepared samples that the model labels right, 0 to 1.
+def evaluate(model: nn.Module, samples: Samples, judge: Judge = ACCURACY) -> float:
+    """Return how good a model is on prepared samples; for accuracy a share, 0 to 1.
 
-    Several processes share the batches; all of them must call it.
+    Several processes share the batches, or leave them to the first where the metric is
+    a function of your own, which gets all at once; all processes must call it.
     """
     model.eval()
     one = 4 * math.prod(samples.inputs.shape[1:])  # bytes, as float32
-    most = EVALUATION_SAMPLES.get(samples.labels.device.type, MOST_EVALUATION_SAMPLES)
+    device = next(leaves(samples.labels)).device.type
+    most = EVALUATION_SAMPLES.get(device, MOST_EVALUATION_SAMPLES)
     size = max(1, min(most, EVALUATION_BYTES // one))
-    right = sum(
-        int((model(inputs).argmax(1) == labels).sum())
+    metric = judge.metric
+    if not isinstance(metric, Metric):
+        return parallel.by_first(lambda: _own_score(model, samples, size, metric))
+    mine = [
+        metric.sums(next(leaves(model(inputs))).cpu().numpy(), labels.cpu().numpy())
         for index, (inputs, labels) in enumerate(batches(samples, size))
         if parallel.is_mine(index)
-    )
-    return int(parallel.total(torch.tensor(right))) / len(samples)
+    ]
+    # A process that had no batch does not know what the sums look like.
+    parts = [sums for process in parallel.gathered(mine) for sums in process]
+    return metric.value(np.sum(parts, axis=0))
+
+
+def _own_score(
+    model: nn.Module, samples: Samples, size: int, own: Callable[[Any, Any], Any]
+) -> float:
+    pairs = [(model(inputs), labels) for inputs, labels in batches(samples, size)]
+    return float(own(*joined(pairs)))
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -117,9 +138,7 @@ def learning_rate(config: TrainConfig, epoch: int, epochs: int) -> float:
 
 
 @torch.no_grad()
-def recompute_batchnorm(
-    model: nn.Module, epoch: Iterable[tuple[Tensor, Tensor]]
-) -> None:
+def recompute_batchnorm(model: nn.Module, epoch: Iterable[tuple[Tensor, Any]]) -> None:
     """Set the running statistics of BatchNorm to those of the current weights.
 
     After rewinding, the statistics are still those of the fully trained network, and

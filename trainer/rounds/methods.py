@@ -82,7 +82,10 @@ def _fixed(training: RoundTraining, epochs: int, ratio: float, method: str) -> M
     updater = new_updater(training, ratio=ratio).attach(training.optimizer)
     if method == "fisher":
         samples = training.train_batches()
-        updater.select(fisher_scores(training.model, samples, updater.base))
+        scores = fisher_scores(
+            training.model, samples, updater.base, loss=training.loss
+        )
+        updater.select(scores)
     else:
         random = torch.Generator().manual_seed(training.random_seed("select"))
         updater.select(masks=random_masks(updater.base, ratio, random))

@@ -16,6 +16,7 @@ from torch import nn
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
 from edge_runtime.formats.weights import Weights, read_weights
+from edge_runtime.update.metrics import Metric
 from trainer.config import as_dict
 from trainer.data.samples import DataSource, batches, split_source
 from trainer.data.sources import load_source
@@ -23,17 +24,21 @@ from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
 from trainer.export.tensors import changed_elements, load_weights
 from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, write_round
-from trainer.networks.models import build_model, check_outputs
+from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
 from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.recipe.task import device_metric
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
+    bound_of,
+    contract_of,
     make_deployment,
     read_deployment,
     write_deployment,
 )
 from trainer.rounds.loop import choose_device, evaluate
 from trainer.rounds.methods import is_full, train_round
+from trainer.rounds.objective import Judge, check_objective, judge_of
 from trainer.rounds.training import Masks, Pack, RoundTraining
 
 
@@ -48,7 +53,7 @@ class Progress:
         epoch: Epochs of this round that are done, at most ``epochs``.
         epochs: Epochs of this round, where nothing has to be repeated.
         metrics: Of the epoch that ended, as in ``metrics.jsonl``: ``loss``, ``lr``, and
-            ``val_accuracy`` where it was measured.
+            ``val_accuracy``, or another metric's, where it was measured.
         record: The round's record once its folder is complete, else None.
     """
 
@@ -70,7 +75,9 @@ class _Attempt:
         parent: What devices would update from.
         masks: What was selected, or has changed since the parent.
         best: The best weights; what it started from where none are better.
-        new: Weights to deploy; None where they are no better than what there is.
+        new: Weights to deploy; None where they are no better than what there is, or
+            devices would refuse them.
+        missed: What the golden samples gave, where that is short of the bound.
         epochs: The records of its epochs, with what it started from.
     """
 
@@ -79,6 +86,7 @@ class _Attempt:
     masks: Masks
     best: Weights
     new: Weights | None
+    missed: float | None
     epochs: Sequence[Mapping[str, Any]]
 
 
@@ -124,24 +132,20 @@ class Run:
             raise ConfigError(
                 f"data.augment is for images (C, H, W), these inputs are {shape}"
             )
-        self._accuracies: dict[
-            tuple[str, str], float
-        ] = {}  # by fingerprint and samples
+        self._judge = judge_of(config)
+        self._values: dict[tuple[str, str], float] = {}  # by fingerprint and samples
+        check_objective(self.build(), self._pool, config, self._source.classes)
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
-            make_deployment(self.build, shape, seed=seed)
+            make_deployment(self.build, self._source.example, seed=seed)
             if new
             else read_deployment(run_dir)
         )
 
     def build(self) -> nn.Module:
         """Build the network, with the initialisation of its modules."""
-        classes = len(self._source.classes)
-        shape = self._source.input_shape
-        model = build_model(self.config.model, shape, classes)
-        if self.config.model.factory:
-            check_outputs(model, shape, classes)
-        return model
+        shape, outputs = self._source.input_shape, len(self._source.classes)
+        return build_model(self.config.model, shape, outputs)
 
     def train(
         self, number: int, records: Sequence[RoundRecord], *, reinitialise: bool
@@ -162,12 +166,12 @@ class Run:
         init, update = self._deployment.init, self.config.update
         folder = self.run_dir / round_name(number - 1)
         deployed = read_weights(folder / WEIGHTS_NAME) if records else init
-        before = 0.0
+        before, name = self._judge.worst, self._judge.name
         if records:
-            before = records[-1].metrics["val_accuracy"]
-            self._accuracies |= {
+            before = records[-1].metrics[f"val_{name}"]
+            self._values |= {
                 (deployed.fingerprint, "validation"): before,
-                (deployed.fingerprint, "test"): records[-1].metrics["test_accuracy"],
+                (deployed.fingerprint, "test"): records[-1].metrics[f"test_{name}"],
             }
         fresh = init if reinitialise else read_shadow(folder)
         attempts = list(self._attempts(number, deployed, before, fresh))
@@ -177,14 +181,16 @@ class Run:
         if not number:
             self._write_deployment(target)
         metrics = {
-            "val_accuracy": self._accuracy(target, "validation"),
-            "test_accuracy": self._accuracy(target, "test"),
-            "test_best": self._accuracy(attempt.best, "test"),
-            **{f"val_{k}": share for k, share in attempt.training.accuracy.items()},
+            f"val_{name}": self._value(target, "validation"),
+            f"test_{name}": self._value(target, "test"),
+            "test_best": self._value(attempt.best, "test"),
+            **{f"val_{k}": value for k, value in attempt.training.values.items()},
             **_counts(start, target, attempt.masks),
         }
         if len(attempts) > 1:
-            metrics["val_reinit"] = attempts[0].training.accuracy["best"]
+            metrics["val_reinit"] = attempts[0].training.values["best"]
+        if attempt.missed is not None:
+            metrics["golden"] = attempt.missed
         if attempt.new and self._pack and update.budget:
             metrics["patch_bytes"] = self._pack(start, target)
         everything = update.method == "fu" or is_full(self.config, number)
@@ -203,6 +209,8 @@ class Run:
             packable=update.chain != "paper",
             samples=self.split.size_at(number),
             metrics=metrics,
+            metric=name,
+            better="higher" if self._judge.higher else "lower",
             seeds={"run": self.config.run.seed},
             config=as_dict(self.config),
         )
@@ -225,12 +233,12 @@ class Run:
         Args:
             number: Of the round.
             deployed: The deployed weights.
-            before: Their accuracy on validation.
+            before: How good they are on validation.
             fresh: The init weights, or what earlier rounds made of them unseen.
         """
         update = self.config.update
         if fresh is not None:
-            floor = 0.0 if update.chain == "paper" else before
+            floor = self._judge.worst if update.chain == "paper" else before
             attempt = self._try(number, fresh, floor, parent=self._deployment.init)
             yield attempt
             if attempt.new is not None or update.method not in PARTIAL_METHODS:
@@ -254,16 +262,28 @@ class Run:
         self._check_answers(model, best)
         # What a training found is not measured again.
         for weights, name in ((start, "start"), (best, "best")):
-            found = {(weights.fingerprint, "validation"): training.accuracy[name]}
-            self._accuracies |= found
-        new = best if training.accuracy["best"] >= floor else None
-        if best.fingerprint in (start.fingerprint, parent.fingerprint):
-            new = None
+            found = {(weights.fingerprint, "validation"): training.values[name]}
+            self._values |= found
+        new, missed = None, None
+        is_new = best.fingerprint not in (start.fingerprint, parent.fingerprint)
+        if is_new and self._judge.no_worse(training.values["best"], floor):
+            missed = self._missed(model)
+            new = best if missed is None else None
         origin = "init" if from_init else "deployed"
         if start is not parent:
             origin, masks = "shadow", _with_changes(masks, parent, best)
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        return _Attempt(training, parent, masks, best, new, epochs)
+        return _Attempt(training, parent, masks, best, new, missed, epochs)
+
+    def _missed(self, model: nn.Module) -> float | None:
+        """Return what the golden samples give where that is short of the bound."""
+        metric = device_metric(self.config.data, self.config.train)
+        bound = bound_of(self.config, self.run_dir)
+        no_device = self.config.update.chain == "paper"
+        if metric is None or bound is None or no_device:
+            return None
+        value = self._golden_value(model, metric)
+        return None if metric.reaches(value, bound) else value
 
     def _network(self, weights: Weights) -> nn.Module:
         """Build the network anew, with these weights."""
@@ -271,13 +291,14 @@ class Run:
         load_weights(model, weights)
         return model
 
-    def _accuracy(self, weights: Weights, which: str) -> float:
-        """Return the accuracy on ``validation`` or ``test``, measured at most once."""
+    def _value(self, weights: Weights, which: str) -> float:
+        """Return how good weights are on samples by name, measured at most once."""
         key = weights.fingerprint, which
-        if key not in self._accuracies:
+        if key not in self._values:
             samples = {"validation": self._validation, "test": self._test}[which]
-            self._accuracies[key] = evaluate(self._network(weights), samples)
-        return self._accuracies[key]
+            network = self._network(weights)
+            self._values[key] = evaluate(network, samples, self._judge)
+        return self._values[key]
 
     def _check_answers(self, model: nn.Module, weights: Weights) -> None:
         """Prove that a device will answer as the trained network does.
@@ -302,7 +323,7 @@ class Run:
             number,
             (self._pool[: self.split.size_at(number)], self._validation),
             from_init=from_init,
-            start_accuracy=self._accuracies.get((start.fingerprint, "validation")),
+            start_value=self._values.get((start.fingerprint, "validation")),
             augmentation=self._source.crop_flip if augmented else None,
             on_epoch=lambda epoch: self._report(number, epoch, next(count)),
         )
@@ -321,22 +342,23 @@ class Run:
             Progress(number, run.rounds, phase, epoch, epochs, record, metrics)
         )
 
+    def _golden_value(self, model: nn.Module, metric: Metric) -> float:
+        """Return the devices' metric on the samples that they have."""
+        golden = self._validation[:GOLDEN_SAMPLES]
+        return evaluate(model, golden, Judge(metric.name, metric.higher, metric))
+
     def _write_deployment(self, target: Weights) -> None:
-        """Write the model folder; round_00's weights decide the contract's floor."""
-        floor = self.config.run.accuracy_floor
-        if floor is None:
-            samples = self._validation[:GOLDEN_SAMPLES]
-            share = evaluate(self._network(target), samples)
-            floor = (1 / len(self._source.classes) + share) / 2
+        """Write the model folder; round_00's weights decide the contract's bound."""
         golden = self.split.validation[:GOLDEN_SAMPLES]
+        contract = contract_of(
+            self.config,
+            self._source,
+            golden,
+            lambda metric: self._golden_value(self._network(target), metric),
+        )
         by_first(
             lambda: write_deployment(
-                self.run_dir,
-                self._deployment,
-                self._source,
-                golden,
-                floor,
-                self.config.run.id,
+                self.run_dir, self._deployment, contract, golden, self.config.run.id
             )
         )
 

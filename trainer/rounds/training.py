@@ -26,6 +26,7 @@ from trainer.rounds.loop import (
     recompute_batchnorm,
     train_epoch,
 )
+from trainer.rounds.objective import judge_of, loss_of
 from trainer.rounds.rounding import FLOAT32_BITS, round_weights
 
 Augment = Callable[[Tensor], Tensor]
@@ -43,8 +44,10 @@ class RoundTraining:
         optimizer: Of all trainable parameters; its state goes through both phases.
         number: The round's number.
         epochs: What happened, one record an epoch.
-        accuracy: On validation: of the ``start``, of the ``best`` weights, and of
-            others by name.
+        judge: Says which of two epochs is better.
+        loss: What is minimised.
+        values: Of the judge's metric on validation: of the ``start``, of the ``best``
+            weights, and of others by name.
         best: The best weights, or None while nothing beats the start.
     """
 
@@ -56,7 +59,7 @@ class RoundTraining:
         samples: tuple[Samples, Samples],
         *,
         from_init: bool = True,
-        start_accuracy: float | None = None,
+        start_value: float | None = None,
         augmentation: Callable[[np.random.Generator], Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
@@ -68,7 +71,7 @@ class RoundTraining:
             number: The round's number; keys its random streams.
             samples: Prepared samples for training and for validation.
             from_init: Whether the start weights are the init weights.
-            start_accuracy: Of the start weights on validation, where it is known.
+            start_value: Of the start weights on validation, where it is known.
             augmentation: Makes the augmentation of an epoch from a random stream.
             on_epoch: Called with the record of every epoch when it is over.
         """
@@ -84,10 +87,9 @@ class RoundTraining:
         self._train, self._validation = samples
         self._augmentation = augmentation
         self._on_epoch = on_epoch
-        start = start_accuracy
-        if start is None:
-            start = evaluate(model, self._validation)
-        self.accuracy = {"start": start, "best": start}
+        self.judge, self.loss = judge_of(config), loss_of(config)
+        start = self._evaluate() if start_value is None else start_value
+        self.values = {"start": start, "best": start}
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return the stream of one purpose in the epoch that comes next.
@@ -121,12 +123,12 @@ class RoundTraining:
             record = {"phase": phase, "epoch": epoch, "lr": rate, "loss": self._epoch()}
             if keep or epoch == epochs - 1:
                 with self._as_deployed():
-                    accuracy = evaluate(self.model, self._validation)
-                    kept = keep and accuracy > self.accuracy["best"]
+                    value = self._evaluate()
+                    kept = keep and self.judge.better(value, self.values["best"])
                     if kept:
-                        self._keep(accuracy)
-                record |= {"val_accuracy": accuracy, "kept": kept}
-                self.accuracy[phase] = accuracy
+                        self._keep(value)
+                record |= {f"val_{self.judge.name}": value, "kept": kept}
+                self.values[phase] = value
             self.epochs.append(record)
             self._on_epoch(record)
 
@@ -138,11 +140,11 @@ class RoundTraining:
         if not self.dense.frozen:
             recompute_batchnorm(self.model, self.train_batches())
         with self._as_deployed():
-            accuracy = self.accuracy["rewound"] = evaluate(self.model, self._validation)
-            if accuracy >= self.accuracy["start"]:
-                self._keep(accuracy)
+            value = self.values["rewound"] = self._evaluate()
+            if self.judge.no_worse(value, self.values["start"]):
+                self._keep(value)
 
-    def train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield the training samples as they lie, without augmentation.
 
         Batches are of about equal size, or a small last one would count too much.
@@ -155,13 +157,13 @@ class RoundTraining:
         """Return a function that takes the round back to where it is now."""
         model = copy.deepcopy(self.model.state_dict())
         optimizer = copy.deepcopy(self.optimizer.state_dict())
-        epochs, accuracy, best = [*self.epochs], {**self.accuracy}, self.best
+        epochs, values, best = [*self.epochs], {**self.values}, self.best
 
         def go_back() -> None:
             self.model.load_state_dict(model)
             # A copy: the optimizer goes on with the very tensors that it is given.
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
-            self.epochs, self.accuracy, self.best = [*epochs], {**accuracy}, best
+            self.epochs, self.values, self.best = [*epochs], {**values}, best
 
         return go_back
 
@@ -184,10 +186,13 @@ class RoundTraining:
         yield
         self.load(exact)
 
-    def _keep(self, accuracy: float) -> None:
+    def _keep(self, value: float) -> None:
         weights = weights_of(self.model)
         self.dense.verify(weights, self.start)
-        self.accuracy["best"], self.best = accuracy, weights
+        self.values["best"], self.best = value, weights
+
+    def _evaluate(self) -> float:
+        return evaluate(self.model, self._validation, self.judge)
 
     def _seed_torch(self) -> None:
         """Seed torch's streams of the whole process, from which dropout draws."""
@@ -199,7 +204,7 @@ class RoundTraining:
         self._seed_torch()
         size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
-        loss = train_epoch(self._trained, self.optimizer, epoch)
+        loss = train_epoch(self._trained, self.optimizer, epoch, self.loss)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "

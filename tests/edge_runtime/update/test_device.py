@@ -459,7 +459,7 @@ def test_a_trial_counts_golden_labels(device):
     check_outputs([outputs], np.arange(8), Contract((), accuracy_floor=1.0))
     wrong = np.array([0, 1, 2, 3, 4, 5, 6, 0])
     check_outputs([outputs], wrong, Contract((), accuracy_floor=0.875))
-    with pytest.raises(TrialError, match="7 of 8 golden labels"):
+    with pytest.raises(TrialError, match=r"accuracy 0\.875 \(7 of 8 right\) on golden"):
         check_outputs([outputs], wrong, Contract((), accuracy_floor=0.876))
 
 

@@ -8,6 +8,8 @@ import pytest
 from sklearn import metrics as reference
 
 from edge_runtime.errors import ContractError
+from edge_runtime.formats.contract import METRICS as NAMES
+from edge_runtime.formats.contract import check_bound
 from edge_runtime.update.metrics import METRICS
 
 RANDOM = np.random.default_rng(3)
@@ -26,7 +28,7 @@ CASES = {
 
 
 def test_every_metric_is_tried_here():
-    assert CASES.keys() == METRICS.keys()
+    assert CASES.keys() == METRICS.keys() == NAMES.keys()
 
 
 def test_they_are_what_scikit_learn_computes():
@@ -127,8 +129,8 @@ def test_what_does_not_fit_is_refused_by_name(name, output, labels, words):
 )
 def test_a_bound_outside_of_the_range_is_refused(name, bound):
     with pytest.raises(ContractError, match=r"values from .*bound is"):
-        METRICS[name].check_bound(bound)
-    METRICS[name].check_bound(METRICS[name].range[0])
+        check_bound(name, bound)
+    check_bound(name, METRICS[name].range[0])
 
 
 def test_bounds_are_reached_in_the_metrics_own_direction():

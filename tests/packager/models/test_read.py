@@ -438,7 +438,7 @@ def test_given_golden_inputs_and_labels_hold_the_contracts_floor(old, tmp_path):
     golden = golden_of(adopt_model(model, golden=tmp_path / "golden.npz"))
     assert np.array_equal(golden["labels"], labels % 3)
     (tmp_path / "c.json").write_text('{"accuracy_floor": 0.75}')
-    with pytest.raises(TrialError, match="4 of 8 golden labels"):
+    with pytest.raises(TrialError, match=r"4 of 8 right\) on golden labels"):
         adopt_model(model, golden=tmp_path / "golden.npz", contract=tmp_path / "c.json")
 
 

@@ -168,7 +168,7 @@ def test_what_is_deployed_is_rounded_before_it_is_judged(method, bits):
     for name, array in training.best.items():
         word, base = array.view("u4"), start[name].view("u4")
         assert not (word[word != base] & ((1 << (23 - bits)) - 1)).any()
-    accuracy = training.accuracy["best"]
+    accuracy = training.values["best"]
     training.load(training.best)
     samples = prepare(config)._validation
     assert evaluate(training.model, samples) == accuracy
@@ -192,7 +192,7 @@ def test_full_updating_selects_everything_and_keeps_the_best_epoch():
     training, start, masks = trained(config_of("fu"))
     assert all(bool(mask.all()) for mask in masks.values())
     assert [e["phase"] for e in training.epochs] == ["full"] * 2 * EPOCHS
-    assert training.accuracy["best"] == max(e["val_accuracy"] for e in training.epochs)
+    assert training.values["best"] == max(e["val_accuracy"] for e in training.epochs)
     assert changed(start, training.best, "1.weight").float().mean() > 0.5
 
 
@@ -206,13 +206,13 @@ def test_pruning_leaves_the_ratio_of_the_weights_and_zeroes_the_rest():
 @pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_is_kept_where_it_is_strictly_better(method):
     training, _, _ = trained(config_of(method))
-    best = training.accuracy["start"]
-    best = max(best, training.accuracy.get("rewound", best))
+    best = training.values["start"]
+    best = max(best, training.values.get("rewound", best))
     judged = [epoch for epoch in training.epochs if epoch["phase"] == "sparse"]
     for epoch in judged or training.epochs:
         assert epoch["kept"] == (epoch["val_accuracy"] > best)
         best = max(best, epoch["val_accuracy"])
-    assert training.accuracy["best"] == best
+    assert training.values["best"] == best
 
 
 def test_methods_of_one_seed_see_the_same_samples():
@@ -238,12 +238,12 @@ def test_training_is_deterministic():
 def test_the_rewound_network_is_judged_with_its_own_batchnorm_statistics():
     training = prepare(config_of(model="small_cnn", lr=1e-2))
     training.run_phase("full", 10, keep=False)
-    good = training.accuracy["full"]
+    good = training.values["full"]
     for name, buffer in training.model.named_buffers():
         if name.endswith("running_mean"):
             buffer.add_(5.0)
     training.consider_rewound()
-    assert training.accuracy["rewound"] > good - 0.1
+    assert training.values["rewound"] > good - 0.1
     assert training.best is not None
 
 
@@ -261,7 +261,7 @@ def test_nothing_is_kept_when_nothing_is_better():
     again = prepare(config, first.model)
     train_round(again, config)
     assert again.best is None
-    assert again.accuracy["best"] == first.accuracy["best"]
+    assert again.values["best"] == first.values["best"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

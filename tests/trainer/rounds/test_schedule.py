@@ -416,9 +416,9 @@ def test_the_same_weights_are_never_evaluated_twice_on_the_same_samples(
 ):
     seen = []
 
-    def seeing(model, samples):
+    def seeing(model, samples, judge):
         seen.append((weights_of(model).fingerprint, samples.labels.numpy().tobytes()))
-        return evaluate(model, samples)
+        return evaluate(model, samples, judge)
 
     for module in ("round", "training"):
         monkeypatch.setattr(f"trainer.rounds.{module}.evaluate", seeing)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold a network's answers against golden labels, as every device's trial will."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edge_runtime.errors import ContractError, TrainingError
+from edge_runtime.formats.contract import Contract
+from edge_runtime.update.golden import Golden
+from edge_runtime.update.metrics import METRICS
+from trainer.export.deployed_check import answer_of
+
+
+def check_labels(
+    model: nn.Module, contract: Contract, golden: Golden, *, reach: bool
+) -> None:
+    """Insist that a model's answers can be held against its golden labels.
+
+    Args:
+        model: The network; left in the mode in which it was.
+        contract: Names classes, metric and bound.
+        golden: Inputs, and labels if there are any.
+        reach: Insist on the bound too.
+
+    Raises:
+        TrainingError: Labels or classes do not fit the first output, or the metric
+            falls short of the bound, and devices would refuse the weights.
+    """
+    if golden.labels is None:
+        return
+    feed = contract.prepare(golden.by_name(contract))
+    batch = tuple(torch.tensor(array) for array in feed.values())
+    output = answer_of(model, batch)[0].numpy()
+    _check_width(output, contract)
+    metric, bound = METRICS[contract.label_metric], contract.label_bound
+    try:
+        value = metric.score(output, golden.labels, contract.threshold)
+    except ContractError as err:
+        raise TrainingError(f"golden labels: {err}") from err
+    if reach and bound is not None and not metric.reaches(value, bound):
+        raise TrainingError(
+            f"{metric.name} of the golden samples is {value:.6g}, the contract asks "
+            f"for {metric.asked(bound)}: devices would refuse these weights; nothing "
+            "was written"
+        )
+
+
+def _check_width(output: NDArray[Any], contract: Contract) -> None:
+    """Insist on one number for each class in the first output."""
+    axis = 1 if contract.task == "segmentation" else -1
+    width = output.shape[axis] if output.ndim > 1 else 1
+    if contract.classes and width != len(contract.classes):
+        raise TrainingError(
+            f"the contract has {len(contract.classes)} classes, the network's first "
+            f"output has {width} for each (shape {list(output.shape)})"
+        )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run trains for: its loss, and the metric that chooses the best epoch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edge_runtime.errors import ConfigError, ContractError
+from edge_runtime.update.metrics import METRICS, Metric
+from trainer.data.samples import Samples, batches
+from trainer.recipe.factory import load_factory
+from trainer.recipe.schema import Config
+from trainer.recipe.task import device_metric, loss_name, metric_name
+from trainer.trees import leaves
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def _bce(output: Tensor, labels: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(*_alike(output, labels))
+
+
+def _mse(output: Tensor, labels: Tensor) -> Tensor:
+    return functional.mse_loss(*_alike(output, labels))
+
+
+def _l1(output: Tensor, labels: Tensor) -> Tensor:
+    return functional.l1_loss(*_alike(output, labels))
+
+
+def _alike(output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Give labels the shape of the output where a lone value has an axis, or none.
+
+    torch would make a table of all pairs of them.
+    """
+    of_one = (*labels.shape, 1) == output.shape or labels.shape == (*output.shape, 1)
+    return output, labels.reshape(output.shape) if of_one else labels
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": functional.cross_entropy,
+    "bce": _bce,
+    "mse": _mse,
+    "l1": _l1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Says how good a network is on samples, and which of two values is better.
+
+    Attributes:
+        name: What records call the metric: ``val_NAME``, ``test_NAME``.
+        higher: Whether more is better.
+        metric: One that devices know; or a function of your own, from outputs and
+            targets of all samples to a number.
+    """
+
+    name: str
+    higher: bool
+    metric: Metric | Callable[[Any, Any], Any]
+
+    def better(self, value: float, other: float) -> bool:
+        """Tell whether a value is better than another; one that is NaN never is."""
+        if math.isnan(value) or math.isnan(other):
+            return not math.isnan(value)
+        return value > other if self.higher else value < other
+
+    def no_worse(self, value: float, other: float) -> bool:
+        """Tell whether a value is better than another, or as good."""
+        return value == other or self.better(value, other)
+
+    @property
+    def worst(self) -> float:
+        """What every value is better than, or as good as."""
+        return -math.inf if self.higher else math.inf
+
+
+ACCURACY = Judge("accuracy", True, METRICS["top1"])
+
+
+def loss_of(config: Config) -> Loss:
+    """Return the loss that a recipe names, or that belongs to its task.
+
+    Raises:
+        ConfigError: There is no such function of yours.
+    """
+    name = loss_name(config.data, config.train)
+    return LOSSES[name] if name in LOSSES else load_factory(name)
+
+
+def judge_of(config: Config) -> Judge:
+    """Return what chooses a recipe's best epoch.
+
+    Raises:
+        ConfigError: There is no such function of yours.
+    """
+    name = metric_name(config.data, config.train)
+    if metric := METRICS.get(name):
+        return Judge(metric.title, metric.higher, metric)
+    own, higher = load_factory(name), config.train.better == "higher"
+    return Judge(name.partition(":")[2], higher, own)
+
+
+def check_objective(
+    model: nn.Module, samples: Samples, config: Config, names: Sequence[str]
+) -> None:
+    """Refuse a network, labels, loss and metric that do not fit, before any training.
+
+    Args:
+        model: On the CPU, or where the samples are; left in eval mode.
+        samples: Prepared; two of them are tried.
+        config: The recipe.
+        names: Of the classes, or of the values that the network gives.
+
+    Raises:
+        ConfigError: They do not fit each other.
+    """
+    inputs, labels = next(iter(batches(samples[:2], 2)))
+    outputs = model.to(inputs.device).eval()(inputs)
+    output, task = next(leaves(outputs), None), config.data.task
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"the network gives {output!r}, expected tensors")
+    if task != "free":
+        _check_shape(output, labels, task, len(names), tuple(inputs.shape[1:]))
+    name = loss_name(config.data, config.train)
+    if name in LOSSES:
+        _check_built_in(name, outputs, labels)
+    value = loss_of(config)(outputs, labels)
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else value
+        raise ConfigError(
+            f"[train] loss {name} returned {found!r}, expected a tensor of one number "
+            "that follows from the network's weights: the mean loss of the batch"
+        )
+    metrics = judge_of(config).metric, device_metric(config.data, config.train)
+    for metric in metrics:
+        if isinstance(metric, Metric):
+            _check_metric(metric, output.detach(), labels)
+
+
+def _check_shape(
+    output: Tensor, labels: Tensor, task: str, width: int, shape: tuple[int, ...]
+) -> None:
+    """Insist on one number for each class or value in the first output."""
+    rest = tuple(labels.shape[1:])
+    if task in ("classification", "segmentation"):
+        wanted = (len(labels), width, *rest)
+        what = f"one logit for each of {width} classes"
+    else:
+        wanted = (len(labels), *(rest or (1,)))
+        what = "one number for each label"
+    found = tuple(output.shape)
+    if found != wanted and not (found == (len(labels),) and wanted[1:] == (1,)):
+        raise ConfigError(
+            f"the network gives {found} for two inputs of shape {shape}, expected "
+            f"{wanted}: {what}"
+        )
+
+
+def _check_built_in(name: str, outputs: Any, labels: Any) -> None:
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        raise ConfigError(
+            f"[train] loss {name} takes one output and one tensor of labels, this "
+            f"network and data have {len([*leaves(outputs)])} and "
+            f"{len([*leaves(labels)])}; name a function, package.module:function"
+        )
+    shape, given = tuple(outputs.shape), tuple(labels.shape)
+    classes = name == "cross_entropy"
+    fits = (
+        not labels.is_floating_point() and (shape[0], *shape[2:]) == given
+        if classes
+        else labels.is_floating_point() and _alike(outputs, labels)[1].shape == shape
+    )
+    if not fits:
+        wanted = (
+            f"whole numbers of shape {(shape[0], *shape[2:])}"
+            if classes
+            else f"floating-point numbers of shape {shape}"
+        )
+        raise ConfigError(
+            f"[train] loss {name} takes {wanted} as labels of outputs of shape "
+            f"{shape}, these are {labels.dtype} of shape {given}"
+        )
+
+
+def _check_metric(metric: Metric, output: Tensor, labels: Any) -> None:
+    if not isinstance(labels, Tensor):
+        raise ConfigError(
+            f"[train] metric {metric.name} takes one tensor of labels, these are "
+            f"{len([*leaves(labels)])}; name a function of yours"
+        )
+    try:
+        metric.sums(output.cpu().numpy(), labels.cpu().numpy())
+    except ContractError as err:
+        raise ConfigError(f"[train] metric: {err}") from err
