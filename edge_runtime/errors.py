@@ -15,7 +15,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + WrongModelError              patch is for another network .expected .actual
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
-     |  + TrialCutOffError          their trial crashed, hung or was killed: one try
+     |  + TrialCutOffError          their trial crashed or hung: one try
      + StoreError                   the device's own files are damaged, full or locked
      + BackendError                 no runtime here can run the graph
      + BlockedError                 this device cannot try a release now: no memory, ...
@@ -154,7 +154,7 @@ class TrialError(DpuError):
 
 
 class TrialCutOffError(TrialError):
-    """The trial session crashed, hung or was killed: one try, and no verdict."""
+    """The trial session crashed or hung: one try, and no verdict."""
 
 
 class BlockedError(DpuError):

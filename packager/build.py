@@ -33,6 +33,8 @@ from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
+from edge_runtime.formats.subspace import Term
+from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.rounds.folder import Parent, RoundFolder, find_parent
@@ -162,7 +164,7 @@ def build_patch(
     return encode_changes(base, target, header, diff(base, target), level=level)
 
 
-def encode_changes(
+def encode_changes(  # noqa: PLR0913 - all but four by name
     base: Weights,
     target: Weights,
     header: PatchHeader,
@@ -171,11 +173,18 @@ def encode_changes(
     level: int = LEVEL,
     signers: Sequence["Ed25519PrivateKey"] = (),
     outputs: bytes = b"",
+    terms: Sequence[Term] = (),
 ) -> bytes:
-    """Build a patch from changes that are known already; as :func:`build_patch`."""
+    """Build a patch from changes that are known already; as :func:`build_patch`.
+
+    With ``terms`` they move the base first: ``changes`` are what differs after that.
+    """
+    moved = move_weights(base, terms) if terms else base
     # A tensor travels whole only if all of it changed: see the decision list.
     positions = [change.positions for change in changes]
-    data = encode_patch(header, positions, base, target, level=level, outputs=outputs)
+    data = encode_patch(
+        header, positions, moved, target, level=level, outputs=outputs, terms=terms
+    )
     if signers:
         from packager.signing import sign  # cryptography only where it is needed
 

@@ -32,6 +32,7 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.numbers import PIECE
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.positions import PositionRun
+from edge_runtime.formats.subspace_moves import Mover
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
 
 
@@ -82,7 +83,8 @@ def apply_chunks(
         used again. Another thread hashes it meanwhile.
 
     Raises:
-        PatchFormatError: The base has another size than the layout says.
+        PatchFormatError: The base has another size than the layout says, or a weight
+            that a subspace moves is no finite number.
         VerificationError: After the last piece, if the result is not the promised
             one. The caller must discard all pieces then.
         OSError: The system cannot start another thread.
@@ -128,9 +130,10 @@ def _hashed(
 def _patched(
     base: Iterable[bytes | memoryview], layout: Layout, patch: Patch
 ) -> Iterator[memoryview]:
-    elements = _Lookahead(patch, layout)
+    elements, mover = _Lookahead(patch, layout), Mover(patch.terms, layout)
     start = 0
     for window in _windows(base, layout.file_size):
+        mover.move(window, start)
         elements.write_into(window, start)
         start += len(window)
         yield window

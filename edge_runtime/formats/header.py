@@ -19,8 +19,10 @@ VERSION = 1
 # ahead is a slip of the hand; and no release could follow the highest number of all.
 MAX_JUMP = 1 << 20
 RESERVED_COUNTER = (1 << 64) - 1
-DATED = 0x1  # a critical feature: the body says when the patch was signed
-KNOWN_CRITICAL = DATED  # bits of critical features that this runtime understands
+# Bits of critical features: what a reader has to know of a body.
+DATED = 0x1  # it says when the patch was signed
+SUBSPACE = 0x2  # it moves whole tensors by subspaces
+KNOWN_CRITICAL = DATED | SUBSPACE  # what this runtime understands
 # magic, version, header size, critical, optional, round, counter, model, parent,
 # target, weight file size, body size, SHA-256 of the body; then a CRC-32 of it all.
 _HEADER = struct.Struct("<8sHHHHIQ32s32s32sQQ32s")

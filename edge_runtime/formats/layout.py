@@ -19,6 +19,7 @@ MAX_DIMENSIONS = 32  # as many as every NumPy has
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 # safetensors type -> NumPy type of the same size. Unsigned where NumPy lacks the type.
 DTYPES: dict[str, np.dtype[Any]] = {
+    "C64": np.dtype("<c8"),
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
@@ -29,12 +30,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "I16": np.dtype("<i2"),
     "U16": np.dtype("<u2"),
+    **dict.fromkeys(("F4", "F6_E2M3", "F6_E3M2"), np.dtype("u1")),
+    **dict.fromkeys(("F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), np.dtype("u1")),
     "F8_E5M2": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# Bits of a number that is smaller than a byte. Such numbers lie packed, and what they
+# lie in is handled as a row of bytes: nothing here takes them apart.
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _QUOTED = json.JSONEncoder(ensure_ascii=False).encode
 # Of types that share one of NumPy's the last counts: U16 and U8.
 NATIVE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -49,7 +55,7 @@ class Tensor(NamedTuple):
         shape: The shape; ``()`` for a scalar.
         start: Offset of the first byte, from the start of the file.
         stop: Offset after the last byte.
-        size: Number of elements.
+        size: Number of elements; of packed numbers, of their bytes.
         item_size: Bytes of one element.
     """
 
@@ -60,6 +66,11 @@ class Tensor(NamedTuple):
     stop: int
     size: int
     item_size: int
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The shape of the elements: of packed numbers, a row of bytes."""
+        return (self.size,) if self.dtype in PACKED_BITS else self.shape
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,12 @@ def _entry(dtype: str, shape: tuple[int, ...]) -> tuple[str, int, int]:
     # NumPy multiplies the lengths of an empty tensor too, without the zero.
     if math.prod(filter(None, shape)) > MAX_DATA_BYTES // 8:
         raise WeightsError(f"a tensor of shape {list(shape)} is too large")
-    return opening, math.prod(shape), DTYPES[dtype].itemsize
+    size, rest = divmod(math.prod(shape) * PACKED_BITS.get(dtype, 8), 8)
+    if rest:
+        raise WeightsError(
+            f"a tensor of {dtype} {list(shape)} does not fill its last byte"
+        )
+    return opening, size, DTYPES[dtype].itemsize
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
 from edge_runtime.formats.header import (
     DATED,
+    SUBSPACE,
     PatchHeader,
     parse_header,
     read_header,
@@ -41,9 +42,11 @@ from edge_runtime.formats.positions import (
 from edge_runtime.formats.sections import (
     COUNTS,
     FORMS,
+    SUBSPACES,
     Body,
     group_kind,
 )
+from edge_runtime.formats.subspace import check_terms, decode_terms
 from edge_runtime.formats.value_line import MANTISSA_BITS, Form
 from edge_runtime.formats.values import ValueReader
 from edge_runtime.limits import MIB, Limits
@@ -84,6 +87,8 @@ class Patch:
         sections: The section table.
         counts: For each tensor of the weight file, in file order, how many of its
             elements travel; the element count of the tensor means all of them.
+        terms: The subspaces that move whole tensors, before any of their elements are
+            changed one by one; empty where there are none.
         outputs: What the network gives with the target's weights for the first golden
             inputs, as little-endian float32; empty where the patch does not say.
         size: Bytes of the whole file.
@@ -108,6 +113,12 @@ class Patch:
         self.sections = body.sections
         self.size = size
         self.counts = body.numbers(COUNTS)
+        self.terms = decode_terms(body.whole(SUBSPACES), len(self.counts))
+        if bool(self.terms) != bool(header.critical & SUBSPACE):
+            raise PatchFormatError(
+                "header and body of the patch disagree on whether it has subspaces; "
+                "pack it again"
+            )
         self.outputs = body.outputs()
         self._plan: _Plan | None = None
 
@@ -180,6 +191,7 @@ class Patch:
         """Check counts and forms against a layout, once for each layout."""
         if self._plan is None or self._plan.layout is not layout:
             changed, totals = self._changed(layout), Counter[tuple[int, str]]()
+            check_terms(self.terms, layout)
             for group, tensor, count in changed:
                 totals[group, tensor.dtype] += count
             self._plan = _Plan(layout, changed, totals, *self._forms(totals))

@@ -2,13 +2,14 @@
 """Changes become a patch file; :mod:`edge_runtime.formats.patch` reads it."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from numpy.typing import NDArray
 
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import (
+    SUBSPACE,
     PatchHeader,
     encode_header,
 )
@@ -21,9 +22,11 @@ from edge_runtime.formats.sections import (
     COUNTS,
     FORMS,
     OUTPUTS,
+    SUBSPACES,
     encode_body,
     encode_varint,
 )
+from edge_runtime.formats.subspace import Term, encode_terms
 from edge_runtime.formats.value_line import Bits
 from edge_runtime.formats.values import TensorValues, encode_values
 from edge_runtime.formats.weights import Weights
@@ -37,6 +40,7 @@ def encode_patch(
     *,
     level: int = LEVEL,
     outputs: bytes = b"",
+    terms: Sequence[Term] = (),
 ) -> bytes:
     """Encode a patch, unsigned.
 
@@ -45,23 +49,28 @@ def encode_patch(
         changes: For each tensor of the layout, in file order, the increasing flat
             positions that travel; empty where nothing changed. If they are all of the
             tensor's elements, no position is sent.
-        base: The weights that the patch leads from.
+        base: The weights that the patch leads from, moved by ``terms``.
         target: The weights that it leads to, of the same layout.
         level: zstd level, 1 to 22.
         outputs: As :attr:`Patch.outputs`.
+        terms: As :attr:`Patch.terms`.
 
     Returns:
         The bytes of the patch file.
 
     Raises:
-        PatchFormatError: Two changes are too far apart for the format.
+        PatchFormatError: Two changes are too far apart for the format, or a term is
+            not as a reader wants it.
     """
     tensors = target.layout.tensors
     fine, sections = encode_positions(
-        [(t.shape, found) for t, found in zip(tensors, changes, strict=True)], level
+        [(t.axes, found) for t, found in zip(tensors, changes, strict=True)], level
     )
     sections[COUNTS] = [encode_varint(len(found)) for found in changes]
     sections[OUTPUTS] = [outputs]
+    sections[SUBSPACES] = [encode_terms(terms, len(tensors))]
+    if terms:
+        header = replace(header, critical=header.critical | SUBSPACE)
     groups: dict[int, list[TensorValues]] = {}
     for tensor, found in zip(tensors, changes, strict=True):
         if len(found):

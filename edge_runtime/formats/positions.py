@@ -249,7 +249,7 @@ class PositionReader:
             return self._bitmap(size, count, first)
         if 2 * count > size:
             return self._others(size, size - count, first)
-        if not self._all_columns and (grid := _grid(tensor.shape, count)):
+        if not self._all_columns and (grid := _grid(tensor.axes, count)):
             columns, depth = grid
             bits = _bits(self._columns, columns)
             if np.count_nonzero(bits) < columns:
@@ -280,7 +280,7 @@ class PositionReader:
     def _in_columns(
         self, tensor: Tensor, used: Integers, count: int, first: int
     ) -> Iterator[Positions]:
-        rows, width = tensor.shape[0], len(used)
+        rows, width = tensor.axes[0], len(used)
         for positions in self._listed(rows * width, count, 0):
             row = positions // width  # faster than divmod, by far
             positions -= row * width

@@ -25,7 +25,7 @@ MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 
 COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY = range(0x01, 0x08)
-SIGNED_AT = 0x08
+SIGNED_AT, SUBSPACES = 0x08, 0x09
 MAX_SECONDS = 253402300799  # the end of the year 9999
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
@@ -42,7 +42,7 @@ def group_kind(item_size: int, dense: bool) -> int:
     return VALUES + ((item_size.bit_length() - 1) << 5) + dense * DENSE
 
 
-KINDS = {*range(COUNTS, SIGNED_AT + 1)} | {
+KINDS = {*range(COUNTS, SUBSPACES + 1)} | {
     group_kind(size, dense) + kind
     for size in (1, 2, 4, 8)
     for dense in (False, True)
@@ -164,7 +164,7 @@ class Body:
             PatchFormatError: It is malformed or too large.
         """
         # A number is at least one byte: the raw size bounds how many there are.
-        source = iter(self._whole(kind))
+        source = iter(self.whole(kind))
         return tuple(
             byte if byte < 128 else decode_varint(chain([byte], source))
             for byte in source
@@ -176,7 +176,7 @@ class Body:
         Raises:
             PatchFormatError: They are too many, or the last one is cut off.
         """
-        data = self._whole(OUTPUTS)
+        data = self.whole(OUTPUTS)
         if len(data) % 4:
             raise PatchFormatError(
                 f"the expected outputs of the patch have {len(data)} bytes, which is "
@@ -198,8 +198,12 @@ class Body:
             )
         return numbers[0] if numbers else None
 
-    def _whole(self, kind: int) -> bytes:
-        # Nothing else bounds its size, so that is done here, before it is unpacked.
+    def whole(self, kind: int) -> bytes:
+        """Read a section whose size follows from nothing else, up to 1 MiB.
+
+        Raises:
+            PatchFormatError: It is larger; nothing was unpacked.
+        """
         size = self._by_kind[kind].raw_size if kind in self._by_kind else 0
         if size > MAX_COUNTED_BYTES:
             raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")

@@ -55,7 +55,7 @@ class Weights(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self.layout.by_name[name]
         raw = np.frombuffer(self.data[tensor.start : tensor.stop], np.uint8)
-        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.by_name)

@@ -158,7 +158,7 @@ class Device:
                 that was active, it failed its trial before, or the key list expired.
             VerificationError: The result is not the promised one.
             TrialError: The new weights did not prove themselves.
-            TrialCutOffError: Their trial crashed, hung or was killed: one try.
+            TrialCutOffError: Their trial crashed or hung: one try.
             BackendError: No runtime here can try them; the release stays welcome.
             BlockedError: This device cannot try them now; the release stays welcome.
             HeldError: The device is pinned, or a hook refused.

@@ -47,6 +47,12 @@ from edge_runtime.update.programs import (
 TIMEOUT_S = 120.0
 PROCESS = "edge_runtime.update.trial_process"  # whose main() judges
 _CRASHES = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
+# What a process brings on itself; any other signal came from outside, such as the
+# SIGKILL of the system when memory runs out, and says nothing of the model.
+_OWN_SIGNALS = _CRASHES | {
+    *(-signal.SIGILL, -signal.SIGFPE, -signal.SIGTRAP),
+    *(-signal.SIGSYS, -signal.SIGXCPU),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def run_trial(
 
     Raises:
         TrialError: The outputs are not good enough, or the model cannot be loaded.
-        TrialCutOffError: The process crashed, hung or was killed.
+        TrialCutOffError: The process crashed or hung.
         BackendError: No runtime here can run the graph, whatever the weights.
         BlockedError: This device cannot do it now, whatever the weights: it lacks
             memory, or its own files cannot be read.
@@ -139,8 +145,10 @@ def end_of_trial(ended: Ended) -> DpuError | None:
         return TrialCutOffError(text)
     had_begun = ended.printed == trial_ends.BEGUN
     out_of_memory = ended.code in _CRASHES and tells_of_the_system(ended.said)
-    if ended.code < 0 and had_begun and not out_of_memory:
+    if ended.code in _OWN_SIGNALS and had_begun and not out_of_memory:
         return TrialCutOffError(text)
+    if ended.code == -signal.SIGKILL:
+        text += "; the system does this where memory runs out"
     return BlockedError(text)
 
 

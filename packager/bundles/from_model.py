@@ -46,6 +46,7 @@ from edge_runtime.formats.init_weights import (
     write_init_spec,
 )
 from edge_runtime.formats.json_file import read_record
+from edge_runtime.formats.layout import DTYPES
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -75,7 +76,9 @@ SAMPLES = 4  # golden inputs that are made up where none are given
 # half precision and 8 bits round and saturate differently from CPU to CPU.
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
 INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std")
-COARSE_TYPES = {"F16", "BF16", "I8", "U8", "F8_E5M2", "F8_E4M3"}
+COARSE_TYPES = {"F16", "BF16", "I8", "U8"} | {
+    code for code in DTYPES if code.startswith(("F4", "F6_", "F8_"))
+}
 
 
 def adopt_model(

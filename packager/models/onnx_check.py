@@ -25,6 +25,11 @@ ONNX_TYPES = {
     "BF16": "BFLOAT16",
     "I16": "INT16",
     "U16": "UINT16",
+    "C64": "COMPLEX64",
+    "F4": "FLOAT4E2M1",
+    "F8_E8M0": "FLOAT8E8M0",
+    "F8_E5M2FNUZ": "FLOAT8E5M2FNUZ",
+    "F8_E4M3FNUZ": "FLOAT8E4M3FNUZ",
     "F8_E5M2": "FLOAT8E5M2",
     "F8_E4M3": "FLOAT8E4M3FN",
     "I8": "INT8",
@@ -134,7 +139,7 @@ def _check_age(model: onnx.ModelProto, path: object) -> None:
 def _expected(layout: Layout, name: str) -> dict[str, object]:
     tensor = layout.by_name[name]
     return {
-        "type": ONNX_TYPES[tensor.dtype],
+        "type": ONNX_TYPES.get(tensor.dtype, f"no ONNX type ({tensor.dtype})"),
         "shape": tensor.shape,
         "location": WEIGHTS_NAME,
         "offset": str(tensor.start),

@@ -119,7 +119,8 @@ def _differ(what: str, ours: Iterable[Any], theirs: Iterable[Any]) -> str:
     for number, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             names = " and ".join(dict.fromkeys(map(_name, (a, b))))
-            return f"{what} {number} differs ({names}){_in_attributes(a, b)}"
+            kind = f"; {_type(a)} stay in the graph" if what == "constant" else ""
+            return f"{what} {number} differs ({names}{kind}){_in_attributes(a, b)}"
     if len(left) != len(right):
         return f"one has {len(left)} {what}s, the other {len(right)}"
     return ""
@@ -132,6 +133,11 @@ def _in_attributes(a: Any, b: Any) -> str:
     graph = onnx.GraphProto(node=[b])
     words = _learned(graph)
     return f": {words}" if words else ""
+
+
+def _type(tensor: onnx.TensorProto) -> str:
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return f"numbers of type {name}" if math.prod(tensor.dims) > 1 else "single numbers"
 
 
 def _name(part: Any) -> str:

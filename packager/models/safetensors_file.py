@@ -14,16 +14,12 @@ import numpy as np
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS
+from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS, PACKED_BITS
 from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
 from packager.models.views import MappedFile, View, ViewedWeights
 
 METADATA = "__metadata__"
-# What the format knows and a device has no use for, or this project not yet.
-_OTHER_TYPES = frozenset(
-    ["F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"]
-)
 
 
 def is_safetensors(path: str | PathLike[str]) -> bool:
@@ -122,19 +118,18 @@ def _described(
     if dtype is None:
         known = ", ".join(DTYPES)
         raise WeightsError(
-            f"tensor {name!r} of {path} has the type {code}, which "
-            + ("devices cannot hold yet" if code in _OTHER_TYPES else "is not known")
-            + f"; known are {known}"
+            f"tensor {name!r} of {path} has the type {code}, which is not "
+            f"known; known are {known}"
         )
     if len(shape) > MAX_DIMENSIONS:
         raise WeightsError(
             f"tensor {name!r} of {path} has {len(shape)} dimensions, at most "
             f"{MAX_DIMENSIONS} are possible"
         )
-    needed = math.prod(shape) * dtype.itemsize
-    if needed != size:
+    bits = math.prod(shape) * PACKED_BITS.get(code, 8 * dtype.itemsize)
+    if bits != 8 * size:
         raise WeightsError(
             f"tensor {name!r} of {path} has {size} bytes, but {code} "
-            f"{list(shape)} needs {needed}"
+            f"{list(shape)} needs {bits / 8:.16g}"
         )
     return code, shape

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.errors import ConfigError, WeightsError
+from edge_runtime.formats.layout import PACKED_BITS
 from packager.models.views import View
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _TRAINING = re.compile(
     "(optim|lr_|sched|scaler|rng|random|callbacks|loops|amp).*|.*optimizer.*"
 )
 _TYPES = {
+    "complex64": "C64",
     "float64": "F64",
     "int64": "I64",
     "uint64": "U64",
@@ -40,6 +42,10 @@ _TYPES = {
     "bfloat16": "BF16",
     "int16": "I16",
     "uint16": "U16",
+    "float4_e2m1fn_x2": "F4",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2",
     "float8_e4m3fn": "F8_E4M3",
     "int8": "I8",
@@ -212,12 +218,15 @@ def _view(name: str, tensor: "torch.Tensor", path: Path, size: int) -> View:
             f"file; known are {', '.join(_TYPES)}"
         )
     shape = tuple(tensor.shape)
+    packed = 8 // PACKED_BITS.get(code, 8)  # torch counts the bytes of such numbers
     # A few bytes may pretend to be any number of them, repeated.
     if math.prod(shape) * tensor.element_size() > size:
         raise WeightsError(
             f"tensor {name!r} of {path} repeats its values to more bytes than the file "
             "has; save it with .clone()"
         )
-    flat = tensor.detach().contiguous().reshape(-1)
+    if packed > 1 and shape:
+        shape = (*shape[:-1], shape[-1] * packed)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
     return View(code, shape, raw)

@@ -90,8 +90,8 @@ class ViewedWeights(Weights):
         self._views = views
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        view = self._views[name]
-        return view.raw.view(DTYPES[view.dtype]).reshape(view.shape)
+        tensor = self.layout.by_name[name]
+        return self._views[name].raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
 
     @cached_property
     def data(self) -> memoryview:  # type: ignore[override]

@@ -32,6 +32,7 @@ from edge_runtime.formats.sections import (
     PLANES,
     REST,
     SIGNED_AT,
+    SUBSPACES,
     SYMBOLS,
     UNARY,
     VALUES,
@@ -57,6 +58,7 @@ NAMES = {
     UNARY: "index in unary",
     OUTPUTS: "expected outputs",
     SIGNED_AT: "time of signing",
+    SUBSPACES: "subspaces",
 }
 VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
 ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
@@ -126,6 +128,8 @@ def section_name(kind: int) -> str:
 
 def section_part(kind: int) -> str:
     """Say what a section is for: ``header``, ``index``, ``values`` or ``dense``."""
+    if kind == SUBSPACES:
+        return "values"
     if kind < VALUES:
         return "header" if kind in (FORMS, OUTPUTS, SIGNED_AT) else "index"
     return "dense" if kind & DENSE else "values"

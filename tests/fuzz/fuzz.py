@@ -29,6 +29,9 @@ TARGETS = ("patch", *READERS)
 def main() -> None:
     """Fuzz until libFuzzer stops; a finding ends with a trace and an input file."""
     words = sys.argv[1:]
+    if words[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nTargets: {', '.join(TARGETS)}")
+        return
     if words[:1] == ["--all"]:
         sys.exit(fuzz_all(int(words[1]), words[2:]))
     target = "patch"

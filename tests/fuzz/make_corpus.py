@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
+from edge_runtime.formats.header import HEADER_BYTES, SUBSPACE, PatchHeader
+from edge_runtime.formats.subspace import Term
+from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights
-from packager.build import build_patch
+from packager.build import build_patch, encode_changes
+from packager.diff import diff
 from tests.fuzz.target import BASE
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -32,9 +35,25 @@ def main():
             "00" * 32, BASE.fingerprint, target.fingerprint, 1, 1, len(data)
         )
         patch = build_patch(BASE, target, header, level=3)
-        for kind, rest in enumerate((patch, patch[HEADER_BYTES + 2 :], patch)):
-            seed = bytes([kind]) + rest
-            (CORPUS / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
+        write(patch)
+    coefficients = 2 * rng.integers(0, 4, 128).astype(np.int16) - 3
+    terms = [
+        Term(1, 2, 2, {2: 2.0**-7, 3: 0.5, 4: 1.0, 5: 2.0**-9}, coefficients),
+        Term(2**40, 1, 1, {3: 2.0**-100}, np.sign(coefficients)),
+    ]
+    target = move_weights(BASE, terms)
+    header = PatchHeader(
+        "00" * 32, BASE.fingerprint, target.fingerprint, 1, 1, len(BASE.data)
+    )
+    none = diff(BASE, BASE)
+    write(encode_changes(BASE, target, header, none, level=3, terms=terms), SUBSPACE)
+
+
+def write(patch, critical=0):
+    """Write a patch as it is, its body, and the patch to be sealed again."""
+    for kind, rest in enumerate((patch, patch[HEADER_BYTES + 2 :], patch)):
+        seed = bytes([kind + 3 * critical]) + rest
+        (CORPUS / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 """What is fuzzed: any bytes, as a patch for a small weight file.
 
 The first byte chooses: the rest as a whole file, or as a body that gets a valid header,
-so that the fuzzer reaches what lies behind the checksums. Every refusal must be one of
-our errors; a patch that is accepted must lead to what its header promises.
+with some features, so that the fuzzer reaches what lies behind the checksums. Every
+refusal must be one of our errors; a patch that is accepted must lead to what its header
+promises.
 """
 
 import hashlib
@@ -14,7 +15,12 @@ import numpy as np
 
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.apply import apply_patch
-from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
+from edge_runtime.formats.header import (
+    HEADER_BYTES,
+    KNOWN_CRITICAL,
+    PatchHeader,
+    encode_header,
+)
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import pack_weights
 
@@ -33,10 +39,10 @@ BASE = pack_weights(
 WHOLE_FILE, BODY = 0, 1
 
 
-def seal(body: bytes) -> bytes:
+def seal(body: bytes, critical: int = 0) -> bytes:
     """Return a patch file with a valid header around a body."""
     header = PatchHeader(
-        "00" * 32, BASE.fingerprint, "11" * 32, 1, 1, BASE.layout.file_size
+        "00" * 32, BASE.fingerprint, "11" * 32, 1, 1, BASE.layout.file_size, critical
     )
     return encode_header(header, body) + b"\0\0" + body
 
@@ -57,7 +63,8 @@ def attempt(data: bytes) -> None:
     if not data:
         return
     kind, rest = data[0] % 3, data[1:]
-    file = (rest, seal(rest), reseal(rest))[kind]
+    critical = data[0] // 3 % (KNOWN_CRITICAL + 1)
+    file = (rest, seal(rest, critical), reseal(rest))[kind]
     try:
         with open_patch(file) as patch:
             result = apply_patch(BASE, patch)

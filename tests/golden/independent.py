@@ -6,7 +6,7 @@ import math
 import zlib
 from hashlib import sha256
 from itertools import count
-from struct import unpack_from
+from struct import pack, unpack, unpack_from
 
 from zstandard import ZstdDecompressor, get_frame_parameters
 
@@ -51,7 +51,7 @@ class _Bits:  # what is left of a section [Numbers]
 def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:  # by kind [File]
     _must(patch[:10] == b"\x89DPU\r\n\x1a\n\1\0" and len(patch) > 177, "magic, version")
     h, critical = unpack_from("<HH", patch, 10)
-    _must(critical in (0, 1) and 176 <= h <= min(4096, len(patch) - 2), "header")
+    _must(critical < 4 and 176 <= h <= min(4096, len(patch) - 2), "header")
     _must(zlib.crc32(patch[: h - 4]) == unpack_from("<I", patch, h - 4)[0], "CRC-32")
     start = h + 2 + unpack_from("<H", patch, h)[0]
     block, body = patch[h + 2 : start], patch[start:]
@@ -76,10 +76,66 @@ def _sections(patch: bytes, base: bytes) -> dict[int, _Bits]:  # by kind [File]
         _must(len(data) in range(4, 2**20 + 1, 4) if kind == 6 else data != b"", "size")
         parts[kind] = _Bits(data)
     _must(rest.size == 0, "bytes behind the last section")
-    _must((8 in parts) == critical, "whether it says when it was signed")
+    _must((8 in parts) + 2 * (9 in parts) == critical, "features")
     if time := parts.pop(8, None):
         _must(time.varint() <= 253402300799 and time.size == 0, "when it was signed")
     return parts
+
+
+def _signs(seed: int, tap: int, n: int) -> list[int]:  # a stream [0x09 subspaces]
+    key, words, full = sha256(b"%d\0subspace %d" % (seed, tap)).digest(), [], 2**64 - 1
+    for block in range(1, n // 256 + 2):
+        a, b, c, d, (k, j) = block, 0, 0, 0, unpack_from("<QQ", key)
+        for _ in range(10):
+            p, q = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+            a, b, c, d = q >> 64 ^ b ^ k, q & full, p >> 64 ^ d ^ j, p & full
+            k, j = k + 0x9E3779B97F4A7C15 & full, j + 0xBB67AE8584CAA73B & full
+        words += [a, b, c, d]
+    return [1 - 2 * (words[i // 64] >> i % 64 & 1) for i in range(n)]
+
+
+def _moved(old: bytes, dtype: str, step: float) -> bytes:
+    kind = "<e" if dtype == "F16" else "<f"
+    (wide,) = unpack(kind, old if dtype == "F16" else old.rjust(4, b"\0"))
+    _must(math.isfinite(wide), "not finite")
+    if step == 0:
+        return old
+    # Of two float32 a double holds more than enough to be rounded once more.
+    single = pack("<f", wide + step)  # which refuses what is too large
+    if dtype == "F16":
+        return pack("<e", *unpack("<f", single))
+    if dtype == "F32":
+        return single
+    bits = int.from_bytes(single, "little")
+    bits = bits + 0x7FFF + (bits >> 16 & 1) >> 16
+    _must(bits >> 7 & 0xFF < 0xFF, "not finite")
+    return bits.to_bytes(2, "little")
+
+
+def _subspaces(section: _Bits, tensors: list, target: bytearray) -> None:
+    _must(0 < (terms := section.varint()) <= 64 and section.size <= 8 << 20, "terms")
+    every = 0
+    for _ in range(terms):
+        seed, d = section.varint(), 64 * section.varint()
+        b, taps = section.bits(8), section.bits(8)
+        every += d
+        _must(d > 0 and every <= 1 << 22 and 0 < b < 9 and 0 < taps < 5, "term")
+        moved = section.bitmap(len(tensors))
+        scales = [unpack("<f", pack("<HH", 0, section.bits(16)))[0] for _ in moved]
+        _must(moved != [] and all(2**-100 <= s <= 2**100 for s in scales), "scales")
+        u = [2 * section.bits(b) - (1 << b) + 1 for _ in range(d)]
+        total = sum((math.prod(tensors[j][1]) + 63) // 64 * 64 for j in moved)
+        signs, i = [_signs(seed, t, total) for t in range(taps)], 0
+        for j, scale in zip(moved, scales, strict=True):
+            _, shape, _, size, start, dtype = tensors[j]
+            _must(dtype in ("F32", "BF16", "F16"), "type")
+            for k in range(math.prod(shape)):
+                at, block = slice(start + k * size, start + (k + 1) * size), i // d + 1
+                m = sum(signs[t][i] * u[(i + t * block) % d] for t in range(taps))
+                target[at] = _moved(target[at], dtype, m * scale)
+                i += 1
+            i = (i + 63) // 64 * 64
+    _must(section.size == 0, "left")
 
 
 def _positions(shape: list, c: int, f: int, parts: list[_Bits], grid: int) -> list[int]:
@@ -131,11 +187,17 @@ def apply(base: bytes, patch: bytes) -> bytes:
     tensors, groups, sizes = [], {}, [section.size for section in used]
     target, data_at = bytearray(base), 8 + unpack_from("<Q", base)[0]
     for t in json.loads(base[8:data_at]).values():  # [0x01 counts]
-        n, c, (at, stop) = math.prod(t["shape"]), counts.varint(), t["data_offsets"]
+        c, (at, stop) = counts.varint(), t["data_offsets"]
+        # Numbers smaller than a byte: a row of bytes [Weight file].
+        shape = [stop - at] if t["dtype"].startswith(("F4", "F6_")) else t["shape"]
+        n = math.prod(shape)
         _must(c <= n and sizes[0] <= 8 << 20, "count")
         size = (stop - at) // max(n, 1)
         kind = (32 + 32 * size.bit_length() + 16 * (2 * c > n)) * (c > 0)
-        tensors.append((kind, t["shape"], c, size, data_at + at, t["dtype"]))
+        tensors.append((kind, shape, c, size, data_at + at, t["dtype"]))
+    if 9 in parts:
+        _subspaces(parts.pop(9), tensors, target)
+    moved = bytes(target)
     kinds = sorted({t[0] for t in tensors} - {0})
     gaps = forms.varint() if kinds else 0  # [0x02 forms]
     for k in kinds:
@@ -147,7 +209,7 @@ def apply(base: bytes, patch: bytes) -> bytes:
     for kind, shape, c, size, start, dtype in tensors:
         for i in _positions(shape, c, gaps, index, sizes[4]):
             at = slice(start + i * size, start + (i + 1) * size)
-            new = _element(base[at], MANTISSA.get(dtype), *groups[kind])
+            new = _element(moved[at], MANTISSA.get(dtype), *groups[kind])
             target[at] = new.to_bytes(size, "little")
     _must(parts.keys() <= {6} and all(p.size < 8 and p.left == 0 for p in used), "left")
     _must(sha256(target).digest() == patch[92:124], "fingerprint of the target")

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.formats.header import VERSION, PatchHeader
+from edge_runtime.formats.subspace import Term, round_scale
+from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import pack_weights
 from packager.build import encode_changes
 from packager.diff import diff
@@ -156,10 +158,49 @@ def cases():
     yield "unary", spread, moved, {}
 
 
+def subspaces():
+    """Return base and target of the subspace case, its types, and its terms.
+
+    Two terms move tensors of each type, and some elements change on top.
+    """
+    rng = np.random.default_rng(2)
+
+    def coefficients(bits, count):
+        return (2 * rng.integers(0, 1 << bits, count) - (1 << bits) + 1).astype("<i2")
+
+    base = {
+        "conv.weight": rng.normal(0, 0.1, (13, 7, 3, 3)).astype("<f4"),
+        "fc.bias": rng.normal(0, 0.1, 40).astype("<f4"),
+        "fc.weight": rng.normal(0, 0.1, (40, 60)).astype("<f4"),
+        "half.weight": rng.normal(0, 0.1, (16, 40)).astype("<f2"),
+        "steps": np.arange(5, dtype="<i4"),
+        "wide.weight": rng.normal(0, 0.1, 300).astype("<f4").view("<u4") >> 16,
+    }
+    base["wide.weight"] = base["wide.weight"].astype("<u2")
+    # Kept where taps cancel: a zero of each sign, denormal floats. And far away.
+    odd = np.array([0, 0x80000000, 1, 0x807FFFFF, 0x7F000000, 0x00800000], "<u4")
+    base["fc.weight"].reshape(-1)[:96] = np.repeat(odd, 16).view("<f4")
+    types = {"wide.weight": "BF16"}
+    scales = {0: 0.01, 2: 0.03, 4: 0.02, 5: 0.05}
+    scales = {number: round_scale(scale) for number, scale in scales.items()}
+    terms = [
+        Term(2**40 + 7, 1, 2, scales, coefficients(1, 192)),
+        Term(0, 5, 3, {0: 2.0**-100, 2: scales[0]}, coefficients(5, 64)),
+        Term(9, 8, 1, {5: scales[0] / 64}, coefficients(8, 128)),
+    ]
+    moved = move_weights(pack_weights(base, types), terms)
+    target = {name: np.array(array) for name, array in moved.items()}
+    target["conv.weight"] = changed(rng, target["conv.weight"], 0.02)
+    target["fc.bias"] = changed(rng, target["fc.bias"], 1.0)
+    return base, target, types, terms
+
+
 def main(folder):
     """Write every case that is not in the folder."""
     folder.mkdir(exist_ok=True)
-    for number, (name, base, target, types) in enumerate(cases()):
+    moves = subspaces()
+    every = [*((*case, ()) for case in cases()), ("subspaces", *moves)]
+    for number, (name, base, target, types, terms) in enumerate(every):
         if (folder / f"{name}.dpu").exists():
             continue
         old, new = pack_weights(base, types), pack_weights(target, types)
@@ -171,9 +212,9 @@ def main(folder):
             number,
             old.layout.file_size,
         )
-        changes = diff(old, new)
+        changes = diff(move_weights(old, terms), new)
         outputs = OUTPUTS.get(name, b"")
-        patch = encode_changes(old, new, header, changes, outputs=outputs)
+        patch = encode_changes(old, new, header, changes, outputs=outputs, terms=terms)
         for suffix, data in (
             (".base", old.data),
             (".target", new.data),

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edge_runtime.errors import WrongModelError
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
 from packager.bundles.from_model import COARSE_TOLERANCE, adopt_model, make_contract
@@ -173,7 +174,12 @@ def test_four_bit_weights_stay_in_the_graph_and_so_cannot_change(tmp_path):
     model = network("int4", nodes, {"ws": np.array(0.1, "f4")})
     model.graph.initializer.append(weight)
     onnx.save(model, tmp_path / "a.onnx")
-    assert set(read_model(tmp_path / "a.onnx").weights) == {"ws"}
+    old = read_model(tmp_path / "a.onnx")
+    assert set(old.weights) == {"ws"}
+    model.graph.initializer[1].raw_data = b"\1" + bytes(IN * OUT // 2 - 1)
+    onnx.save(model, tmp_path / "b.onnx")
+    with pytest.raises(WrongModelError, match="'w'; numbers of type INT4 stay in the"):
+        pack_models(old, read_model(tmp_path / "b.onnx"))
 
 
 @pytest.mark.parametrize("kind", ["list", "map", "nothing"])

@@ -340,11 +340,11 @@ def test_what_this_device_cannot_do_is_tried_less_and_less_often(watch):
     assert ("applied", name(1)) in watch.look()
 
 
-def test_a_trial_that_was_killed_is_tried_again_after_a_while(watch):
-    def killed(*_, **__):
-        raise TrialCutOffError("ended by SIGKILL")
+def test_a_trial_that_crashed_is_tried_again_after_a_while(watch):
+    def crashed(*_, **__):
+        raise TrialCutOffError("ended by SIGSEGV")
 
-    watch.trial = killed
+    watch.trial = crashed
     watch.put(name(1), world.patch(0, 1))
     with pytest.raises(TrialCutOffError):
         watch.look()
@@ -355,11 +355,11 @@ def test_a_trial_that_was_killed_is_tried_again_after_a_while(watch):
     assert ("applied", name(1)) in watch.look()
 
 
-def test_a_trial_that_is_always_killed_is_given_up(watch):
-    def killed(*_, **__):
-        raise TrialCutOffError("ended by SIGKILL")
+def test_a_trial_that_always_crashes_is_given_up(watch):
+    def crashed(*_, **__):
+        raise TrialCutOffError("ended by SIGSEGV")
 
-    watch.trial = killed
+    watch.trial = crashed
     watch.put(name(1), world.patch(0, 1))
     for _ in range(MAX_TRIES):
         with pytest.raises(TrialCutOffError):

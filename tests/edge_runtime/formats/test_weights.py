@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_runtime.errors import WeightsError
-from edge_runtime.formats.layout import DTYPES, make_layout, parse_layout, read_layout
+from edge_runtime.formats.layout import (
+    DTYPES,
+    PACKED_BITS,
+    make_layout,
+    parse_layout,
+    read_layout,
+)
 from edge_runtime.formats.weights import pack_weights, read_weights, write_weights
 
 DTYPE_STRATEGY = st.sampled_from(
@@ -68,7 +74,11 @@ def test_the_fingerprint_is_the_sha256_of_the_file(tmp_path):
 
 
 def test_every_tensor_is_aligned_to_its_item_size():
-    specs = {f"{code}{n}": (code, (n,)) for code in DTYPES for n in (1, 3, 5)}
+    specs = {
+        f"{code}{n}": (code, (4 * n if code in PACKED_BITS else n,))
+        for code in DTYPES
+        for n in (1, 3, 5)
+    }
     for tensor in make_layout(specs).tensors:
         assert tensor.start % tensor.item_size == 0
 

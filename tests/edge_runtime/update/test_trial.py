@@ -230,10 +230,10 @@ def test_the_number_of_an_error_of_the_system_is_no_verdict(number):
     assert trial_ends.end_code(error) == trial_ends.BLOCKED
 
 
-def test_a_signal_counts_as_one_try(device, patch, in_the_trial):
-    in_the_trial(model_does("os.kill(os.getpid(), signal.SIGKILL)"))
+def test_a_crash_of_the_model_counts_as_one_try(device, patch, in_the_trial):
+    in_the_trial(model_does("os.kill(os.getpid(), signal.SIGSEGV)"))
     for tries in range(1, MAX_TRIES + 1):
-        with pytest.raises(TrialCutOffError, match="ended by SIGKILL"):
+        with pytest.raises(TrialCutOffError, match="ended by SIGSEGV"):
             device.update(patch)
         assert list(device.store.reload().tries.values()) == [tries]
     in_the_trial("")
@@ -242,13 +242,26 @@ def test_a_signal_counts_as_one_try(device, patch, in_the_trial):
     assert device.update(patch, force=True) is UpdateResult.APPLIED
 
 
-def test_one_kill_does_not_refuse_a_release(device, patch, in_the_trial):
+def test_one_crash_does_not_refuse_a_release(device, patch, in_the_trial):
     in_the_trial(model_does("os.kill(os.getpid(), signal.SIGSEGV)"))
     with pytest.raises(TrialCutOffError, match="ended by SIGSEGV"):
         device.update(patch)
     in_the_trial("")
     assert device.update(patch) is UpdateResult.APPLIED
     assert device.store.reload().tries == {}
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_signal_from_outside_never_refuses_a_release(
+    device, patch, in_the_trial, name
+):
+    in_the_trial(model_does(f"os.kill(os.getpid(), signal.{name})"))
+    for _ in range(MAX_TRIES + 1):  # where memory runs out, it does so every time
+        with pytest.raises(BlockedError, match=f"ended by {name}"):
+            device.update(patch)
+    assert device.store.reload().tries == {}
+    in_the_trial("")
+    assert device.update(patch) is UpdateResult.APPLIED
 
 
 def test_a_signal_before_the_models_turn_is_the_devices_fault(

@@ -78,6 +78,12 @@ def saved(folder, state, wrap=lambda s: s, name="state.pt", **how):
     return folder / name
 
 
+KINDS = (
+    *("float64", "float32", "float16", "bfloat16", "bool", "complex64"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    "float8_e8m0fnu",
+)
 FORMS = {
     "shards with an index": cut,
     "shards without one": lambda f, s: cut(f, s, index=False),
@@ -143,6 +149,20 @@ def test_a_folder_is_packed_beside_itself_under_its_name(merged, tmp_path, comma
     assert command(pack, "--base", merged[0], "--target", merged[1])[0] == 0
     ours = (tmp_path / "v1.1.dpu").read_bytes()
     assert ours == (tmp_path / "new.dpu").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "float4_e2m1fn_x2"])
+def test_a_state_dict_of_any_type_is_what_safetensors_makes_of_it(kind, tmp_path):
+    raw = torch.arange(64, dtype=torch.uint8)
+    state = {"w": (raw % 2 if kind == "bool" else raw).view(getattr(torch, kind))}
+    state["w"] = state["w"].reshape(2, -1)
+    if state["w"].dim() and kind != "float4_e2m1fn_x2":
+        state["turned"] = state["w"].t()
+    path = saved(tmp_path / "a", state)
+    save_file({n: t.contiguous() for n, t in state.items()}, tmp_path / "a.safetensors")
+    ours, theirs = read_model(path).weights, read_model(tmp_path / "a.safetensors")
+    assert ours.layout == theirs.weights.layout
+    assert ours.fingerprint == theirs.weights.fingerprint
 
 
 # What is refused, and how ------------------------------------------------------------

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from edge_runtime.errors import WeightsError
+from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.layout import DTYPES, PACKED_BITS, make_layout
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import read_weights
+from packager.build import build_patch
 from packager.models.safetensors_file import parse_safetensors
+from tests.golden import independent
 
 PATH = Path("model.safetensors")
 TENSORS = {"a": np.arange(6, dtype="f4").reshape(2, 3), "b": np.arange(3, dtype="i2")}
@@ -106,12 +112,46 @@ def test_a_file_that_was_cut_is_refused(cut):
         parse_safetensors(WHOLE[:cut], PATH)
 
 
-@pytest.mark.parametrize("code", ["F8_E8M0", "F4", "C64"])
-def test_a_type_that_devices_cannot_hold_is_called_by_its_name(code):
-    size = {"F8_E8M0": 30, "F4": 15, "C64": 240}[code]
-    data = build({"a": entry(0, size, [30], code)}, bytes(size))
-    with pytest.raises(WeightsError, match=f"{code}, which devices cannot hold yet"):
+# Bits of every type that the format knows.
+TYPES = {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()} | PACKED_BITS
+
+
+@pytest.mark.parametrize("code", TYPES)
+def test_every_type_is_held_and_patched_bit_for_bit(code):
+    size = 120 * TYPES[code] // 8
+    rng = np.random.default_rng(1)
+    old = bytearray(rng.bytes(size))
+    new = bytearray(old)
+    for at in (0, size // 2, size - 1):
+        new[at] ^= 255
+    base, target = (
+        parse_safetensors(build({"a": entry(0, size, [2, 60], code)}, bytes(d)), PATH)
+        for d in (old, new)
+    )
+    assert reference_takes(bytes(base.data))
+    header = PatchHeader(
+        "0" * 64, base.fingerprint, target.fingerprint, 1, 1, base.layout.file_size
+    )
+    packed = build_patch(base, target, header)
+    with open_patch(packed) as patch:
+        assert sum(patch.counts) in (2, 3)
+    assert independent.apply(bytes(base.data), packed) == bytes(target.data)
+    assert read_weights(bytes(target.data)).fingerprint == target.fingerprint
+
+
+@pytest.mark.parametrize("code", PACKED_BITS)
+def test_numbers_that_do_not_fill_their_last_byte_are_refused(code):
+    data = build({"a": entry(0, 3, [5], code)}, bytes(3))
+    assert not reference_takes(data)
+    with pytest.raises(WeightsError, match=f"{code} .5. needs"):
         parse_safetensors(data, PATH)
+    with pytest.raises(WeightsError, match="does not fill its last byte"):
+        make_layout({"a": (code, (5,))})
+
+
+def test_a_type_that_nobody_knows_is_called_by_its_name():
+    with pytest.raises(WeightsError, match="type F3, which is not known; known are"):
+        parse_safetensors(build({"a": entry(0, 30, [30], "F3")}), PATH)
 
 
 NUMBERS = st.sampled_from([0, 1, 2, 3, 5, 6, 10, 15, 24, 30, 31, -1, 1 << 63])
@@ -120,7 +160,7 @@ ENTRIES = st.builds(
     NUMBERS,
     NUMBERS,
     st.lists(NUMBERS, max_size=3),
-    st.sampled_from(["U8", "I16", "F32", "BOOL", "F16", "u8", ""]),
+    st.sampled_from(["U8", "I16", "F32", "BOOL", "F16", "u8", "", *DTYPES]),
 )
 HEADERS = st.dictionaries(
     st.sampled_from(["a", "b", "c", "", "__metadata__", "ä"]),

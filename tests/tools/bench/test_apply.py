@@ -31,6 +31,8 @@ def test_time_and_memory_are_measured(row):
 def test_bars_are_missed_by_name():
     good = Row("good", 9, 9, 9.0, 1.0, 1.4, 1.0, 0, 31 << 20)
     slow = Row("slow", 9, 9, 1.0, 1.0, 1.6, 1.0, 0, 1)
+    moving = Row("moving", 9, 9, 1.0, 1.0, 1.45, 1.0, 0, 1, bar=1.4)
+    assert list(moving.missed()) == ["moving: 1.45 of copying, bar 1.4"]
     large = Row("large", 9, 9, 1.0, 1.0, 1.0, 1.0, 1, 34 << 20)
     assert list(good.missed()) == []
     assert list(slow.missed()) == ["slow: 1.60 of copying, bar 1.5"]
