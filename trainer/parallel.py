@@ -11,6 +11,7 @@ In a single process nothing here does anything.
 
 import atexit
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,15 +20,18 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, TrainingError
 from trainer.trees import each
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+_told: Counter[str] = Counter()  # what the first process told the others, how often
 
 
 def is_first() -> bool:
     """Tell whether this process is the one that writes and reports."""
+    if distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -70,6 +74,45 @@ def by_first(action: Callable[[], T]) -> T:
     result = [action() if is_first() else None]
     distributed.broadcast_object_list(result)
     return result[0]  # type: ignore[return-value]
+
+
+def told_by_first(what: str, action: Callable[[], str]) -> str:
+    """Do something in the first process, and wait for what it says in the others.
+
+    Unlike :func:`by_first` the first process waits for nobody, so that loops which call
+    this in all processes are right, and those which call it in the first one alone.
+
+    Args:
+        what: Names the action; its n-th call here is the first process' n-th call.
+        action: Returns what the others are told.
+
+    Raises:
+        TrainingError: The first process failed, or no process group is there yet.
+    """
+    if _count() == 1:
+        if not is_first():
+            raise TrainingError(
+                f"process {os.environ['RANK']} would write what the first one writes: "
+                "call torch.distributed.init_process_group() before, and "
+                "destroy_process_group() after the last round"
+            )
+        return action()
+    store = distributed.distributed_c10d._get_default_store()
+    _told[what] += 1
+    key = f"dpu-edge/{what}/{_told[what]}"
+    if not is_first():
+        fine, _, text = store.get(key).decode().partition(" ")
+        if fine != "yes":
+            raise TrainingError(f"the first process refused: {text}")
+        return text
+    try:
+        text = action()
+    except Exception as err:
+        # Whatever it is: the others wait, and may go on where the first one does.
+        store.set(key, f"no {type(err).__name__}: {err}")
+        raise
+    store.set(key, f"yes {text}")
+    return text
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -24,18 +24,19 @@ from edge_runtime.formats.model_folder import (
     list_rounds,
     round_name,
 )
-from edge_runtime.formats.weights import read_weights
+from edge_runtime.formats.weights import Weights, read_weights
 from edge_runtime.update.golden import read_golden
 from edge_runtime.update.metrics import METRICS
 from trainer.export.deployed_check import check_deployed
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
 from trainer.export.label_check import check_labels
-from trainer.export.network import find_network, network_weights, without_prefix
+from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import golden_of, write_model, write_round
+from trainer.parallel import told_by_first
 
 
 def start_run(  # noqa: PLR0913 - all but two by name
@@ -50,6 +51,8 @@ def start_run(  # noqa: PLR0913 - all but two by name
     run_id: str = "",
 ) -> nn.Module:
     """Write a run's ``model`` folder, and return the network to be trained.
+
+    Of several processes the first one writes; all of them get the network.
 
     Args:
         run_dir: The run's folder, for example ``"runs/mine"``.
@@ -73,20 +76,28 @@ def start_run(  # noqa: PLR0913 - all but two by name
         OSError: The files cannot be written.
     """
     model = build()
-    golden = golden_of(contract, golden_inputs, golden_labels)
-    check_labels(model, contract, golden, reach=False)
-    recipe = make_init_spec(build, seed, keep=pretrained)
-    shape = [size or 1 for size in contract.inputs[0].shape]
-    write_model(
-        run_dir,
-        graph=export_graph(model, torch.zeros(*shape)),
-        recipe=recipe,
-        contract=contract,
-        golden_inputs=golden_inputs,
-        golden_labels=golden_labels,
-        run_id=run_id,
-    )
-    load_weights(model, recipe.generate())
+    folder = Path(run_dir, MODEL_NAME).absolute()
+
+    def write() -> str:
+        golden = golden_of(contract, golden_inputs, golden_labels)
+        # Not zeros: they hide what is multiplied with, such as random numbers.
+        feed = contract.prepare(golden.by_name(contract))
+        example = tuple(torch.tensor(array) for array in feed.values())
+        graph = export_graph(model, example, is_random=contract.is_random)
+        check_labels(model, contract, golden, reach=False)
+        write_model(
+            run_dir,
+            graph=graph,
+            recipe=make_init_spec(build, seed, keep=pretrained),
+            contract=contract,
+            golden_inputs=golden_inputs,
+            golden_labels=golden_labels,
+            run_id=run_id,
+        )
+        return str(folder)
+
+    told_by_first(f"start_run {folder}", write)
+    load_weights(model, read_init_spec(folder).generate())
     return model
 
 
@@ -104,14 +115,16 @@ def publish_round(
 
     What a device will compute is proved first: nothing outside of the masks differs
     from the round before, and the run's graph with the new weights answers as the
-    model does.
+    model does. Of several processes the first one proves and writes; the others may
+    call this as well, and get the same record.
 
     Args:
         run_dir: The run's folder.
         model: The network with the weights that devices should get, or a module that
-            holds it whole (a LightningModule, what torch.compile or DataParallel made
-            of it).
-        masks: What was allowed to change, as :meth:`PartialUpdater.finish` returns it.
+            holds it whole (a LightningModule, averaged weights, what torch.compile or
+            DataParallel made of it).
+        masks: What was allowed to change, as :meth:`PartialUpdater.finish` returns it;
+            those of parts beside the network count for nothing.
         dense: Names of further tensors, of several axes, that are sent whole where
             they changed.
         from_init: This training started from the init weights, not from the last round.
@@ -127,43 +140,64 @@ def publish_round(
         ExportError: The device would answer otherwise than the model.
         OSError: The files cannot be written.
     """
+
+    def write() -> str:
+        done = list_rounds(run_dir)
+        parent, weights, selected = _proved(
+            run_dir, model, masks, from_init=from_init or not done, dense=dense
+        )
+        total = sum(mask.numel() for mask in selected.values())
+        count = sum(int(mask.sum()) for mask in selected.values())
+        kept = weights.fingerprint == parent
+        contract = parse_contract(Path(run_dir, MODEL_NAME, CONTRACT_NAME).read_bytes())
+        metric = METRICS[contract.label_metric or "top1"]
+        record = RoundRecord(
+            run=Path(run_dir).name,
+            round=len(done),
+            counter=len(done),
+            outcome=Outcome.KEPT_BASE if kept else Outcome.UPDATED,
+            parent=parent,
+            method="own",
+            ratio=count / total if total else None,
+            reinitialised=from_init and bool(done),
+            packable=True,
+            samples=samples,
+            metrics=metrics or {},
+            metric=metric.title,
+            better=metric.better,
+            seeds={},
+            config={},
+        )
+        write_round(run_dir, record, weights, selected, [])
+        return round_name(record.round)
+
+    written = told_by_first(f"publish_round {Path(run_dir).absolute()}", write)
+    return read_round_record(Path(run_dir, written))
+
+
+def _proved(
+    run_dir: str | PathLike[str],
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    *,
+    from_init: bool,
+    dense: Collection[str],
+) -> tuple[str, Weights, Mapping[str, Tensor]]:
+    """Return the parent's fingerprint, the network's weights, and its masks, proved."""
     folder = Path(run_dir, MODEL_NAME)
-    done = [read_round_record(path) for path in list_rounds(run_dir)]
     init = read_init_spec(folder)
     prefix, network = find_network(model, init.layout(), masks)
-    masks = without_prefix(masks, prefix)
+    masks = network_masks(model, masks, prefix, init.layout().by_name)
     weights = network_weights(network)
-    if done and not from_init:
-        source = Path(run_dir, round_name(done[-1].round))
+    base, source = init.generate(), folder
+    if not from_init:
+        source = list_rounds(run_dir)[-1]
         base = read_weights(source / WEIGHTS_NAME)
-    else:
-        base, source = init.generate(), folder
-    kept = weights.fingerprint == base.fingerprint
     check_masks(weights.layout, masks)
     check_changes(base, weights, masks, source=source, dense=dense)
-    contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
-    if not kept:
+    if weights.fingerprint != base.fingerprint:
+        contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
         check_deployed(network, weights, folder)
         golden = read_golden((folder / GOLDEN_NAME).read_bytes())
         check_labels(network, contract, golden, reach=True)
-    metric = METRICS[contract.label_metric or "top1"]
-    total = sum(mask.numel() for mask in masks.values())
-    selected = sum(int(mask.sum()) for mask in masks.values())
-    record = RoundRecord(
-        run=Path(run_dir).name,
-        round=len(done),
-        counter=len(done),
-        outcome=Outcome.KEPT_BASE if kept else Outcome.UPDATED,
-        parent=base.fingerprint,
-        method="own",
-        ratio=selected / total if total else None,
-        reinitialised=from_init and bool(done),
-        packable=True,
-        samples=samples,
-        metrics=metrics or {},
-        metric=metric.title,
-        better=metric.better,
-        seeds={},
-        config={},
-    )
-    return write_round(run_dir, record, weights, masks, [])
+    return base.fingerprint, weights, masks

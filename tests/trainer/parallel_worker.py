@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
+from edge_runtime.errors import DpuError
 from packager.size import patch_size
 from trainer.cli import main as cli
 from trainer.config import load_config, make_config
+from trainer.folder.write import make_contract
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import by_first, processes, share
+from trainer.publish import publish_round, start_run
 from trainer.rounds.schedule import run_rounds
 
 # Everything at once: BatchNorm, a re-initialised model that is worse than what is
@@ -56,6 +60,54 @@ def shares():
     return found
 
 
+INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+LABELS = INPUTS[:, :3].argmax(1)
+
+
+def own_net():
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3)
+    )
+
+
+def own_loop(run, *, first_alone, rounds=3):
+    """Somebody's loop under DistributedDataParallel: one wrapper, several rounds."""
+    rank = distributed.get_rank()
+    net = start_run(
+        run,
+        own_net,
+        contract=make_contract((6,), ["a", "b", "c"]),
+        golden_inputs=INPUTS[:8].numpy(),
+        golden_labels=LABELS[:8].numpy(),
+    )
+    model = DistributedDataParallel(net)
+    mine = slice(rank, None, 2)
+
+    def train():
+        for _ in range(4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(INPUTS[mine]), LABELS[mine]).backward()
+            optimizer.step()
+
+    seen = []
+    for number in range(rounds):
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        updater = PartialUpdater(net.named_parameters(), ratio=0.2).attach(optimizer)
+        train()
+        updater.select()
+        train()
+        masks = updater.finish()
+        if not first_alone:
+            if number == 1:  # all of them learn that the first one refuses
+                none = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+                with pytest.raises(DpuError, match="outside of its mask"):
+                    publish_round(run, model, none)
+            seen.append(publish_round(run, model, masks))
+        elif rank == 0:
+            publish_round(run, net, masks)
+    return seen, {name: p.detach() for name, p in net.named_parameters()}
+
+
 def main(out):
     torch.set_num_threads(1)
     with pytest.raises(SystemExit, match="0"):
@@ -70,6 +122,8 @@ def main(out):
             "weight": weight,
             "shares": shares(),
             "first": by_first(lambda: rank),
+            "together": own_loop(out / "together", first_alone=False),
+            "alone": own_loop(out / "alone", first_alone=True),
         }
         torch.save(seen, out / f"rank_{rank}.pt")
 

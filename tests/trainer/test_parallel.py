@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from edge_runtime.errors import TrainingError
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights
 from packager.build import pack_round
@@ -56,7 +58,9 @@ def ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
     (out / "tiny.toml").write_text("\n".join(toml(TABLES)))
     printed = run_worker(out)
-    seen = [torch.load(out / f"rank_{rank}.pt") for rank in range(2)]
+    seen = [
+        torch.load(out / f"rank_{rank}.pt", weights_only=False) for rank in range(2)
+    ]
     return *seen, printed, out
 
 
@@ -104,6 +108,30 @@ def test_the_first_process_alone_writes(ranks):
     # Nobody else draws an id: every round fits the one in the model folder.
     rounds = [read_round(folder) for folder in list_rounds(out / "all")]
     assert len({round_.record.model for round_ in rounds}) == 1
+
+
+@pytest.mark.parametrize("way", ["together", "alone"])
+def test_a_loop_of_ones_own_publishes_round_after_round_from_the_first_process(
+    ranks, way
+):
+    first, second, _, out = ranks
+    rounds = [read_round(folder) for folder in list_rounds(out / way)]
+    assert [r.record.round for r in rounds] == [0, 1, 2]
+    for before, after in itertools.pairwise(rounds):
+        assert after.record.parent == before.record.target != after.record.target
+        assert pack_round(after) is not None
+    (records, weights), (others, same) = first[way], second[way]
+    assert records == others
+    assert [record.round for record in records] == ([0, 1, 2] if records else [])
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    last = read_weights(out / way / "round_02" / "weights.safetensors")
+    np.testing.assert_array_equal(last["0.weight"], weights["0.weight"].numpy())
+
+
+def test_before_there_is_a_group_only_the_first_process_writes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(TrainingError, match=r"init_process_group\(\) before"):
+        parallel.told_by_first("anything", lambda: "done")
 
 
 def test_all_processes_take_the_masks_of_the_first(ranks):

@@ -134,11 +134,6 @@ class DataSource:
         """Shape of one input, (C, H, W)."""
         return tuple(self.train.inputs.shape[1:])
 
-    @property
-    def example(self) -> Tensor:
-        """A batch of one input, as the network takes it."""
-        return torch.zeros(1, *self.input_shape, dtype=getattr(torch, self.dtype))
-
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn raw inputs (N, C, ...) into network inputs, of :attr:`dtype`."""
         if self.dtype != FLOAT:

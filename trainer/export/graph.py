@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from edge_runtime.errors import ExportError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from trainer.export.graph_check import as_tuple, check_graph, rows_of
+from trainer.export.graph_check import as_tuple, check_graph, never, rows_of
 from trainer.export.tensors import (
     deployed_tensors,
     layout_of,
@@ -48,7 +48,11 @@ __all__ = [
 ]
 
 
-def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> bytes:
+def export_graph(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    is_random: Callable[[int], bool] = never,
+) -> bytes:
     """Return the bytes of ``graph.onnx``: the network without its weights.
 
     The first axis of every input is a batch of any size. One input is called
@@ -59,7 +63,9 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     Args:
         model: Any module whose ``forward`` takes and returns tensors; left as it is,
             in its training mode and on its device.
-        example: One input, or all of them, with at least one row.
+        example: One input, or all of them, with at least one row; real samples say
+            more than zeros.
+        is_random: Says which outputs, counted from 0, are random by design.
 
     Raises:
         ExportError: The model cannot be deployed weight for weight; the message names
@@ -87,7 +93,7 @@ def export_graph(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> byte
     _simplify(exported.model, groups)
     _refuse_lost(exported.model, {groups[name] for name in read if name in groups})
     graph = _serialise(exported.model, layout_of(twin))
-    check_graph(graph, twin, inputs)
+    check_graph(graph, twin, inputs, is_random)
     return graph
 
 

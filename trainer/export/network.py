@@ -6,9 +6,8 @@ DataParallel as ``module``. The state-dict names differ by a common prefix then.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError, TrainingError
 from edge_runtime.formats.layout import Layout
@@ -16,7 +15,6 @@ from edge_runtime.formats.weights import Weights, pack_weights
 from trainer.export.tensors import check_fit, layout_of, weights_of
 
 COMPILED = "_orig_mod."  # torch.compile's, also around a part of a network
-Value = TypeVar("Value")
 
 
 def find_network(
@@ -58,15 +56,34 @@ def find_network(
     raise _no_fit(model, layout)
 
 
-def without_prefix(values: Mapping[str, Value], prefix: str) -> dict[str, Value]:
-    """Return values under the names that the run's weight file has for them.
+def network_masks(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    prefix: str,
+    known: Collection[str],
+) -> dict[str, Tensor]:
+    """Return a network's masks under the names that the run's weight file has.
 
-    They may be named as in the network itself too, or as in the module around it.
+    They may be named as in the network, or as in any module around it.
+
+    Args:
+        model: What was published; parts of it beside the network have no say.
+        masks: By the names that the updater saw.
+        prefix: Of the network in the model.
+        known: The names in the weight file.
     """
-    start = f"{prefix}." if prefix else ""
-    if not all(name.startswith(start) for name in values):
-        start = ""
-    return {_plain(n.removeprefix(start)): value for n, value in values.items()}
+    beside = {n for n, _ in model.named_parameters() if not _inside(n, prefix)}
+    plain = {_plain(n): mask for n, mask in masks.items() if n not in beside}
+    for first in list(plain)[:1]:
+        # The longest name that it ends with, for the shortest start to be left out.
+        for name in sorted(known, key=len, reverse=True):
+            start = first.removesuffix(name)
+            if start == first or (start and not start.endswith(".")):
+                continue
+            rest = {n.removeprefix(start): mask for n, mask in plain.items()}
+            if all(n.startswith(start) for n in plain) and rest.keys() <= set(known):
+                return rest
+    return plain
 
 
 def network_weights(network: nn.Module) -> Weights:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
@@ -137,7 +137,7 @@ class Run:
         check_objective(self.build(), self._pool, config, self._source.classes)
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
-            make_deployment(self.build, self._source.example, seed=seed)
+            make_deployment(self.build, self._golden_inputs(), seed=seed)
             if new
             else read_deployment(run_dir)
         )
@@ -306,10 +306,14 @@ class Run:
         Raises:
             ExportError: It would not.
         """
+        graph, inputs = self._deployment.graph, self._golden_inputs()
+        by_first(lambda: check_answers(model, weights, graph, [inputs]))
+
+    def _golden_inputs(self) -> Tensor:
+        """Return a few prepared inputs."""
         samples = self._validation[:GOLDEN_ROWS]
         (inputs, _), *_ = batches(samples, len(samples))
-        graph = self._deployment.graph
-        by_first(lambda: check_answers(model, weights, graph, [inputs.cpu()]))
+        return inputs.cpu()
 
     def _prepare(
         self, model: nn.Module, number: int, start: Weights, *, from_init: bool
