@@ -7,7 +7,9 @@ it is complete and on the disk.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENOTDIR
@@ -26,7 +28,7 @@ from edge_runtime.errors import (
     WrongModelError,
 )
 from edge_runtime.files import Files
-from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import same_network
@@ -137,7 +139,7 @@ def pack_round(
         outputs=outputs,
     )
     check_budget(f"the patch of {round_.name}", len(data), max_size)
-    counts = {change.name: len(change.positions) for change in changes}
+    counts = {change.name: len(change) for change in changes}
     return PackedPatch(data, header, parent.name, counts)
 
 
@@ -181,23 +183,42 @@ def encode_changes(  # noqa: PLR0913 - all but four by name
     """
     moved = move_weights(base, terms) if terms else base
     # A tensor travels whole only if all of it changed: see the decision list.
-    positions = [change.positions for change in changes]
-    data = encode_patch(
-        header, positions, moved, target, level=level, outputs=outputs, terms=terms
-    )
+    with ThreadPoolExecutor(_processors()) as pool:
+        data = encode_patch(
+            header,
+            changes,
+            moved,
+            target,
+            level=level,
+            outputs=outputs,
+            terms=terms,
+            pool=pool,
+        )
     if signers:
         from packager.signing import sign  # cryptography only where it is needed
 
         data = sign(data, signers)
-    with open_patch(data) as patch:
-        result = apply_patch(base, patch)
-    if result.data != target.data:
-        raise VerificationError(
-            "the finished patch does not lead to the target; nothing was written",
-            expected=target.fingerprint,
-            actual=result.fingerprint,
-        )
+    _prove(data, base)
     return data
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _prove(data: bytes, base: Weights) -> None:
+    """Apply a finished patch to its base: the result must have the target's hash."""
+    try:
+        with open_patch(data) as patch:
+            for _ in apply_weights(base, patch):
+                pass
+    except VerificationError as err:
+        raise VerificationError(
+            "the finished patch does not lead to the target; nothing was written. Was "
+            "a file changed while it was packed? Pack again",
+            expected=err.expected,
+            actual=err.actual,
+        ) from err
 
 
 def _check_run(round_: RoundFolder, parent: Parent) -> None:
@@ -255,12 +276,13 @@ def check_selection(round_: RoundFolder, changes: Sequence[TensorChange]) -> Non
         mask = round_.selection.get(change.name)
         if mask is None:
             continue
-        at = change.positions
-        selected = mask[at >> 3] >> (at & 7).astype(np.uint8) & 1
-        outside = int(np.count_nonzero(selected == 0))
+        outside = sum(
+            int(np.count_nonzero((mask[at >> 3] >> (at & 7).astype(np.uint8) & 1) == 0))
+            for at in change.pieces()
+        )
         if outside:
             raise RoundError(
-                f"{round_.path}: {outside} of {len(at)} changed weights in tensor "
+                f"{round_.path}: {outside} of {len(change)} changed weights in tensor "
                 f"{change.name!r} are not in the selection; something other than the "
                 "selected weights was trained, or the selection is of another round"
             )

@@ -62,7 +62,7 @@ def compose_patches(
     )
     changes = diff(base, target)
     data = encode_changes(base, target, header, changes, level=level)
-    counts = {change.name: len(change.positions) for change in changes}
+    counts = {change.name: len(change) for change in changes}
     return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts)
 
 

@@ -29,7 +29,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 715,
         "agent": 530,
         "cli": 750,
-        "formats": 3020,
+        "formats": 3450,
         "inference": 610,
         "live": 315,
         "store": 885,

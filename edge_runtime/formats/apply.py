@@ -50,6 +50,21 @@ def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Wei
         PatchFormatError: The patch contradicts itself or the layout.
         VerificationError: The result is not the promised one.
     """
+    data = b"".join(map(bytes, apply_weights(base, patch, model=model)))
+    return Weights(base.layout, data)
+
+
+def apply_weights(
+    base: Weights, patch: Patch, *, model: str | None = None
+) -> Iterator[memoryview]:
+    """Apply a patch to weights that need not be in memory; as :func:`apply_patch`.
+
+    The base is hashed again while it is read: whoever changes its file meanwhile gets
+    an error, not another result.
+
+    Yields:
+        The target weight file, as :func:`apply_chunks` does.
+    """
     if model is not None and (error := wrong_model(patch.header, model)):
         raise error
     if base.fingerprint != patch.header.parent:
@@ -60,8 +75,24 @@ def apply_patch(base: Weights, patch: Patch, *, model: str | None = None) -> Wei
             actual=base.fingerprint,
         )
     patch.check(base.layout)
-    data = b"".join(map(bytes, apply_chunks([base.data], base.layout, patch)))
-    return Weights(base.layout, data)
+    digest = hashlib.sha256()
+    yield from apply_chunks(_copied(base.chunks(), digest), base.layout, patch)
+    if digest.hexdigest() != patch.header.parent:
+        raise VerificationError(
+            "the base was changed while it was read; try again",
+            expected=patch.header.parent,
+            actual=digest.hexdigest(),
+        )
+
+
+def _copied(
+    chunks: Iterable[memoryview], digest: "hashlib._Hash"
+) -> Iterator[memoryview]:
+    """Yield chunks as they were when they were hashed, whatever happens to the file."""
+    for chunk in chunks:
+        copy = bytes(chunk)
+        digest.update(copy)
+        yield memoryview(copy)
 
 
 def apply_chunks(

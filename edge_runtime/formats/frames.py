@@ -5,13 +5,18 @@ Readers hand out its bytes in pieces, so that the memory needed to apply a patch
 not depend on its size. FORMAT.md is the normative description.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from threading import local
 from typing import BinaryIO, cast
 
 import zstandard
 
 from edge_runtime.errors import PatchFormatError
+from edge_runtime.formats.spool import Spool
 
 STORED, ZSTD = 0, 1
 MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a section
@@ -42,71 +47,102 @@ class Section:
     offset: int
 
 
-def pack_section(parts: Sequence[bytes], level: int) -> tuple[int, bytes]:
+Parts = Sequence[bytes] | Spool
+_Way = Callable[[], bytes]
+
+
+def pack_section(
+    parts: Parts, level: int, pool: Executor | None = None
+) -> tuple[int, bytes]:
     """Choose the smallest encoding of a section.
 
     Args:
         parts: Its content; a new zstd block may begin with a part, so that parts of
             different statistics do not share one Huffman table.
         level: zstd level, 1 to 22.
+        pool: Threads to compress in; none: one way after the other.
 
     Returns:
         The encoding and the packed bytes.
     """
-    raw = b"".join(parts)
-    if len(raw) <= _SEARCH_BYTES:
-        # Matches among symbols are mostly chance: how short a one may be matters.
-        split = [
-            (how, match) for how in ([raw], _blocks(parts)) for match in (3, 4, 5, 7)
-        ]
-    else:
-        split = [([raw], 3), (_blocks(parts), 7)]
-    packed = min((_compress(how, match, level) for how, match in split), key=len)
-    return (ZSTD, packed) if len(packed) < len(raw) else (STORED, raw)
+    raw = as_spool(parts)
+    small = raw.size <= _SEARCH_BYTES
+
+    def ways(stops: Sequence[int], matches: Sequence[int]) -> list[_Way]:
+        found = [partial(_compress, raw, stops, match, level) for match in matches]
+        return [pool.submit(way).result for way in found] if pool else [*found]
+
+    # Matches among symbols are mostly chance: how short a one may be matters.
+    tried = ways([raw.size], (3, 4, 5, 7) if small else (3,))
+    tried += ways(_blocks(raw), (3, 4, 5, 7) if small else (7,))
+    packed = min((way() for way in tried), key=len)
+    if len(packed) < raw.size:
+        return ZSTD, packed
+    return STORED, b"".join(raw.pieces())
 
 
-def _compress(blocks: Sequence[bytes], min_match: int, level: int) -> bytes:
-    size = sum(map(len, blocks))
+def as_spool(parts: Parts) -> Spool:
+    """Return parts as one piece."""
+    if isinstance(parts, Spool):
+        return parts
+    spool = Spool()
+    for part in parts:
+        spool.write(part)
+        spool.stops.append(spool.size)
+    return spool
+
+
+def _compress(raw: Spool, stops: Sequence[int], min_match: int, level: int) -> bytes:
+    """Compress a section; a block of zstd ends at each stop."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level,
-        source_size=size,
-        window_log=min(MAX_WINDOW_LOG, max(10, (size - 1).bit_length())),
+        source_size=raw.size,
+        window_log=min(MAX_WINDOW_LOG, max(10, (raw.size - 1).bit_length())),
         min_match=min_match,
     )
-    out = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size)
-    packed = [
-        out.compress(block) + out.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-        for block in blocks[:-1]
-    ]
-    return b"".join([*packed, out.compress(blocks[-1]), out.flush()])
+    out = zstandard.ZstdCompressor(compression_params=parameters).compressobj(raw.size)
+    packed = list[bytes]()
+    for start, stop in pairwise([0, *stops]):
+        packed += map(out.compress, raw.pieces(start, stop))
+        if stop < raw.size:
+            packed.append(out.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join([*packed, out.flush()])
 
 
-def _blocks(parts: Sequence[bytes]) -> list[bytes]:
-    """Join neighbouring parts wherever one Huffman table serves both better."""
-    blocks: list[bytes] = []
-    for part in filter(None, parts):
-        if blocks and len(blocks[-1]) < _BLOCK_BYTES:
-            joined = blocks[-1] + part
-            if quick_size(joined) <= quick_size(blocks[-1]) + quick_size(part):
-                blocks[-1] = joined
+def _blocks(raw: Spool) -> list[int]:
+    """Say where blocks end if one Huffman table serves neighbouring parts together."""
+    stops = list[int]()
+    start, size = 0, -1  # of the last block; its size where that is known
+    for begin, stop in pairwise([0, *raw.stops]):
+        if begin == stop:
+            continue
+        alone = -1
+        if stops and begin - start < _BLOCK_BYTES:
+            size = size if size >= 0 else quick_size(raw.read(start, begin))
+            alone = quick_size(raw.read(begin, stop))
+            joined = quick_size(raw.read(start, stop))
+            if joined <= size + alone:
+                stops[-1], size = stop, joined
                 continue
-        blocks.append(part)
-    return blocks
+        stops.append(stop)
+        start, size = begin, alone
+    return stops
 
 
-def quick_size(raw: bytes) -> int:
+def quick_size(raw: bytes | bytearray) -> int:
     """Return about how many bytes ``raw`` takes in a frame: the same on any machine.
 
     Used to choose between encodings, where floating-point estimates could differ from
     one processor to the next and with them the bytes of the patch.
     """
-    return len(_QUICK.compress(raw)) - _FRAME_BYTES
+    if not hasattr(_LOCAL, "quick"):
+        _LOCAL.quick = zstandard.ZstdCompressor(compression_params=_QUICK)
+    return len(_LOCAL.quick.compress(raw)) - _FRAME_BYTES
 
 
 _FRAME_BYTES = 6  # that a block in a running frame does not need again
-_QUICK = zstandard.ZstdCompressor(
-    compression_params=zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
-)
+_QUICK = zstandard.ZstdCompressionParameters.from_level(1, min_match=7)
+_LOCAL = local()  # a compressor belongs to one thread
 
 
 class _Slice:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats.frames import SectionReader
+from edge_runtime.formats.spool import Spool
 
 # Elements decoded at a time: a multiple of 8, and so few that NumPy's temporaries stay
 # in the processor's cache and below the size at which malloc goes to the kernel.
@@ -145,10 +146,17 @@ def encode_unary(numbers: Integers, width: int) -> bytes:
     With the low bits this is the code of Golomb and Rice, which is within a percent of
     the entropy of gaps between positions that are all equally likely.
     """
-    stops = np.cumsum((numbers >> width) + 1)
-    bits = np.zeros(stops[-1] if stops.size else 0, bool)
-    bits[stops - 1] = True
-    return np.packbits(bits, bitorder="little").tobytes()
+    return encode_bits(*unary_bits(numbers, width))
+
+
+def unary_bits(numbers: Integers, width: int) -> tuple[Integers, Integers]:
+    """Return what :func:`encode_bits` has to write for numbers in unary."""
+    words, zeros = np.divmod(numbers >> width, MAX_WIDTH)
+    last = np.cumsum(words + 1) - 1
+    bits = np.zeros(int(last[-1]) + 1 if last.size else 0, np.int64)
+    widths = np.full_like(bits, MAX_WIDTH)
+    bits[last], widths[last] = 1 << zeros, zeros + 1
+    return bits, widths
 
 
 def unary_width(numbers: Integers) -> int:
@@ -228,6 +236,29 @@ def encode_bits(numbers: Integers, widths: Integers) -> bytes:
     return words.astype("<u8").tobytes()[
         : (int(stops[-1]) + 7) // 8 if stops.size else 0
     ]
+
+
+class BitWriter:
+    """Writes bits one after the other, in pieces of any length."""
+
+    def __init__(self, spool: Spool) -> None:
+        """Prepare to write at the end of ``spool``."""
+        self._spool = spool
+        self._byte, self._bit = np.zeros(1, np.int64), np.zeros(1, np.int64)
+
+    def write(self, numbers: Integers, widths: Integers) -> None:
+        """Write the low bits of numbers, as :func:`encode_bits` does."""
+        # What is left over of the byte before comes first.
+        widths = np.concatenate([self._bit, widths])
+        data = encode_bits(np.concatenate([self._byte, numbers]), widths)
+        whole, left = divmod(int(widths.sum()), 8)
+        self._spool.write(data[:whole])
+        self._bit[0], self._byte[0] = left, data[whole] if left else 0
+
+    def finish(self) -> None:
+        """Write the last bits."""
+        if self._bit[0]:
+            self._spool.write(bytes([int(self._byte[0])]))
 
 
 class BitReader:

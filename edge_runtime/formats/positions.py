@@ -7,33 +7,36 @@ not depend on its size. FORMAT.md is the normative description.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, groupby
-from typing import Any, NamedTuple
+from concurrent.futures import Executor
+from itertools import accumulate, chain, groupby
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.formats.frames import LEVEL, SectionReader, quick_size
+from edge_runtime.formats.frames import LEVEL, Parts, SectionReader, quick_size
 from edge_runtime.formats.layout import Tensor
 from edge_runtime.formats.numbers import (
     PIECE,
+    BitWriter,
     Integers,
     NumberReader,
     UnaryReader,
-    encode_bits,
     encode_numbers,
-    encode_unary,
     finenesses,
+    unary_bits,
     unary_width,
 )
 from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, encode_body
+from edge_runtime.formats.spool import Spool
 
 MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits
 _DOUBT = 2560  # tenths of a bit that an estimate of a size may be wrong by
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 _LONG_RUN = 1 << 13  # positions
+WINDOW = 1 << 17  # elements that are looked at together while a patch is made
 
 Positions = Integers
 Mask = NDArray[np.bool_]
@@ -60,9 +63,30 @@ def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
 # Encoding ----------------------------------------------------------------------------
 
 
+class Found(Protocol):
+    """Positions that need not be in memory; an array of them is as good."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def pieces(self) -> Iterator[Positions]:
+        """Yield them in increasing order, at most ``WINDOW`` at a time."""
+
+
+def in_pieces(found: Found | Positions) -> Iterator[Positions]:
+    """Yield positions in increasing order, at most ``WINDOW`` at a time."""
+    if not isinstance(found, np.ndarray):
+        yield from found.pieces()
+        return
+    for start in range(0, len(found), WINDOW):
+        yield found[start : start + WINDOW]
+
+
 def encode_positions(
-    tensors: Sequence[tuple[tuple[int, ...], Positions]], level: int = LEVEL
-) -> tuple[int, dict[int, list[bytes]]]:
+    tensors: Sequence[tuple[tuple[int, ...], Found | Positions]],
+    level: int = LEVEL,
+    pool: Executor | None = None,
+) -> tuple[int, dict[int, Parts]]:
     """Encode which elements travel, tensor by tensor.
 
     Of a tensor of which up to a quarter travels the positions are listed, as gaps: the
@@ -73,6 +97,7 @@ def encode_positions(
     Args:
         tensors: Shape and strictly increasing positions of each tensor.
         level: zstd level that the sections will be packed with, 1 to 22.
+        pool: Threads to pack sections in.
 
     Returns:
         How the gaps are written (a fineness, or ``UNARY_GAPS`` and how many low bits
@@ -81,68 +106,179 @@ def encode_positions(
     Raises:
         PatchFormatError: A gap is too large.
     """
-    taken = [_take_apart(shape, positions) for shape, positions in tensors]
-    numbers = np.concatenate([np.zeros(0, np.int64), *(gaps for gaps, _, _ in taken)])
-    candidates = finenesses(int(numbers.max(initial=0)))
+    index = [_Index(shape, found) for shape, found in tensors]
+    sample, largest = _survey(index)
+    candidates = finenesses(largest)
     if not candidates:
         raise PatchFormatError(
-            f"two changes are {numbers.max()} elements apart, which is too far for a "
+            f"two changes are {largest} elements apart, which is too far for a "
             "patch; split the tensor"
         )
-    sample = numbers[:: len(numbers) // _SAMPLE + 1]
     fine = min(candidates, key=lambda one: _size(sample, one))
-    symbols, widths = encode_numbers(numbers, fine)
-    stops = np.cumsum([len(gaps) for gaps, _, _ in taken])
-    used = [columns for _, _, columns in taken if columns is not None]
-    bitmaps = [bitmap for _, bitmap, _ in taken]
-    sections = {
-        INDEX: [
-            bitmap or symbols[stop - len(gaps) : stop]
-            for (gaps, bitmap, _), stop in zip(taken, stops, strict=True)
-        ],
-        INDEX_BITS: [encode_bits(numbers, widths)],
-        COLUMNS: [_pack(one) for one in used if not all(map(np.all, used))],
-    }
     width = unary_width(sample)
     bits = len(sample) * (width + 1) + int((sample >> width).sum())
-    if 10 * bits > 11 * _size(sample, fine) + _DOUBT:
-        return fine, sections
+    is_close = 10 * bits <= 11 * _size(sample, fine) + _DOUBT
+    sections, even = _write(index, fine, width if is_close else None)
     # Of two that are close, those tell that are packed to the last byte.
-    low = encode_bits(numbers, np.full(len(numbers), width))
-    unary = encode_unary(numbers, width)
-    even = sections | {INDEX: bitmaps, INDEX_BITS: [low], UNARY: [unary]}
-    if len(encode_body(even, level)) < len(encode_body(sections, level)):
+    if is_close and len(encode_body(even, level, pool)) < len(
+        encode_body(sections, level, pool)
+    ):
         return UNARY_GAPS + width, even
     return fine, sections
 
 
-def _take_apart(
-    shape: tuple[int, ...], positions: Positions
-) -> tuple[Integers, bytes, Mask | None]:
-    """Return the gaps or the bitmap of one tensor, and which columns count."""
-    size, grid = math.prod(shape), _grid(shape, len(positions))
-    if _is_bitmap(size, len(positions)):
-        return positions[:0], _pack(_mask(size, positions)), None
-    if 2 * len(positions) > size:
-        positions = np.flatnonzero(~_mask(size, positions))
-    gaps = np.diff(positions, prepend=-1) - 1
-    if grid is None:
-        return gaps, b"", None
-    columns, depth = grid
-    row, at = np.divmod(positions, columns * depth)
-    used = _mask(columns, at // depth)
-    offsets = np.flatnonzero(np.repeat(used, depth))
-    fewer = row * len(offsets) + np.searchsorted(offsets, at)
-    closer = np.diff(fewer, prepend=-1) - 1
-    if _size(closer, 2) + columns < _size(gaps, 2):
-        return closer, b"", used
-    return gaps, b"", np.ones(columns, bool)
+def _survey(index: Sequence["_Index"]) -> tuple[Integers, int]:
+    """Return some of all gaps, evenly spread, and the largest one."""
+    step = sum(one.listed for one in index) // _SAMPLE + 1
+    seen, largest, sample = 0, 0, [np.zeros(0, np.int64)]
+    for one in index:
+        for gaps in one.gaps():
+            largest = max(largest, int(gaps.max(initial=0)))
+            sample.append(gaps[-seen % step :: step].copy())
+            seen += len(gaps)
+    return np.concatenate(sample), largest
+
+
+def _write(
+    index: Sequence["_Index"], fine: int, width: int | None
+) -> tuple[dict[int, Parts], dict[int, Parts]]:
+    """Write the sections, and those with gaps in unary if a width is given for them."""
+    symbols, bitmaps, columns, *streams = (Spool() for _ in range(6))
+    bits, low, unary = map(BitWriter, streams)
+    for raw, gaps in _contents(index):
+        symbols.write(raw)
+        bitmaps.write(raw)
+        codes, widths = encode_numbers(gaps, fine)
+        symbols.write(codes)
+        bits.write(gaps, widths)
+        if width is not None:
+            low.write(gaps, np.full(len(gaps), width))
+            unary.write(*unary_bits(gaps, width))
+    if not all(one.used.all() for one in index):
+        for one in index:
+            columns.write(_pack(one.used))
+            columns.stops.append(columns.size)
+    for writer, stream in zip((bits, low, unary), streams, strict=True):
+        writer.finish()
+        stream.stops.append(stream.size)
+    symbols.stops += accumulate(one.listed + one.bitmap_bytes for one in index)
+    bitmaps.stops += accumulate(one.bitmap_bytes for one in index)
+    sections: dict[int, Parts] = {INDEX: symbols, INDEX_BITS: streams[0]}
+    sections[COLUMNS] = columns
+    even = {INDEX: bitmaps, INDEX_BITS: streams[1], UNARY: streams[2]}
+    return sections, sections | even
+
+
+def _contents(index: Sequence["_Index"]) -> Iterator[tuple[bytes, Integers]]:
+    """Yield bitmaps, and gaps of as many tensors together as have none between them."""
+    waiting, held, none = list[Integers](), 0, np.zeros(0, np.int64)
+    for one in index:
+        for gaps in one.gaps():
+            waiting.append(gaps)
+            held += len(gaps)
+            if held >= WINDOW:
+                yield b"", np.concatenate(waiting)
+                waiting, held = [], 0
+        if one.bitmap_bytes:
+            yield b"", np.concatenate([none, *waiting])
+            waiting, held = [], 0
+            for raw in one.bitmap():
+                yield raw, none
+    yield b"", np.concatenate([none, *waiting])
+
+
+class _Index:
+    """How the positions of one tensor are written.
+
+    Attributes:
+        listed: How many gaps there are.
+        bitmap_bytes: Bytes of its bitmap, if it has one.
+        used: (columns,) which columns count; none where it has no columns.
+    """
+
+    def __init__(self, shape: tuple[int, ...], found: Found | Positions) -> None:
+        self._size, self._found, count = math.prod(shape), found, len(found)
+        is_bitmap = _is_bitmap(self._size, count)
+        self._stays = 2 * count > self._size
+        self.bitmap_bytes = (self._size + 7) // 8 if is_bitmap else 0
+        self.listed = 0 if is_bitmap else min(count, self._size - count)
+        columns, self._depth = _grid(shape, count) or (0, 0)
+        self.used = np.ones(columns, bool)
+        self._fewer = False
+        if columns:
+            self._choose_columns(columns * self._depth)
+
+    def _choose_columns(self, width: int) -> None:
+        """Leave columns out of the count in which nothing travels, if that is less."""
+        used = np.zeros_like(self.used)
+        for positions in in_pieces(self._found):
+            used[positions % width // self._depth] = True
+        if used.all():
+            return
+        far, every = _size_of(self.gaps()), self.used
+        self.used, self._fewer = used, True
+        if _size_of(self.gaps()) + len(used) >= far:
+            self.used, self._fewer = every, False
+
+    def gaps(self) -> Iterator[Integers]:
+        """Yield how many elements are skipped before each that is listed."""
+        if not self.listed:
+            return
+        last, pieces = -1, self._others() if self._stays else in_pieces(self._found)
+        for positions in self._among_used(pieces) if self._fewer else pieces:
+            gaps = np.diff(positions, prepend=last)
+            gaps -= 1
+            last = int(positions[-1])
+            yield gaps
+
+    def _among_used(self, pieces: Iterable[Positions]) -> Iterator[Positions]:
+        """Count positions as if there were no columns but the used ones."""
+        offsets = np.flatnonzero(np.repeat(self.used, self._depth))
+        for positions in pieces:
+            row, at = np.divmod(positions, len(self.used) * self._depth)
+            yield row * len(offsets) + np.searchsorted(offsets, at)
+
+    def _others(self) -> Iterator[Positions]:
+        """Yield the positions that stay as they are."""
+        for start, mask in self._masks():
+            (stays,) = np.nonzero(~mask)
+            if stays.size:
+                yield stays + start
+
+    def bitmap(self) -> Iterator[bytes]:
+        """Yield the bitmap, where that is what is written."""
+        for _, mask in self._masks():
+            yield _pack(mask)
+
+    def _masks(self) -> Iterator[tuple[int, Mask]]:
+        """Yield which elements travel, ``WINDOW`` at a time, with where that begins."""
+        pieces, some = in_pieces(self._found), np.zeros(0, np.int64)
+        for start in range(0, self._size, WINDOW):
+            stop = min(start + WINDOW, self._size)
+            while (
+                not (some.size and some[-1] >= stop)
+                and (more := next(pieces, None)) is not None
+            ):
+                some = np.concatenate([some, more])
+            inside = int(some.searchsorted(stop))
+            yield start, _mask(stop - start, some[:inside] - start)
+            some = some[inside:]
 
 
 def _size(numbers: Integers, fine: int) -> int:
     """Return about how many bits numbers take."""
     symbols, widths = encode_numbers(numbers, fine)
     return 8 * quick_size(symbols) + int(widths.sum())
+
+
+def _size_of(pieces: Iterable[Integers]) -> int:
+    """Return about how many bits the gaps of one tensor take."""
+    symbols, bits = bytearray(), 0
+    for gaps in pieces:
+        raw, widths = encode_numbers(gaps, 2)
+        symbols += raw
+        bits += int(widths.sum())
+    return 8 * quick_size(symbols) + bits
 
 
 def _mask(size: int, positions: Positions) -> Mask:

@@ -5,7 +5,8 @@ What a section looks like is in :mod:`edge_runtime.formats.frames`. FORMAT.md is
 normative description.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from functools import partial
 from itertools import chain
 from typing import BinaryIO
@@ -14,8 +15,10 @@ from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats.frames import (
     STORED,
     ZSTD,
+    Parts,
     Section,
     SectionReader,
+    as_spool,
     frame_size,
     pack_section,
 )
@@ -87,28 +90,37 @@ def decode_varint(source: Iterator[int]) -> int:
 # The body: table and sections --------------------------------------------------------
 
 
-def pack_kind(kind: int, parts: Sequence[bytes], level: int) -> tuple[int, bytes]:
+def pack_kind(
+    kind: int, parts: Parts, level: int, pool: Executor | None = None
+) -> tuple[int, bytes]:
     """Choose the smallest encoding that a section of some kind may have."""
+    raw = as_spool(parts)
     if kind in STORED_KINDS:
-        return STORED, b"".join(parts)
-    return pack_section(parts, level)
+        return STORED, b"".join(raw.pieces())
+    if level not in raw.packed:
+        raw.packed[level] = pack_section(raw, level, pool)
+    return raw.packed[level]
 
 
-def encode_body(sections: Mapping[int, Sequence[bytes]], level: int) -> bytes:
+def encode_body(
+    sections: Mapping[int, Parts], level: int, pool: Executor | None = None
+) -> bytes:
     """Encode the body of a patch.
 
     Args:
         sections: By kind, their content in parts; empty ones are left out.
         level: zstd level, 1 to 22.
+        pool: Threads to compress in.
     """
-    table, body = bytearray(), bytearray()
-    used = {kind: parts for kind, parts in sorted(sections.items()) if any(parts)}
+    table, body = bytearray(), []
+    raws = {kind: as_spool(parts) for kind, parts in sorted(sections.items())}
+    used = {kind: raw for kind, raw in raws.items() if raw.size}
     table.append(len(used))
-    for kind, parts in used.items():
-        encoding, packed = pack_kind(kind, parts, level)
+    for kind, raw in used.items():
+        encoding, packed = pack_kind(kind, raw, level, pool)
         table += bytes([kind, encoding]) + encode_varint(len(packed))
-        body += packed
-    return bytes(table + body)
+        body.append(packed)
+    return b"".join([table, *body])
 
 
 class Body:

@@ -28,6 +28,7 @@ from edge_runtime.formats.layout import (
     DTYPES,
     NATIVE_CODES,
     Layout,
+    Tensor,
     make_layout,
     read_layout,
 )
@@ -62,6 +63,18 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self.layout.tensors)
+
+    def bits(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
+        """Return elements of a tensor, in C order, as unsigned integers.
+
+        Args:
+            tensor: One of this layout.
+            start: The first one.
+            stop: The one behind the last.
+        """
+        size, first = tensor.item_size, tensor.start
+        raw = self.data[first + start * size : first + stop * size]
+        return np.frombuffer(raw, f"<u{size}")
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file's bytes in order, in pieces of bounded size."""

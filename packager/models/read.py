@@ -183,7 +183,7 @@ def pack_models(
         base.weights, target.weights, header, changes, level=level, signers=signers
     )
     check_budget(f"the patch to {target.path.name}", len(data), max_size)
-    counts = {change.name: len(change.positions) for change in changes}
+    counts = {change.name: len(change) for change in changes}
     return PackedPatch(data, header, base.path.name, counts)
 
 

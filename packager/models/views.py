@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.layout import DTYPES, make_layout
+from edge_runtime.formats.layout import DTYPES, Tensor, make_layout
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
 
 KEPT_BYTES = 16 << 20  # of a mapping, before its pages are given back
@@ -92,6 +92,14 @@ class ViewedWeights(Weights):
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self.layout.by_name[name]
         return self._views[name].raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
+
+    def bits(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
+        """Return elements of a tensor, in C order, as unsigned integers."""
+        view = self._views[tensor.name]
+        found = view.raw[start * tensor.item_size : stop * tensor.item_size]
+        if view.file:  # of what was returned before
+            view.file.saw(found.size)
+        return found.view(f"<u{tensor.item_size}")
 
     @cached_property
     def data(self) -> memoryview:  # type: ignore[override]

@@ -224,10 +224,12 @@ def diff_record(
     base: Weights, target: Weights, changes: Sequence[TensorChange]
 ) -> DiffRecord:
     """Describe where two weight files differ."""
-    layout = base.layout
-    counts = [len(change.positions) for change in changes]
+    layout, none = base.layout, np.zeros(0, np.int64)
+    counts = [len(change) for change in changes]
     bins = [
-        _histogram(tensor, change.positions)
+        sum(
+            (_histogram(tensor, at) for at in change.pieces()), _histogram(tensor, none)
+        )
         for tensor, change in zip(layout.tensors, changes, strict=True)
     ]
     tensors = tensor_records(layout, counts, bins)
