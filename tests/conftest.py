@@ -23,6 +23,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
+# Groups that run only where they are asked for, and what they would take.
+NOT_RUN = {"public": "downloads 185 MB from PyPI"}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what nobody asked for; the summary says so."""
+    for item in items:
+        for mark in NOT_RUN.keys() & {mark.name for mark in item.iter_markers()}:
+            if mark not in config.option.markexpr:
+                reason = f"not run: {NOT_RUN[mark]}; pytest -m {mark}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 SHAPES = {
     "fc1.weight": (16, 12),
     "fc1.bias": (16,),

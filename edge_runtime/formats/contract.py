@@ -45,6 +45,10 @@ METRICS = {
 RANGES = {"cosine": (-1.0, 1.0), "mae": (0.0, math.inf)}
 
 
+# Axis of the channels: the second, or the last.
+LAYOUTS = {"NCHW": 1, "NHWC": -1}
+
+
 @dataclass(frozen=True, slots=True)
 class InputSpec:
     """One input of the graph.
@@ -54,8 +58,9 @@ class InputSpec:
         dtype: NumPy name of the type that the graph takes.
         shape: Its shape; None where any size goes (the batch).
         scale: Factor on the raw values, for example 1/255 for 8-bit images.
-        mean: Per channel (axis 1), subtracted after scaling; empty for none.
-        std: Per channel, divided by; empty for none.
+        mean: Per channel, or one value, subtracted after scaling; empty for none.
+        std: Likewise, divided by; empty for none.
+        layout: Where the channels are, one of :data:`LAYOUTS`.
     """
 
     name: str
@@ -64,6 +69,32 @@ class InputSpec:
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    layout: str = "NCHW"
+
+    def __post_init__(self) -> None:
+        """Insist on values for each channel, where their number is known.
+
+        Raises:
+            ContractError: There are more or fewer.
+        """
+        axis = self.channel_axis
+        self._check_channels(self.shape[axis] if len(self.shape) > 1 else 1)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels."""
+        return LAYOUTS[self.layout]
+
+    def _check_channels(self, channels: int | None) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if channels is not None and len(values) not in {0, 1, channels}:
+                other = next(name for name in LAYOUTS if name != self.layout)
+                raise ContractError(
+                    f"input {self.name!r} has {len(values)} values of {name}, expected "
+                    f"1, or one for each of the {channels} channels that the layout "
+                    f"{self.layout} finds in the shape {_show(self.shape)}; give as "
+                    f"many, or the layout {other}"
+                )
 
     @property
     def has_batch(self) -> bool:
@@ -106,7 +137,11 @@ class InputSpec:
             return values.astype(self.dtype, copy=False)
         out = values.astype(np.float32)  # one copy, then in place
         out *= np.float32(self.scale)
-        channels = (-1, *[1] * (out.ndim - 2))
+        channels: tuple[int, ...] = (-1,)
+        if out.ndim > 1:
+            self._check_channels(out.shape[self.channel_axis])
+            if self.channel_axis == 1:
+                channels = (-1, *[1] * (out.ndim - 2))
         if self.mean:
             out -= np.asarray(self.mean, np.float32).reshape(channels)
         if self.std:
@@ -254,13 +289,20 @@ def encode_contract(contract: Contract) -> bytes:
     wide = _wide_fields(contract)
     record = {
         "schema": WIDE_SCHEMA if wide else SCHEMA,
-        "inputs": [asdict(spec) for spec in contract.inputs],
+        "inputs": [_input_record(spec) for spec in contract.inputs],
         "outputs": [asdict(spec) for spec in contract.outputs],
         "classes": contract.classes,
         "accuracy_floor": contract.accuracy_floor,
         "output_tolerance": contract.output_tolerance,
     }
     return json.dumps(record | wide, indent=2).encode() + b"\n"
+
+
+def _input_record(spec: InputSpec) -> dict[str, Any]:
+    record = asdict(spec)
+    if spec.channel_axis == 1:
+        del record["layout"]  # the first schema has no word for it
+    return record
 
 
 def _wide_fields(contract: Contract) -> dict[str, Any]:
@@ -274,8 +316,9 @@ def _wide_fields(contract: Contract) -> dict[str, Any]:
     }
     plain = {"task": "classification", "metric": "", "bound": None, "threshold": 0.0}
     is_plain = fields == plain | {"random_outputs": ()}
-    one_batch = len(contract.inputs) == 1 and contract.inputs[0].shape
-    return {} if is_plain and one_batch else fields
+    first, *others = contract.inputs or (None,)
+    one_plain = first and not others and first.shape and first.channel_axis == 1
+    return {} if is_plain and one_plain else fields
 
 
 def parse_contract(text: str | bytes) -> Contract:
@@ -336,6 +379,7 @@ def _parse_input(entry: Record) -> InputSpec:
         entry.number("scale", 1.0),
         tuple(entry.numbers("mean", ())),
         tuple(entry.numbers("std", ())),
+        entry.one_of("layout", LAYOUTS) if "layout" in entry else "NCHW",
     )
 
 

@@ -107,16 +107,20 @@ def _array(name: str, data: bytes) -> NDArray[Any]:
 
 
 def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
-    """Return an image as 8-bit values of shape (C, H, W).
+    """Return an image as 8-bit values of shape (C, H, W), or as the input has it.
 
     It is turned as its camera says, made grey or RGB by the number of channels, scaled
     until it covers the model's height and width, and cropped around its centre.
     """
-    channels, height, width = spec.shape[1:] if len(spec.shape) == 4 else (0, 0, 0)
+    sizes = spec.shape[1:] if len(spec.shape) == 4 else (0, 0, 0)
+    channels, height, width = (
+        sizes if spec.channel_axis == 1 else (*sizes[-1:], *sizes[:-1])
+    )
     if channels not in (1, 3) or not height or not width:
         raise ContractError(
-            f"{name}: images go into a model of shape [batch, 1 or 3, height, width]; "
-            f"this one takes {list(spec.shape)}: give it .npy files"
+            f"{name}: images go into a model of shape [batch, 1 or 3, height, width], "
+            "or [batch, height, width, 1 or 3] with the layout NHWC; this one takes "
+            f"{list(spec.shape)}, {spec.layout}: give it .npy files"
         )
     try:
         from PIL import Image, ImageOps
@@ -127,8 +131,8 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
     mode = "L" if channels == 1 else "RGB"
     try:
         with Image.open(io.BytesIO(data)) as file:
-            pixels = file.width * file.height  # stated: nothing is unpacked yet
-            if problem := limits().problem("image_pixels", pixels, "it"):
+            size = file.width * file.height  # stated: nothing is unpacked yet
+            if problem := limits().problem("image_pixels", size, "it"):
                 raise ValueError(problem)
             # In place, and no copy of what is right already: pixels are much memory.
             ImageOps.exif_transpose(file, in_place=True)
@@ -139,4 +143,5 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
         reason = str(err).partition(" <")[0]
         raise ContractError(f"{name} is no image that can be read ({reason})") from err
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(fitted).reshape(height, width, channels).transpose(2, 0, 1)
+    pixels = np.asarray(fitted).reshape(height, width, channels)
+    return pixels.transpose(2, 0, 1) if spec.channel_axis == 1 else pixels

@@ -75,7 +75,7 @@ SAMPLES = 4  # golden inputs that are made up where none are given
 # Allowed difference of outputs between CPUs, relative to the largest one: kernels for
 # half precision and 8 bits round and saturate differently from CPU to CPU.
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
-INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std")
+INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std", "layout")
 COARSE_TYPES = {"F16", "BF16", "I8", "U8"} | {
     code for code in DTYPES if code.startswith(("F4", "F6_", "F8_"))
 }

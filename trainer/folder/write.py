@@ -88,6 +88,7 @@ def make_contract(  # noqa: PLR0913 - all but two by name
     scale: float = 1.0,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    layout: str = "NCHW",
     dtype: str = "float32",
     accuracy_floor: float = 0.0,
     task: str = "classification",
@@ -103,8 +104,9 @@ def make_contract(  # noqa: PLR0913 - all but two by name
         input_shape: Of one sample, without the batch axis.
         classes: Names, by label, or of the values that the network gives.
         scale: Factor of a raw value, for example 1/255 for 8-bit images.
-        mean: Per channel (axis 1), or one value, of scaled values; empty for none.
+        mean: Per channel, or one value, of scaled values; empty for none.
         std: Likewise.
+        layout: "NCHW" where the channels are on axis 1, "NHWC": on the last.
         dtype: What the network takes; int64 for tokens.
         accuracy_floor: Share of golden labels that a classifier must get right in a
             device's trial, 0 to 1.
@@ -117,7 +119,8 @@ def make_contract(  # noqa: PLR0913 - all but two by name
 
     Raises:
         TrainingError: There is no such task or metric.
-        ContractError: The bound is outside of the metric's range.
+        ContractError: The bound is outside of the metric's range, or ``mean`` or
+            ``std`` has not a value for each channel.
     """
     name = metric or TASKS.get(task, "")
     if task not in TASKS or name not in ("", *METRICS):
@@ -126,7 +129,7 @@ def make_contract(  # noqa: PLR0913 - all but two by name
             f"{', '.join(TASKS)}, and of {', '.join(METRICS)}"
         )
     shape = (None, *input_shape)
-    given = InputSpec("input", dtype, shape, scale, tuple(mean), tuple(std))
+    given = InputSpec("input", dtype, shape, scale, tuple(mean), tuple(std), layout)
     one_row = task in ("classification", "multilabel")
     output = OutputSpec("output", "float32", (None, len(classes)))
     return Contract(

@@ -3,6 +3,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,3 +170,55 @@ def test_each_task_has_its_metric_and_classifiers_their_floor():
 def test_several_inputs_may_come_in_order_too():
     feed = contract().prepare((np.zeros((1, 2)), np.ones((1, 2))))
     assert feed["b"].tolist() == [[1, 1]]
+
+
+# Where the channels are --------------------------------------------------------------
+
+
+def test_channels_on_the_last_axis_are_normalised_there():
+    last = replace(IMAGE, shape=(None, 2, 2, 3), layout="NHWC")
+    raw = np.random.default_rng(0).integers(0, 256, (2, 3, 2, 2))
+    found = last.prepare(raw.transpose(0, 2, 3, 1))
+    assert np.array_equal(found.transpose(0, 3, 1, 2), IMAGE.prepare(raw))
+
+
+def test_a_layout_is_written_only_where_it_is_not_the_usual_one():
+    usual = Contract((IMAGE,))
+    last = Contract((replace(IMAGE, shape=(None, 2, 2, 3), layout="NHWC"),))
+    assert b"layout" not in encode_contract(usual)
+    assert json.loads(encode_contract(last))["schema"] == 2
+    assert parse_contract(encode_contract(last)) == last
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((None, 1, 8, 8), "NCHW"),
+        ((None, 8, 8, 3), "NCHW"),
+        ((None, 3, 8, 8), "NHWC"),
+        ((None, 2), "NCHW"),
+        ((None,), "NCHW"),
+    ],
+)
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_values_for_other_channels_than_there_are_are_refused_at_once(
+    shape, layout, field
+):
+    with pytest.raises(ContractError, match=f"3 values of {field}, expected 1, or one"):
+        InputSpec("x", "float32", shape, layout=layout, **{field: (1, 2, 3)})
+    entry = {"name": "x", "dtype": "float32", "shape": shape, "layout": layout}
+    with pytest.raises(ContractError, match=f"3 values of {field}"):
+        contract(inputs=[entry | {field: [1, 2, 3]}])
+
+
+def test_channels_of_any_number_are_counted_when_they_come():
+    spec = InputSpec("x", "float32", (None, None), mean=(1, 2, 3))
+    assert spec.prepare(np.zeros((2, 3))).tolist() == [[-1, -2, -3]] * 2
+    with pytest.raises(ContractError, match=r"3 values of mean, .* the 4 channels"):
+        spec.prepare(np.zeros((2, 4)))
+
+
+def test_a_layout_that_is_none_is_refused():
+    entry = {"name": "x", "dtype": "float32", "shape": [None, 2], "layout": "HWC"}
+    with pytest.raises(ContractError, match="'layout' is 'HWC', expected one of NCHW"):
+        contract(inputs=[entry])

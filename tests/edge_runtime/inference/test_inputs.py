@@ -35,6 +35,14 @@ def test_an_image_becomes_channels_first_8_bit_values(tmp_path):
     assert values[:, 0, 5].tolist() == [250, 150, 50]
 
 
+def test_an_image_stays_channels_last_where_the_model_takes_it_so(tmp_path):
+    last = InputSpec("x", "float32", (None, 4, 6, 3), layout="NHWC")
+    path = photo(tmp_path / "a.png")
+    ((_, values),) = read(last, path)
+    ((_, first),) = read(RGB, path)
+    assert np.array_equal(values, first.transpose(1, 2, 0))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
 @pytest.mark.parametrize("spec", [RGB, GREY])
 def test_every_image_gets_the_models_number_of_channels(tmp_path, mode, spec):

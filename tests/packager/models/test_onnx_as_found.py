@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX files as people have them: constants, links, bodies, attributes, versions."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -561,6 +562,26 @@ def test_an_operator_that_the_runtime_lacks_is_named_with_code_11(tmp_path, comm
     )
     assert code == 11
     assert "my.own:Fancy, which the runtime lacks" in " ".join(err.split())
+
+
+def test_channels_on_the_last_axis_are_said_in_the_contract(tmp_path, command):
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    path = saved(made(nodes, {"w": weight(3, 2)}, ("n", 4, 5, 3)), tmp_path / "m.onnx")
+    stated = {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "scale": 1 / 255}
+    (tmp_path / "c.json").write_text(json.dumps({"inputs": [stated]}))
+    given = ("--base", path, "--bundle", "--contract", tmp_path / "c.json")
+    code, _, err = command(pack, *given)
+    assert (code, "the layout NHWC" in " ".join(err.split())) == (2, True)
+    stated["layout"] = "NHWC"
+    (tmp_path / "c.json").write_text(json.dumps({"inputs": [stated]}))
+    assert command(pack, *given)[0] == 0
+    device = Device.install(tmp_path / "store", tmp_path / "m.bundle.zip")
+    raw = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3))
+    mean, std = np.float32([0.1, 0.2, 0.3]), np.float32([1, 2, 3])
+    fed = (raw * np.float32(1 / 255) - mean) / std
+    np.testing.assert_allclose(
+        device.predictor().predict(raw), answers(path, fed.astype("f4")), rtol=1e-5
+    )
 
 
 # Equal tensors -----------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_runtime.errors import RoundError, TrainingError
+from edge_runtime.errors import ContractError, RoundError, TrainingError
 from edge_runtime.formats.contract import InputSpec, parse_contract
 from edge_runtime.formats.identity import network_id, parse_run, read_run
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
@@ -386,3 +386,10 @@ def test_golden_inputs_that_are_no_row_for_each_label_write_nothing(
     with pytest.raises(TrainingError, match=words):
         with_golden(tmp_path / "run", contract, inputs, [0, 2])
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_means_of_other_channels_are_refused_before_anything_is_trained():
+    with pytest.raises(ContractError, match="3 values of mean, expected 1, or one"):
+        make_contract((1, 8, 8), "abcd", mean=[0.1, 0.2, 0.3], std=[1, 1, 1])
+    last = make_contract((8, 8, 3), "abcd", mean=[0.1, 0.2, 0.3], layout="NHWC")
+    assert last.inputs[0].layout == "NHWC"
