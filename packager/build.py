@@ -39,7 +39,7 @@ from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
-from packager.rounds.folder import Parent, RoundFolder, find_parent
+from packager.rounds.folder import Parent, RoundFolder, find_parent, terms_since
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -54,12 +54,14 @@ class PackedPatch:
         header: What the patch is for.
         parent_name: The parent in words, for example ``round_04``.
         counts: For each tensor in file order, how many of its elements travel.
+        terms: The subspaces that move whole tensors before.
     """
 
     data: bytes
     header: PatchHeader
     parent_name: str
     counts: dict[str, int]
+    terms: Sequence[Term] = ()
 
 
 def pack_round(
@@ -113,7 +115,8 @@ def pack_round(
         )
     counter = record.counter if counter is None else counter
     _check_counter(round_, parent, counter)
-    changes = diff(parent.weights, round_.weights)
+    terms = terms_since(round_, base)
+    changes = diff(move_weights(parent.weights, terms), round_.weights)
     if base == record.parent:  # from another parent, several selections add up
         check_selection(round_, changes)
     header = PatchHeader(
@@ -137,14 +140,20 @@ def pack_round(
         level=level,
         signers=signers,
         outputs=outputs,
+        terms=terms,
     )
     check_budget(f"the patch of {round_.name}", len(data), max_size)
     counts = {change.name: len(change) for change in changes}
-    return PackedPatch(data, header, parent.name, counts)
+    return PackedPatch(data, header, parent.name, counts, terms)
 
 
 def build_patch(
-    base: Weights, target: Weights, header: PatchHeader, *, level: int = LEVEL
+    base: Weights,
+    target: Weights,
+    header: PatchHeader,
+    *,
+    level: int = LEVEL,
+    terms: Sequence[Term] = (),
 ) -> bytes:
     """Build a patch between any two weight files of one network, without rounds.
 
@@ -154,6 +163,7 @@ def build_patch(
         header: What the patch is for; its ``parent`` and ``target`` must be the
             fingerprints of ``base`` and ``target``.
         level: zstd level, 1 to 22.
+        terms: Subspaces that move the base's tensors first.
 
     Returns:
         The bytes of the patch file, proven.
@@ -163,7 +173,8 @@ def build_patch(
         WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
-    return encode_changes(base, target, header, diff(base, target), level=level)
+    changes = diff(move_weights(base, terms), target)
+    return encode_changes(base, target, header, changes, level=level, terms=terms)
 
 
 def encode_changes(  # noqa: PLR0913 - all but four by name
@@ -181,7 +192,7 @@ def encode_changes(  # noqa: PLR0913 - all but four by name
 
     With ``terms`` they move the base first: ``changes`` are what differs after that.
     """
-    moved = move_weights(base, terms) if terms else base
+    moved = move_weights(base, terms)
     # A tensor travels whole only if all of it changed: see the decision list.
     with ThreadPoolExecutor(_processors()) as pool:
         data = encode_patch(

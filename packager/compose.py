@@ -2,7 +2,8 @@
 """Several patches -> one: for a device that missed some of them.
 
 The result does what the patches do one after another, and costs less than their sum:
-an element that changes twice travels once, and so does the header.
+an element that changes twice travels once, and so does the header. Subspaces are put
+one behind the other.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.subspace import together
+from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights
 from packager.build import PackedPatch, encode_changes, prefix_errors
 from packager.diff import diff
@@ -60,10 +63,11 @@ def compose_patches(
         counter=last.counter,
         file_size=last.file_size,
     )
-    changes = diff(base, target)
-    data = encode_changes(base, target, header, changes, level=level)
+    terms = together([p.terms for _, p in patches], len(base.layout.tensors))
+    changes = diff(move_weights(base, terms), target)
+    data = encode_changes(base, target, header, changes, level=level, terms=terms)
     counts = {change.name: len(change) for change in changes}
-    return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts)
+    return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts, terms)
 
 
 def check_chain(base: str, patches: Sequence[tuple[str, PatchHeader]]) -> None:

@@ -4,15 +4,23 @@
 A trainer with a budget is given this function; it need not know any more of packing.
 """
 
+from collections.abc import Sequence
+
 from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights
 from packager.build import build_patch
 
 _ANY_MODEL = "0" * 64  # the size does not depend on it
 
 
-def patch_size(base: Weights, target: Weights) -> int:
+def patch_size(base: Weights, target: Weights, terms: Sequence[Term] = ()) -> int:
     """Return the bytes of the patch from ``base`` to ``target``, by packing it.
+
+    Args:
+        base: The weights that it leads from.
+        target: The weights that it leads to.
+        terms: The subspaces on the way, if there are any.
 
     Raises:
         WrongModelError: The weight files hold different tensors.
@@ -25,4 +33,4 @@ def patch_size(base: Weights, target: Weights) -> int:
         counter=0,
         file_size=target.layout.file_size,
     )
-    return len(build_patch(base, target, header))
+    return len(build_patch(base, target, header, terms=terms))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from trainer.data.samples import DataSource as DataSource
     from trainer.export.graph import export_graph as export_graph
     from trainer.export.init_recipe import make_init_spec as make_init_spec
+    from trainer.export.subspace_size import coefficients_within as coefficients_within
     from trainer.export.tensors import load_weights as load_weights
     from trainer.export.tensors import weights_of as weights_of
     from trainer.folder.record import RoundRecord as RoundRecord
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from trainer.method.scores import magnitude_scores as magnitude_scores
     from trainer.method.selection import random_masks as random_masks
     from trainer.method.selection import select_top_k as select_top_k
+    from trainer.method.subspace import SubspaceUpdater as SubspaceUpdater
     from trainer.method.updater import PartialUpdater as PartialUpdater
     from trainer.publish import publish_round as publish_round
     from trainer.publish import start_run as start_run
@@ -58,6 +60,8 @@ _HOMES = {
     "Evidence": "method.scores",
     "PartialUpdater": "method.updater",
     "RoundRecord": "folder.record",
+    "SubspaceUpdater": "method.subspace",
+    "coefficients_within": "export.subspace_size",
     "export_graph": "export.graph",
     "fisher_scores": "method.scores",
     "lightning_callback": "callbacks",

@@ -176,8 +176,13 @@ def _disagreements(section: Any) -> Iterable[str]:
 
 
 def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
-    if section.budget and section.method not in RANKED_METHODS:
-        yield f"[update] budget is for methods {', '.join(RANKED_METHODS)} only"
+    if section.budget and section.method not in (able := (*RANKED_METHODS, "subspace")):
+        yield f"[update] budget is for methods {', '.join(able)} only"
+    if section.method == "subspace":
+        if section.mantissa_bits != 23:
+            yield "[update] mantissa_bits 23 it is with subspace: all weights move"
+    elif (section.coefficients, section.bits, section.taps) != (8192, 1, 2):
+        yield "[update] coefficients, bits and taps are for method subspace only"
     if section.dense != "train" and section.method not in PARTIAL_METHODS:
         yield "[update] dense other than train is for methods that select only"
     if section.chain == "shadow" and section.budget:

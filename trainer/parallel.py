@@ -185,6 +185,14 @@ def masks_of_first(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {name: mask.bool() for name, mask in sent.items()}
 
 
+def of_first(value: Tensor) -> Tensor:
+    """Return the first process' tensor in all of them."""
+    if _count() > 1:
+        value = value.clone()
+        distributed.broadcast(value, 0)
+    return value
+
+
 def _take_gpu(number: int) -> None:
     found = torch.cuda.device_count()
     if number >= found:

@@ -5,7 +5,7 @@
 each training that devices should get. ``dpu-pack`` does the rest.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from edge_runtime.formats.model_folder import (
     list_rounds,
     round_name,
 )
+from edge_runtime.formats.subspace import Term
+from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights, read_weights
 from edge_runtime.update.golden import read_golden
 from edge_runtime.update.metrics import METRICS
@@ -36,6 +38,7 @@ from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import golden_of, write_model, write_round
+from trainer.method.subspace import Movement
 from trainer.parallel import told_by_first
 
 
@@ -123,8 +126,9 @@ def publish_round(
         model: The network with the weights that devices should get, or a module that
             holds it whole (a LightningModule, averaged weights, what torch.compile or
             DataParallel made of it).
-        masks: What was allowed to change, as :meth:`PartialUpdater.finish` returns it;
-            those of parts beside the network count for nothing.
+        masks: What was allowed to change, as :meth:`PartialUpdater.finish` returns it,
+            or how the weights moved, as :meth:`SubspaceUpdater.finish` does; those of
+            parts beside the network count for nothing.
         dense: Names of further tensors, of several axes, that are sent whole where
             they changed.
         from_init: This training started from the init weights, not from the last round.
@@ -143,7 +147,7 @@ def publish_round(
 
     def write() -> str:
         done = list_rounds(run_dir)
-        parent, weights, selected = _proved(
+        parent, weights, selected, terms = _proved(
             run_dir, model, masks, from_init=from_init or not done, dense=dense
         )
         total = sum(mask.numel() for mask in selected.values())
@@ -168,7 +172,7 @@ def publish_round(
             seeds={},
             config={},
         )
-        write_round(run_dir, record, weights, selected, [])
+        write_round(run_dir, record, weights, selected, [], terms=terms)
         return round_name(record.round)
 
     written = told_by_first(f"publish_round {Path(run_dir).absolute()}", write)
@@ -182,22 +186,30 @@ def _proved(
     *,
     from_init: bool,
     dense: Collection[str],
-) -> tuple[str, Weights, Mapping[str, Tensor]]:
-    """Return the parent's fingerprint, the network's weights, and its masks, proved."""
+) -> tuple[str, Weights, Mapping[str, Tensor], Sequence[Term]]:
+    """Return, proved: the parent's fingerprint, the weights, their masks, and terms."""
     folder = Path(run_dir, MODEL_NAME)
     init = read_init_spec(folder)
     prefix, network = find_network(model, init.layout(), masks)
-    masks = network_masks(model, masks, prefix, init.layout().by_name)
+    movement = masks if isinstance(masks, Movement) else None
+    known = init.layout().by_name
+    masks = network_masks(model, masks, prefix, known)
     weights = network_weights(network)
     base, source = init.generate(), folder
     if not from_init:
         source = list_rounds(run_dir)[-1]
         base = read_weights(source / WEIGHTS_NAME)
     check_masks(weights.layout, masks)
-    check_changes(base, weights, masks, source=source, dense=dense)
-    if weights.fingerprint != base.fingerprint:
+    terms: list[Term] = []
+    is_new = weights.fingerprint != base.fingerprint
+    if movement and is_new:
+        scales = network_masks(model, movement.scales, prefix, known)
+        terms = [movement.term(weights.layout, scales)]
+    moved = move_weights(base, terms)
+    check_changes(moved, weights, masks, source=source, dense=dense)
+    if is_new:
         contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
         check_deployed(network, weights, folder)
         golden = read_golden((folder / GOLDEN_NAME).read_bytes())
         check_labels(network, contract, golden, reach=True)
-    return base.fingerprint, weights, masks
+    return base.fingerprint, weights, masks, terms

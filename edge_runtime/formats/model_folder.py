@@ -29,6 +29,8 @@ WEIGHTS_NAME = "weights.safetensors"
 SELECTION_NAME = "selection.safetensors"
 METRICS_NAME = "metrics.jsonl"
 SHADOW_NAME = "shadow.safetensors"
+# The subspaces that lead from the parent to the weights, and from init to the shadow.
+SUBSPACES_NAME, SHADOW_SUBSPACES_NAME = "subspaces.bin", "shadow_subspaces.bin"
 
 
 class Outcome(StrEnum):

@@ -13,7 +13,7 @@ coefficients is PRANC (Nooralinejad et al., 2023).
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,7 +25,11 @@ from numpy.typing import NDArray
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats.header import read_exactly
 from edge_runtime.formats.layout import Layout
-from edge_runtime.formats.sections import decode_varint, encode_varint
+from edge_runtime.formats.sections import (
+    MAX_COUNTED_BYTES,
+    decode_varint,
+    encode_varint,
+)
 
 MAX_TERMS, MAX_BITS, MAX_TAPS = 64, 8, 4
 MAX_COEFFICIENTS = 1 << 22  # of all terms together
@@ -127,6 +131,26 @@ def decode_terms(data: bytes, tensors: int) -> tuple[Term, ...]:
             f"the subspaces of the patch have {len(rest)} bytes too many"
         )
     return tuple(terms)
+
+
+def together(terms: Iterable[Sequence[Term]], tensors: int) -> tuple[Term, ...]:
+    """Put the terms of several patches one behind the other.
+
+    Args:
+        terms: Of each patch.
+        tensors: Number of tensors of the weight file.
+
+    Returns:
+        All of them; none where they are more than one patch may have.
+    """
+    every = tuple(chain.from_iterable(terms))
+    total = sum(len(term.coefficients) for term in every)
+    size = 1 + sum(
+        term_size(tensors, len(term.scales), len(term.coefficients), term.bits)
+        for term in every
+    )
+    fits = len(every) <= MAX_TERMS and total <= MAX_COEFFICIENTS
+    return every if fits and size <= MAX_COUNTED_BYTES else ()
 
 
 def check_terms(terms: Sequence[Term], layout: Layout) -> None:

@@ -65,12 +65,16 @@ class Mover:
 
 
 def move_weights(base: Weights, terms: Sequence[Term]) -> Weights:
-    """Return weights in memory, moved by terms.
+    """Return weights in memory, moved by terms; the same ones if there are none.
 
     Raises:
         PatchFormatError: As :class:`Mover`.
     """
-    data = bytearray(base.data)
+    if not terms:
+        return base
+    data = bytearray()
+    for chunk in base.chunks():
+        data += chunk
     Mover(terms, base.layout).move(memoryview(data), 0)
     return Weights(base.layout, data)
 

@@ -67,6 +67,8 @@ def pack_record(
     tensors = round_.weights.layout.tensors
     selectable = [t for t in tensors if t.name in round_.selection]
     dense = [t for t in tensors if t.name not in round_.selection]
+    numbers = {number for term in packed.terms for number in term.scales}
+    moved = [t for number, t in enumerate(tensors) if number in numbers]
     return record | {
         "parent": packed.header.parent,
         "parent_name": packed.parent_name,
@@ -77,6 +79,8 @@ def pack_record(
         "weights": sum(t.size for t in selectable),
         "weights_changed": sum(packed.counts[t.name] for t in selectable),
         "tensors_changed": sum(packed.counts[t.name] > 0 for t in selectable),
+        "weights_moved": sum(t.size for t in moved),
+        "coefficients": sum(len(term.coefficients) for term in packed.terms),
         "dense": sum(t.size for t in dense),
         "dense_changed": sum(packed.counts[t.name] for t in dense),
     }
@@ -92,11 +96,12 @@ def pack_text(record: PackRecord) -> str:
             f"{name}  {why} {record['target'][:12]}: nothing to send, nothing written"
         )
     changed, weights = record["weights_changed"], record["weights"]
-    travelling = changed + record["dense_changed"]
+    travelling = changed + record["dense_changed"] + record["weights_moved"]
     lines = [
         f"{name}  parent {record['parent_name']} {record['parent'][:12]}  →  "
         f"{record['target'][:12]}",
         _changed_line(record, changed, weights, "weights"),
+        *_moved_lines(record),
         f"  dense    {spaced(record['dense_changed']):>11} values "
         "(biases, normalisation)",
         _patch_line(record, travelling),
@@ -117,6 +122,16 @@ def pack_text(record: PackRecord) -> str:
     return "\n".join(lines)
 
 
+def _moved_lines(record: PackRecord) -> list[str]:
+    if not record["weights_moved"]:
+        return []
+    count = spaced(record["coefficients"])
+    return [
+        f"  moved    {spaced(record['weights_moved']):>11} weights in a subspace, by "
+        f"{count} coefficients"
+    ]
+
+
 def _changed_line(
     record: PackRecord | FilesRecord, changed: int, of: int, what: str
 ) -> str:
@@ -132,8 +147,14 @@ def _patch_line(record: PackRecord | FilesRecord, values: int) -> str:
     share = percent(size, record["full_bytes"])
     return (
         f"  patch    {spaced(size):>11} bytes   {share} of the weights (lower is "
-        f"better)   {size / max(values, 1):.1f} bytes/value"
+        f"better)   {_each(size, values)}"
     )
+
+
+def _each(size: int, values: int) -> str:
+    if 4 * size < values:
+        return f"{8 * size / values:.2g} bits/value"
+    return f"{size / max(values, 1):.1f} bytes/value"
 
 
 def files_record(

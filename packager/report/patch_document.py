@@ -42,7 +42,10 @@ def patch_document(record: PatchRecord) -> Document:
         (times(full / size, 1), "smaller than the weights"),
         (spaced(record["changed"]), "values change"),
     ]
-    if "floor" in record and record["floor"]["total"]["ratio"]:
+    if subspaces := record["subspaces"]:
+        count = sum(one["coefficients"] for one in subspaces)
+        figures.append((spaced(count), "coefficients move whole tensors"))
+    elif "floor" in record and record["floor"]["total"]["ratio"]:
         ratio = record["floor"]["total"]["ratio"]
         figures.append((times(ratio, 2), "of the floor (lower is better)"))
     signed = bool(record["signed_by"])
@@ -57,6 +60,15 @@ def patch_document(record: PatchRecord) -> Document:
             f"{spaced(record['changed'])} values in {record['tensors_changed']} "
             "tensors",
         ),
+        *[
+            (
+                "moved",
+                f"{one['tensors']} tensors by {spaced(one['coefficients'])} "
+                f"coefficients of {one['bits']} bit{'s' * (one['bits'] > 1)}, "
+                f"{one['taps']} for each weight",
+            )
+            for one in subspaces
+        ],
         (
             "size",
             f"{spaced(size)} bytes, {percent(size, full)} of the weight file's "

@@ -102,6 +102,15 @@ def patch_record(
         "signed_by": [signature.key_id for signature in patch.signatures],
         "changed": sum(patch.counts),
         "tensors_changed": sum(count > 0 for count in patch.counts),
+        "subspaces": [
+            {
+                "coefficients": len(term.coefficients),
+                "bits": term.bits,
+                "taps": term.taps,
+                "tensors": len(term.scales),
+            }
+            for term in patch.terms
+        ],
         "sections": [_section_record(section) for section in patch.sections],
         "parts": patch_parts(patch),
         "links": link_records(patch.size, header.file_size),

@@ -58,6 +58,15 @@ class FloorRecord(TypedDict):
     ratio: float | None
 
 
+class SubspaceRecord(TypedDict):
+    """One subspace of a patch: what moves whole tensors."""
+
+    coefficients: int
+    bits: int
+    taps: int
+    tensors: int
+
+
 class PatchRecord(TypedDict):
     """A patch; ``tensors`` and ``floor`` where the layout of its network is known."""
 
@@ -75,6 +84,7 @@ class PatchRecord(TypedDict):
     signed_by: list[str]
     changed: int
     tensors_changed: int
+    subspaces: list[SubspaceRecord]
     sections: list[SectionRecord]
     parts: dict[str, int]
     links: list[LinkRecord]
@@ -203,6 +213,8 @@ class PackRecord(TypedDict):
     weights: NotRequired[int]
     weights_changed: NotRequired[int]
     tensors_changed: NotRequired[int]
+    weights_moved: NotRequired[int]
+    coefficients: NotRequired[int]
     dense: NotRequired[int]
     dense_changed: NotRequired[int]
     written: NotRequired[bool]

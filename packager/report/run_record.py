@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.formats import json_file
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import (
     RECORD_NAME,
     WEIGHTS_NAME,
@@ -20,6 +21,7 @@ from edge_runtime.formats.model_folder import (
     list_rounds,
 )
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.subspace import Term
 from packager.build import pack_round
 from packager.report.links import link_records
 from packager.report.records import (
@@ -156,18 +158,35 @@ def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> SentRecord:
         size = (folder / WEIGHTS_NAME).stat().st_size
         return {"bytes": size, "bytes_from": "weight file", "tensors": []}
     round_ = read_round(folder)
-    size, counts = _existing(folder, stated)
+    layout = round_.weights.layout
+    size, counts = _existing(folder, stated, layout)
     if counts:
         tensors = _changes(round_, counts)
         return {"bytes": size, "bytes_from": "patch file", "tensors": tensors}
     packed = pack_round(round_)
     if packed is None:
         return nothing
-    tensors, size = _changes(round_, list(packed.counts.values())), len(packed.data)
+    counts = _with_moved([*packed.counts.values()], packed.terms, layout)
+    tensors, size = _changes(round_, counts), len(packed.data)
     return {"bytes": size, "bytes_from": "packed now", "tensors": tensors}
 
 
-def _existing(folder: Path, stated: RoundRecord) -> tuple[int, list[int]]:
+def _with_moved(
+    counts: Sequence[int], terms: Sequence[Term], layout: Layout
+) -> list[int]:
+    """Return how many elements of each tensor change, where subspaces move some."""
+    moved = {number for term in terms for number in term.scales}
+    return [
+        tensor.size if number in moved else count
+        for number, (tensor, count) in enumerate(
+            zip(layout.tensors, counts, strict=True)
+        )
+    ]
+
+
+def _existing(
+    folder: Path, stated: RoundRecord, layout: Layout
+) -> tuple[int, list[int]]:
     path = folder.with_name(folder.name + ".dpu")
     if not path.is_file():
         return 0, []
@@ -175,7 +194,7 @@ def _existing(folder: Path, stated: RoundRecord) -> tuple[int, list[int]]:
         with open_patch(path) as patch:
             header = patch.header
             if (header.parent, header.target) == (stated.parent, stated.target):
-                return patch.size, list(patch.counts)
+                return patch.size, _with_moved(patch.counts, patch.terms, layout)
     except DpuError:
         return 0, []  # of another format version, or damaged: pack it again
     return 0, []

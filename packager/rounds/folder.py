@@ -16,7 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import RoundError, RoundNotFoundError, WeightsError
+from edge_runtime.errors import (
+    PatchFormatError,
+    RoundError,
+    RoundNotFoundError,
+    WeightsError,
+)
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
@@ -25,10 +30,13 @@ from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     RECORD_NAME,
     SELECTION_NAME,
+    SUBSPACES_NAME,
     WEIGHTS_NAME,
     Outcome,
     list_rounds,
 )
+from edge_runtime.formats.sections import MAX_COUNTED_BYTES
+from edge_runtime.formats.subspace import Term, decode_terms, together
 from edge_runtime.formats.weights import Weights, read_weights
 from packager.rounds.record import RoundRecord, read_record
 
@@ -45,12 +53,14 @@ class RoundFolder:
         weights: The deployed weights, whole.
         selection: For each selectable tensor its mask, eight elements a byte,
             lowest bit first. Tensors that are not here are the dense part.
+        terms: The subspaces that move the parent's tensors before.
     """
 
     path: Path
     record: RoundRecord
     weights: Weights
     selection: Mapping[str, NDArray[np.uint8]]
+    terms: tuple[Term, ...] = ()
 
     @property
     def name(self) -> str:
@@ -97,7 +107,9 @@ def read_round(path: str | PathLike[str]) -> RoundFolder:
             "those it continues from, were never meant for devices"
         )
     weights = _read(folder / WEIGHTS_NAME)
-    round_ = RoundFolder(folder, record, weights, _read(folder / SELECTION_NAME))
+    selection = _read(folder / SELECTION_NAME)
+    terms = _read_terms(folder, len(weights.layout.tensors))
+    round_ = RoundFolder(folder, record, weights, selection, terms)
     graph = read_model_file(round_, GRAPH_NAME)
     _check_equal(folder, "target", record.target, weights.fingerprint)
     identity = identify(weights.layout.header, graph, round_.model_folder)
@@ -126,6 +138,50 @@ def _read(path: Path) -> Weights:
         raise RoundError(f"the round is incomplete: {path} is missing") from err
     except WeightsError as err:
         raise RoundError(f"{path}: {err}") from err
+
+
+def _read_terms(folder: Path, tensors: int) -> tuple[Term, ...]:
+    path = folder / SUBSPACES_NAME
+    if not path.exists():
+        return ()
+    with path.open("rb") as file:
+        data = file.read(MAX_COUNTED_BYTES + 1)
+    try:
+        return decode_terms(data, tensors)
+    except PatchFormatError as err:
+        raise RoundError(f"{path}: {err}") from err
+
+
+def terms_since(round_: RoundFolder, base: str) -> tuple[Term, ...]:
+    """Return the subspaces on the way from some weights to a round.
+
+    Args:
+        round_: The round.
+        base: Fingerprint of the weights.
+
+    Returns:
+        Those of all rounds in between, in order; none where the rounds do not lead from
+        there to here, or where there are too many for one patch.
+
+    Raises:
+        RoundError: Those of a round in between are malformed.
+    """
+    updates: dict[str, tuple[Path, str]] = {}
+    for folder in list_rounds(round_.path.parent):
+        try:
+            record = read_record(folder)
+        except RoundError:
+            continue  # told where that round is needed itself
+        if record.outcome is Outcome.UPDATED:
+            updates.setdefault(record.target, (folder, record.parent))
+    tensors = len(round_.weights.layout.tensors)
+    found, parent = [round_.terms], round_.record.parent
+    while parent != base:
+        if parent not in updates:
+            return ()
+        folder, parent = updates.pop(parent)
+        found.append(_read_terms(folder, tensors))
+    return together(found[::-1], tensors)
 
 
 def _check_equal(folder: Path, field: str, stated: str, found: str) -> None:

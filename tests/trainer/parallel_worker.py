@@ -41,6 +41,16 @@ EVERYTHING = {
 }
 
 
+# All weights move, and the processes start from one network.
+MOVED = {
+    "run": {"name": "moved", "rounds": 2, "seed": 1},
+    "data": {"set": "digits", "initial": 99, "growth": 30, "validation": 100},
+    "model": {"name": "mlp", "hidden": [16]},
+    "update": {"method": "subspace", "coefficients": 128, "dense": "freeze"},
+    "train": {"epochs": 4, "batch": 16, "lr": 1e-2},
+}
+
+
 def select_by_different_scores():
     """Select by scores that differ from process to process."""
     torch.manual_seed(0)
@@ -115,9 +125,11 @@ def main(out):
     with processes():  # the same ones again
         rank = distributed.get_rank()
         records = run_rounds(make_config(EVERYTHING), out, pack=patch_size)
+        moved = run_rounds(make_config(MOVED), out)
         mask, weight = select_by_different_scores()
         seen = {
             "records": [(r.target, dict(r.metrics)) for r in records],
+            "moved": [r.target for r in moved],
             "mask": mask,
             "weight": weight,
             "shares": shares(),

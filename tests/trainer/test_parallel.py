@@ -100,6 +100,16 @@ def test_processes_keep_a_budget_after_a_discarded_reinitialisation(ranks):
     assert 0.95 * 500 <= metrics["patch_bytes"] <= 500
 
 
+def test_processes_move_weights_in_one_subspace(ranks):
+    first, second, *_, out = ranks
+    assert first["moved"] == second["moved"]
+    for folder in list_rounds(out / "moved"):
+        round_ = read_round(folder)
+        assert round_.record.target in first["moved"]
+        if round_.terms:
+            assert len(pack_round(round_).data) < 300
+
+
 def test_the_first_process_alone_writes(ranks):
     first, second, _, out = ranks
     assert first["first"] == second["first"] == 0

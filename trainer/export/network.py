@@ -6,8 +6,9 @@ DataParallel as ``module``. The state-dict names differ by a common prefix then.
 """
 
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from edge_runtime.errors import ExportError, TrainingError
 from edge_runtime.formats.layout import Layout
@@ -15,6 +16,7 @@ from edge_runtime.formats.weights import Weights, pack_weights
 from trainer.export.tensors import check_fit, layout_of, weights_of
 
 COMPILED = "_orig_mod."  # torch.compile's, also around a part of a network
+Value = TypeVar("Value")
 
 
 def find_network(
@@ -58,10 +60,10 @@ def find_network(
 
 def network_masks(
     model: nn.Module,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Value],
     prefix: str,
     known: Collection[str],
-) -> dict[str, Tensor]:
+) -> dict[str, Value]:
     """Return a network's masks under the names that the run's weight file has.
 
     They may be named as in the network, or as in any module around it.

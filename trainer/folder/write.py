@@ -6,7 +6,8 @@
     runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz,
                           run.json (the run's id)
     runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
-                          metrics.jsonl; shadow.safetensors where there is one
+                          metrics.jsonl; shadow.safetensors and subspaces.bin where
+                          there are any
 
 A folder is written under a temporary name and renamed: it is complete or absent.
 Fingerprints and the network's identity are computed here, from the bytes written. One
@@ -53,11 +54,14 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
     SELECTION_NAME,
     SHADOW_NAME,
+    SHADOW_SUBSPACES_NAME,
+    SUBSPACES_NAME,
     WEIGHTS_NAME,
     Outcome,
     list_rounds,
     round_name,
 )
+from edge_runtime.formats.subspace import Term, decode_terms, encode_terms
 from edge_runtime.formats.weights import (
     Weights,
     fingerprint_chunks,
@@ -252,13 +256,16 @@ def _classes(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
     return found
 
 
-def write_round(
+def write_round(  # noqa: PLR0913 - all but six by name
     run_dir: str | PathLike[str],
     record: RoundRecord,
     weights: Weights,
     masks: Mapping[str, Tensor],
     epochs: Sequence[Mapping[str, Any]],
     shadow: Weights | None = None,
+    *,
+    terms: Sequence[Term] = (),
+    shadow_terms: Sequence[Term] = (),
 ) -> RoundRecord:
     """Write a round folder and return its record as written.
 
@@ -270,6 +277,9 @@ def write_round(
             without a mask are the dense part.
         epochs: What happened in each epoch, one line of ``metrics.jsonl`` each.
         shadow: Weights that no device gets yet, and that the next round trains on.
+        terms: The subspaces that move the parent's tensors to the deployed ones,
+            before masks and dense part count.
+        shadow_terms: Those that lead from the init weights to the shadow.
 
     Raises:
         TrainingError: Weights, masks or record do not fit the run or each other, or
@@ -303,6 +313,13 @@ def write_round(
         write_weights(_packed(masks), folder / SELECTION_NAME)
         if shadow:
             write_weights(shadow, folder / SHADOW_NAME)
+        for name, some in (
+            (SUBSPACES_NAME, terms),
+            (SHADOW_SUBSPACES_NAME, shadow_terms),
+        ):
+            if some:
+                data = encode_terms(some, len(weights.layout.tensors))
+                (folder / name).write_bytes(data)
         (folder / METRICS_NAME).write_text(lines, encoding="utf-8")
         (folder / RECORD_NAME).write_text(text, encoding="utf-8")
     return complete
@@ -363,6 +380,21 @@ def read_shadow(folder: Path) -> Weights | None:
     """
     path = folder / SHADOW_NAME
     return read_weights(path) if path.exists() else None
+
+
+def read_shadow_terms(folder: Path, tensors: int) -> tuple[Term, ...]:
+    """Read the subspaces that lead from the init weights to a round's shadow.
+
+    Args:
+        folder: The round's.
+        tensors: Number of tensors of its weight file.
+
+    Raises:
+        OSError: They cannot be read.
+        PatchFormatError: They are malformed.
+    """
+    path = folder / SHADOW_SUBSPACES_NAME
+    return decode_terms(path.read_bytes(), tensors) if path.exists() else ()
 
 
 def _round_folder(run_dir: str | PathLike[str], number: int) -> Path:

@@ -11,7 +11,7 @@ from edge_runtime.sizes import SIZE_WORDS, is_size
 
 # Those that rank what a full phase did; a budget needs them.
 RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
-PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu")
+PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu", "subspace")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
 LOSSES = ("cross_entropy", "bce", "mse", "l1")
@@ -43,6 +43,7 @@ _SIZE: Rule = (
     SIZE_WORDS,
     lambda value: value == "" or is_size(value),
 )
+_WORDS: Rule = ("a multiple of 64", lambda value: value > 0 and value % 64 == 0)
 _FACTORY: Rule = (
     "package.module:function",
     lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
@@ -173,6 +174,15 @@ class UpdateConfig:
 
     method: str = _key("how weights are selected", _one_of(*METHODS), default="dpu")
     ratio: float = _key("share of the weights that may change", _SHARE, default=0.01)
+    coefficients: int = _key(
+        "subspace only: how many move all weights; with a budget it says how many",
+        _WORDS,
+        default=8192,
+    )
+    bits: int = _key("subspace only: of a coefficient", _from(1, 8), default=1)
+    taps: int = _key(
+        "subspace only: how many coefficients move a weight", _from(1, 4), default=2
+    )
     lam: float = _key(
         "dpu only: 1 is the global contribution alone, 0 the local one alone",
         _from(0, 1),
@@ -208,7 +218,8 @@ class UpdateConfig:
     )
     dense: str = _key(
         "biases and normalisation: train (the paper), freeze (unless a round starts "
-        "from the init weights), or budget: selected like any other weight",
+        "from the init weights; with subspace always), or budget: selected, or moved, "
+        "like any other weight",
         _one_of("train", "freeze", "budget"),
         default="train",
     )

@@ -15,6 +15,7 @@ from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
 from trainer.recipe.schema import Config
 from trainer.rounds.budget import Room, train_within
+from trainer.rounds.subspace import move_within
 from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
 
@@ -41,6 +42,8 @@ def train_round(
         return _pruned(training, epochs, update.ratio)
     if update.method in ("fisher", "rpu"):
         return _fixed(training, epochs, update.ratio, update.method)
+    if update.method == "subspace":
+        return move_within(training, epochs, update)
     score = score_of(config)
     if update.budget:
         if pack is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
+from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights, read_weights
 from edge_runtime.update.metrics import Metric
 from trainer.config import as_dict
@@ -23,7 +24,7 @@ from trainer.data.sources import load_source
 from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
 from trainer.export.tensors import changed_elements, load_weights
 from trainer.folder.record import RoundRecord
-from trainer.folder.write import read_shadow, write_round
+from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
 from trainer.recipe.schema import PARTIAL_METHODS, Config
@@ -39,6 +40,7 @@ from trainer.rounds.deployment import (
 from trainer.rounds.loop import choose_device, evaluate
 from trainer.rounds.methods import is_full, train_round
 from trainer.rounds.objective import Judge, check_objective, judge_of
+from trainer.rounds.subspace import regenerated
 from trainer.rounds.training import Masks, Pack, RoundTraining
 
 
@@ -79,6 +81,7 @@ class _Attempt:
             devices would refuse them.
         missed: What the golden samples gave, where that is short of the bound.
         epochs: The records of its epochs, with what it started from.
+        terms: The subspaces that lead from the parent to the best weights.
     """
 
     training: RoundTraining
@@ -88,6 +91,7 @@ class _Attempt:
     new: Weights | None
     missed: float | None
     epochs: Sequence[Mapping[str, Any]]
+    terms: tuple[Term, ...]
 
 
 Report = Callable[[Progress], None]
@@ -174,6 +178,7 @@ class Run:
                 (deployed.fingerprint, "test"): records[-1].metrics[f"test_{name}"],
             }
         fresh = init if reinitialise else read_shadow(folder)
+        self._unseen = read_shadow_terms(folder, len(init)) if fresh is not init else ()
         attempts = list(self._attempts(number, deployed, before, fresh))
         attempt = attempts[-1]
         target = attempt.new or deployed
@@ -192,8 +197,10 @@ class Run:
         if attempt.missed is not None:
             metrics["golden"] = attempt.missed
         if attempt.new and self._pack and update.budget:
-            metrics["patch_bytes"] = self._pack(start, target)
-        everything = update.method == "fu" or is_full(self.config, number)
+            metrics["patch_bytes"] = self._pack(start, target, attempt.terms)
+        for term in attempt.terms[-1:]:
+            metrics["coefficients"] = len(term.coefficients)
+        everything = update.method in ("fu", "subspace") or is_full(self.config, number)
         counted = update.budget or attempt.training.start is not attempt.parent
         ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
         record = RoundRecord(
@@ -202,7 +209,7 @@ class Run:
             counter=number,
             outcome=Outcome.UPDATED if attempt.new else Outcome.KEPT_BASE,
             parent=start.fingerprint,
-            method="fu" if everything else update.method,
+            method="fu" if is_full(self.config, number) else update.method,
             ratio=None if everything else ratio,
             tried_reinit=reinitialise,
             reinitialised=bool(records) and attempt.new is not None and start is init,
@@ -219,7 +226,16 @@ class Run:
         unseen = len(attempts) > 1 and update.chain == "shadow"
         shadow = attempts[0].best if unseen and attempts[0].best is not init else None
         record = by_first(
-            lambda: write_round(self.run_dir, record, target, masks, epochs, shadow)
+            lambda: write_round(
+                self.run_dir,
+                record,
+                target,
+                masks,
+                epochs,
+                shadow,
+                terms=attempt.terms if attempt.new else (),
+                shadow_terms=attempts[0].terms if shadow else (),
+            )
         )
         done = {"phase": "done"}
         self._report(number, done, 2 * self.config.train.epochs, record)
@@ -257,7 +273,13 @@ class Run:
         training = self._prepare(model, number, start, from_init=from_init)
         training.start = start
         masks = train_round(training, self.config, self._pack)
-        best = training.best or start
+        best, terms = (
+            training.best or start,
+            self._unseen if start is not parent else (),
+        )
+        if training.kept:
+            terms = (*terms, training.kept.term(best.layout))
+            best = regenerated(best, parent, terms)
         load_weights(model, best)
         self._check_answers(model, best)
         # What a training found is not measured again.
@@ -271,9 +293,10 @@ class Run:
             new = best if missed is None else None
         origin = "init" if from_init else "deployed"
         if start is not parent:
-            origin, masks = "shadow", _with_changes(masks, parent, best)
+            origin = "shadow"
+            masks = masks if terms else _with_changes(masks, parent, best)
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        return _Attempt(training, parent, masks, best, new, missed, epochs)
+        return _Attempt(training, parent, masks, best, new, missed, epochs, terms)
 
     def _missed(self, model: nn.Module) -> float | None:
         """Return what the golden samples give where that is short of the bound."""

@@ -15,6 +15,7 @@ from edge_runtime.errors import TrainingError
 from edge_runtime.formats.weights import Weights
 from trainer.data.samples import Samples, batches, generator
 from trainer.export.tensors import load_weights, weights_of
+from trainer.method.subspace import Movement
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import data_parallel
 from trainer.recipe.schema import Config
@@ -31,7 +32,7 @@ from trainer.rounds.rounding import FLOAT32_BITS, round_weights
 
 Augment = Callable[[Tensor], Tensor]
 Masks = Mapping[str, Tensor]
-Pack = Callable[[Weights, Weights], int]  # base and target -> bytes of the patch
+Pack = Callable[..., int]  # base, target and the terms between them -> patch bytes
 
 
 class RoundTraining:
@@ -49,6 +50,8 @@ class RoundTraining:
         values: Of the judge's metric on validation: of the ``start``, of the ``best``
             weights, and of others by name.
         best: The best weights, or None while nothing beats the start.
+        movement: Says how the weights have moved, where they move in a subspace.
+        kept: How the best ones did.
     """
 
     def __init__(  # noqa: PLR0913 - all but four by name
@@ -77,11 +80,16 @@ class RoundTraining:
         """
         self.model = model
         self.start = weights_of(model)
-        self.dense = DensePart(model, config.update.dense, from_init=from_init)
+        still = config.update.method == "subspace" and config.update.dense == "freeze"
+        self.dense = DensePart(
+            model, config.update.dense, from_init=from_init and not still
+        )
         self.optimizer = make_optimizer(model, config.train)
         self._trained = data_parallel(model)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
+        self.movement: Callable[[], Movement] | None = None
+        self.kept: Movement | None = None
         self._config = config
         self.number = number
         self._train, self._validation = samples
@@ -190,6 +198,7 @@ class RoundTraining:
         weights = weights_of(self.model)
         self.dense.verify(weights, self.start)
         self.values["best"], self.best = value, weights
+        self.kept = self.movement() if self.movement else None
 
     def _evaluate(self) -> float:
         return evaluate(self.model, self._validation, self.judge)

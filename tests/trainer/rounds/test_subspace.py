@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes whose method is subspace: rounds as the packager and devices want them."""
+
+import pytest
+import torch
+
+from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.formats.model_folder import SHADOW_SUBSPACES_NAME, list_rounds
+from packager.build import pack_round
+from packager.rounds.folder import read_init, read_round
+from packager.size import patch_size
+from trainer.config import make_config
+from trainer.folder.record import read_round_record
+from trainer.rounds.schedule import run_rounds
+
+torch.set_num_threads(1)
+
+
+def config_of(update, model=None, **tables):
+    return make_config(
+        {
+            "run": {"name": "t", "rounds": 3, "seed": 1, "id": "same"},
+            "data": {"set": "digits", "initial": 100, "growth": 60, "validation": 100},
+            "model": model or {"name": "mlp", "hidden": [24]},
+            "update": {"method": "subspace", "coefficients": 256} | update,
+            "train": {"epochs": 4, "batch": 16, "lr": 1e-2},
+        }
+        | tables
+    )
+
+
+def rounds_of(folder, config):
+    run_rounds(config, folder, pack=patch_size)
+    return [read_round(path) for path in list_rounds(folder / "t")]
+
+
+BATCHNORM = {"name": "mlp", "hidden": [24], "batch_norm": True}
+
+
+@pytest.mark.parametrize(
+    ("update", "model"),
+    [
+        ({"dense": "freeze"}, None),
+        ({"bits": 3, "taps": 1}, None),
+        ({"dense": "budget", "reinit": "never"}, BATCHNORM),
+    ],
+)
+def test_every_round_packs_and_its_weights_are_those_of_the_subspace(
+    tmp_path, update, model
+):
+    for round_ in rounds_of(tmp_path, config_of(update, model)):
+        if round_.record.outcome == "kept_base":
+            assert not round_.terms
+            continue
+        packed = pack_round(round_)
+        moved = [n for n in packed.counts if n in round_.selection]
+        assert len(packed.terms) == 1
+        assert all(packed.counts[name] == 0 for name in moved)
+        assert len(packed.data) < patch_size(read_init(round_).weights, round_.weights)
+        record = read_round_record(round_.path)
+        assert record.method == "subspace"
+        assert record.ratio is None
+        assert record.metrics["coefficients"] == 256
+
+
+def test_a_budget_is_kept_and_its_coefficients_are_known_before(tmp_path):
+    config = config_of({"dense": "freeze", "budget": "300"})
+    for round_ in rounds_of(tmp_path, config):
+        if round_.record.outcome == "updated":
+            packed = pack_round(round_)
+            assert 290 < len(packed.data) <= 300
+            metrics = read_round_record(round_.path).metrics
+            assert metrics["patch_bytes"] == len(packed.data)
+
+
+def test_a_budget_without_room_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="has no room for coefficients"):
+        rounds_of(tmp_path, config_of({"budget": "250"}))
+
+
+def test_what_trains_unseen_is_sent_with_all_of_its_subspaces(tmp_path):
+    config = config_of(
+        {"dense": "freeze", "chain": "shadow", "reinit": 3, "coefficients": 512},
+        run={"name": "t", "rounds": 5, "seed": 6, "id": "same"},
+        data={"set": "digits", "initial": 40, "growth": 150, "validation": 60},
+        train={"epochs": 3, "batch": 16, "lr": 3e-3},
+    )
+    rounds = rounds_of(tmp_path, config)
+    assert any((r.path / SHADOW_SUBSPACES_NAME).exists() for r in rounds)
+    sent = [r for r in rounds if len(r.terms) > 1]
+    assert sent
+    for round_ in sent:
+        assert round_.record.parent == read_init(round_).weights.fingerprint
+        packed = pack_round(round_)
+        assert len(packed.terms) == len(round_.terms) > 1
+        assert sum(packed.counts.values()) == 0
+
+
+def test_a_run_repeats_to_the_bit(tmp_path):
+    one, two = (
+        rounds_of(tmp_path / name, config_of({"dense": "freeze"})) for name in "ab"
+    )
+    assert [r.record.target for r in one] == [r.record.target for r in two]
+    assert pack_round(one[0]).data == pack_round(two[0]).data
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"coefficients": 100}, "a multiple of 64"),
+        ({"bits": 9}, "from 1 to 8"),
+        ({"taps": 0}, "from 1 to 4"),
+        ({"mantissa_bits": 7}, "mantissa_bits"),
+        ({"method": "dpu"}, "for method subspace only"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(update, message):
+    with pytest.raises(ConfigError) as refusal:
+        config_of(update)
+    assert message in str(refusal.value.problems)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many coefficients a subspace may have, for a patch of a size: before training."""
+
+from collections.abc import Callable, Collection
+
+from torch import Tensor, nn
+
+from edge_runtime.errors import TrainingError
+from edge_runtime.formats.header import HEADER_BYTES
+from edge_runtime.formats.sections import encode_varint
+from edge_runtime.formats.subspace import MAX_COEFFICIENTS, WORD, term_size
+from edge_runtime.sizes import parse_size
+from trainer.export.tensors import layout_of
+from trainer.method.subspace import MOST_BITS
+from trainer.method.updater import is_weight
+
+_SEED_BYTES = 5  # that a term may have more for its seed than ours take
+_GROUP_BYTES = 64  # what the sections of a group of values take beside the values
+
+
+def coefficients_within(
+    size: str,
+    model: nn.Module,
+    *,
+    bits: int = 1,
+    selectable: Callable[[str, Tensor], bool] = is_weight,
+    still: Collection[str] = (),
+) -> int:
+    """Return how many coefficients a patch of a size has room for.
+
+    Where nothing but them travels, the unsigned patch, without expected outputs, has
+    this very size, or up to 8 times ``bits`` bytes less. A dense part is taken at its
+    full size, and packs smaller.
+
+    Args:
+        size: Of the patch, such as ``"4KB"``.
+        model: The network that devices get.
+        bits: Of a coefficient.
+        selectable: Which tensors move, as for :class:`SubspaceUpdater`.
+        still: Names of tensors that stay as they are, beside parameters that do not
+            train; all others are the dense part.
+
+    Raises:
+        TrainingError: There is no room for 64 of them.
+    """
+    layout, limit = layout_of(model), parse_size(size)
+    named = dict(model.named_parameters())
+    moved = {n for n, p in named.items() if selectable(n, p)}
+    rest = {n for n, p in named.items() if not p.requires_grad} | {*still} | moved
+    dense = [t for t in layout.tensors if t.name not in rest]
+    groups = {t.item_size for t in dense}
+    # How much of each tensor travels; nothing is a number of one byte.
+    counts = len(layout.tensors) + sum(len(encode_varint(t.size)) - 1 for t in dense)
+    taken = HEADER_BYTES + 2 + 1 + _section(counts)
+    taken += sum(t.size * t.item_size for t in dense) + _GROUP_BYTES * len(groups)
+    weights = sum(t.size for t in layout.tensors if t.name in moved)
+    most = min(MAX_COEFFICIENTS, MOST_BITS // bits, weights)
+    for count in range(most // WORD * WORD, 0, -WORD):
+        term = term_size(len(layout.tensors), len(moved), count, bits) - _SEED_BYTES
+        if taken + _section(1 + term) <= limit:
+            return count
+    raise TrainingError(
+        f"a patch of {limit} bytes has no room for coefficients: {taken} are needed "
+        "beside them; freeze biases and normalisation, or allow more"
+    )
+
+
+def _section(size: int) -> int:
+    """Return the bytes of a section with its entry in the table."""
+    return 2 + len(encode_varint(size)) + size

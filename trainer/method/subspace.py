@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in a seeded subspace around any loop, by hooks on its optimizer.
+
+::
+
+    updater = SubspaceUpdater(model.named_parameters(), coefficients=8192)
+    updater.attach(optimizer)
+    train(model, optimizer)        # your loop, unchanged: coefficients move freely
+    updater.select()               # settle the scales: coefficients take few bits
+    train(model, optimizer)        # your loop again, on what devices will have
+    movement = updater.finish()    # detach; raises if a device would get other bits
+
+Every weight moves, by the sum of a few coefficients under random signs; a patch carries
+the coefficients. What the optimizer steps are the coefficients: before its step the
+gradients are folded into theirs, and some of the weights' own memory holds them; after
+it, the weights are made anew. Momentum, moments and weight decay are then those of the
+coefficients: decay pulls a weight to the base, not to zero.
+
+So every optimizer is right that steps each element by that element alone (SGD, Adam,
+AdamW, RMSprop and their like); others are refused. Gradients that the loop clips or
+scales before the step are taken as they are. Biases and other tensors that are not
+selectable train as ever, and travel as the dense part.
+
+Where it fails: see docs/subspace.md.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from edge_runtime.errors import (
+    FrozenWeightChangedError,
+    StepNotObservedError,
+    TrainingError,
+)
+from edge_runtime.formats.layout import Layout
+from edge_runtime.formats.subspace import (
+    MAX_BITS,
+    MAX_COEFFICIENTS,
+    MAX_TAPS,
+    WORD,
+    Term,
+    round_scale,
+)
+from edge_runtime.formats.subspace_moves import move_weights
+from edge_runtime.formats.weights import pack_weights
+from trainer.method.optimizers import unwrap
+from trainer.method.signs import SignTable
+from trainer.method.step_hooks import Still, check_parameter
+from trainer.method.updater import Phase, is_weight
+from trainer.parallel import of_first
+
+# Their step moves each element by its own gradient, state and value alone.
+ELEMENTWISE = frozenset(
+    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta"}
+    | {"RMSprop", "Rprop", "Lion"}
+)
+MOST_BITS = 7 << 20  # of all coefficients: what a patch has room for
+_SCALES = np.linspace(0.05, 1.2, 47)  # tried, in units of the largest coefficient
+
+
+class Movement(dict[str, Tensor]):
+    """How a round moved the weights of a network.
+
+    As a mapping it is what ``publish_round`` takes as masks: of the tensors that move,
+    nothing is selected one by one.
+
+    Attributes:
+        scales: By name of the tensor.
+        coefficients: Odd integers.
+        bits: Of a coefficient.
+        taps: How many coefficients move a weight.
+        seed: Of the signs.
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        scales: Mapping[str, float],
+        coefficients: NDArray[np.int16],
+        *,
+        bits: int,
+        taps: int,
+        seed: int,
+    ) -> None:
+        super().__init__(masks)
+        self.scales, self.coefficients = dict(scales), coefficients
+        self.bits, self.taps, self.seed = bits, taps, seed
+
+    def term(self, layout: Layout, scales: Mapping[str, float] | None = None) -> Term:
+        """Return it as a patch for this weight file has it.
+
+        Args:
+            layout: Of the weight file.
+            scales: By the names that the tensors have there, where they are others.
+        """
+        numbers = {tensor.name: n for n, tensor in enumerate(layout.tensors)}
+        named = self.scales if scales is None else scales
+        moved = {numbers[name]: scale for name, scale in named.items()}
+        return Term(self.seed, self.bits, self.taps, moved, self.coefficients)
+
+
+class SubspaceUpdater:
+    """Lets the weights move in a subspace of few dimensions only.
+
+    Construct it when the parameters hold the base, on the device where they train.
+    Beside the model it holds the base and, for every weight, one float32 a tap and one
+    or two more.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        coefficients: int,
+        bits: int = 1,
+        taps: int = 2,
+        seed: int = 0,
+        selectable: Callable[[str, Tensor], bool] = is_weight,
+        dense: Collection[str] = (),
+    ) -> None:
+        """Take the current weights as the base.
+
+        Args:
+            named_parameters: ``model.named_parameters()``, each parameter once.
+            coefficients: How many there are; a multiple of 64. A patch takes so many
+                times ``bits`` bits for them; :func:`coefficients_within` finds their
+                number for a size.
+            bits: Of a coefficient, 1 to 8.
+            taps: How many coefficients move a weight, 1 to 4; with two, of one bit, it
+                moves by -1, 0 or 1.
+            seed: Of the signs; a round should have one of its own.
+            selectable: Called with name and parameter; which tensors move.
+            dense: As for :class:`PartialUpdater`.
+
+        Raises:
+            TrainingError: No weight moves, there are no fewer weights than
+                coefficients, or a parameter is of a kind that cannot move.
+        """
+        named = dict(named_parameters)
+        for name, parameter in named.items():
+            check_parameter(name, parameter)
+        # In the order of the weight file, where they are all of one type, and without
+        # what torch.compile adds to names.
+        names = sorted(named, key=lambda name: name.replace("_orig_mod.", ""))
+        self._params = {n: named[n] for n in names if selectable(n, named[n])}
+        self._check(coefficients, bits, taps)
+        self._still = Still(
+            {
+                name: parameter
+                for name, parameter in named.items()
+                if parameter.dim() > 1 and name not in {*self._params, *dense}
+            }
+        )
+        self.bits, self.taps, self.seed = bits, taps, seed
+        self._base = {n: p.detach().clone() for n, p in self._params.items()}
+        self._signs = SignTable(self._base, coefficients, taps, seed)
+        self._relative = _relative_scales(self._base)
+        self._scales: dict[str, float] = {}
+        self._unit = 1.0
+        self._signs.scale(self._relative)
+        device = next(iter(self._base.values())).device
+        self._latent = torch.zeros(coefficients, device=device)
+        self._phase, self._steps = Phase.FULL, 0
+        self._optimizer: Optimizer | None = None
+        self._handles: list[Any] = []
+        self._kept: dict[Tensor, Tensor | None] = {}  # gradients, during a step
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is: full (free coefficients), sparse (of few bits) or done."""
+        return self._phase
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The weights that move, at construction, by name."""
+        return self._base
+
+    def attach(self, *optimizers: Any, elementwise: bool = False) -> Self:
+        """Follow these optimizers; one of them must own every weight that moves.
+
+        What it knows of those weights (moments) is forgotten, as what it steps from
+        now on are coefficients.
+
+        Args:
+            optimizers: As for :meth:`PartialUpdater.attach`.
+            elementwise: You know that an optimizer that is not known here steps each
+                element by that element alone.
+
+        Raises:
+            TrainingError: None owns them all, or it steps an element by others too.
+        """
+        wanted = {id(p) for p in self._params.values()}
+        owning: list[Optimizer] = []
+        for optimizer in map(unwrap, optimizers):
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if wanted <= held:
+                owning.append(optimizer)
+        if not owning:
+            raise TrainingError(
+                "expected one attached optimizer that owns every weight that moves, as "
+                f"they share coefficients, found none: {', '.join(self._params)} have "
+                "to be in one; others may have what does not move"
+            )
+        _check_optimizer(owning[0], wanted, elementwise=elementwise)
+        self.detach()
+        self._optimizer = owning[0]
+        self._forget()
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+        return self
+
+    @torch.no_grad()
+    def select(self) -> Mapping[str, float]:
+        """Settle the scales; from now on the weights are those that devices will have.
+
+        Returns:
+            The scales, by name of the tensor.
+
+        Raises:
+            StepNotObservedError: Nothing has moved yet.
+            TrainingError: Not in the first phase.
+        """
+        self._expect(Phase.FULL, "select() comes once, after the first phase")
+        self._latent.copy_(of_first(self._latent))
+        if not self._steps or not self._latent.any():
+            raise StepNotObservedError(
+                "expected at least one optimizer step with gradients before select(), "
+                "found none that moved anything: attach the optimizer that the loop "
+                "really steps"
+            )
+        unit = best_scale(self._latent, self.bits)
+        scales = {n: round_scale(unit * r) for n, r in self._relative.items()}
+        self._settle(unit, scales)
+        return self._scales
+
+    @torch.no_grad()
+    def finish(self) -> Movement:
+        """Detach, prove that a device gets these very weights, and return the movement.
+
+        The weights are moved from the base by the runtime's own code, and compared.
+
+        Raises:
+            FrozenWeightChangedError: They differ: something else wrote them.
+            TrainingError: The scales are not settled, or a coefficient is no number.
+        """
+        self._expect(Phase.SPARSE, "finish() comes once, after select()")
+        self.detach()
+        self._forget()
+        movement = self.movement()
+        base = pack_weights({n: b.cpu().numpy() for n, b in self._base.items()})
+        moved = move_weights(base, [movement.term(base.layout)])
+        for name, parameter in self._params.items():
+            expected = torch.tensor(moved[name], device=parameter.device)
+            if count := int((parameter != expected).sum()):
+                raise FrozenWeightChangedError(
+                    f"{count} weights of {name!r} are not where the subspace moves "
+                    "them: something other than the attached optimizer wrote them "
+                    "(weight averaging, a checkpoint loaded after select()); attach "
+                    "the outermost optimizer, or let other writers start after "
+                    "finish()",
+                    tensor=name,
+                    count=count,
+                )
+            parameter.copy_(expected)  # -0.0 and denormal numbers too
+        self._still.verify()
+        self._phase = Phase.DONE
+        return movement
+
+    def movement(self) -> Movement:
+        """Return how the weights have moved so far; ``finish()`` proves it.
+
+        Raises:
+            TrainingError: The scales are not settled, or a coefficient is no number.
+        """
+        if not self._scales:
+            raise TrainingError("nothing has moved for good before select()")
+        if not self._latent.isfinite().all():
+            raise TrainingError(
+                "coefficients are no numbers any more (NaN or infinite); lower the "
+                "learning rate, or look for broken samples"
+            )
+        masks = {n: torch.zeros_like(b).bool() for n, b in self._base.items()}
+        codes = self._codes().cpu().numpy().astype(np.int16)
+        options = {"bits": self.bits, "taps": self.taps, "seed": self.seed}
+        return Movement(masks, self._scales, codes, **options)
+
+    def detach(self) -> None:
+        """Let go of the optimizer, as :meth:`PartialUpdater.detach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def summary(self) -> str:
+        """Say what moves: ``668672 weights in 3 tensors by 8192 coefficients``."""
+        total, count = sum(p.numel() for p in self._params.values()), len(self._latent)
+        bits = f"{self.bits} bit{'s' * (self.bits > 1)}"
+        return (
+            f"{total} weights in {len(self._params)} tensors by {count} coefficients "
+            f"of {bits}, {self.taps} for each weight"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs, beside the states of model and optimizer.
+
+        Tensors are not copies; save it before the next step.
+        """
+        return {
+            "phase": self._phase.value,
+            "steps": self._steps,
+            "base": dict(self._base),
+            "latent": self._latent,
+            "unit": self._unit,
+            "scales": dict(self._scales),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; attach to the optimizer before.
+
+        Raises:
+            TrainingError: The state belongs to other tensors or coefficients.
+        """
+        shapes = {n: tuple(t.shape) for n, t in state["base"].items()}
+        mine = {n: tuple(t.shape) for n, t in self._base.items()}
+        if shapes != mine or len(state["latent"]) != len(self._latent):
+            raise TrainingError(
+                f"the state is of {len(state['latent'])} coefficients and other "
+                f"tensors than the {len(self._latent)} of this updater"
+            )
+        for name, base in self._base.items():
+            base.copy_(state["base"][name])
+        self._relative = _relative_scales(self._base)
+        self._signs.scale(self._relative)
+        self._latent.copy_(state["latent"])
+        self._phase, self._steps = Phase.FULL, int(state["steps"])
+        if Phase(state["phase"]) is Phase.FULL:
+            self._write()
+        else:
+            self._settle(float(state["unit"]), state["scales"])
+            self._phase = Phase(state["phase"])
+
+    # A compiled step would trace the hooks.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._kept:
+            return None  # a step that calls super().step() fires twice
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._enter()
+            return None
+
+        def then_enter() -> Any:  # gradients are computed inside of the step
+            loss = closure()
+            if not self._kept:
+                with torch.no_grad():
+                    self._enter()
+            return loss
+
+        return (args[0],), kwargs | {"closure": then_enter}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        if not self._kept:
+            return
+        read = [p.detach().reshape(-1) for p in self._carriers()]
+        self._latent.copy_(torch.cat(read)[: len(self._latent)])
+        for parameter, gradient in self._kept.items():
+            parameter.grad = gradient
+        self._kept = {}
+        self._write()
+
+    def _enter(self) -> None:
+        """Put the coefficients and their gradients where the optimizer steps."""
+        gradients = [p.grad for p in self._params.values()]
+        if all(gradient is None for gradient in gradients):
+            return
+        self._steps += 1
+        folded = self._signs.fold(gradients) / self._unit
+        self._kept = dict(zip(self._params.values(), gradients, strict=True))
+        for parameter in self._kept:
+            parameter.grad = None
+        at = 0
+        for parameter in self._carriers():
+            size = parameter.numel()
+            parameter.copy_(_padded(self._latent[at : at + size], parameter))
+            parameter.grad = _padded(folded[at : at + size], parameter)
+            at += size
+
+    def _carriers(self) -> Iterable[Tensor]:
+        """Yield parameters with room for all coefficients, the first ones."""
+        left = len(self._latent)
+        for parameter in self._params.values():
+            yield parameter
+            left -= parameter.numel()
+            if left <= 0:
+                return
+
+    def _forget(self) -> None:
+        if self._optimizer:
+            for parameter in self._params.values():
+                self._optimizer.state.pop(parameter, None)
+
+    def _codes(self) -> Tensor:
+        """Return the coefficients of few bits: odd integers, as floats."""
+        return quantise(self._latent, self._unit, self.bits)
+
+    def _write(self) -> None:
+        """Make the weights anew from base and coefficients."""
+        free = self._phase is Phase.FULL
+        moves = self._signs.spread(self._latent if free else self._codes())
+        for name, parameter in self._params.items():
+            base = self._base[name]
+            torch.add(base, moves[name].view_as(base), out=parameter)
+
+    def _settle(self, unit: float, scales: Mapping[str, float]) -> None:
+        self._unit, self._scales = unit, dict(scales)
+        self._phase = Phase.SPARSE
+        self._signs.scale(self._scales)
+        self._write()
+
+    def _check(self, coefficients: int, bits: int, taps: int) -> None:
+        total = sum(p.numel() for p in self._params.values())
+        most = min(total, MAX_COEFFICIENTS, MOST_BITS // max(bits, 1))
+        if not 0 < coefficients <= most or coefficients % WORD:
+            raise TrainingError(
+                f"expected a multiple of {WORD} coefficients, at most {most} "
+                f"of {bits} bits for {total} weights that move, found {coefficients}"
+            )
+        if not (1 <= bits <= MAX_BITS and 1 <= taps <= MAX_TAPS):
+            raise TrainingError(
+                f"expected 1 to {MAX_BITS} bits and 1 to {MAX_TAPS} taps, found {bits} "
+                f"and {taps}"
+            )
+        for name, parameter in self._params.items():
+            first = next(iter(self._params.values()))
+            if parameter.dtype != torch.float32 or parameter.device != first.device:
+                raise TrainingError(
+                    f"{name!r} is {parameter.dtype} on {parameter.device}; weights "
+                    f"that move are torch.float32 on one device, here {first.device}: "
+                    "train under autocast rather than in half precision"
+                )
+
+    def _expect(self, phase: Phase, rule: str) -> None:
+        if self._phase is not phase:
+            raise TrainingError(
+                f"expected to be in the {phase} phase, found {self._phase}: {rule}"
+            )
+
+
+def quantise(values: Tensor, unit: float, bits: int) -> Tensor:
+    """Return the odd integers, of so many bits, nearest to values in this unit."""
+    most = (1 << bits) - 1
+    return (2 * (values / (2 * unit)).floor() + 1).clamp(-most, most)
+
+
+def best_scale(values: Tensor, bits: int) -> float:
+    """Return the unit in which rounding values to odd integers costs least."""
+    sizes = values.abs()
+    if bits == 1:
+        return float(sizes.mean())
+    largest = float(sizes.max()) / ((1 << bits) - 1)
+    units = [float(largest * share) for share in _SCALES]
+    errors = (quantise(values, unit, bits) * unit - values for unit in units)
+    return units[int(np.argmin([float(error.square().sum()) for error in errors]))]
+
+
+def _padded(values: Tensor, like: Tensor) -> Tensor:
+    """Return values in the shape of a tensor that may have room for more."""
+    room = like.numel() - len(values)
+    return torch.nn.functional.pad(values, (0, room)).view_as(like)
+
+
+def _relative_scales(base: Mapping[str, Tensor]) -> dict[str, float]:
+    """Say how far the tensors move beside each other: as their own weights do.
+
+    Normalisation and biases move as far as all weights on average.
+    """
+    matrices = [b for b in base.values() if b.dim() > 1]
+    total = sum(float(b.double().square().sum()) for b in matrices)
+    mean = math.sqrt(total / max(1, sum(b.numel() for b in matrices)))
+    found = {}
+    for name, tensor in base.items():
+        own = math.sqrt(float(tensor.double().square().mean()))
+        found[name] = own / mean if tensor.dim() > 1 and own > 0 else 1.0
+    return found
+
+
+def _check_optimizer(
+    optimizer: Optimizer, wanted: Collection[int], *, elementwise: bool
+) -> None:
+    name = type(optimizer).__name__
+    if not (elementwise or name in ELEMENTWISE) or any(
+        "train_mode" in group for group in optimizer.param_groups
+    ):
+        raise TrainingError(
+            f"{name} may step an element by what others do, or keeps weights of its "
+            "own, and coefficients are not weights; known to be right are "
+            f"{', '.join(sorted(ELEMENTWISE))}. If it steps every element by itself, "
+            "pass elementwise=True to attach()"
+        )
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+        if any(id(p) in wanted for p in group["params"])
+    ]
+    if any(group != groups[0] for group in groups):
+        raise TrainingError(
+            "the weights that move are in groups of different options, and share their "
+            "coefficients: put them into one group of the optimizer"
+        )
