@@ -20,7 +20,7 @@ from edge_runtime.formats.json_record import Record
 
 SCHEMA, WIDE_SCHEMA = 1, 2  # the second only where the first has no word for it
 # What NumPy calls the types that a graph may take.
-_DTYPES = (
+NUMBER_TYPES = (
     *("float16", "float32", "float64", "bool"),
     *(f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u")),
 )
@@ -56,7 +56,7 @@ class InputSpec:
     Attributes:
         name: The graph's name for it.
         dtype: NumPy name of the type that the graph takes.
-        shape: Its shape; None where any size goes (the batch).
+        shape: Its shape; None where any size goes: of the first axis, the batch.
         scale: Factor on the raw values, for example 1/255 for 8-bit images.
         mean: Per channel, or one value, subtracted after scaling; empty for none.
         std: Likewise, divided by; empty for none.
@@ -134,7 +134,7 @@ class InputSpec:
         """
         values = self.batch(raw)
         if self.scale == 1.0 and not self.mean and not self.std:
-            return values.astype(self.dtype, copy=False)
+            return self._cast(values)
         out = values.astype(np.float32)  # one copy, then in place
         out *= np.float32(self.scale)
         channels: tuple[int, ...] = (-1,)
@@ -147,6 +147,20 @@ class InputSpec:
         if self.std:
             out /= np.asarray(self.std, np.float32).reshape(channels)
         return out.astype(self.dtype, copy=False)
+
+    def _cast(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return values in the graph's type; whole numbers stay what they are."""
+        if values.dtype == self.dtype or self.dtype.startswith("float"):
+            return values.astype(self.dtype, copy=False)
+        with np.errstate(invalid="ignore"):  # NaN, which is caught below
+            out = values.astype(self.dtype)
+        if not np.array_equal(out, values):
+            odd = values[out != values].ravel()[0]
+            raise ContractError(
+                f"input {self.name!r} takes {self.dtype}, which cannot hold {odd}: "
+                "give whole numbers in its range, of bool 0 and 1"
+            )
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +237,20 @@ class Contract:
         bound = self.label_bound
         return bound is not None and (self.label_metric != "top1" or bound > 0)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the outputs have a row for each sample; else a call is one whole."""
+        return self.task != "free"
+
     def is_random(self, number: int) -> bool:
         """Return whether an output, counted from 0, is random by design."""
-        if not self.random_outputs:
-            return False
-        return self.outputs[number].name in self.random_outputs
+        known = self.outputs[number : number + 1]
+        return any(spec.name in self.random_outputs for spec in known)
+
+    def output_title(self, number: int) -> str:
+        """Return what an output, counted from 0, is called in a message."""
+        known = self.outputs[number : number + 1]
+        return " ".join([f"output {number + 1}", *(repr(spec.name) for spec in known)])
 
     def by_name(self, raw: RawInputs) -> dict[str, ArrayLike]:
         """Return raw values by the names of the inputs, in the contract's order.
@@ -367,8 +390,8 @@ def _parse_wide(record: Record, outputs: tuple[OutputSpec, ...]) -> dict[str, An
 
 def _parse_input(entry: Record) -> InputSpec:
     dtype = _dtype(entry.text("dtype"))
-    if dtype not in _DTYPES:
-        raise entry.problem("dtype", f"one of {', '.join(_DTYPES)}")
+    if dtype not in NUMBER_TYPES:
+        raise entry.problem("dtype", f"one of {', '.join(NUMBER_TYPES)}")
     shape = entry.items("shape", (int, type(None)))
     if any(n is not None and not 0 <= n < 1 << 62 for n in shape):
         raise entry.problem("shape", "whole numbers, null for any size")
@@ -400,4 +423,6 @@ def _dtype(text: str) -> str:
 
 
 def _show(shape: tuple[int | None, ...]) -> str:
-    return "[" + ", ".join("batch" if n is None else str(n) for n in shape) + "]"
+    free = ["batch", *["any"] * len(shape)]
+    sizes = [free[axis] if n is None else str(n) for axis, n in enumerate(shape)]
+    return f"[{', '.join(sizes)}]"

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,13 @@ OPSETS = range(13, 25)  # between them these operators mean the same
 _TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8"}
 # Attributes that must ask for nothing.
 _OFF = {"auto_pad", "ceil_mode", "mode", "storage_order", "training_mode"}
+
+
+class Output(NamedTuple):
+    """An output of a graph; all that are computed here are tensors of numbers."""
+
+    name: str
+    type: str = "tensor(float)"
 
 
 class NumpySession:
@@ -56,6 +63,10 @@ class NumpySession:
                 self._known[_text(node[2])] = np.asarray(*_attributes(node).values())
         others = [node for node in nodes if _text(node[4]) != "Constant"]
         self._steps = _plan(others, {"", *self._outputs, *self._known})
+
+    def get_outputs(self) -> list[Output]:
+        """Return the outputs, in the graph's order."""
+        return [Output(name) for name in self._outputs]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
         """Return the outputs of these names, or all."""

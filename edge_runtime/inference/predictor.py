@@ -50,6 +50,12 @@ _LACKS = {
     ),
 }
 DRAIN_S = 10.0  # how long a swap waits for calls that still use the old session
+# What ONNX Runtime calls the tensors that NumPy has types for.
+_FLOATS = ("float16", "float", "double")
+_INTEGERS = (f"{sign}int{bits}" for bits in (8, 16, 32, 64) for sign in ("", "u"))
+_TENSORS = {f"tensor({name})" for name in (*_FLOATS, *_INTEGERS, "bool")}
+# Types for which ONNX Runtime's Python has no array, or only their bits.
+_NO_ARRAY = ("bfloat16", "float8", "float4", "int4", "int2", "complex")
 
 
 class Backend(StrEnum):
@@ -94,6 +100,7 @@ class Predictor:
     that has begun ends with the session that it began with.
 
     Attributes:
+        outputs: Of every output its name, and what ONNX Runtime calls its type.
         folder: The slot that the current session was made from.
         options: How it runs.
         backend: What runs the model: chosen once, a swap does not change it.
@@ -118,37 +125,60 @@ class Predictor:
         self._contract = contract
         self._lock = threading.Lock()  # held while sessions change
         self._session: Any = self._load(folder)
+        # Every slot of a model has the same graph, so this holds after a swap too.
+        self.outputs = {out.name: out.type for out in self._session.get_outputs()}
+        names = list(self.outputs)
+        self.tensors = [n for n in names if self.outputs[n] in _TENSORS]
+        self._first = names.index(self.tensors[0]) if self.tensors else 0
+        self._asked = _asked_for(self.outputs)
         self.folder = folder
         # Every slot of a model is of one size.
         self._needed = LOAD_FACTOR * (folder / WEIGHTS_NAME).stat().st_size
 
     def predict(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> NDArray[Any]:
-        """Return the first output for raw inputs.
+        """Return the first output for raw inputs: the first that is a tensor.
 
         Args:
-            raw: A batch, or one sample, as :meth:`Contract.prepare` takes it.
+            raw: A batch, or one sample, as :meth:`Contract.by_name` takes it.
 
         Returns:
-            The outputs, shape ``(batch, ...)``.
+            The outputs, shape ``(batch, ...)`` where the model gives a row for each.
 
         Raises:
             ContractError: The input does not fit.
             StoreError: A frugal swap failed and left no session behind.
         """
-        outputs: NDArray[Any] = self.predict_all(raw)[0]
+        outputs: NDArray[Any] = self.predict_all(raw)[self._first]
         return outputs
+
+    def predict_named(
+        self, raw: ArrayLike | Mapping[str, ArrayLike]
+    ) -> dict[str, NDArray[Any]]:
+        """Return every tensor that the model gives, by name; the rest as above."""
+        found = dict(zip(self.outputs, self.predict_all(raw), strict=True))
+        return {name: found[name] for name in self.tensors}
 
     def predict_all(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> list[Any]:
         """Return every output for raw inputs, in the graph's order.
 
-        Most are arrays; a graph may also give lists and maps. The rest as
-        :meth:`predict`.
+        Most are arrays; a graph may also give lists and maps, and tensors of types that
+        NumPy lacks: None stands for these. The rest as :meth:`predict`.
         """
-        feed = self._contract.prepare(raw)
+        return self.run(self._contract.prepare(raw))
+
+    def run(self, feed: Mapping[str, NDArray[Any]]) -> list[Any]:
+        """Return every output for what the graph takes: nothing is prepared.
+
+        Raises:
+            StoreError: A frugal swap failed and left no session behind.
+        """
         # The one read that decides which version answers.
         session = self._session or self._wait()
-        outputs: list[Any] = session.run(None, feed)
-        return outputs
+        outputs: list[Any] = session.run(self._asked, feed)
+        if self._asked is None:
+            return outputs
+        found = dict(zip(self._asked, outputs, strict=True))
+        return [found.get(name) for name in self.outputs]
 
     def swap(self, folder: Path) -> None:
         """Move to another slot: calls before see the old weights, calls after the new.
@@ -180,10 +210,19 @@ class Predictor:
     def _warmed_up(self, session: Any) -> Any:
         # What a call needs beside the weights is taken before anybody relies on it.
         inputs = self._contract.inputs
-        if all(None not in spec.shape[1:] for spec in inputs):
-            shapes = {spec: [n or 1 for n in spec.shape] for spec in inputs}
-            feed = {s.name: np.zeros(shape, s.dtype) for s, shape in shapes.items()}
-            session.run(None, feed)
+        if any(None in spec.shape[1:] for spec in inputs):
+            return session
+        shapes = {spec: [n or 1 for n in spec.shape] for spec in inputs}
+        feed = {s.name: np.zeros(shape, s.dtype) for s, shape in shapes.items()}
+        try:
+            session.run(
+                _asked_for({o.name: o.type for o in session.get_outputs()}), feed
+            )
+        except Exception:
+            # ONNX Runtime's own share no base but this one. One array of zeros is a
+            # dark image; lengths and indices of zero, say, need not be valid.
+            if len(inputs) == 1 and inputs[0].dtype.startswith("float"):
+                raise
         return session
 
     def _frugal(self) -> bool:
@@ -200,6 +239,12 @@ class Predictor:
                     "old one again; swap to a slot that can"
                 )
             return self._session
+
+
+def _asked_for(outputs: Mapping[str, str]) -> list[str] | None:
+    """Return the outputs that a session can give, by their types; None for all."""
+    given = [n for n, kind in outputs.items() if not any(t in kind for t in _NO_ARRAY)]
+    return None if len(given) == len(outputs) else given
 
 
 def choose_backend(wanted: Backend) -> Backend:

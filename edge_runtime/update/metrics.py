@@ -77,6 +77,8 @@ class Metric:
                 raise ContractError(
                     f"{self.name} compares numbers, these {what} are {values.dtype}"
                 )
+        if not output.size:
+            raise _misfit(self.name, output, labels)
         return self.parts(output, labels, threshold)
 
     def score(self, output: Array, labels: Array, threshold: float = 0.0) -> float:

@@ -6,12 +6,11 @@ so a patch from this very file will apply for ever, whatever the device has done
 What a bundle needs beside them is derived from the graph where it is not given.
 """
 
-import io
 import json
-import math
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +26,11 @@ from edge_runtime.errors import (
     StoreError,
     TrialError,
 )
-from edge_runtime.files import read_bounded
 from edge_runtime.formats import bundle as layout
-from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import (
+    NUMBER_TYPES,
+    WIDE_SCHEMA,
     Contract,
-    InputSpec,
     encode_contract,
     parse_contract,
 )
@@ -41,8 +39,6 @@ from edge_runtime.formats.identity import encode_run
 from edge_runtime.formats.init_weights import (
     InitSpec,
     TensorInit,
-    philox,
-    uniform,
     write_init_spec,
 )
 from edge_runtime.formats.json_file import read_record
@@ -54,7 +50,7 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
 )
 from edge_runtime.formats.weights import Weights
-from edge_runtime.limits import limits
+from edge_runtime.update.golden import Golden, first_tensor
 from packager.build import (
     PackedPatch,
     check_budget,
@@ -62,16 +58,29 @@ from packager.build import (
     prefix_errors,
 )
 from packager.bundles.from_round import PackedBundle
+from packager.bundles.golden_inputs import (
+    candidates,
+    made_up,
+    problem_with,
+    read_golden_file,
+)
 from packager.diff import diff
 from packager.models.read import Model, header_between
-from packager.rounds.golden import run_golden, with_outputs
+from packager.rounds.golden import (
+    answers,
+    check_labels,
+    encode_golden,
+    judged,
+    loaded,
+)
 from packager.signing import carried_keys, sign
 from packager.zip_file import encode_bundle
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-SAMPLES = 4  # golden inputs that are made up where none are given
+# Whoever states one of these has said what the model is for.
+TASK_FIELDS = {"task", "metric", "bound", "classes", "accuracy_floor"}
 # Allowed difference of outputs between CPUs, relative to the largest one: kernels for
 # half precision and 8 bits round and saturate differently from CPU to CPU.
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
@@ -97,9 +106,10 @@ def adopt_model(
         model: With its graph.
         contract: A JSON file with any of the contract's fields; the others are derived
             from the graph.
-        golden: An ``.npz`` file with ``inputs``, as a device gets them, and ``labels``
-            if there are any. By default a few random inputs, the same each time: they
-            tell a broken runtime, not a bad model.
+        golden: An ``.npz`` file with an array for each input by its name (or
+            ``inputs`` for the only one), as a device gets them, and ``labels`` if there
+            are any. By default inputs are made up
+            (:mod:`packager.bundles.golden_inputs`).
         counter: Release counter.
         level: zstd level of the patch, which is empty.
         max_size: Largest bundle in bytes, with its signatures.
@@ -116,17 +126,15 @@ def adopt_model(
         BudgetError: The bundle is larger than ``max_size``.
     """
     text = make_contract(model, contract)
-    spec = _only_input(model, parse_contract(text))
-    arrays = {"inputs": made_up(spec)} if golden is None else _read_golden(golden)
-    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text} | _init(model.weights)
-    files[GOLDEN_NAME] = _npz(arrays)
     try:
-        files[GOLDEN_NAME] = with_outputs(files, model.weights)
+        found, answered = _tried(model, parse_contract(text), contract, golden)
     except (StoreError, BackendError) as err:
         kind = BackendError if isinstance(err, BackendError) else RoundError
         # Not where a copy of the graph lay for a moment.
         reason = re.sub(rf"\S+/{GRAPH_NAME}", "the graph", str(err))
         raise kind(f"{model.path}: ONNX Runtime cannot run it: {reason}") from err
+    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: encode_contract(found)}
+    files |= {GOLDEN_NAME: encode_golden(answered)} | _init(model.weights)
     if model.run:
         files[RUN_NAME] = encode_run(model.run)
     patch = _nothing_to_patch(model, counter, level)
@@ -140,7 +148,51 @@ def adopt_model(
     files |= carried_keys(signers)
     data = sign(encode_bundle(manifest, files), signers)
     check_budget(f"the bundle of {model.path.name}", len(data), max_size)
-    return PackedBundle(data, patch)
+    return PackedBundle(data, patch, tuple(unserved(found)))
+
+
+def _tried(
+    model: Model,
+    contract: Contract,
+    stated: str | PathLike[str] | None,
+    given: str | PathLike[str] | None,
+) -> tuple[Contract, Golden]:
+    """Return the contract with its task, and golden inputs and outputs."""
+    graph = onnx.load_model_from_string(model.graph).graph
+    with loaded(model.graph, contract, model.weights) as predictor:
+        if given is None:
+            inputs = made_up(predictor, contract, graph)
+            golden = Golden(tuple(inputs.values()))
+        else:
+            golden = read_golden_file(given, contract)
+        says = set(_read_json(Path(stated))) if stated is not None else set()
+        if golden.labels is None and not says & TASK_FIELDS:
+            feed = contract.prepare(golden.by_name(contract))
+            outputs = answers(predictor, feed)
+            if not _answers_by_rows(contract, golden, outputs[first_tensor(outputs)]):
+                contract = replace(contract, task="free")
+        answered = judged(predictor, contract, golden)
+        check_labels(replace(answered, labels=golden.labels), contract)
+        return contract, answered
+
+
+def _answers_by_rows(contract: Contract, golden: Golden, first: NDArray[Any]) -> bool:
+    """Return whether a model may be a classifier: a row of numbers for each sample."""
+    rows = len(np.atleast_1d(golden.inputs[0]))
+    is_one = len(contract.inputs) == 1 and first.dtype.kind in "iuf"
+    return bool(is_one and first.size) and first.shape[:1] == (rows,)
+
+
+def unserved(contract: Contract) -> Iterator[str]:
+    """Yield in words what a model gives and devices do not serve."""
+    for spec in contract.outputs:
+        if spec.dtype not in NUMBER_TYPES:
+            kind = f"of {spec.dtype}" if spec.dtype else "a map, sequence or optional"
+            yield (
+                f"output {spec.name!r} is {kind}: devices neither compare nor print "
+                "it; export the numbers themselves (scikit-learn: options={'zipmap': "
+                "False}), or cast them to float32"
+            )
 
 
 def _nothing_to_patch(model: Model, counter: int, level: int) -> PackedPatch:
@@ -182,14 +234,20 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
     graph = onnx.load_model_from_string(model.graph).graph
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [_describe(v) for v in graph.input if v.name not in weights]
+    _check_inputs(inputs)
     coarse = any(t.dtype in COARSE_TYPES for t in model.weights.layout.tensors)
     derived = {
-        "schema": 1,
+        "schema": WIDE_SCHEMA,
         "inputs": inputs,
         "outputs": [_describe(value) for value in graph.output],
         "classes": [],
         "accuracy_floor": 0.0,
         "output_tolerance": COARSE_TOLERANCE if coarse else EXACT_TOLERANCE,
+        "task": "classification",
+        "metric": "",
+        "bound": None,
+        "threshold": 0.0,
+        "random_outputs": [],
     }
     with prefix_errors(name):
         _check_known(stated, derived.keys())
@@ -197,6 +255,27 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
         return encode_contract(
             parse_contract(json.dumps(derived | stated | {"inputs": merged}))
         )
+
+
+def _check_inputs(inputs: list[dict[str, Any]]) -> None:
+    """Insist on inputs that a device can feed."""
+    if not inputs:
+        raise ContractError(
+            "the graph takes no inputs, so there is nothing to answer; export it with "
+            "its inputs"
+        )
+    for entry in inputs:
+        if entry["dtype"] not in NUMBER_TYPES:
+            raise ContractError(
+                f"input {entry['name']!r} takes {entry['dtype'] or 'no tensor'}, and "
+                f"devices feed tensors of {', '.join(NUMBER_TYPES)}; export the part "
+                "behind the tokenizer, lookup or cast"
+            )
+        if entry["shape"] is None:
+            raise ContractError(
+                f"input {entry['name']!r} has no shape in the graph, not even a number "
+                "of axes; export it with one (sizes may stay open)"
+            )
 
 
 def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:
@@ -257,82 +336,27 @@ def check_answers(base: Model, target: Model) -> str:
     Raises:
         TrialError: Devices would refuse the target.
     """
+    graph = onnx.load_model_from_string(target.graph).graph
     try:
-        _run_made_up(target)
+        contract = parse_contract(make_contract(target))
+        inputs = next(candidates(contract, graph))
+        problem = _problem(target, contract, inputs)
+        if problem is None:
+            return ""
+        with loaded(base.graph, contract, base.weights) as predictor:
+            inputs = made_up(predictor, contract, graph)
     except (ContractError, StoreError, BackendError) as err:
         return str(err)
-    except TrialError as err:
-        try:
-            _run_made_up(base)
-        except TrialError:
-            return f"{err}; so does {base.path.name}"
-        raise
-    return ""
+    except TrialError:
+        return f"{problem}; so does {base.path.name}"
+    problem = _problem(target, contract, inputs)
+    if isinstance(problem, TrialError):
+        raise problem
+    return str(problem or "")
 
 
-def _run_made_up(model: Model) -> None:
-    text = make_contract(model)
-    inputs = made_up(_only_input(model, parse_contract(text)))
-    golden = _npz({"inputs": inputs})
-    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: text, GOLDEN_NAME: golden}
-    run_golden(files, model.weights)
-
-
-# Golden inputs -----------------------------------------------------------------------
-
-
-def _only_input(model: Model, contract: Contract) -> InputSpec:
-    if len(contract.inputs) != 1:
-        names = ", ".join(spec.name for spec in contract.inputs) or "none"
-        raise ContractError(
-            f"{model.path} takes several inputs or none ({names}); devices try new "
-            "weights with one array of golden inputs, so a bundle is for models with "
-            "one input"
-        )
-    return contract.inputs[0]
-
-
-def made_up(spec: InputSpec) -> NDArray[Any]:
-    """Return random inputs, the same everywhere; the graph gets values in [0, 1).
-
-    Raises:
-        ContractError: A size other than the batch is open.
-    """
-    batch, *rest = spec.shape or (None,)
-    sizes = [n for n in rest if n is not None]
-    if len(sizes) < len(rest) or not spec.shape:
-        raise ContractError(
-            f"input {spec.name!r} has shape {list(spec.shape)}: its sizes are open, so "
-            "golden inputs cannot be made up; give some with --golden"
-        )
-    shape = (SAMPLES if batch is None else batch, *sizes)
-    words = philox(0, spec.name)
-    values = uniform(words, math.prod(shape), 0.5).reshape(shape) + np.float32(0.5)
-    if np.dtype(spec.dtype).kind == "f":
-        return np.asarray(values / np.float32(spec.scale))
-    return np.asarray(np.rint(values), spec.dtype)  # 0 or 1: valid as an index, too
-
-
-def _read_golden(path: str | PathLike[str]) -> dict[str, NDArray[Any]]:
-    what = f"golden inputs {path}"
-    data = read_bounded(Path(path), "golden_bytes", what, ContractError)
-    try:
-        arrays = read_npz(data, ("inputs", "labels"), limit=limits().golden_bytes)
-    except ContractError as err:
-        raise ContractError(
-            f"{path} is no .npz file of arrays ({err}); make one with "
-            "numpy.savez(FILE, inputs=..., labels=...)"
-        ) from err
-    if "inputs" not in arrays:
-        raise ContractError(
-            f"{path} lacks an array 'inputs'; beside it there may be 'labels'"
-        )
-    if len({len(np.atleast_1d(array)) for array in arrays.values()}) > 1:
-        raise ContractError(f"{path} has more inputs than labels, or fewer")
-    return arrays
-
-
-def _npz(arrays: dict[str, NDArray[Any]]) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays)
-    return file.getvalue()
+def _problem(
+    model: Model, contract: Contract, inputs: dict[str, NDArray[Any]]
+) -> TrialError | StoreError | None:
+    with loaded(model.graph, contract, model.weights) as predictor:
+        return problem_with(predictor, contract, inputs)

@@ -34,10 +34,12 @@ class PackedBundle:
     Attributes:
         data: The bytes of the zip file.
         patch: The patch inside, from the init weights to the round.
+        remarks: What the publisher should know of it.
     """
 
     data: bytes
     patch: PackedPatch
+    remarks: tuple[str, ...] = ()
 
 
 def build_bundle(

@@ -192,6 +192,8 @@ def _bundle(
         max_size=options.max_size,
         signers=options.signers,
     )
+    for remark in bundle.remarks:
+        say(remark)
     return bundle.patch, bundle.data
 
 

@@ -26,10 +26,11 @@ from edge_runtime.errors import (
     TrialError,
     TrustError,
 )
+from edge_runtime.formats.contract import Contract, OutputSpec
 from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update import programs, trial_ends
-from edge_runtime.update.golden import check_outputs, first_output, read_golden
+from edge_runtime.update.golden import check_outputs, first_tensor, read_golden
 from edge_runtime.update.trial import PROCESS, Expected, run_trial
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -485,8 +486,6 @@ def test_a_bundle_holds_what_every_output_should_be(two_heads, tmp_path):
     ],
 )
 def test_numbers_in_lists_and_maps_are_looked_at_too(output):
-    from edge_runtime.formats.contract import Contract
-
     first = np.zeros((2, 2), "f4")
     check_outputs([first, [{0: 1.0}], np.array(["a"])], np.zeros(2), Contract(()))
     with pytest.raises(TrialError, match=r"output 3 of 3"):
@@ -496,13 +495,40 @@ def test_numbers_in_lists_and_maps_are_looked_at_too(output):
 @pytest.mark.parametrize(
     ("output", "words"),
     [
-        (np.array([True]), "is bool"),
-        (np.array(["a"], object), "is object"),
-        (np.array(1.0), "one number for all inputs"),
-        ([np.zeros(2)], "is list"),
-        (np.zeros((3, 0), "f4"), "holds nothing"),
+        (np.array(["a"], object), r"gives text of shape \[1\]"),
+        ([np.zeros(2)], "gives a sequence"),
+        ({0: 1.0}, "gives a map"),
+        (None, "of a type that NumPy lacks"),
     ],
 )
-def test_a_first_output_that_no_device_can_compare_is_named(output, words):
+def test_a_model_that_gives_no_tensor_of_numbers_is_refused(output, words):
     with pytest.raises(TrialError, match=words):
-        first_output([output])
+        first_tensor([output])
+    assert first_tensor([output, np.array([True])]) == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "words"),
+    [
+        (np.zeros((3, 2)), np.zeros((2, 2)), r"shape \[3, 2\], expected is \[2, 2\]"),
+        (np.array([True]), np.array([False]), "differ .* by 1 of the largest"),
+        (np.array(7), np.array(8), "differ .* by 0.12 of the largest"),
+        (np.array(1.5, "f2"), np.array(2.0, "f2"), "differ .* by 0.25"),
+    ],
+)
+def test_golden_outputs_of_any_type_and_shape_are_compared(found, wanted, words):
+    free = Contract((), task="free")
+    check_outputs([wanted], None, free, [wanted])
+    with pytest.raises(TrialError, match=words):
+        check_outputs([found], None, free, [wanted])
+
+
+def test_outputs_that_are_random_by_design_must_only_be_finite():
+    outputs = OutputSpec("y", "float32", None), OutputSpec("noise", "float32", None)
+    contract = Contract((), outputs=outputs, task="free", random_outputs=("noise",))
+    y, noise = np.ones(2), np.zeros(3)
+    check_outputs([y, noise + 5], None, contract, [y, noise])
+    with pytest.raises(TrialError, match=r"not finite \(output 2"):
+        check_outputs([y, noise + np.nan], None, contract, [y, noise])
+    with pytest.raises(TrialError, match="differ from the expected"):
+        check_outputs([y + 1, noise], None, contract, [y, noise])

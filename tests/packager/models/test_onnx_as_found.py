@@ -536,10 +536,8 @@ def test_a_device_with_an_older_runtime_says_so_with_code_11(
     newer = replace(model, graph=versions(model.graph, opset, ir))
     monkeypatch.setattr(
         from_model,
-        "with_outputs",
-        lambda files, weights, given=from_model.with_outputs: given(
-            files | {"graph.onnx": model.graph}, weights
-        ),
+        "loaded",
+        lambda _, *others, load=from_model.loaded: load(model.graph, *others),
     )
     (tmp_path / "new.zip").write_bytes(adopt_model(newer).data)
     from edge_runtime.cli.main import main
