@@ -51,15 +51,20 @@ def strangers(folder: Path, own: Collection[str] = ()) -> str:
     return names + (f" and {more} more" if more > 0 else "")
 
 
-def lock_file(file: int | BinaryIO, path: Path) -> None:
-    """Lock an open file for this process alone, without waiting.
+def lock_file(file: int | BinaryIO, path: Path, *, wait: bool = False) -> None:
+    """Lock an open file for this process alone.
+
+    Args:
+        file: The file.
+        path: Its name, for errors.
+        wait: Whether to wait for another process that holds it.
 
     Raises:
         BlockingIOError: Another process holds it.
         OSError: It cannot be locked, with its name.
     """
     with _naming(path, "locked"):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextmanager

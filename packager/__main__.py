@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dpu-pack``, also as ``python -m packager``, and ``dpu-patch``."""
+"""``dpu-pack``, also as ``python -m packager``, ``dpu-patch`` and ``dpu-fleet``."""
 
 from edge_runtime.__main__ import start
 
@@ -12,6 +12,11 @@ def pack() -> None:
 def patch() -> None:
     """Run ``dpu-patch``."""
     start("packager.cli.pack", "patch", "dpu-patch")
+
+
+def fleet() -> None:
+    """Run ``dpu-fleet``."""
+    start("packager.cli.fleet", "fleet", "dpu-fleet")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class Ledger:
             self.notes.append(note)
             return False
         before = self._end
-        self._record(self._describe(path, read_facts(data), data))
+        self.record(self._describe(path, read_facts(data), data))
         try:
             write_file(data, path)
         except (OSError, DpuError):
@@ -154,7 +154,7 @@ class Ledger:
             raise
         return True
 
-    def _record(self, release: Release) -> None:
+    def record(self, release: Release) -> None:
         """Append a line, after those for files that the ledger lacks; durably."""
         same = [r for r in self.listed if (r.file, r.to) == (release.file, release.to)]
         if same and same[-1].sha256 == release.sha256:

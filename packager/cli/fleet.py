@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-fleet``: publish once, and any number of devices catch up."""
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import (
+    CONTEXT,
+    EXIT_CODE_HELP,
+    Group,
+    emit,
+    json_option,
+    say,
+)
+from packager.cli.keys import read_signers
+from packager.cli.options import PRIVATE_KEY, runs_option
+
+if TYPE_CHECKING:
+    from packager.fleet.publish import Published
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class Span(click.ParamType[int]):
+    """A span of time such as 30d, 12h, 10m or 90s."""
+
+    name = "span"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return it in seconds."""
+        found = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", str(value))
+        if found is None:
+            self.fail(f"found {value!r}, expected 30d, 12h, 10m or 90s", param, ctx)
+        return int(found[1]) * _SECONDS[found[2]]
+
+
+class Skips(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas: 2,4,8."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return them."""
+        if not re.fullmatch(r"([1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*)?", str(value)):
+            self.fail(f"found {value!r}, expected numbers such as 2,4,8", param, ctx)
+        return tuple(map(int, filter(None, str(value).split(","))))
+
+
+class Name(click.ParamType[str]):
+    """The name of a channel."""
+
+    name = "name"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return it."""
+        from edge_runtime.sync.head import CHANNEL_FORM
+
+        if not re.fullmatch(CHANNEL_FORM, str(value)):
+            self.fail(f"found {value!r}, expected a to z, 0 to 9, - and _", param, ctx)
+        return value
+
+
+@click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
+@click.version_option(package_name="dpu-edge")
+def fleet() -> None:
+    """Publish releases of a run where any number of devices look for them."""
+
+
+@fleet.command()
+@click.argument("name", metavar="ROUND")
+@runs_option
+@click.option(
+    "--to",
+    required=True,
+    metavar="DIR",
+    help="The model's own folder, which a web server, rsync or a stick gives out.",
+)
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=PRIVATE_KEY,
+    help="Sign patches, bundle and head with this private key (repeatable).",
+)
+@click.option(
+    "--skip",
+    type=Skips(),
+    default="2,4,8",
+    show_default=True,
+    help="Patches from so many rounds back too, for devices that missed some.",
+)
+@click.option(
+    "--expires",
+    type=Span(),
+    default="30d",
+    show_default=True,
+    help="How long devices take the head for the newest; publish again before that.",
+)
+@click.option("--revert", is_flag=True, help="Though the channel is at a newer round.")
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@json_option
+def publish(  # noqa: PLR0913 - one argument for each option
+    name: str,
+    *,
+    runs: Path,
+    to: str,
+    channel: str,
+    keys: tuple[Path, ...],
+    skip: tuple[int, ...],
+    expires: int,
+    revert: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make ROUND the newest release of a channel.
+
+    The patches lie under their SHA-256, so they may be cached for ever; the head,
+    DIR/CHANNEL.head, is the one file that changes.
+    """
+    from packager.fleet.place import FolderPlace
+    from packager.fleet.publish import Channel
+    from packager.fleet.publish import publish as publish_round
+    from packager.rounds.folder import find_round, read_round
+
+    signers, names = read_signers(keys)
+    if not signers:
+        say("nobody signs this: devices that trust keys will refuse it")
+    done = publish_round(
+        read_round(find_round(name, runs)),
+        FolderPlace(Path(to)),
+        Channel(name=channel, signers=signers, lifetime_s=expires, skips=skip),
+        now=int(time.time()),
+        revert=revert,
+        dry_run=dry_run,
+        say=say,
+    )
+    record = _record(done, to) | {"signed_by": names, "dry_run": dry_run}
+    emit(record, as_json=as_json, text=_text(done))
+    if dry_run and not as_json:
+        say("dry run: nothing was written")
+
+
+def _record(done: "Published", to: str) -> dict[str, Any]:
+    head = done.head
+    return {
+        "to": to,
+        "channel": head.channel,
+        "version": head.version,
+        "counter": head.counter,
+        "round": head.round,
+        "target": head.target,
+        "expires": head.expires,
+        "changed": done.changed,
+        "head_bytes": done.size,
+        "bundle_bytes": done.bundle,
+        "patches": [
+            {
+                "from": offer.start,
+                "bytes": offer.way.size,
+                "sha256": offer.way.sha256,
+                "new": new,
+                "listed": offer.way in head.ways,
+            }
+            for offer, new in done.offered
+        ],
+    }
+
+
+def _text(done: "Published") -> str:
+    head = done.head
+    lines = [
+        f"patch   {offer.start} -> round_{head.round:02d}  {offer.way.size:>9,} B  "
+        + ("new" if new else "there already")
+        for offer, new in done.offered
+    ]
+    if done.bundle:
+        lines.append(f"bundle  round_{head.round:02d}  {done.bundle:,} B")
+    state = f"{done.size} B" if done.changed else "as it was"
+    return "\n".join(
+        [*lines, f"head    {head.channel}, version {head.version}, {state}"]
+    )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where releases are published to.
+
+Two operations carry everything. :meth:`Place.create` gives a name to bytes once: what
+has a name never changes. :meth:`Place.swap` replaces a file only if it still is what
+was read, so that of two publishers one notices the other. Folders do both under a lock
+with the atomic writes of :mod:`edge_runtime.files`.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from edge_runtime.errors import StoreError
+from edge_runtime.files import Files, lock_file
+from packager.build import write_file
+
+LOCK_NAME = ".publish.lock"
+
+
+class Place(Protocol):
+    """A tree of files that devices read and one or more publishers write.
+
+    Attributes:
+        name: Where it is, for messages and the ledger.
+    """
+
+    name: str
+
+    def read(self, path: str) -> tuple[bytes, str] | None:
+        """Return a file and the tag of its content; None if there is none."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file that is not there yet; False if it is there, with this content.
+
+        Raises:
+            StoreError: Something else has this name.
+        """
+
+    def swap(self, path: str, data: bytes, tag: str | None) -> bool:
+        """Replace a file if it still has the tag; False if it has not.
+
+        Args:
+            path: The file.
+            data: Its new content.
+            tag: As :meth:`read` returned it; None if there must be none.
+        """
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield the files whose paths begin so, with their sizes."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+
+
+class FolderPlace:
+    """A folder, from which a web server, rsync or a stick takes it to devices."""
+
+    def __init__(self, root: Path, files: Files | None = None) -> None:
+        """Use a folder; it is made when something is written."""
+        self.root, self.name, self._files = root, str(root), files or Files()
+
+    def read(self, path: str) -> tuple[bytes, str] | None:
+        """Return a file and the tag of its content; None if there is none."""
+        try:
+            data = (self.root / path).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file that is not there yet; False if it is there."""
+        with self._locked():
+            found = self.read(path)
+            if found is None:
+                write_file(data, self.root / path)
+        return found is None or _insist_same(self.root / path, found[0], data)
+
+    def swap(self, path: str, data: bytes, tag: str | None) -> bool:
+        """Replace a file if it still has the tag; False if it has not."""
+        with self._locked():
+            found = self.read(path)
+            if (found and found[1]) != tag:
+                return False
+            write_file(data, self.root / path)
+        return True
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield the files whose paths begin so, with their sizes."""
+        for path in sorted(self.root.glob(f"{prefix}*")):
+            if path.is_file() and not path.name.startswith("."):
+                name = path.relative_to(self.root).as_posix()
+                yield name, path.stat().st_size
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        self._files.remove(self.root / path)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._files.open_lock(self.root / LOCK_NAME) as file:
+            lock_file(file, self.root / LOCK_NAME, wait=True)
+            yield
+
+
+def _insist_same(path: Path, found: bytes, wanted: bytes) -> bool:
+    """Return False for the same content, as nothing was written."""
+    if found != wanted:
+        raise StoreError(
+            f"{path} holds something else than its name says; remove it and publish "
+            "again"
+        )
+    return False

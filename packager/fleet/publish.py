@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publish a round: patches and bundle by their hash, then one new head of a channel.
+
+The head is what devices follow, and it is replaced last and only if nobody else
+replaced it meanwhile: a publisher that is killed, or loses a race, leaves files that
+nothing names, and the channel as it was.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_runtime.errors import RoundError, StoreError
+from edge_runtime.formats.model_folder import Outcome
+from edge_runtime.formats.signing import Trust
+from edge_runtime.live.proof import public_key
+from edge_runtime.store.state import utc
+from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, Way, read_head
+from packager.build import check_counter
+from packager.bundles.from_round import build_bundle
+from packager.fleet.head import sign_head
+from packager.fleet.place import Place
+from packager.fleet.ways import (
+    Offered,
+    pack_ways,
+    parents_ahead,
+    parents_behind,
+    useful,
+)
+from packager.ledger import Ledger, open_ledger
+from packager.packed_file import BUNDLE, PATCH, read_facts
+from packager.release import Release
+from packager.rounds.folder import RoundFolder, read_init
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+RACES = 20  # how often another publisher may come first
+REACH = 8  # releases back, from which the head still lists the cheapest ways
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """How a channel is to be published.
+
+    Attributes:
+        name: Of the channel.
+        signers: Whose keys sign patches, bundle and head.
+        lifetime_s: How long the head is valid.
+        skips: From how many rounds back there are patches beside the recorded one.
+        rollout: Which devices take part; None: all, at once.
+        pausers: Public keys, hex, that may pause the head.
+        keys: Number of the newest key list in the place; 0 for none.
+    """
+
+    name: str
+    signers: Sequence["Ed25519PrivateKey"] = ()
+    lifetime_s: int = 30 * 86_400
+    skips: tuple[int, ...] = (2, 4, 8)
+    rollout: Rollout | None = None
+    pausers: tuple[str, ...] = ()
+    keys: int = 0
+
+    @property
+    def trust(self) -> Trust:
+        """Whose heads this publisher builds on: its own."""
+        keys = tuple(dict.fromkeys(public_key(key) for key in self.signers))
+        return Trust(keys, max(1, len(keys)))
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What became of a channel.
+
+    Attributes:
+        head: What it says now.
+        size: Bytes of its head.
+        offered: The patches that were packed, and whether each is new there.
+        bundle: Bytes of the bundle; 0 where none was made.
+        changed: Whether there is a new head.
+    """
+
+    head: Head
+    size: int
+    offered: tuple[tuple[Offered, bool], ...]
+    bundle: int
+    changed: bool
+
+
+def head_path(channel: str) -> str:
+    """Return where a channel's head lies."""
+    return f"{channel}.head"
+
+
+def read_channel(
+    place: Place, channel: Channel
+) -> tuple[SignedHead | None, str | None]:
+    """Read a channel's head, which must be this publisher's, and the tag of its file.
+
+    Raises:
+        HeadError: What lies there is no head.
+        TrustError: Somebody else signed it: a new one would lend our name to it.
+    """
+    found = place.read(head_path(channel.name))
+    if found is None:
+        return None, None
+    signed = read_head(found[0])
+    signed.check(channel.trust)
+    return signed, found[1]
+
+
+def publish(
+    round_: RoundFolder,
+    place: Place,
+    channel: Channel,
+    *,
+    now: int,
+    revert: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda _words: None,
+) -> Published:
+    """Make a round the newest release of a channel.
+
+    Args:
+        round_: An updated round.
+        place: Where devices look.
+        channel: How it is published.
+        now: Seconds since 1970.
+        revert: Release it although the channel is at a newer round.
+        dry_run: Do everything but write.
+        say: Told what a person should hear.
+
+    Raises:
+        RoundError: It may not become the newest release.
+        StoreError: Other publishers came first every time, or the place is damaged.
+        HeadError: What lies there is no head.
+        TrustError: Another key signed the head.
+        OSError: The place cannot be read or written.
+    """
+    record = round_.record
+    if record.outcome is not Outcome.UPDATED:
+        raise RoundError(
+            f"{round_.name} kept its base: devices have its weights already, there is "
+            "nothing to publish"
+        )
+    with open_ledger(round_.path.absolute().parent, say) as ledger:
+        for _ in range(RACES):
+            old, tag = read_channel(place, channel)
+            counter = _next_counter(
+                round_, ledger, old.head if old else None, revert=revert
+            )
+            goes_back = old is not None and old.head.round > record.round
+            parents = (
+                parents_ahead(round_, ledger)
+                if goes_back
+                else parents_behind(round_, ledger, channel.skips)
+            )
+            offered = pack_ways(
+                round_, parents, counter=counter, signers=channel.signers
+            )
+            bundle = build_bundle(round_, counter=counter, signers=channel.signers)
+            starts = _starts(round_, ledger, offered)
+            head = _head(
+                round_, counter, offered, starts, bundle.data, channel, old, now
+            )
+            if old and _says_the_same(old.head, head, channel, now):
+                return Published(
+                    old.head, 0, tuple((o, False) for o in offered), 0, False
+                )
+            data = sign_head(head, channel.signers)
+            files = {_patch_path(o.way): o.packed.data for o in offered}
+            files[_bundle_path(head)] = bundle.data
+            new = dict.fromkeys(files, True)
+            if not dry_run:
+                new = {path: place.create(path, files[path]) for path in files}
+                if not place.swap(head_path(channel.name), data, tag):
+                    continue  # another publisher came first
+                for path, content in files.items():
+                    ledger.record(_release(place, path, content, now))
+            told = tuple((o, new[_patch_path(o.way)]) for o in offered)
+            return Published(head, len(data), told, len(bundle.data), changed=True)
+    raise StoreError(
+        f"other publishers changed {place.name}/{head_path(channel.name)} {RACES} "
+        "times meanwhile; nothing was published, try again"
+    )
+
+
+def _next_counter(
+    round_: RoundFolder, ledger: Ledger, head: Head | None, *, revert: bool
+) -> int:
+    """Return the release counter: the ledger's, or what the channel makes of it."""
+    record = round_.record
+    if head and head.model != record.model:
+        raise RoundError(
+            f"the channel is of model {head.model[:SHORT]}, {round_.name} of "
+            f"{record.model[:SHORT]}: give each model a folder of its own with --to"
+        )
+    if head and head.target == record.target:
+        return head.counter
+    if head and head.round > record.round and not revert:
+        raise RoundError(
+            f"the channel is at round {head.round}, which is newer than {round_.name}; "
+            "to answer a bad release with older weights: dpu-fleet revert"
+        )
+    counter = ledger.next_counter(record)
+    known = [release.counter for release in ledger.released(record.model)]
+    if revert:
+        counter = max([counter, *(n + 1 for n in known)])
+    if head and counter <= head.counter:
+        counter = max([head.counter, *known]) + 1
+    check_counter(counter)
+    return counter
+
+
+def _starts(
+    round_: RoundFolder, ledger: Ledger, offered: Sequence[Offered]
+) -> set[str]:
+    """Return the weights for which the head keeps the cheapest ways."""
+    known = ledger.released(round_.record.model)
+    newest = dict.fromkeys(release.target[:SHORT] for release in reversed(known))
+    return {*list(newest)[:REACH], *(offer.way.parent for offer in offered)}
+
+
+def _head(  # noqa: PLR0913 - all that a head is made of
+    round_: RoundFolder,
+    counter: int,
+    offered: Sequence[Offered],
+    starts: set[str],
+    bundle: bytes,
+    channel: Channel,
+    old: SignedHead | None,
+    now: int,
+) -> Head:
+    record, before = round_.record, old.head if old else None
+    init = read_init(round_).weights.fingerprint[:SHORT]
+    # Patches between earlier releases are ways too, for devices that are behind.
+    ways = [*(offer.way for offer in offered), *(before.ways if before else ())]
+    return Head(
+        model=record.model,
+        channel=channel.name,
+        version=before.version + 1 if before else 1,
+        expires=now + channel.lifetime_s,
+        counter=counter,
+        round=record.round,
+        target=record.target,
+        ways=useful(ways, record.target[:SHORT], init, starts),
+        bundle=(len(bundle), hashlib.sha256(bundle).hexdigest()),
+        keys=channel.keys or (before.keys if before else 0),
+        rollout=channel.rollout,
+        pausers=channel.pausers or (before.pausers if before else ()),
+    )
+
+
+def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:
+    """Return whether a new head would say nothing new, and the old one is fresh."""
+    same = replace(new, version=old.version, expires=old.expires) == old
+    return same and old.expires - now > channel.lifetime_s // 2
+
+
+def _patch_path(way: Way) -> str:
+    return f"patches/{way.sha256}.dpu"
+
+
+def _bundle_path(head: Head) -> str:
+    return f"bundles/{head.bundle[1]}.zip" if head.bundle else ""
+
+
+def _release(place: Place, path: str, data: bytes, now: int) -> Release:
+    facts = read_facts(data)
+    header = facts.header
+    return Release(
+        counter=header.counter,
+        round=header.round,
+        kind=BUNDLE if path.startswith("bundles/") else PATCH,
+        model=header.model,
+        parent=header.parent,
+        target=header.target,
+        signers=facts.signers,
+        file=Path(path).name,
+        to=place.name,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        at=utc(now),
+    )

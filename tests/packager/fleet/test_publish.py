@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing: any device catches up, and no publisher loses what another one did."""
+
+import json
+import multiprocessing
+import os
+import shutil
+
+import pytest
+
+from edge_runtime.errors import RoundError, TrustError
+from edge_runtime.formats.signing import Trust
+from edge_runtime.live.proof import public_key
+from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.route import cheapest
+from edge_runtime.update.device import Device
+from packager.cli.fleet import fleet
+from packager.fleet.place import FolderPlace
+from packager.fleet.publish import Channel, publish
+from packager.keys import encode_private, generate_key
+from packager.ledger import read_ledger
+from packager.rounds.folder import read_round
+
+KEY = generate_key()
+TRUST = Trust((public_key(KEY),))
+NOW = 1_800_000_000
+
+
+@pytest.fixture
+def long_run(run):
+    for number in range(2, 7):
+        run.add(number)
+    return run
+
+
+@pytest.fixture
+def place(tmp_path):
+    return FolderPlace(tmp_path / "fleet")
+
+
+def release(run, place, number, **options):
+    channel = Channel(name="stable", signers=[KEY])
+    path = run.path / f"round_{number:02d}"
+    return publish(read_round(path), place, channel, now=NOW, **options)
+
+
+def target_of(run, number):
+    return read_round(run.path / f"round_{number:02d}").record.target
+
+
+def head_of(place):
+    signed = read_head(place.read("stable.head")[0])
+    signed.check(TRUST)
+    return signed.head
+
+
+def catch_up(device, place):
+    """Do what a device does that reads the head: fetch the cheapest way, and apply."""
+    head, state = head_of(place), device.store.state
+    starts = {state.init[:SHORT], *(slot.target[:SHORT] for slot in state.slots)}
+    for way in cheapest(starts, head.target[:SHORT], head.ways):
+        data, sha256 = place.read(f"patches/{way.sha256}.dpu")
+        assert (len(data), sha256) == (way.size, way.sha256)
+        device.update(data)
+    return device.verify()
+
+
+def bundle_of(place):
+    _, sha256 = head_of(place).bundle
+    return place.read(f"bundles/{sha256}.zip")[0]
+
+
+def test_a_device_at_any_round_catches_up(long_run, place, tmp_path):
+    devices = []
+    for number in range(7):
+        release(long_run, place, number)
+        store = tmp_path / f"store{number}"
+        devices.append(Device.install(store, bundle_of(place), trust=TRUST))
+    targets = {catch_up(device, place) for device in devices}
+    assert targets == {target_of(long_run, 6)}
+
+
+def test_a_head_lists_only_ways_that_some_device_takes(long_run, place):
+    for number in range(7):
+        release(long_run, place, number)
+    head = head_of(place)
+    parents = {way.parent for way in head.ways}
+    routes = [cheapest({p}, head.target[:SHORT], head.ways) for p in parents]
+    assert set(head.ways) <= {way for route in routes for way in route}
+    assert len(place.read("stable.head")[0]) < 1500
+
+
+def test_publishing_the_same_twice_changes_nothing(long_run, place):
+    first = release(long_run, place, 0)
+    files = sorted(place.names("**/"))
+    lines = len(read_ledger(long_run.path).listed)
+    again = release(long_run, place, 0)
+    assert (first.changed, again.changed, again.head) == (True, False, first.head)
+    assert sorted(place.names("**/")) == files
+    assert len(read_ledger(long_run.path).listed) == lines
+
+
+def test_a_dry_run_writes_nothing(long_run, place):
+    release(long_run, place, 0, dry_run=True)
+    assert not place.root.exists()
+    assert read_ledger(long_run.path).listed == []
+
+
+def test_going_back_is_a_newer_release_of_older_weights(long_run, place, tmp_path):
+    for number in range(4):
+        release(long_run, place, number)
+    device = Device.install(tmp_path / "store", bundle_of(place), trust=TRUST)
+    with pytest.raises(RoundError, match="dpu-fleet revert"):
+        release(long_run, place, 2)
+    release(long_run, place, 2, revert=True)
+    assert head_of(place).counter == 4
+    assert (
+        catch_up(device, place) == read_round(long_run.path / "round_02").record.target
+    )
+    release(long_run, place, 4)
+    assert head_of(place).counter == 5
+    assert (
+        catch_up(device, place) == read_round(long_run.path / "round_04").record.target
+    )
+
+
+def test_the_counter_of_the_channel_wins_over_a_ledger_that_was_lost(
+    long_run, place, tmp_path
+):
+    for number in (0, 1, 2):
+        release(long_run, place, number)
+    release(long_run, place, 1, revert=True)
+    (long_run.path / "releases.jsonl").unlink()
+    release(long_run, place, 3)
+    assert head_of(place).counter == 4
+
+
+def test_a_head_of_somebody_else_is_not_built_on(long_run, place):
+    other = Channel(name="stable", signers=[generate_key()])
+    publish(read_round(long_run.path / "round_00"), place, other, now=NOW)
+    with pytest.raises(TrustError):
+        release(long_run, place, 1)
+
+
+def test_a_channel_is_of_one_model(long_run, new_run, place):
+    release(long_run, place, 0)
+    other = new_run("another", run_id="22" * 16)
+    other.add(1)
+    with pytest.raises(RoundError, match="a folder of its own"):
+        release(other, place, 1)
+
+
+# Races and kills ----------------------------------------------------------------------
+
+
+class Dying(FolderPlace):
+    """A place whose publisher is killed before one of its writes."""
+
+    left = 0
+
+    def create(self, path, data):
+        self._count()
+        return super().create(path, data)
+
+    def swap(self, path, data, tag):
+        self._count()
+        return super().swap(path, data, tag)
+
+    def _count(self):
+        if self.left == 0:
+            os._exit(9)
+        self.left -= 1
+
+
+def test_a_publisher_that_is_killed_leaves_the_channel_as_it_was(
+    long_run, place, tmp_path
+):
+    release(long_run, place, 0)
+    old, killed = head_of(place), 0
+    for left in range(10):
+        dying = Dying(place.root)
+        dying.left = left
+        child = os.fork()
+        if child == 0:
+            release(long_run, dying, 1)
+            os._exit(0)
+        if not os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            break
+        killed += 1
+        assert head_of(place) == old
+    assert killed >= 3
+    assert head_of(place).round == 1
+    device = Device.install(tmp_path / "store", bundle_of(place), trust=TRUST)
+    assert catch_up(device, place) == head_of(place).target
+
+
+def _publish_all(run, root, numbers, done):
+    place = FolderPlace(root)
+    for number in numbers:
+        try:
+            channel = Channel(name="stable", signers=[KEY])
+            path = run / f"round_{number:02d}"
+            found = publish(read_round(path), place, channel, now=NOW)
+            done.put((number, found.head.version if found.changed else 0))
+        except RoundError:
+            done.put((number, 0))  # another publisher is at a newer round
+
+
+def test_racing_publishers_lose_no_head(long_run, place, tmp_path):
+    release(long_run, place, 0)
+    fork = multiprocessing.get_context("fork")
+    done, workers = fork.Queue(), []
+    for number in range(4):  # each has its own copy of the run, as each has its machine
+        run = tmp_path / f"machine{number}" / long_run.path.name
+        shutil.copytree(long_run.path, run)
+        arguments = (run, place.root, range(1, 7), done)
+        workers.append(fork.Process(target=_publish_all, args=arguments))
+    for worker in workers:
+        worker.start()
+    made = [done.get(timeout=60) for _ in range(24)]
+    for worker in workers:
+        worker.join()
+    versions = sorted(version for _, version in made if version)
+    assert versions == list(range(2, 2 + len(versions)))
+    assert head_of(place).version == versions[-1]
+    assert head_of(place).round == 6
+
+
+# The command --------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_published(long_run, command, tmp_path):
+    key = tmp_path / "key.pem"
+    key.write_bytes(encode_private(KEY))
+    to, runs = tmp_path / "fleet", long_run.path.parent
+    words = ("--runs", runs, "--to", to, "--sign", key)
+    code, out, _ = command(fleet, "publish", "round_01", *words, "--json")
+    record = json.loads(out)
+    assert (code, record["round"], record["version"]) == (0, 1, 1)
+    assert {patch["from"] for patch in record["patches"]} >= {"init"}
+    code, out, _ = command(fleet, "publish", "round_01", *words)
+    assert (code, "as it was" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "words", [("--expires", "30"), ("--skip", "2,x"), ("--channel", "../x")]
+)
+def test_wrong_options_are_refused_before_anything_is_written(
+    long_run, command, tmp_path, words
+):
+    to, runs = tmp_path / "fleet", long_run.path.parent
+    asked = ("round_01", "--runs", runs, "--to", to, *words)
+    code, _, err = command(fleet, "publish", *asked)
+    assert (code, to.exists()) == (2, False)
+    assert words[1] in err
