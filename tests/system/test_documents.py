@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import edge_runtime.cli.main
+import packager.cli.fleet
 import packager.cli.pack
 import trainer.cli
 from edge_runtime import Device, fingerprint_file
@@ -51,6 +52,7 @@ COMMANDS = {
     "dpu-edge": edge_runtime.cli.main.main,
     "dpu-pack": packager.cli.pack.pack,
     "dpu-patch": packager.cli.pack.patch,
+    "dpu-fleet": packager.cli.fleet.fleet,
     "dpu-train": trainer.cli.main,
 }
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
