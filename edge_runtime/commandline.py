@@ -42,6 +42,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     **dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "train"),
     "sklearn": "train",
+    "urllib3": "sync",
 }
 REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
 
@@ -66,7 +67,7 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     7: errors.StoreError,
     8: errors.TrustError,
     9: errors.TrainingError,
-    SYSTEM: OSError | MemoryError | errors.BlockedError,
+    SYSTEM: OSError | MemoryError | errors.BlockedError | errors.SyncError,
     11: errors.BackendError,
     12: errors.HeldError,
     130: KeyboardInterrupt | click.Abort,

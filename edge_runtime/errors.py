@@ -23,6 +23,7 @@ One tree, so that a caller can catch as much or as little as needed::
      |  + ListExpiredError          the key list expired before it was signed
      + KeyListError                 what should be a key list is malformed
      + HeadError                    what should be a channel's head is malformed
+     + SyncError                    no answer of a server, or not a usable one
      + KeyFileError                 a file does not hold the key that is needed
      + ProofError                   what should be a device's proof is malformed
      + LimitError                   DPU_LIMITS does not say what it should
@@ -183,6 +184,18 @@ class KeyListError(DpuError):
 
 class HeadError(DpuError):
     """What should be the head of a channel is malformed."""
+
+
+class SyncError(DpuError):
+    """A server gives no answer, or none that can be used; later it may.
+
+    Attributes:
+        permanent: Whether only a person can change that, so it is asked less often.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
 
 
 class KeyFileError(DpuError):

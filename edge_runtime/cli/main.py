@@ -9,6 +9,7 @@ import click
 
 from edge_runtime.cli import agent as cli_agent
 from edge_runtime.cli import infer as cli_infer
+from edge_runtime.cli import sync as cli_sync
 from edge_runtime.cli import trust as cli_trust
 from edge_runtime.commandline import (
     CONTEXT,
@@ -298,7 +299,7 @@ def device_key(device: "Device") -> Answer:
 
 for _command in (
     *(cli_infer.infer, cli_infer.bench),
-    *(cli_agent.agent, cli_agent.service),
+    *(cli_agent.agent, cli_agent.service, cli_sync.sync),
     cli_trust.trust,
 ):
     main.add_command(_command)

@@ -5,7 +5,8 @@
 
     {"signatures": {KEY_ID: BASE64, ...},
      "signed": {"schema": 1, "model": BASE64, "channel": "stable", "version": 17,
-                "expires": 1798761600, "counter": 5, "round": 5, "target": BASE64,
+                "at": 1796169600, "expires": 1798761600, "counter": 5, "round": 5,
+                "target": BASE64,
                 "ways": [[FROM, BYTES, SHA256], [FROM, BYTES, SHA256, TO], ...],
                 "bundle": [BYTES, SHA256], "keys": 2, "pausers": [KEY, ...],
                 "rollout": {"id": "5", "steps": [[10, 1798700000], ...],
@@ -101,6 +102,7 @@ class Head:
         model: Identity of network and run, 64 hexadecimal digits.
         channel: Its name.
         version: Grows with every head of the channel.
+        at: When it was signed, in seconds since 1970.
         expires: From this second since 1970 on, nobody knows whether it is the newest.
         counter: Release counter of the newest release.
         round: Its round.
@@ -115,6 +117,7 @@ class Head:
     model: str
     channel: str
     version: int
+    at: int
     expires: int
     counter: int
     round: int
@@ -222,6 +225,7 @@ def _signed(head: Head) -> dict[str, Any]:
         "model": _digest64(head.model),
         "channel": head.channel,
         "version": head.version,
+        "at": head.at,
         "expires": head.expires,
         "counter": head.counter,
         "round": head.round,
@@ -286,6 +290,7 @@ def _read_signed(signed: Record) -> Head:
         _hex(signed, "model", signed.text("model")),
         signed.matching("channel", CHANNEL_FORM, "a name of a to z, 0 to 9, - and _"),
         signed.integer("version", least=1),
+        signed.integer("at"),
         signed.integer("expires"),
         signed.integer("counter"),
         signed.integer("round"),

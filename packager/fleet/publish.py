@@ -241,6 +241,7 @@ def _head(  # noqa: PLR0913 - all that a head is made of
         model=record.model,
         channel=channel.name,
         version=before.version + 1 if before else 1,
+        at=now,
         expires=now + channel.lifetime_s,
         counter=counter,
         round=record.round,
@@ -255,8 +256,8 @@ def _head(  # noqa: PLR0913 - all that a head is made of
 
 def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:
     """Return whether a new head would say nothing new, and the old one is fresh."""
-    same = replace(new, version=old.version, expires=old.expires) == old
-    return same and old.expires - now > channel.lifetime_s // 2
+    dated = replace(new, version=old.version, at=old.at, expires=old.expires)
+    return dated == old and old.expires - now > channel.lifetime_s // 2
 
 
 def _patch_path(way: Way) -> str:

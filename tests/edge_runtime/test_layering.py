@@ -30,6 +30,7 @@ THIRD_PARTY = {
     "zstandard": {"formats.frames"},
     "cryptography": {"live.proof", "formats.signing"},
     "PIL": {"inference.inputs"},
+    "urllib3": {"sync.http"},
 }
 RUNTIME = "edge_runtime"
 FILES = {

@@ -34,7 +34,8 @@ def ways(count, target=B):
 
 
 def head(**changes):
-    fields = {"model": A, "channel": "stable", "version": 17, "expires": 1798761600}
+    fields = {"model": A, "channel": "stable", "version": 17}
+    fields |= {"at": 1796169600, "expires": 1798761600}
     fields |= {"counter": 5, "round": 5, "target": B, "ways": ways(4)}
     return Head(**(fields | changes))
 
@@ -62,7 +63,7 @@ heads = st.builds(
     digests,
     st.from_regex(r"\A[a-z0-9][a-z0-9_-]{0,31}\Z"),
     st.integers(1, 1 << 40),
-    *[st.integers(0, 1 << 40)] * 3,
+    *[st.integers(0, 1 << 40)] * 4,
     digests,
     st.lists(st.builds(Way, shorts, shorts, st.integers(1, 1 << 40), digests)).map(
         tuple

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-edge sync``: fetch what leads to the newest release of a channel."""
+
+import random
+import re
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.errors import SyncError
+from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
+
+if TYPE_CHECKING:
+    from edge_runtime.sync.sync import Sync, Synced
+
+MACHINE_ID = Path("/etc/machine-id")
+_FIRST_WAIT_S, _LONGEST_S, _LONGEST_PERMANENT_S = 10.0, 3600.0, 6 * 3600.0
+
+
+def _budgets(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, int]:
+    found = {}
+    for value in values:
+        size, _, span = value.partition("/")
+        if span not in ("day", "month") or not is_size(size):
+            raise click.BadParameter(
+                f"found {value!r}, expected 200KB/day or 2MB/month; sizes are "
+                f"{SIZE_WORDS}",
+                ctx,
+                param,
+            )
+        found[f"{span}_bytes"] = parse_size(size)
+    return found
+
+
+def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    from edge_runtime.sync.head import CHANNEL_FORM
+
+    if not re.fullmatch(CHANNEL_FORM, value):
+        words = f"found {value!r}, expected a to z, 0 to 9, - and _"
+        raise click.BadParameter(words, ctx, param)
+    return value
+
+
+@click.command()
+@click.argument("url", metavar="URL|DIR")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--channel", default="stable", show_default=True, callback=_channel)
+@click.option(
+    "--every",
+    metavar="SECONDS",
+    type=click.FloatRange(1),
+    help="Look again so often, with some jitter; by default once.",
+)
+@click.option("--device", help="This device's id.  [default: /etc/machine-id]")
+@click.option("--group", default="", help="The group that this device belongs to.")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    metavar="SIZE/day|SIZE/month",
+    callback=_budgets,
+    help="What it may send and receive (repeatable).",
+)
+@click.option("--ca", default="", help="Certificates of the servers to trust.")
+@click.option("--cert", default="", help="This device's own certificate.")
+@click.option("--key", default="", help="The key of --cert, where it is apart.")
+@click.option("--proxy", default="", help="Proxy; by default as the environment says.")
+@json_option
+@click.pass_obj
+def sync(  # noqa: PLR0913 - one argument for each option
+    root: Path,
+    url: str,
+    folder: Path,
+    *,
+    channel: str,
+    every: float | None,
+    device: str | None,
+    group: str,
+    budgets: dict[str, int],
+    ca: str,
+    cert: str,
+    key: str,
+    proxy: str,
+    as_json: bool,
+) -> None:
+    """Fetch what leads to the newest release of a channel into the agent's FOLDER.
+
+    URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
+    with the fewest bytes from where this device is; what is cut goes on later. It
+    applies nothing: that is the agent's part.
+    """
+    from edge_runtime.sync.http import open_source
+    from edge_runtime.sync.sync import Sync, SyncOptions, insist_on_trust
+
+    insist_on_trust(url, root)
+    source = open_source(url, **_given(ca=ca, cert=cert, key=key, proxy=proxy))
+    options = SyncOptions(
+        channel=channel, device=device or _device_id(), group=group, **budgets
+    )
+    looking = Sync(root, folder, source, options)
+    if every is None:
+        _tell(looking.look(), as_json=as_json)
+    else:
+        _go_on(looking, every, as_json=as_json)
+
+
+def _given(**options: str) -> dict[str, str]:
+    return {name: value for name, value in options.items() if value}
+
+
+def _device_id() -> str:
+    try:
+        return MACHINE_ID.read_text("ascii").strip()
+    except (OSError, ValueError):
+        return socket.gethostname()
+
+
+def _tell(found: "Synced", *, as_json: bool) -> None:
+    head = found.head
+    record: dict[str, Any] = asdict(found) | {"head": head and _summary(head)}
+    where = f"{head.channel}: round {head.round}" if head else "nothing known"
+    text = f"{where}, {found.result}"
+    text += f" ({found.reason})" if found.reason else ""
+    text += "".join(f"\n  {name}" for name in found.fetched)
+    emit(record, as_json=as_json, text=f"{text}\n  {found.spent} bytes on the wire")
+
+
+def _summary(head: Any) -> dict[str, Any]:
+    names = ("channel", "version", "at", "expires", "counter", "round", "target")
+    return {name: getattr(head, name) for name in names}
+
+
+def _go_on(looking: "Sync", every: float, *, as_json: bool) -> None:
+    """Look for ever; failures wait longer each time, and are told once."""
+    wait, told = _FIRST_WAIT_S, ""
+    while True:
+        pause = every
+        try:
+            found = looking.look()
+            if (line := f"{found.result} {found.fetched}") != told:
+                _tell(found, as_json=as_json)
+            told, wait = line, _FIRST_WAIT_S
+        except SyncError as err:
+            if str(err) != told:
+                say(str(err))
+            told = str(err)
+            longest = _LONGEST_PERMANENT_S if err.permanent else _LONGEST_S
+            pause, wait = wait, min(2 * wait, longest)
+        # Many devices that lost their server at once must not come back at once.
+        time.sleep(pause * random.uniform(0.8, 1.2))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network side of a device remembers, in a file of its own.
+
+The floors are what protects: a head that is older than one that was taken, or another
+one of the same version, is refused, also after a power cut. So the file is on the disk
+before anything is done because of a head.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from edge_runtime.errors import StoreError
+from edge_runtime.files import Files
+from edge_runtime.formats.json_file import read_record
+from edge_runtime.sync.head import SignedHead
+
+SCHEMA = 1
+STATE_NAME = ".sync.json"  # in the agent's folder, which leaves hidden files alone
+HEAD_NAME = ".sync.head"
+
+
+@dataclass(frozen=True, slots=True)
+class SyncState:
+    """The state of one device's network side.
+
+    Attributes:
+        channel: The channel that it follows.
+        version: Of the newest head that was taken: older ones are refused.
+        digest: SHA-256 of what was signed in it.
+        seen: Newest signed time, seconds since 1970; it never goes back.
+        paused: Whether that head was paused once: it stays so.
+        tag: The server's tag of the head, for conditional requests.
+        checked: When the server last answered, by the device's own clock.
+        spent: Bytes on the wire, by day (2026-11-28).
+        tags: The server's tags of files that are not whole yet, by SHA-256.
+        bad: SHA-256 of files that are not what the head says.
+    """
+
+    channel: str = ""
+    version: int = 0
+    digest: str = ""
+    seen: int = 0
+    paused: bool = False
+    tag: str = ""
+    checked: int = 0
+    spent: Mapping[str, int] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
+
+    def took(self, signed: SignedHead, tag: str) -> Self:
+        """Return the state once a head was taken."""
+        head, is_new = signed.head, signed.sha256 != self.digest
+        return replace(
+            self,
+            channel=head.channel,
+            version=head.version,
+            digest=signed.sha256,
+            seen=max(self.seen, head.at),
+            paused=signed.is_paused() or (self.paused and not is_new),
+            tag=tag,
+            bad=() if is_new else self.bad,
+        )
+
+    def spending(self, day: str, count: int) -> Self:
+        """Return the state once so many bytes went over the wire on a day."""
+        spent = dict(self.spent)
+        spent[day] = spent.get(day, 0) + count
+        # Two months: that is as far as any budget looks back.
+        return replace(self, spent=dict(sorted(spent.items())[-62:]))
+
+    def spent_in(self, begin: str) -> int:
+        """Return the bytes of the days whose text begins so: a day, or a month."""
+        return sum(n for day, n in self.spent.items() if day.startswith(begin))
+
+
+def read_sync_state(folder: Path) -> SyncState:
+    """Read the state; a device that has none yet begins anew.
+
+    Raises:
+        StoreError: It is malformed. To begin anew is for a person to decide: it gives
+            the floors up.
+        OSError: It cannot be read.
+    """
+    path = folder / STATE_NAME
+    try:
+        record = read_record(path, "state_bytes", str(path), StoreError)
+    except FileNotFoundError:
+        return SyncState()
+    record.schema(SCHEMA)
+    spent, tags = record.record("spent"), record.record("tags")
+    return SyncState(
+        record.text("channel"),
+        record.integer("version"),
+        record.text("digest"),
+        record.integer("seen"),
+        record.flag("paused"),
+        record.text("tag"),
+        record.integer("checked"),
+        {day: spent.integer(day) for day in spent.values},
+        {name: tags.text(name) for name in tags.values},
+        tuple(record.texts("bad")),
+    )
+
+
+def write_sync_state(folder: Path, state: SyncState, files: Files) -> None:
+    """Replace the state, durably.
+
+    Raises:
+        OSError: The disk refuses; the old state stands.
+    """
+    data = json.dumps({"schema": SCHEMA} | asdict(state)).encode()
+    files.replace(folder / STATE_NAME, data)

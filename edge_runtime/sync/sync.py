@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill the agent's folder with what leads to the newest release of a channel.
+
+It reads the store to know whom to trust and where the device is, and writes nothing
+there: what is applied is decided by the agent alone. Two floors stand in the state of
+its own, on the disk before anything is fetched: the version of the newest head, and the
+newest signed time.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from edge_runtime.errors import (
+    DpuError,
+    KeyListError,
+    SyncError,
+    TrustError,
+)
+from edge_runtime.files import Files, lock_file
+from edge_runtime.limits import limits
+from edge_runtime.store.state import State, utc
+from edge_runtime.store.store import Store
+from edge_runtime.sync.head import SHORT, Head, SignedHead, Way, read_head
+from edge_runtime.sync.http import CHUNK, Answer, Source, read_all
+from edge_runtime.sync.route import cheapest
+from edge_runtime.sync.state import (
+    HEAD_NAME,
+    SyncState,
+    read_sync_state,
+    write_sync_state,
+)
+from edge_runtime.trust.root import load_list
+
+HEAD_DEADLINE_S = 120.0
+SLOWEST = 16  # bytes a second that a file must come with, over all of it
+LISTS = 16  # key lists that are taken at once
+_LOCK_NAME = ".sync.lock"
+
+
+class SyncResult(StrEnum):
+    """What a look at a channel ended with."""
+
+    CURRENT = "current"  # the device runs the newest release
+    FETCHED = "fetched"  # what leads there lies in the folder
+    LATER = "later"  # the rollout has not reached this device yet
+    PAUSED = "paused"  # somebody paused the rollout
+    STALE = "stale"  # the head has expired: nobody knows the newest release
+    REFUSED = "refused"  # this device tried that release, and it failed
+    OVER_BUDGET = "over budget"
+    NO_WAY = "no way"  # nothing leads there from where this device is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncOptions:
+    """Who a device is to a channel, and what it may spend.
+
+    Attributes:
+        channel: The channel that it follows.
+        device: Its id, any text that stays the same; decides its place in a rollout.
+        group: The group that it belongs to, or empty.
+        day_bytes: What it may spend a day; None for any.
+        month_bytes: The same a month.
+        slowest: Bytes a second that a file must come with.
+    """
+
+    channel: str = "stable"
+    device: str
+    group: str = ""
+    day_bytes: int | None = None
+    month_bytes: int | None = None
+    slowest: float = SLOWEST
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The outcome of a look at a channel.
+
+    Attributes:
+        result: In a word.
+        head: What the channel says; None where nothing is known of it.
+        fetched: Names of the files that came into the folder.
+        spent: Bytes on the wire.
+        reason: More about it, for people; may be empty.
+    """
+
+    result: SyncResult
+    head: Head | None
+    fetched: tuple[str, ...]
+    spent: int
+    reason: str = ""
+
+
+class Sync:
+    """One device and one channel."""
+
+    def __init__(
+        self,
+        store: Path,
+        folder: Path,
+        source: Source,
+        options: SyncOptions,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Name everything; nothing is read yet.
+
+        Args:
+            store: The device's store, which is only read.
+            folder: The agent's folder.
+            source: Where the channel lies.
+            options: Who the device is.
+            files: The seam to the disk.
+            clock: Seconds since 1970.
+        """
+        self._store, self._folder, self._source = store, folder, source
+        self._options, self._files, self._clock = options, files or Files(), clock
+        self._fetched: list[str] = []
+        self._counted = 0  # bytes of the source that the state has
+
+    def look(self) -> Synced:
+        """Look at the channel, and fetch what leads to its newest release.
+
+        Raises:
+            SyncError: No answer, or none that may be used; later it may be another.
+            TrustError: The head is not signed by whom the device trusts, or is older
+                than one that was.
+            HeadError: What is there is no head.
+            StoreError: The device's own files are at fault.
+            OSError: The disk is full or refuses.
+        """
+        self._fetched = []
+        with self._files.open_lock(self._folder / _LOCK_NAME) as lock:
+            lock_file(lock, self._folder / _LOCK_NAME)
+            self._state = read_sync_state(self._folder)
+            self._forget_others()
+            try:
+                result, head, reason = self._look()
+            finally:
+                self._save()
+        spent = self._source.spent
+        return Synced(result, head, tuple(self._fetched), spent, reason)
+
+    def _look(self) -> tuple[SyncResult, Head | None, str]:
+        device = Store.open(self._store, self._files).state
+        if reason := self._over_budget(0):
+            return SyncResult.OVER_BUDGET, None, reason
+        signed = self._head(device)
+        head, now = signed.head, max(int(self._clock()), self._state.seen)
+        if head.keys:
+            self._take_lists(device, head.keys)
+        if device.active == head.target and device.floor >= head.counter:
+            return SyncResult.CURRENT, head, ""
+        if self._state.paused:
+            return SyncResult.PAUSED, head, "the rollout of this release was paused"
+        if now >= head.expires:
+            reason = (
+                f"the head expired {utc(head.expires)}; nobody knows what is newest"
+            )
+            return SyncResult.STALE, head, reason
+        if head.target in device.skipped:
+            reason = "it failed its trial here; 'dpu-edge apply --force' tries again"
+            return SyncResult.REFUSED, head, reason
+        rollout = head.rollout
+        if rollout and not rollout.includes(
+            self._options.device, self._options.group, now
+        ):
+            return SyncResult.LATER, head, "the rollout has not reached this device yet"
+        return self._fetch_all(device, head)
+
+    # The head -----------------------------------------------------------------------
+
+    def _head(self, device: State) -> SignedHead:
+        """Return the channel's head, by the server or as it is known already."""
+        path, kept = f"{self._options.channel}.head", self._folder / HEAD_NAME
+        known = self._state.channel == self._options.channel and kept.exists()
+        tag = self._state.tag if known else ""
+        with self._source.get(path, tag=tag) as answer:
+            if answer.status == 304:
+                data, tag = kept.read_bytes(), self._state.tag
+            elif answer.status == 200:
+                tag = answer.tag
+                data = read_all(answer, limits().head_bytes, path, HEAD_DEADLINE_S)
+            else:
+                raise SyncError(
+                    f"{path}: the server says {answer.status}; is the address that of "
+                    "the model's own folder, and the channel's name right?",
+                    permanent=True,
+                )
+        signed = read_head(data)
+        self._admit(device, signed)
+        self._files.replace(kept, data)
+        self._state = replace(self._state.took(signed, tag), checked=int(self._clock()))
+        self._save()  # the floors, before anything is done because of it
+        return signed
+
+    def _admit(self, device: State, signed: SignedHead) -> None:
+        """Insist that a head is for this device, and not older than one it took."""
+        head, state = signed.head, self._state
+        try:
+            signed.check(device.trust)
+        except TrustError:
+            # Its keys may stand in a list that this device has not taken yet.
+            if head.keys:
+                self._take_lists(device, head.keys)
+            raise
+        if head.model != device.model:
+            raise TrustError(
+                f"the channel is of model {head.model[:SHORT]}, this device runs "
+                f"{device.model[:SHORT]}: give the address of its own model's folder"
+            )
+        if head.channel != self._options.channel:
+            raise TrustError(
+                f"the head is of channel {head.channel!r}, asked for was "
+                f"{self._options.channel!r}: the files were exchanged"
+            )
+        if state.channel != head.channel:
+            self._state = SyncState(spent=state.spent, seen=state.seen)
+        elif head.version < state.version:
+            raise TrustError(
+                f"the head has version {head.version}, this device has seen "
+                f"{state.version}: an old one is played, or a cache is behind"
+            )
+        elif head.version == state.version and signed.sha256 != state.digest:
+            raise TrustError(
+                f"there are two heads of version {head.version}: two publishers share "
+                "a key and not the place; publish again"
+            )
+
+    def _take_lists(self, device: State, newest: int) -> None:
+        """Put the key lists that follow this device's own into the agent's folder."""
+        key_list = device.key_list
+        if key_list is None:
+            return
+        first = key_list.root.version + 1
+        for number in range(first, min(newest, first + LISTS - 1) + 1):
+            name = f"{number}.root.json"
+            path, present = self._folder / name, b""
+            with suppress(FileNotFoundError, KeyListError):
+                present = load_list(path)
+            data = present
+            if not data:
+                with self._source.get(f"keys/{name}") as answer:
+                    if answer.status != 200:
+                        return
+                    most = limits().key_list_bytes
+                    data = read_all(answer, most, name, HEAD_DEADLINE_S)
+            # The agent judges for good; here only so that nobody fills the disk.
+            key_list = key_list.follow(data, utc(self._clock()))
+            if not present:
+                self._files.replace(path, data)
+                self._fetched.append(name)
+
+    # Files --------------------------------------------------------------------------
+
+    def _fetch_all(self, device: State, head: Head) -> tuple[SyncResult, Head, str]:
+        starts = {device.init[:SHORT], *(slot.target[:SHORT] for slot in device.slots)}
+        while True:
+            ways = [way for way in head.ways if way.sha256 not in self._state.bad]
+            route = cheapest(starts, head.target[:SHORT], ways)
+            if route is None:
+                reason = (
+                    f"none of {len(ways)} ways leads to round {head.round} from "
+                    f"{device.active[:SHORT]}"
+                )
+                return SyncResult.NO_WAY, head, reason
+            missing = [way for way in route if not self._path(way).exists()]
+            needed = sum(way.size - self._part_size(way) for way in missing)
+            if reason := self._over_budget(needed):
+                return SyncResult.OVER_BUDGET, head, reason
+            if all(map(self._fetch, missing)):
+                return SyncResult.FETCHED, head, ""
+
+    def _fetch(self, way: Way) -> bool:
+        """Bring a file into the folder; False if it is not what the head says."""
+        if problem := limits().problem("patch_bytes", way.size, "the patch"):
+            raise SyncError(problem)
+        for _ in range(2):  # after what a cut or a cache spoiled, one clean try
+            self._download(way)
+            part = self._part(way)
+            with part.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == way.sha256:
+                self._files.rename(part, self._path(way))
+                self._files.sync_folder(self._folder)
+                self._fetched.append(self._path(way).name)
+                return True
+            self._files.unlink(part)
+        self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
+        return False
+
+    def _download(self, way: Way) -> None:
+        """Go on with a file where it was cut; in the end the part has its size."""
+        path, offset = f"patches/{way.sha256}.dpu", self._part_size(way)
+        if offset == way.size:
+            return
+        tag = self._state.tags.get(way.sha256, "")
+        with self._source.get(path, tag=tag if offset else "", offset=offset) as answer:
+            if answer.status == 416:
+                self._files.unlink(self._part(way))
+                raise SyncError(f"{path}: the server has less than this device")
+            if answer.status not in (200, 206):
+                raise SyncError(
+                    f"{path}: the server says {answer.status}; publish again, or "
+                    "prune less",
+                    permanent=True,
+                )
+            if answer.size is not None and answer.offset + answer.size != way.size:
+                raise SyncError(
+                    f"{path} has {answer.offset + answer.size} bytes, the head says "
+                    f"{way.size}"
+                )
+            tags = dict(self._state.tags) | {way.sha256: answer.tag}
+            self._state = replace(self._state, tags=tags)
+            self._receive(way, answer)
+
+    def _receive(self, way: Way, answer: Answer) -> None:
+        end = time.monotonic() + HEAD_DEADLINE_S + way.size / self._options.slowest
+        with self._part(way).open("r+b" if answer.offset else "wb") as file:
+            count = file.seek(answer.offset)
+            try:
+                while data := answer.body.read(min(CHUNK, way.size - count + 1)):
+                    count += len(data)
+                    if count > way.size:
+                        raise SyncError(
+                            f"patches/{way.sha256}.dpu has more than {way.size} bytes"
+                        )
+                    file.write(data)
+                    if time.monotonic() > end:
+                        raise SyncError(
+                            f"patches/{way.sha256}.dpu comes with less than "
+                            f"{self._options.slowest:g} bytes a second"
+                        )
+            finally:
+                file.flush()
+                self._files.sync(file.fileno())
+        if count < way.size:
+            raise SyncError(f"patches/{way.sha256}.dpu broke off at {count} bytes")
+
+    def _path(self, way: Way) -> Path:
+        return self._folder / f"{way.sha256}.dpu"
+
+    def _part(self, way: Way) -> Path:
+        return self._folder / f".{way.sha256}.part"
+
+    def _part_size(self, way: Way) -> int:
+        try:
+            size = self._part(way).stat().st_size
+        except FileNotFoundError:
+            return 0
+        return size if size <= way.size else 0
+
+    def _forget_others(self) -> None:
+        """Remove parts of files that no head asks for any more."""
+        wanted: Collection[str] = ()
+        with suppress(OSError, DpuError):
+            head = read_head((self._folder / HEAD_NAME).read_bytes()).head
+            wanted = {way.sha256 for way in head.ways}
+        for path in self._folder.glob(".*.part"):
+            name = path.name[1:-5]
+            if len(name) == 64 and name not in wanted:
+                self._files.unlink(path)
+        tags = {k: v for k, v in self._state.tags.items() if k in wanted}
+        self._state = replace(self._state, tags=tags)
+
+    # What it may spend ---------------------------------------------------------------
+
+    def _over_budget(self, needed: int) -> str:
+        day = utc(self._clock())[:10]
+        for words, begin, budget in (
+            ("today", day, self._options.day_bytes),
+            ("this month", day[:7], self._options.month_bytes),
+        ):
+            spent = self._state.spent_in(begin) + self._source.spent - self._counted
+            if budget is not None and spent + needed > budget:
+                return (
+                    f"{spent} bytes were spent {words}, {needed} more are needed, "
+                    f"{budget} are allowed"
+                )
+        return ""
+
+    def _save(self) -> None:
+        """Write the state, with what was spent since the last time."""
+        fresh = self._source.spent - self._counted
+        if fresh:
+            self._state = self._state.spending(utc(self._clock())[:10], fresh)
+            self._counted = self._source.spent
+        write_sync_state(self._folder, self._state, self._files)
+
+
+def insist_on_trust(url: str, store: Path) -> None:
+    """Insist that plain HTTP is used only where signatures are checked.
+
+    Raises:
+        TrustError: Anybody on the way could give this device any weights.
+    """
+    if url.startswith("http://") and not Store.open(store).state.trust.keys:
+        raise TrustError(
+            "this device trusts no keys, so over http:// anybody on the way could "
+            "give it any weights: use https://, or install it with --trust"
+        )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A web server on loopback that knows ranges and tags, and can be told to misbehave."""
+
+import hashlib
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves a folder, and counts what goes over the wire above TCP.
+
+    Attributes:
+        bytes: Sent and received, headers too.
+        bodies: Bytes of bodies, by path.
+        cut: Bytes of a body after which the connection ends; None for never.
+        pause_s: Seconds between two pieces of a body.
+        replace: Other content by path.
+        endless: Whether bodies without a length never end.
+        tagged: Whether there are tags.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.bytes, self.bodies = root, 0, dict[str, int]()
+        self.cut, self.pause_s, self.endless, self.tagged = None, 0.0, False, True
+        self.replace: dict[str, bytes] = {}
+        self.status = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FileServer
+
+    def do_GET(self):
+        server = self.server
+        server.bytes += len(self.raw_requestline) + len(bytes(self.headers)) + 2
+        path = self.path.lstrip("/")
+        data = server.replace.get(path)
+        file = server.root / path
+        if data is None and file.is_file():
+            data = file.read_bytes()
+        if server.status or data is None:
+            self.answer(server.status or 404, b"", {})
+            return
+        tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        headers = {"ETag": tag} if server.tagged else {}
+        if self.headers.get("If-None-Match") == tag:
+            self.answer(304, b"", headers)
+            return
+        asked, start = self.headers.get("Range"), 0
+        if asked and self.headers.get("If-Range", tag) == tag:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            if start >= len(data):
+                self.answer(416, b"", headers)
+                return
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.answer(206 if start else 200, data[start:], headers)
+
+    def answer(self, status, body, headers):
+        server = self.server
+        headers |= {"Connection": "close"}
+        if not server.endless:
+            headers["Content-Length"] = str(len(body))
+        lines = [f"HTTP/1.1 {status} X", *(f"{k}: {v}" for k, v in headers.items())]
+        head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+        self.send(head)
+        path, sent = self.path.lstrip("/"), 0
+        most = len(body) if server.cut is None else server.cut
+        step = 16 if server.pause_s else 1 << 14
+        while server.endless or sent < min(most, len(body)):
+            piece = body[sent : min(sent + step, most)] or b"x" * step
+            time.sleep(server.pause_s)
+            if not self.send(piece):
+                break
+            sent += len(piece)
+            server.bodies[path] = server.bodies.get(path, 0) + len(piece)
+        self.close_connection = True
+
+    def send(self, data):
+        try:
+            self.wfile.write(data)
+            self.wfile.flush()
+        except OSError:
+            return False
+        self.server.bytes += len(data)
+        return True
+
+    def log_message(self, *_):
+        pass

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dpu-edge sync, against real files and a real server: whole, cut, and attacked."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+
+from edge_runtime.agent.agent import Agent
+from edge_runtime.cli.main import main
+from edge_runtime.errors import HeadError, StoreError, SyncError, TrustError
+from edge_runtime.formats.signing import Trust
+from edge_runtime.live.proof import public_key
+from edge_runtime.sync.head import PERMILLE, SHORT, Rollout, place, read_head
+from edge_runtime.sync.http import FolderSource, HttpSource, open_source
+from edge_runtime.sync.route import cheapest
+from edge_runtime.sync.state import STATE_NAME, read_sync_state
+from edge_runtime.sync.sync import Sync, SyncOptions, SyncResult, insist_on_trust
+from edge_runtime.update.device import Device
+from packager.fleet.head import pause_head, sign_head
+from packager.fleet.place import FolderPlace
+from packager.fleet.publish import Channel, publish
+from packager.keys import generate_key
+from packager.rounds.folder import read_round
+from tests.edge_runtime.sync.server import FileServer
+
+KEY, PAUSER = generate_key(), generate_key()
+TRUST = Trust((public_key(KEY),))
+NOW = 1_800_000_000
+OPTIONS = SyncOptions(device="board 7")
+
+
+class World:
+    """A run that is published round by round, and a device that follows it."""
+
+    def __init__(self, run, tmp_path):
+        self.run, self.place = run, FolderPlace(tmp_path / "www")
+        self.folder, self.root = tmp_path / "in", tmp_path / "store"
+        self.folder.mkdir()
+        self.now, self.options = NOW, OPTIONS
+
+    def publish(self, number, **changes):
+        fields = {"name": "stable", "signers": [KEY]} | changes
+        path = self.run.path / f"round_{number:02d}"
+        return publish(read_round(path), self.place, Channel(**fields), now=NOW).head
+
+    def install(self, trust=TRUST):
+        _, sha256 = self.head.bundle
+        bundle, _ = self.place.read(f"bundles/{sha256}.zip")
+        return Device.install(self.root, bundle, trust=trust)
+
+    @property
+    def head(self):
+        return read_head(self.head_bytes).head
+
+    @property
+    def head_bytes(self):
+        return self.place.read("stable.head")[0]
+
+    @head_bytes.setter
+    def head_bytes(self, data):
+        (self.place.root / "stable.head").write_bytes(data)
+
+    def look(self, source=None):
+        source = source or FolderSource(self.place.root)
+        clock = lambda: self.now  # noqa: E731
+        return Sync(self.root, self.folder, source, self.options, clock=clock).look()
+
+    def apply(self):
+        agent = Agent(
+            lambda: Device.open(self.root), self.folder, lambda *_, **__: None
+        )
+        agent.look()
+        return Device.open(self.root).verify()
+
+
+@pytest.fixture
+def world(run, tmp_path):
+    for number in range(2, 5):
+        run.add(number)
+    world = World(run, tmp_path)
+    world.publish(0)
+    world.install()
+    return world
+
+
+@pytest.fixture
+def server(world):
+    with FileServer(world.place.root) as server:
+        yield server
+        server.shutdown()
+
+
+# Catching up --------------------------------------------------------------------------
+
+
+def test_a_device_that_missed_rounds_fetches_and_applies(world, server):
+    for number in (1, 2, 3, 4):
+        world.publish(number)
+    found = world.look(HttpSource(server.url))
+    assert found.result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+    assert world.look(HttpSource(server.url)).result is SyncResult.CURRENT
+
+
+def test_a_poll_that_finds_nothing_new_costs_at_most_340_bytes(world, server):
+    world.look(HttpSource(server.url))
+    before = server.bytes
+    found = world.look(HttpSource(server.url))
+    assert (found.result, found.fetched) == (SyncResult.CURRENT, ())
+    assert server.bytes - before <= 340
+
+
+def test_an_update_costs_at_most_1300_bytes_beside_its_patch(world, server):
+    world.publish(1)
+    found = world.look(HttpSource(server.url))
+    patches = sum((world.folder / name).stat().st_size for name in found.fetched)
+    assert server.bytes - patches <= 1300
+    assert abs(found.spent - server.bytes) <= 100  # what counts against budgets
+
+
+def test_a_stick_or_a_network_drive_needs_no_server(world):
+    world.publish(1)
+    assert world.look(open_source(f"file://{world.place.root}")).fetched
+    assert world.apply() == world.head.target
+
+
+def test_what_is_cut_goes_on_and_no_byte_comes_twice(world, server):
+    world.publish(1)
+    server.cut, cuts = 700, 0  # the head comes in one piece
+    source = HttpSource(server.url)
+    while True:
+        try:
+            found = world.look(source)
+        except SyncError as err:
+            assert "broke off" in str(err)
+            cuts += 1
+            continue
+        break
+    (name,) = found.fetched
+    size = (world.folder / name).stat().st_size
+    assert cuts == (size - 1) // 700
+    assert server.bodies[f"patches/{name}"] == size
+    assert world.apply() == world.head.target
+
+
+@pytest.mark.parametrize("at", [0, 1, 7, 100, 338])
+def test_a_part_of_any_size_goes_on(world, at):
+    world.publish(1)
+    (way,) = world.head.ways[:1]
+    data, _ = world.place.read(f"patches/{way.sha256}.dpu")
+    (world.folder / f".{way.sha256}.part").write_bytes(data[: min(at, len(data))])
+    world.look()
+    assert world.apply() == world.head.target
+
+
+def test_a_head_that_is_known_is_not_needed_again_for_the_next_file(world, server):
+    world.publish(1)
+    world.look(HttpSource(server.url))
+    state = read_sync_state(world.folder)
+    assert (state.version, state.seen) == (world.head.version, NOW)
+
+
+# Attacks: named as in TUF's list -----------------------------------------------------
+
+
+def test_arbitrary_software_is_refused(world):
+    world.publish(1)
+    world.head_bytes = sign_head(world.head, [generate_key()])
+    with pytest.raises(TrustError, match="not trusted"):
+        world.look()
+    assert not list(world.folder.glob("*.dpu"))
+
+
+def test_rollback_to_an_older_head_is_refused(world):
+    old = world.head_bytes
+    world.publish(1)
+    world.look()
+    world.head_bytes = old
+    with pytest.raises(TrustError, match="an old one is played"):
+        world.look()
+
+
+def test_two_heads_of_one_version_are_refused(world):
+    world.publish(1)
+    world.look()
+    world.head_bytes = sign_head(replace(world.head, counter=9), [KEY])
+    with pytest.raises(TrustError, match="two heads of version"):
+        world.look()
+
+
+def test_freeze_an_old_head_is_not_taken_for_the_newest_for_ever(world):
+    world.publish(1)
+    world.now = world.head.expires
+    assert world.look().result is SyncResult.STALE
+    assert not list(world.folder.glob("*.dpu"))
+
+
+def test_freeze_a_clock_that_stands_back_does_not_bring_old_time_back(world):
+    world.publish(1)
+    world.look()
+    world.now = 0
+    world.head_bytes = sign_head(
+        replace(world.head, version=9, at=NOW, expires=NOW - 5), [KEY]
+    )
+    assert world.look().result is SyncResult.STALE
+
+
+def test_mix_and_match_of_models_and_channels_is_refused(world):
+    world.publish(1)
+    good = world.head
+    for other, words in (
+        (replace(good, model="aa" * 32), "is of model"),
+        (replace(good, channel="beta"), "is of channel"),
+    ):
+        world.head_bytes = sign_head(other, [KEY])
+        with pytest.raises(TrustError, match=words):
+            world.look()
+
+
+def test_endless_data_is_cut_at_the_limit(world, server):
+    world.publish(1)
+    server.endless = True
+    with pytest.raises(SyncError, match="has more than"):
+        world.look(HttpSource(server.url))
+    assert server.bytes < 300_000
+
+
+def test_an_endless_patch_is_cut_at_its_size(world, server):
+    world.publish(1)
+    (way,) = world.head.ways[:1]
+    server.replace[f"patches/{way.sha256}.dpu"] = b"x" * 900_000
+    with pytest.raises(SyncError, match="the head says"):
+        world.look(HttpSource(server.url))
+    assert server.bytes < 300_000
+
+
+def test_slow_retrieval_ends_at_the_lowest_rate(world, server, monkeypatch):
+    world.publish(1)
+    monkeypatch.setattr("edge_runtime.sync.sync.HEAD_DEADLINE_S", 1.0)
+    server.pause_s = 0.1
+    world.options = replace(OPTIONS, slowest=1e9)
+    begin = time.monotonic()
+    with pytest.raises(SyncError, match=r"did not come within|less than"):
+        world.look(HttpSource(server.url))
+    assert time.monotonic() - begin < 10
+
+
+def test_a_wrong_file_is_fetched_once_more_and_then_gone_around(world, server):
+    world.publish(1)
+    state = Device.open(world.root).store.state
+    starts = {state.init[:SHORT], state.active[:SHORT]}
+    (wrong,) = cheapest(starts, world.head.target[:SHORT], world.head.ways)
+    server.replace[f"patches/{wrong.sha256}.dpu"] = b"x" * wrong.size
+    others = [way for way in world.head.ways if way != wrong]
+    detour = cheapest(starts, world.head.target[:SHORT], others)
+    found = world.look(HttpSource(server.url))
+    assert server.bodies[f"patches/{wrong.sha256}.dpu"] == 2 * wrong.size
+    assert found.fetched == tuple(f"{way.sha256}.dpu" for way in detour)
+    assert world.apply() == world.head.target
+
+
+def test_a_part_that_a_cache_spoiled_is_tried_once_more(world, server):
+    world.publish(1)
+    (way,) = world.head.ways[:1]
+    (world.folder / f".{way.sha256}.part").write_bytes(b"x" * (way.size - 1))
+    assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff" * 100, b"[" * 9999])
+def test_what_is_no_head_is_refused_and_nothing_is_kept(world, data):
+    world.head_bytes = data
+    with pytest.raises(HeadError):
+        world.look()
+
+
+def test_plain_http_is_for_devices_that_trust_keys(world, tmp_path):
+    insist_on_trust("http://example.org", world.root)
+    shutil.rmtree(world.root)
+    world.install(trust=None)
+    with pytest.raises(TrustError, match="https://"):
+        insist_on_trust("http://example.org", world.root)
+    insist_on_trust("https://example.org", world.root)
+
+
+# Rollout and pause --------------------------------------------------------------------
+
+
+def test_a_device_waits_for_its_turn(world):
+    mine = place("2", OPTIONS.device)
+    steps = ((mine, NOW), (PERMILLE, NOW + 3600))
+    world.publish(1, rollout=Rollout("2", steps))
+    assert world.look().result is SyncResult.LATER
+    world.now += 3600
+    assert world.look().result is SyncResult.FETCHED
+
+
+def test_a_pause_stands_though_somebody_takes_it_away(world):
+    world.publish(1, pausers=(public_key(PAUSER),))
+    good = world.head_bytes
+    world.head_bytes = pause_head(good, PAUSER, at=NOW)
+    assert world.look().result is SyncResult.PAUSED
+    world.head_bytes = good
+    assert world.look().result is SyncResult.PAUSED
+    world.publish(2)
+    assert world.look().result is SyncResult.FETCHED
+
+
+def test_a_release_that_failed_its_trial_here_is_not_fetched_again(world):
+    world.publish(1)
+    device = Device.open(world.root)
+    with device.store.lock():
+        device.store.commit(device.store.state.tried(world.head.target, 99))
+    assert world.look().result is SyncResult.REFUSED
+
+
+# Budgets ------------------------------------------------------------------------------
+
+
+def test_a_budget_is_kept_and_the_next_day_goes_on(world, server):
+    world.publish(1)
+    world.options = replace(OPTIONS, day_bytes=1000)
+    found = world.look(HttpSource(server.url))
+    assert (found.result, found.fetched) == (SyncResult.OVER_BUDGET, ())
+    assert "are allowed" in found.reason
+    assert server.bytes <= 1000
+    world.options = replace(OPTIONS, day_bytes=20_000, month_bytes=1200)
+    assert world.look(HttpSource(server.url)).result is SyncResult.OVER_BUDGET
+    world.options = OPTIONS
+    assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
+
+
+# State --------------------------------------------------------------------------------
+
+
+def test_a_damaged_state_is_refused_by_name(world):
+    world.look()
+    (world.folder / STATE_NAME).write_text('{"schema": 1, "version": -1}')
+    with pytest.raises(StoreError, match="malformed"):
+        world.look()
+
+
+def test_the_store_is_only_read(world):
+    world.publish(1)
+    before = {p: p.stat().st_mtime_ns for p in world.root.rglob("*") if p.is_file()}
+    world.look()
+    after = {p: p.stat().st_mtime_ns for p in world.root.rglob("*") if p.is_file()}
+    assert after == before
+
+
+# The command --------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_fetched(world, server, command):
+    world.publish(1)
+    words = ("--store", world.root, "sync", server.url, world.folder)
+    code, out, _ = command(main, *words, "--json")
+    record = json.loads(out)
+    assert (code, record["result"], record["head"]["round"]) == (0, "fetched", 1)
+    code, out, _ = command(main, *words)
+    assert (code, "stable: round 1" in out) == (0, True)
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_server_that_has_nothing_is_told_with_the_way_out(
+    world, server, command, status
+):
+    server.status = status
+    words = ("--store", world.root, "sync", server.url, world.folder)
+    code, _, err = command(main, *words)
+    assert code == 10
+    assert str(status) in err
+
+
+@pytest.mark.parametrize(
+    "words", [("--budget", "5"), ("--budget", "5KB/week"), ("--channel", "../x")]
+)
+def test_wrong_options_are_refused(world, command, words):
+    code, _, err = command(
+        main, "--store", world.root, "sync", "x", world.folder, *words
+    )
+    assert (code, "expected" in err) == (2, True)
