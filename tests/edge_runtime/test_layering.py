@@ -18,11 +18,11 @@ from tools.layers import modules as modules_of
 
 ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
-    "base64 binascii codecs collections contextlib ctypes dataclasses enum errno "
-    "fcntl functools gc hashlib heapq importlib inspect io itertools json logging "
-    "math os pathlib pwd queue re resource secrets shlex shutil signal socket stat "
-    "struct subprocess sys tempfile threading time tokenize traceback types typing "
-    "weakref zipfile zlib"
+    "base64 binascii codecs collections concurrent contextlib ctypes dataclasses "
+    "enum errno fcntl functools gc hashlib heapq importlib inspect io itertools "
+    "json logging math os pathlib pwd queue random re resource secrets shlex shutil "
+    "signal socket stat struct subprocess sys tempfile threading time tokenize "
+    "traceback types typing urllib weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {

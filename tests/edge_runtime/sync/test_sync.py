@@ -224,8 +224,8 @@ def test_endless_data_is_cut_at_the_limit(world, server):
     world.publish(1)
     server.endless = True
     with pytest.raises(SyncError, match="has more than"):
-        world.look(HttpSource(server.url))
-    assert server.bytes < 300_000
+        world.look(source := HttpSource(server.url))
+    assert source.spent < 300_000
 
 
 def test_an_endless_patch_is_cut_at_its_size(world, server):
@@ -233,8 +233,8 @@ def test_an_endless_patch_is_cut_at_its_size(world, server):
     (way,) = world.head.ways[:1]
     server.replace[f"patches/{way.sha256}.dpu"] = b"x" * 900_000
     with pytest.raises(SyncError, match="the head says"):
-        world.look(HttpSource(server.url))
-    assert server.bytes < 300_000
+        world.look(source := HttpSource(server.url))
+    assert source.spent < 300_000
 
 
 def test_slow_retrieval_ends_at_the_lowest_rate(world, server, monkeypatch):
