@@ -24,6 +24,7 @@ nothing else; whoever takes it away again makes no device forget it.
 import base64
 import binascii
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -280,7 +281,12 @@ def read_head(data: bytes) -> SignedHead:
         for name in names.values
     )
     pause = _read_pause(record.record("pause")) if "pause" in record else None
-    return SignedHead(_read_signed(signed), message, signatures, pause)
+    head = _read_signed(signed)
+    # One form for one content: else whoever adds a pause could break a signature.
+    if message != head_message(head):
+        known = ", ".join(json.loads(head_message(head)))
+        raise HeadError(f"{_WHAT} holds more, or less, than {known}")
+    return SignedHead(head, message, signatures, pause)
 
 
 def _read_signed(signed: Record) -> Head:

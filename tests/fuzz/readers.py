@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_runtime.agent import status
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.bundle import read_bundle
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract import encode_contract, parse_contract
 from edge_runtime.formats.init_weights import (
     InitSpec,
     TensorInit,
@@ -27,6 +27,8 @@ from edge_runtime.live import entries
 from edge_runtime.live.proof import canonical
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
+from edge_runtime.sync.head import encode_head, read_head
+from edge_runtime.sync.route import cheapest
 from packager.check_proof import check_origin, read_proof
 from packager.zip_file import encode_members
 from tests.fuzz.edits import Edits
@@ -84,11 +86,39 @@ RECIPE = InitSpec(
 )
 write_init_spec(RECIPE, _WORK)
 _GOOD = json.loads((_WORK / "init.json").read_bytes())
+_INPUT = {"name": "x", "dtype": "float32", "shape": [None, 2], "mean": [0.5]}
 CONTRACT = {
-    "schema": 1,
-    "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 2], "mean": [0.5]}],
+    "schema": 2,
+    "inputs": [_INPUT, _INPUT | {"name": "n", "layout": "NHWC"}],
     "outputs": [{"name": "y", "dtype": "float32", "shape": [None, 2]}],
     "classes": ["a", "b"],
+    "task": "multilabel",
+    "metric": "element_accuracy",
+    "bound": 0.5,
+    "threshold": 0.1,
+    "random_outputs": ["y"],
+}
+
+
+HEAD = {
+    "signatures": {"5f" * 8: "A" * 85 + "Q"},
+    "signed": {
+        "schema": 1,
+        "model": "A" * 43,
+        "channel": "stable",
+        "version": 17,
+        "at": 1796169600,
+        "expires": 1798761600,
+        "counter": 5,
+        "round": 5,
+        "target": "A" * 43,
+        "ways": [["AAAAAAAA", 9, "A" * 43], ["AAAAAAAA", 9, "A" * 43, "BBBBBBBB"]],
+        "bundle": [9, "A" * 43],
+        "keys": 2,
+        "pausers": ["A" * 43],
+        "rollout": {"id": "5", "steps": [[10, 1798700000]], "groups": ["lab"]},
+    },
+    "pause": {"at": 1, "key": "5f" * 8, "signature": "A" * 85 + "Q"},
 }
 
 
@@ -133,6 +163,24 @@ def _parse_live(file):
     told = entries._parse(parse_record(file, "live_bytes", "it", DpuError))
     canonical(told)
     Path("/", told["slot"])
+
+
+def _parse_contract(file):
+    contract = parse_contract(file)
+    if parse_contract(encode_contract(contract)) != contract:
+        raise AssertionError("a contract does not come back")
+
+
+def _parse_head(file):
+    signed = read_head(file)
+    # Whatever is accepted can be used, and is written again as it was.
+    data = encode_head(signed.head, signed.signatures, signed.pause)
+    if read_head(data) != signed:
+        raise AssertionError("a head does not come back")
+    signed.is_paused()
+    cheapest({"00" * 6}, signed.head.target[:12], signed.head.ways)
+    if signed.head.rollout:
+        signed.head.rollout.includes("device", "lab", 1)
 
 
 def _proof(data):
@@ -198,11 +246,12 @@ READERS = {
     "bundle": (_bundle, read_bundle),
     "weights": (_weights, read_weights),
     "recipe": (_recipe, None),
-    "contract": (_json(CONTRACT, parse_contract), parse_contract),
+    "contract": (_json(CONTRACT, _parse_contract), parse_contract),
     "proof": (_proof, read_proof),
     "state": (_state, decode_state),
     "agent": (_json(AGENT, _parse_agent), _parse_agent),
     "live": (_json(LIVE, _parse_live), _parse_live),
+    "head": (_json(HEAD, _parse_head), _parse_head),
 }
 
 

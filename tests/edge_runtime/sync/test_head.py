@@ -125,6 +125,13 @@ def test_fields_of_another_form_are_refused_by_name(field, value):
         read_head(json.dumps(record).encode())
 
 
+def test_a_field_that_nobody_knows_is_refused_and_not_lost():
+    record = json.loads(sign_head(head(), [KEY]))
+    record["signed"]["more"] = 1
+    with pytest.raises(HeadError, match="holds more"):
+        read_head(json.dumps(record).encode())
+
+
 # Pausing ------------------------------------------------------------------------------
 
 
