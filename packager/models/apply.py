@@ -14,7 +14,7 @@ from errno import ENOSPC
 from pathlib import Path
 
 from edge_runtime.errors import VerificationError, WeightsError, WrongParentError
-from edge_runtime.formats.apply import apply_chunks
+from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.patch import Patch
 from packager.models.checkpoint import Checkpoint, find_checkpoint
 from packager.models.safetensors_file import is_safetensors, views
@@ -70,7 +70,6 @@ def apply_to_files(
     found = _views(mapped)
     weights = ViewedWeights(found)
     _check_parent(base, weights, patch)
-    patch.check(weights.layout)
     size = sum(path.stat().st_size for path in names.values())
     _check_room(output, size)
     with ExitStack() as stack:
@@ -80,8 +79,7 @@ def apply_to_files(
         if checkpoint.index:
             name = checkpoint.index.name
             parts[name].write_at(checkpoint.index.read_bytes(), 0)
-        windows = apply_chunks(weights.chunks(), weights.layout, patch)
-        _write(windows, weights, found, parts)
+        _write(apply_weights(weights, patch), weights, found, parts)
         _prove({p.name: parts[p.name].path for p in checkpoint.files}, patch)
         if is_folder:
             name_folder(parts, output, force=force)

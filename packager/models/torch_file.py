@@ -8,6 +8,7 @@ once such a file was given: whoever packs needs none otherwise.
 
 import math
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.errors import ConfigError, WeightsError
+from edge_runtime.errors import MALFORMED, ConfigError, WeightsError
 from edge_runtime.formats.layout import PACKED_BITS
+from edge_runtime.formats.weights import CHUNK_BYTES
 from packager.models.views import View
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ _TYPES = {
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save up to 1.5
 _SAVE = "load it where it was made and write torch.save(model.state_dict(), FILE)"
 _SHOWN = 6
+# What readers of zip files and pickles raise where the bytes make no sense.
+_FAULTS = (RuntimeError, EOFError, AssertionError, struct.error, *MALFORMED)
 
 
 def torch_views(path: Path) -> tuple[dict[str, View], list[str]]:
@@ -92,7 +96,8 @@ def _check_form(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as err:
+            _check_sums(archive)
+    except (zipfile.BadZipFile, *_FAULTS) as err:
         raise WeightsError(
             f"{path} is a truncated or damaged PyTorch file ({err}); fetch it again"
         ) from err
@@ -115,6 +120,18 @@ def _check_form(path: Path) -> bool:
     return True
 
 
+def _check_sums(archive: zipfile.ZipFile) -> None:
+    """Read every stored member against its checksum, which torch does not look at.
+
+    Without one (``torch.serialization.set_crc32_options``) it is zero.
+    """
+    for info in archive.infolist():
+        if info.CRC and info.compress_type == zipfile.ZIP_STORED:
+            with archive.open(info) as member:
+                while member.read(CHUNK_BYTES):
+                    pass
+
+
 def _load(path: Path, *, maps: bool) -> Any:
     try:
         import torch  # noqa: TID251
@@ -135,7 +152,7 @@ def _load(path: Path, *, maps: bool) -> Any:
             f"{path} holds objects of Python{what}, not only tensors; expected a state "
             f"dict: {_SAVE}"
         ) from err
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError) as err:
+    except _FAULTS as err:
         reason = " ".join(str(err).split())[:200]
         raise WeightsError(
             f"{path} cannot be read as a state dict ({reason}); fetch it again"

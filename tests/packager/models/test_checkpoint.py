@@ -165,6 +165,15 @@ def test_a_state_dict_of_any_type_is_what_safetensors_makes_of_it(kind, tmp_path
     assert ours.fingerprint == theirs.weights.fingerprint
 
 
+def test_a_state_dict_without_checksums_is_taken(tmp_path, merged):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "a", STATE)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_model(path).model == read_model(merged[0]).model
+
+
 # What is refused, and how ------------------------------------------------------------
 
 
@@ -254,6 +263,12 @@ def rewritten(path, data):
     return path
 
 
+def another_bit(data):
+    """Flip a bit of a tensor: torch itself does not look at checksums."""
+    at = data.index(STATE["head.weight"].numpy().tobytes())
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 ODD = {
     "code": (lambda f: saved(f, Evil()), "objects of Python"),
     "a module": (
@@ -267,6 +282,10 @@ ODD = {
     "a file that was cut": (
         lambda f: rewritten(saved(f, STATE), lambda d: d[: len(d) // 2]),
         "truncated or damaged",
+    ),
+    "a file with another bit": (
+        lambda f: rewritten(saved(f, STATE), another_bit),
+        "truncated or damaged.*CRC",
     ),
     "a compressed one": (lambda f: zipped_again(saved(f, STATE)), "was compressed"),
     "two sets": (
