@@ -324,11 +324,15 @@ def prefix_errors(name: str | PathLike[str]) -> Iterator[None]:
         raise
 
 
-def write_file(data: bytes, path: str | PathLike[str]) -> None:
+def write_file(data: bytes | Weights, path: str | PathLike[str]) -> None:
     """Write a finished file: complete, on the disk and read back, or absent.
 
     An earlier file of that name stays as it is until then. Folders on the way to it
     are made.
+
+    Args:
+        data: All of it; weights need not be in memory.
+        path: Its name.
 
     Raises:
         OSError: It cannot be written, or something other than a file has that name.
@@ -343,10 +347,15 @@ def write_file(data: bytes, path: str | PathLike[str]) -> None:
         words = "is a file, expected a folder"
         raise NotADirectoryError(ENOTDIR, words, err.filename) from err
     with files.replacing(path) as part:
-        files.write(part, [data])
-        if part.read_bytes() != data:
+        if isinstance(data, Weights):
+            expected = data.fingerprint
+            files.write(part, data.chunks())
+        else:
+            expected = hashlib.sha256(data).hexdigest()
+            files.write(part, [data])
+        if (actual := fingerprint_file(part)) != expected:
             raise VerificationError(
                 f"{path} does not hold what was written to it: check the disk",
-                expected=hashlib.sha256(data).hexdigest(),
-                actual=fingerprint_file(part),
+                expected=expected,
+                actual=actual,
             )

@@ -282,15 +282,15 @@ def differing(disk: Mapping[str, Any], weights: Weights) -> list[str]:
         Names in file order; ``header`` before and ``end`` after them stand for the
         file's table of tensors and for another size.
     """
-    layout, data, given = weights.layout, weights.data, disk["tensors"]
-    pieces = {t.name: data[t.start : t.stop] for t in layout.tensors}
+    layout, given = weights.layout, disk["tensors"]
     same_header = disk["header"] == hashlib.sha256(layout.header).hexdigest()
     return [
         *([] if same_header else ["header"]),
         *(
-            name
-            for name, piece in pieces.items()
-            if given.get(name) != hashlib.sha256(piece).hexdigest()
+            t.name
+            for t in layout.tensors
+            if given.get(t.name)
+            != hashlib.sha256(weights.bits(t, 0, t.size).data).hexdigest()
         ),
         *([] if disk["bytes"] == layout.file_size else ["end"]),
     ]

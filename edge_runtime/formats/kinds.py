@@ -45,6 +45,9 @@ class Kind(Enum):
         "'dpu-pack --base' takes its weights, 'dpu-patch extract' makes a weight file "
         "of them",
     )
+    GGUF = "a GGUF file", "save the model as safetensors; no command takes GGUF"
+    HDF5 = "an HDF5 file", "export the model as ONNX; no command takes HDF5"
+    POINTER = "a pointer of Git LFS", "fetch what it stands for with 'git lfs pull'"
     NPZ = "an .npz file of arrays", "'dpu-edge infer' takes it"
     ZIP = "a zip file", "unpack it first; no command takes it as it is"
     NPY = "an .npy array", "'dpu-edge infer' takes it"
@@ -103,6 +106,9 @@ _ERRORS: dict[Kind, type[DpuError]] = {
 }
 _STARTS = {
     MAGIC: Kind.PATCH,
+    b"GGUF": Kind.GGUF,
+    b"\x89HDF\r\n": Kind.HDF5,
+    b"version https://git-lfs": Kind.POINTER,
     b"\x93NUMPY": Kind.NPY,
     b"\x89PNG\r\n": Kind.IMAGE,
     b"\xff\xd8\xff": Kind.IMAGE,

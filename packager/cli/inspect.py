@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,7 @@ def verify(
 
     With --base the patch is applied and its target proved.
     """
-    from edge_runtime.formats.apply import apply_patch
+    from edge_runtime.formats.apply import apply_weights
     from edge_runtime.formats.signing import trust_keys
     from packager.build import prefix_errors
 
@@ -175,7 +176,7 @@ def verify(
     weights = read_any(base).weights if base is not None else None
     with prefix_errors(path), _open_trusted(path, trust) as opened:
         if weights is not None:
-            apply_patch(weights, opened)
+            deque(apply_weights(weights, opened), maxlen=0)  # proves the target
         header = opened.header
     record = {
         "path": str(path),
@@ -231,14 +232,20 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
     That is weights.safetensors in canonical form, whose SHA-256 is the fingerprint, and
     for an ONNX file graph.onnx, which reads it.
     """
+    from hashlib import sha256
+
+    from edge_runtime.formats.weights import fingerprint_file
     from packager.build import write_file
 
     model = read_any(source)
-    files = {WEIGHTS_NAME: bytes(model.weights.data)}
-    files |= {GRAPH_NAME: model.graph} if model.graph else {}
-    for name, data in files.items():
+    files: dict[str, bytes | Weights] = {WEIGHTS_NAME: model.weights}
+    digests = {WEIGHTS_NAME: model.weights.fingerprint}
+    if model.graph:
+        files[GRAPH_NAME] = model.graph
+        digests[GRAPH_NAME] = sha256(model.graph).hexdigest()
+    for name, digest in digests.items():
         path = output / name
-        if path.is_file() and path.read_bytes() != data:
+        if path.is_file() and fingerprint_file(path) != digest:
             raise ConfigError(
                 f"{path} is there already and holds something else; give another folder"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import read_record
-from edge_runtime.formats.kinds import Kind, kind_of
+from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from packager.models.safetensors_file import is_safetensors, views
 from packager.models.views import MappedFile, View
 
@@ -228,12 +228,18 @@ def _each(
         if is_safetensors(path):
             file = MappedFile(path)
             yield path, views(file.data, path, file)
-        else:
+        elif kind_of(path) is Kind.TORCH:
             from packager.models.torch_file import torch_views
 
             here, more = torch_views(path)
             notes += more
             yield path, here
+        else:
+            refuse_others(path, (Kind.WEIGHTS, Kind.TORCH))
+            raise WeightsError(
+                f"{path} is neither a safetensors nor a PyTorch file, or it is "
+                "damaged; fetch it again"
+            )
 
 
 def _check_places(checkpoint: Checkpoint, homes: Mapping[str, str]) -> None:

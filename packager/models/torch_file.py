@@ -12,6 +12,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
+from errno import EINVAL
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,10 @@ def _check_form(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             _check_sums(archive)
-    except (zipfile.BadZipFile, *_FAULTS) as err:
+    except (zipfile.BadZipFile, OSError, *_FAULTS) as err:
+        # A place before the start of the file is no place either.
+        if isinstance(err, OSError) and err.errno != EINVAL:
+            raise
         raise WeightsError(
             f"{path} is a truncated or damaged PyTorch file ({err}); fetch it again"
         ) from err

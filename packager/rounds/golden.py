@@ -158,7 +158,8 @@ def loaded(graph: bytes, contract: Contract, weights: Weights) -> Iterator[Predi
         slot = Path(name)
         try:
             (slot / GRAPH_NAME).write_bytes(graph)
-            (slot / WEIGHTS_NAME).write_bytes(weights.data)
+            with (slot / WEIGHTS_NAME).open("wb") as file:
+                file.writelines(weights.chunks())
         except OSError as err:  # a full disk names no file
             raise OSError(err.errno, err.strerror, name) from err
         yield Predictor(slot, contract)

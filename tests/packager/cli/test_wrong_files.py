@@ -62,6 +62,9 @@ def files(run, command, tmp_path):
             1
         ].encode(),
         Kind.IMAGE: PNG,
+        Kind.GGUF: b"GGUF\3\0\0\0" + bytes(40),
+        Kind.HDF5: b"\x89HDF\r\n\x1a\n" + bytes(40),
+        Kind.POINTER: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     }
     for kind, data in made.items():
         found[kind] = folder / kind.name

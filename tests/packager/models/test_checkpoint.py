@@ -192,6 +192,20 @@ def test_a_link_into_a_cache_that_lacks_its_blob_is_named(tmp_path):
         read_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*pull"),
+        (b"not found", "00002-of-00003.* neither a safetensors nor a PyTorch file"),
+    ],
+)
+def test_a_shard_that_is_something_else_is_called_what_it_is(data, words, tmp_path):
+    folder = cut(tmp_path / "f", STATE)
+    (folder / "model-00002-of-00003.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match=words):
+        read_model(folder)
+
+
 def test_one_tensor_in_two_shards_is_refused(tmp_path):
     folder = cut(tmp_path / "f", STATE, index=False)
     save_file({"z.bias": STATE["z.bias"]}, folder / "model-00003-of-00003.safetensors")
@@ -269,6 +283,12 @@ def another_bit(data):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def far_away(data):
+    """Let the first member lie at a place that no file has."""
+    at = data.index(b"PK\1\2") + 42
+    return data[:at] + b"\xf0\xff\xff\xff" + data[at + 4 :]
+
+
 ODD = {
     "code": (lambda f: saved(f, Evil()), "objects of Python"),
     "a module": (
@@ -286,6 +306,10 @@ ODD = {
     "a file with another bit": (
         lambda f: rewritten(saved(f, STATE), another_bit),
         "truncated or damaged.*CRC",
+    ),
+    "a file whose index points before it": (
+        lambda f: rewritten(saved(f, STATE), far_away),
+        "truncated or damaged",
     ),
     "a compressed one": (lambda f: zipped_again(saved(f, STATE)), "was compressed"),
     "two sets": (
