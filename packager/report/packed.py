@@ -81,6 +81,7 @@ def pack_record(
         "tensors_changed": sum(packed.counts[t.name] > 0 for t in selectable),
         "weights_moved": sum(t.size for t in moved),
         "coefficients": sum(len(term.coefficients) for term in packed.terms),
+        "every_weight": bool(round_.terms) and not packed.terms,
         "dense": sum(t.size for t in dense),
         "dense_changed": sum(packed.counts[t.name] for t in dense),
     }
@@ -107,6 +108,11 @@ def pack_text(record: PackRecord) -> str:
         _patch_line(record, travelling),
         f"  checked  applied to {record['parent_name']}, result identical",
     ]
+    if record["every_weight"]:
+        lines.append(
+            "  hint     the rounds in between moved every weight in subspaces, and sums "
+            "are not taken back: a patch --from init holds their coefficients alone"
+        )
     if record["signed_by"]:
         lines.append(f"  signed   by {', '.join(record['signed_by'])}")
     if record["bytes"] != record["patch_bytes"]:

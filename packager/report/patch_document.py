@@ -80,7 +80,7 @@ def patch_document(record: PatchRecord) -> Document:
         _sections(record),
         link_section(record["links"], "this patch"),
     ]
-    if "tensors" in record:
+    if "tensors" in record and (record["changed"] or not subspaces):
         sections.insert(1, tensor_section(record["tensors"], record["changed"]))
     title = f"Patch {Path(record['path']).name}"
     return Document(title, figures, facts, sections)

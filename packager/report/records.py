@@ -215,6 +215,7 @@ class PackRecord(TypedDict):
     tensors_changed: NotRequired[int]
     weights_moved: NotRequired[int]
     coefficients: NotRequired[int]
+    every_weight: NotRequired[bool]
     dense: NotRequired[int]
     dense_changed: NotRequired[int]
     written: NotRequired[bool]
