@@ -90,7 +90,7 @@ def compare_steps(name: str, turns: int) -> Iterator[Figure]:
     calls = 5 if name == "mlp" else 1
     rivals = {
         f"{phase}{' fused' if fused else ''}": make_step(name, phase, fused)
-        for phase in ("plain", "full", "sparse")
+        for phase in ("plain", "full", "sparse", "free", "snapped")
         for fused in (False, True)
     }
     found = medians(rivals, turns, calls)
@@ -104,6 +104,14 @@ def compare_steps(name: str, turns: int) -> Iterator[Figure]:
                 found["plain"],
                 "ms",
                 None if fused else bar,
+            )
+        for phase in ("free", "snapped"):
+            yield cost(
+                f"{step}: subspace, {phase} coefficients, on {adam} / the same",
+                found[phase + fused],
+                found["plain" + fused],
+                "ms",
+                1.4,
             )
     yield cost(
         f"{step}: fused / default Adam",
@@ -119,6 +127,7 @@ def make_step(name: str, phase: str, fused: bool) -> Callable[[], object]:
     import torch
     from torch.nn import functional
 
+    from trainer.method.subspace import SubspaceUpdater
     from trainer.method.updater import PartialUpdater
 
     model, shape = make_network(name)
@@ -133,7 +142,13 @@ def make_step(name: str, phase: str, fused: bool) -> Callable[[], object]:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    if phase != "plain":
+    if phase in ("free", "snapped"):
+        named = model.named_parameters()
+        mover = SubspaceUpdater(named, coefficients=8192).attach(optimizer)
+        step()
+        if phase == "snapped":
+            mover.select()
+    elif phase != "plain":
         updater = PartialUpdater(model.named_parameters(), ratio=RATIOS[name])
         updater.attach(optimizer)
         step()
