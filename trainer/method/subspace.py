@@ -171,6 +171,11 @@ class SubspaceUpdater:
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
         self._kept: dict[Tensor, Tensor | None] = {}  # gradients, during a step
+        # Where the optimizer finds coefficients, and their gradients, instead.
+        sizes = {name: _room(p) for name, p in self._params.items()}
+        self._carriers = _with_room(sizes, coefficients)
+        self._carried = {n: torch.zeros_like(self._base[n]) for n in self._carriers}
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     @property
     def phase(self) -> Phase:
@@ -375,8 +380,8 @@ class SubspaceUpdater:
     def _after_step(self, *_: object) -> None:
         if not self._kept:
             return
-        read = [p.detach().reshape(-1) for p in self._carriers()]
-        self._latent.copy_(torch.cat(read)[: len(self._latent)])
+        for part, held in self._held:
+            part.copy_(held)
         for parameter, gradient in self._kept.items():
             parameter.grad = gradient
         self._kept = {}
@@ -392,21 +397,16 @@ class SubspaceUpdater:
         self._kept = dict(zip(self._params.values(), gradients, strict=True))
         for parameter in self._kept:
             parameter.grad = None
-        at = 0
-        for parameter in self._carriers():
-            size = parameter.numel()
-            parameter.copy_(_padded(self._latent[at : at + size], parameter))
-            parameter.grad = _padded(folded[at : at + size], parameter)
-            at += size
-
-    def _carriers(self) -> Iterable[Tensor]:
-        """Yield parameters with room for all coefficients, the first ones."""
-        left = len(self._latent)
-        for parameter in self._params.values():
-            yield parameter
-            left -= parameter.numel()
-            if left <= 0:
-                return
+        at, self._held = 0, []
+        for name in self._carriers:
+            parameter = self._params[name]
+            part = self._latent[at : at + parameter.numel()]
+            held, gradient = _memory(parameter)[: len(part)], self._carried[name]
+            held.copy_(part)
+            _memory(gradient)[: len(part)] = folded[at : at + len(part)]
+            parameter.grad = gradient
+            self._held.append((part, held))
+            at += len(part)
 
     def _forget(self) -> None:
         if self._optimizer:
@@ -420,10 +420,8 @@ class SubspaceUpdater:
     def _write(self) -> None:
         """Make the weights anew from base and coefficients."""
         free = self._phase is Phase.FULL
-        moves = self._signs.spread(self._latent if free else self._codes())
-        for name, parameter in self._params.items():
-            base = self._base[name]
-            torch.add(base, moves[name].view_as(base), out=parameter)
+        found = self._latent if free else self._codes()
+        self._signs.move(self._base, found, self._params)
 
     def _settle(self, unit: float, scales: Mapping[str, float]) -> None:
         self._unit, self._scales = unit, dict(scales)
@@ -477,10 +475,27 @@ def best_scale(values: Tensor, bits: int) -> float:
     return units[int(np.argmin([float(error.square().sum()) for error in errors]))]
 
 
-def _padded(values: Tensor, like: Tensor) -> Tensor:
-    """Return values in the shape of a tensor that may have room for more."""
-    room = like.numel() - len(values)
-    return torch.nn.functional.pad(values, (0, room)).view_as(like)
+def _memory(tensor: Tensor) -> Tensor:
+    """Return all elements of a tensor without holes, as they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def _room(tensor: Tensor) -> int:
+    """Return how many elements a tensor has; none where it has holes."""
+    last = sum(
+        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.numel() if last + 1 == tensor.numel() else 0
+
+
+def _with_room(sizes: Mapping[str, int], count: int) -> list[str]:
+    """Return the tensors that have room for so many values: small ones, and few."""
+    enough = [name for name in sizes if sizes[name] >= count]
+    if enough:
+        return [min(enough, key=lambda name: sizes[name])]
+    largest = max(sizes, key=lambda name: sizes[name])
+    rest = {name: size for name, size in sizes.items() if name != largest}
+    return [largest, *_with_room(rest, count - sizes[largest])]
 
 
 def _relative_scales(base: Mapping[str, Tensor]) -> dict[str, float]:

@@ -374,3 +374,38 @@ def test_quantised_coefficients_are_odd_integers_within_their_bits():
         assert torch.equal(found % 2, torch.ones_like(found))
         assert found.abs().max() == 2**bits - 1
     assert quantise(torch.zeros(3), 1.0, 1).tolist() == [1, 1, 1]
+
+
+# Memory of other layouts -------------------------------------------------------------
+
+
+def test_weights_in_channels_last_order_move_as_others():
+    def trained(memory_format):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4, 4)
+        ).to(memory_format=memory_format)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        updater = SubspaceUpdater(model.named_parameters(), coefficients=192)
+        updater.attach(optimizer)
+        images = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+        labels = torch.arange(16) % 4
+        for phase in range(2):
+            for _ in range(3):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+            updater.select() if phase == 0 else updater.finish()
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain, other = trained(torch.contiguous_format), trained(torch.channels_last)
+    for one, two in zip(plain, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_coefficients_that_no_tensor_has_room_for_lie_in_several():
+    model, optimizer, updater = started(size=320)  # of 240 and 120 weights
+    train(model, optimizer)
+    updater.select()
+    train(model, optimizer)
+    updater.finish()
