@@ -36,9 +36,9 @@ from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.subspace import Term
-from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
+from packager.moved import moved_weights
 from packager.rounds.folder import Parent, RoundFolder, find_parent, terms_since
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def pack_round(
     counter = record.counter if counter is None else counter
     _check_counter(round_, parent, counter)
     terms = terms_since(round_, base)
-    changes = diff(move_weights(parent.weights, terms), round_.weights)
+    changes = diff(moved_weights(parent.weights, terms), round_.weights)
     if base == record.parent:  # from another parent, several selections add up
         check_selection(round_, changes)
     header = PatchHeader(
@@ -173,7 +173,7 @@ def build_patch(
         WrongParentError: ``header.parent`` is not the fingerprint of ``base``.
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
-    changes = diff(move_weights(base, terms), target)
+    changes = diff(moved_weights(base, terms), target)
     return encode_changes(base, target, header, changes, level=level, terms=terms)
 
 
@@ -192,7 +192,7 @@ def encode_changes(  # noqa: PLR0913 - all but four by name
 
     With ``terms`` they move the base first: ``changes`` are what differs after that.
     """
-    moved = move_weights(base, terms)
+    moved = moved_weights(base, terms)
     # A tensor travels whole only if all of it changed: see the decision list.
     with ThreadPoolExecutor(_processors()) as pool:
         data = encode_patch(

@@ -15,10 +15,10 @@ from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.subspace import together
-from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights
 from packager.build import PackedPatch, encode_changes, prefix_errors
 from packager.diff import diff
+from packager.moved import moved_weights
 
 Named = tuple[str, Patch]  # a patch, and what to call it in messages
 
@@ -64,7 +64,7 @@ def compose_patches(
         file_size=last.file_size,
     )
     terms = together([p.terms for _, p in patches], len(base.layout.tensors))
-    changes = diff(move_weights(base, terms), target)
+    changes = diff(moved_weights(base, terms), target)
     data = encode_changes(base, target, header, changes, level=level, terms=terms)
     counts = {change.name: len(change) for change in changes}
     return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts, terms)

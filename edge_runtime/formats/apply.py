@@ -163,7 +163,7 @@ def _patched(
 ) -> Iterator[memoryview]:
     elements, mover = _Lookahead(patch, layout), Mover(patch.terms, layout)
     start = 0
-    for window in _windows(base, layout.file_size):
+    for window in windows(base, layout.file_size):
         mover.move(window, start)
         elements.write_into(window, start)
         start += len(window)
@@ -175,7 +175,7 @@ def _patched(
     elements.finish()
 
 
-def _windows(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
+def windows(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[memoryview]:
     """Cut a stream of ``size`` bytes into windows, so that no element lies in two.
 
     A window's length is a multiple of every item size, and the weight file aligns its

@@ -110,8 +110,8 @@ def pack_text(record: PackRecord) -> str:
     ]
     if record["every_weight"]:
         lines.append(
-            "  hint     the rounds in between moved every weight in subspaces, and sums "
-            "are not taken back: a patch --from init holds their coefficients alone"
+            "  hint     rounds in between moved all weights in subspaces, and sums are "
+            "not taken back: a patch --from init holds their coefficients alone"
         )
     if record["signed_by"]:
         lines.append(f"  signed   by {', '.join(record['signed_by'])}")

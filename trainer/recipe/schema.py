@@ -191,8 +191,8 @@ class UpdateConfig:
     )
     reinit: int | str = _key(
         "when to start from the init weights again; auto: the data grew more than "
-        "twofold since the last time (fu and pruning: every round), never, or every "
-        "so many rounds",
+        "twofold since the last time (fu and pruning: every round; subspace: never), "
+        "never, or every so many rounds",
         _REINIT,
         default="auto",
     )

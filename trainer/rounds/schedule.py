@@ -184,6 +184,8 @@ def _must_reinitialise(
     rule, partial = config.update.reinit, config.update.method in PARTIAL_METHODS
     if rule == "never" or not records:
         return False
+    if rule == "auto" and config.update.method == "subspace":
+        return False  # each round moves in a subspace of its own
     if rule == "auto" and not partial:
         return True
     shadow = partial and config.update.chain == "shadow"

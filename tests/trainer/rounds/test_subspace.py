@@ -42,13 +42,15 @@ BATCHNORM = {"name": "mlp", "hidden": [24], "batch_norm": True}
     [
         ({"dense": "freeze"}, None),
         ({"bits": 3, "taps": 1}, None),
-        ({"dense": "budget", "reinit": "never"}, BATCHNORM),
+        ({"dense": "budget"}, BATCHNORM),
     ],
 )
 def test_every_round_packs_and_its_weights_are_those_of_the_subspace(
     tmp_path, update, model
 ):
-    for round_ in rounds_of(tmp_path, config_of(update, model)):
+    rounds = rounds_of(tmp_path, config_of(update, model))
+    assert not any(read_round_record(r.path).tried_reinit for r in rounds)
+    for round_ in rounds:
         if round_.record.outcome == "kept_base":
             assert not round_.terms
             continue
