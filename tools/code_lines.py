@@ -28,9 +28,9 @@ BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 715,
         "agent": 530,
-        "cli": 750,
+        "cli": 820,
         "formats": 3510,
-        "inference": 640,
+        "inference": 720,
         "live": 315,
         "store": 885,
         "sync": 900,
@@ -50,8 +50,8 @@ BUDGETS: dict[str, dict[str, int]] = {
     "trainer": {
         ".": 1000,
         "data": 430,
-        "export": 870,
-        "folder": 430,
+        "export": 930,
+        "folder": 480,
         "method": 1030,
         "networks": 260,
         "recipe": 400,

@@ -5,14 +5,14 @@ import functools
 import io
 import json
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_runtime.commandline import Answer, FileOf, emit, json_option, on_device, say
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import ContractError, DpuError
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edge_runtime.formats.contract import Contract, InputSpec
-    from edge_runtime.inference.predictor import RunOptions
+    from edge_runtime.formats.contract import Contract
+    from edge_runtime.inference.inputs import Sample, Values
+    from edge_runtime.inference.predictor import Predictor, RunOptions
     from edge_runtime.update.device import Device
+    from edge_runtime.update.golden import Golden
 
 
 def _run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,7 +33,11 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--threads", type=click.IntRange(0, 512), default=1, help="CPU threads; 0: all."
     )
-    @click.option("--batch", type=click.IntRange(1), default=1, help="Samples a call.")
+    @click.option(
+        "--batch",
+        type=click.IntRange(1),
+        help="Samples a call; by default 1, or all of a file (task free).",
+    )
     @click.option("--spin", is_flag=True, help="Let idle threads spin for speed.")
     @click.option(
         "--backend",
@@ -69,7 +75,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the raw outputs to this .npy file too.",
+    help="Write raw outputs too: to a .npz file all by name, else the first as .npy.",
 )
 @json_option
 @click.pass_obj
@@ -79,83 +85,203 @@ def infer(  # noqa: PLR0913 - one for each option
     *,
     golden: bool,
     top: int,
-    batch: int,
+    batch: int | None,
     options: "RunOptions",
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the model on images, .npy files, or folders of both.
+    """Run the model on images, .npy and .npz files, JSON lines, or folders of these.
 
-    INPUT may be - for standard input. Prints one JSON object a sample, as soon as it
-    is computed; with --json one object for all of them. --golden says at the end how
-    many of the bundle's labels the answers are.
+    A model of several inputs takes .npz files with an array for each input, by its
+    name, or lines of JSON with an object of them. INPUT may be - for standard input.
+    Prints one JSON object a sample, as soon as it is computed; with --json one object
+    for all of them. A model that does not answer sample by sample (task "free") is
+    asked once for each file or line, and everything that it gives is printed by name.
+    --golden says at the end how many of the bundle's labels the answers are.
     """
-    import numpy as np
-
     from edge_runtime.files import Files
-    from edge_runtime.inference.inputs import in_batches, read_samples
+    from edge_runtime.inference.inputs import read_calls
     from edge_runtime.update.device import Device
 
     if bool(inputs) == golden:
         raise click.UsageError("give INPUT files, or --golden")
     device = Device.open(root)
-    spec = _only_input(device.store.contract)
-    paths = inputs or (device.store.root / "model" / GOLDEN_NAME,)
+    contract = device.store.contract
     predictor = device.predictor(options)
     number = predictor.store.state.active_slot.round
+    _name_what_is_not_shown(predictor)
+    calls = _golden_calls(device) if golden else read_calls(inputs, contract)
     records: list[dict[str, Any]] = []
-    found = []
-    for names, values in in_batches(read_samples(paths, spec), batch):
-        outputs = predictor.predict(values)
-        _check_answer(outputs, names)
-        found.append(outputs)
-        for name, row in zip(names, outputs.reshape(len(outputs), -1), strict=True):
-            record = {"sample": len(records), "input": name, "round": number}
-            record |= _answer(row, device.store.contract.classes, top)
-            records.append(record)
+    found: list[tuple[int, dict[str, NDArray[Any]]]] = []
+    for names, values in _in_turn(calls, contract, batch):
+        outputs = _answers(predictor, values, names[0])
+        found.append((len(names) if contract.by_rows else 0, outputs))
+        for record in _records(outputs, names, contract, top):
+            place = {"sample": len(records), "input": record.pop("input")}
+            records.append(place | {"round": number} | record)
             if not as_json:
-                print(json.dumps(record), flush=True)
+                print(json.dumps(records[-1]), flush=True)
     if not found:
         raise ContractError("the inputs hold no sample; give at least one")
     if output is not None:
-        data = io.BytesIO()
-        np.save(data, np.concatenate(found))
-        Files().replace(output, data.getvalue(), durable=False)
+        data = _encoded(found, predictor.tensors[0], output)
+        Files().replace(output, data, durable=False)
         say(f"wrote {output}")
     told = {"round": number, "backend": predictor.backend, "samples": records}
-    if golden and (score := _golden_right(paths[0], np.concatenate(found))):
-        told |= {"right": score[0], "labels": score[1]}
-        say(f"{score[0]} of {score[1]} right")
+    if golden:
+        told |= _score(device, [outputs for _, outputs in found])
     if as_json:
         emit(told, as_json=True, text="")
 
 
-def _check_answer(outputs: "NDArray[np.float32]", names: list[str]) -> None:
-    """Insist on numbers, in a row for each sample."""
+def _name_what_is_not_shown(predictor: "Predictor") -> None:
+    for name, kind in predictor.outputs.items():
+        if name not in predictor.tensors:
+            say(
+                f"output {name!r} is {kind}: it is not shown; export the model with "
+                "tensors of numbers (scikit-learn: options={'zipmap': False})"
+            )
+
+
+def _golden_calls(device: "Device") -> "Iterator[Sample]":
+    """Yield the golden inputs, as one call."""
+    path = device.store.root / "model" / GOLDEN_NAME
+    contract = device.store.contract
+    given = _golden(device).by_name(contract)
+    yield str(path), {s.name: s.batch(given[s.name]) for s in contract.inputs}
+
+
+def _golden(device: "Device") -> "Golden":
+    from edge_runtime.files import read_bounded
+    from edge_runtime.update.golden import read_golden
+
+    path = device.store.root / "model" / GOLDEN_NAME
+    return read_golden(read_bounded(path, "golden_bytes", GOLDEN_NAME, ContractError))
+
+
+def _in_turn(
+    calls: "Iterator[Sample]", contract: "Contract", batch: int | None
+) -> "Iterator[tuple[list[str], Values]]":
+    """Yield what the model is asked at a time, and where each sample comes from."""
+    from edge_runtime.inference.inputs import in_batches, in_samples
+
+    if contract.by_rows or batch:
+        yield from in_batches(in_samples(calls, contract), batch or 1, contract)
+    else:
+        for name, values in calls:
+            yield [name], values
+
+
+def _answers(
+    predictor: "Predictor", values: "Values", name: str
+) -> "dict[str, NDArray[Any]]":
+    """Return all tensors by name; they are finite."""
     import numpy as np
 
-    if not np.isfinite(outputs).all():
+    if not predictor.tensors:
         raise ContractError(
-            f"{names[0]}: the model's answer is not finite; look for values that "
+            "the model gives no tensor of numbers; export one that does"
+        )
+    try:
+        outputs = predictor.predict_named(values)
+    except DpuError:
+        raise
+    except Exception as err:
+        # ONNX Runtime's own exceptions share no base but this one.
+        raise ContractError(f"{name}: the model cannot be run on it: {err}") from err
+    if not all(np.isfinite(values).all() for values in outputs.values()):
+        raise ContractError(
+            f"{name}: the model's answer is not finite; look for values that "
             "are not, or that are too large"
         )
-    if outputs.shape[:1] != (len(names),):
-        raise ContractError(
-            f"{names[0]}: the model gives outputs of shape {list(outputs.shape)} "
-            f"for {len(names)} samples, expected a row for each; use "
-            "Device.predictor() from Python"
-        )
+    return outputs
 
 
-def _golden_right(path: Path, outputs: "NDArray[np.float32]") -> tuple[int, int] | None:
-    """Count the golden labels that are answered right; None for what has no classes."""
+def _records(
+    outputs: "dict[str, NDArray[Any]]",
+    names: list[str],
+    contract: "Contract",
+    top: int,
+) -> "Iterator[dict[str, Any]]":
+    """Yield what is printed: for each sample, or for the call as a whole."""
+    first = next(iter(outputs.values()))
+    if not contract.by_rows:
+        whole = {name: values.tolist() for name, values in outputs.items()}
+        where = names[0] if len(set(names)) == 1 else names
+        yield {"input": where, "outputs": whole}
+        return
+    for name, values in outputs.items():
+        if values.shape[:1] != (len(names),) and (values is first or len(names) > 1):
+            raise ContractError(
+                f"{names[0]}: the model gives {name!r} of shape {list(values.shape)} "
+                f"for {len(names)} samples, expected a row for each; use --batch 1, or "
+                "a bundle of task 'free'"
+            )
+    for row, name in enumerate(names):
+        record = {"input": name} | _answer(first[row].ravel(), contract.classes, top)
+        if len(outputs) > 1:
+            several = len(names) > 1
+            record["outputs"] = {
+                key: (values[row : row + 1] if several else values).tolist()
+                for key, values in outputs.items()
+            }
+        yield record
+
+
+def _encoded(
+    found: "list[tuple[int, dict[str, NDArray[Any]]]]", first: str, path: Path
+) -> bytes:
+    """Return raw outputs as a file: rows are joined, what has none stays apart."""
     import numpy as np
 
-    if outputs.ndim != 2:
-        return None
-    with np.load(path, allow_pickle=False) as arrays:
-        labels = arrays["labels"]
-    return int(np.sum(outputs.argmax(axis=1) == labels)), len(labels)
+    from edge_runtime.formats.arrays import encode_npz
+
+    def joined(name: str) -> "dict[str, NDArray[Any]]":
+        parts = [outputs[name] for _, outputs in found]
+        if len(parts) == 1:
+            return {name: parts[0]}
+        counts = [(count,) for count, _ in found]
+        if all(p.shape[:1] == n for p, n in zip(parts, counts, strict=True)):
+            return {name: np.concatenate(parts)}
+        return {f"{name}.{number}": part for number, part in enumerate(parts)}
+
+    if path.suffix.lower() == ".npz":
+        return encode_npz(
+            {k: v for name in found[0][1] for k, v in joined(name).items()}
+        )
+    array, *others = joined(first).values()
+    if others:
+        raise ContractError(
+            f"{len(found)} answers have no row for each sample and cannot be joined in "
+            f"{path}; give a .npz file: -o {path.with_suffix('.npz')}"
+        )
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getvalue()
+
+
+def _score(
+    device: "Device", outputs: "list[dict[str, NDArray[Any]]]"
+) -> dict[str, Any]:
+    """Hold answers to the golden inputs against the labels, and say what came out."""
+    import numpy as np
+
+    from edge_runtime.update.metrics import METRICS
+
+    contract, labels = device.store.contract, _golden(device).labels
+    metric = METRICS.get(contract.label_metric)
+    firsts = [next(iter(each.values())) for each in outputs]
+    flat = contract.label_metric == "top1" and firsts[0].ndim != 2
+    if labels is None or metric is None or flat or not contract.by_rows:
+        return {}
+    first = np.concatenate(firsts)
+    if metric.name != "top1":
+        sums = metric.sums(first, labels, contract.threshold)
+        say(metric.shown(sums))
+        return {metric.name: metric.value(sums)}
+    right = int(np.sum(first.argmax(axis=1) == labels))
+    say(f"{right} of {len(labels)} right")
+    return {"right": right, "labels": len(labels)}
 
 
 @click.command()
@@ -168,23 +294,23 @@ def _golden_right(path: Path, outputs: "NDArray[np.float32]") -> tuple[int, int]
 )
 @on_device
 def bench(
-    device: "Device", *, batch: int, options: "RunOptions", seconds: float
+    device: "Device", *, batch: int | None, options: "RunOptions", seconds: float
 ) -> Answer:
     """Measure load time, latency and memory on this device.
 
     With the active weights and golden inputs, beside ONNX Runtime alone.
     """
-    import numpy as np
-
     from edge_runtime.inference.bench import bench as measure
-    from edge_runtime.inference.inputs import read_samples
+    from edge_runtime.inference.inputs import in_batches, in_samples
 
     store = device.store
-    spec = _only_input(store.contract)
-    golden = read_samples([store.root / "model" / GOLDEN_NAME], spec)
-    inputs = np.stack([values for _, values in islice(cycle(golden), batch)])
+    contract = store.contract
+    _, inputs = next(_golden_calls(device))
+    if contract.by_rows or batch:
+        golden = cycle(in_samples([("golden", inputs)], contract))
+        _, inputs = next(in_batches(golden, batch or 1, contract))
     folder = store.slot_folder(store.state.active)
-    result = measure(folder, store.contract, inputs, options, seconds=seconds)
+    result = measure(folder, contract, inputs, options, seconds=seconds)
     return result, "\n".join(_lines(result))
 
 
@@ -203,16 +329,6 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         overhead_us, ratio = 1e6 * raw["overhead_s"], raw["ratio"]
         yield f"onnxruntime  {times(raw['latency_s'])}"
         yield f"beside it    {overhead_us:+.1f} us a call, {ratio:.3f}x"
-
-
-def _only_input(contract: "Contract") -> "InputSpec":
-    if len(contract.inputs) != 1:
-        names = ", ".join(spec.name for spec in contract.inputs)
-        raise ContractError(
-            f"this command feeds models of one input, this one takes {names}; use "
-            "Device.predictor() from Python"
-        )
-    return contract.inputs[0]
 
 
 def _answer(

@@ -11,7 +11,7 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from tokenize import TokenError
 from typing import Any
 
@@ -61,6 +61,16 @@ def read_npz(
             return {name: read_npy(archive.read(i)) for name, i in wanted.items()}
     except _FAULTS as err:
         raise ContractError(f"not a .npz file of arrays, or damaged ({err})") from err
+
+
+def encode_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Return a ``.npz`` file; unlike ``numpy.savez`` it takes any names."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, values in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, np.asanyarray(values), allow_pickle=False)
+    return file.getvalue()
 
 
 def _check(members: Iterable[zipfile.ZipInfo], limit: int) -> None:

@@ -2,7 +2,7 @@
 """How fast a model answers here, beside ONNX Runtime alone on the same weights."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ MIN_CALLS = 20
 def bench(
     folder: Path,
     contract: Contract,
-    inputs: NDArray[Any],
+    inputs: NDArray[Any] | Mapping[str, NDArray[Any]],
     options: RunOptions | None = None,
     *,
     seconds: float = 3.0,
@@ -28,7 +28,7 @@ def bench(
     Args:
         folder: The slot.
         contract: What goes in.
-        inputs: Raw values of one call, with the batch axis.
+        inputs: Raw values of one call, with the batch axis; of several by name.
         options: How to run it.
         seconds: How long to measure.
 
@@ -46,6 +46,7 @@ def bench(
         BackendError: The backend is not installed, or cannot run this graph.
         ContractError: The inputs do not fit.
     """
+    batch = _samples(contract, inputs)
     start = time.perf_counter()
     predictor = Predictor(folder, contract, options)
     predictor.predict(inputs)
@@ -56,18 +57,27 @@ def bench(
     if predictor.backend is Backend.ONNXRUNTIME:
         # The predictor's own: two sessions of one model differ by more than we add.
         session, feed = predictor._session, contract.prepare(inputs)
-        calls.append(lambda: session.run(None, feed))
+        calls.append(lambda: session.run(predictor.asked, feed))
     ours, *raw = _in_turn(calls, seconds)
     return {
         "backend": str(predictor.backend),
-        "batch": len(inputs),
+        "batch": batch,
         "calls": len(ours),
         "load_s": load_s,
         "latency_s": _percentiles(ours),
-        "samples_per_s": len(inputs) / float(np.mean(ours)),
+        "samples_per_s": batch / float(np.mean(ours)),
         "memory_bytes": memory,
         "raw": _beside(ours, raw[0]) if raw else None,
     }
+
+
+def _samples(
+    contract: Contract, inputs: NDArray[Any] | Mapping[str, NDArray[Any]]
+) -> int:
+    """Return how many samples a call has; what knows no batch is one."""
+    given = contract.by_name(inputs)
+    batched = [s for s in contract.inputs if s.has_batch]
+    return len(batched[0].batch(given[batched[0].name])) if batched else 1
 
 
 def _in_turn(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:

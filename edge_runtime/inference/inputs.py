@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples from outside: images, arrays, folders of both, standard input."""
+"""Samples from outside: images, arrays, JSON, folders of these, standard input."""
 
 import io
 import struct
@@ -16,59 +16,134 @@ from numpy.typing import NDArray
 from edge_runtime.errors import MALFORMED, ContractError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npy, read_npz
-from edge_runtime.formats.contract import InputSpec
+from edge_runtime.formats.contract import Contract, InputSpec
+from edge_runtime.formats.json_file import parse_record
 from edge_runtime.limits import limits
 
 ARRAYS = {".npy", ".npz"}
+JSONS = {".json", ".jsonl"}
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tiff", ".webp"}
 # What Pillow raises for damaged images, as each format has a parser of its own.
 _DAMAGED = (*MALFORMED, OSError, EOFError, SyntaxError, struct.error, zlib.error)
 STDIN = Path("-")
 
-Sample = tuple[str, NDArray[Any]]  # where it comes from, and its raw values
+Values = dict[str, NDArray[Any]]  # by the names of the inputs
+Sample = tuple[str, Values]  # where it comes from, and its raw values
 
 
-def read_samples(paths: Iterable[Path], spec: InputSpec) -> Iterator[Sample]:
-    """Yield samples one by one, as the contract takes them.
+def read_calls(paths: Iterable[Path], contract: Contract) -> Iterator[Sample]:
+    """Yield what each file, or each line of JSON, holds for all inputs.
 
     Args:
-        paths: Image files; ``.npy`` files with one sample or a batch; ``.npz`` files
-            with such an array named ``inputs``; folders, whose files of these kinds
-            follow in the order of their names; ``-`` for one file on standard input.
-        spec: What the model takes. Images become 8-bit values of its channels and size.
+        paths: ``.npz`` files with an array for each input, by its name; ``.jsonl``
+            files with an object for each call, by the names of the inputs; for models
+            of one input also image files, ``.npy`` files, and ``.npz`` files with an
+            array named ``inputs``. Folders, whose files of these kinds follow in the
+            order of their names; ``-`` for one file on standard input.
+        contract: What the model takes. Images become 8-bit values of its channels and
+            size. A batch axis that is missing is added.
 
     Raises:
         OSError: A file cannot be read.
         ContractError: A file is of no such kind, or does not fit; the message names it.
     """
-    for name, data in _files(paths):
-        is_array = data[:6] == b"\x93NUMPY" or Path(name).suffix.lower() in ARRAYS
-        values = _array(name, data) if is_array else _image(name, data, spec)
-        try:
-            batch = spec.batch(values)
-        except ContractError as err:
-            raise ContractError(f"{name}: {err}") from err
-        for values in batch:
+    for file, data in _files(paths):
+        for name, raw in _raw(file, data, contract):
+            try:
+                given = contract.by_name(raw)
+                values = {s.name: s.batch(given[s.name]) for s in contract.inputs}
+            except ContractError as err:
+                raise ContractError(f"{name}: {err}") from err
             yield name, values
 
 
+def in_samples(calls: Iterable[Sample], contract: Contract) -> Iterator[Sample]:
+    """Yield each sample of calls, without the batch axis.
+
+    An input that has none goes with every sample.
+
+    Raises:
+        ContractError: Inputs of one call have different numbers of samples.
+    """
+    for name, values in calls:
+        counts = {s.name: len(values[s.name]) for s in contract.inputs if s.has_batch}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name!r} {count}" for name, count in counts.items())
+            raise ContractError(
+                f"{name}: each input needs as many samples as the others, found {found}"
+            )
+        for row in range(next(iter(counts.values()), 1)):
+            yield name, {n: v[row] if n in counts else v for n, v in values.items()}
+
+
 def in_batches(
-    samples: Iterable[Sample], size: int
-) -> Iterator[tuple[list[str], NDArray[Any]]]:
+    samples: Iterable[Sample], size: int, contract: Contract
+) -> Iterator[tuple[list[str], Values]]:
     """Yield names and stacked values of at most ``size`` samples at a time.
 
     Raises:
-        ContractError: Samples of different shapes meet in one batch.
+        ContractError: Samples of different shapes meet in one batch, or different
+            values of an input that has no batch axis.
     """
+    batched = {spec.name for spec in contract.inputs if spec.has_batch}
     rest = iter(samples)
     while batch := list(islice(rest, size)):
         names, values = zip(*batch, strict=True)
+        found = {}
+        for name in values[0]:
+            arrays = [sample[name] for sample in values]
+            alike = all(array.shape == arrays[0].shape for array in arrays)
+            if name not in batched:
+                alike = alike and all(np.array_equal(a, arrays[0]) for a in arrays)
+            if not alike:
+                what = "shape" if name in batched else f"{name!r}, which has no batch"
+                raise ContractError(
+                    f"{names[0]} to {names[-1]} differ in {what}; use --batch 1"
+                )
+            found[name] = np.stack(arrays) if name in batched else arrays[0]
+        yield list(names), found
+
+
+def _raw(name: str, data: bytes, contract: Contract) -> Iterator[tuple[str, Any]]:
+    """Yield the raw values in a file, by input or for the only one."""
+    suffix = Path(name).suffix.lower()
+    if data[:4] == b"PK\x03\x04" or suffix == ".npz":
+        yield name, _arrays(name, data, contract)
+    elif suffix == ".json":
+        yield name, _json(name, data)
+    elif suffix == ".jsonl" or data.lstrip()[:1] == b"{":
+        for number, line in enumerate(data.splitlines(), 1):
+            if line.strip():
+                title = f"{name}, line {number}"
+                yield title, _json(title, line)
+    else:
+        yield name, _only(name, data, contract)
+
+
+def _json(name: str, data: bytes) -> dict[str, NDArray[Any]]:
+    found = parse_record(data, "input_bytes", name, ContractError).values
+    arrays = {}
+    for key, value in found.items():
         try:
-            yield list(names), np.stack(values)
-        except ValueError as err:
+            arrays[key] = np.asarray(value)
+        except (ValueError, OverflowError) as err:  # rows of different lengths
             raise ContractError(
-                f"{names[0]} to {names[-1]} differ in shape; use --batch 1"
+                f"{name}: {key!r} is no array of numbers: {err}"
             ) from err
+    return arrays
+
+
+def _only(name: str, data: bytes, contract: Contract) -> NDArray[Any]:
+    """Return the values of the only input."""
+    if len(contract.inputs) != 1:
+        names = ", ".join(spec.name for spec in contract.inputs)
+        raise ContractError(
+            f"{name} holds one array, the model takes {names}: give a .npz file with "
+            "an array for each, or lines of JSON with an object of them"
+        )
+    if data[:6] == b"\x93NUMPY" or Path(name).suffix.lower() in ARRAYS:
+        return _array(name, data)
+    return _image(name, data, contract.inputs[0])
 
 
 def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
@@ -80,10 +155,10 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
                 raise ContractError(problem)
             yield "-", data
         elif path.is_dir():
-            known = ARRAYS | IMAGES
+            known = ARRAYS | IMAGES | JSONS
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
             if not found:
-                raise ContractError(f"{path} holds no image, .npy or .npz file")
+                raise ContractError(f"{path} holds no image, .npy, .npz or .jsonl file")
             yield from ((str(file), _read(file)) for file in found)
         else:
             yield str(path), _read(path)
@@ -95,15 +170,39 @@ def _read(path: Path) -> bytes:
 
 def _array(name: str, data: bytes) -> NDArray[Any]:
     try:
-        if data[:4] != b"PK\x03\x04":
-            return read_npy(data)
-        # As much as the file has, packed or not; a little may be packed well.
-        most = max(limits().golden_bytes, 4 * len(data))
-        return read_npz(data, ["inputs"], limit=most)["inputs"]
-    except (ContractError, KeyError) as err:
+        return read_npy(data)
+    except ContractError as err:
         raise ContractError(
             f"{name} is no .npy file, nor an .npz file with an array 'inputs' ({err})"
         ) from err
+
+
+def _arrays(name: str, data: bytes, contract: Contract) -> Any:
+    """Return the arrays of a ``.npz`` file by input, or the one for the only input."""
+    names = [spec.name for spec in contract.inputs]
+    # As much as the file has, packed or not; a little may be packed well.
+    most = max(limits().golden_bytes, 4 * len(data))
+    try:
+        found = read_npz(data, {*names, "inputs"}, limit=most)
+    except ContractError as err:
+        raise ContractError(
+            f"{name} is no .npy file, nor an .npz file with an array 'inputs' ({err})"
+        ) from err
+    if len(names) == 1 and names[0] not in found and "inputs" in found:
+        return found["inputs"]
+    if len(names) == 1 and names[0] not in found:
+        raise ContractError(
+            f"{name} is no .npy file, nor an .npz file with an array 'inputs' or "
+            f"{names[0]!r}"
+        )
+    if "inputs" not in names:
+        found.pop("inputs", None)
+    if set(found) != set(names):
+        raise ContractError(
+            f"{name} is an .npz file that holds {', '.join(found) or 'none'} of "
+            f"{', '.join(names)}; expected an array for each input, by its name"
+        )
+    return found
 
 
 def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:

@@ -101,6 +101,8 @@ class Predictor:
 
     Attributes:
         outputs: Of every output its name, and what ONNX Runtime calls its type.
+        tensors: The names of those that NumPy has a type for.
+        asked: The names of those that a session is asked for; None for all.
         folder: The slot that the current session was made from.
         options: How it runs.
         backend: What runs the model: chosen once, a swap does not change it.
@@ -130,7 +132,7 @@ class Predictor:
         names = list(self.outputs)
         self.tensors = [n for n in names if self.outputs[n] in _TENSORS]
         self._first = names.index(self.tensors[0]) if self.tensors else 0
-        self._asked = _asked_for(self.outputs)
+        self.asked = _asked_for(self.outputs)
         self.folder = folder
         # Every slot of a model is of one size.
         self._needed = LOAD_FACTOR * (folder / WEIGHTS_NAME).stat().st_size
@@ -174,10 +176,10 @@ class Predictor:
         """
         # The one read that decides which version answers.
         session = self._session or self._wait()
-        outputs: list[Any] = session.run(self._asked, feed)
-        if self._asked is None:
+        outputs: list[Any] = session.run(self.asked, feed)
+        if self.asked is None:
             return outputs
-        found = dict(zip(self._asked, outputs, strict=True))
+        found = dict(zip(self.asked, outputs, strict=True))
         return [found.get(name) for name in self.outputs]
 
     def swap(self, folder: Path) -> None:

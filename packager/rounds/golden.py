@@ -253,7 +253,7 @@ def _nudged(predictor: Predictor, feed: dict[str, Any]) -> list[Any]:
     sorted, no device could be held to it.
     """
     moved = {
-        name: (x * (1 + NUDGE)).astype(x.dtype)
+        name: np.asarray(x * (1 + NUDGE), x.dtype)
         for name, x in feed.items()
         if x.dtype.kind == "f"
     }

@@ -23,12 +23,12 @@ from edge_runtime.errors import (
     WeightsError,
 )
 from edge_runtime.formats.bundle import list_members, read_bundle
-from edge_runtime.formats.contract import InputSpec
+from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.frames import frame_size
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.layout import make_layout, parse_layout
 from edge_runtime.formats.weights import read_chunks, read_weights
-from edge_runtime.inference.inputs import read_samples
+from edge_runtime.inference.inputs import read_calls
 from edge_runtime.limits import limits
 from edge_runtime.live.entries import Entry, Status, read_entries
 from edge_runtime.store.state import decode_state, encode_state
@@ -256,7 +256,7 @@ def test_damaged_inputs_are_refused_by_their_name(tmp_path, name):
             data[at + 10] = data[8] = 97
         path.write_bytes(data)
     with pytest.raises(ContractError, match=name):
-        list(read_samples([path], SPEC))
+        list(read_calls([path], Contract((SPEC,))))
 
 
 def test_a_slot_is_read_once_for_its_hash_and_its_header(store, monkeypatch):

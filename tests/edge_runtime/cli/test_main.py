@@ -198,15 +198,6 @@ def test_without_class_names_infer_prints_the_plain_output(edge, installed, tmp_
     assert (len(record["output"]), "top" in record) == (4, False)
 
 
-def test_models_of_several_inputs_are_for_python(edge, installed, tmp_path):
-    path = tmp_path / "store" / "model" / "contract.json"
-    record = json.loads(path.read_text())
-    record["inputs"] = [record["inputs"][0], record["inputs"][0] | {"name": "z"}]
-    path.write_text(json.dumps(record))
-    code, _, err = edge("infer", "--golden")
-    assert (code, "takes x, z" in err) == (2, True)
-
-
 def test_bench_names_what_it_measured(edge, installed):
     code, out, _ = edge("bench", "--seconds", "0.05", "--batch", 2)
     assert code == 0

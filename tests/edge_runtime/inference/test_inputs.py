@@ -2,6 +2,7 @@
 """Samples from files: what a camera or a script leaves becomes what the model takes."""
 
 import io
+import json
 import sys
 
 import numpy as np
@@ -9,8 +10,13 @@ import pytest
 from PIL import Image
 
 from edge_runtime.errors import ContractError
-from edge_runtime.formats.contract import InputSpec
-from edge_runtime.inference.inputs import STDIN, in_batches, read_samples
+from edge_runtime.formats.contract import Contract, InputSpec
+from edge_runtime.inference.inputs import (
+    STDIN,
+    in_batches,
+    in_samples,
+    read_calls,
+)
 
 RGB = InputSpec("x", "float32", (None, 3, 4, 6))
 GREY = InputSpec("x", "float32", (None, 1, 4, 6))
@@ -25,7 +31,12 @@ def photo(path, width=6, height=4, mode="RGB", **options):
 
 
 def read(spec, *paths):
-    return list(read_samples(paths, spec))
+    """Where each sample comes from, and what the only input gets."""
+    return [(name, values["x"]) for name, values in samples(Contract((spec,)), *paths)]
+
+
+def samples(contract, *paths):
+    return list(in_samples(read_calls(paths, contract), contract))
 
 
 def test_an_image_becomes_channels_first_8_bit_values(tmp_path):
@@ -155,9 +166,15 @@ def test_a_folder_without_samples_is_refused(tmp_path):
         read(RGB, tmp_path)
 
 
+def batches_of(spec, path, size):
+    contract = Contract((spec,))
+    found = in_batches(samples(contract, path), size, contract)
+    return [(names, values["x"]) for names, values in found]
+
+
 def test_batches_keep_the_order_and_end_with_the_rest(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(5 * 72).reshape(5, 3, 4, 6))
-    batches = list(in_batches(read_samples([tmp_path / "a.npy"], RGB), 2))
+    batches = batches_of(RGB, tmp_path / "a.npy", 2)
     assert [len(names) for names, _ in batches] == [2, 2, 1]
     joined = np.concatenate([values for _, values in batches])
     assert np.array_equal(joined, np.load(tmp_path / "a.npy"))
@@ -168,5 +185,83 @@ def test_samples_of_different_shapes_do_not_share_a_batch(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(3))
     np.save(tmp_path / "b.npy", np.ones(4))
     with pytest.raises(ContractError, match="--batch 1"):
-        list(in_batches(read_samples([tmp_path], free), 2))
-    assert len(list(in_batches(read_samples([tmp_path], free), 1))) == 2
+        batches_of(free, tmp_path, 2)
+    assert len(batches_of(free, tmp_path, 1)) == 2
+
+
+TWO = Contract(
+    (
+        InputSpec("x", "float32", (None, 2)),
+        InputSpec("mask", "bool", (None, None)),
+        InputSpec("heat", "float32", ()),
+    )
+)
+GIVEN = {"x": [[1, 2], [3, 4]], "mask": [[True, False, True]] * 2, "heat": 0.5}
+
+
+def as_npz(path):
+    np.savez(path, **{name: np.asarray(value) for name, value in GIVEN.items()})
+
+
+def as_lines(path):
+    rows = zip(GIVEN["x"], GIVEN["mask"], strict=True)
+    lines = [json.dumps({"x": x, "mask": mask, "heat": 0.5}) for x, mask in rows]
+    path.write_text("\n".join(lines) + "\n\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("in.npz", as_npz),
+        ("in.jsonl", as_lines),
+        ("in.json", lambda path: path.write_text(json.dumps(GIVEN, indent=1))),
+    ],
+)
+def test_several_inputs_come_by_name(tmp_path, name, write):
+    write(tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+        found = [values for _, values in samples(TWO, path)]
+        assert [values["x"].tolist() for values in found] == GIVEN["x"]
+        assert [values["mask"].tolist() for values in found] == GIVEN["mask"]
+        assert [float(values["heat"]) for values in found] == [0.5, 0.5]
+
+
+def test_lines_of_json_come_from_standard_input_too(tmp_path, monkeypatch):
+    as_lines(tmp_path / "in.jsonl")
+    stream = io.TextIOWrapper(io.BytesIO((tmp_path / "in.jsonl").read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert [name for name, _ in samples(TWO, STDIN)] == ["-, line 1", "-, line 2"]
+
+
+def test_a_batch_has_one_value_of_what_knows_no_batch(tmp_path):
+    as_npz(tmp_path / "a.npz")
+    ((_, values),) = in_batches(samples(TWO, tmp_path), 2, TWO)
+    assert values["x"].tolist() == GIVEN["x"]
+    assert values["heat"] == 0.5
+    np.savez(tmp_path / "b.npz", x=[[1, 2]], mask=[[True] * 3], heat=0.25)
+    with pytest.raises(ContractError, match="'heat', which has no batch"):
+        list(in_batches(samples(TWO, tmp_path), 3, TWO))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.npz", {"x": [[1, 2]]}, "holds x of x, mask, heat; expected an array for"),
+        ("a.npz", GIVEN | {"mask": [[True]]}, "as many samples .* 'x' 2, 'mask' 1"),
+        ("a.npz", GIVEN | {"mask": [["a"], ["b"]]}, "'mask' takes numbers .* got <U1"),
+        ("a.json", {"x": [[1, 2], [3]]}, "'x' is no array of numbers"),
+        ("a.json", {"x": [[1, 2]]}, "by name, x, mask, heat; got x"),
+        ("a.jsonl", {"x": 1}, "a.jsonl, line 1: .*got x"),
+        ("a.npy", [[1, 2]], "one array, the model takes x, mask, heat"),
+    ],
+)
+def test_what_lacks_an_input_is_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        np.savez(path, **{k: np.asarray(v) for k, v in content.items()})
+    elif path.suffix == ".npy":
+        np.save(path, np.asarray(content))
+    else:
+        path.write_text(json.dumps(content))
+    with pytest.raises(ContractError, match=words):
+        samples(TWO, path)
