@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from edge_runtime.formats.contract import Contract, RawInputs, parse_contract
+from edge_runtime.formats.contract import RawInputs, parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
@@ -36,6 +36,7 @@ from trainer.export.label_check import check_labels
 from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks
+from trainer.folder.contract import GivenContract, as_contract
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import golden_of, write_model, write_round
 from trainer.method.subspace import Movement
@@ -46,7 +47,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
     run_dir: str | PathLike[str],
     build: Callable[[], nn.Module],
     *,
-    contract: Contract,
+    contract: GivenContract,
     golden_inputs: RawInputs,
     golden_labels: ArrayLike | None = None,
     seed: int = 0,
@@ -60,7 +61,9 @@ def start_run(  # noqa: PLR0913 - all but two by name
     Args:
         run_dir: The run's folder, for example ``"runs/mine"``.
         build: Builds the network; called several times.
-        contract: What goes in and comes out: :func:`make_contract`.
+        contract: What goes in and comes out: :func:`make_contract`; or its fields, as
+            a mapping or a JSON file has them. Its inputs are those of ``forward``, in
+            that order; their names become the graph's.
         golden_inputs: Raw samples to try new weights on, shape (samples, ...); of
             several inputs the arrays by name, or a tuple.
         golden_labels: Their labels, as :func:`write_model` takes them.
@@ -78,6 +81,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
         TrainingError: The run exists already, or the golden samples do not fit.
         OSError: The files cannot be written.
     """
+    contract = as_contract(contract)
     model = build()
     folder = Path(run_dir, MODEL_NAME).absolute()
 
@@ -86,7 +90,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
         # Not zeros: they hide what is multiplied with, such as random numbers.
         feed = contract.prepare(golden.by_name(contract))
         example = tuple(torch.tensor(array) for array in feed.values())
-        graph = export_graph(model, example, is_random=contract.is_random)
+        graph = export_graph(model, example, contract.is_random, contract.inputs)
         check_labels(model, contract, golden, reach=False)
         write_model(
             run_dir,

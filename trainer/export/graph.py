@@ -19,16 +19,24 @@ one graph.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
+from edge_runtime.formats.contract import InputSpec
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from trainer.export.graph_check import as_tuple, check_graph, never, rows_of
+from trainer.export.graph_check import (
+    as_tuple,
+    check_graph,
+    never,
+    open_axes,
+    resized,
+)
 from trainer.export.tensors import (
     deployed_tensors,
     layout_of,
@@ -52,13 +60,15 @@ def export_graph(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
     is_random: Callable[[int], bool] = never,
+    takes: Sequence[InputSpec] = (),
 ) -> bytes:
     """Return the bytes of ``graph.onnx``: the network without its weights.
 
-    The first axis of every input is a batch of any size. One input is called
-    ``input``, several ``input_0``, ``input_1``, ... in the order of ``forward``;
-    outputs likewise. Equal architectures give equal bytes. Non-persistent buffers and
-    plain tensor attributes become constants of the graph. Takes 1 to 10 seconds.
+    The first axis of every input is a batch of any size, and an input is called
+    ``input``, several ``input_0``, ``input_1``, ... in the order of ``forward``, unless
+    ``takes`` says otherwise; outputs likewise. Equal architectures give equal bytes.
+    Non-persistent buffers and plain tensor attributes become constants of the graph.
+    Takes 1 to 10 seconds.
 
     Args:
         model: Any module whose ``forward`` takes and returns tensors; left as it is,
@@ -66,6 +76,8 @@ def export_graph(
         example: One input, or all of them, with at least one row; real samples say
             more than zeros.
         is_random: Says which outputs, counted from 0, are random by design.
+        takes: The inputs as a contract has them: their names, and None for a size
+            that is open.
 
     Raises:
         ExportError: The model cannot be deployed weight for weight; the message names
@@ -77,23 +89,30 @@ def export_graph(
     _refuse_wrappers(model)
     twin = _copy_with(model, groups, copy.deepcopy).cpu()
     inputs = tuple(x.detach().cpu() for x in as_tuple(example, "the example"))
-    if any(x.dim() == 0 or len(x) == 0 for x in inputs):
+    if takes and len(takes) != len(inputs):
+        raise ExportError(
+            f"the contract has {len(takes)} inputs, the example {len(inputs)}"
+        )
+    axes = open_axes(inputs, takes)
+    if any(x.dim() <= max(a, default=-1) for x, a in zip(inputs, axes, strict=True)):
         raise ExportError("the example needs a batch axis with at least one row")
-    pair = tuple(rows_of(x, 2) for x in inputs)
+    if not all(x.numel() for x in inputs):
+        raise ExportError("the example needs a batch axis with at least one row")
+    pair = resized(inputs, axes, 2)
     # A copy that shares the weights: what forward keeps to itself is not traced.
     taster = _copy_with(twin, groups, lambda tensor: tensor)
     versions = {name: t._version for name, t in state_tensors(taster).items()}
-    insist_on_answers(taster, [pair, tuple(rows_of(x, 3) for x in inputs)])
+    insist_on_answers(taster, [pair, resized(inputs, axes, 3, other=True)])
     for name, tensor in state_tensors(taster).items():
         if tensor._version != versions[name]:
             raise _changes(name)
-    exported, read = trace(_copy_without_values(twin, groups), pair)
+    exported, read = trace(_copy_without_values(twin, groups), pair, axes)
     for name in exported.exported_program.graph_signature.buffers_to_mutate.values():
         raise _changes(name)
-    _simplify(exported.model, groups)
+    _simplify(exported.model, groups, [spec.name for spec in takes])
     _refuse_lost(exported.model, {groups[name] for name in read if name in groups})
-    graph = _serialise(exported.model, layout_of(twin))
-    check_graph(graph, twin, inputs, is_random)
+    graph = _serialise(exported.model, layout_of(twin), axes)
+    check_graph(graph, twin, inputs, is_random, takes)
     return graph
 
 
@@ -175,7 +194,9 @@ def _copy_without_values(twin: nn.Module, groups: Mapping[str, str]) -> nn.Modul
     return _copy_with(twin, groups, FakeTensorMode().from_tensor)
 
 
-def _simplify(model: Any, groups: Mapping[str, str]) -> None:
+def _simplify(
+    model: Any, groups: Mapping[str, str], inputs: Sequence[str] = ()
+) -> None:
     """Fold what does not depend on weights, in place, and settle all names.
 
     Without the folding, chains of shape arithmetic keep ONNX Runtime from fusing
@@ -188,19 +209,21 @@ def _simplify(model: Any, groups: Mapping[str, str]) -> None:
         if name in groups:
             value.const_value = None  # unknown, so that nothing is folded into it
             value.name = groups[name]
-    for values, stem in (
-        (model.graph.inputs, "input"),
-        (model.graph.outputs, "output"),
+    for values, stem, names in (
+        (model.graph.inputs, "input", inputs),
+        (model.graph.outputs, "output", ()),
     ):
-        for index, value in enumerate(values):
-            value.name = stem if len(values) == 1 else f"{stem}_{index}"
+        counted = [f"{stem}_{n}" for n in range(len(values))]
+        usual = [stem] if len(values) == 1 else counted
+        for value, name in zip(values, names or usual, strict=True):
+            value.name = name
     NameFixPass()(model)  # inner values give way: F.linear(x, self.linear)
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
     NameFixPass()(model)  # and those that folding made
 
 
-def _serialise(model: Any, layout: Layout) -> bytes:
+def _serialise(model: Any, layout: Layout, axes: Sequence[tuple[int, ...]]) -> bytes:
     """Point the deployed tensors into the weight file and return canonical bytes."""
     import onnx_ir as ir
 
@@ -215,11 +238,17 @@ def _serialise(model: Any, layout: Layout) -> bytes:
     _strip(proto)
     proto.producer_version = ""
     proto.graph.ClearField("value_info")  # ONNX Runtime infers inner shapes itself
-    batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    names: dict[str, str] = {}
+    for value, free in zip(proto.graph.input, axes, strict=True):
+        for axis in free:
+            size = value.type.tensor_type.shape.dim[axis].dim_param
+            names.setdefault(size, f"size_{len(names)}" if axis else "batch")
     for value in [*proto.graph.input, *proto.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == batch:
-                dim.dim_param = "batch"
+            if dim.dim_param:
+                dim.dim_param = re.sub(
+                    r"\w+", lambda m: names.get(m[0], m[0]), dim.dim_param
+                )
     return bytes(proto.SerializeToString(deterministic=True))
 
 

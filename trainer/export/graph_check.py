@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.contract import OutputSpec
+from edge_runtime.formats.contract import InputSpec, OutputSpec
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import write_weights
@@ -32,6 +32,7 @@ def check_graph(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
     is_random: Callable[[int], bool] = never,
+    takes: Sequence[InputSpec] = (),
 ) -> None:
     """Prove that a graph runs from the model's weight file and gives its outputs.
 
@@ -40,6 +41,7 @@ def check_graph(
         model: On the CPU and in eval mode.
         example: As for :func:`export_graph`.
         is_random: Says which outputs, counted from 0, are not compared.
+        takes: As for :func:`export_graph`.
 
     Raises:
         ExportError: A deployed tensor is not an initializer of the graph, ONNX
@@ -51,9 +53,9 @@ def check_graph(
         path = Path(folder, GRAPH_NAME)
         path.write_bytes(graph)
         write_weights(weights_of(model), Path(folder, WEIGHTS_NAME))
-        # Not the number of rows that was traced: no batch size may be baked in.
+        # Not the sizes that were traced: none may be baked in.
         for count in (1, 3):
-            batch = tuple(rows_of(x, count) for x in inputs)
+            batch = resized(inputs, open_axes(inputs, takes), count, other=count > 1)
             with torch.no_grad():
                 expected = as_tuple(model(*batch), "what forward returns")
             _compare(run_graph(path, batch), expected, is_random)
@@ -86,9 +88,42 @@ def as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
     return values
 
 
-def rows_of(x: Tensor, count: int) -> Tensor:
-    """Return ``count`` rows of a batch, repeating them where it is shorter."""
-    return x[torch.arange(count) % len(x)]
+def open_axes(
+    inputs: Sequence[Tensor], takes: Sequence[InputSpec] = ()
+) -> list[tuple[int, ...]]:
+    """Return for each input the axes of any size; without a contract the first one."""
+    if not takes:
+        return [(0,) for _ in inputs]
+    return [
+        tuple(axis for axis, size in enumerate(spec.shape) if size is None)
+        for spec in takes
+    ]
+
+
+def resized(
+    inputs: Sequence[Tensor],
+    axes: Sequence[tuple[int, ...]],
+    rows: int,
+    *,
+    other: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return inputs with so many rows, which repeat where there are fewer.
+
+    Args:
+        inputs: All inputs.
+        axes: Of each, the axes of any size.
+        rows: Size of the first axis where it is one of these.
+        other: Whether the other ones get another size, a little smaller if possible.
+    """
+    found = []
+    for x, free in zip(inputs, axes, strict=True):
+        for axis in free:
+            size = x.shape[axis]
+            count = size - 1 if size > 2 else size + 1
+            count = rows if axis == 0 else count if other else size
+            x = x.index_select(axis, torch.arange(count) % size)
+        found.append(x)
+    return tuple(found)
 
 
 def _check_initializers(

@@ -23,12 +23,15 @@ _OURS = Path(__file__).parents[1]
 _STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
-def trace(fake: nn.Module, batch: Sequence[Tensor]) -> tuple[Any, set[str]]:
+def trace(
+    fake: nn.Module, batch: Sequence[Tensor], axes: Sequence[tuple[int, ...]]
+) -> tuple[Any, set[str]]:
     """Export a module without its values.
 
     Args:
         fake: In eval mode, with fake tensors: types and shapes, no values.
         batch: Inputs of two rows or more, as torch takes a batch of one for a constant.
+        axes: Of each input, the axes of any size.
 
     Returns:
         torch's ONNX program, and the names of the tensors that forward reads.
@@ -37,7 +40,7 @@ def trace(fake: nn.Module, batch: Sequence[Tensor]) -> tuple[Any, set[str]]:
         ExportError: It cannot be traced; the message gives the cause.
     """
     try:
-        shapes = _dynamic_shapes(fake, batch)
+        shapes = _dynamic_shapes(fake, batch, axes)
         # Without gradients always: names of inner values differ with and without.
         with torch.no_grad(), _known_warnings_ignored():
             program = torch.export.export(
@@ -82,13 +85,21 @@ def insist_on_answers(model: nn.Module, batches: Sequence[Sequence[Tensor]]) -> 
             ) from err
 
 
-def _dynamic_shapes(module: nn.Module, batch: Sequence[Tensor]) -> dict[str, Any]:
+def _dynamic_shapes(
+    module: nn.Module, batch: Sequence[Tensor], axes: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
     """Return which axes are free, in the form in which ``forward`` names its inputs."""
-    rows = {0: torch.export.Dim("batch")}
+    rows = torch.export.Dim("batch")
+    # Sizes of other axes may have to be equal, which torch finds out.
+    free = iter(
+        [{a: torch.export.Dim.DYNAMIC if a else rows for a in each} for each in axes]
+    )
     named = inspect.signature(module.forward).bind(*batch).arguments
     return {
         # What goes into *args is one tuple.
-        name: tuple(rows for _ in value) if isinstance(value, tuple) else rows
+        name: tuple(next(free) for _ in value)
+        if isinstance(value, tuple)
+        else next(free)
         for name, value in named.items()
     }
 

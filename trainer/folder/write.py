@@ -73,6 +73,7 @@ from edge_runtime.update.golden import Golden
 from trainer.export.graph_check import OUTPUT_TOLERANCE, graph_outputs
 from trainer.export.tensors import check_fit
 from trainer.folder.changes import check_masks
+from trainer.folder.contract import GivenContract, as_contract
 from trainer.folder.record import (
     RUN_SCHEMA,
     SCHEMA,
@@ -86,32 +87,34 @@ _ABANDONED = re.compile(rf"\.(?:{MODEL_NAME}|round_\d{{2,}})\.part")
 
 
 def make_contract(  # noqa: PLR0913 - all but two by name
-    input_shape: Sequence[int],
+    input_shape: Sequence[int | None] | Mapping[str, Sequence[int | None]],
     classes: Sequence[str] = (),
     *,
     scale: float = 1.0,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     layout: str = "NCHW",
-    dtype: str = "float32",
+    dtype: str | Mapping[str, str] = "float32",
     accuracy_floor: float = 0.0,
     task: str = "classification",
     metric: str = "",
     bound: float | None = None,
     threshold: float = 0.0,
 ) -> Contract:
-    """Return what goes into a network with one input, and what comes out of it.
+    """Return what goes into a network, and what comes out of it.
 
     The network gets ``(raw * scale - mean) / std``.
 
     Args:
-        input_shape: Of one sample, without the batch axis.
+        input_shape: Of one sample, without the batch axis; None for a size that is
+            open. Of several inputs a mapping from their names, in the order of forward.
         classes: Names, by label, or of the values that the network gives.
         scale: Factor of a raw value, for example 1/255 for 8-bit images.
         mean: Per channel, or one value, of scaled values; empty for none.
         std: Likewise.
         layout: "NCHW" where the channels are on axis 1, "NHWC": on the last.
-        dtype: What the network takes; int64 for tokens.
+        dtype: What the network takes; int64 for tokens. Of several inputs a mapping
+            from names too, or one type for all; ``scale`` and the like are for floats.
         accuracy_floor: Share of golden labels that a classifier must get right in a
             device's trial, 0 to 1.
         task: classification, multilabel, regression, segmentation, or free.
@@ -132,12 +135,16 @@ def make_contract(  # noqa: PLR0913 - all but two by name
             f"task is {task!r} and metric {metric!r}, expected one of "
             f"{', '.join(TASKS)}, and of {', '.join(METRICS)}"
         )
-    shape = (None, *input_shape)
-    given = InputSpec("input", dtype, shape, scale, tuple(mean), tuple(std), layout)
+    several = isinstance(input_shape, Mapping)
+    shapes = input_shape if isinstance(input_shape, Mapping) else {"input": input_shape}
+    given = tuple(
+        _input(name, shape, dtype, (scale, tuple(mean), tuple(std), layout), several)
+        for name, shape in shapes.items()
+    )
     one_row = task in ("classification", "multilabel")
     output = OutputSpec("output", "float32", (None, len(classes)))
     return Contract(
-        (given,),
+        given,
         tuple(classes) if task not in ("regression", "free") else (),
         accuracy_floor,
         OUTPUT_TOLERANCE,
@@ -149,12 +156,25 @@ def make_contract(  # noqa: PLR0913 - all but two by name
     )
 
 
+def _input(
+    name: str,
+    shape: Sequence[int | None],
+    dtype: str | Mapping[str, str],
+    scaling: tuple[Any, ...],
+    several: bool,
+) -> InputSpec:
+    kind = dtype if isinstance(dtype, str) else dtype.get(name, "float32")
+    if several and not kind.startswith("float"):
+        return InputSpec(name, kind, (None, *shape))
+    return InputSpec(name, kind, (None, *shape), *scaling)
+
+
 def write_model(
     run_dir: str | PathLike[str],
     *,
     graph: bytes,
     recipe: InitSpec,
-    contract: Contract,
+    contract: GivenContract,
     golden_inputs: RawInputs,
     golden_labels: ArrayLike | None = None,
     run_id: str = "",
@@ -165,7 +185,8 @@ def write_model(
         run_dir: The run's folder; made if need be.
         graph: The bytes of ``graph.onnx``.
         recipe: The init weights.
-        contract: What goes into the network and comes out of it.
+        contract: What goes into the network and comes out of it, as an object, a
+            mapping of its fields, or a JSON file.
         golden_inputs: Shape (samples, ...), as a device gets them: before scale, mean
             and standard deviation. Of several inputs the arrays by name, or a tuple.
         golden_labels: What the answers should be, a row for each sample; of a
@@ -178,9 +199,16 @@ def write_model(
             the contract; nothing was written.
         OSError: The files cannot be written.
     """
+    contract = as_contract(contract)
     arrays: dict[str, Any] = golden_of(contract, golden_inputs, golden_labels).arrays()
-    if not contract.outputs:
+    if not contract.outputs or contract.random_outputs:
         contract = replace(contract, outputs=graph_outputs(graph))
+    known = [spec.name for spec in contract.outputs]
+    if unknown := [n for n in contract.random_outputs if n not in known]:
+        raise TrainingError(
+            f"the contract's random_outputs name {', '.join(map(repr, unknown))}; the "
+            f"graph's outputs are {', '.join(known)}"
+        )
     with _written_once(Path(run_dir, MODEL_NAME)) as folder:
         (folder / GRAPH_NAME).write_bytes(graph)
         write_init_spec(recipe, folder)
