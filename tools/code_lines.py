@@ -28,8 +28,8 @@ BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 715,
         "agent": 530,
-        "cli": 820,
-        "formats": 3510,
+        "cli": 940,
+        "formats": 3520,
         "inference": 720,
         "live": 315,
         "store": 885,
