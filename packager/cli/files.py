@@ -175,13 +175,13 @@ def _bundle(
     model: "Model", files: FileOptions, options: PackOptions
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.bundles.from_model import adopt_model
-    from packager.models.onnx_words import learned_attributes
+    from packager.models.onnx_words import what_stays
 
     if not model.graph:
         raise click.UsageError(
             f"a bundle needs a graph: give the ONNX file, or {model.path} with --graph"
         )
-    if words := learned_attributes(model.graph):
+    for words in what_stays(model.graph):
         say(f"note: {words}")
     bundle = adopt_model(
         model,

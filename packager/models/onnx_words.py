@@ -2,6 +2,7 @@
 """What to say of ONNX files that no patch leads from one to the other, and why."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,11 @@ import onnx
 from edge_runtime.formats.layout import Layout
 
 FLOATING = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16}
+# Types of weights that so far do not travel.
+STAYING = {
+    *("INT2", "UINT2", "INT4", "UINT4", "FLOAT4E2M1", "COMPLEX64", "COMPLEX128"),
+    *("FLOAT8E8M0", "FLOAT8E5M2FNUZ", "FLOAT8E4M3FNUZ"),
+}
 LINEAR = {"LinearClassifier", "LinearRegressor"}  # which skl2onnx can write otherwise
 
 
@@ -24,15 +30,26 @@ def without_weights(model: onnx.ModelProto) -> str:
             else "; only a whole new file updates such a model: copy that to the device"
         )
         return f"{words}{way}"
-    return "no initializer of a type that a weight file has"
+    staying = _staying(model.graph)
+    return staying or "no initializer of a type that travels in a patch"
 
 
-def learned_attributes(graph: bytes) -> str:
-    """Say which operators hold learned numbers as attributes; empty if none does.
+def what_stays(graph: bytes) -> list[str]:
+    """Say which learned numbers stay in a graph, so that no patch changes them.
 
-    As trees, support vectors and linear models of classical machine learning do.
+    Attributes, as trees, support vectors and linear models of classical machine
+    learning have them; and initializers of a type that does not travel.
     """
-    return _learned(onnx.load_model_from_string(graph).graph)
+    found = onnx.load_model_from_string(graph).graph
+    return [words for words in (_learned(found), _staying(found)) if words]
+
+
+def _staying(graph: onnx.GraphProto) -> str:
+    name = onnx.TensorProto.DataType.Name
+    kinds = Counter(name(tensor.data_type) for tensor in graph.initializer)
+    found = [f"{n} of type {kind}" for kind, n in kinds.items() if kind in STAYING]
+    words = f"tensors stay in the graph ({', '.join(found)}), and no patch changes one"
+    return words if found else ""
 
 
 def _learned(graph: onnx.GraphProto) -> str:

@@ -8,10 +8,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.errors import WrongModelError
+from edge_runtime.errors import WeightsError, WrongModelError
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
 from packager.bundles.from_model import COARSE_TOLERANCE, adopt_model, make_contract
+from packager.models.onnx_words import what_stays
 from packager.models.read import pack_models, read_model
 from packager.report.patch_record import patch_parts
 
@@ -176,10 +177,18 @@ def test_four_bit_weights_stay_in_the_graph_and_so_cannot_change(tmp_path):
     onnx.save(model, tmp_path / "a.onnx")
     old = read_model(tmp_path / "a.onnx")
     assert set(old.weights) == {"ws"}
+    assert what_stays(old.graph) == [
+        "tensors stay in the graph (1 of type INT4), and no patch changes one"
+    ]
     model.graph.initializer[1].raw_data = b"\1" + bytes(IN * OUT // 2 - 1)
     onnx.save(model, tmp_path / "b.onnx")
     with pytest.raises(WrongModelError, match="'w'; numbers of type INT4 stay in the"):
         pack_models(old, read_model(tmp_path / "b.onnx"))
+    scale = model.graph.initializer.pop(0)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["ws"], value=scale))
+    onnx.save(model, tmp_path / "none.onnx")
+    with pytest.raises(WeightsError, match=r"holds no weights.*1 of type INT4"):
+        read_model(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("kind", ["list", "map", "nothing"])

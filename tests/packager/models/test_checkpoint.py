@@ -284,9 +284,9 @@ def another_bit(data):
 
 
 def far_away(data):
-    """Let the first member lie at a place that no file has."""
-    at = data.index(b"PK\1\2") + 42
-    return data[:at] + b"\xf0\xff\xff\xff" + data[at + 4 :]
+    """Let the zip's index say that members begin before the file does."""
+    at = data.rindex(b"PK\6\6") + 48
+    return data[:at] + bytes([data[at] + 9 & 255]) + data[at + 1 :]
 
 
 ODD = {
