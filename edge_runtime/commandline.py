@@ -149,7 +149,10 @@ def emit(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
         text: The result for people.
     """
     if as_json:
-        print(json.dumps({"schema": SCHEMA, **record}, indent=2))
+        # In pieces: the text of a large record takes several times its memory.
+        encoder = json.JSONEncoder(indent=2)
+        sys.stdout.writelines(encoder.iterencode({"schema": SCHEMA, **record}))
+        print()
     else:
         print(printable_lines(text))
 

@@ -36,6 +36,10 @@ class Limits:
         list_signatures: Signatures of a key list.
         weight_header_bytes: The header of a weight file, as safetensors has it.
         tensors: Tensors of a weight file or init recipe.
+        checkpoint_header_bytes: The header of a file that is packed or compared.
+        checkpoint_tensors: Tensors of such a file.
+        metadata_values: What its header holds beside the usual of its tensors.
+        shown_tensors: Tensors of files that are compared one by one.
         recipe_bytes: An init recipe (``init.json``).
         contract_bytes: A contract (``contract.json``).
         bundle_members: Members of a bundle.
@@ -68,6 +72,10 @@ class Limits:
     list_signatures: int = 128
     weight_header_bytes: int = 100_000_000
     tensors: int = 100_000
+    checkpoint_header_bytes: int = 16 * MIB
+    checkpoint_tensors: int = 40_000
+    metadata_values: int = 20_000
+    shown_tensors: int = 10_000
     recipe_bytes: int = 64 * MIB
     contract_bytes: int = 4 * MIB
     bundle_members: int = 4096

@@ -119,23 +119,25 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
                 f"{MAX_DIMENSIONS} are possible"
             )
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
-    entries, spans, start = [], [], 0
+    text, spans, start = bytearray(8), [], 0
     entry = cache(_entry)  # most tensors of a network have the shape of another one
-    for name in order:
-        opening, size, item_size = entry(*specs[name])
-        stop = start + size * item_size
-        # What json.dumps writes, in a fraction of its time.
-        entries.append(f"{_QUOTED(name)}{opening}{start},{stop}]}}")
-        spans.append((start, stop, size, item_size))
-        start = stop
-    if start > MAX_DATA_BYTES:
-        raise WeightsError(f"the weights have {start} bytes, which is too many")
     try:
-        text = f"{{{','.join(entries)}}}".encode()
+        for name in order:
+            opening, size, item_size = entry(*specs[name])
+            stop = start + size * item_size
+            # What json.dumps writes, in a fraction of its time.
+            text += f",{_QUOTED(name)}{opening}{start},{stop}]}}".encode()
+            spans.append((start, stop, size, item_size))
+            start = stop
     except UnicodeEncodeError as err:
         raise WeightsError(f"the name of a tensor is no text ({err.reason})") from err
+    if start > MAX_DATA_BYTES:
+        raise WeightsError(f"the weights have {start} bytes, which is too many")
+    text[8:9] = b"{"  # in place of the first comma
+    text += b"}"
     text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    text[:8] = (len(text) - 8).to_bytes(8, "little")
+    header = bytes(text)
     first = len(header)
     tensors = (
         Tensor(name, *specs[name], first + start, first + stop, size, item_size)

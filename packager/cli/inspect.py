@@ -100,9 +100,11 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     """
     from packager.diff import diff as compare
     from packager.report.patch_document import diff_document
-    from packager.report.patch_record import diff_record
+    from packager.report.patch_record import check_shown, diff_record
 
-    a, b = read_any(base).weights, read_any(target).weights
+    a = read_any(base).weights
+    check_shown(a.layout)
+    b = read_any(target).weights
     record = diff_record(a, b, compare(a, b))
     show((record, diff_document(record, (str(base), str(target)))), **how)
 

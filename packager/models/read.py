@@ -8,6 +8,7 @@ network have the same graph and a patch between them is a patch like any other.
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -175,7 +176,10 @@ def pack_models(
         VerificationError: The patch does not lead to the target: a bug, or bad memory.
     """
     check_same_network(base, target)
-    changes = diff(base.weights, target.weights)
+    with ThreadPoolExecutor() as pool:  # hash meanwhile: both are read once
+        for model in (base, target):
+            pool.submit(getattr, model.weights, "fingerprint")
+        changes = diff(base.weights, target.weights)
     if base.weights.fingerprint == target.weights.fingerprint:
         return None
     header = header_between(base, target, counter)

@@ -8,18 +8,25 @@ are held against each other in the tests.
 import math
 from os import PathLike
 from pathlib import Path
+from sys import intern
 
 import numpy as np
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS, PACKED_BITS
+from edge_runtime.formats.layout import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    PACKED_BITS,
+    gc_paused,
+)
 from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
 from packager.models.views import MappedFile, View, ViewedWeights
 
 METADATA = "__metadata__"
+_VALUES = 10  # commas and brackets of a tensor of four dimensions
 
 
 def is_safetensors(path: str | PathLike[str]) -> bool:
@@ -52,15 +59,17 @@ def views(
             two, or with types that a weight file lacks.
     """
     header, body = read_header(data, path)
+    if file:
+        file.forget()
     found: dict[str, View] = {}
-    entries = [
-        (name, _span(entry), entry)
+    spans = [
+        (*_span(header.record(name)), name)
         for name in header.values
         if name != METADATA
-        for entry in [header.record(name)]
     ]
+    whole = np.frombuffer(body, np.uint8)
     expected = 0
-    for name, (start, stop), entry in sorted(entries, key=lambda item: item[1]):
+    for start, stop, name in sorted(spans):
         if start != expected or stop < start:
             raise WeightsError(
                 f"{path} is malformed: tensor {name!r} lies at bytes {start} to "
@@ -68,9 +77,10 @@ def views(
                 "without gaps and do not overlap"
             )
         expected = stop
-        raw = np.frombuffer(body[start:stop], np.uint8)
-        what = _described(raw.size, entry, name, path)
-        found[name] = View(*what, raw, file, len(data) - len(body) + start)
+        raw = whole[start:stop]
+        what = _described(raw.size, header.record(name), name, path)
+        # Base and target have the same names: each is kept once.
+        found[intern(name)] = View(*what, raw, file, len(data) - len(body) + start)
     if expected != len(body):
         raise WeightsError(
             f"{path} has {len(body)} bytes of tensors, its header describes "
@@ -93,13 +103,30 @@ def read_header(data: memoryview, path: Path) -> tuple[Record, memoryview]:
             f"{max(0, len(data) - 8)} are there; fetch it again"
         )
     what = f"the header of {path}"
+    if problem := limits().problem("checkpoint_header_bytes", length, what):
+        raise WeightsError(problem)
     text = bytes(data[8 : 8 + length])
-    header = parse_record(text, "weight_header_bytes", what, WeightsError)
+    _check_amount(text, what)
+    with gc_paused():
+        header = parse_record(text, "checkpoint_header_bytes", what, WeightsError)
     if header.values.get(METADATA) is not None:
         metadata = header.record(METADATA)
         for name in metadata.values:
             metadata.text(name)
     return header, data[8 + length :]
+
+
+def _check_amount(text: bytes, what: str) -> None:
+    """Insist on limits before anything is parsed: a value takes far more than its text.
+
+    Raises:
+        WeightsError: It holds more tensors, or more beside them.
+    """
+    tensors = text.count(b'"data_offsets"')
+    others = sum(map(text.count, (b",", b"[", b"{"))) - _VALUES * tensors
+    for name, found in (("checkpoint_tensors", tensors), ("metadata_values", others)):
+        if problem := limits().problem(name, found, what):
+            raise WeightsError(problem)
 
 
 def _span(entry: Record) -> tuple[int, int]:
@@ -113,7 +140,7 @@ def _described(
     size: int, entry: Record, name: str, path: Path
 ) -> tuple[str, tuple[int, ...]]:
     """Return type and shape of a tensor that has so many bytes."""
-    code, shape = entry.text("dtype"), tuple(entry.integers("shape"))
+    code, shape = intern(entry.text("dtype")), tuple(entry.integers("shape"))
     dtype = DTYPES.get(code)
     if dtype is None:
         known = ", ".join(DTYPES)

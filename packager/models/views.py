@@ -51,9 +51,14 @@ class MappedFile:
     def saw(self, size: int) -> None:
         """Count what was read in order, and give its pages back now and then."""
         self._seen += size
-        if self._map and self._seen >= KEPT_BYTES:
+        if self._seen >= KEPT_BYTES:
+            self.forget()
+
+    def forget(self) -> None:
+        """Give all pages back; whoever looks at them again gets them again."""
+        self._seen = 0
+        if self._map:
             self._map.madvise(mmap.MADV_DONTNEED)
-            self._seen = 0
 
 
 class View(NamedTuple):

@@ -11,12 +11,15 @@ and the exponents of floats are no noise, so a good patch is smaller than its fl
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.errors import WeightsError
 from edge_runtime.formats.frames import STORED, ZSTD, Section
 from edge_runtime.formats.layout import Layout, Tensor
 from edge_runtime.formats.patch import Patch
@@ -39,6 +42,7 @@ from edge_runtime.formats.sections import (
 )
 from edge_runtime.formats.signing import encode_signatures
 from edge_runtime.formats.weights import Weights
+from edge_runtime.limits import limits
 from packager.diff import TensorChange
 from packager.report.links import link_records
 from packager.report.records import (
@@ -185,7 +189,9 @@ def tensor_records(
         counts: How many elements of each tensor change, in file order.
         bins: Shares of changed elements along each tensor, where they are known.
     """
+    check_shown(layout)
     records = []
+    known: dict[float, float] = {}  # most are of few values: each is kept once
     for number, (tensor, count) in enumerate(zip(layout.tensors, counts, strict=True)):
         record: TensorRecord = {
             "name": tensor.name,
@@ -197,9 +203,21 @@ def tensor_records(
             "value_floor_bytes": count * tensor.item_size,
         }
         if bins:
-            record["shares"] = [round(share, 6) for share in bins[number].tolist()]
+            shares = [round(share, 6) for share in bins[number].tolist()]
+            record["shares"] = [known.setdefault(share, share) for share in shares]
         records.append(record)
     return records
+
+
+def check_shown(layout: Layout) -> None:
+    """Insist that tensors are few enough to be described one by one.
+
+    Raises:
+        WeightsError: They are not.
+    """
+    count = len(layout.tensors)
+    if problem := limits().problem("shown_tensors", count, "the weight file"):
+        raise WeightsError(problem)
 
 
 def floor_record(
@@ -233,14 +251,13 @@ def diff_record(
     base: Weights, target: Weights, changes: Sequence[TensorChange]
 ) -> DiffRecord:
     """Describe where two weight files differ."""
-    layout, none = base.layout, np.zeros(0, np.int64)
+    layout = base.layout
     counts = [len(change) for change in changes]
-    bins = [
-        sum(
-            (_histogram(tensor, at) for at in change.pieces()), _histogram(tensor, none)
-        )
-        for tensor, change in zip(layout.tensors, changes, strict=True)
-    ]
+    bins = []
+    for tensor, change in zip(layout.tensors, changes, strict=True):
+        bins.append(_nowhere(tensor))
+        for positions in change.pieces():
+            bins[-1] += _histogram(tensor, positions)
     tensors = tensor_records(layout, counts, bins)
     for record, tensor in zip(tensors, layout.tensors, strict=True):
         _add_change(record, tensor, base, target)
@@ -260,23 +277,30 @@ def diff_record(
 
 def _bins(patch: Patch, layout: Layout) -> list[NDArray[np.float64]]:
     """Return the share of changed elements along each tensor."""
-    none = np.zeros(0, np.int64)
-    found = {tensor.name: _histogram(tensor, none) for tensor in layout.tensors}
+    tensors = layout.tensors
+    found = [_nowhere(tensor) for tensor in tensors]
     for run in patch.runs(layout):
-        low, high = run.positions[0], run.positions[-1]
-        for tensor in layout.tensors:
+        low, high = (int(at) * run.item_size for at in run.positions[[0, -1]])
+        number = bisect_right(tensors, low, key=attrgetter("stop"))
+        while number < len(tensors) and tensors[number].start <= high:
+            tensor = tensors[number]
             first = tensor.start // tensor.item_size
-            inside = first <= high and low < first + tensor.size
-            if inside and tensor.dtype == run.dtype:
-                found[tensor.name] += _histogram(tensor, run.positions, first)
-    return list(found.values())
+            if tensor.dtype == run.dtype:
+                found[number] += _histogram(tensor, run.positions, first)
+            number += 1
+    return found
+
+
+def _nowhere(tensor: Tensor) -> NDArray[np.float64]:
+    """Return the shares of a tensor that stays as it is."""
+    return np.zeros(max(1, min(BINS, tensor.size)))
 
 
 def _histogram(
     tensor: Tensor, positions: NDArray[np.int64], first: int = 0
 ) -> NDArray[np.float64]:
     """Return the share of each bin of a tensor whose elements count from ``first``."""
-    bins = max(1, min(BINS, tensor.size))
+    bins = len(_nowhere(tensor))
     edges = np.arange(bins + 1) * tensor.size // bins  # of flat positions, C order
     counts = np.diff(np.searchsorted(positions, first + edges))
     shares: NDArray[np.float64] = counts / np.maximum(np.diff(edges), 1)

@@ -29,14 +29,18 @@ from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_s
 from edge_runtime.formats.layout import make_layout, parse_layout
 from edge_runtime.formats.weights import read_chunks, read_weights
 from edge_runtime.inference.inputs import read_calls
-from edge_runtime.limits import limits
+from edge_runtime.limits import Limits, limits
 from edge_runtime.live.entries import Entry, Status, read_entries
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
 from edge_runtime.update.trial import try_slot
 from packager.keys import generate_key
 from packager.ledger import read_ledger
+from packager.models import safetensors_file
+from packager.models.read import read_model
 from packager.packed_file import read_facts
+from packager.report import patch_record
+from packager.report.patch_record import check_shown
 from packager.signing import sign
 from packager.zip_file import encode_members
 from tests.hostile.test_attacks import bundle_of, members_of, no_trial
@@ -72,6 +76,60 @@ def test_a_header_of_many_small_values_is_refused_unparsed(text, monkeypatch):
     header = b'{"a":[' + text + b"1]}"
     with pytest.raises(WeightsError, match="json_values"):
         parse_layout(len(header).to_bytes(8, "little") + header)
+
+
+def header_of(folder, record):
+    """A safetensors file without tensors' bytes, whatever its header says."""
+    text = json.dumps(record).encode()
+    path = folder / "m.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+def entries(count):
+    return {
+        f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+        for n in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (entries(201), "201 tensors, 200 are accepted.*=checkpoint_tensors=201"),
+        ({"__metadata__": {f"{n}": "" for n in range(303)}}, "=metadata_values=304"),
+        (entries(100) | {"": [0] * 800}, "=metadata_values="),
+        ({"__metadata__": {"": "x" * 40_000}}, "=checkpoint_header_bytes=400"),
+    ],
+)
+def test_a_file_to_pack_that_says_too_much_is_refused_unparsed(
+    record, words, tmp_path, monkeypatch
+):
+    path = header_of(tmp_path, record)
+    small = Limits(
+        checkpoint_tensors=200, metadata_values=300, checkpoint_header_bytes=40_000
+    )
+    monkeypatch.setattr(safetensors_file, "limits", lambda: small)
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(WeightsError, match=words):
+        read_model(path)
+
+
+def test_usual_headers_are_far_below_the_limits_of_values(tmp_path, monkeypatch):
+    deep = {"dtype": "U8", "shape": [1, 0, 1, 1, 1], "data_offsets": [0, 0]}
+    record = {f"t{n}": deep for n in range(100)}
+    record["__metadata__"] = {"format": "pt"}
+    monkeypatch.setattr(safetensors_file, "limits", lambda: Limits(metadata_values=110))
+    assert len(read_model(header_of(tmp_path, record)).weights) == 100
+
+
+def test_more_tensors_than_can_be_shown_are_not_compared(tmp_path, monkeypatch):
+    path = header_of(tmp_path, entries(6))
+    layout = read_model(path).weights.layout
+    check_shown(layout)
+    monkeypatch.setattr(patch_record, "limits", lambda: Limits(shown_tensors=5))
+    with pytest.raises(WeightsError, match="6 tensors, 5 are accepted"):
+        check_shown(layout)
 
 
 @pytest.mark.parametrize("shape", [(1,) * 33, (0, 1 << 62), (1 << 31, 1 << 31, 0)])
