@@ -55,7 +55,7 @@ def check_deployed(
     golden = read_golden((folder / GOLDEN_NAME).read_bytes()).by_name(contract)
     feed = contract.prepare(
         {
-            spec.name: golden[spec.name][: rows if spec.has_batch else None]
+            spec.name: golden[spec.name][:rows] if spec.has_batch else golden[spec.name]
             for spec in contract.inputs
         }
     )
