@@ -47,6 +47,8 @@ from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
     GRAPH_NAME,
+    INIT_NAME,
+    INIT_TENSORS_NAME,
     RUN_NAME,
 )
 from edge_runtime.formats.weights import Weights
@@ -133,7 +135,10 @@ def adopt_model(
         # Not where a copy of the graph lay for a moment.
         reason = re.sub(rf"\S+/{GRAPH_NAME}", "the graph", str(err))
         raise kind(f"{model.path}: ONNX Runtime cannot run it: {reason}") from err
-    files = {GRAPH_NAME: model.graph, CONTRACT_NAME: encode_contract(found)}
+    files: dict[str, bytes | Weights] = {
+        GRAPH_NAME: model.graph,
+        CONTRACT_NAME: encode_contract(found),
+    }
     files |= {GOLDEN_NAME: encode_golden(answered)} | _init(model.weights)
     if model.run:
         files[RUN_NAME] = encode_run(model.run)
@@ -203,14 +208,16 @@ def _nothing_to_patch(model: Model, counter: int, level: int) -> PackedPatch:
     return PackedPatch(data, header, "itself", {change.name: 0 for change in changes})
 
 
-def _init(weights: Weights) -> dict[str, bytes]:
+def _init(weights: Weights) -> dict[str, bytes | Weights]:
+    """Return the recipe of the init weights, and these: every tensor is stored."""
     tensors = {
         tensor.name: TensorInit(tensor.dtype, tensor.shape, "file")
         for tensor in weights.layout.tensors
     }
     with tempfile.TemporaryDirectory() as name:
-        write_init_spec(InitSpec(0, tensors, weights), name)
-        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+        write_init_spec(InitSpec(0, tensors, {}), name)
+        recipe = Path(name, INIT_NAME).read_bytes()
+    return {INIT_NAME: recipe, INIT_TENSORS_NAME: weights}
 
 
 # The contract ------------------------------------------------------------------------

@@ -143,6 +143,21 @@ def _graph(
     return bytes(whole.SerializeToString(deterministic=True))
 
 
+def _write_for_loading(weights: Weights, path: Path) -> None:
+    """Write a weight file of which large floating tensors are holes, read as zeros.
+
+    Whether a graph loads does not depend on them, and they may be larger than memory.
+    """
+    with path.open("wb") as file:
+        file.truncate(weights.layout.file_size)
+        file.write(weights.layout.header)
+        for tensor in weights.layout.tensors:
+            large = tensor.stop - tensor.start > SMALL
+            if not (large and tensor.dtype.startswith(("F", "BF"))):
+                file.seek(tensor.start)
+                file.write(weights[tensor.name].tobytes())
+
+
 def _needed_inside(model: onnx.ModelProto, weights: Weights) -> set[str]:
     """Return the weights without which ONNX Runtime does not load the graph.
 
@@ -155,15 +170,14 @@ def _needed_inside(model: onnx.ModelProto, weights: Weights) -> set[str]:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with (folder / WEIGHTS_NAME).open("wb") as file:
-            file.writelines(weights.chunks())
+        _write_for_loading(weights, folder / WEIGHTS_NAME)
 
         def loads(names: Iterable[str]) -> bool:
             constants = {name: weights[name].tobytes() for name in names}
             graph = _graph(model, weights.layout, constants)
             (folder / GRAPH_NAME).write_bytes(graph)
             try:
-                open_session(folder, Backend.ONNXRUNTIME, RunOptions())
+                open_session(folder, Backend.ONNXRUNTIME, RunOptions(prepack=False))
             except (BackendError, StoreError):
                 return False
             return True

@@ -31,7 +31,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
-from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.predictor import Predictor, RunOptions
 from edge_runtime.update.golden import (
     MAX_OUTPUTS,
     MAX_WHOLE_BYTES,
@@ -50,6 +50,9 @@ from packager.rounds.folder import RoundFolder, read_model_file
 MAX_FIRST_BYTES, MAX_ROW_BYTES = 1 << 24, 1 << 22
 # Share by which inputs are moved to see what other CPUs might answer.
 NUDGE = np.float64(1e-6)
+# From so many bytes on, weights are used where they lie: answers that are needed once
+# are not worth a copy in memory.
+UNPACKED_BYTES = 1 << 29
 NEEDED = (GRAPH_NAME, CONTRACT_NAME, GOLDEN_NAME)
 
 
@@ -162,7 +165,8 @@ def loaded(graph: bytes, contract: Contract, weights: Weights) -> Iterator[Predi
                 file.writelines(weights.chunks())
         except OSError as err:  # a full disk names no file
             raise OSError(err.errno, err.strerror, name) from err
-        yield Predictor(slot, contract)
+        prepack = weights.layout.file_size < UNPACKED_BYTES
+        yield Predictor(slot, contract, RunOptions(prepack=prepack))
 
 
 def answers(predictor: Predictor, feed: Mapping[str, NDArray[Any]]) -> list[Any]:

@@ -3,6 +3,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.errors import BackendError, RoundError, WeightsError, WrongModelError
+from edge_runtime.errors import (
+    BackendError,
+    RoundError,
+    WeightsError,
+    WrongModelError,
+)
 from edge_runtime.formats.identity import network_id
 from edge_runtime.update.device import Device
 from packager.bundles import from_model
@@ -620,3 +627,50 @@ def test_a_model_that_is_not_valid_is_no_store(tmp_path, command):
     assert "m.onnx" in err
     with pytest.raises(RoundError, match="ONNX Runtime cannot"):
         adopt_model(read_model(path))
+
+
+def test_large_values_beside_the_graph_are_never_all_in_memory(tmp_path):
+    # 256 MiB that take no room on the disk, and half of that as the limit.
+    size, count = 4096, 4
+    nodes = [node("Constant", [], ["zero"], value_float=0.0)]
+    model = made(nodes, {}, ("n", size))
+    last = "x"
+    for number in range(count):
+        tensor = model.graph.initializer.add(name=f"w{number}", data_type=FLOATS)
+        tensor.dims.extend([size, size])
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="data")
+        where = str(number * size * size * 4)
+        tensor.external_data.add(key="offset", value=where)
+        model.graph.node.append(node("MatMul", [last, tensor.name], [f"h{number}"]))
+        last = f"h{number}"
+    model.graph.node.append(node("Add", [last, "zero"], ["y"]))
+    for name, value in (("old", 0.5), ("new", 0.75)):
+        (tmp_path / name).mkdir()
+        saved(model, tmp_path / name / "model.onnx")
+        with (tmp_path / name / "data").open("wb") as file:
+            file.truncate(count * size * size * 4)
+            file.seek(4 * size * size)
+            file.write(np.float32(value).tobytes())
+    paths = [str(tmp_path / name / "model.onnx") for name in ("old", "new")]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *paths, str(tmp_path / "p.dpu")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "p.dpu").stat().st_size < 10_000
+
+
+LIMITED = """
+import resource, sys
+from packager.cli.pack import pack
+import numpy, onnx, onnxruntime  # noqa
+sizes = dict(line.split(":", 1) for line in open("/proc/self/status"))
+limit = (int(sizes["VmData"].split()[0]) << 10) + (128 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+base, target, out = sys.argv[1:]
+sys.argv = ["dpu-pack", "--base", base, "--target", target, "-o", out]
+pack()
+"""
