@@ -25,7 +25,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_runtime.errors import KeyFileError
+from edge_runtime.errors import KeyFileError, KeyListError
+from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.signing import key_id
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
@@ -95,7 +96,7 @@ def change_list(
         KeyFileError: A key to take out is not in that role.
     """
     read_root(data)
-    signed = json.loads(data)["signed"]
+    signed = _parsed(data)["signed"]
     return _changed(signed, times, add or {}, remove or {}, thresholds or {})
 
 
@@ -138,11 +139,16 @@ def sign_list(data: bytes, keys: Iterable[Ed25519PrivateKey]) -> bytes:
     """
     given = read_root(data)
     new = {tuf_key_id(public_key(key)): key.sign(given.message).hex() for key in keys}
-    record = json.loads(data)
+    record = _parsed(data)
     others = [entry for entry in record["signatures"] if entry["keyid"] not in new]
     entries = [*others, *({"keyid": name, "sig": sig} for name, sig in new.items())]
     record["signatures"] = sorted(entries, key=lambda entry: str(entry["keyid"]))
     return _encode(record)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """Return a list that :func:`read_root` took, with what else it says."""
+    return dict(parse_record(data, "key_list_bytes", "key list", KeyListError).values)
 
 
 def _encode(record: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import WeightsError, WrongModelError
+from edge_runtime.files import read_bounded
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, Run, network_id
@@ -114,7 +115,7 @@ def _is_canonical(path: Path, weights: Weights) -> bool:
 def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:
     from packager.models.onnx_check import check_graph
 
-    graph = Path(path).read_bytes()
+    graph = read_bounded(Path(path), "member_bytes", fspath(path), WeightsError)
     check_graph(graph, weights.layout, fspath(path))
     return graph
 

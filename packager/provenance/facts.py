@@ -6,13 +6,14 @@ a patch know what they lead to and what they hold. What nobody stated stays unsa
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_runtime.errors import BundleError, ContractError, PatchError, RoundError
+from edge_runtime.files import read_bounded
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
     PATCH_NAME,
@@ -21,7 +22,7 @@ from edge_runtime.formats.bundle import (
     read_member,
 )
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.formats.json_file import parse_record
+from edge_runtime.formats.json_file import parse_record, read_record
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -34,9 +35,11 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.weights import fingerprint_file
 from packager.rounds.folder import read_round
 from packager.signing import is_bundle
 
+_T = TypeVar("_T")
 MODEL_FILES = (
     *(GRAPH_NAME, CONTRACT_NAME, INIT_NAME, INIT_TENSORS_NAME, GOLDEN_NAME, RUN_NAME),
 )
@@ -105,13 +108,26 @@ def read_facts(path: str | PathLike[str]) -> Facts:
     path = Path(path).resolve()
     if path.is_dir():
         return _round_facts(path)
-    data = path.read_bytes()
-    return (_bundle_facts if is_bundle(data) else _patch_facts)(path, data)
+    facts, digest = _steady(path, _bundle_facts if _is_bundle(path) else _patch_facts)
+    return replace(facts, files={path.name: digest})
+
+
+def _steady(path: Path, read: Callable[[Path], _T]) -> tuple[_T, str]:
+    """Read a file that may be large; return what was found, and its SHA-256.
+
+    Raises:
+        BundleError: It was changed meanwhile.
+    """
+    digest = fingerprint_file(path)
+    found = read(path)
+    if fingerprint_file(path) != digest:
+        raise BundleError(f"{path} was changed while it was read; try again")
+    return found, digest
 
 
 def _round_facts(path: Path) -> Facts:
     round_ = read_round(path)
-    stated = (path / RECORD_NAME).read_bytes()
+    record_path = path / RECORD_NAME
     files = [path / RECORD_NAME, path / SELECTION_NAME]
     model = [round_.model_folder / name for name in MODEL_FILES]
     record = round_.record
@@ -126,13 +142,20 @@ def _round_facts(path: Path) -> Facts:
         target=record.target,
         files=dict(_released(path, record.target)),
         parts={
-            file.name: _digest(file.read_bytes())
+            file.name: fingerprint_file(file)
             for file in [*files, *model]
             if file.exists()
         },
-        contract=_contract((round_.model_folder / CONTRACT_NAME).read_bytes()),
-        record=parse_record(
-            stated, "record_bytes", str(path / RECORD_NAME), RoundError
+        contract=_contract(
+            read_bounded(
+                round_.model_folder / CONTRACT_NAME,
+                "contract_bytes",
+                CONTRACT_NAME,
+                ContractError,
+            )
+        ),
+        record=read_record(
+            record_path, "record_bytes", str(record_path), RoundError
         ).values,
     )
 
@@ -142,32 +165,35 @@ def _released(folder: Path, target: str) -> Iterator[tuple[str, str]]:
     name = folder.name
     for pattern in (f"{name}.dpu", f"{name}_from_*.dpu", f"{name}.bundle.zip"):
         for path in folder.parent.glob(pattern):
-            data = path.read_bytes()
             try:
-                found = _headers(data).target
+                found, digest = _steady(path, _headers)
             except (PatchError, BundleError) as err:
                 raise type(err)(f"{path}: {err}") from err
-            if found == target:
-                yield path.name, _digest(data)
+            if found.target == target:
+                yield path.name, digest
 
 
-def _headers(data: bytes) -> PatchHeader:
-    if is_bundle(data):
-        data = read_bundle(data).patch
-    with open_patch(data) as patch:
+def _is_bundle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return is_bundle(file.read(4))
+
+
+def _headers(path: Path) -> PatchHeader:
+    with open_patch(read_bundle(path).patch if _is_bundle(path) else path) as patch:
         return patch.header
 
 
-def _bundle_facts(path: Path, data: bytes) -> Facts:
-    bundle = read_bundle(data)
-    header = _headers(bundle.patch)
+def _bundle_facts(path: Path) -> Facts:
+    bundle = read_bundle(path)
+    with open_patch(bundle.patch) as patch:
+        header = patch.header
     if (header.model, header.target) != (bundle.model, bundle.target):
         raise BundleError(
             f"{path} states model and target that its patch does not lead to; make "
             "it anew"
         )
-    # The manifest that read_bundle just proved, from the same bytes.
-    with open_archive(data) as archive:
+    # The manifest that read_bundle just proved: the file is hashed before and after.
+    with open_archive(path) as archive:
         manifest = read_member(archive, MANIFEST_NAME, "manifest_bytes")
     stated = parse_record(manifest, "manifest_bytes", MANIFEST_NAME, BundleError)
     return Facts(
@@ -175,7 +201,6 @@ def _bundle_facts(path: Path, data: bytes) -> Facts:
         kind="bundle",
         run=stated.text("run", None),
         **_from_header(header),
-        files={path.name: _digest(data)},
         parts={
             name: _digest(content)
             for name, content in ({PATCH_NAME: bundle.patch} | bundle.files).items()
@@ -184,14 +209,8 @@ def _bundle_facts(path: Path, data: bytes) -> Facts:
     )
 
 
-def _patch_facts(path: Path, data: bytes) -> Facts:
-    digest = _digest(data)
-    return Facts(
-        path=path,
-        kind="patch",
-        **_from_header(_headers(data)),
-        files={path.name: digest},
-    )
+def _patch_facts(path: Path) -> Facts:
+    return Facts(path=path, kind="patch", **_from_header(_headers(path)))
 
 
 def _from_header(header: PatchHeader) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.cli.main import main as edge
+from edge_runtime.errors import BundleError
 from packager.cli.pack import pack, patch
+from packager.provenance import facts
 
 pytest.importorskip("model_signing", reason="pip install 'dpu-edge[provenance]'")
 pytest.importorskip("cyclonedx", reason="pip install 'dpu-edge[dev]'")
@@ -428,3 +430,14 @@ def test_a_pipe_in_the_place_of_a_provenance_file_hangs_nothing(command, written
         assert provenance(command, written / "round_01", *options)[0] == 10
         path.unlink()
         path.write_bytes(data)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "a.dpu"
+    path.write_bytes(b"one")
+    assert facts._steady(path, Path.read_bytes) == (
+        b"one",
+        hashlib.sha256(b"one").hexdigest(),
+    )
+    with pytest.raises(BundleError, match="changed while it was read"):
+        facts._steady(path, lambda file: file.write_bytes(b"two"))
