@@ -17,9 +17,10 @@ before the step; the updater sees the step as it was made.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -61,6 +62,15 @@ class _Round:
         self.updater.select()
         return True
 
+    def rewind_averages(self, callbacks: Iterable[Any], model: nn.Module) -> None:
+        """Put the base back into averages, which round it in its last bits."""
+        if self.updater is None or self.updater.phase is Phase.FULL:
+            return
+        for average, _ in _averages(callbacks):
+            # Their callback moves it into the model, before this one or after it.
+            for one in (average, model):
+                self.updater.rewind(one.named_parameters())
+
     def end(self) -> None:
         """Verify and give the masks.
 
@@ -84,6 +94,27 @@ def _check_modules(model: nn.Module) -> None:
                 "those that are not selected; build it without max_norm, and limit the "
                 "norms in your loop before select()"
             )
+
+
+def _averages(callbacks: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield what Lightning's callbacks average, and how many weights went into it."""
+    for callback in callbacks:
+        average = getattr(callback, "_average_model", None)
+        count = getattr(average, "n_averaged", getattr(callback, "n_averaged", None))
+        if average is not None and count is not None:  # else it has not begun
+            yield getattr(average, "module", average), count
+
+
+@torch.no_grad()
+def _restart_averages(callbacks: Iterable[Any], model: nn.Module) -> None:
+    """Let averages of weights begin with the sparse phase.
+
+    Those of the full phase hold changes in every weight, which no patch carries.
+    """
+    for average, count in _averages(callbacks):
+        for mine, weight in zip(average.parameters(), model.parameters(), strict=True):
+            mine.copy_(weight)
+        count.zero_()  # the next average is the next weights
 
 
 def _schedule_each_phase(scheduler: Any, first: int, steps: int) -> None:
@@ -118,7 +149,9 @@ def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
 
     Parameter names are those of your LightningModule. Its optimizers, schedulers and
     precision stay yours; a checkpoint holds the state of the round, so that ``fit``
-    with ``ckpt_path`` goes on within it.
+    with ``ckpt_path`` goes on within it. Averages of weights (``WeightAveraging``,
+    ``EMAWeightAveraging``, ``StochasticWeightAveraging``) begin anew where the full
+    phase ends, and are what ``fit`` leaves in the module.
 
     Args:
         full_epochs: Epochs in which every weight trains; the others fine-tune.
@@ -139,9 +172,11 @@ def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
                 updater.load_state_dict(self._resumed)
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            self.start_epoch(trainer.current_epoch)
+            if self.start_epoch(trainer.current_epoch):
+                _restart_averages(trainer.callbacks, pl_module)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.rewind_averages(trainer.callbacks, pl_module)
             self.end()
 
         def state_dict(self) -> dict[str, Any]:

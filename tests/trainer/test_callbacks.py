@@ -8,15 +8,22 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from edge_runtime.errors import TrainingError
 from trainer.callbacks import lightning_callback, transformers_callback
 from trainer.data.vision import torchvision  # noqa: F401 - before both libraries
+from trainer.method.updater import PartialUpdater
 
 with warnings.catch_warnings():  # theirs, about each other
     warnings.simplefilter("ignore")
     import lightning
+    from accelerate import Accelerator
     from transformers import Trainer, TrainingArguments
 
 torch.set_num_threads(1)
@@ -160,7 +167,16 @@ def test_a_fit_that_ends_in_the_full_phase_is_refused(tmp_path):
         fit(tmp_path, Module(net()), update)
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "weight_decay": 0.1}])
+SCHEDULE_FREE = {
+    "optim": "schedule_free_adamw",
+    "lr_scheduler_type": "constant",
+    "eval_strategy": "epoch",
+}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bf16": True, "weight_decay": 0.1}, SCHEDULE_FREE]
+)
 def test_a_hugging_face_train_is_a_round(tmp_path, options):
     model, update = Classifier(net()), transformers_callback(full_epochs=2, ratio=0.1)
     before = state_of(model)
@@ -216,6 +232,95 @@ def test_the_best_model_is_one_that_a_patch_can_carry(tmp_path):
     trainer.train()
     check(before, state_of(model), update.masks)
     assert trainer.state.best_metric == 2  # the first evaluation of the fine-tuning
+
+
+def test_a_loop_around_accelerate_is_a_round():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    inner = net()
+    before = state_of(inner)
+    model, optimizer, loader = accelerator.prepare(
+        inner, torch.optim.AdamW(inner.parameters(), 1e-2), DataLoader(samples(), 16)
+    )
+    updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(optimizer)
+    for phase in range(2):
+        for inputs, labels in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(functional.cross_entropy(model(inputs), labels))
+                optimizer.step()
+                optimizer.zero_grad()
+        if not phase:
+            updater.select()
+    check(before, state_of(inner), updater.finish())
+
+
+def averages():
+    callbacks = lightning.pytorch.callbacks
+    return {
+        "mean": lambda: callbacks.WeightAveraging(),
+        "moving": lambda: callbacks.EMAWeightAveraging(decay=0.9),
+        "each epoch": lambda: callbacks.StochasticWeightAveraging(1e-2, 1),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler")
+@pytest.mark.parametrize("ours_is", ["first", "last"])
+@pytest.mark.parametrize("kind", averages())
+def test_averages_of_weights_are_those_of_the_sparse_phase(tmp_path, kind, ours_is):
+    module, update = Module(net()), lightning_callback(full_epochs=2, ratio=0.1)
+    before = state_of(module)
+    callbacks = [update, averages()[kind]()][:: 1 if ours_is == "first" else -1]
+    last = {}
+
+    class Last(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            last.update(state_of(pl_module))
+
+    fit(tmp_path, module, *callbacks, Last(), epochs=6)
+    check(before, state_of(module), update.masks)
+    # The module holds averages, not the weights of the last step.
+    assert not torch.equal(last["net.0.weight"], module.net[0].weight)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+        {"avg_fn": get_ema_avg_fn(0.9)},  # rounds also what stays the same
+    ],
+)
+def test_averages_of_a_loop_of_ones_own_begin_after_select(how):
+    model = net()
+    with torch.no_grad():
+        model[0].weight[model[0].weight < 0] = -0.0  # as pruning leaves them
+    base = state_of(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(optimizer)
+    inputs, labels = samples().tensors
+
+    def train(average=None):
+        for _ in range(4):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+
+    train()
+    with pytest.raises(TrainingError, match="comes after select"):
+        updater.rewind(model.named_parameters())
+    updater.select()
+    average = AveragedModel(model, **how)
+    train(average)
+    masks = updater.finish()
+    with pytest.raises(TrainingError, match=r"no '0.weight' .* \.module"):
+        updater.rewind(average.named_parameters())
+    averaged = state_of(average.module)
+    updater.rewind(average.module.named_parameters())
+    check(base, state_of(average.module), masks)
+    for name, mask in masks.items():
+        assert torch.equal(state_of(average.module)[name][mask], averaged[name][mask])
+        torch.testing.assert_close(averaged[name][~mask], base[name][~mask])
 
 
 def test_an_embedding_that_writes_its_weights_is_refused_at_the_start(tmp_path):

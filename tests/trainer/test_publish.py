@@ -313,7 +313,6 @@ def test_the_network_is_found_inside_of_a_module_around_it(tmp_path, wrap):
     model = start(tmp_path)
     around = wrap(model)
     masks = one_round(around)
-    masks = {name: mask for name, mask in masks.items() if "metric" not in name}
     record = publish_round(tmp_path / "run", around, masks)
     assert record.target == weights_of(model).fingerprint
     assert pack_round(read_round(tmp_path / "run" / "round_00")) is not None
@@ -364,3 +363,34 @@ def test_a_network_of_another_shape_is_refused_by_its_tensor(tmp_path):
     other = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(ExportError, match=r"'0\.bias': the model has"):
         publish_round(tmp_path / "run", other, one_round(other))
+
+
+def test_a_part_of_another_type_is_refused_by_its_tensor(tmp_path):
+    model = start(tmp_path)
+    masks = one_round(model)
+    with pytest.raises(ExportError, match=r"'0\.bias': the model has BF16 \[16\]"):
+        publish_round(tmp_path / "run", Wrapper(model.bfloat16()), masks)
+
+
+def test_masks_of_the_module_around_fit_the_bare_network(tmp_path):
+    model = start(tmp_path)
+    masks = one_round(Wrapper(Wrapper(model)))
+    record = publish_round(tmp_path / "run", model, masks)
+    assert record.ratio == pytest.approx(0.2, abs=0.01)
+
+
+def test_masks_beside_the_network_count_for_nothing(tmp_path):
+    model = start(tmp_path)
+    around = Wrapper(model, metric=nn.Linear(8, 8))
+    masks = one_round(around)
+    assert "metric.weight" in masks
+    publish_round(tmp_path / "run", around, masks)
+    published = read_weights(tmp_path / "run/round_00/selection.safetensors")
+    assert set(published) == {"0.weight", "2.weight"}
+
+
+def test_a_mask_of_an_unknown_tensor_is_named(tmp_path):
+    model = start(tmp_path)
+    masks = {"9.weight": torch.ones(2, 2, dtype=torch.bool), **one_round(model)}
+    with pytest.raises(TrainingError, match=r"'9\.weight', which the run's network"):
+        publish_round(tmp_path / "run", model, masks)

@@ -16,6 +16,7 @@ from edge_runtime.formats.weights import Weights, pack_weights
 from trainer.export.tensors import check_fit, layout_of, weights_of
 
 COMPILED = "_orig_mod."  # torch.compile's, also around a part of a network
+ADAPTED = ".base_layer."  # PEFT's, where an adapter stands beside a layer
 Value = TypeVar("Value")
 
 
@@ -122,13 +123,26 @@ def _table(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _no_fit(model: nn.Module, layout: Layout) -> TrainingError:
-    known = {_plain(name) for name in model.state_dict()}
-    lost = [name for name in layout.by_name if name not in known]
-    if not lost:
-        check_fit(layout_of(model), layout)
+    names = {_plain(name) for name in model.state_dict()}
+    if any(ADAPTED in name for name in names - layout.by_name.keys()):
+        return TrainingError(
+            "the model has adapters (PEFT, such as LoRA) that the run's network does "
+            "not have. Start the run with build() returning what get_peft_model() "
+            "returns: base and adapters are deployed as they are, and only adapters "
+            "change. Or publish what merge_and_unload() returns, with dense=[...] "
+            "naming its matrices: they are sent whole"
+        )
+    lacking = []
+    for _, part in model.named_modules():
+        known = {_plain(name) for name in part.state_dict()}
+        lost = [name for name in layout.by_name if name not in known]
+        if not lost:
+            check_fit(layout_of(part), layout)  # names the type or shape
+        lacking.append(lost)
+    lost = min(lacking, key=len)
     return TrainingError(
         "the model is not the one that this run was started with, and has no part "
         f"that is: of the run's {len(layout.tensors)} tensors it lacks {len(lost)}, "
         f"such as {lost[:1]}; pass the module that start_run() returned, or one that "
-        "holds it whole (adapters such as LoRA's are merged first)"
+        "holds it whole"
     )

@@ -51,9 +51,10 @@ def check_changes(
                     f"{count} weights of {name!r} outside of its mask differ from "
                     f"those of {source}; nothing was written. The model does not hold "
                     "what finish() verified: a checkpoint was loaded, averaged weights "
-                    "were copied into it, or it was not at the last round's weights "
-                    "when the updater was made. To go on, load the last good round "
-                    "with load_weights(model, read_weights(...)) and train again",
+                    "were copied into it (begin them after select(), and rewind() them "
+                    "before they are published), or it was not at the last round's "
+                    "weights when the updater was made. To go on, load the last good "
+                    "round with load_weights(model, read_weights(...)) and train again",
                     tensor=name,
                     count=count,
                 )
@@ -77,11 +78,16 @@ def check_masks(layout: Layout, masks: Mapping[str, Tensor]) -> None:
     """
     for name, mask in masks.items():
         tensor = layout.by_name.get(name)
-        shape = tensor.shape if tensor else "no such tensor"
-        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        if tensor is None:
+            raise TrainingError(
+                f"there is a mask of {name!r}, which the run's network does not have; "
+                "give the masks of the network that is published, as its updater's "
+                "finish() returned them"
+            )
+        if mask.dtype != torch.bool or tuple(mask.shape) != tensor.shape:
             raise TrainingError(
                 f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, the tensor "
-                f"is {shape}; masks are boolean, in their tensor's shape"
+                f"is {tensor.shape}; masks are boolean, in their tensor's shape"
             )
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which optimizer is measured, and what of its state is rewound with the weights."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,11 +76,56 @@ def at_evaluation(optimizers: Iterable[Optimizer]) -> Iterator[None]:
             optimizer.train()  # type: ignore[attr-defined]
 
 
+def has_two_sets(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer trains at other weights than it evaluates at."""
+    return any("train_mode" in group for group in optimizer.param_groups)
+
+
 def second_weights(
     optimizer: Optimizer, parameter: torch.Tensor
 ) -> torch.Tensor | None:
     """Return the second set of weights that an optimizer keeps, if it does."""
-    if not any("train_mode" in group for group in optimizer.param_groups):
+    if not has_two_sets(optimizer):
         return None
     found = optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS)
     return found if isinstance(found, torch.Tensor) else None
+
+
+def is_coupled(optimizer: Optimizer) -> bool:
+    """Tell whether what an optimizer remembers of one weight moves the others."""
+    return isinstance(optimizer, torch.optim.LBFGS)
+
+
+def with_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    before: Callable[[int], None],
+    after: Callable[[], None],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return a step's arguments with calls around each evaluation of its closure.
+
+    Args:
+        args: The optimizer, and its closure if that was given by position.
+        kwargs: The closure if it was given by name.
+        before: Called with the number of evaluations that went before.
+        after: Called when the gradients are there.
+
+    Returns:
+        The new arguments; None where there is no closure.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return None
+    counts = itertools.count()
+
+    def wrapped() -> Any:
+        with torch.no_grad():
+            before(next(counts))
+        loss = closure()
+        with torch.no_grad():
+            after()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], wrapped, *args[2:]), kwargs
+    return args, kwargs | {"closure": wrapped}

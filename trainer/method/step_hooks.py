@@ -18,6 +18,10 @@ from edge_runtime.errors import FrozenWeightChangedError, TrainingError
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# What FSDP2 (DTensor), FSDP and ZeRO-3 leave on the parameters that they part.
+_SHARDED = ("placements", "_fsdp_flattened", "ds_id")
+
+
 class LossDrop:
     """Measures steps: by how much did moving each weight lower the loss?
 
@@ -29,6 +33,7 @@ class LossDrop:
         """Start from zero."""
         self._params = params
         self.total, self._before = self._zeros(), self._zeros()
+        self._first: dict[str, Tensor] = {}  # gradients where a step has several
 
     def before(self, names: list[str]) -> None:
         """Remember where a step starts."""
@@ -36,14 +41,33 @@ class LossDrop:
             [self._before[n] for n in names], [self._params[n] for n in names]
         )
 
+    def before_evaluation(self, names: list[str], count: int) -> None:
+        """Remember the first gradients of a step that evaluates several.
+
+        Args:
+            names: Of the tensors that the optimizer steps.
+            count: How many evaluations this step has behind it.
+        """
+        if count == 1:
+            params = {n: self._params[n] for n in names}
+            self._first = {
+                n: p.grad.clone() for n, p in params.items() if p.grad is not None
+            }
+
     def after(self, names: list[str]) -> bool:
         """Add what the step did; tell whether there were gradients to measure it by.
 
         The gradient is read after the step, as closures compute it inside, and fused
-        optimizers remove the loss scale there.
+        optimizers remove the loss scale there. Where a closure was called several
+        times (LBFGS), it is the mean of the first and the last gradient: exact where
+        the loss is quadratic, whatever way the step took.
         """
         params = {n: self._params[n] for n in names}
         gradients = {n: p.grad for n, p in params.items() if p.grad is not None}
+        for n, first in self._first.items():
+            if n in gradients:
+                gradients[n] = (first + gradients[n]) / 2
+        self._first = {}
         if not gradients:
             return False
         minus_step = [self._before[n] for n in gradients]
@@ -74,6 +98,9 @@ class Freeze:
         """Change nothing yet; ``masks`` are true where a weight may move."""
         self._params, self._base, self._masks = params, base, masks
         self._versions: dict[str, int] = {}
+        # Schedule-free optimizers go from one set of weights to another and back: of
+        # equal values only a zero's sign can change on that way.
+        self.switched: set[str] = set()
 
     def before(self, names: Iterable[str]) -> None:
         """Verify tensors that somebody wrote since the last step, or before the first.
@@ -84,6 +111,18 @@ class Freeze:
         for name in names:
             if self._params[name]._version != self._versions.get(name):
                 self.verify(name)
+
+    def before_evaluation(self, names: Iterable[str], count: int) -> None:
+        """Rewind before each further evaluation of a step, as after the step."""
+        if count:
+            self.rewind(names)
+
+    def mask_gradients(self, names: Iterable[str]) -> None:
+        """Take the gradients of weights that are not selected away."""
+        for name in names:
+            gradient = self._params[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(~self._masks[name], 0)
 
     def after(self, names: Iterable[str]) -> None:
         """Undo what the step did to weights that are not selected."""
@@ -101,11 +140,15 @@ class Freeze:
     def verify(self, name: str) -> None:
         """Compare the weights of a tensor that are not selected with the base.
 
+        Signs of zeros are put back first where an optimizer switches weights.
+
         Raises:
             FrozenWeightChangedError: One of them differs, compared as bits.
         """
         p, base = self._params[name], self._base[name]
         bits = _BITS[p.element_size()]
+        if name in self.switched:
+            torch.where((p == 0) & (base == 0) & ~self._masks[name], base, p, out=p)
         changed = p.detach().view(bits) != base.view(bits)
         count = int((changed & ~self._masks[name]).sum())
         if count:
@@ -133,14 +176,14 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         found = "has no data (device 'meta'): build the model on a real device"
     elif parameter.is_complex():
         found = "is complex, which a weight file cannot hold: keep two real parameters"
-    elif hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):
+    elif any(hasattr(parameter, mark) for mark in _SHARDED):
         found = (
             "is sharded over processes (FSDP, ZeRO-3), and the best weights are chosen "
             "among all of them: use DistributedDataParallel"
         )
     else:
         return
-    raise TrainingError(f"parameter {name!r} {found}, before making the updater")
+    raise TrainingError(f"parameter {name!r} {found}; then make the updater")
 
 
 class Still:

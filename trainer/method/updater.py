@@ -16,9 +16,8 @@ local contribution needs no knowledge of the optimizer.
 Biases, normalisation and other tensors that are not selectable are left alone: they
 train in both phases and travel as the dense part.
 
-Not covered: sharded parameters (FSDP, ZeRO); optimizers that evaluate several gradients
-in one step (LBFGS, SAM) freeze rightly, but their local contribution sees only the last
-gradient; averages of weights (EMA) begun before ``select()``.
+Not covered: sharded parameters (FSDP, ZeRO), and averages of weights (EMA) begun before
+``select()``; both are refused.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -32,9 +31,12 @@ from torch.optim import Optimizer
 from edge_runtime.errors import StepNotObservedError, TrainingError
 from trainer.method.optimizers import (
     at_evaluation,
+    has_two_sets,
+    is_coupled,
     second_weights,
     to_evaluation,
     unwrap,
+    with_closure,
 )
 from trainer.method.scores import DPU, Evidence, Score
 from trainer.method.selection import check_fit, count_of, select_top_k
@@ -171,6 +173,7 @@ class PartialUpdater:
                     optimizer.register_step_post_hook(self._after_step),
                 )
         self._owned = owned
+        self._mark_switched()
         return self
 
     def select(
@@ -206,6 +209,8 @@ class PartialUpdater:
             self._freeze.rewind(self._params)
             for optimizer, names in self._owned.items():
                 self._rewind_second(optimizer, names)
+                if is_coupled(optimizer):
+                    optimizer.state.clear()
         return self._masks
 
     def _best(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
@@ -241,6 +246,30 @@ class PartialUpdater:
         self._still.verify()
         self._start(Phase.DONE)
         return self._masks
+
+    @torch.no_grad()
+    def rewind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Put the base back into a copy of the model wherever a weight is not selected.
+
+        An average of weights (EMA, SWA) that begins after ``select()`` differs from
+        the base there by rounding alone; call this before it is published::
+
+            updater.rewind(average.module.named_parameters())
+
+        Raises:
+            TrainingError: Before ``select()``, or a selectable tensor is missing.
+        """
+        if self._phase is Phase.FULL:
+            raise TrainingError("rewind() comes after select(): nothing is selected")
+        copies = dict(named_parameters)
+        if missing := [name for name in self._params if name not in copies]:
+            raise TrainingError(
+                f"expected the updater's parameters, found no {missing[0]!r} among "
+                f"{list(copies)[:3]}; of an AveragedModel, give its .module's"
+            )
+        for name, base in self._base.items():
+            copy, mask = copies[name], self._masks[name].to(copies[name].device)
+            torch.where(mask, copy, base.to(copy), out=copy)
 
     def detach(self) -> None:
         """Let go of the optimizers: their steps are neither measured nor frozen.
@@ -304,15 +333,27 @@ class PartialUpdater:
     # A compiled step would trace the hooks and measure nothing, or something else.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if optimizer in self._stepping:
-            return  # a step that calls super().step() fires twice: the outer one counts
+            # A step that calls super().step() fires twice: the outer one counts.
+            return None
         self._stepping.add(optimizer)
+        if self._phase is Phase.DONE:
+            return None
         names = self._owned[optimizer]
-        if self._phase is Phase.FULL:
-            self._loss_drop.before(names)
-        elif self._phase is Phase.SPARSE:
-            self._freeze.before(names)
+        half = self._loss_drop if self._phase is Phase.FULL else self._freeze
+        half.before(names)
+
+        def before(count: int) -> None:
+            half.before_evaluation(names, count)
+
+        def after() -> None:
+            if self._phase is Phase.SPARSE and is_coupled(optimizer):
+                self._freeze.mask_gradients(names)
+
+        return with_closure(args, kwargs, before, after)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -350,6 +391,12 @@ class PartialUpdater:
         self._stepping: set[Optimizer] = set()
         self._loss_drop = LossDrop(self._params if phase is Phase.FULL else {})
         self._freeze = Freeze(self._params, self._base, self._masks)
+        self._mark_switched()
+
+    def _mark_switched(self) -> None:
+        self._freeze.switched = {
+            n for o, names in self._owned.items() if has_two_sets(o) for n in names
+        }
 
     def _expect(self, phase: Phase, rule: str) -> None:
         if self._phase is not phase:

@@ -222,7 +222,7 @@ WRONG = {
         {},
         changed(INIT),
         {"fc.wieght": MASK},
-        "'fc.wieght'.*no such tensor",
+        "'fc.wieght', which .* does not have",
     ),
     "mask of another shape": ({}, changed(INIT), {"fc.weight": MASK.T}, "'fc.weight'"),
     "mask of numbers": ({}, changed(INIT), {"fc.weight": MASK.int()}, "int32"),

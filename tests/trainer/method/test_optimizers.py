@@ -6,7 +6,13 @@ import warnings
 import pytest
 import schedulefree
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.algorithms.model_averaging.averagers import (
+    PeriodicModelAverager,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn import functional
 
 from edge_runtime.errors import TrainingError
@@ -110,22 +116,130 @@ def test_a_round_with_an_optimizer_around_another_is_frozen_as_any():
     a_round(lambda p: Lookahead(torch.optim.Adam(p, lr=0.01)))
 
 
-class Unhooked(torch.optim.Optimizer):
-    """As some wrappers of torch.distributed: its constructor calls no other."""
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
 
-    def __init__(self, inner):
-        self.optim = inner
-        self.param_groups = inner.param_groups
 
-    def step(self, closure=None):
-        self.optim.step()
-
-
-def test_an_optimizer_that_runs_no_hooks_is_refused_by_name():
+def test_an_optimizer_that_runs_no_hooks_is_refused_by_name(alone):
     model = net()
     updater = PartialUpdater(model.named_parameters(), ratio=0.1)
-    with pytest.raises(TrainingError, match=r"Unhooked .* runs no step hooks"):
-        updater.attach(Unhooked(torch.optim.SGD(model.parameters(), lr=0.1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averager = PeriodicModelAverager(period=2)
+    with pytest.raises(TrainingError, match=r"PostLocalSGD.* runs no step hooks"):
+        updater.attach(PostLocalSGDOptimizer(optimizer, averager))
+
+
+def test_an_optimizer_whose_state_is_shared_out_is_as_any(alone):
+    a_round(lambda p: ZeroRedundancyOptimizer(p, torch.optim.Adam, lr=0.01))
+
+
+# Several evaluations a step ----------------------------------------------------------
+
+
+def loss_of(model):
+    return functional.cross_entropy(model(INPUTS), LABELS)
+
+
+def closure_of(model, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_is_measured_over_its_step_and_descends_with_what_is_selected(search):
+    model = net()
+    for parameter in (model[0].bias, model[2].bias):
+        parameter.requires_grad_(False)  # so that the weights' drop is the whole one
+    optimizer = torch.optim.LBFGS(
+        [model[0].weight, model[2].weight], 0.1, max_iter=5, line_search_fn=search
+    )
+    updater = PartialUpdater(model.named_parameters(), ratio=0.2).attach(optimizer)
+    closure = closure_of(model, optimizer)
+    losses = [float(loss_of(model).detach())]
+    for _ in range(2):
+        optimizer.step(closure)
+    losses.append(float(loss_of(model).detach()))
+    measured = sum(float(drop.sum()) for drop in updater.loss_drop.values())
+    assert measured == pytest.approx(losses[0] - losses[1], rel=0.25)
+    updater.select()
+    losses.append(float(loss_of(model).detach()))
+    for _ in range(3):
+        optimizer.step(closure)
+        losses.append(float(loss_of(model).detach()))
+    updater.finish()
+    assert losses[2:] == sorted(losses[2:], reverse=True)
+    assert losses[-1] < 0.7 * losses[2]
+
+
+class SAM(torch.optim.Optimizer):
+    """Climbs first, and steps from where it was with the gradient from above."""
+
+    def __init__(self, parameters, base):
+        super().__init__(parameters, {"rho": 0.05})
+        self.base = base(self.param_groups)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        params = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([p.grad.norm() for p in params]).norm()
+        for p in params:
+            self.state[p]["old"] = p.data.clone()
+            p.add_(0.05 * p.grad / norm)
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data = self.state[p]["old"]
+        self.base.step()
+
+    def step(self, closure=None):
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+def test_sam_is_measured_by_the_step_it_takes_whichever_way_it_is_called():
+    measured, masks = {}, {}
+    for way in ("step", "two steps"):
+        model = net()
+        sam = SAM(model.parameters(), lambda p: torch.optim.SGD(p, lr=0.1))
+        outer = sam if way == "step" else sam.base
+        updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(outer)
+        closure = closure_of(model, sam)
+
+        def train(sam=sam, closure=closure, way=way):
+            for _ in range(4):
+                closure()
+                if way == "step":
+                    sam.step(closure)
+                else:
+                    sam.first_step()
+                    closure()
+                    sam.second_step()
+
+        train()
+        measured[way] = {n: t.clone() for n, t in updater.loss_drop.items()}
+        updater.select()
+        train()
+        masks[way] = updater.finish()
+    for name, drop in measured["step"].items():
+        assert float(drop.sum()) > 0
+        torch.testing.assert_close(measured["two steps"][name], drop)
+        assert torch.equal(masks["step"][name], masks["two steps"][name])
 
 
 # Schedule-free -----------------------------------------------------------------------
@@ -135,6 +249,8 @@ def test_an_optimizer_that_runs_no_hooks_is_refused_by_name():
 @pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree"])
 def test_schedule_free_optimizers_stay_frozen_in_both_of_their_weights(kind, switches):
     model = net()
+    with torch.no_grad():
+        model[0].weight[model[0].weight < 0] = -0.0  # as pruning leaves them
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = getattr(schedulefree, kind)(model.parameters(), lr=0.05)
     updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(optimizer)
@@ -144,12 +260,17 @@ def test_schedule_free_optimizers_stay_frozen_in_both_of_their_weights(kind, swi
         optimizer.eval()
     updater.select()
     optimizer.train()
-    train(model, optimizer, optimizer.step)
+    for _ in range(2):
+        train(model, optimizer, optimizer.step)
+        if switches:  # to evaluate between epochs
+            optimizer.eval()
+            loss_of(model)
+            optimizer.train()
     masks = updater.finish()
     assert not any(group["train_mode"] for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         if name in masks:
-            moved = parameter.detach() != base[name]
+            moved = parameter.detach().view(torch.int32) != base[name].view(torch.int32)
             assert moved.any()
             assert not (moved & ~masks[name]).any()
 
@@ -186,6 +307,13 @@ def sharded():
     parameter = nn.Parameter(torch.zeros(3, 3))
     parameter.ds_id = 0  # as ZeRO-3 marks its own
     return parameter
+
+
+def test_parameters_that_fsdp_shards_are_refused_by_name(alone):
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TrainingError, match=r"'0\.weight' is sharded.*Distributed"):
+        PartialUpdater(model.named_parameters(), ratio=0.5)
 
 
 @pytest.mark.parametrize(
