@@ -30,7 +30,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "agent": 530,
         "cli": 940,
         "formats": 3520,
-        "inference": 720,
+        "inference": 750,
         "live": 315,
         "store": 885,
         "sync": 900,

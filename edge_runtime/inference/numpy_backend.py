@@ -4,9 +4,9 @@
 It reads ``graph.onnx`` with the few lines of protobuf that this takes and maps the
 weights from ``weights.safetensors``. Each operator is a plain transcription of its
 ONNX definition, so agreement with ONNX Runtime says something. They are what multilayer
-perceptrons and convolutional networks need; a graph that needs anything else is refused
-when it is loaded, by name. A function's signature is its operator's table: positional
-are the inputs, keyword-only (in lower case) the attributes.
+perceptrons, convolutional networks and masked embeddings need; a graph that needs
+anything else is refused when it is loaded, by name. A function's signature is its
+operator's table: positional are inputs, keyword-only (in lower case) attributes.
 """
 
 import inspect
@@ -28,9 +28,17 @@ Step = tuple[Callable[..., Array], tuple[str, ...], str, set[str]]
 Message = Mapping[int, list[Any]]  # protobuf: the values of each field, by its number
 OPSETS = range(13, 25)  # between them these operators mean the same
 # NumPy's types by ONNX's numbers.
-_TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8"}
+_TYPES = {
+    1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?",
+    10: "<f2", 11: "<f8", 12: "<u4", 13: "<u8",
+}  # fmt: skip
+# As which numbers fields hold them, where it is another type: as bits.
+_KEPT_AS = {10: "<u2", 13: "<i8"}
 # Attributes that must ask for nothing.
-_OFF = {"auto_pad", "ceil_mode", "mode", "storage_order", "training_mode"}
+_OFF = {
+    *("auto_pad", "ceil_mode", "mode", "select_last_index", "storage_order"),
+    "training_mode",
+}
 
 
 class Output(NamedTuple):
@@ -75,7 +83,7 @@ class NumpySession:
             values[output] = operator(*[values[name] for name in inputs])
             for name in spent:
                 del values[name]
-        return [values[name] for name in names or self._outputs]
+        return [np.asarray(values[name]) for name in names or self._outputs]
 
 
 def _refusal(what: str) -> BackendError:
@@ -100,6 +108,10 @@ def _plan(nodes: list[Message], kept: set[str]) -> list[Step]:
         run, inputs = _OPERATORS[operator], tuple(str(n, "utf-8") for n in node[1])
         switches = {name: attributes.pop(name) for name in _OFF & attributes.keys()}
         odd = [n for n, v in switches.items() if v not in (0, b"NOTSET", b"constant")]
+        if operator == "Cast":
+            attributes.pop("saturate", None)  # asks something of 8-bit floats only
+            if attributes.get("to") not in _TYPES:
+                odd.append(f"type {attributes.get('to')}")
         try:
             inspect.signature(run).bind(*inputs, **attributes)
         except TypeError as err:
@@ -198,30 +210,73 @@ def _mean(
     return np.asarray(x.mean(axis=where, keepdims=bool(keepdims)))
 
 
+def _sum(
+    x: Array, axes: Any = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Array:
+    default = () if noop_with_empty_axes else range(x.ndim)
+    where = tuple(default if axes is None or len(axes) == 0 else axes)
+    return np.asarray(x.sum(axis=where, keepdims=bool(keepdims), dtype=x.dtype))
+
+
+def _divide(a: Array, b: Array) -> Any:
+    if a.dtype.kind == "f":
+        return a / b
+    rounded = a // b  # whole numbers are cut towards zero
+    return (rounded + ((a % b != 0) & ((a < 0) != (b < 0)))).astype(a.dtype)
+
+
+def _argmax(x: Array, *, axis: int = 0, keepdims: int = 1) -> Array:
+    return np.asarray(x.argmax(axis=axis, keepdims=bool(keepdims)))
+
+
+def _unsqueeze(x: Array, axes: Any) -> Array:
+    return np.expand_dims(x, tuple(int(axis) for axis in axes))
+
+
 _OPERATORS: dict[str, Callable[..., Array]] = {
+    "Abs": lambda x: np.abs(x),
     "Add": lambda a, b: a + b,
+    "And": lambda a, b: a & b,
+    "ArgMax": _argmax,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
+    "Cast": lambda x, *, to: x.astype(_TYPES[to]),
     "Clip": lambda x, low=None, high=None: np.clip(x, low, high),
     "Concat": lambda *xs, axis: np.concatenate(xs, axis),
     "Conv": _conv,
+    "Div": _divide,
+    "Equal": lambda a, b: a == b,
+    "Exp": lambda x: np.exp(x),
     "Flatten": lambda x, *, axis=1: x.reshape(int(np.prod(x.shape[:axis])), -1),
+    "Gather": lambda x, where, *, axis=0: np.take(x, where, axis),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: _mean(x, range(2, x.ndim)),
+    "Greater": lambda a, b: a > b,
     "Identity": lambda x: x,
+    "Less": lambda a, b: a < b,
+    "Log": lambda x: np.log(x),
     "MatMul": lambda a, b: a @ b,
     "MaxPool": lambda x, **window: reduce(np.maximum, _taps(x, -np.inf, **window)),
     "Mul": lambda a, b: a * b,
+    "Neg": lambda x: -x,
+    "Not": lambda x: ~x,
+    "Or": lambda a, b: a | b,
     "Pad": lambda x, pads, by=0: np.pad(x, pads.reshape(2, -1).T, constant_values=by),
     "ReduceMean": _mean,
+    "ReduceSum": _sum,
     "Relu": lambda x: np.maximum(x, x.dtype.type(0)),
     "Reshape": _reshape,
     "Shape": lambda x, *, start=0, end=None: np.array(x.shape[start:end], np.int64),
+    "Sigmoid": lambda x: np.exp(-np.logaddexp(x.dtype.type(0), -x)),
     "Slice": _slice,
     "Softmax": _softmax,
+    "Sqrt": lambda x: np.sqrt(x),
     "Squeeze": lambda x, axes=None: np.squeeze(x, None if axes is None else (*axes,)),
     "Sub": lambda a, b: a - b,
+    "Tanh": lambda x: np.tanh(x),
     "Transpose": lambda x, *, perm=None: x.transpose(perm),
+    "Unsqueeze": _unsqueeze,
+    "Where": lambda yes, a, b: np.asarray(np.where(yes, a, b)),
 }
 
 
@@ -306,7 +361,9 @@ def _tensor(fields: Message, weights: Array | None = None) -> tuple[str, Array]:
         values = weights[start : start + int(place["length"])].view(dtype)
     elif fields[9]:
         values = np.frombuffer(fields[9][0], dtype)
+    elif fields[4] or fields[10]:
+        values = np.frombuffer(b"".join(fields[4] or fields[10]), dtype)
     else:
-        numbers = _ints(fields[5] or fields[7])
-        values = _floats(fields[4]) if fields[4] else np.array(numbers, dtype)
+        numbers = _ints(fields[5] or fields[7] or fields[11])
+        values = np.array(numbers, _KEPT_AS.get(kind, dtype)).view(dtype)
     return name, values.reshape(shape)

@@ -42,6 +42,7 @@ SHAPES = {
 def difference(found, wanted):
     """Largest difference, relative to the largest value: ONNX Runtime's is 1e-6."""
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    found, wanted = found.astype("f8"), wanted.astype("f8")
     return np.abs(found - wanted).max(initial=0) / (np.abs(wanted).max(initial=0) or 1)
 
 
@@ -110,6 +111,9 @@ def compare(tmp_path_factory):
         assert difference(found, wanted) < 1e-5
 
     return run
+
+
+WHOLE = np.array([-7, 7, 5, -2, 1], "i8")
 
 
 def values(*shape, seed=0):
@@ -200,6 +204,27 @@ def test_pooling(compare, operator, kernel, strides, pads, include):
         ("Slice", [values(5, 6)], [[1, -3], [4, 99]], {}),
         ("Slice", [values(5, 6)], [[-1], [-(2**63)], [1], [-2]], {}),
         ("Slice", [values(5, 6)], [[0], [2**63 - 1], [1], [2]], {}),
+        ("Cast", [values(5) * 9], [], {"to": TensorProto.INT32}),
+        ("Cast", [np.array([0.0, 2.0], "f4")], [], {"to": TensorProto.BOOL}),
+        ("Cast", [values(5)], [], {"to": TensorProto.FLOAT16}),
+        ("Gather", [values(5, 3)], [[[0, -1], [4, 2]]], {}),
+        ("Gather", [values(5, 3)], [[0, 2]], {"axis": -1}),
+        ("Div", [values(2, 3), values(3, seed=1)], [], {}),
+        ("Div", [WHOLE, WHOLE[::-1].copy()], [], {}),
+        ("Unsqueeze", [values(2, 3)], [[0, -1]], {}),
+        ("ReduceSum", [values(2, 3, 4)], [[1]], {"keepdims": 0}),
+        ("ReduceSum", [WHOLE], [], {}),
+        ("ArgMax", [values(3, 4)], [], {"axis": 1, "keepdims": 0}),
+        ("ArgMax", [values(3, 4)], [], {}),
+        ("Where", [values(3, 4) > 0, values(3, 4), values(1, 4, seed=1)], [], {}),
+        *((operator, [values(3, 4) * 50], [], {}) for operator in ("Neg", "Abs")),
+        *((operator, [values(3, 4) * 50], [], {}) for operator in ("Sigmoid", "Tanh")),
+        *((operator, [abs(values(3, 4))], [], {})
+          for operator in ("Sqrt", "Log", "Exp")),
+        *((operator, [WHOLE, WHOLE[::-1].copy()], [], {})
+          for operator in ("Equal", "Greater", "Less")),
+        ("Not", [WHOLE > 0], [], {}),
+        *((operator, [WHOLE > 0, WHOLE > 3], [], {}) for operator in ("And", "Or")),
     ],
 )  # fmt: skip
 def test_operators(compare, operator, inputs, constants, attributes):
@@ -235,6 +260,38 @@ def test_numbers_are_read_however_a_tool_wrote_them(tmp_path):
     assert difference(found, wanted) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (TensorProto.FLOAT16, [0.5, -3.0]),
+        (TensorProto.DOUBLE, [0.1, -3.0]),
+        (TensorProto.BOOL, [True, False]),
+        (TensorProto.INT8, [-3, 5]),
+        (TensorProto.UINT16, [3, 65535]),
+        (TensorProto.UINT64, [3, 2**64 - 1]),
+        (TensorProto.INT32, [3, -(2**31)]),
+    ],
+)
+def test_every_type_is_read_from_fields_and_from_bytes(tmp_path, kind, numbers):
+    nodes, outputs = [], []
+    for name, raw in (("fields", False), ("bytes", True)):
+        vals = np.array(numbers, helper.tensor_dtype_to_np_dtype(kind))
+        tensor = helper.make_tensor(
+            name, kind, [2], vals.tobytes() if raw else numbers, raw=raw
+        )
+        nodes.append(helper.make_node("Constant", [], [f"{name}_c"], value=tensor))
+        nodes.append(helper.make_node("Identity", [f"{name}_c"], [name]))
+        outputs.append(helper.make_tensor_value_info(name, kind, [2]))
+    graph = helper.make_graph(nodes, "types", [], outputs)
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+    write_weights({"unused": np.zeros(1, "f4")}, tmp_path / WEIGHTS_NAME)
+    found, wanted = both(tmp_path, {})
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.dtype, ours.tolist()) == (theirs.dtype, theirs.tolist())
+
+
 # What it cannot do -------------------------------------------------------------------
 
 
@@ -253,6 +310,8 @@ BFLOAT = helper.make_tensor("t", TensorProto.BFLOAT16, [1], [1.0])
         ("Relu", "xx", "y", {}, "Relu with too many"),
         ("Constant", "", "y", {"value_strings": ["a"]}, "attribute value_strings"),
         ("Constant", "", "y", {"value": BFLOAT}, "tensor 't'"),
+        ("Cast", "x", "y", {"to": TensorProto.BFLOAT16}, "Cast with type 16"),
+        ("ArgMax", "x", "y", {"select_last_index": 1}, "ArgMax with select_last_index"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
