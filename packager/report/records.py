@@ -125,8 +125,9 @@ class SentRecord(TypedDict):
 class RoundEntry(TypedDict):
     """One round of a run.
 
-    What a trainer need not state is None. ``cumulative_bytes`` are those of all rounds
-    up to this one; None once one of them is unknown.
+    What a trainer need not state is None. ``val_metric`` and ``test_metric`` are of
+    ``metric``, which is "accuracy" where nothing else is stated. ``cumulative_bytes``
+    are those of all rounds up to this one; None once one of them is unknown.
     """
 
     round: int
@@ -138,6 +139,10 @@ class RoundEntry(TypedDict):
     ratio: float | None
     samples: int | None
     reinitialised: bool | None
+    metric: str
+    better: str
+    val_metric: float | None
+    test_metric: float | None
     val_accuracy: float | None
     test_accuracy: float | None
     bytes: int | None
@@ -154,6 +159,10 @@ class OtherRound(TypedDict):
     bytes: int | None
     cumulative_bytes: int | None
     bytes_from: str
+    metric: str
+    better: str
+    val_metric: float | None
+    test_metric: float | None
     val_accuracy: float | None
     test_accuracy: float | None
 

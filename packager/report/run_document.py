@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's rounds as a document: accuracy, bytes, where the changes were."""
+"""A run's rounds as a document: how good, bytes, where the changes were."""
 
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
@@ -7,12 +7,13 @@ from itertools import accumulate
 from packager.report.curves import Series, column_chart, line_chart
 from packager.report.document import Document, Section, Table
 from packager.report.patch_document import link_section
-from packager.report.records import OtherRound, RoundEntry, RunRecord
+from packager.report.records import OtherRound, OtherRun, RoundEntry, RunRecord
 from packager.report.svg import heat_map
 from packager.report.words import natural, percent, short_bytes, spaced, times
 
 DENSE = "dense part"
 ROUNDS = "round"
+SHARES = ("accuracy", "element_accuracy", "iou")  # metrics that read as per cent
 # What the bytes of a round are the size of.
 SOURCES = {
     "patch file": "its patch file",
@@ -26,7 +27,7 @@ SOURCES = {
 def run_document(record: RunRecord) -> Document:
     """Return the report of a run, from :func:`run_record`."""
     sections = [
-        _accuracy(record),
+        _metric(record),
         _bytes(record),
         _cumulative(record),
         _shares(record),
@@ -60,14 +61,20 @@ def _figures(record: RunRecord) -> list[tuple[str, str]]:
     figures = [(short_bytes(sent), f"sent in {record['patches']} patches")]
     if sent:
         figures.append((times(full / sent, 0), "smaller than full weights"))
-    if accuracy := [
-        e["test_accuracy"] for e in rounds if e["test_accuracy"] is not None
-    ]:
-        figures.append((percent(accuracy[-1], 1, 1), "test accuracy, last round"))
-    for other in record["beside"]:
-        if (last := other["rounds"][-1]["test_accuracy"]) is not None:
-            figures.append((percent(last, 1, 1), f"test accuracy of {other['run']}"))
+    name = rounds[-1]["metric"]
+    known = [e["test_metric"] for e in rounds if e["test_metric"] is not None]
+    if known:
+        figures.append((_value(known[-1], name, 1), f"test {name}, last round"))
+    for other in _comparable(record):
+        if (last := other["rounds"][-1]["test_metric"]) is not None:
+            figures.append((_value(last, name, 1), f"test {name} of {other['run']}"))
     return figures
+
+
+def _comparable(record: RunRecord) -> list[OtherRun]:
+    """Return the runs beside this one that are measured by the same metric."""
+    name = record["rounds"][-1]["metric"]
+    return [o for o in record["beside"] if o["rounds"][-1]["metric"] == name]
 
 
 def _label(entry: RoundEntry | OtherRound) -> str:
@@ -76,60 +83,63 @@ def _label(entry: RoundEntry | OtherRound) -> str:
     return "began anew" if entry.get("reinitialised") else "updated"
 
 
-def _accuracy(record: RunRecord) -> Section | None:
-    lines = []
+def _metric(record: RunRecord) -> Section | None:
+    lines, name, others = [], record["rounds"][-1]["metric"], _comparable(record)
+    factor = 100 if name in SHARES else 1
     runs: list[tuple[str, Sequence[RoundEntry | OtherRound], int]]
     runs = [(record["run"], record["rounds"], 1)]
-    runs += [(o["run"], o["rounds"], 2 + n) for n, o in enumerate(record["beside"][:3])]
-    for name, rounds, colour in runs:
+    runs += [(o["run"], o["rounds"], 2 + n) for n, o in enumerate(others[:3])]
+    for run, rounds, colour in runs:
         for dashed in (False, True):
-            known = list(_accuracies(rounds, validation=dashed))
+            known = list(_measured(rounds, validation=dashed))
             if known:
-                points = [(e["round"], 100 * value) for e, value in known]
+                points = [(e["round"], factor * value) for e, value in known]
                 marks = ["" if dashed else _symbol(e) for e, _ in known]
-                words = f"{name}, {'validation' if dashed else 'test'}"
+                words = f"{run}, {'validation' if dashed else 'test'}"
                 lines.append(Series(words, points, colour, dashed, marks))
     if not lines:
         return None
-    others = {
-        other["run"]: {e["round"]: e["test_accuracy"] for e in other["rounds"]}
-        for other in record["beside"]
+    beside = {
+        other["run"]: {e["round"]: e["test_metric"] for e in other["rounds"]}
+        for other in others
     }
     rows = [
         [
             str(e["round"]),
             spaced(e["samples"]) if e["samples"] is not None else "-",
             _label(e),
-            _share(e["val_accuracy"]),
-            _share(e["test_accuracy"]),
-            *(_share(known.get(e["round"])) for known in others.values()),
+            _value(e["val_metric"], name),
+            _value(e["test_metric"], name),
+            *(_value(known.get(e["round"]), name) for known in beside.values()),
         ]
         for e in record["rounds"]
     ]
     columns = [ROUNDS, "samples", "<outcome", "validation", "test"]
-    columns += [f"test, {name}" for name in others]
+    columns += [f"test, {run}" for run in beside]
+    title = name[0].upper() + name[1:]
     picture = line_chart(
-        "Accuracy by round",
+        f"{title} by round",
         lines,
-        axes=(ROUNDS, "accuracy"),
-        form=lambda y: f"{y:.3g} %",
+        axes=(ROUNDS, name),
+        form=lambda y: f"{y:.3g} %" if name in SHARES else f"{y:.4g}",
     )
-    caption = (
+    lower = record["rounds"][-1]["better"] == "lower"
+    caption = ("Lower is better. " if lower else "") + (
         "Solid: test samples; dashed: validation samples. A ring is a round without an "
         "update: it got no better, and nothing was sent. A diamond is a round that "
         "began anew from the init weights."
     )
-    legend = [(colour, name) for name, _, colour in runs]
+    legend = [(colour, run) for run, _, colour in runs]
     table = Table(columns, rows)
-    return Section("Accuracy", "", table, picture, caption, legend)
+    return Section(title, "", table, picture, caption, legend)
 
 
-def _accuracies(
+def _measured(
     rounds: Sequence[RoundEntry | OtherRound], *, validation: bool
 ) -> Iterator[tuple[RoundEntry | OtherRound, float]]:
-    """Yield each round whose accuracy is known, with it."""
+    """Yield each round whose metric is known, with it."""
     for entry in rounds:
-        value = entry["val_accuracy"] if validation else entry["test_accuracy"]
+        value = entry["val_metric"] if validation else entry["test_metric"]
         if value is not None:
             yield entry, value
 
@@ -138,8 +148,10 @@ def _symbol(entry: RoundEntry | OtherRound) -> str:
     return {"no update": "ring", "began anew": "diamond"}.get(_label(entry), "dot")
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else percent(value, 1)
+def _value(value: float | None, metric: str, *digits: int) -> str:
+    if value is None:
+        return "-"
+    return percent(value, 1, *digits) if metric in SHARES else f"{value:.5g}"
 
 
 def _bytes(record: RunRecord) -> Section:

@@ -95,6 +95,10 @@ def _other_round(entry: RoundEntry) -> OtherRound:
         "bytes": entry["bytes"],
         "cumulative_bytes": entry["cumulative_bytes"],
         "bytes_from": entry["bytes_from"],
+        "metric": entry["metric"],
+        "better": entry["better"],
+        "val_metric": entry["val_metric"],
+        "test_metric": entry["test_metric"],
         "val_accuracy": entry["val_accuracy"],
         "test_accuracy": entry["test_accuracy"],
     }
@@ -119,6 +123,7 @@ def _round_record(folder: Path) -> RoundEntry:
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     sent = _sent(folder, stated, full=extra.get("ratio", 0) is None)
+    metric = str(extra.get("metric", "accuracy"))
     return {
         "round": stated.round,
         "outcome": stated.outcome,
@@ -130,6 +135,10 @@ def _round_record(folder: Path) -> RoundEntry:
         "ratio": extra.get("ratio"),
         "samples": extra.get("samples"),
         "reinitialised": extra.get("reinitialised"),
+        "metric": metric,
+        "better": str(extra.get("better", "higher")),
+        "val_metric": _number(metrics.get(f"val_{metric}")),
+        "test_metric": _number(metrics.get(f"test_{metric}")),
         "val_accuracy": _number(metrics.get("val_accuracy")),
         "test_accuracy": _number(metrics.get("test_accuracy")),
         "bytes": sent["bytes"],
