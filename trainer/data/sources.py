@@ -197,9 +197,9 @@ def _input_type(inputs: Tensor | Stored, about: Mapping[str, Any]) -> str:
     """
     found = inputs[:1].read() if isinstance(inputs, Stored) else inputs
     name = str(found.dtype).removeprefix("torch.")
-    is_token = name in TOKENS and not {"scale", "mean", "std"} & about.keys()
-    wanted = str(about.get("dtype", name if is_token else FLOAT))
-    if wanted not in (FLOAT, *TOKENS):
+    scaled = {"scale", "mean", "std"} & about.keys()
+    wanted = str(about.get("dtype", name if name in TOKENS and not scaled else FLOAT))
+    if wanted not in ((FLOAT,) if scaled else (FLOAT, *TOKENS)):
         raise ConfigError(
             f"dtype is {wanted!r}, expected what the network takes: {FLOAT}, or "
             f"{' or '.join(TOKENS)} without scale, mean and std"
