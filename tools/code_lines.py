@@ -44,7 +44,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "cli": 1920,
         "models": 1500,
         "provenance": 565,
-        "report": 1965,
+        "report": 2000,
         "rounds": 490,
     },
     "trainer": {
