@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds in a subspace, from a loop to a device: small patches, the very weights."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -241,3 +243,10 @@ def test_a_movement_names_the_tensors_of_the_weight_file(run):
     (term,) = run[0].terms
     assert [layout.tensors[n].name for n in term.scales] == ["0.weight", "2.weight"]
     assert replace(term, seed=5).seed == 5
+
+
+def test_a_large_patch_says_why_and_what_would_be_small(run, tmp_path):
+    command = [sys.executable, "-m", "packager", "run/round_00", "--from", "round_01"]
+    command += ["--counter", "9", "--dry-run", "--runs", str(run[0].path.parents[1])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "all weights travel, as no chain of up to 64 rounds" in done.stdout
