@@ -111,8 +111,8 @@ def pack_text(record: PackRecord) -> str:
     if record["every_weight"]:
         lines.append(
             "  hint     all weights travel, as no chain of up to 64 rounds in "
-            "subspaces leads from there to here, and sums are not taken back; --from init, or an "
-            "earlier round, may have one"
+            "subspaces leads from there to here, and sums are not taken back; --from "
+            "init, or an earlier round, may have one"
         )
     if record["signed_by"]:
         lines.append(f"  signed   by {', '.join(record['signed_by'])}")
