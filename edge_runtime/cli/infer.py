@@ -166,10 +166,16 @@ def _in_turn(
     from edge_runtime.inference.inputs import in_batches, in_samples
 
     if contract.by_rows or batch:
-        yield from in_batches(in_samples(calls, contract), batch or 1, contract)
+        size = batch or _usual_batch(contract)
+        yield from in_batches(in_samples(calls, contract), size, contract)
     else:
         for name, values in calls:
             yield [name], values
+
+
+def _usual_batch(contract: "Contract") -> int:
+    """Return the number of samples that a model takes: 1 where it takes any."""
+    return (contract.inputs[0].shape[:1] or (1,))[0] or 1
 
 
 def _answers(
@@ -308,7 +314,8 @@ def bench(
     _, inputs = next(_golden_calls(device))
     if contract.by_rows or batch:
         golden = cycle(in_samples([("golden", inputs)], contract))
-        _, inputs = next(in_batches(golden, batch or 1, contract))
+        size = batch or _usual_batch(contract)
+        _, inputs = next(in_batches(golden, size, contract))
     folder = store.slot_folder(store.state.active)
     result = measure(folder, contract, inputs, options, seconds=seconds)
     return result, "\n".join(_lines(result))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.formats.contract import Contract
+from edge_runtime.inference.inputs import rows_of
 from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
 
 MIN_CALLS = 20
@@ -75,9 +76,10 @@ def _samples(
     contract: Contract, inputs: NDArray[Any] | Mapping[str, NDArray[Any]]
 ) -> int:
     """Return how many samples a call has; what knows no batch is one."""
-    given = contract.by_name(inputs)
-    batched = [s for s in contract.inputs if s.has_batch]
-    return len(batched[0].batch(given[batched[0].name])) if batched else 1
+    rows, given = rows_of(contract), contract.by_name(inputs)
+    return max(
+        [len(s.batch(given[s.name])) for s in contract.inputs if s.name in rows] or [1]
+    )
 
 
 def _in_turn(calls: list[Callable[[], Any]], seconds: float) -> list[list[float]]:

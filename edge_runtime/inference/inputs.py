@@ -57,6 +57,16 @@ def read_calls(paths: Iterable[Path], contract: Contract) -> Iterator[Sample]:
             yield name, values
 
 
+def rows_of(contract: Contract) -> list[str]:
+    """Return the inputs that have samples on their first axis.
+
+    Of a model that takes a fixed number of samples it is the only input.
+    """
+    if contract.by_rows and len(contract.inputs) == 1:
+        return [spec.name for spec in contract.inputs if spec.shape]
+    return [spec.name for spec in contract.inputs if spec.has_batch]
+
+
 def in_samples(calls: Iterable[Sample], contract: Contract) -> Iterator[Sample]:
     """Yield each sample of calls, without the batch axis.
 
@@ -66,7 +76,8 @@ def in_samples(calls: Iterable[Sample], contract: Contract) -> Iterator[Sample]:
         ContractError: Inputs of one call have different numbers of samples.
     """
     for name, values in calls:
-        counts = {s.name: len(values[s.name]) for s in contract.inputs if s.has_batch}
+        rows = rows_of(contract)
+        counts = {input_name: len(values[input_name]) for input_name in rows}
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             raise ContractError(
@@ -85,7 +96,7 @@ def in_batches(
         ContractError: Samples of different shapes meet in one batch, or different
             values of an input that has no batch axis.
     """
-    batched = {spec.name for spec in contract.inputs if spec.has_batch}
+    batched = rows_of(contract)
     rest = iter(samples)
     while batch := list(islice(rest, size)):
         names, values = zip(*batch, strict=True)

@@ -52,6 +52,7 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
 )
 from edge_runtime.formats.weights import Weights
+from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update.golden import Golden, first_tensor
 from packager.build import (
     PackedPatch,
@@ -171,28 +172,44 @@ def _tried(
         else:
             golden = read_golden_file(given, contract)
         says = set(_read_json(Path(stated))) if stated is not None else set()
-        if golden.labels is None and not says & TASK_FIELDS:
-            feed = contract.prepare(golden.by_name(contract))
-            outputs = answers(predictor, feed)
-            if not _answers_by_rows(contract, golden, outputs[first_tensor(outputs)]):
-                contract = replace(contract, task="free")
+        is_open = golden.labels is None and not says & TASK_FIELDS
+        if is_open and not _answers_by_rows(predictor, contract, golden):
+            contract = replace(contract, task="free")
         answered = judged(predictor, contract, golden)
         check_labels(replace(answered, labels=golden.labels), contract)
         return contract, answered
 
 
-def _answers_by_rows(contract: Contract, golden: Golden, first: NDArray[Any]) -> bool:
+def _answers_by_rows(predictor: Predictor, contract: Contract, golden: Golden) -> bool:
     """Return whether a model may be a classifier: a row of numbers for each sample."""
-    rows = len(np.atleast_1d(golden.inputs[0]))
-    is_one = len(contract.inputs) == 1 and first.dtype.kind in "iuf"
-    return bool(is_one and first.size) and first.shape[:1] == (rows,)
+    if len(contract.inputs) != 1:
+        return False
+    (spec,) = contract.inputs
+    feed = contract.prepare(golden.by_name(contract))
+    outputs = answers(predictor, feed)
+    first = first_tensor(outputs)
+    found, rows = outputs[first], len(np.atleast_1d(feed[spec.name]))
+    if found.dtype.kind not in "iuf" or not found.size or found.shape[:1] != (rows,):
+        return False
+    if not spec.has_batch or rows == 1:
+        return True
+    try:  # a size may be the same by chance
+        fewer = answers(predictor, {spec.name: feed[spec.name][1:]})[first]
+    except StoreError:
+        return True  # it takes no other number of samples
+    return bool(fewer.shape[:1] == (rows - 1,))
+
+
+def _type(dtype: str) -> str:
+    """Return what ONNX's types are called here, by NumPy's name or none."""
+    return {"object": "text", "": "a map, sequence or optional"}.get(dtype, dtype)
 
 
 def unserved(contract: Contract) -> Iterator[str]:
     """Yield in words what a model gives and devices do not serve."""
     for spec in contract.outputs:
         if spec.dtype not in NUMBER_TYPES:
-            kind = f"of {spec.dtype}" if spec.dtype else "a map, sequence or optional"
+            kind = f"of {_type(spec.dtype)}" if spec.dtype else "a map or sequence"
             yield (
                 f"output {spec.name!r} is {kind}: devices neither compare nor print "
                 "it; export the numbers themselves (scikit-learn: options={'zipmap': "
@@ -274,7 +291,7 @@ def _check_inputs(inputs: list[dict[str, Any]]) -> None:
     for entry in inputs:
         if entry["dtype"] not in NUMBER_TYPES:
             raise ContractError(
-                f"input {entry['name']!r} takes {entry['dtype'] or 'no tensor'}, and "
+                f"input {entry['name']!r} takes {_type(entry['dtype'])}, and "
                 f"devices feed tensors of {', '.join(NUMBER_TYPES)}; export the part "
                 "behind the tokenizer, lookup or cast"
             )

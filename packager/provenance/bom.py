@@ -133,6 +133,7 @@ def _stated(facts: Facts, part: str, name: str) -> str | None:
 
 def _format(entry: Mapping[str, Any]) -> str:
     sizes = [
-        "batch" if size is None else str(size) for size in entry.get("shape") or ()
+        str(size) if size is not None else "any" if axis else "batch"
+        for axis, size in enumerate(entry.get("shape") or ())
     ]
     return f"{entry.get('name')}: {entry.get('dtype')} [{', '.join(sizes)}]"

@@ -5,6 +5,7 @@ Each model is bundled, changed, packed, installed, updated, asked and rolled bac
 commands; what the device answers is what ONNX Runtime answers on the file itself.
 """
 
+import io
 import json
 from dataclasses import dataclass, field
 
@@ -172,6 +173,24 @@ KINDS = {
         {"x": random(3, 8)},
         contract={"random_outputs": ["drawn"]},
     ),
+    "a fixed number of samples": Kind(
+        ["MatMul x w -> y"],
+        ["x f4 3 8"],
+        ["y f4 3 12"],
+        {},
+        {"x": random(3, 8)},
+    ),
+    "as many numbers as made-up samples": Kind(
+        [
+            "MatMul x w -> h",
+            node("ReduceMax h -> top", axes=[0], keepdims=0),
+            "Gather top four -> y",
+        ],
+        ["x f4 n 8"],
+        ["y f4 4"],
+        {"four": np.arange(4)},
+        {"x": random(5, 8)},
+    ),
     "more rows than samples": Kind(
         ["MatMul x w -> h", "Reshape h pairs -> y"],
         ["x f4 n 8"],
@@ -253,7 +272,7 @@ def test_any_model_goes_around_the_whole_circle(name, tmp_path, command):
 @pytest.mark.parametrize(
     ("inputs", "nodes", "words"),
     [
-        (["t s n"], ["Identity t -> u"], "input 't' takes object"),
+        (["t s n"], ["Identity t -> u"], "input 't' takes text"),
         ([], [node("Constant -> u", value_float=1.0)], "takes no inputs"),
     ],
 )
@@ -279,3 +298,32 @@ def test_an_output_that_draws_at_random_is_named_with_the_way_out(tmp_path, comm
     text = " ".join(err.split())
     assert (code, "output 1 'drawn' differs" in text) == (5, True)
     assert "random_outputs" in text
+
+
+def test_labels_of_a_model_of_several_inputs_are_counted(
+    tmp_path, command, monkeypatch
+):
+    kind, store = KINDS["floats and a mask of whole numbers"], tmp_path / "store"
+    path = kind.save(tmp_path / "m.onnx", 0)
+    right = answers(path, kind.feed)["y"].argmax(axis=1)
+    np.savez(tmp_path / "golden.npz", **kind.feed, labels=right)
+    names = [f"class {number}" for number in range(12)]
+    stated = tmp_path / "contract.json"
+    stated.write_text(json.dumps({"classes": names, "accuracy_floor": 1.0}))
+    golden = ["--golden", tmp_path / "golden.npz", "--contract", stated]
+    assert command(pack, "--base", path, "--bundle", *golden)[0] == 0
+    edge = [main, "--store", store]
+    assert command(*edge, "init", tmp_path / "m.bundle.zip")[0] == 0
+    _, _, err = command(*edge, "infer", "--golden", "--batch", 2)
+    assert err == "3 of 3 right\n"
+    rows = [
+        dict(zip(kind.feed, row, strict=True))
+        for row in zip(*kind.feed.values(), strict=True)
+    ]
+    lines = "\n".join(
+        json.dumps({name: row.tolist() for name, row in each.items()}) for each in rows
+    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    code, out, _ = command(*edge, "infer", "-")
+    found = [json.loads(line)["top"][0]["class"] for line in out.splitlines()]
+    assert (code, found) == (0, [names[label] for label in right])

@@ -4,6 +4,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 from edge_runtime import Device, UpdateResult, open_patch
@@ -67,6 +68,33 @@ def test_the_outputs_of_the_packager_pass_the_trial(device, round_1, count):
         assert opened.outputs == true_outputs(round_1)[: 4 * count].tobytes()
     assert device.update(patch) is UpdateResult.APPLIED
     assert device.status()["round"] == 1
+
+
+def test_one_number_for_all_inputs_is_expected_as_it_is(
+    new_run, reload_graph, tmp_path
+):
+    def to_one_number(model):
+        (end,) = model.graph.output
+        total = onnx.helper.make_node("ReduceMean", [end.name], ["total"], keepdims=0)
+        model.graph.node.append(total)
+        info = onnx.helper.make_tensor_value_info
+        end.CopyFrom(info("total", onnx.TensorProto.FLOAT, []))
+
+    run = new_run("totals")
+    run.graph = reload_graph(run, to_one_number)
+    path = run.path / "model" / "contract.json"
+    free = json.loads(path.read_text()) | {"schema": 2, "task": "free", "classes": []}
+    path.write_text(json.dumps(free))
+    with np.load(run.path / "model" / "golden.npz") as arrays:
+        inputs = arrays["inputs"]
+    np.savez(run.path / "model" / "golden.npz", inputs=inputs)
+    first, second = (read_round(run.add(number)) for number in range(2))
+    device = Device.install(tmp_path / "store", build_bundle(first).data)
+    assert len(expected_outputs(second, 3)) == 4
+    reason = refused(device, patch_with(second, np.zeros(1, "<f4").tobytes()))
+    assert "does not compute what the server's does" in reason
+    patch = pack_round(second, expect_outputs=3).data
+    assert device.update(patch, force=True) is UpdateResult.APPLIED
 
 
 def test_no_more_inputs_are_asked_for_than_there_are(round_1):
