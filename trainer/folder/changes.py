@@ -11,6 +11,7 @@ from torch import Tensor
 
 from edge_runtime.errors import FrozenWeightChangedError, TrainingError
 from edge_runtime.formats.layout import Layout
+from edge_runtime.formats.model_folder import MODEL_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
 from trainer.export.tensors import changed_elements
 
@@ -53,8 +54,8 @@ def check_changes(
                     "what finish() verified: a checkpoint was loaded, averaged weights "
                     "were copied into it (begin them after select(), and rewind() them "
                     "before they are published), or it was not at the last round's "
-                    "weights when the updater was made. To go on, load the last good "
-                    "round with load_weights(model, read_weights(...)) and train again",
+                    "weights when the updater was made. To go on, put the last good "
+                    f"weights back and train again: {_way_back(source)}",
                     tensor=name,
                     count=count,
                 )
@@ -68,6 +69,19 @@ def check_changes(
                 tensor=name,
                 count=count,
             )
+
+
+def _way_back(source: Path) -> str:
+    if source.name == MODEL_NAME:
+        return (
+            "trainer.load_weights(model, "
+            f'read_init_spec(Path("{source}")).generate()), '
+            "read_init_spec from edge_runtime.formats.init_weights"
+        )
+    return (
+        f'trainer.load_weights(model, read_weights("{source / WEIGHTS_NAME}")), '
+        "read_weights from edge_runtime.formats.weights"
+    )
 
 
 def check_masks(layout: Layout, masks: Mapping[str, Tensor]) -> None:
