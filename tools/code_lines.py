@@ -48,14 +48,14 @@ BUDGETS: dict[str, dict[str, int]] = {
         "rounds": 490,
     },
     "trainer": {
-        ".": 1000,
+        ".": 1050,
         "data": 430,
         "export": 950,
         "folder": 480,
-        "method": 1030,
+        "method": 1225,
         "networks": 260,
-        "recipe": 400,
-        "rounds": 1260,
+        "recipe": 475,
+        "rounds": 1510,
         "starter": 25,
     },
 }

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from trainer.folder.write import make_contract as make_contract
     from trainer.folder.write import write_model as write_model
     from trainer.folder.write import write_round as write_round
+    from trainer.method.batchnorm import FoldedBatchNorm as FoldedBatchNorm
+    from trainer.method.distill import distill_loss as distill_loss
     from trainer.method.scores import DPUScore as DPUScore
     from trainer.method.scores import Evidence as Evidence
     from trainer.method.scores import fisher_scores as fisher_scores
@@ -58,10 +60,12 @@ _HOMES = {
     "DPUScore": "method.scores",
     "DataSource": "data.samples",
     "Evidence": "method.scores",
+    "FoldedBatchNorm": "method.batchnorm",
     "PartialUpdater": "method.updater",
     "RoundRecord": "folder.record",
     "SubspaceUpdater": "method.subspace",
     "coefficients_within": "export.subspace_size",
+    "distill_loss": "method.distill",
     "export_graph": "export.graph",
     "fisher_scores": "method.scores",
     "lightning_callback": "callbacks",

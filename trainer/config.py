@@ -22,6 +22,8 @@ from typing import Any, get_args, get_type_hints
 
 from edge_runtime.errors import ConfigError
 from trainer.recipe.schema import (
+    AUTO,
+    METHODS,
     PARTIAL_METHODS,
     RANKED_METHODS,
     Config,
@@ -31,7 +33,7 @@ from trainer.recipe.schema import (
     TrainConfig,
     UpdateConfig,
 )
-from trainer.recipe.task import task_problems
+from trainer.recipe.task import loss_name, task_problems
 
 
 def load_config(
@@ -103,6 +105,8 @@ def make_config(
     parts = made["run"], made["data"], made["train"]
     if all(parts):
         problems += task_problems(*parts)
+    if made["update"] and made["train"] and made["data"]:
+        problems += _teacher_problems(made["update"], made["train"], made["data"])
     if problems:
         raise ConfigError(f"{source}, {len(problems)} to mend:", problems=problems)
     return Config(**made)
@@ -185,10 +189,45 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
         yield "[update] coefficients, bits and taps are for method subspace only"
     if section.dense != "train" and section.method not in PARTIAL_METHODS:
         yield "[update] dense other than train is for methods that select only"
-    if section.chain == "shadow" and section.budget:
+    if section.first_budget and not section.budget:
+        yield "[update] first_budget is for recipes with a budget"
+    yield from _lean_disagreements(section)
+
+
+def _lean_disagreements(section: UpdateConfig) -> Iterable[str]:
+    ranked = f"is for methods {', '.join(RANKED_METHODS)} only"
+    if section.method not in RANKED_METHODS:
+        for key, value in (
+            ("grid auto", section.grid == AUTO),
+            ("dense_grid auto", section.dense_grid == AUTO),
+            ("narrow", section.narrow),
+        ):
+            if value:
+                yield f"[update] {key} {ranked}"
+    selects = section.method in PARTIAL_METHODS and section.method != "subspace"
+    if not selects and (section.grid or section.first_ratio):
+        yield "[update] grid and first_ratio are for methods that select weights only"
+    if section.fold_batchnorm and section.dense != "train":
         yield (
-            "[update] chain shadow cannot keep a budget: when it is deployed, a patch "
-            "holds the changes of several rounds; choose deployed"
+            "[update] fold_batchnorm needs dense train: otherwise statistics stay, and "
+            "there is nothing to fold"
+        )
+
+
+def _teacher_problems(
+    update: UpdateConfig, train: TrainConfig, data: DataConfig
+) -> Iterable[str]:
+    able = {"self": (*RANKED_METHODS, "subspace"), "full": (*PARTIAL_METHODS, "fu")}
+    if update.method not in able.get(train.teacher, METHODS):
+        yield (
+            f"[train] teacher {train.teacher} is for methods "
+            f"{', '.join(able[train.teacher])} only"
+        )
+    loss = loss_name(data, train)
+    if train.teacher != "none" and loss != "cross_entropy":
+        yield (
+            f"[train] teacher is for loss cross_entropy, where answers are "
+            f"probabilities of classes; this one is {loss}"
         )
 
 

@@ -78,9 +78,12 @@ def round_line(record: "RoundRecord") -> str:
     metrics, name = record.metrics, record.metric
     outcome = str(record.outcome) + (" (re-init)" if record.reinitialised else "")
     values = (_shown(metrics[f"{half}_{name}"], name) for half in ("val", "test"))
+    waiting = metrics.get("waiting_bytes")
+    note = f"  a better one waits: its patch has {waiting:,} bytes" if waiting else ""
     return (
         f"round_{record.round:02d}  {outcome:<17} {metrics['changed']:>9} "
         + " ".join(f"{value:>7}" for value in values)
+        + note
     )
 
 

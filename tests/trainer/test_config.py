@@ -99,6 +99,18 @@ def test_says_what_is_wrong(section, keys, expected):
         ("update", {"budget": "0KB"}, "a size such as 64KB"),
         ("update", {"budget": "9KB", "method": "rpu"}, "budget is for methods dpu, "),
         ("update", {"dense": "freeze", "method": "fu"}, "for methods that select only"),
+        ("update", {"grid": 0.3}, "auto, or a power of two"),
+        ("update", {"grid": "fine"}, "auto, or a power of two"),
+        ("update", {"grid": 0.5, "method": "fu"}, "grid and first_ratio are for"),
+        ("update", {"grid": "auto", "method": "rpu"}, "grid auto is for methods dpu, "),
+        ("update", {"narrow": True, "method": "fisher"}, "narrow is for methods dpu, "),
+        (
+            "update",
+            {"first_budget": "9KB"},
+            "first_budget is for recipes with a budget",
+        ),
+        ("update", {"fold_batchnorm": True, "dense": "freeze"}, "needs dense train"),
+        ("train", {"teacher": "self", "loss": "mse"}, "teacher is for loss cross_ent"),
         ("update", {"mantissa_bits": 8}, "should be 23, 10 or 7"),
         ("model", {"factory": "a:b"}, "[model] name, or factory"),
         ("model", {"name": ""}, "[model] name, or factory"),
@@ -109,6 +121,15 @@ def test_says_what_is_wrong(section, keys, expected):
 )
 def test_what_excludes_each_other_is_a_problem(section, keys, problem):
     assert problem in problems_of(changed(section, **keys))
+
+
+@pytest.mark.parametrize(
+    ("method", "teacher"), [("fu", "self"), ("rpu", "self"), ("pruning", "full")]
+)
+def test_a_teacher_needs_a_phase_to_learn_in(method, teacher):
+    tables = changed("update", method=method)
+    tables["train"] = {**tables["train"], "teacher": teacher}
+    assert f"teacher {teacher} is for methods dpu" in problems_of(tables)
 
 
 def test_your_own_functions_take_the_place_of_names(recipe):

@@ -24,6 +24,7 @@ from trainer.trees import each
 
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
 CROP_PADDING = 4  # pixels
+SHIFT_SIDE = 14  # an image is shifted by up to this fraction of its side
 
 CPU = torch.device("cpu")
 FLOAT = "float32"
@@ -163,13 +164,21 @@ class DataSource:
             return Samples(inputs, labels, self.normalise)
         return Samples(self.normalise(inputs), labels)
 
-    def crop_flip(self, random: np.random.Generator) -> Augment:
-        """Return the augmentation of the CIFAR recipes, for prepared batches.
+    def augmentation(self, kind: str, random: np.random.Generator) -> Augment:
+        """Return an augmentation of prepared batches of images.
 
-        Random crop after padding by 4 raw zeros on each side, random horizontal flip.
+        Images are padded by raw zeros on each side, and cropped at random.
+
+        Args:
+            kind: ``crop`` pads by 4 pixels, ``crop_flip`` also turns every second image
+                left to right (the CIFAR recipes); ``shift`` pads by a fourteenth of the
+                longer side, as digits must not be turned, and hardly be cut.
+            random: Where images move to.
         """
         zeros = torch.zeros(1, self.input_shape[0], 1, 1, dtype=torch.uint8)
         border, pad = self.normalise(zeros), CROP_PADDING
+        if kind == "shift":
+            pad = max(1, round(max(self.input_shape[1:]) / SHIFT_SIDE))
 
         def augment(inputs: Tensor) -> Tensor:
             n, channels, height, width = inputs.shape
@@ -177,10 +186,12 @@ class DataSource:
             canvas = border.to(inputs.device).expand(shape).clone()
             canvas[:, :, pad:-pad, pad:-pad] = inputs
             corner = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, n, 1)))
-            flip = torch.from_numpy(random.random((n, 1)) < 0.5)
-            rows = corner[0] + torch.arange(height)  # (N, H)
             columns = torch.arange(width)
-            columns = corner[1] + torch.where(flip, columns.flip(0), columns)  # (N, W)
+            if kind == "crop_flip":
+                flip = torch.from_numpy(random.random((n, 1)) < 0.5)
+                columns = torch.where(flip, columns.flip(0), columns)
+            rows = corner[0] + torch.arange(height)  # (N, H)
+            columns = corner[1] + columns  # (N, W)
             sample = torch.arange(n).view(n, 1, 1)
             # Drawn on the CPU, so that every device sees the same; used on the batch's.
             sample, rows, columns = (

@@ -9,6 +9,13 @@
     train(model, optimizer)      # sparse phase: only the selected weights move
     masks = updater.finish()     # detach; raises if anything else moved
 
+Fewer weights that fit together better, for a little more training::
+
+    updater.select(keep=4)       # four times as many, at first
+    train(model, optimizer)
+    updater.narrow()             # rank these again, keep the best 1 %, rewind the rest
+    train(model, optimizer)
+
 The optimizer's *step* is masked, not the gradient: momentum, weight decay and Adam's
 moments move weights whose gradient is zero. The step is also what is measured, so the
 local contribution needs no knowledge of the optimizer.
@@ -120,6 +127,7 @@ class PartialUpdater:
         self._score = score
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
         self._masks: Mapping[str, Tensor] = {}
+        self._wide = False  # more is selected than the ratio allows
         self._steps = 0
         self._owned: dict[Optimizer, list[str]] = {}
         self._handles: list[Any] = []
@@ -142,7 +150,7 @@ class PartialUpdater:
 
     @property
     def loss_drop(self) -> Mapping[str, Tensor]:
-        """Local contributions so far, by name; empty outside of the full phase."""
+        """Local contributions so far, by name; empty where nothing is ranked later."""
         return self._loss_drop.total
 
     def attach(self, *optimizers: Any) -> Self:
@@ -181,6 +189,7 @@ class PartialUpdater:
         scores: Mapping[str, Tensor] | None = None,
         *,
         masks: Mapping[str, Tensor] | None = None,
+        keep: float = 1,
     ) -> Mapping[str, Tensor]:
         """Select the weights that may change and rewind all others to the base.
 
@@ -189,38 +198,89 @@ class PartialUpdater:
                 better. Any method plugs in here, with or without a full phase.
                 Default: the updater's score of the full phase.
             masks: Boolean masks to take as they are, instead of scores.
+            keep: How many times as many weights as the ratio says are kept until
+                :meth:`narrow`; at most all. Until then steps are measured as well.
 
         Returns:
             The masks, by name.
 
         Raises:
             StepNotObservedError: There was no full phase to score.
-            TrainingError: Not in the full phase, no ratio given, or scores or masks
-                that do not fit the selectable tensors.
+            TrainingError: Not in the full phase, no ratio given, ``keep`` below 1, or
+                scores or masks that do not fit the selectable tensors.
         """
         self._expect(Phase.FULL, "select() comes once, after the full phase")
+        if keep < 1 or (keep > 1 and masks is not None):
+            raise TrainingError(
+                f"keep is {keep}: expected at least 1, and no masks beside it"
+            )
         with at_evaluation(list(self._owned)):
             if masks is None:
-                masks = self._best(scores)
-            check_fit(masks, self._params, torch.bool)
-            masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
-            self._masks = masks_of_first(masks)
-            self._start(Phase.SPARSE)
-            self._freeze.rewind(self._params)
-            for optimizer, names in self._owned.items():
-                self._rewind_second(optimizer, names)
-                if is_coupled(optimizer):
-                    optimizer.state.clear()
+                masks = self._best(scores, keep)
+            self._enter_sparse(masks, wide=keep > 1)
         return self._masks
 
-    def _best(self, scores: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    def narrow(
+        self, scores: Mapping[str, Tensor] | None = None
+    ) -> Mapping[str, Tensor]:
+        """Select again among the selected weights, as few as the ratio says.
+
+        Args:
+            scores: As for :meth:`select`. Default: the updater's score, of what these
+                weights did in both phases.
+
+        Returns:
+            The masks, by name.
+
+        Raises:
+            StepNotObservedError: There was no step since ``select(keep=...)``.
+            TrainingError: ``select(keep=...)`` did not come before, or scores that do
+                not fit.
+        """
+        self._expect(Phase.SPARSE, "narrow() comes once, after select(keep=...)")
+        if not self._wide:
+            raise TrainingError(
+                "narrow() comes once, after select(keep=...) with more than 1: there "
+                "is nothing to choose from"
+            )
+        with at_evaluation(list(self._owned)):
+            for name, drop in self._loss_drop.total.items():
+                drop.masked_fill_(~self._masks[name], 0.0)
+            scores = self._scores() if scores is None else scores
+            check_fit(scores, self._params)
+            within = {
+                name: scores[name].masked_fill(~self._masks[name], -torch.inf)
+                for name in self._params
+            }
+            self._enter_sparse(self._best(within, 1), wide=False)
+        return self._masks
+
+    def _best(
+        self, scores: Mapping[str, Tensor] | None, keep: float
+    ) -> Mapping[str, Tensor]:
         if self.ratio is None:
             raise TrainingError("pass ratio= to the constructor, or masks= here")
         scores = self._scores() if scores is None else scores
         check_fit(scores, self._params)
         # Our order of tensors, as it decides between equal scores.
         scores = {name: scores[name] for name in self._params}
-        return select_top_k(scores, count_of(self.ratio, self._total))
+        count = int(keep * count_of(self.ratio, self._total))
+        return select_top_k(scores, min(count, self._total))
+
+    def _enter_sparse(self, masks: Mapping[str, Tensor], *, wide: bool) -> None:
+        """Let only these weights move, and rewind all others."""
+        check_fit(masks, self._params, torch.bool)
+        masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
+        self._masks, self._wide = masks_of_first(masks), wide
+        measured = self._loss_drop.total
+        self._start(Phase.SPARSE)
+        if wide:
+            self._loss_drop.total, self._steps = dict(measured), 0
+        self._freeze.rewind(self._params)
+        for optimizer, names in self._owned.items():
+            self._rewind_second(optimizer, names)
+            if is_coupled(optimizer):
+                optimizer.state.clear()
 
     def finish(self) -> Mapping[str, Tensor]:
         """Detach from the optimizers, verify the freeze and return the masks.
@@ -234,6 +294,11 @@ class PartialUpdater:
             TrainingError: Nothing has been selected, or a selected weight is no number.
         """
         self._expect(Phase.SPARSE, "finish() comes once, after select()")
+        if self._wide:
+            raise TrainingError(
+                "more weights are selected than the ratio allows, as select(keep=...) "
+                "asked for: call narrow(), and train on, before finish()"
+            )
         self.detach()
         to_evaluation(self._owned)
         for name, parameter in self._params.items():
@@ -303,6 +368,7 @@ class PartialUpdater:
         return {
             "phase": self._phase.value,
             "steps": self._steps,
+            "wide": self._wide,
             "base": dict(self._base),
             "masks": dict(self._masks),
             "loss_drop": dict(self._loss_drop.total),
@@ -316,10 +382,11 @@ class PartialUpdater:
             TrainingError: The state belongs to other tensors.
         """
         phase = Phase(state["phase"])
+        self._wide = bool(state.get("wide"))
         check_fit(state["base"], self._params)
-        if phase is Phase.FULL:
+        if phase is Phase.FULL or self._wide:
             check_fit(state["loss_drop"], self._params)
-        else:
+        if phase is not Phase.FULL:
             check_fit(state["masks"], self._params, torch.bool)
         self._steps = int(state["steps"])
         masks = state["masks"].items()
@@ -343,11 +410,17 @@ class PartialUpdater:
         if self._phase is Phase.DONE:
             return None
         names = self._owned[optimizer]
-        half = self._loss_drop if self._phase is Phase.FULL else self._freeze
-        half.before(names)
+        halves: list[Freeze | LossDrop] = []
+        if self._phase is Phase.SPARSE:
+            halves.append(self._freeze)
+        if self._loss_drop.total:
+            halves.append(self._loss_drop)
+        for half in halves:
+            half.before(names)
 
         def before(count: int) -> None:
-            half.before_evaluation(names, count)
+            for half in halves:
+                half.before_evaluation(names, count)
 
         def after() -> None:
             if self._phase is Phase.SPARSE and is_coupled(optimizer):
@@ -362,7 +435,7 @@ class PartialUpdater:
         if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
             self._freeze.after(names)
             self._rewind_second(optimizer, names)
-        elif self._phase is Phase.FULL and optimizer in self._stepping:
+        if self._loss_drop.total and optimizer in self._stepping:
             self._steps += self._loss_drop.after(names)
         self._stepping.discard(optimizer)
 
@@ -378,8 +451,9 @@ class PartialUpdater:
     def _scores(self) -> Mapping[str, Tensor]:
         if not self._steps:
             raise StepNotObservedError(
-                "expected at least one optimizer step with gradients in the full "
-                f"phase, found none with {len(self._owned)} attached optimizers: "
+                "expected at least one optimizer step with gradients in the "
+                f"{self.phase} phase, found none with {len(self._owned)} attached "
+                "optimizers: "
                 "attach the optimizer that the loop really steps, or pass scores"
             )
         current = {n: p.detach() for n, p in self._params.items()}
@@ -389,7 +463,8 @@ class PartialUpdater:
         """Enter a phase, with its buffers and without those of the one before."""
         self._phase = phase
         self._stepping: set[Optimizer] = set()
-        self._loss_drop = LossDrop(self._params if phase is Phase.FULL else {})
+        measured = phase is Phase.FULL or (phase is Phase.SPARSE and self._wide)
+        self._loss_drop = LossDrop(self._params if measured else {})
         self._freeze = Freeze(self._params, self._base, self._masks)
         self._mark_switched()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a recipe: every key with its default, its rule and what it means."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -24,6 +25,7 @@ LOSS_OF_TASK = {
 }
 AUTO = "auto"
 
+
 Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
 
 
@@ -39,6 +41,15 @@ def _one_of(*choices: str) -> Rule:
 _ANY: Rule = ("", lambda _value: True)
 _ABOVE_0: Rule = ("above 0, and finite", lambda value: 0 < value < float("inf"))
 _SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
+_SHARE_OR_NONE: Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
+_GRID: Rule = (
+    "auto, or a power of two from 2^-24 to 2^24, such as 0.125",
+    lambda value: (
+        value in ("", AUTO)
+        if isinstance(value, str)
+        else 2**-24 <= value <= 2**24 and math.frexp(value)[0] == 0.5
+    ),
+)
 _SIZE: Rule = (
     SIZE_WORDS,
     lambda value: value == "" or is_size(value),
@@ -143,8 +154,9 @@ class DataConfig:
         default=True,
     )
     augment: str = _key(
-        "crop_flip: random crop after padding by 4 pixels, random horizontal flip",
-        _one_of("none", "crop_flip"),
+        "shift: moved by up to a fourteenth of the side (digits); crop: random crop "
+        "after padding by 4 pixels; crop_flip: and a random horizontal flip",
+        _one_of("none", "shift", "crop", "crop_flip"),
         default="none",
     )
 
@@ -183,6 +195,17 @@ class UpdateConfig:
     taps: int = _key(
         "subspace only: how many coefficients move a weight", _from(1, 4), default=2
     )
+    first_ratio: float = _key(
+        "share where a round starts from the init weights (round_00, after "
+        "re-initialisation); default: ratio",
+        _SHARE_OR_NONE,
+        default=0.0,
+    )
+    narrow: bool = _key(
+        "first keep four times as many weights, train these for half of the second "
+        "phase, rank them again, and keep the best",
+        default=False,
+    )
     lam: float = _key(
         "dpu only: 1 is the global contribution alone, 0 the local one alone",
         _from(0, 1),
@@ -204,15 +227,21 @@ class UpdateConfig:
     )
     chain: str = _key(
         "what becomes of a re-initialised model that validates worse than the deployed "
-        "one; deployed: nothing, it is tried again in the next round; shadow: it is "
-        "trained on unseen and deployed once it is no worse (fu and pruning: as "
-        "deployed); paper: the run goes on with it, for reproduction; cannot be packed",
+        "one; shadow: it is trained on unseen and deployed once it is no worse (fu and "
+        "pruning: as deployed); deployed: nothing, it is tried again in the next one; "
+        "paper: the run goes on with it, for reproduction; cannot be packed",
         _one_of("deployed", "shadow", "paper"),
-        default="deployed",
+        default="shadow",
     )
     budget: str = _key(
         "largest patch, such as 64KB; how many weights that allows is found by "
         "packing, and ratio is only where the search starts",
+        _SIZE,
+        default="",
+    )
+    first_budget: str = _key(
+        "largest patch of round_00, and of what was trained on unseen (chain shadow); "
+        "default: budget",
         _SIZE,
         default="",
     )
@@ -228,6 +257,19 @@ class UpdateConfig:
         "10 or 7",
         ("23, 10 or 7", lambda value: value in (23, 10, 7)),
         default=23,
+    )
+    grid: float | str = _key(
+        "new values of selected weights are multiples of this power of two; auto: of "
+        "one for each tensor and round, half of how far its selected weights moved",
+        _GRID,
+        default="",
+    )
+    dense_grid: float | str = _key(
+        "likewise for biases, scales and shifts", _GRID, default=""
+    )
+    fold_batchnorm: bool = _key(
+        "deploy BatchNorm as scale and shift, with statistics that stay as they are",
+        default=False,
     )
 
 
@@ -255,6 +297,23 @@ class TrainConfig:
     )
     optimizer: str = _key("the optimizer", _one_of("adam", "sgd"), default="adam")
     lr: float = _key("learning rate at the start of a phase", _ABOVE_0, default=5e-3)
+    deployed_lr: float = _key(
+        "likewise, in rounds that go on from deployed weights; default: lr",
+        ("at least 0, and finite", lambda value: 0 <= value < float("inf")),
+        default=0.0,
+    )
+    teacher: str = _key(
+        "whose answers the selected weights learn beside the labels; self: the round's "
+        "own network after its first phase; full: one that full updating gives",
+        _one_of("none", "self", "full"),
+        default="none",
+    )
+    teacher_weight: float = _key(
+        "share of the teacher's part of the loss", _from(0, 1), default=0.7
+    )
+    teacher_temperature: float = _key(
+        "softens the answers of both", _ABOVE_0, default=3.0
+    )
     momentum: float = _key("sgd only", _from(0, 1), default=0.0)
     nesterov: bool = _key("sgd only; needs momentum", default=False)
     weight_decay: float = _key("L2 penalty", _from(0), default=0.0)

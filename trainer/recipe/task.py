@@ -15,7 +15,10 @@ from trainer.recipe.schema import (
 )
 
 # Round records have val_best and its like of every run.
-TAKEN = ("best", "start", "full", "rewound", "sparse", "reinit")
+TAKEN = (
+    *("best", "start", "full", "rewound", "sparse", "reinit"),
+    *("wide", "unrounded"),
+)
 
 
 def loss_name(data: DataConfig, train: TrainConfig) -> str:

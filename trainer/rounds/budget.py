@@ -4,11 +4,12 @@
 The number is found by packing, with the packager's own function, which is handed in.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from edge_runtime.errors import TrainingError
@@ -16,6 +17,7 @@ from edge_runtime.formats.weights import pack_weights
 from trainer.export.tensors import weights_of
 from trainer.method.scores import Evidence, Score
 from trainer.method.selection import select_top_k
+from trainer.rounds.sparse import fine_tune
 from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
 LEAST_USE = 0.95  # of the limit; an update below it gets more weights
@@ -60,41 +62,40 @@ def train_within(
         TrainingError: The dense part alone is over the limit, or no number of weights
             gave a patch within it.
     """
-    updater = new_updater(training).attach(training.optimizer)
-    base = dict(updater.base)
+    updater = new_updater(training, score=score).attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
     named = training.model.named_parameters()
-    current = {name: p.detach() for name, p in named if name in base}
-    scores = score(Evidence(base, current, updater.loss_drop))
-    # Its work is done: selecting everything rewinds nothing.
-    updater.select(masks={n: torch.ones_like(t).bool() for n, t in base.items()})
-    updater.finish()
+    current = {n: p.detach() for n, p in named if n in updater.base}
+    scores = score(Evidence(updater.base, current, updater.loss_drop))
+    full = _Full(
+        training.checkpoint(), copy.deepcopy(updater.state_dict()), scores, score
+    )
+    updater.detach()
     sizes = _RewoundSizes(training, scores, room.pack)
-    total = sum(tensor.numel() for tensor in base.values())
+    total = sum(score.numel() for score in scores.values())
     if sizes(1) > room.limit:
         raise TrainingError(
             f"update.budget is {room.limit} bytes, but {sizes(1)} are needed for the "
             'dense part alone; choose update.dense = "freeze", or a larger budget'
         )
     k = find_k(sizes, max(1, int(room.ratio * total)), total, room.limit)
-    return _fine_tune(training, epochs, scores, k, room, sizes(1))
+    return _fit(training, epochs, full, k, room, sizes(1))
 
 
-def _fine_tune(
+def _fit(
     training: RoundTraining,
     epochs: int,
-    scores: Mapping[str, Tensor],
+    full: "_Full",
     k: int,
     room: Room,
     dense_bytes: int,
 ) -> Masks:
     """Fine-tune the best ``k`` weights, and more or fewer until the patch fits."""
-    total, limit = sum(score.numel() for score in scores.values()), room.limit
-    after_full = training.checkpoint()
+    total, limit = full.total, room.limit
     low, high = 0, total + 1  # known to fit, known to be over
     fitting: tuple[Masks, Callable[[], None]] | None = None
     for _ in range(MAX_ATTEMPTS):
-        masks = _sparse_phase(training, epochs, scores, k, after_full)
+        masks = _attempt(training, epochs, full, k)
         if training.best is None and fitting is None:
             return masks  # nothing was better than the start: nothing to send
         if training.best is None:
@@ -124,20 +125,37 @@ def _fine_tune(
     return masks
 
 
-def _sparse_phase(
-    training: RoundTraining,
-    epochs: int,
-    scores: Mapping[str, Tensor],
-    k: int,
-    after_full: Callable[[], None],
-) -> Masks:
-    training.load(training.start)
-    updater = new_updater(training)  # its base is the start
-    after_full()
-    updater.attach(training.optimizer).select(masks=select_top_k(scores, k))
-    training.consider_rewound()
-    training.run_phase("sparse", epochs, keep=True)
-    return updater.finish()
+@dataclass(frozen=True, slots=True)
+class _Full:
+    """Where the full phase ended.
+
+    Attributes:
+        go_back: Takes model, optimizer and records there.
+        updater: The updater's state there.
+        scores: What its weights are ranked by.
+        score: What they are ranked by when a selection is narrowed.
+    """
+
+    go_back: Callable[[], None]
+    updater: Mapping[str, Any]
+    scores: Mapping[str, Tensor]
+    score: Score
+
+    @property
+    def total(self) -> int:
+        """Weights to select from."""
+        return sum(score.numel() for score in self.scores.values())
+
+
+def _attempt(training: RoundTraining, epochs: int, full: _Full, k: int) -> Masks:
+    """Fine-tune the best ``k`` weights, from the end of the full phase."""
+    full.go_back()
+    # Half a weight more: rounding must not make it one less.
+    ratio = min(1.0, (k + 0.5) / full.total)
+    updater = new_updater(training, ratio=ratio, score=full.score)
+    updater.load_state_dict(copy.deepcopy(dict(full.updater)))
+    updater.attach(training.optimizer)
+    return fine_tune(training, updater, epochs, full.scores)
 
 
 class _RewoundSizes:
@@ -154,11 +172,14 @@ class _RewoundSizes:
         if k not in self._known:
             start, full = self._training.start, self._full
             arrays = dict(full)
-            for name, mask in select_top_k(self._scores, k).items():
+            masks = select_top_k(self._scores, k)
+            for name, mask in masks.items():
                 chosen = mask.cpu().numpy()
                 arrays[name] = np.where(chosen, full[name], start[name])
             types = {tensor.name: tensor.dtype for tensor in full.layout.tensors}
-            rewound = self._training.rounded(pack_weights(arrays, types))
+            weights = pack_weights(arrays, types)
+            self._training.form.settle(weights, start, masks)
+            rewound = self._training.rounded(weights)
             self._known[k] = self._pack(start, rewound)
         return self._known[k]
 

@@ -122,19 +122,23 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     )
 
 
-def learning_rate(config: TrainConfig, epoch: int, epochs: int) -> float:
+def learning_rate(
+    config: TrainConfig, epoch: int, epochs: int, start: float | None = None
+) -> float:
     """Return the learning rate of one epoch of a phase.
 
     Args:
         config: The recipe's schedule.
         epoch: 0 for the first one.
         epochs: Length of the phase.
+        start: Learning rate at the start of the phase; default: the recipe's.
     """
+    lr = config.lr if start is None else start
     if config.schedule == "step":
-        return config.lr * config.factor ** (3 * epoch // epochs)
+        return lr * config.factor ** (3 * epoch // epochs)
     if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-    return config.lr
+        return lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return lr
 
 
 @torch.no_grad()

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.sizes import parse_size
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
 from trainer.recipe.schema import Config
 from trainer.rounds.budget import Room, train_within
+from trainer.rounds.sparse import fine_tune
 from trainer.rounds.subspace import move_within
-from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
+from trainer.rounds.training import (
+    Masks,
+    Pack,
+    RoundTraining,
+    is_full,
+    new_updater,
+)
 
 
 def train_round(
@@ -41,21 +47,16 @@ def train_round(
     if update.method == "pruning":
         return _pruned(training, epochs, update.ratio)
     if update.method in ("fisher", "rpu"):
-        return _fixed(training, epochs, update.ratio, update.method)
+        return _fixed(training, epochs, update.method)
     if update.method == "subspace":
         return move_within(training, epochs, update)
     score = score_of(config)
     if update.budget:
         if pack is None:
             raise ConfigError("update.budget needs a function that packs: pass pack=")
-        limit = parse_size(update.budget)
-        return train_within(training, epochs, score, Room(pack, limit, update.ratio))
-    return _partial(training, epochs, update.ratio, score)
-
-
-def is_full(config: Config, number: int) -> bool:
-    """Tell whether a round trains every weight because the recipe says so."""
-    return number == 0 and config.update.first == "full"
+        room = Room(pack, training.limit, training.ratio)
+        return train_within(training, epochs, score, room)
+    return _partial(training, epochs, score)
 
 
 def score_of(config: Config) -> Score:
@@ -66,23 +67,22 @@ def score_of(config: Config) -> Score:
     return DPUScore(lam[config.update.method])
 
 
-def _partial(training: RoundTraining, epochs: int, ratio: float, score: Score) -> Masks:
+def _partial(training: RoundTraining, epochs: int, score: Score) -> Masks:
     """Update fully, keep the best weights, rewind the rest, fine-tune (Algorithm 1)."""
-    updater = new_updater(training, ratio=ratio, score=score)
+    updater = new_updater(training, ratio=training.ratio, score=score)
     updater.attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
-    updater.select()
-    training.consider_rewound()
-    training.run_phase("sparse", epochs, keep=True)
-    return updater.finish()
+    return fine_tune(training, updater, epochs)
 
 
-def _fixed(training: RoundTraining, epochs: int, ratio: float, method: str) -> Masks:
+def _fixed(training: RoundTraining, epochs: int, method: str) -> Masks:
     """Fine-tune weights that are chosen before training, for the epochs of both phases.
 
     Either at random (RPU), or by the Fisher information of the start weights.
     """
+    ratio = training.ratio
     updater = new_updater(training, ratio=ratio).attach(training.optimizer)
+    training.teach()
     if method == "fisher":
         samples = training.train_batches()
         scores = fisher_scores(
@@ -98,6 +98,7 @@ def _fixed(training: RoundTraining, epochs: int, ratio: float, method: str) -> M
 
 def _full(training: RoundTraining, epochs: int) -> Masks:
     """Update every weight (FU), for the epochs of both phases."""
+    training.teach()
     training.run_phase("full", 2 * epochs, keep=True)
     return _everything(training.model)
 

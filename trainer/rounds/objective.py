@@ -74,6 +74,15 @@ class Judge:
         """Tell whether a value is better than another, or as good."""
         return value == other or self.better(value, other)
 
+    def cost(self, value: float, other: float) -> float:
+        """Return by how much ``other`` is worse than a value.
+
+        Of a metric where lower is better, as a share of the value.
+        """
+        if self.higher:
+            return value - other
+        return (other - value) / value if value else other
+
     @property
     def worst(self) -> float:
         """What every value is better than, or as good as."""

@@ -6,7 +6,8 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights, read_weights
+from edge_runtime.sizes import parse_size
 from edge_runtime.update.metrics import Metric
 from trainer.config import as_dict
 from trainer.data.samples import DataSource, batches, split_source
@@ -27,7 +29,7 @@ from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
-from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.recipe.schema import PARTIAL_METHODS, Config, UpdateConfig
 from trainer.recipe.task import device_metric
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
@@ -38,10 +40,10 @@ from trainer.rounds.deployment import (
     write_deployment,
 )
 from trainer.rounds.loop import choose_device, evaluate
-from trainer.rounds.methods import is_full, train_round
+from trainer.rounds.methods import train_round
 from trainer.rounds.objective import Judge, check_objective, judge_of
 from trainer.rounds.subspace import regenerated
-from trainer.rounds.training import Masks, Pack, RoundTraining
+from trainer.rounds.training import Masks, Pack, RoundTraining, is_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,9 @@ class _Attempt:
         masks: What was selected, or has changed since the parent.
         best: The best weights; what it started from where none are better.
         new: Weights to deploy; None where they are no better than what there is, or
-            devices would refuse them.
+            devices would refuse them, or wait for a smaller patch.
         missed: What the golden samples gave, where that is short of the bound.
+        waits: Size of their patch, in bytes, where it is too large for the budget.
         epochs: The records of its epochs, with what it started from.
         terms: The subspaces that lead from the parent to the best weights.
     """
@@ -90,6 +93,7 @@ class _Attempt:
     best: Weights
     new: Weights | None
     missed: float | None
+    waits: int
     epochs: Sequence[Mapping[str, Any]]
     terms: tuple[Term, ...]
 
@@ -138,6 +142,7 @@ class Run:
             )
         self._judge = judge_of(config)
         self._values: dict[tuple[str, str], float] = {}  # by fingerprint and samples
+        self._teachers: dict[int, nn.Module] = {}  # by round; the last one
         check_objective(self.build(), self._pool, config, self._source.classes)
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
@@ -191,9 +196,12 @@ class Run:
             "test_best": self._value(attempt.best, "test"),
             **{f"val_{k}": value for k, value in attempt.training.values.items()},
             **_counts(start, target, attempt.masks),
+            **{f"grid_{n}": s for n, s in attempt.training.form.form.steps.items()},
         }
         if len(attempts) > 1:
             metrics["val_reinit"] = attempts[0].training.values["best"]
+            if attempts[0].waits:
+                metrics["waiting_bytes"] = attempts[0].waits
         if attempt.missed is not None:
             metrics["golden"] = attempt.missed
         if attempt.new and self._pack and update.budget:
@@ -202,7 +210,9 @@ class Run:
             metrics["coefficients"] = len(term.coefficients)
         everything = update.method in ("fu", "subspace") or is_full(self.config, number)
         counted = update.budget or attempt.training.start is not attempt.parent
-        ratio = metrics["selected"] / metrics["weights"] if counted else update.ratio
+        ratio = attempt.training.ratio
+        if counted:
+            ratio = metrics["selected"] / metrics["weights"]
         record = RoundRecord(
             run=self.config.run.name,
             round=number,
@@ -270,8 +280,10 @@ class Run:
         """
         model = self._network(start)
         from_init = parent is self._deployment.init
-        training = self._prepare(model, number, start, from_init=from_init)
+        training = self._prepare(model, number, start, self.config, from_init=from_init)
         training.start = start
+        if self.config.train.teacher == "full":
+            training.teacher = self._teacher(number)
         masks = train_round(training, self.config, self._pack)
         best, terms = (
             training.best or start,
@@ -291,12 +303,16 @@ class Run:
         if is_new and self._judge.no_worse(training.values["best"], floor):
             missed = self._missed(model)
             new = best if missed is None else None
-        origin = "init" if from_init else "deployed"
+        waits, origin = 0, "init" if from_init else "deployed"
         if start is not parent:
             origin = "shadow"
             masks = masks if terms else _with_changes(masks, parent, best)
+            waits = self._too_large(parent, new, terms)
+            new = None if waits else new
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        return _Attempt(training, parent, masks, best, new, missed, epochs, terms)
+        return _Attempt(
+            training, parent, masks, best, new, missed, waits, epochs, terms
+        )
 
     def _missed(self, model: nn.Module) -> float | None:
         """Return what the golden samples give where that is short of the bound."""
@@ -307,6 +323,33 @@ class Run:
             return None
         value = self._golden_value(model, metric)
         return None if metric.reaches(value, bound) else value
+
+    def _too_large(
+        self, parent: Weights, new: Weights | None, terms: Sequence[Term]
+    ) -> int:
+        """Return the size of a patch if it is over the budget, else 0.
+
+        What several rounds changed unseen travels in one patch.
+        """
+        update = self.config.update
+        if new is None or not (self._pack and update.budget):
+            return 0
+        size = self._pack(parent, new, terms)
+        return size if size > parse_size(update.first_budget or update.budget) else 0
+
+    def _teacher(self, number: int) -> nn.Module:
+        """Return what full updating gives in this round, which no device gets."""
+        if number not in self._teachers:
+            init, update = self._deployment.init, UpdateConfig(method="fu")
+            train = replace(self.config.train, teacher="none")
+            config = replace(self.config, update=update, train=train)
+            model = self._network(init)
+            training = self._prepare(model, number, init, config, from_init=True)
+            train_round(training, config)
+            load_weights(model, training.best or init)
+            self._teachers.clear()
+            self._teachers[number] = model
+        return self._teachers[number]
 
     def _network(self, weights: Weights) -> nn.Module:
         """Build the network anew, with these weights."""
@@ -339,20 +382,32 @@ class Run:
         return inputs.cpu()
 
     def _prepare(
-        self, model: nn.Module, number: int, start: Weights, *, from_init: bool
+        self,
+        model: nn.Module,
+        number: int,
+        start: Weights,
+        config: Config,
+        *,
+        from_init: bool,
     ) -> RoundTraining:
         """Bring together what a round trains with."""
         count = itertools.count(1)
-        augmented = self.config.data.augment == "crop_flip"
+        augment = self.config.data.augment
+
+        def report(epoch: Mapping[str, Any]) -> None:
+            self._report(number, epoch, next(count))
+
+        move = partial(self._source.augmentation, augment)
         return RoundTraining(
             model,
-            self.config,
+            config,
             number,
             (self._pool[: self.split.size_at(number)], self._validation),
             from_init=from_init,
+            fresh=start is self._deployment.init,
             start_value=self._values.get((start.fingerprint, "validation")),
-            augmentation=self._source.crop_flip if augmented else None,
-            on_epoch=lambda epoch: self._report(number, epoch, next(count)),
+            augmentation=None if augment == "none" else move,
+            on_epoch=report if config is self.config else lambda _epoch: None,
         )
 
     def _report(

@@ -47,6 +47,7 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
     )
     updater.attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
+    training.teach()
     updater.select()
     training.movement = updater.movement
     training.consider_rewound()

@@ -2,6 +2,7 @@
 """What every method trains a round with: model, optimizer, epochs, the best weights."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import TrainingError
-from edge_runtime.formats.weights import Weights
+from edge_runtime.formats.weights import Weights, pack_weights
+from edge_runtime.sizes import parse_size
 from trainer.data.samples import Samples, batches, generator
 from trainer.export.tensors import load_weights, weights_of
+from trainer.method.batchnorm import FoldedBatchNorm
 from trainer.method.subspace import Movement
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import data_parallel
@@ -27,8 +30,11 @@ from trainer.rounds.loop import (
     recompute_batchnorm,
     train_epoch,
 )
-from trainer.rounds.objective import judge_of, loss_of
-from trainer.rounds.rounding import FLOAT32_BITS, round_weights
+from trainer.rounds.objective import Loss, judge_of, loss_of
+from trainer.rounds.rounding import Form, RoundForm
+from trainer.rounds.teacher import taught_loss, with_answers
+
+MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
 
 Augment = Callable[[Tensor], Tensor]
 Masks = Mapping[str, Tensor]
@@ -41,7 +47,11 @@ class RoundTraining:
     Attributes:
         model: Holds the start weights at first; trained in place.
         start: The start weights.
+        update: The recipe's section of that name.
+        fresh: Whether the start weights are the init weights.
+        teacher: What full updating gives, where the recipe wants it as a teacher.
         dense: What is not selected weight by weight.
+        form: How what is deployed is rounded.
         optimizer: Of all trainable parameters; its state goes through both phases.
         number: The round's number.
         epochs: What happened, one record an epoch.
@@ -62,6 +72,7 @@ class RoundTraining:
         samples: tuple[Samples, Samples],
         *,
         from_init: bool = True,
+        fresh: bool = True,
         start_value: float | None = None,
         augmentation: Callable[[np.random.Generator], Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
@@ -73,31 +84,54 @@ class RoundTraining:
             config: The recipe.
             number: The round's number; keys its random streams.
             samples: Prepared samples for training and for validation.
-            from_init: Whether the start weights are the init weights.
+            from_init: Whether devices update from the init weights.
+            fresh: Whether the start weights are the init weights.
             start_value: Of the start weights on validation, where it is known.
             augmentation: Makes the augmentation of an epoch from a random stream.
             on_epoch: Called with the record of every epoch when it is over.
         """
-        self.model = model
+        self.model, self.number = model, number
+        self._config = config
         self.start = weights_of(model)
         still = config.update.method == "subspace" and config.update.dense == "freeze"
         self.dense = DensePart(
             model, config.update.dense, from_init=from_init and not still
         )
+        self.update, self.fresh = config.update, fresh
+        self.teacher: nn.Module | None = None
+        self._taught_by: nn.Module | None = None
+        whole = config.update.method == "fu" or is_full(config, number)
+        self.form = RoundForm(
+            model, config.update, self.dense.is_selectable, grid=not whole
+        )
+        self._train, self._validation = samples
+        self.judge, self.loss = judge_of(config), loss_of(config)
+        start = self._evaluate() if start_value is None else start_value
+        self.values = {"start": start, "best": start}
+        self._norms = FoldedBatchNorm(model) if config.update.fold_batchnorm else None
+        if self._norms:
+            self._unfold(self._norms, fresh=fresh)
         self.optimizer = make_optimizer(model, config.train)
         self._trained = data_parallel(model)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
+        self._unrounded: Weights | None = None  # what became the best
         self.movement: Callable[[], Movement] | None = None
         self.kept: Movement | None = None
-        self._config = config
-        self.number = number
-        self._train, self._validation = samples
         self._augmentation = augmentation
         self._on_epoch = on_epoch
-        self.judge, self.loss = judge_of(config), loss_of(config)
-        start = self._evaluate() if start_value is None else start_value
-        self.values = {"start": start, "best": start}
+
+    @property
+    def ratio(self) -> float:
+        """Share of the weights that may change."""
+        first = self.update.first_ratio if self.fresh else 0.0
+        return first or self.update.ratio
+
+    @property
+    def limit(self) -> int:
+        """Largest patch, in bytes, of a recipe with a budget."""
+        first = "" if self.number else self.update.first_budget
+        return parse_size(first or self.update.budget)
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return the stream of one purpose in the epoch that comes next.
@@ -124,17 +158,18 @@ class RoundTraining:
             TrainingError: The loss is not finite any more.
         """
         train = self._config.train
+        lr = train.lr if self.fresh else train.deployed_lr or train.lr
         for epoch in range(epochs):
-            rate = learning_rate(train, epoch, epochs)
+            rate = learning_rate(train, epoch, epochs, lr)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             record = {"phase": phase, "epoch": epoch, "lr": rate, "loss": self._epoch()}
             if keep or epoch == epochs - 1:
-                with self._as_deployed():
+                with self._as_deployed() as exact:
                     value = self._evaluate()
                     kept = keep and self.judge.better(value, self.values["best"])
                     if kept:
-                        self._keep(value)
+                        self._keep(value, exact)
                 record |= {f"val_{self.judge.name}": value, "kept": kept}
                 self.values[phase] = value
             self.epochs.append(record)
@@ -145,12 +180,53 @@ class RoundTraining:
 
         The statistics of BatchNorm are made to fit it first.
         """
-        if not self.dense.frozen:
-            recompute_batchnorm(self.model, self.train_batches())
-        with self._as_deployed():
+        self.fit_batchnorm()
+        with self._as_deployed() as exact:
             value = self.values["rewound"] = self._evaluate()
             if self.judge.no_worse(value, self.values["start"]):
-                self._keep(value)
+                self._keep(value, exact)
+
+    def teach(self) -> None:
+        """Let what trains from here on learn from the recipe's teacher."""
+        own = self._config.train.teacher == "self"
+        self._taught_by = copy.deepcopy(self.model) if own else self.teacher
+        if self._taught_by:
+            self._taught_by.eval()
+
+    def fit_batchnorm(self) -> None:
+        """Give BatchNorm the statistics of the weights as they are now."""
+        if not self.dense.frozen:
+            recompute_batchnorm(self.model, self.train_batches())
+
+    def settle_form(self, masks: Masks) -> None:
+        """Find the steps of an automatic grid, after the last selection."""
+        if self.form.automatic:
+            self.form.settle(weights_of(self.model), self.start, masks)
+
+    def refine_form(self) -> None:
+        """Take finer steps where those of an automatic grid cost too much.
+
+        On validation, beside the same weights before rounding; at the end of a round.
+        """
+        if not self.form.automatic or not self.form.form.steps:
+            return
+        exact, rounded = self._unrounded, self.values["best"]
+        if exact is None:
+            exact = weights_of(self.model)
+            rounded = self.values["sparse"]
+        value = self.values["unrounded"] = self._value_of(self._folded(exact))
+        for form in self.form.finer():
+            if self.judge.cost(value, rounded) <= MAX_COST:
+                break
+            self.form.form = form
+            rounded = self._value_of(self.rounded(exact))
+            if self.judge.better(rounded, self.values["best"]):
+                self._keep(rounded, exact)
+        self.load(exact)
+
+    def _value_of(self, weights: Weights) -> float:
+        self.load(weights)
+        return self._evaluate()
 
     def train_batches(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield the training samples as they lie, without augmentation.
@@ -165,13 +241,15 @@ class RoundTraining:
         """Return a function that takes the round back to where it is now."""
         model = copy.deepcopy(self.model.state_dict())
         optimizer = copy.deepcopy(self.optimizer.state_dict())
-        epochs, values, best = [*self.epochs], {**self.values}, self.best
+        epochs, values = [*self.epochs], {**self.values}
+        best, form = (self.best, self._unrounded), self.form.form
 
         def go_back() -> None:
             self.model.load_state_dict(model)
             # A copy: the optimizer goes on with the very tensors that it is given.
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
-            self.epochs, self.values, self.best = [*epochs], {**values}, best
+            self.epochs, self.values = [*epochs], {**values}
+            (self.best, self._unrounded), self.form.form = best, form
 
         return go_back
 
@@ -181,24 +259,41 @@ class RoundTraining:
 
     def rounded(self, weights: Weights) -> Weights:
         """Return what a device would get of these weights."""
-        return round_weights(weights, self.start, self._config.update.mantissa_bits)
+        return self.form.form.round(self._folded(weights), self.start)
+
+    def _folded(self, weights: Weights) -> Weights:
+        if self._norms is None:
+            return weights
+        types = {tensor.name: tensor.dtype for tensor in weights.layout.tensors}
+        return pack_weights(self._norms.folded(weights), types)
+
+    def _unfold(self, norms: FoldedBatchNorm, *, fresh: bool) -> None:
+        """Make a model trainable whose BatchNorm is folded, or is going to be."""
+        (inputs, _), *_ = itertools.islice(self.train_batches(), 1)
+        for bias in norms.idle_biases(inputs):
+            bias.requires_grad_(False)
+        if not fresh:
+            norms.unfold(self.train_batches())
 
     @contextmanager
-    def _as_deployed(self) -> Iterator[None]:
+    def _as_deployed(self) -> Iterator[Weights | None]:
         """Give the model the values that a device would get, and then its own back."""
-        if self._config.update.mantissa_bits == FLOAT32_BITS:
-            yield
+        if self.form.form == Form() and self._norms is None:
+            yield None
             return
         exact = weights_of(self.model)
         self.load(self.rounded(exact))
-        yield
+        yield exact
         self.load(exact)
 
-    def _keep(self, value: float) -> None:
+    def _keep(self, value: float, exact: Weights | None) -> None:
+        """Keep what the model holds, with the weights that it was rounded from."""
         weights = weights_of(self.model)
         self.dense.verify(weights, self.start)
         self.values["best"], self.best = value, weights
         self.kept = self.movement() if self.movement else None
+        if self.form.automatic:
+            self._unrounded = exact
 
     def _evaluate(self) -> float:
         return evaluate(self.model, self._validation, self.judge)
@@ -213,13 +308,22 @@ class RoundTraining:
         self._seed_torch()
         size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
-        loss = train_epoch(self._trained, self.optimizer, epoch, self.loss)
+        loss_of: Loss = self.loss
+        if self._taught_by:
+            epoch = with_answers(epoch, self._taught_by)
+            loss_of = taught_loss(self._config.train)
+        loss = train_epoch(self._trained, self.optimizer, epoch, loss_of)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "
                 "lower train.lr, or look for broken samples"
             )
         return loss
+
+
+def is_full(config: Config, number: int) -> bool:
+    """Tell whether a round trains every weight because the recipe says so."""
+    return number == 0 and config.update.first == "full"
 
 
 def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:

@@ -145,7 +145,7 @@ def test_augmentation_crops_and_flips_each_image_on_its_own():
     images = torch.randint(0, 256, (40, 3, 8, 6), dtype=torch.uint8)
     source = colour_source(images)
     inputs = source.normalise(images)
-    found = source.crop_flip(generator(0, "augment"))(inputs)
+    found = source.augmentation("crop_flip", generator(0, "augment"))(inputs)
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))  # raw zeros
     crops = {
         source.normalise(p)[0].numpy().tobytes(): (dy, dx, flipped)
@@ -159,6 +159,33 @@ def test_augmentation_crops_and_flips_each_image_on_its_own():
     where = [crops.get(image.numpy().tobytes()) for image in found]
     assert None not in where
     assert len(set(where)) > 20
+
+
+def test_a_crop_is_the_same_without_the_flip():
+    images = torch.randint(0, 256, (20, 3, 8, 6), dtype=torch.uint8)
+    source = colour_source(images)
+    found = source.augmentation("crop", generator(0, "a"))(source.normalise(images))
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for image, canvas in zip(found, padded, strict=True):
+        crops = [
+            source.normalise(canvas[None, :, dy : dy + 8, dx : dx + 6])[0]
+            for dy in range(9)
+            for dx in range(9)
+        ]
+        assert any(torch.equal(image, crop) for crop in crops)
+
+
+def test_digits_are_shifted_by_a_fourteenth_of_their_side_and_never_turned():
+    images = torch.zeros(300, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 13, 14] = 200
+    source = DataSource(
+        *(Samples(images, torch.zeros(300)),) * 2, ("a",), 1 / 255, (0.1,), (0.3,)
+    )
+    found = source.augmentation("shift", generator(0, "a"))(source.normalise(images))
+    where = {tuple(int(i) for i in im[0].flatten().argmax()[None]) for im in found}
+    expected = {(28 * (13 + y) + 14 + x,) for y in range(-2, 3) for x in range(-2, 3)}
+    assert where == expected
+    assert len(found.unique()) == 2  # the dot, and the background everywhere else
 
 
 def write_images(folder, count, size=(10, 8)):
@@ -204,7 +231,12 @@ def test_a_folder_too_large_for_memory_gives_the_same_batches(tmp_path):
     assert (source.mean, source.std) == (whole.mean, whole.std)
     order = torch.from_numpy(generator(0, "order").permutation(12))
     found, expected = [
-        batches(s.prepared(s.train), 5, order, s.crop_flip(generator(0, "augment")))
+        batches(
+            s.prepared(s.train),
+            5,
+            order,
+            s.augmentation("crop_flip", generator(0, "augment")),
+        )
         for s in (source, whole)
     ]
     for (x, y), (a, b) in zip(found, expected, strict=True):

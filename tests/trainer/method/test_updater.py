@@ -683,3 +683,117 @@ def test_rejects_calls_out_of_order():
     updater.finish()
     with pytest.raises(TrainingError, match="found done"):
         updater.finish()
+
+
+# Narrowing ----------------------------------------------------------------------------
+
+
+def narrowed(seed=1, stop=None):
+    """Select four times as many, train, narrow, train; maybe through a saved state."""
+    model, optimizer, updater = started(0.1)
+    train(model, optimizer)
+    wide = {n: m.clone() for n, m in updater.select(keep=4).items()}
+    train(model, optimizer, seed=seed)
+    if stop is not None:
+        states = [s.state_dict() for s in (model, optimizer, updater)]
+        torch.save(states, stop)
+        stop.seek(0)
+        model, optimizer, updater = started(0.1)
+        for part, state in zip(
+            (model, optimizer, updater), torch.load(stop), strict=True
+        ):
+            part.load_state_dict(state)
+    masks = {n: m.clone() for n, m in updater.narrow().items()}
+    train(model, optimizer, seed=seed + 1)
+    updater.finish()
+    return model, wide, masks
+
+
+def count(masks):
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def test_narrowing_keeps_the_best_of_what_was_selected():
+    model, wide, masks = narrowed()
+    assert count(wide) == 4 * count(masks) == 4 * int(0.1 * 192)
+    base = dict(small_model().named_parameters())
+    trained = dict(model.named_parameters())
+    for name, mask in masks.items():
+        assert not (mask & ~wide[name]).any()
+        assert same_bits(trained[name], base[name])[~mask].all()
+        assert not same_bits(trained[name], base[name])[mask].all()
+
+
+def test_narrowing_ranks_by_what_the_selected_weights_did_in_both_phases():
+    model, optimizer, updater = started(0.1)
+    base = {n: b.clone() for n, b in updater.base.items()}
+    train(model, optimizer)
+    first = {n: d.clone() for n, d in updater.loss_drop.items()}
+    wide = updater.select(keep=3)
+    assert all(torch.equal(updater.loss_drop[n], first[n]) for n in first)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n in base}
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
+    optimizer.zero_grad()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+    named = {n: p.detach().clone() for n, p in model.named_parameters() if n in base}
+    drop = {
+        n: (first[n] + (before[n] - named[n]) * dict(model.named_parameters())[n].grad)
+        for n in base
+    }
+    lc = sum(float(d[wide[n]].sum()) for n, d in drop.items())
+    gc = sum(float((named[n] - base[n]).square().sum()) for n in base)
+    scores = {
+        n: torch.where(
+            wide[n],
+            0.5 * (named[n] - base[n]).square() / gc + 0.5 * drop[n] / abs(lc),
+            -1.0,
+        )
+        for n in base
+    }
+    ranked = torch.cat([scores[n].flatten() for n in base]).sort(descending=True)[0]
+    masks = updater.narrow()
+    k = int(0.1 * 192)
+    for name, mask in masks.items():
+        assert torch.equal(mask, scores[name] >= ranked[k - 1])
+
+
+def test_narrowing_goes_on_from_a_saved_state():
+    (plain, wide, masks), (other, _, found) = narrowed(), narrowed(stop=io.BytesIO())
+    assert count(wide) > count(masks)
+    for name in masks:
+        assert torch.equal(masks[name], found[name])
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        assert same_bits(a, b).all()
+
+
+def test_a_wide_selection_is_not_finished_before_it_is_narrowed():
+    model, optimizer, updater = started(0.1)
+    train(model, optimizer)
+    updater.select(keep=4)
+    with pytest.raises(StepNotObservedError, match="sparse phase"):
+        updater.narrow()
+    train(model, optimizer)
+    with pytest.raises(TrainingError, match=r"call narrow\(\)"):
+        updater.finish()
+    updater.narrow()
+    with pytest.raises(TrainingError, match=r"after select\(keep=\.\.\.\)"):
+        updater.narrow()
+    train(model, optimizer)
+    updater.finish()
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.5}, {"keep": 2, "masks": {}}])
+def test_keep_is_at_least_one_and_chosen_by_scores(options):
+    model, optimizer, updater = started(0.1)
+    train(model, optimizer)
+    with pytest.raises(TrainingError, match="expected at least 1, and no masks"):
+        updater.select(**options)
+
+
+def test_everything_is_kept_where_there_is_no_more():
+    model, optimizer, updater = started(0.4)
+    train(model, optimizer)
+    assert count(updater.select(keep=10)) == 192
+    train(model, optimizer)
+    assert count(updater.narrow()) == int(0.4 * 192)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from trainer.method.selection import select_top_k
 from trainer.networks.models import build_model
 from trainer.rounds.loop import evaluate
 from trainer.rounds.methods import train_round
-from trainer.rounds.training import RoundTraining
+from trainer.rounds.training import MAX_COST, RoundTraining
 
 torch.set_num_threads(1)
 
@@ -34,14 +35,14 @@ def config_of(method="dpu", model="mlp", ratio=0.05, update=None, **train):
     )
 
 
-def prepare(config, model=None, *, from_init=True):
+def prepare(config, model=None, *, from_init=True, fresh=True):
     source = load_source(config.data)
     split = split_source(source, config.data, seed=0, rounds=1)
     if model is None:
         torch.manual_seed(0)
         model = build_model(config.model, source.input_shape, 10)
     samples = source.prepared(split.pool[:120]), source.prepared(split.validation)
-    return RoundTraining(model, config, 0, samples, from_init=from_init)
+    return RoundTraining(model, config, 0, samples, from_init=from_init, fresh=fresh)
 
 
 def trained(config, *, from_init=True):
@@ -268,3 +269,131 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     config = config_of("dpu", optimizer="sgd", lr=1e30)
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower train\.lr"):
         train_round(prepare(config), config)
+
+
+# Lean options -------------------------------------------------------------------------
+
+LEAN = {"grid": "auto", "dense_grid": 0.03125, "mantissa_bits": 7, "narrow": True}
+
+
+def on_grid(array, step):
+    return np.array_equal(array, np.rint(array / step) * step)
+
+
+def test_an_automatic_grid_has_a_step_for_each_tensor_and_is_judged_beside_none():
+    config = config_of("dpu", "small_cnn", 0.1, LEAN, lr=1e-2)
+    training, start, masks = trained(config)
+    steps = training.form.form.steps
+    assert {name for name, mask in masks.items() if mask.any()} <= steps.keys()
+    for name, array in training.best.items():
+        new = array[array.view("u4") != start[name].view("u4")]
+        if name in steps:
+            assert np.frexp(steps[name])[0] == 0.5
+            assert on_grid(new, steps[name])
+        else:  # statistics
+            assert "running" in name
+            assert not (new.view("u4") & 0xFFFF).any()
+    assert steps["1.weight"] == steps["1.bias"] == 0.03125  # of BatchNorm: dense
+    best, exact = training.values["best"], training.values["unrounded"]
+    assert best >= exact - MAX_COST
+
+
+def test_a_grid_that_costs_too_much_gives_way_to_mantissa_bits(monkeypatch):
+    """Steps so wide that halving them does not help."""
+    monkeypatch.setattr("trainer.rounds.rounding.step_for", lambda _moved: 64.0)
+    config = config_of("dpu", ratio=0.2, update={"grid": "auto"})
+    training, start, _ = trained(config)
+    assert training.form.form.bits == 7
+    assert training.form.form.steps == {}
+    assert training.best is not None
+    assert training.values["best"] >= training.values["unrounded"] - MAX_COST
+    words = training.best["1.weight"].view("u4")
+    assert not (words[words != start["1.weight"].view("u4")] & 0xFFFF).any()
+
+
+def test_a_given_grid_is_kept_and_full_rounds_have_none():
+    config = config_of("rpu", ratio=0.2, update={"grid": 0.25}, lr=5e-2)
+    training, start, masks = trained(config)
+    changes = training.best["1.weight"][masks["1.weight"].numpy()]
+    base = start["1.weight"][masks["1.weight"].numpy()]
+    assert on_grid(changes[changes != base], 0.25)
+    assert "unrounded" not in training.values
+    whole = config_of("dpu", update={"grid": 0.25, "first": "full"})
+    assert not on_grid(trained(whole)[0].best["1.weight"], 0.25)
+
+
+def test_a_narrowed_round_trains_more_first_and_ends_with_the_ratio():
+    config = config_of("dpu", update={"narrow": True})
+    training, start, masks = trained(config)
+    phases = [epoch["phase"] for epoch in training.epochs]
+    assert phases == ["full"] * 3 + ["wide"] + ["sparse"] * 2
+    assert sum(int(mask.sum()) for mask in masks.values()) == int(0.05 * 1776)
+    for name, mask in masks.items():
+        assert not (changed(start, training.best, name) & ~mask).any()
+
+
+def test_only_the_second_phase_learns_from_the_rounds_own_network():
+    plain = trained(config_of("dpu"))[0].epochs
+    taught = trained(config_of("dpu", teacher="self"))[0].epochs
+    assert plain[:EPOCHS] == taught[:EPOCHS]
+    assert all(
+        a["loss"] != b["loss"] for a, b in [*zip(plain, taught, strict=True)][3:]
+    )
+
+
+@pytest.mark.parametrize("method", ["dpu", "rpu", "fu"])
+def test_full_updating_may_be_the_teacher(method):
+    config = config_of(method, teacher="full")
+    training = prepare(config)
+    torch.manual_seed(5)
+    source = load_source(config.data)
+    training.teacher = build_model(config.model, source.input_shape, 10)
+    train_round(training, config)
+    before = trained(config_of(method))[0]
+    first = EPOCHS if method == "dpu" else 0
+    pairs = list(zip(training.epochs, before.epochs, strict=True))
+    assert all(a["loss"] == b["loss"] for a, b in pairs[:first])
+    assert all(a["loss"] != b["loss"] for a, b in pairs[first:])
+
+
+def test_rounds_from_init_have_a_ratio_and_later_rounds_a_rate_of_their_own():
+    config = config_of(update={"first_ratio": 0.2}, deployed_lr=1e-3)
+    for fresh, ratio, rate in ((True, 0.2, 5e-3), (False, 0.05, 1e-3)):
+        training = prepare(config, fresh=fresh)
+        masks = train_round(training, config)
+        assert sum(int(m.sum()) for m in masks.values()) == int(ratio * 1776)
+        assert training.epochs[0]["lr"] == rate
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_folded_batchnorm_leaves_statistics_and_idle_biases_to_the_device(fresh):
+    config = config_of("dpu", "small_cnn", 0.4, {"fold_batchnorm": True}, lr=1e-2)
+    training = prepare(config, fresh=fresh)
+    start = weights_of(training.model) if fresh else training.start
+    train_round(training, config)
+    names = {
+        name for name in start if changed(training.start, training.best, name).any()
+    }
+    assert not any("running" in name or name in ("0.bias", "4.bias") for name in names)
+    assert {"1.weight", "1.bias"} <= names
+    value = training.values["best"]
+    training.load(training.best)
+    assert evaluate(training.model, training._validation) == value
+
+
+def test_training_on_from_folded_weights_starts_with_the_same_function():
+    config = config_of("dpu", "small_cnn", 0.4, {"fold_batchnorm": True}, lr=1e-2)
+    first = prepare(config)
+    train_round(first, config)
+    source = load_source(config.data)
+    model = build_model(config.model, source.input_shape, 10)
+    load_weights(model, first.best)
+    inputs = source.prepared(source.test[:50]).inputs
+    expected = model.eval()(inputs).detach()
+    second = prepare(config, model, fresh=False)
+    found = second.model.eval()(inputs).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        second.model.train()(inputs).detach(), expected, rtol=1, atol=2
+    )
+    assert second.start.fingerprint == first.best.fingerprint

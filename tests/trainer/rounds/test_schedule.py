@@ -15,12 +15,14 @@ from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
+from packager.size import patch_size
 from trainer.config import as_dict, make_config
 from trainer.data.samples import split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.write import run_lock
 from trainer.networks.models import build_model
+from trainer.progress import round_line
 from trainer.rounds.loop import evaluate
 from trainer.rounds.schedule import as_reported, run_rounds
 
@@ -30,7 +32,7 @@ TABLES = {
     "run": {"name": "tiny", "rounds": 3, "seed": 1},
     "data": {"set": "digits", "initial": 60, "growth": 70, "validation": 100},
     "model": {"name": "mlp", "hidden": [24]},
-    "update": {"ratio": 0.05},
+    "update": {"ratio": 0.05, "chain": "deployed"},
     "train": {"epochs": 6, "batch": 16, "lr": 1e-2},
 }
 
@@ -265,10 +267,34 @@ def test_resuming_goes_on_with_the_unseen_model(shadowed, tmp_path):
     assert contents(tmp_path / "runs") == contents(runs)
 
 
-def test_unseen_training_is_refused_under_a_budget():
-    with pytest.raises(ConfigError) as caught:
-        config_of(update={"chain": "shadow", "budget": "2KB"})
-    assert "chain shadow cannot keep a budget" in str(caught.value.problems)
+def test_an_unseen_model_that_is_better_but_too_large_waits_or_goes_under_first_budget(
+    tmp_path,
+):
+    """The same run twice: only what unseen changes may take together differs."""
+    update = {"reinit": 2, "chain": "shadow", "budget": "2KB"}
+    found = {}
+    for first in ("2KB", "3KB"):
+        config = config_of(
+            run={"rounds": 6, "seed": 2}, update={**update, "first_budget": first}
+        )
+        found[first] = run_rounds(config, tmp_path / first, pack=patch_size)
+    *_, record = found["2KB"]
+    waiting = record.metrics["waiting_bytes"]
+    assert 2000 < waiting < 3000
+    assert record.metrics["val_reinit"] >= found["2KB"][4].metrics["val_accuracy"]
+    assert not record.reinitialised
+    assert shadow_of(tmp_path / "2KB", 5).exists()
+    assert f"{waiting:,} bytes" in round_line(record)
+    assert all(r.metrics.get("patch_bytes", 0) <= 2000 for r in found["2KB"])
+    *_, record = found["3KB"]
+    assert starts_of(tmp_path / "3KB", 5) == ["shadow"]
+    assert record.reinitialised
+    assert 2000 < record.metrics["patch_bytes"] <= 3000
+    assert "waiting_bytes" not in record.metrics
+
+
+def test_a_re_initialised_model_that_falls_short_goes_on_unseen_by_default():
+    assert make_config(TABLES | {"update": {}}).update.chain == "shadow"
 
 
 def test_full_updating_keeps_nothing_unseen(tmp_path):

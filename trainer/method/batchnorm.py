@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm in two values a channel instead of four: what inference needs.
+
+A trained BatchNorm sends scale, shift and two statistics in every round, although
+inference only sees ``y = a * x + b``. Folded, the statistics stay as the device has
+them and scale and shift are expressed beside them: the same function, the same graph,
+half of the values, and as these are near 1 and 0, few bits are enough.
+
+::
+
+    norms = FoldedBatchNorm(model)  # at the deployed weights
+    norms.unfold(batches)           # not where these are the init weights
+    train(model, optimizer)         # as ever
+    norms.fold()                    # then publish
+
+The price: deployed statistics mean nothing by themselves. Training on from them as they
+are would normalise by wrong values, so a folded model refuses to train until it is
+unfolded. A model that is loaded from a file cannot know it: unfold it as well.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from edge_runtime.errors import TrainingError
+
+Values = NDArray[np.float64]  # one for each channel
+
+MAX_SAMPLES = 2000  # of training samples that statistics are measured on
+_FOLDABLE = (torch.float32, torch.float64)
+# A guard of every module that is folded; taken away when it is unfolded.
+_guards: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+class FoldedBatchNorm:
+    """The BatchNorm modules of a model, and their statistics as they are deployed.
+
+    Modules without statistics, or without scale and shift, are left alone.
+
+    Attributes:
+        modules: The modules that are folded, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Remember the statistics; the model holds what devices have."""
+        self._model = model
+        self.modules = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.track_running_stats
+            and module.affine
+            and module.weight.dtype in _FOLDABLE
+        }
+        self._deployed = {
+            name: tuple(map(_wide, _tensors(module)[2:]))
+            for name, module in self.modules.items()
+        }
+
+    @torch.no_grad()
+    def unfold(self, batches: Iterable[tuple[Tensor, Any]]) -> None:
+        """Give every module the statistics of its inputs, and the same function.
+
+        Args:
+            batches: Training samples without augmentation, and whatever comes with
+                them; the first 2000 are used.
+        """
+        moments = {name: _Moments() for name in self.modules}
+        hooks = [
+            module.register_forward_pre_hook(moments[name].see)
+            for name, module in self.modules.items()
+        ]
+        mode, seen = self._model.training, 0
+        self._model.eval()
+        for inputs, _ in batches:
+            self._model(inputs)
+            seen += len(inputs)
+            if seen >= MAX_SAMPLES:
+                break
+        for hook in hooks:
+            hook.remove()
+        self._model.train(mode)
+        for name, module in self.modules.items():
+            if moments[name].count:  # else this part of the network is never used
+                _express(module, moments[name].statistics())
+            if guard := _guards.pop(module, None):
+                guard.remove()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put the statistics back as deployed, with scale and shift to fit them."""
+        for name, module in self.modules.items():
+            _express(module, self._deployed[name])
+            if module not in _guards:
+                _guards[module] = module.register_forward_pre_hook(_refuse_to_train)
+
+    def folded(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return a weight file's arrays with every module folded.
+
+        Args:
+            arrays: By state-dict name; all of the model's.
+        """
+        found = dict(arrays)
+        for prefix, module in self.modules.items():
+            part = f"{prefix}." if prefix else ""
+            names = [
+                part + n for n in ("weight", "bias", "running_mean", "running_var")
+            ]
+            values = [arrays[name].astype(np.float64) for name in names]
+            new = _expressed(values, self._deployed[prefix], module.eps)
+            for name, value in zip(names, new, strict=True):
+                found[name] = value.astype(arrays[name].dtype)
+        return found
+
+    @torch.no_grad()
+    def idle_biases(self, inputs: Tensor) -> list[Tensor]:
+        """Return the biases right in front of a folded module, which takes them away.
+
+        They need not train, and then need not be sent.
+
+        Args:
+            inputs: A batch, to see what follows what.
+        """
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # output, bias
+        found: dict[int, Tensor] = {}
+
+        def after(module: nn.Module, _inputs: Any, output: Any) -> None:
+            bias = getattr(module, "bias", None)
+            if (
+                isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+                and bias is not None
+            ):
+                made[id(output)] = output, bias  # kept: ids of the living are unique
+
+        def before(_module: nn.Module, given: Any) -> None:
+            if id(given[0]) in made:
+                bias = made[id(given[0])][1]
+                found[id(bias)] = bias
+
+        hooks = [m.register_forward_hook(after) for m in self._model.modules()]
+        hooks += [m.register_forward_pre_hook(before) for m in self.modules.values()]
+        mode = self._model.training
+        self._model.eval()(inputs)
+        self._model.train(mode)
+        for hook in hooks:
+            hook.remove()
+        return list(found.values())
+
+
+class _Moments:
+    """Mean and variance, a channel, of all that a module was given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+
+    def see(self, _module: nn.Module, inputs: Any) -> None:
+        x = inputs[0].transpose(0, 1).flatten(1).double()
+        self.count += x.shape[1]
+        self._sum = self._sum + x.sum(1)
+        self._squares = self._squares + x.square().sum(1)
+
+    def statistics(self) -> tuple[Values, ...]:
+        mean = torch.as_tensor(self._sum) / self.count
+        var = torch.as_tensor(self._squares) / self.count - mean**2
+        return _wide(mean), _wide(var.clamp_min(0))
+
+
+def _tensors(module: _BatchNorm) -> list[Tensor]:
+    """Return scale, shift, mean and variance of a module that has them all."""
+    found = (module.weight, module.bias, module.running_mean, module.running_var)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _express(module: _BatchNorm, statistics: Sequence[Values]) -> None:
+    """Give a module other statistics, with scale and shift for the same function."""
+    tensors = _tensors(module)
+    new = _expressed([*map(_wide, tensors)], statistics, module.eps)
+    for tensor, value in zip(tensors, new, strict=True):
+        tensor.copy_(torch.from_numpy(value))
+
+
+def _expressed(
+    values: Sequence[Values], statistics: Sequence[Values], eps: float
+) -> tuple[Values, ...]:
+    """Return scale, shift and statistics of the same function with other statistics.
+
+    Args:
+        values: Scale, shift, mean and variance.
+        statistics: The other mean and variance.
+        eps: What the module adds to a variance.
+    """
+    (scale, shift, mean, var), (new_mean, new_var) = values, statistics
+    slope = scale / np.sqrt(var + eps)
+    offset = shift - mean * slope
+    return slope * np.sqrt(new_var + eps), offset + new_mean * slope, *statistics
+
+
+def _wide(tensor: Tensor) -> Values:
+    return tensor.detach().cpu().double().numpy().copy()
+
+
+def _refuse_to_train(module: nn.Module, _inputs: Any) -> None:
+    if module.training:
+        raise TrainingError(
+            "this model's BatchNorm is folded for deployment, and its statistics are "
+            "not those of its inputs; call FoldedBatchNorm(model).unfold(batches) "
+            "before training it on"
+        )
