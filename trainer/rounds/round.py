@@ -205,7 +205,7 @@ class Run:
         if attempt.missed is not None:
             metrics["golden"] = attempt.missed
         if attempt.new and self._pack and update.budget:
-            metrics["patch_bytes"] = self._pack(start, target, attempt.terms)
+            metrics["patch_bytes"] = self._size(start, target, attempt.terms)
         for term in attempt.terms[-1:]:
             metrics["coefficients"] = len(term.coefficients)
         everything = update.method in ("fu", "subspace") or is_full(self.config, number)
@@ -324,6 +324,12 @@ class Run:
         value = self._golden_value(model, metric)
         return None if metric.reaches(value, bound) else value
 
+    def _size(self, base: Weights, target: Weights, terms: Sequence[Term]) -> int:
+        """Return the size of a patch; a packer of yours need not know of subspaces."""
+        if self._pack is None:
+            return 0
+        return self._pack(base, target, *([terms] if terms else []))
+
     def _too_large(
         self, parent: Weights, new: Weights | None, terms: Sequence[Term]
     ) -> int:
@@ -332,9 +338,9 @@ class Run:
         What several rounds changed unseen travels in one patch.
         """
         update = self.config.update
-        if new is None or not (self._pack and update.budget):
+        if new is None or not update.budget:
             return 0
-        size = self._pack(parent, new, terms)
+        size = self._size(parent, new, terms)
         return size if size > parse_size(update.first_budget or update.budget) else 0
 
     def _teacher(self, number: int) -> nn.Module:
