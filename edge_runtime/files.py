@@ -7,6 +7,7 @@ cut could leave behind.
 """
 
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -120,13 +121,13 @@ def read_bounded(
     most: int = getattr(limits(), limit)
     with open_regular(path) if regular else open(path, "rb") as file:
         # What it is and how large may change while it is read: only bytes count.
-        data = bytearray()
-        while len(data) <= most and (chunk := file.read(READ_BYTES)):
-            data += chunk
-        size = max(len(data), os.fstat(file.fileno()).st_size)
-    if len(data) > most:
+        data = io.BytesIO()  # which gives its bytes away without a copy
+        while data.tell() <= most and (chunk := file.read(READ_BYTES)):
+            data.write(chunk)
+        size = max(data.tell(), os.fstat(file.fileno()).st_size)
+    if data.tell() > most:
         raise error(limits().problem(limit, size, what))
-    return bytes(data)
+    return data.getvalue()
 
 
 class Files:

@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 715,
+        ".": 725,
         "agent": 530,
         "cli": 940,
         "formats": 3520,
@@ -38,7 +38,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "update": 915,
     },
     "packager": {
-        ".": 1370,
+        ".": 1450,
         "bundles": 525,
         "fleet": 900,
         "cli": 1920,

@@ -46,7 +46,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         ),
     ),
     "packager": (
-        *("zip_file", "keys", "signing", "key_lists", "rounds", "check_proof", "diff"),
+        *("zip_file", "mapped", "keys", "signing", "key_lists", "rounds"),
+        *("check_proof", "diff"),
         *("moved", "build", "size", "packed_file", "release", "ledger"),
         *("compose", "models", "bundles", "provenance", "report", "fleet", "cli"),
         "__main__",

@@ -5,13 +5,8 @@ A checkpoint of many gigabytes is mapped, not read: nothing of it is in memory b
 pages that are looked at, and those the system may take back at any time.
 """
 
-import mmap
-import stat
 from collections.abc import Iterator, Mapping
-from errno import EINVAL
 from functools import cached_property
-from os import fstat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,46 +14,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.layout import DTYPES, Tensor, make_layout
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
-
-KEPT_BYTES = 16 << 20  # of a mapping, before its pages are given back
-
-
-class MappedFile:
-    """A file in memory, page by page as it is looked at.
-
-    Attributes:
-        path: The file.
-        data: All of its bytes, read-only.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Map a file.
-
-        Raises:
-            OSError: It cannot be read, or is no ordinary file.
-        """
-        self.path, self.data = path, memoryview(b"")
-        self._map: mmap.mmap | None = None
-        self._seen = 0
-        with path.open("rb") as file:
-            status = fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(EINVAL, "no ordinary file; give a file", str(path))
-            if status.st_size:  # nothing cannot be mapped
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self.data = memoryview(self._map)
-
-    def saw(self, size: int) -> None:
-        """Count what was read in order, and give its pages back now and then."""
-        self._seen += size
-        if self._seen >= KEPT_BYTES:
-            self.forget()
-
-    def forget(self) -> None:
-        """Give all pages back; whoever looks at them again gets them again."""
-        self._seen = 0
-        if self._map:
-            self._map.madvise(mmap.MADV_DONTNEED)
+from packager.mapped import MappedFile as MappedFile
 
 
 class View(NamedTuple):

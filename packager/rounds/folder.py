@@ -37,7 +37,8 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.subspace import Term, decode_terms, together
-from edge_runtime.formats.weights import Weights, read_weights
+from edge_runtime.formats.weights import Weights
+from packager.mapped import map_weights
 from packager.rounds.record import RoundRecord, read_record
 
 INIT = "init"  # the init weights' name, where others have round_05
@@ -133,7 +134,7 @@ def read_model_file(round_: RoundFolder, name: str) -> bytes:
 
 def _read(path: Path) -> Weights:
     try:
-        return read_weights(path)
+        return map_weights(path)
     except FileNotFoundError as err:
         raise RoundError(f"the round is incomplete: {path} is missing") from err
     except WeightsError as err:
