@@ -14,6 +14,7 @@ that lie beside the rounds, their headers tell the same.
 
 import fcntl
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -221,19 +222,19 @@ class Ledger:
             data = read_bounded(self.path, "ledger_bytes", name, RoundError)
         except FileNotFoundError:
             return
-        *lines, rest = data.split(b"\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(io.BytesIO(data), 1):  # one by one: in no memory
+            if not line.endswith(b"\n"):
+                break
             what = f"{self.path}, line {number},"
             try:
-                record = parse_record(line, "record_bytes", what, RoundError)
+                record = parse_record(line[:-1], "record_bytes", what, RoundError)
             except RoundError as err:
-                if number < len(lines) or rest:
+                if self._end + len(line) < len(data):
                     raise not_readable(err) from err
-                rest = line
                 break
             yield decode_release(record)
-            self._end += len(line) + 1
-        if rest:
+            self._end += len(line)
+        if self._end < len(data):
             self.notes.append(
                 f"the last line of {self.path} was cut off, before its file was "
                 "written; it is left out"
