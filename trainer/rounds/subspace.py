@@ -31,7 +31,7 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
     selectable, count = training.dense.is_selectable, update.coefficients
     if update.budget:
         count = coefficients_within(
-            update.budget,
+            str(training.limit),  # which may be another where a round leads from init
             training.model,
             bits=update.bits,
             selectable=selectable,

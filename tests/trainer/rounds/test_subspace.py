@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes whose method is subspace: rounds as the packager and devices want them."""
 
+import json
+
 import pytest
 import torch
 
 from edge_runtime.errors import ConfigError, TrainingError
-from edge_runtime.formats.model_folder import SHADOW_SUBSPACES_NAME, list_rounds
+from edge_runtime.formats.model_folder import (
+    METRICS_NAME,
+    SHADOW_SUBSPACES_NAME,
+    list_rounds,
+)
 from packager.build import pack_round
 from packager.rounds.folder import read_init, read_round
 from packager.size import patch_size
@@ -73,6 +79,38 @@ def test_a_budget_is_kept_and_its_coefficients_are_known_before(tmp_path):
             assert 290 < len(packed.data) <= 300
             metrics = read_round_record(round_.path).metrics
             assert metrics["patch_bytes"] == len(packed.data)
+
+
+def test_a_larger_budget_from_init_has_room_for_more_coefficients(tmp_path):
+    config = config_of({"dense": "freeze", "budget": "260", "first_budget": "300"})
+    first, *later = rounds_of(tmp_path, config)
+    assert 290 < len(pack_round(first).data) <= 300
+    for round_ in later:
+        if round_.record.outcome == "updated":
+            assert 250 < len(pack_round(round_).data) <= 260
+
+
+def test_a_subspace_learns_from_the_rounds_own_teacher(tmp_path):
+    taught = config_of(
+        {"dense": "freeze"},
+        train={"epochs": 4, "batch": 16, "lr": 1e-2, "teacher": "self"},
+    )
+    (one, *_), (two, *_) = (
+        rounds_of(tmp_path / "a", taught),
+        rounds_of(tmp_path / "b", config_of({"dense": "freeze"})),
+    )
+    same = {}
+    for phase in ("full", "sparse"):
+        lines, others = (
+            [
+                json.loads(line)["loss"]
+                for line in (round_.path / METRICS_NAME).read_text().splitlines()
+                if json.loads(line)["phase"] == phase
+            ]
+            for round_ in (one, two)
+        )
+        same[phase] = lines == others
+    assert same == {"full": True, "sparse": False}
 
 
 def test_a_budget_without_room_is_refused(tmp_path):
