@@ -16,7 +16,10 @@ METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
 # Trained only where asked for: what becomes of a re-initialised model that validates
 # worse (in the paper's code it carries the chain on; here, it may do so unseen), and
 # what else is better than the paper at the same bytes.
-VARIANTS = ("dpu_paper_chain", "dpu_shadow", "dpu_beyond")
+VARIANTS = (
+    *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
+    *("dpu_lean", "dpu_lean_k005"),
+)
 # Mean accuracy difference to full updating over all rounds, points.
 PAPER = {
     "mnist_mlp": {"dpu": -0.17, "gcpu": -0.72, "rpu": -4.04, "pruning": -1.45},
@@ -38,7 +41,18 @@ SMALLER = {
 COLOURS = dict(
     zip(
         METHODS + VARIANTS,
-        ("#555", "#06c", "#0a7", "#d60", "#a3a", "#6bf", "#036", "#c03"),
+        (
+            "#555",
+            "#06c",
+            "#0a7",
+            "#d60",
+            "#a3a",
+            "#6bf",
+            "#036",
+            "#c03",
+            "#280",
+            "#7b3",
+        ),
         strict=True,
     )
 )
