@@ -224,7 +224,7 @@ def _records(
                 "a bundle of task 'free'"
             )
     for row, name in enumerate(names):
-        record = {"input": name} | _answer(first[row].ravel(), contract.classes, top)
+        record = {"input": name} | _answer(first[row].ravel(), contract, top)
         if len(outputs) > 1:
             several = len(names) > 1
             record["outputs"] = {
@@ -339,12 +339,16 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _answer(
-    row: "NDArray[np.float32]", classes: tuple[str, ...], count: int
+    row: "NDArray[np.float32]", contract: "Contract", count: int
 ) -> dict[str, Any]:
-    """Return the likeliest classes; of a model without classes, its plain output."""
+    """Return the likeliest classes, or which labels are true; else the plain output."""
     import numpy as np
 
-    if len(classes) != len(row):
+    classes = contract.classes
+    if contract.task == "multilabel" and len(classes) == len(row):
+        true = [classes[i] for i in np.flatnonzero(row > contract.threshold)]
+        return {"labels": true, "output": row.tolist()}
+    if contract.task != "classification" or len(classes) != len(row):
         return {"output": row.tolist()}
     # A softmax: the outputs of a classifier are logits.
     shares = np.exp(row - row.max())

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import Device
+from edge_runtime.cli.main import main as edge
 from edge_runtime.formats.contract import parse_contract
 from tools import tasks
 
@@ -49,6 +50,18 @@ def test_tokens_reach_the_network_as_whole_numbers(runs):
     assert (spec.dtype, spec.scale, spec.mean) == ("int64", 1.0, ())
     (answer,) = device.predictor().predict_all(np.zeros((3, 8), np.int64))
     assert answer.shape == (3, 2)
+
+
+def test_infer_names_the_labels_that_are_true_and_no_likeliest_class(runs, tmp_path):
+    _, folder = runs("traits")
+    np.save(tmp_path / "one.npy", np.full((1, 8, 8), 8, np.uint8))
+    command = ("--store", folder / "device", "infer", tmp_path / "one.npy")
+    done = CliRunner().invoke(edge, [*map(str, command)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    names = ["even", "five or more", "has a loop", "prime"]
+    true = [n for n, v in zip(names, found["output"], strict=True) if v > 0]
+    assert found["labels"] == true
 
 
 def test_every_output_of_a_network_reaches_the_device(runs):
