@@ -50,7 +50,9 @@ def encode_members(members: Mapping[str, Content]) -> bytes:
                     for piece in _pieces(data):
                         member.write(piece)
         out.seek(0)
-        return out.read()
+        # A buffered read of everything would hold it twice for a moment.
+        with open(out.fileno(), "rb", buffering=0, closefd=False) as whole:
+            return whole.read()
 
 
 def _pieces(data: Content) -> Iterable[bytes | memoryview]:

