@@ -59,7 +59,12 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
     help="Look again so often, with some jitter; by default once.",
 )
 @click.option("--device", help="This device's id.  [default: /etc/machine-id]")
-@click.option("--group", default="", help="The group that this device belongs to.")
+@click.option(
+    "--group",
+    default="",
+    show_default=False,
+    help="The group that this device belongs to.",
+)
 @click.option(
     "--budget",
     "budgets",
@@ -68,10 +73,24 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
     callback=_budgets,
     help="What it may send and receive (repeatable).",
 )
-@click.option("--ca", default="", help="Certificates of the servers to trust.")
-@click.option("--cert", default="", help="This device's own certificate.")
-@click.option("--key", default="", help="The key of --cert, where it is apart.")
-@click.option("--proxy", default="", help="Proxy; by default as the environment says.")
+@click.option(
+    "--ca", default="", show_default=False, help="Certificates of the servers to trust."
+)
+@click.option(
+    "--cert", default="", show_default=False, help="This device's own certificate."
+)
+@click.option(
+    "--key",
+    default="",
+    show_default=False,
+    help="The key of --cert, where it is apart.",
+)
+@click.option(
+    "--proxy",
+    default="",
+    show_default=False,
+    help="Proxy; by default as the environment says.",
+)
 @json_option
 @click.pass_obj
 def sync(  # noqa: PLR0913 - one argument for each option

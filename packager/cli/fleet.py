@@ -54,6 +54,30 @@ class Skips(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, filter(None, str(value).split(","))))
 
 
+class Shares(click.ParamType[tuple[tuple[int, int], ...]]):
+    """Shares of the devices and when they begin: 1%,10%@24h,100%@48h."""
+
+    name = "shares"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return permille and seconds."""
+        found = []
+        for part in str(value).split(","):
+            share, at, delay = part.partition("@")
+            number = re.fullmatch(r"([0-9]{1,3})(?:\.([0-9]))?%", share)
+            permille = int(number[1]) * 10 + int(number[2] or 0) if number else 1001
+            if permille > 1000:
+                words = f"found {part!r}, expected 1%,10%@24h,100%@48h"
+                self.fail(words, param, ctx)
+            seconds = Span().convert(delay, param, ctx) if at else 0
+            found.append((permille, seconds))
+        if found != sorted(found) or found != sorted(found, key=lambda step: step[1]):
+            self.fail(f"{value!r}: share and time have to grow", param, ctx)
+        return tuple(found)
+
+
 class Name(click.ParamType[str]):
     """The name of a channel."""
 
@@ -108,6 +132,32 @@ def fleet() -> None:
     show_default=True,
     help="How long devices take the head for the newest; publish again before that.",
 )
+@click.option(
+    "--rollout",
+    "shares",
+    type=Shares(),
+    default=None,
+    help="Shares of the devices, and when: 1%,10%@24h,100%@48h.  [default: all, now]",
+)
+@click.option(
+    "--group", "groups", multiple=True, help="For this group alone (repeatable)."
+)
+@click.option(
+    "--pauser",
+    "pausers",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Let this key pause the rollout, and do nothing else (repeatable).",
+)
+@click.option(
+    "--key-list",
+    "lists",
+    metavar="N.root.json",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Give devices this key list too (repeatable).",
+)
 @click.option("--revert", is_flag=True, help="Though the channel is at a newer round.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
@@ -120,6 +170,10 @@ def publish(  # noqa: PLR0913 - one argument for each option
     keys: tuple[Path, ...],
     skip: tuple[int, ...],
     expires: int,
+    shares: tuple[tuple[int, int], ...] | None,
+    groups: tuple[str, ...],
+    pausers: tuple[Path, ...],
+    lists: tuple[Path, ...],
     revert: bool,
     dry_run: bool,
     as_json: bool,
@@ -129,18 +183,31 @@ def publish(  # noqa: PLR0913 - one argument for each option
     The patches lie under their SHA-256, so they may be cached for ever; the head,
     DIR/CHANNEL.head, is the one file that changes.
     """
+    from edge_runtime.formats.signing import load_public
+    from edge_runtime.trust.root import load_list
     from packager.fleet.place import FolderPlace
-    from packager.fleet.publish import Channel
+    from packager.fleet.publish import Channel, add_list
     from packager.fleet.publish import publish as publish_round
     from packager.rounds.folder import find_round, read_round
 
     signers, names = read_signers(keys)
     if not signers:
         say("nobody signs this: devices that trust keys will refuse it")
+    place = FolderPlace(Path(to))
+    for path in lists if not dry_run else ():
+        add_list(place, load_list(path))
     done = publish_round(
         read_round(find_round(name, runs)),
-        FolderPlace(Path(to)),
-        Channel(name=channel, signers=signers, lifetime_s=expires, skips=skip),
+        place,
+        Channel(
+            name=channel,
+            signers=signers,
+            lifetime_s=expires,
+            skips=skip,
+            shares=shares or (),
+            groups=groups,
+            pausers=tuple(load_public(p.read_bytes(), str(p)) for p in pausers),
+        ),
         now=int(time.time()),
         revert=revert,
         dry_run=dry_run,
@@ -150,6 +217,34 @@ def publish(  # noqa: PLR0913 - one argument for each option
     emit(record, as_json=as_json, text=_text(done))
     if dry_run and not as_json:
         say("dry run: nothing was written")
+
+
+@fleet.command()
+@click.argument("to", metavar="DIR")
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--key",
+    metavar="KEY.pem",
+    required=True,
+    type=PRIVATE_KEY,
+    help="The private half of a key that was published with --pauser.",
+)
+@json_option
+def pause(to: str, *, channel: str, key: Path, as_json: bool) -> None:
+    """Halt a rollout: no device begins this release any more.
+
+    It goes on with the next publication. The key of releases is not needed.
+    """
+    from packager.fleet.place import FolderPlace
+    from packager.fleet.publish import pause as pause_channel
+
+    (signer,), _ = read_signers([key])
+    changed = pause_channel(
+        FolderPlace(Path(to)), channel, signer, now=int(time.time())
+    )
+    text = f"{channel}: " + ("paused" if changed else "paused already")
+    record = {"to": to, "channel": channel, "changed": changed}
+    emit(record, as_json=as_json, text=text)
 
 
 def _record(done: "Published", to: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
 from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, Way, read_head
+from edge_runtime.trust.root import list_number, read_root
 from packager.build import check_counter
 from packager.bundles.from_round import build_bundle
-from packager.fleet.head import sign_head
+from packager.fleet.head import pause_head, sign_head
 from packager.fleet.place import Place
 from packager.fleet.ways import (
     Offered,
@@ -50,18 +51,19 @@ class Channel:
         signers: Whose keys sign patches, bundle and head.
         lifetime_s: How long the head is valid.
         skips: From how many rounds back there are patches beside the recorded one.
-        rollout: Which devices take part; None: all, at once.
+        shares: When which share of the devices takes part: permille, and seconds from
+            the publication on. Empty: all, at once.
+        groups: Devices of these groups only; empty: all.
         pausers: Public keys, hex, that may pause the head.
-        keys: Number of the newest key list in the place; 0 for none.
     """
 
     name: str
     signers: Sequence["Ed25519PrivateKey"] = ()
     lifetime_s: int = 30 * 86_400
     skips: tuple[int, ...] = (2, 4, 8)
-    rollout: Rollout | None = None
+    shares: tuple[tuple[int, int], ...] = ()
+    groups: tuple[str, ...] = ()
     pausers: tuple[str, ...] = ()
-    keys: int = 0
 
     @property
     def trust(self) -> Trust:
@@ -165,6 +167,7 @@ def publish(
             head = _head(
                 round_, counter, offered, starts, bundle.data, channel, old, now
             )
+            head = replace(head, keys=newest_list(place))
             if old and _says_the_same(old.head, head, channel, now):
                 return Published(
                     old.head, 0, tuple((o, False) for o in offered), 0, False
@@ -214,6 +217,28 @@ def _next_counter(
     return counter
 
 
+def newest_list(place: Place) -> int:
+    """Return the number of the newest key list in a place; 0 where there is none."""
+    names = (Path(path).name for path, _ in place.names("keys/"))
+    return max(filter(None, map(list_number, names)), default=0)
+
+
+def add_list(place: Place, data: bytes) -> str:
+    """Put a key list where devices fetch it; the next publication names it.
+
+    Returns:
+        Its path.
+
+    Raises:
+        KeyListError: It is no key list.
+        StoreError: Another list has its number.
+        OSError: It cannot be written.
+    """
+    path = f"keys/{read_root(data).root.version}.root.json"
+    place.create(path, data)
+    return path
+
+
 def _starts(
     round_: RoundFolder, ledger: Ledger, offered: Sequence[Offered]
 ) -> set[str]:
@@ -248,10 +273,60 @@ def _head(  # noqa: PLR0913 - all that a head is made of
         target=record.target,
         ways=useful(ways, record.target[:SHORT], init, starts),
         bundle=(len(bundle), hashlib.sha256(bundle).hexdigest()),
-        keys=channel.keys or (before.keys if before else 0),
-        rollout=channel.rollout,
+        rollout=_rollout(counter, channel, before, now),
         pausers=channel.pausers or (before.pausers if before else ()),
     )
+
+
+def _rollout(
+    counter: int, channel: Channel, before: Head | None, now: int
+) -> Rollout | None:
+    """Return the rollout of a release; published once more, it keeps its times."""
+    if not channel.shares and not channel.groups:
+        return None
+    steps = tuple((share, now + delay) for share, delay in channel.shares)
+    new = Rollout(str(counter), steps, channel.groups)
+    old = before.rollout if before else None
+    if old and (old.id, old.groups) == (new.id, new.groups):
+        begun = [share for share, _ in old.steps]
+        if begun == [share for share, _ in steps]:
+            return old
+    return new
+
+
+def pause(place: Place, name: str, key: "Ed25519PrivateKey", *, now: int) -> bool:
+    """Halt a channel's rollout, with a key that can do nothing else.
+
+    Args:
+        place: Where the channel lies.
+        name: The channel.
+        key: One of the pausers that its head names.
+        now: Seconds since 1970.
+
+    Returns:
+        Whether it was not paused already.
+
+    Raises:
+        RoundError: There is no such channel, or its head does not name the key.
+        StoreError: Publishers came first every time.
+        HeadError: What lies there is no head.
+        OSError: The place cannot be read or written.
+    """
+    for _ in range(RACES):
+        found = place.read(head_path(name))
+        if found is None:
+            raise RoundError(f"no channel {name!r} in {place.name}: nothing to pause")
+        signed = read_head(found[0])
+        if public_key(key) not in signed.head.pausers:
+            raise RoundError(
+                f"the head of {name!r} does not name this key: publish with --pauser "
+                f"KEY.pub.pem; it names {len(signed.head.pausers)} others"
+            )
+        if signed.is_paused():
+            return False
+        if place.swap(head_path(name), pause_head(found[0], key, at=now), found[1]):
+            return True
+    raise StoreError(f"{place.name}/{head_path(name)} changed {RACES} times meanwhile")
 
 
 def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:

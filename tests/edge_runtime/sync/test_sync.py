@@ -13,15 +13,17 @@ from edge_runtime.cli.main import main
 from edge_runtime.errors import HeadError, StoreError, SyncError, TrustError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
-from edge_runtime.sync.head import PERMILLE, SHORT, Rollout, place, read_head
+from edge_runtime.sync.head import PERMILLE, SHORT, place, read_head
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
 from edge_runtime.sync.route import cheapest
 from edge_runtime.sync.state import STATE_NAME, read_sync_state
 from edge_runtime.sync.sync import Sync, SyncOptions, SyncResult, insist_on_trust
+from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.head import pause_head, sign_head
 from packager.fleet.place import FolderPlace
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import Channel, add_list, publish
+from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
 from tests.edge_runtime.sync.server import FileServer
@@ -290,9 +292,8 @@ def test_plain_http_is_for_devices_that_trust_keys(world, tmp_path):
 
 
 def test_a_device_waits_for_its_turn(world):
-    mine = place("2", OPTIONS.device)
-    steps = ((mine, NOW), (PERMILLE, NOW + 3600))
-    world.publish(1, rollout=Rollout("2", steps))
+    mine = place("1", OPTIONS.device)
+    world.publish(1, shares=((mine, 0), (PERMILLE, 3600)))
     assert world.look().result is SyncResult.LATER
     world.now += 3600
     assert world.look().result is SyncResult.FETCHED
@@ -315,6 +316,42 @@ def test_a_release_that_failed_its_trial_here_is_not_fetched_again(world):
     with device.store.lock():
         device.store.commit(device.store.state.tried(world.head.target, 99))
     assert world.look().result is SyncResult.REFUSED
+
+
+# Keys ---------------------------------------------------------------------------------
+
+
+def test_a_new_key_reaches_a_device_by_the_channel(world):
+    """The list comes first; the head that the new key signed is believed after it."""
+    owner, new = generate_key(), generate_key()
+    times = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
+    one = make_list([public_key(owner)], [public_key(KEY)], times)
+    swap = {"targets": [public_key(new)]}, {"targets": [public_key(KEY)]}
+    two = change_list(one, times, add=swap[0], remove=swap[1])
+    one, two = sign_list(one, [owner]), sign_list(two, [owner])
+    shutil.rmtree(world.root)
+    world.install(trust=first_root(one, None))
+    add_list(world.place, two)
+    (world.place.root / "stable.head").unlink()  # that of a key that is revoked
+    world.publish(1, signers=[new])
+    with pytest.raises(TrustError, match="not trusted"):
+        world.look()
+    world.apply()
+    assert world.look().result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+
+
+def test_a_list_that_nobody_signed_fills_no_disk(world):
+    owner = generate_key()
+    times = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
+    one = sign_list(make_list([public_key(owner)], TRUST.keys, times), [owner])
+    shutil.rmtree(world.root)
+    world.install(trust=first_root(one, None))
+    add_list(world.place, change_list(one, times))
+    world.publish(1)
+    with pytest.raises(TrustError):
+        world.look()
+    assert not list(world.folder.glob("*.root.json"))
 
 
 # Budgets ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from edge_runtime.errors import RoundError, TrustError
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.proof import encode_public, public_key
 from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.update.device import Device
@@ -253,3 +253,45 @@ def test_wrong_options_are_refused_before_anything_is_written(
     code, _, err = command(fleet, "publish", *asked)
     assert (code, to.exists()) == (2, False)
     assert words[1] in err
+
+
+def test_a_rollout_keeps_its_times_when_it_is_published_again(long_run, place):
+    path = read_round(long_run.path / "round_01")
+    options = {"name": "stable", "signers": [KEY], "shares": ((10, 0), (1000, 3600))}
+    publish(path, place, Channel(**options), now=NOW)
+    steps = ((10, NOW), (1000, NOW + 3600))
+    assert head_of(place).rollout.steps == steps
+    again = publish(path, place, Channel(**options), now=NOW + 60)
+    assert (again.changed, head_of(place).rollout.steps) == (False, steps)
+    assert publish(path, place, Channel(**options | {"shares": ()}), now=NOW).changed
+    assert head_of(place).rollout is None
+
+
+def test_a_key_that_may_only_pause_halts_a_rollout(long_run, command, tmp_path):
+    pauser, names = generate_key(), [tmp_path / n for n in ("k.pem", "p.pem", "p.pub")]
+    for name, data in zip(
+        names,
+        (encode_private(KEY), encode_private(pauser), encode_public(pauser)),
+        strict=True,
+    ):
+        name.write_bytes(data)
+    to = tmp_path / "fleet"
+    words = ("round_01", "--runs", long_run.path.parent, "--to", to, "--sign", names[0])
+    rollout = ("--rollout", "1%,10%@24h,100%@48h", "--group", "lab")
+    assert command(fleet, "publish", *words, *rollout, "--pauser", names[2])[0] == 0
+    code, _, err = command(fleet, "pause", to, "--key", names[0])
+    assert (code, "does not name this key" in err) == (3, True)
+    assert command(fleet, "pause", to, "--key", names[1])[1] == "stable: paused\n"
+    assert (
+        command(fleet, "pause", to, "--key", names[1])[1] == "stable: paused already\n"
+    )
+    signed = read_head((to / "stable.head").read_bytes())
+    assert (signed.check(TRUST), signed.is_paused()) == (TRUST.ids, True)
+    assert [share for share, _ in signed.head.rollout.steps] == [10, 100, 1000]
+
+
+@pytest.mark.parametrize("shares", ["5", "101%", "10%,1%", "1%@1d,2%@1h", "1%@x"])
+def test_shares_that_make_no_sense_are_refused(long_run, command, tmp_path, shares):
+    words = ("round_01", "--runs", long_run.path.parent, "--to", tmp_path / "fleet")
+    code, _, err = command(fleet, "publish", *words, "--rollout", shares)
+    assert (code, "error" in err) == (2, True)
