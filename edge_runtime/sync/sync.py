@@ -22,6 +22,7 @@ from edge_runtime.errors import (
     TrustError,
 )
 from edge_runtime.files import Files, lock_file
+from edge_runtime.formats.json_record import is_digest
 from edge_runtime.limits import limits
 from edge_runtime.store.state import State, utc
 from edge_runtime.store.store import Store
@@ -50,6 +51,7 @@ class SyncResult(StrEnum):
     LATER = "later"  # the rollout has not reached this device yet
     PAUSED = "paused"  # somebody paused the rollout
     STALE = "stale"  # the head has expired: nobody knows the newest release
+    HELD = "held"  # the device went back from it, or has seen a newer one
     REFUSED = "refused"  # this device tried that release, and it failed
     OVER_BUDGET = "over budget"
     NO_WAY = "no way"  # nothing leads there from where this device is
@@ -153,8 +155,12 @@ class Sync:
         head, now = signed.head, max(int(self._clock()), self._state.seen)
         if head.keys:
             self._take_lists(device, head.keys)
-        if device.active == head.target and device.floor >= head.counter:
-            return SyncResult.CURRENT, head, ""
+        if device.floor >= head.counter:
+            self._prune(())
+            if device.active == head.target:
+                return SyncResult.CURRENT, head, ""
+            reason = f"this device has had release {device.floor}, and is not at it now"
+            return SyncResult.HELD, head, reason
         if self._state.paused:
             return SyncResult.PAUSED, head, "the rollout of this release was paused"
         if now >= head.expires:
@@ -273,6 +279,7 @@ class Sync:
             if reason := self._over_budget(needed):
                 return SyncResult.OVER_BUDGET, head, reason
             if all(map(self._fetch, missing)):
+                self._prune(route)
                 return SyncResult.FETCHED, head, ""
 
     def _fetch(self, way: Way) -> bool:
@@ -354,6 +361,13 @@ class Sync:
             return 0
         return size if size <= way.size else 0
 
+    def _prune(self, route: Collection[Way]) -> None:
+        """Remove what was fetched and is on no way any more; nothing of others."""
+        kept = {self._path(way) for way in route}
+        for path in self._folder.glob("*.dpu"):
+            if is_digest(path.stem) and path not in kept:
+                self._files.unlink(path)
+
     def _forget_others(self) -> None:
         """Remove parts of files that no head asks for any more."""
         wanted: Collection[str] = ()
@@ -362,7 +376,7 @@ class Sync:
             wanted = {way.sha256 for way in head.ways}
         for path in self._folder.glob(".*.part"):
             name = path.name[1:-5]
-            if len(name) == 64 and name not in wanted:
+            if is_digest(name) and name not in wanted:
                 self._files.unlink(path)
         tags = {k: v for k, v in self._state.tags.items() if k in wanted}
         self._state = replace(self._state, tags=tags)

@@ -165,6 +165,28 @@ def test_a_head_that_is_known_is_not_needed_again_for_the_next_file(world, serve
     assert (state.version, state.seen) == (world.head.version, NOW)
 
 
+def test_what_was_applied_is_removed_and_nothing_of_others(world):
+    (world.folder / "by-hand.dpu").write_bytes(b"somebody put it here")
+    for number in (1, 2):
+        world.publish(number)
+        assert world.look().fetched
+        world.apply()
+    world.look()
+    assert [path.name for path in world.folder.glob("*.dpu")] == ["by-hand.dpu"]
+
+
+def test_a_release_that_the_owner_went_back_from_is_not_fetched_again(world):
+    world.publish(1)
+    world.look()
+    world.apply()
+    Device.open(world.root).rollback()
+    assert world.look().result is SyncResult.HELD
+    assert not list(world.folder.glob("*.dpu"))
+    world.publish(2)
+    assert world.look().result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+
+
 # Attacks: named as in TUF's list -----------------------------------------------------
 
 
