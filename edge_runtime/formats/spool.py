@@ -39,13 +39,13 @@ class Spool:
         for start, stop in pairwise([0, *self.stops]):
             yield self.read(start, stop)
 
-    def write(self, data: bytes | NDArray[np.uint8]) -> None:
+    def write(self, data: bytes | bytearray | NDArray[np.uint8]) -> None:
         """Add bytes.
 
         Raises:
             OSError: There is no room for temporary files.
         """
-        view = data if isinstance(data, bytes) else data.data
+        view = data if isinstance(data, bytes | bytearray) else data.data
         self.size += len(view)
         if self._file is None and self.size <= KEPT_BYTES:
             self._memory += view

@@ -220,7 +220,7 @@ def test_signature_over_the_bare_header(refused):
 def test_altered_header_with_a_right_checksum(refused, position):
     header, block, body = split(PATCHES[1])
     altered = bytearray(header)
-    altered[position] ^= 2
+    altered[position] ^= 64
     struct.pack_into("<I", altered, HEADER_BYTES - 4, zlib.crc32(altered[:-4]))
     # Magic, version, sizes and critical bits are refused for what they are.
     error = TrustError if position >= 14 else PatchError
