@@ -51,9 +51,6 @@ class Place(Protocol):
     def names(self, prefix: str) -> Iterator[tuple[str, int]]:
         """Yield the files whose paths begin so, with their sizes."""
 
-    def remove(self, path: str) -> None:
-        """Remove a file, if it is there."""
-
 
 class FolderPlace:
     """A folder, from which a web server, rsync or a stick takes it to devices."""
@@ -93,10 +90,6 @@ class FolderPlace:
             if path.is_file() and not path.name.startswith("."):
                 name = path.relative_to(self.root).as_posix()
                 yield name, path.stat().st_size
-
-    def remove(self, path: str) -> None:
-        """Remove a file, if it is there."""
-        self._files.remove(self.root / path)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
