@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-crash test-arm64 lint format docs clean wheel wheelhouse release
+.PHONY: help demo test test-fleet test-crash test-arm64 lint format docs clean wheel wheelhouse release
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
 	$(BIN)/python -m pytest
+
+test-fleet: $(STAMPS)/test-fleet  ## Fleets with real servers: SeaweedFS, nginx; fetches them.
+	$(BIN)/python -m tools.parts
+	$(BIN)/python -m pytest -m fleet
 
 test-arm64: $(STAMPS)/train  ## The runtime on emulated aarch64; minutes, never in CI.
 	$(BIN)/python -m tools.arm64.__main__

@@ -24,7 +24,10 @@ settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
 # Groups that run only where they are asked for, and what they would take.
-NOT_RUN = {"public": "downloads 185 MB from PyPI"}
+NOT_RUN = {
+    "public": ("downloads 185 MB from PyPI", "pytest -m public"),
+    "fleet": ("needs nginx and SeaweedFS (155 MB), or minutes", "make test-fleet"),
+}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -32,7 +35,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for mark in NOT_RUN.keys() & {mark.name for mark in item.iter_markers()}:
             if mark not in config.option.markexpr:
-                reason = f"not run: {NOT_RUN[mark]}; pytest -m {mark}"
+                what, command = NOT_RUN[mark]
+                reason = f"not run: {what}; {command}"
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
