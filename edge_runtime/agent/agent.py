@@ -290,7 +290,8 @@ class Agent:
 
     def _publish(self) -> None:
         record = {
-            "installed": self.state.summary(),
+            "folder": str(self._folder.path.absolute()),
+            "installed": self._device.store.summary(),
             "last_success": self._last_success,
             "failing": self._failing,
         } | self._decisions.record()

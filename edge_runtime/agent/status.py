@@ -53,11 +53,13 @@ def _parse(record: Record) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "at": record.text("at"),
+        "folder": record.text("folder", ""),
         "installed": {
             **{name: installed.digest(name) for name in ("model", "fingerprint")},
             **{name: installed.integer(name) for name in ("round", "release_counter")},
             "release_floor": installed.integer("release_floor", least=-1),
             "pinned": installed.flag("pinned"),
+            **({"name": installed.text("name")} if "name" in installed else {}),
         },
         "last_success": record.integer("last_success", most=_LAST_SECOND),
         "failing": record.text("failing"),
@@ -127,11 +129,15 @@ def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a status file says, in the text format 0.0.4 of Prometheus."""
     installed = record["installed"]
     verdicts = [file["verdict"] for file in record["files"].values()]
-    # Labels are digests and words of ours: nothing in them needs a backslash.
-    labels = 'fingerprint="{fingerprint}",model="{model}"'.format(**installed)
+    labels = ",".join(
+        f'{name}="{_label(installed[name])}"'
+        for name in ("fingerprint", "model", "name")
+        if name in installed
+    )
     samples = {
         f"installed_info{{{labels}}}": 1,
         "round": installed["round"],
+        "release_counter": installed["release_counter"],
         "release_floor": installed["release_floor"],
         "pinned": int(installed["pinned"]),
         "failing": int(bool(record["failing"])),
@@ -141,6 +147,11 @@ def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
     for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
         yield f"# TYPE dpu_edge_{name} gauge"
         yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
+
+
+def _label(value: str) -> str:
+    """Return a label's value as the text format spells it."""
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def sd_notify(*lines: str) -> None:

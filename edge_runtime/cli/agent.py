@@ -62,8 +62,10 @@ def agent(
     from edge_runtime.store.store import exclusive_lock
     from edge_runtime.update.device import Device
 
-    log = _log_json if as_json else _log
-    Device.open(root)  # else a lock would be left where there is no store
+    log: Callable[..., None] = _log_json if as_json else _log
+    device = Device.open(root)  # else a lock would be left where there is no store
+    if name := device.store.summary().get("name"):
+        log = partial(log, name=name)  # several models may share one journal
     problem = f"another agent is at work for {root}; stop it first"
     with exclusive_lock(open(root / "agent.lock", "ab"), problem):
         forget_left(root, metrics)

@@ -6,8 +6,9 @@ from contextlib import suppress
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from edge_runtime.errors import ContractError, StoreError
+from edge_runtime.errors import ContractError, StoreError, WeightsError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.contract import Contract, parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
@@ -127,6 +128,17 @@ class StoreContents:
     def run(self) -> Run | None:
         """Which run this device was installed from; None where it has no id."""
         return read_run(self.root / "model")
+
+    def summary(self) -> dict[str, Any]:
+        """Return what statuses, logs, metrics and reports say of it, as plain data.
+
+        The state's own summary, and ``name`` where the run has one. The name is for
+        people: where it cannot be read, there is none.
+        """
+        with suppress(OSError, WeightsError):
+            if (run := self.run) and run.name:
+                return self.state.summary() | {"name": run.name}
+        return self.state.summary()
 
     def read_identity(self) -> Identity:
         """Return network and run of this device, computed from the files.

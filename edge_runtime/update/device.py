@@ -371,7 +371,7 @@ class Device:
     def status(self) -> dict[str, Any]:
         """Return what is installed, as plain data."""
         state, run = self.store.state, self.store.run
-        return state.summary() | {
+        return self.store.summary() | {
             "run": asdict(run) if run else None,
             "store": str(self.store.root),
             "weights": str(self.store.slot_folder(state.active)),

@@ -16,6 +16,7 @@ from edge_runtime.agent import agent as module
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.backoff import BACKOFF_S, MAX_BACKOFF_S, MAX_BLOCKED_BACKOFF_S
 from edge_runtime.agent.status import metric_lines, read_status, status_lines
+from edge_runtime.cli.main import main
 from edge_runtime.errors import (
     BackendError,
     BlockedError,
@@ -584,7 +585,39 @@ def test_a_fresh_agent_has_metrics_of_every_name(watch):
     watch.look()
     record = json.loads(watch.status.read_text())
     names = {key[0] for key in parse("\n".join(metric_lines(record)) + "\n")}
-    assert len(names) == 7
+    assert len(names) == 8
+
+
+def test_a_name_that_holds_what_metrics_quote_is_one_label(new_run, tmp_path):
+    run = new_run('cam "A" \\ 2', run_id="ab" * 16)
+    run.add(0)
+    bundle = build_bundle(read_round(run.path / "round_00"))
+    Device.install(tmp_path / "store", bundle.data, trial=world.no_trial)
+    watch = Watch(tmp_path).start()
+    watch.look()
+    (info,) = (line for line in watch.prom.read_text().splitlines() if "{f" in line)
+    assert info.endswith(r',name="cam \"A\" \\ 2"} 1')
+    assert read_status(watch.root)["installed"]["name"] == run.path.name
+
+
+def test_each_line_of_a_log_names_the_run(new_run, tmp_path, command):
+    run = new_run("door camera", run_id="ab" * 16)
+    run.add(0)
+    data = build_bundle(read_round(run.path / "round_00")).data
+    Device.install(tmp_path / "store", data, trial=world.no_trial)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.dpu").write_bytes(b"bad")
+    call = ("--store", tmp_path / "store", "agent", tmp_path / "in", "--once")
+    _, _, err = command(main, *call)
+    assert 'event=waiting name="door camera" file=x.dpu' in err
+    _, out, _ = command(main, "--store", tmp_path / "store", "status", "--json")
+    assert json.loads(out)["name"] == "door camera"
+
+
+def test_a_name_that_cannot_be_read_stops_no_update(watch):
+    (watch.root / "model" / "run.json").write_bytes(b"{")
+    watch.look()
+    assert "name" not in read_status(watch.root)["installed"]
 
 
 def test_a_reader_never_sees_half_a_status_file(watch, monkeypatch):
