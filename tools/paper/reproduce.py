@@ -3,25 +3,28 @@
 
     python -m tools.paper.reproduce run --work ~/repro --data ~/data  # hours
     python -m tools.paper.reproduce report  # table and plot
+    python -m tools.paper.reproduce replay --method dpu_lean --data ~/data  # a device
 
 A recipe stands for each method in ``tools/recipes/NETWORK/``. The methods are trained
 in turns, round by round, so that whatever is finished can be compared. The round
 folders below ``--work`` are the state: the same command goes on after any stop. What
 each round came to is kept in ``tools/results/reproduction/NETWORK/METHOD_seedN.json``,
-which later runs extend.
+which later runs extend, and its patch in a folder of the same name: from those,
+training goes on where ``--work`` is empty, and ``replay`` gives them to a device.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, Group, emit, json_option, say
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.model_folder import round_name
+from edge_runtime.formats.model_folder import list_rounds, round_name
 from tools.paper.reproduction import (
     METHODS,
     PAPER,
@@ -42,6 +45,8 @@ HERE = Path(__file__).parents[1]
 RECIPES = HERE / "recipes"
 RESULTS = HERE / "results" / "reproduction"
 NETWORKS = tuple(PAPER) + tuple(SMALLER)
+# Points between PyTorch and ONNX Runtime: a sample or two whose best scores are equal.
+APART = 0.05
 
 _network_option = click.option(
     "--network",
@@ -93,6 +98,7 @@ def run(
     methods: Sequence[str],
 ) -> None:
     """Train the rounds that are not there yet; stop and start it as you like."""
+    from tools.paper.checkpoints import has_checkpoints, keep, restore
     from trainer.config import load_config
     from trainer.data.sources import load_source
     from trainer.rounds.schedule import run_rounds
@@ -108,6 +114,10 @@ def run(
             now = [*overrides, f"run.rounds={number + 1}"]
             config = load_config(recipe, now, name=name)
             source = source or load_source(config.data)
+            kept, run_dir = results / network / name, runs / name
+            if kept.exists() and not list_rounds(run_dir):
+                restored = restore(kept, config, runs, source)
+                say(f"{name:<14} goes on from the patches of {len(restored)} rounds")
             records = run_rounds(config, runs, source=source)
             for row in _extend(results / network / f"{name}.json", records, runs):
                 say(
@@ -115,6 +125,8 @@ def run(
                     f"val {row['val']:6.2f} test {row['test']:6.2f} "
                     f"{row['changed']:>7} changed {row['bytes']:>8} bytes"
                 )
+            if has_checkpoints(method):
+                keep(kept, run_dir, records)
 
 
 def _extend(
@@ -157,6 +169,56 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
         "bytes": len(packed.data) if packed else 0,
         "target": record.target,
     }
+
+
+@main.command("replay", cls=Command)
+@_network_option
+@_results_option
+@click.option("--data", help="Where the data set lies or is downloaded to.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--method", type=click.Choice(METHODS[1:] + VARIANTS), default="dpu_lean")
+@json_option
+def replay_run(
+    network: str,
+    results: Path,
+    data: str | None,
+    seed: int,
+    method: str,
+    as_json: bool,
+) -> None:
+    """Give the patches of a run to a device, and measure it beside the trainer.
+
+    Exits with 1 where the device's weights or its accuracy are not the trainer's.
+    """
+    from tools.paper.replay import replay
+    from trainer.config import load_config
+    from trainer.data.sources import load_source
+
+    name = f"{method}_seed{seed}"
+    known = read_result(results / network / f"{name}.json")["rounds"]
+    overrides = [f"data.root={json.dumps(data)}"] if data else []
+    overrides += [f"run.seed={seed}", f"run.rounds={len(known)}"]
+    config = load_config(RECIPES / network / f"{method}.toml", overrides, name=name)
+    rows, source = [], load_source(config.data)
+    with TemporaryDirectory() as work:
+        for row in replay(results / network / name, config, source, Path(work)):
+            rows.append(row)
+            say(
+                f"{name:<14} round_{row.round:02d} {row.size:>8} bytes  "
+                f"{'equal' if row.equal else 'DIFFERS'}  test {row.test:6.2f} "
+                f"device {row.device:6.2f}"
+            )
+    apart = max(abs(row.test - row.device) for row in rows)
+    equal = all(row.equal for row in rows)
+    sent = [row.size for row in rows if row.size]
+    emit(
+        {"name": name, "rounds": [asdict(row) for row in rows]},
+        as_json=as_json,
+        text=f"{name}: {len(sent)} patches, {sum(sent):,} bytes, weights "
+        f"{'equal' if equal else 'DIFFER'}, accuracies within {apart:.3f} points",
+    )
+    if not equal or apart > APART:
+        raise click.exceptions.Exit(1)
 
 
 @main.command(cls=Command)

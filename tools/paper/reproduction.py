@@ -19,6 +19,7 @@ METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
     *("dpu_lean", "dpu_lean_k005"),
+    *("subspace", "subspace_4k"),
 )
 # Mean accuracy difference to full updating over all rounds, points.
 PAPER = {
@@ -52,6 +53,8 @@ COLOURS = dict(
             "#c03",
             "#280",
             "#7b3",
+            "#c80",
+            "#740",
         ),
         strict=True,
     )

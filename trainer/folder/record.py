@@ -71,6 +71,20 @@ def as_json(record: RoundRecord) -> dict[str, Any]:
     return found
 
 
+def record_of(raw: Mapping[str, Any]) -> RoundRecord:
+    """Return the record that JSON states, whatever else stands there.
+
+    Raises:
+        KeyError: Something is missing.
+        ValueError: The outcome is none.
+    """
+    # Earlier versions kept it among the metrics.
+    tried = bool(raw["metrics"].get("tried_reinit", False))
+    raw = {"metric": ACCURACY, "better": HIGHER, "tried_reinit": tried, **raw}
+    known = {part.name: raw[part.name] for part in fields(RoundRecord)}
+    return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
+
+
 def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
     """Read what a round folder states about its round.
 
@@ -82,15 +96,11 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
     try:
         what = str(path)
         found = read_record(path, "record_bytes", what, RoundError, finite=False)
-        raw = dict(found.values)
+        raw = found.values
         if raw["schema"] not in (SCHEMA, RUN_SCHEMA):
             raise RoundError(
                 f"{path} has schema {raw['schema']}, expected {SCHEMA} or {RUN_SCHEMA}"
             )
-        # Earlier versions kept it among the metrics.
-        raw.setdefault("tried_reinit", bool(raw["metrics"].get("tried_reinit", False)))
-        raw = {"metric": ACCURACY, "better": HIGHER} | raw
-        known = {part.name: raw[part.name] for part in fields(RoundRecord)}
-        return RoundRecord(**known | {"outcome": Outcome(raw["outcome"])})
+        return record_of(raw)
     except (ValueError, KeyError, TypeError) as err:
         raise RoundError(f"{path} is malformed ({err!r})") from err

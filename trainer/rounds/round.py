@@ -151,6 +151,11 @@ class Run:
             else read_deployment(run_dir)
         )
 
+    @property
+    def init(self) -> Weights:
+        """The init weights."""
+        return self._deployment.init
+
     def build(self) -> nn.Module:
         """Build the network, with the initialisation of its modules."""
         shape, outputs = self._source.input_shape, len(self._source.classes)
@@ -189,7 +194,7 @@ class Run:
         target = attempt.new or deployed
         start = attempt.parent if attempt.new else deployed
         if not number:
-            self._write_deployment(target)
+            self.write_deployment(target)
         metrics = {
             f"val_{name}": self._value(target, "validation"),
             f"test_{name}": self._value(target, "test"),
@@ -435,7 +440,7 @@ class Run:
         golden = self._validation[:GOLDEN_SAMPLES]
         return evaluate(model, golden, Judge(metric.name, metric.higher, metric))
 
-    def _write_deployment(self, target: Weights) -> None:
+    def write_deployment(self, target: Weights) -> None:
         """Write the model folder; round_00's weights decide the contract's bound."""
         golden = self.split.validation[:GOLDEN_SAMPLES]
         contract = contract_of(
