@@ -55,7 +55,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "method": 1330,
         "networks": 260,
         "recipe": 475,
-        "rounds": 1510,
+        "rounds": 1620,
         "starter": 25,
     },
 }
