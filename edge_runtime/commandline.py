@@ -43,12 +43,14 @@ EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "train"),
     "sklearn": "train",
     "urllib3": "sync",
+    "obstore": "fleet",
 }
 REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
 
 # The first code that matches is an exception's; any other exception is a bug.
 EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     2: click.ClickException
+    | errors.AddressError
     | errors.ConfigError
     | errors.ContractError
     | errors.KeyFileError

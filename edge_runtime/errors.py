@@ -24,6 +24,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + KeyListError                 what should be a key list is malformed
      + HeadError                    what should be a channel's head is malformed
      + SyncError                    no answer of a server, or not a usable one
+     + AddressError                 (packager) no address of a place to publish to
      + KeyFileError                 a file does not hold the key that is needed
      + ProofError                   what should be a device's proof is malformed
      + LimitError                   DPU_LIMITS does not say what it should
@@ -196,6 +197,10 @@ class SyncError(DpuError):
     def __init__(self, message: str, *, permanent: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
+
+
+class AddressError(DpuError):
+    """What should be the address of a place to publish to is none."""
 
 
 class KeyFileError(DpuError):

@@ -17,7 +17,11 @@ from edge_runtime.commandline import (
     say,
 )
 from packager.cli.keys import read_signers
-from packager.cli.options import PRIVATE_KEY, runs_option
+from packager.cli.options import (
+    PRIVATE_KEY,
+    runs_option,
+    single_publisher_option,
+)
 
 if TYPE_CHECKING:
     from packager.fleet.publish import Published
@@ -106,8 +110,8 @@ def fleet() -> None:
 @click.option(
     "--to",
     required=True,
-    metavar="DIR",
-    help="The model's own folder, which a web server, rsync or a stick gives out.",
+    metavar="URL|DIR",
+    help="The model's own folder, or s3://, gs:// or az:// (docs/fleet.md).",
 )
 @click.option("--channel", type=Name(), default="stable", show_default=True)
 @click.option(
@@ -159,6 +163,7 @@ def fleet() -> None:
     help="Give devices this key list too (repeatable).",
 )
 @click.option("--revert", is_flag=True, help="Though the channel is at a newer round.")
+@single_publisher_option
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
 def publish(  # noqa: PLR0913 - one argument for each option
@@ -175,17 +180,18 @@ def publish(  # noqa: PLR0913 - one argument for each option
     pausers: tuple[Path, ...],
     lists: tuple[Path, ...],
     revert: bool,
+    single_publisher: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Make ROUND the newest release of a channel.
 
     The patches lie under their SHA-256, so they may be cached for ever; the head,
-    DIR/CHANNEL.head, is the one file that changes.
+    CHANNEL.head, is the one file that changes.
     """
     from edge_runtime.formats.signing import load_public
     from edge_runtime.trust.root import load_list
-    from packager.fleet.place import FolderPlace
+    from packager.fleet.address import open_place
     from packager.fleet.publish import Channel, add_list
     from packager.fleet.publish import publish as publish_round
     from packager.rounds.folder import find_round, read_round
@@ -193,7 +199,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     signers, names = read_signers(keys)
     if not signers:
         say("nobody signs this: devices that trust keys will refuse it")
-    place = FolderPlace(Path(to))
+    place = open_place(to, single_publisher=single_publisher, say=say)
     for path in lists if not dry_run else ():
         add_list(place, load_list(path))
     done = publish_round(
@@ -213,14 +219,14 @@ def publish(  # noqa: PLR0913 - one argument for each option
         dry_run=dry_run,
         say=say,
     )
-    record = _record(done, to) | {"signed_by": names, "dry_run": dry_run}
+    record = _record(done, place.name) | {"signed_by": names, "dry_run": dry_run}
     emit(record, as_json=as_json, text=_text(done))
     if dry_run and not as_json:
         say("dry run: nothing was written")
 
 
 @fleet.command()
-@click.argument("to", metavar="DIR")
+@click.argument("to", metavar="URL|DIR")
 @click.option("--channel", type=Name(), default="stable", show_default=True)
 @click.option(
     "--key",
@@ -229,21 +235,23 @@ def publish(  # noqa: PLR0913 - one argument for each option
     type=PRIVATE_KEY,
     help="The private half of a key that was published with --pauser.",
 )
+@single_publisher_option
 @json_option
-def pause(to: str, *, channel: str, key: Path, as_json: bool) -> None:
+def pause(
+    to: str, *, channel: str, key: Path, single_publisher: bool, as_json: bool
+) -> None:
     """Halt a rollout: no device begins this release any more.
 
     It goes on with the next publication. The key of releases is not needed.
     """
-    from packager.fleet.place import FolderPlace
+    from packager.fleet.address import open_place
     from packager.fleet.publish import pause as pause_channel
 
     (signer,), _ = read_signers([key])
-    changed = pause_channel(
-        FolderPlace(Path(to)), channel, signer, now=int(time.time())
-    )
+    place = open_place(to, single_publisher=single_publisher, say=say)
+    changed = pause_channel(place, channel, signer, now=int(time.time()))
     text = f"{channel}: " + ("paused" if changed else "paused already")
-    record = {"to": to, "channel": channel, "changed": changed}
+    record = {"to": place.name, "channel": channel, "changed": changed}
     emit(record, as_json=as_json, text=text)
 
 

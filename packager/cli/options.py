@@ -49,6 +49,11 @@ runs_option = click.option(
     is_eager=True,  # known when a ROUND is completed in the shell
     help="Where names of runs and rounds are looked up.",
 )
+single_publisher_option = click.option(
+    "--single-publisher",
+    is_flag=True,
+    help="Go on though the object store has no conditional writes: nobody else writes.",
+)
 level_option = click.option(
     "--level",
     type=click.IntRange(1, 22),

@@ -4,12 +4,15 @@
 Two operations carry everything. :meth:`Place.create` gives a name to bytes once: what
 has a name never changes. :meth:`Place.swap` replaces a file only if it still is what
 was read, so that of two publishers one notices the other. Folders do both under a lock
-with the atomic writes of :mod:`edge_runtime.files`.
+with the atomic writes of :mod:`edge_runtime.files`, object stores by conditional
+requests (:mod:`packager.fleet.object_place`).
 """
 
 import hashlib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +21,23 @@ from edge_runtime.files import Files, lock_file
 from packager.build import write_file
 
 LOCK_NAME = ".publish.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a place, as a listing shows it.
+
+    Attributes:
+        path: The file.
+        size: Its bytes.
+        modified: When it was written, in seconds since 1970.
+        tag: Changes with the content; it is compared with other listings alone.
+    """
+
+    path: str
+    size: int
+    modified: float
+    tag: str
 
 
 class Place(Protocol):
@@ -48,8 +68,21 @@ class Place(Protocol):
             tag: As :meth:`read` returned it; None if there must be none.
         """
 
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield the files whose paths begin so, with their sizes."""
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """Yield all files below a folder, by path; below ``""`` all that there are."""
+
+    def names(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield those of them that devices may read, with their sizes."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file, where there is one; nothing may need it any more."""
+
+
+def visible(entries: Iterator[Entry]) -> Iterator[tuple[str, int]]:
+    """Yield the files that are no publisher's own, with their sizes."""
+    for entry in entries:
+        if not any(part.startswith(".") for part in entry.path.split("/")):
+            yield entry.path, entry.size
 
 
 class FolderPlace:
@@ -73,7 +106,7 @@ class FolderPlace:
             found = self.read(path)
             if found is None:
                 write_file(data, self.root / path)
-        return found is None or _insist_same(self.root / path, found[0], data)
+        return found is None or insist_same(f"{self.name}/{path}", found[0], data)
 
     def swap(self, path: str, data: bytes, tag: str | None) -> bool:
         """Replace a file if it still has the tag; False if it has not."""
@@ -84,12 +117,26 @@ class FolderPlace:
             write_file(data, self.root / path)
         return True
 
-    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yield the files whose paths begin so, with their sizes."""
-        for path in sorted(self.root.glob(f"{prefix}*")):
-            if path.is_file() and not path.name.startswith("."):
-                name = path.relative_to(self.root).as_posix()
-                yield name, path.stat().st_size
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """Yield all files below a folder, by path."""
+        for path in sorted((self.root / folder).rglob("*")):
+            try:
+                found = path.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # another publisher's part, which has its name by now
+            if stat.S_ISREG(found.st_mode):
+                name, tag = path.relative_to(self.root).as_posix(), found.st_mtime_ns
+                size = found.st_size
+                yield Entry(name, size, found.st_mtime, f"{found.st_ino}-{tag}-{size}")
+
+    def names(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Yield those of them that devices may read, with their sizes."""
+        return visible(self.entries(folder))
+
+    def remove(self, path: str) -> None:
+        """Remove a file, where there is one."""
+        with self._locked():
+            self._files.unlink(self.root / path)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -99,7 +146,7 @@ class FolderPlace:
             yield
 
 
-def _insist_same(path: Path, found: bytes, wanted: bytes) -> bool:
+def insist_same(path: str, found: bytes, wanted: bytes) -> bool:
     """Return False for the same content, as nothing was written."""
     if found != wanted:
         raise StoreError(
