@@ -7,12 +7,12 @@ A proof is untrusted input. Nothing but numbers and hex digits of it is ever pri
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from edge_runtime.errors import ProofError, RoundError, RoundNotFoundError, TrustError
 from edge_runtime.formats.json_file import parse_values
@@ -26,6 +26,7 @@ from packager.rounds.record import read_record
 
 _HEX = re.compile(r"[0-9a-f]{64}|")
 _KEY_ID, _SIGNATURE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{128}")
+_TOLD_KEYS = 8  # of the known ones, in a message
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -128,6 +129,42 @@ def _check(record: Mapping[str, Any], **fields: Any) -> None:
             raise ValueError(f"{name}: {value!r}")
 
 
+class Doubt(StrEnum):
+    """Why a proof is not even compared with anything."""
+
+    UNREADABLE = "unreadable"  # no proof, or a file that cannot be read
+    OLD_NONCE = "old nonce"  # answers an earlier question
+    WRONG_NONCE = "wrong nonce"
+    UNSIGNED = "not signed"
+    UNKNOWN_KEY = "unknown key"
+    ALTERED = "altered"
+    TOO_OLD = "too old"
+    UNKNOWN_WEIGHTS = "unknown weights"  # says that it is at no round of any run
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What was asked, and of whom.
+
+    Attributes:
+        nonce: What the devices were asked with.
+        signers: Key id to public key and name of each known device; none: nobody's
+            signature is looked at.
+        earlier: Nonces of questions before, so that a late answer is told as one.
+    """
+
+    nonce: str
+    signers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    earlier: Collection[str] = ()
+
+    @classmethod
+    def of(
+        cls, nonce: str, keys: Mapping[str, str], earlier: Collection[str] = ()
+    ) -> Self:
+        """Return the question; keys are public keys in hex, with a name for each."""
+        return cls(nonce, {key_id(k): (k, name) for k, name in keys.items()}, earlier)
+
+
 def check_origin(
     proof: Mapping[str, Any], nonce: str, keys: Mapping[str, str]
 ) -> tuple[str, str]:
@@ -145,30 +182,55 @@ def check_origin(
     Raises:
         TrustError: An answer to another question, altered, or from another device.
     """
+    question = Question.of(nonce, keys)
+    if found := doubt(proof, question):
+        raise TrustError(found[1])
+    if not keys:
+        return "", ""
+    signer: str = proof["signature"]["key_id"]
+    return signer, question.signers[signer][1]
+
+
+def doubt(proof: Mapping[str, Any], question: Question) -> tuple[Doubt, str] | None:
+    """Say why a proof is no answer of a known device to this question, if it is none.
+
+    Returns:
+        The kind and a sentence; None for an answer. Without signers the signature is
+        not looked at.
+    """
+    nonce = question.nonce
     if proof["nonce"] != nonce:
-        raise TrustError(
+        kind = Doubt.WRONG_NONCE
+        if proof["nonce"] in question.earlier:
+            kind = Doubt.OLD_NONCE
+        return kind, (
             f"the proof answers the nonce {proof['nonce'][:80]!r}, expected {nonce!r}: "
             "it is an old one, or of another request; ask the device again"
         )
-    if not keys:
-        return "", ""
+    if not question.signers:
+        return None
     if "signature" not in proof:
-        raise TrustError(
+        return Doubt.UNSIGNED, (
             "the proof is not signed; make a key on the device with 'dpu-edge "
             "device-key' and ask again"
         )
     signature = proof["signature"]
-    known = {key_id(public): (public, name) for public, name in keys.items()}
-    if signature["key_id"] not in known:
-        raise TrustError(
+    if signature["key_id"] not in question.signers:
+        known = ", ".join(list(question.signers)[:_TOLD_KEYS])
+        more = len(question.signers) - _TOLD_KEYS
+        known += f" and {more} others" if more > 0 else ""
+        return Doubt.UNKNOWN_KEY, (
             f"the proof is signed by key {signature['key_id']}, expected one of "
-            f"{', '.join(known)}: it comes from another device"
+            f"{known}: it comes from another device"
         )
-    public, name = known[signature["key_id"]]
+    public, _ = question.signers[signature["key_id"]]
     message = {key: value for key, value in proof.items() if key != "signature"}
     given = Signature(signature["key_id"], bytes.fromhex(signature["value"]))
-    Trust((public,)).check(CONTEXT, canonical(message), [given])
-    return given.key_id, name
+    try:
+        Trust((public,)).check(CONTEXT, canonical(message), [given])
+    except TrustError as err:
+        return Doubt.ALTERED, str(err)
+    return None
 
 
 def age_s(proof: Mapping[str, Any]) -> float:

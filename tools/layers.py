@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "packager": (
         *("zip_file", "mapped", "keys", "signing", "key_lists", "rounds"),
-        *("check_proof", "diff"),
+        *("check_proof", "check_proofs", "diff"),
         *("moved", "build", "size", "packed_file", "release", "ledger"),
         *("compose", "models", "bundles", "provenance", "report", "fleet", "cli"),
         "__main__",

@@ -1,36 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dpu-patch check-proof``: is a device's proof about the server's weights?"""
+"""``dpu-patch check-proof``: are devices' proofs about the server's weights?"""
 
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, FileOf, emit, json_option
-from edge_runtime.errors import KeyFileError, ProofError
+from edge_runtime.commandline import OK, FileOf, emit, exit_code, json_option
+from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.files import read_bounded
-from edge_runtime.formats.kinds import Kind
+from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
 from packager.cli.files import read_any
-from packager.cli.options import MODEL, PUBLIC_KEY, runs_option
+from packager.cli.options import MODEL, runs_option
 from packager.report.words import duration
 
 if TYPE_CHECKING:
-    from packager.check_proof import Expected, Part
+    from packager.check_proof import Expected, Part, Question
+    from packager.check_proofs import Standard
 
 DIFFERENT = 5  # as for any verification that failed
 
 
 @click.command("check-proof")
-@click.argument("path", metavar="PROOF", type=FileOf(Kind.PROOF))
-@click.option("--nonce", required=True, help="What the device was asked with.")
-@click.option("--round", "round_", metavar="ROUND", help="Where it should be.")
+@click.argument(
+    "paths",
+    metavar="PROOF...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+)
+@click.option("--nonce", required=True, help="What the devices were asked with.")
+@click.option(
+    "--old-nonce",
+    "earlier",
+    multiple=True,
+    help="One of an earlier question, to tell late answers apart (repeatable).",
+)
+@click.option("--round", "round_", metavar="ROUND", help="Where they should be.")
 @click.option(
     "--weights",
     type=MODEL,
     metavar="FILE",
-    help="What it should hold: a weight file, an ONNX file or a checkpoint.",
+    help="What they should hold: a weight file, an ONNX file or a checkpoint.",
 )
 @runs_option
 @click.option(
@@ -38,8 +52,9 @@ DIFFERENT = 5  # as for any verification that failed
     "keys",
     metavar="DEVICE.pub.pem",
     multiple=True,
-    type=PUBLIC_KEY,
-    help="Insist that this device, or another one given, signed it (repeatable).",
+    type=FileOf(Kind.PUBLIC_KEY, dir_okay=True),
+    help="Insist that this device, or another one given, signed it (repeatable; or a "
+    "folder of *.pub.pem).",
 )
 @click.option(
     "--max-age",
@@ -49,9 +64,10 @@ DIFFERENT = 5  # as for any verification that failed
 )
 @json_option
 def check_proof(  # noqa: PLR0913 - one for each option
-    path: Path,
+    paths: tuple[Path, ...],
     *,
     nonce: str,
+    earlier: tuple[str, ...],
     round_: str | None,
     weights: Path | None,
     runs: Path,
@@ -59,38 +75,72 @@ def check_proof(  # noqa: PLR0913 - one for each option
     max_age: float | None,
     as_json: bool,
 ) -> int:
-    """Check that a device holds, and runs, the server's weights.
+    """Check that devices hold, and run, the server's weights.
 
-    By default those of the round that it says it is at. Exit code 0: equal, on the disk
-    and in every live predictor. 5: something differs, or not all could be seen; the
-    output names it. 8: another nonce, another device, or altered.
+    PROOF is a file, several, or folders of files named *.proof. By default they should
+    hold those of the round that each says it is at. Exit code 0: equal, on the disk and
+    in every live predictor. 5: something differs, or not all could be seen; the output
+    names it. 8: another nonce, another device, or altered. 3: no proof. Of many files
+    8 counts before 3, and 3 before 5.
     """
-    from edge_runtime.errors import TrustError
-    from edge_runtime.formats.signing import load_public
     from packager import check_proof as proofs
+    from packager.check_proofs import Standard
 
     if round_ and weights:
         raise click.UsageError("give --round or --weights, not both")
-    proof = proofs.read_proof(read_bounded(path, "proof_bytes", str(path), ProofError))
-    public = {
+    one = len(paths) == 1 and not paths[0].is_dir()
+    for path in paths:
+        if one or path.is_dir():  # of many files, one that is none is counted
+            refuse_others(path, [Kind.PROOF])
+    question = proofs.Question.of(nonce, _read_keys(keys), earlier)
+    rounds = proofs.known_rounds(runs)
+    expected = None
+    if weights:
+        expected = _expected_file(weights)
+    elif round_:
+        from packager.rounds.folder import find_round
+
+        expected = proofs.expected_round(find_round(round_, runs))
+    standard = Standard(rounds, expected, max_age)
+    if one:
+        return _one(paths[0], question, standard, as_json=as_json)
+    return _many(paths, question, standard, as_json=as_json)
+
+
+def _read_keys(paths: Iterable[Path]) -> dict[str, str]:
+    """Return public keys in hex, with the file of each."""
+    from edge_runtime.formats.signing import load_public
+
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.glob("*.pub.pem")) if path.is_dir() else [path]
+        if not found:
+            raise KeyFileError(
+                f"{path} has no *.pub.pem: 'dpu-edge device-key' prints a device's"
+            )
+        files += found
+    return {
         load_public(read_bounded(key, "key_bytes", str(key), KeyFileError), str(key)): (
             str(key)
         )
-        for key in keys
+        for key in files
     }
-    signer, name = proofs.check_origin(proof, nonce, public)
-    age = proofs.age_s(proof)
+
+
+def _one(
+    path: Path, question: "Question", standard: "Standard", *, as_json: bool
+) -> int:
+    from packager import check_proof as proofs
+
+    proof = proofs.read_proof(read_bounded(path, "proof_bytes", str(path), ProofError))
+    if found := proofs.doubt(proof, question):
+        raise TrustError(found[1])
+    signer = proof["signature"]["key_id"] if question.signers else ""
+    age, max_age = proofs.age_s(proof), standard.max_age
     if max_age is not None and abs(age) > max_age:
         raise TrustError(f"the proof is {age:.0f} s old, expected at most {max_age:g}")
-    rounds = proofs.known_rounds(runs)
-    if weights:
-        expected = _expected_file(weights)
-    else:
-        from packager.rounds.folder import find_round
-
-        folder = find_round(round_, runs) if round_ else None
-        expected = proofs.expected_round(folder or proofs.claimed_round(proof, rounds))
-    parts = proofs.judge(proof, expected, rounds)
+    expected = standard.of(proof)
+    parts = proofs.judge(proof, expected, standard.rounds)
     verdict = proofs.overall(parts)
     record = {
         "path": str(path),
@@ -105,7 +155,9 @@ def check_proof(  # noqa: PLR0913 - one for each option
         "age_s": age,
         "release_counter": proof.get("release_counter"),
     }
-    origin = f"signed by {name} ({signer})" if signer else "signature not checked"
+    origin = "signature not checked"
+    if signer:
+        origin = f"signed by {question.signers[signer][1]} ({signer})"
     ahead = "old" if age >= 0 else "ahead"
     lines = [
         f"{verdict.upper()}  {printable(expected.name)}  "
@@ -117,6 +169,51 @@ def check_proof(  # noqa: PLR0913 - one for each option
         lines.append(f"  {'graph':<14} not compared: {expected.name} has none")
     emit(record, as_json=as_json, text="\n".join(lines))
     return OK if verdict is proofs.Verdict.EQUAL else DIFFERENT
+
+
+def _many(
+    paths: tuple[Path, ...],
+    question: "Question",
+    standard: "Standard",
+    *,
+    as_json: bool,
+) -> int:
+    from itertools import chain
+
+    from packager.check_proofs import SUFFIX, check_proofs, proof_files
+    from packager.cli.proof_table import tally_document, tally_record
+    from packager.report.document import to_text
+
+    files = chain.from_iterable(map(proof_files, paths))
+    tally = check_proofs(files, question, standard)
+    if not tally.proofs:
+        raise ProofError(
+            f"no *{SUFFIX} in {', '.join(map(str, paths))}; 'dpu-edge proof' on a "
+            "device makes one"
+        )
+    silent = {
+        name: key
+        for key, (_, name) in question.signers.items()
+        if key not in tally.signers
+    }
+    emit(
+        tally_record(tally, question, silent),
+        as_json=as_json,
+        text=to_text(tally_document(tally, question, silent)),
+    )
+    return _code(tally.faults)
+
+
+def _code(faults: Collection[str]) -> int:
+    """Return the exit code of many proofs: that of the gravest fault."""
+    from packager.check_proof import Doubt, Verdict
+
+    harmless = {Doubt.UNKNOWN_WEIGHTS, Verdict.DIFFERENT, Verdict.UNCLEAR}
+    if not faults:
+        return OK
+    if set(faults) - harmless - {Doubt.UNREADABLE}:
+        return exit_code(TrustError())
+    return exit_code(ProofError()) if Doubt.UNREADABLE in faults else DIFFERENT
 
 
 def _words(part: "Part") -> str:
