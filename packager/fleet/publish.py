@@ -7,7 +7,7 @@ nothing names, and the channel as it was.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,18 @@ from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
-from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, Way, read_head
+from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, read_head
 from edge_runtime.trust.root import list_number, read_root
 from packager.build import check_counter
 from packager.bundles.from_round import build_bundle
-from packager.fleet.head import pause_head, sign_head
+from packager.fleet.head import (
+    bundle_path,
+    head_path,
+    named_files,
+    patch_path,
+    pause_head,
+    sign_head,
+)
 from packager.fleet.place import Place
 from packager.fleet.ways import (
     Offered,
@@ -89,11 +96,6 @@ class Published:
     offered: tuple[tuple[Offered, bool], ...]
     bundle: int
     changed: bool
-
-
-def head_path(channel: str) -> str:
-    """Return where a channel's head lies."""
-    return f"{channel}.head"
 
 
 def read_channel(
@@ -168,26 +170,47 @@ def publish(
                 round_, counter, offered, starts, bundle.data, channel, old, now
             )
             head = replace(head, keys=newest_list(place))
+            files = {patch_path(o.way): o.packed.data for o in offered}
+            files[bundle_path(head)] = bundle.data
             if old and _says_the_same(old.head, head, channel, now):
+                if not dry_run:
+                    _complete(place, old.head, files, say)
                 return Published(
                     old.head, 0, tuple((o, False) for o in offered), 0, False
                 )
             data = sign_head(head, channel.signers)
-            files = {_patch_path(o.way): o.packed.data for o in offered}
-            files[_bundle_path(head)] = bundle.data
-            new = dict.fromkeys(files, True)
-            if not dry_run:
+            if dry_run:
+                there = _present(place)
+                new = {path: path not in there for path in files}
+            else:
                 new = {path: place.create(path, files[path]) for path in files}
-                if not place.swap(head_path(channel.name), data, tag):
-                    continue  # another publisher came first
+                # Before the head: what devices may have seen is in the ledger.
                 for path, content in files.items():
                     ledger.record(_release(place, path, content, now))
-            told = tuple((o, new[_patch_path(o.way)]) for o in offered)
+                if not place.swap(head_path(channel.name), data, tag):
+                    continue  # another publisher came first
+                _complete(place, head, files, say)
+            told = tuple((o, new[patch_path(o.way)]) for o in offered)
             return Published(head, len(data), told, len(bundle.data), changed=True)
     raise StoreError(
         f"other publishers changed {place.name}/{head_path(channel.name)} {RACES} "
         "times meanwhile; nothing was published, try again"
     )
+
+
+def _present(place: Place) -> set[str]:
+    return {path for top in ("patches/", "bundles/") for path, _ in place.names(top)}
+
+
+def _complete(
+    place: Place, head: Head, files: Mapping[str, bytes], say: Callable[[str], None]
+) -> None:
+    """Write again what a head names and somebody removed, before it was named."""
+    for path in named_files(head).keys() - _present(place):
+        if path not in files:
+            say(f"{place.name}/{path}, which the head names, is missing")
+        elif place.create(path, files[path]):
+            say(f"{place.name}/{path} was missing, and is there again")
 
 
 def _next_counter(
@@ -244,7 +267,8 @@ def _starts(
 ) -> set[str]:
     """Return the weights for which the head keeps the cheapest ways."""
     known = ledger.released(round_.record.model)
-    newest = dict.fromkeys(release.target[:SHORT] for release in reversed(known))
+    targets = [round_.record.target, *(release.target for release in reversed(known))]
+    newest = dict.fromkeys(target[:SHORT] for target in targets)
     return {*list(newest)[:REACH], *(offer.way.parent for offer in offered)}
 
 
@@ -333,14 +357,6 @@ def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:
     """Return whether a new head would say nothing new, and the old one is fresh."""
     dated = replace(new, version=old.version, at=old.at, expires=old.expires)
     return dated == old and old.expires - now > channel.lifetime_s // 2
-
-
-def _patch_path(way: Way) -> str:
-    return f"patches/{way.sha256}.dpu"
-
-
-def _bundle_path(head: Head) -> str:
-    return f"bundles/{head.bundle[1]}.zip" if head.bundle else ""
 
 
 def _release(place: Place, path: str, data: bytes, now: int) -> Release:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Places: what a folder and an object store have in common, and how they are named."""
 
 import json
