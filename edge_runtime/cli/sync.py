@@ -51,16 +51,28 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.command()
 @click.argument("url", metavar="URL|DIR")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--channel", default="stable", show_default=True, callback=_channel)
+@click.option(
+    "--channel",
+    envvar="DPU_CHANNEL",
+    default="stable",
+    show_default=True,
+    callback=_channel,
+)
 @click.option(
     "--every",
+    envvar="DPU_EVERY",
     metavar="SECONDS",
     type=click.FloatRange(1),
     help="Look again so often, with some jitter; by default once.",
 )
-@click.option("--device", help="This device's id.  [default: /etc/machine-id]")
+@click.option(
+    "--device",
+    envvar="DPU_DEVICE",
+    help="This device's id.  [default: /etc/machine-id]",
+)
 @click.option(
     "--group",
+    envvar="DPU_GROUP",
     default="",
     show_default=False,
     help="The group that this device belongs to.",
@@ -68,25 +80,36 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option(
     "--budget",
     "budgets",
+    envvar="DPU_BUDGET",
     multiple=True,
     metavar="SIZE/day|SIZE/month",
     callback=_budgets,
     help="What it may send and receive (repeatable).",
 )
 @click.option(
-    "--ca", default="", show_default=False, help="Certificates of the servers to trust."
+    "--ca",
+    envvar="DPU_CA",
+    default="",
+    show_default=False,
+    help="Certificates of the servers to trust.",
 )
 @click.option(
-    "--cert", default="", show_default=False, help="This device's own certificate."
+    "--cert",
+    envvar="DPU_CERT",
+    default="",
+    show_default=False,
+    help="This device's own certificate.",
 )
 @click.option(
     "--key",
+    envvar="DPU_CERT_KEY",
     default="",
     show_default=False,
     help="The key of --cert, where it is apart.",
 )
 @click.option(
     "--proxy",
+    envvar="DPU_PROXY",
     default="",
     show_default=False,
     help="Proxy; by default as the environment says.",
@@ -113,7 +136,9 @@ def sync(  # noqa: PLR0913 - one argument for each option
 
     URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
     with the fewest bytes from where this device is; what is cut goes on later. It
-    applies nothing: that is the agent's part.
+    applies nothing: that is the agent's part. Options may also come from the
+    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _CA, _CERT, _CERT_KEY
+    and _PROXY; dpu-fleet provision writes such files.
     """
     from edge_runtime.sync.http import open_source
     from edge_runtime.sync.sync import Sync, SyncOptions, insist_on_trust

@@ -16,6 +16,7 @@ from edge_runtime.files import read_bounded
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.entries import measure, read_entries, undeclared_processes
 from edge_runtime.store.state import utc
+from edge_runtime.store.store import KEY_NAME as KEY_NAME
 from edge_runtime.store.store import Store
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CONTEXT = b"dpu device proof"  # a proof's signature is worth nothing on a patch
-KEY_NAME = "device.key"
 _TRIES = 3
 
 

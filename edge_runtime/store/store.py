@@ -60,6 +60,7 @@ _OWN = {
 _OLD_CURRENT = "current.old.part"
 # An installation begins with this file, so that what it leaves unfinished is known.
 _MARK, _MARK_TEXT = "init.unfinished", b"dpu-edge init was begun here\n"
+KEY_NAME = "device.key"
 _LAID_OUT = ("model", "slots", "reverse", "current", "state.copy")
 
 
@@ -144,7 +145,8 @@ class Store(StoreContents):
                 f"{self.root} already holds an installed model; use 'dpu-edge apply' "
                 "to update it, or remove the folder to install anew"
             )
-        own, lock = {"lost+found"}, self.root / "lock"
+        # A key may come with the card, before any model (dpu-fleet provision).
+        own, lock = {"lost+found", KEY_NAME}, self.root / "lock"
         if lock.is_file() and not lock.stat().st_size:
             own.add(lock.name)
         own |= {path.name for path in self._own_files() if self._is_begun_mark(path)}

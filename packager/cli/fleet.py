@@ -16,6 +16,7 @@ from edge_runtime.commandline import (
     json_option,
     say,
 )
+from packager.cli.fleet_provision import provision
 from packager.cli.keys import read_signers
 from packager.cli.options import (
     PRIVATE_KEY,
@@ -294,3 +295,6 @@ def _text(done: "Published") -> str:
     return "\n".join(
         [*lines, f"head    {head.channel}, version {head.version}, {state}"]
     )
+
+
+fleet.add_command(provision)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-fleet provision``: keys and configurations for cards that are flashed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_runtime.commandline import FileOf, emit, json_option
+from edge_runtime.errors import KeyFileError
+from edge_runtime.files import read_bounded
+from edge_runtime.formats.kinds import Kind
+from edge_runtime.text import printable
+
+
+def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    from packager.fleet.provision import PREFIX_FORM
+
+    if not re.fullmatch(PREFIX_FORM, value):
+        words = f"found {value!r}, expected letters, digits, '.', '_' and '-'"
+        raise click.BadParameter(words, ctx, param)
+    return value
+
+
+@click.command()
+@click.argument("count", metavar="N", type=click.IntRange(1, 1_000_000))
+@click.option(
+    "-o",
+    "--output",
+    "folder",
+    required=True,
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to; never below a folder that is published.",
+)
+@click.option("--prefix", default="board", show_default=True, callback=_prefix)
+@click.option("--url", required=True, help="Where the devices look for releases.")
+@click.option("--channel", default="stable", show_default=True)
+@click.option("--group", default="", show_default=False, help="Their group.")
+@click.option(
+    "--report", default="", show_default=False, help="Where they put their reports."
+)
+@click.option(
+    "--trust",
+    "trusted",
+    metavar="KEY.pub.pem|N.root.json",
+    multiple=True,
+    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
+    help="A copy for each device, to be trusted there (repeatable).",
+)
+@click.option(
+    "--ca",
+    "certificates",
+    is_flag=True,
+    help="Client certificates too, by an authority of your own in DIR/ca.",
+)
+@json_option
+def provision(  # noqa: PLR0913 - one argument for each option
+    count: int,
+    *,
+    folder: Path,
+    prefix: str,
+    url: str,
+    channel: str,
+    group: str,
+    report: str,
+    trusted: tuple[Path, ...],
+    certificates: bool,
+    as_json: bool,
+) -> None:
+    """Make a key and a configuration for each of N devices, to be put on their cards.
+
+    Each has a folder: device.key goes into its store, the rest to /etc/dpu-edge.
+    DIR/keys holds the public halves, by which their reports and proofs are checked.
+    What is there stays as it is: run again after a cut, or with a larger N.
+    """
+    from packager.fleet.provision import KEYS, Order
+    from packager.fleet.provision import provision as make
+
+    settings = {
+        "DPU_URL": url,
+        "DPU_CHANNEL": channel,
+        "DPU_GROUP": group,
+        "DPU_REPORT": report,
+    }
+    copies = {path.name: _read(path) for path in trusted}
+    if len(copies) < len(trusted):
+        raise click.UsageError("two files of --trust have the same name; rename one")
+    order = Order(
+        prefix=prefix, settings=settings, trusted=copies, certificates=certificates
+    )
+    made = make(folder, count, order)
+    record: dict[str, Any] = {
+        "folder": str(folder),
+        "devices": count,
+        "made": made,
+        "keys": str(folder / KEYS),
+        "authority": str(folder / "ca" / "ca.pem") if certificates else None,
+    }
+    where = printable(folder)
+    what = f"{made[0]} to {made[-1]}" if made else "all were there already"
+    lines = [
+        f"{len(made)} of {count} devices made in {where}: {what}",
+        f"  public keys   {where}/{KEYS}, for check-proof and watch",
+        *([f"  web server    {where}/ca/ca.pem"] if certificates else []),
+        f"private keys are in {where}: keep it off servers; remove what is on cards",
+    ]
+    emit(record, as_json=as_json, text="\n".join(lines))
+
+
+def _read(path: Path) -> bytes:
+    return read_bounded(path, "key_list_bytes", str(path), KeyFileError)
