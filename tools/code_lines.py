@@ -44,7 +44,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "cli": 2260,
         "models": 1500,
         "provenance": 565,
-        "report": 2000,
+        "report": 2330,
         "rounds": 490,
     },
     "trainer": {

@@ -30,8 +30,15 @@ class Series:
     marks: Sequence[str] = ()
 
 
-class _Plot:
-    """Axes: data to places in the view box, grid lines, labels."""
+class Plot:
+    """Axes: data to places in the view box, grid lines, labels.
+
+    Attributes:
+        low: Lower end of y, as it is scaled.
+        high: Upper end.
+        height: Of the picture.
+        ticks: Values of y with a line and a label.
+    """
 
     def __init__(
         self,
@@ -42,21 +49,25 @@ class _Plot:
         log: bool,
         ticks: Sequence[float],
     ) -> None:
+        """Name the ends of y."""
         self._scale = math.log10 if log else float
         self.low, self.high = self._scale(low), self._scale(high)
         self.height, self.ticks = height, ticks
 
     def y(self, value: float) -> float:
+        """Return where a value lies, from above."""
         share = (self._scale(value) - self.low) / (self.high - self.low)
         return TOP + (self.height - TOP - BOTTOM) * (1 - share)
 
     def grid(self, form: Format) -> Iterator[str]:
+        """Yield a line and a label for each tick."""
         for tick in self.ticks:
             y = self.y(tick)
             yield f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
             yield write(LEFT - 8, y + 4, form(tick), "end")
 
     def names(self, x_name: str, y_name: str) -> Iterator[str]:
+        """Yield the names of both axes."""
         yield write(
             (LEFT + WIDTH - RIGHT) / 2, self.height - 6, x_name, "middle", "axis"
         )
@@ -67,17 +78,18 @@ class _Plot:
         )
 
 
-def _plot(low: float, high: float, height: float, *, log: bool) -> _Plot:
+def plot_of(low: float, high: float, height: float, *, log: bool) -> Plot:
+    """Return axes with round numbers at their ends."""
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         last = max(last, first + 1)
         ticks = [10.0**n for n in range(first, last + 1)]
-        return _Plot(ticks[0], ticks[-1], height, log=True, ticks=ticks)
+        return Plot(ticks[0], ticks[-1], height, log=True, ticks=ticks)
     step = _step((high - low) or abs(high) or 1)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
     ticks = [n * step for n in range(first, last + 1)]
-    return _Plot(ticks[0], ticks[-1], height, log=False, ticks=ticks)
+    return Plot(ticks[0], ticks[-1], height, log=False, ticks=ticks)
 
 
 def _step(span: float) -> float:
@@ -117,7 +129,7 @@ def line_chart(
     """
     height = 300
     values = [y for line in series for _, y in line.points]
-    plot = _plot(min(values), max(values), height, log=log)
+    plot = plot_of(min(values), max(values), height, log=log)
     rounds = sorted({x for line in series for x, _ in line.points})
     place = _columns(rounds)
     parts = [*plot.grid(form), *plot.names(*axes), *_round_labels(place, height)]
@@ -164,7 +176,7 @@ def column_chart(
 ) -> str:
     """Draw a column over each whole number; a value of 0 leaves a dash on the axis."""
     height = 260
-    plot = _plot(0, max(y for _, y in columns) or 1, height, log=False)
+    plot = plot_of(0, max(y for _, y in columns) or 1, height, log=False)
     place = _columns([x for x, _ in columns])
     width = min(56, 0.7 * (WIDTH - LEFT - RIGHT) / len(columns))
     parts = [*plot.grid(form), *plot.names(*axes), *_round_labels(place, height)]

@@ -105,17 +105,18 @@ def to_markdown(document: Document) -> str:
     """Return a document as Markdown, to paste into a pull request."""
     lines = [f"## {_escape(document.title)}", ""]
     if document.facts:
-        lines += _pipes(Table(["", "<"], document.facts))
+        lines += pipes(Table(["", "<"], document.facts))
     for section in document.sections:
         lines += ["", f"### {_escape(section.title)}", ""]
         if section.text:
             lines += [_escape(section.text), ""]
         if section.table:
-            lines += _pipes(section.table)
+            lines += pipes(section.table)
     return "\n".join(lines)
 
 
-def _pipes(table: Table) -> Iterator[str]:
+def pipes(table: Table) -> Iterator[str]:
+    """Yield the lines of a table in Markdown."""
     yield _row(table.headings)
     columns = range(len(table.columns))
     yield _row([":--" if table.is_text(number) else "--:" for number in columns])

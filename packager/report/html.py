@@ -12,7 +12,7 @@ from packager.report.document import Document, Section, Table
 
 # Series colours are by Okabe and Ito, told apart by colour-blind readers too; c2 and
 # c4 are darker on a light ground, where the originals are too pale for thin lines.
-STYLE = """
+COLOURS = """
 :root { color-scheme: light dark;
   --ground: #fbfaf8; --card: #ffffff; --ink: #1d2329; --soft: #5d6874;
   --rule: #dfe3e8; --grid: #e9ecef; --on: #ffffff;
@@ -35,6 +35,27 @@ STYLE = """
   --h5: #4f94c8; --h6: #2d78b3; --h7: #145c97; --h8: #063f73;
   --pale: #000000; --deep: #ffffff; }
   * { print-color-adjust: exact; } }
+"""
+PICTURES = """
+svg text { font: 12px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .axis { fill: var(--soft); font-style: italic; }
+svg .strong { fill: var(--ink); font-weight: 600; font-size: 13px; }
+svg .on { fill: var(--on); font-weight: 600; }
+svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
+.grid { stroke: var(--grid); fill: none; }
+.line { fill: none; stroke: currentColor; stroke-width: 2.25; stroke-linejoin: round; }
+.fill { fill: currentColor; stroke: var(--card); stroke-width: 1; }
+.ring { fill: var(--card); stroke: currentColor; stroke-width: 2; }
+.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.h0 { fill: var(--h0); } .h1 { fill: var(--h1); } .h2 { fill: var(--h2); }
+.h3 { fill: var(--h3); } .h4 { fill: var(--h4); } .h5 { fill: var(--h5); }
+.h6 { fill: var(--h6); } .h7 { fill: var(--h7); } .h8 { fill: var(--h8); }
+"""
+STYLE = (
+    COLOURS
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
@@ -61,21 +82,9 @@ figcaption { color: var(--soft); font-size: 14px; max-width: 640px;
   margin: 6px auto 0; }
 svg { display: block; width: 100%; height: auto; max-width: 640px;
   margin: 0 auto; overflow: visible; }
-svg text { font: 12px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .axis { fill: var(--soft); font-style: italic; }
-svg .strong { fill: var(--ink); font-weight: 600; font-size: 13px; }
-svg .on { fill: var(--on); font-weight: 600; }
-svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
-.grid { stroke: var(--grid); fill: none; }
-.line { fill: none; stroke: currentColor; stroke-width: 2.25; stroke-linejoin: round; }
-.fill { fill: currentColor; stroke: var(--card); stroke-width: 1; }
-.ring { fill: var(--card); stroke: currentColor; stroke-width: 2; }
-.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
-.c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.h0 { fill: var(--h0); } .h1 { fill: var(--h1); } .h2 { fill: var(--h2); }
-.h3 { fill: var(--h3); } .h4 { fill: var(--h4); } .h5 { fill: var(--h5); }
-.h6 { fill: var(--h6); } .h7 { fill: var(--h7); } .h8 { fill: var(--h8); }
+"""
+    + PICTURES
+    + """
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none;
   margin: 0 0 10px; padding: 0; font-size: 14px; justify-content: center; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
@@ -107,6 +116,18 @@ footer { color: var(--soft); font-size: 13px; }
   summary { display: none; }
   .scroll { overflow: visible; max-height: none; } svg { max-width: 480px; } }
 """
+)
+
+
+def to_svg(picture: str) -> str:
+    """Return a picture as a file of its own, in the reader's light or dark colours."""
+    head, _, rest = picture.partition(">")
+    ground = '<rect width="100%" height="100%" fill="var(--card)"/>'
+    # Where it is an image, the page's style does not reach it.
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg"><style>{COLOURS}{PICTURES}</style>'
+        f"{ground}{rest}\n"
+    )
 
 
 def to_html(document: Document) -> str:

@@ -137,6 +137,7 @@ class RoundEntry(TypedDict):
     full_bytes: int
     method: str | None
     ratio: float | None
+    seed: int | None
     samples: int | None
     reinitialised: bool | None
     metric: str
@@ -173,7 +174,25 @@ class OtherRun(TypedDict):
     run: str
     path: str
     method: str | None
+    seed: int | None
     rounds: list[OtherRound]
+
+
+class FrontierPoint(TypedDict):
+    """A method beside full updating: what it loses, and what it sends.
+
+    ``points`` is the mean difference over rounds and runs, in the metric's own unit,
+    positive for better; ``error`` its standard error over runs. ``bytes`` is the mean
+    of the patches behind the first, 0 where there are none.
+    """
+
+    name: str
+    runs: int
+    points: float
+    error: float | None
+    bytes: int
+    first_bytes: int
+    all_bytes: int
 
 
 class OverlapRecord(TypedDict):
@@ -197,6 +216,7 @@ class RunRecord(TypedDict):
     overlap: OverlapRecord
     links: list[LinkRecord]
     beside: list[OtherRun]
+    frontier: list[FrontierPoint]
 
 
 class PackRecord(TypedDict):

@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from packager.report.curves import Series, column_chart, line_chart
 from packager.report.document import Document, Section, Table
+from packager.report.frontier import frontier_chart, frontier_rows
 from packager.report.patch_document import link_section
 from packager.report.records import OtherRound, OtherRun, RoundEntry, RunRecord
 from packager.report.svg import heat_map
@@ -28,6 +29,7 @@ def run_document(record: RunRecord) -> Document:
     """Return the report of a run, from :func:`run_record`."""
     sections = [
         _metric(record),
+        _frontier(record),
         _bytes(record),
         _cumulative(record),
         _shares(record),
@@ -132,6 +134,25 @@ def _metric(record: RunRecord) -> Section | None:
     legend = [(colour, run) for run, _, colour in runs]
     table = Table(columns, rows)
     return Section(title, "", table, picture, caption, legend)
+
+
+def _frontier(record: RunRecord) -> Section | None:
+    points, name = record["frontier"], record["rounds"][-1]["metric"]
+    if not points:
+        return None
+    factor = 100 if name in SHARES else 1
+    unit = f"points of {name}" if name in SHARES else name
+    columns = ["run", "runs", unit, "bytes behind the first", "first", "all"]
+    drawn = [point for point in points if point["bytes"]]
+    title = f"{unit[0].upper()}{unit[1:]} by bytes"
+    return Section(
+        title,
+        "Beside full updating of the same seed, the mean over all common rounds.",
+        Table(columns, list(frontier_rows(points, factor))),
+        frontier_chart(title, drawn, unit=unit, factor=factor) if drawn else "",
+        "Further up is better, further left is less to send. The dashed line joins the "
+        "runs that no other beats in both; bars are standard errors over seeds.",
+    )
 
 
 def _measured(

@@ -23,8 +23,10 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.subspace import Term
 from packager.build import pack_round
+from packager.report.frontier import Measured, frontier_points
 from packager.report.links import link_records
 from packager.report.records import (
+    FrontierPoint,
     OtherRound,
     OtherRun,
     OverlapRecord,
@@ -54,6 +56,7 @@ def run_record(run: Path, beside: Sequence[Path] = ()) -> RunRecord:
     cumulate(rounds)
     sent = [entry["bytes"] for entry in rounds if entry["bytes"]]
     full = rounds[0]["full_bytes"]
+    others = [_other_record(other) for other in beside]
     return {
         "run": run.resolve().name,
         "path": str(run),
@@ -64,7 +67,8 @@ def run_record(run: Path, beside: Sequence[Path] = ()) -> RunRecord:
         "rounds": rounds,
         "overlap": overlap_record([f for f in folders if _is_update(f)]),
         "links": link_records(int(np.median(sent)) if sent else 0, full),
-        "beside": [_other_record(other) for other in beside],
+        "beside": others,
+        "frontier": _frontier([_as_other(run, rounds), *others]),
     }
 
 
@@ -80,12 +84,40 @@ def _folders(run: Path) -> list[Path]:
 def _other_record(run: Path) -> OtherRun:
     rounds = [_round_record(folder) for folder in _folders(run)]
     cumulate(rounds)
+    return _as_other(run, rounds)
+
+
+def _as_other(run: Path, rounds: Sequence[RoundEntry]) -> OtherRun:
     return {
         "run": run.resolve().name,
         "path": str(run),
         "method": rounds[-1]["method"],
+        "seed": rounds[-1]["seed"],
         "rounds": [_other_round(entry) for entry in rounds],
     }
+
+
+def _frontier(runs: Sequence[OtherRun]) -> list[FrontierPoint]:
+    """Hold those that are measured as the first one is against full updating."""
+    metric = runs[0]["rounds"][-1]["metric"]
+    return frontier_points(
+        [
+            Measured(
+                run["run"],
+                run["method"],
+                run["seed"],
+                {
+                    e["round"]: e["test_metric"]
+                    for e in run["rounds"]
+                    if e["test_metric"] is not None
+                },
+                [e["bytes"] for e in run["rounds"] if e["bytes"]],
+                run["rounds"][-1]["better"] == "lower",
+            )
+            for run in runs
+            if run["rounds"][-1]["metric"] == metric
+        ]
+    )
 
 
 def _other_round(entry: RoundEntry) -> OtherRound:
@@ -133,6 +165,7 @@ def _round_record(folder: Path) -> RoundEntry:
         # What a trainer may state beside what packing needs: without it no curves.
         "method": extra.get("method"),
         "ratio": extra.get("ratio"),
+        "seed": _seed(extra.get("seeds")),
         "samples": extra.get("samples"),
         "reinitialised": extra.get("reinitialised"),
         "metric": metric,
@@ -146,6 +179,11 @@ def _round_record(folder: Path) -> RoundEntry:
         "tensors": sent["tensors"],
         "cumulative_bytes": None,  # until those before it are known
     }
+
+
+def _seed(stated: object) -> int | None:
+    seed = stated.get("run") if isinstance(stated, dict) else None
+    return seed if isinstance(seed, int) else None
 
 
 def _number(value: object) -> float | None:

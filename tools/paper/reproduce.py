@@ -31,6 +31,7 @@ from tools.paper.reproduction import (
     SMALLER,
     VARIANTS,
     compare,
+    frontier,
     plot,
     read_result,
     read_results,
@@ -226,17 +227,32 @@ def replay_run(
 @_results_option
 @json_option
 def report(network: str, results: Path, as_json: bool) -> None:
-    """Print the table, and write the plot beside the results."""
+    """Print the tables, and write the plots beside the results."""
+    from packager.report.document import Table, pipes
+    from packager.report.frontier import frontier_chart, frontier_rows
+    from packager.report.html import to_svg
+
     folder = results / network
     found = read_results(folder)
     if not found:
         raise ConfigError(f"{folder} holds no results; run `reproduce run` first")
-    comparisons = compare(found)
+    comparisons, points = compare(found), frontier(found)
     (folder / "accuracy.svg").write_text(plot(found))
+    if any(point["bytes"] for point in points):
+        title = "Accuracy by bytes of a round, beside full updating"
+        chart = frontier_chart(title, points, unit="points")
+        (folder / "frontier.svg").write_text(to_svg(chart))
+    columns = ["method", "seeds", "points", "bytes behind the first", "first", "all"]
+    lines = [*table(network, comparisons), ""]
+    lines += pipes(Table(columns, list(frontier_rows(points))))
     emit(
-        {"network": network, "comparisons": [asdict(row) for row in comparisons]},
+        {
+            "network": network,
+            "comparisons": [asdict(row) for row in comparisons],
+            "frontier": points,
+        },
         as_json=as_json,
-        text="\n".join(table(network, comparisons)),
+        text="\n".join(lines),
     )
 
 

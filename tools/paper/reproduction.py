@@ -10,6 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from edge_runtime.files import Files
+from packager.report.frontier import Measured, frontier_points
+from packager.report.records import FrontierPoint
 
 SCHEMA = 1
 METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
@@ -149,6 +151,27 @@ def compare(
                 )
             )
     return found
+
+
+def frontier(
+    results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+) -> list[FrontierPoint]:
+    """Hold every method against full updating by accuracy and bytes, over its seeds.
+
+    Accuracies are those of the official post-processing. Runs whose patches are not
+    for devices are left out.
+    """
+    runs = [
+        Measured(
+            method,
+            method,
+            seed,
+            dict(enumerate(monotone(rows))),
+            [row["bytes"] for row in rows if row["bytes"]],
+        )
+        for (method, seed), rows in results.items()
+    ]
+    return [point for point in frontier_points(runs) if point["bytes"]]
 
 
 def table(network: str, comparisons: Sequence[Comparison]) -> Iterator[str]:

@@ -166,6 +166,7 @@ def test_the_report_tells_all_of_it(history, full):
     sections = {section.title: section for section in document.sections}
     assert list(sections) == [
         "Accuracy",
+        "Points of accuracy by bytes",
         "Bytes per round",
         "Bytes so far",
         "What changes, layer by layer",
