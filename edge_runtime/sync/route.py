@@ -18,15 +18,22 @@ def cheapest(
     Bytes come first here, unlike in :func:`edge_runtime.agent.plan.find_chain`, whose
     files lie on the disk already. Of equal ones the way with fewer patches is taken.
 
+    A device that has the weights already, active or kept, needs a patch that releases
+    them again, whichever it is: without one it would stay at what is active, and below
+    the counter of the release.
+
     Args:
         starts: First 12 hexadecimal digits of the weights that the device can begin at.
         target: The same of the release.
         ways: What there is to be had.
 
     Returns:
-        What to fetch, in the order of application; None if nothing leads there. Empty
-        if the device is there.
+        What to fetch, in the order of application, one at least; None if nothing leads
+        there.
     """
+    if target in starts:
+        again = [way for way in ways if way.target == target]
+        return (min(again, key=lambda way: way.size),) if again else None
     onward: dict[str, list[Way]] = {}
     for way in ways:
         onward.setdefault(way.parent, []).append(way)

@@ -9,26 +9,30 @@ newest signed time.
 
 import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 from edge_runtime.errors import (
     DpuError,
     KeyListError,
+    PatchError,
     SyncError,
     TrustError,
+    WrongModelError,
 )
 from edge_runtime.files import Files, lock_file
 from edge_runtime.formats.json_record import is_digest
+from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
+from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State, utc
 from edge_runtime.store.store import Store
 from edge_runtime.sync.head import SHORT, Head, SignedHead, Way, read_head
 from edge_runtime.sync.http import CHUNK, Answer, Source, read_all
-from edge_runtime.sync.route import cheapest
+from edge_runtime.sync.plan import SyncResult, passed, route, standing
 from edge_runtime.sync.state import (
     HEAD_NAME,
     SyncState,
@@ -41,20 +45,6 @@ HEAD_DEADLINE_S = 120.0
 SLOWEST = 16  # bytes a second that a file must come with, over all of it
 LISTS = 16  # key lists that are taken at once
 _LOCK_NAME = ".sync.lock"
-
-
-class SyncResult(StrEnum):
-    """What a look at a channel ended with."""
-
-    CURRENT = "current"  # the device runs the newest release
-    FETCHED = "fetched"  # what leads there lies in the folder
-    LATER = "later"  # the rollout has not reached this device yet
-    PAUSED = "paused"  # somebody paused the rollout
-    STALE = "stale"  # the head has expired: nobody knows the newest release
-    HELD = "held"  # the device went back from it, or has seen a newer one
-    REFUSED = "refused"  # this device tried that release, and it failed
-    OVER_BUDGET = "over budget"
-    NO_WAY = "no way"  # nothing leads there from where this device is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,25 +147,17 @@ class Sync:
             self._take_lists(device, head.keys)
         if device.floor >= head.counter:
             self._prune(())
-            if device.active == head.target:
-                return SyncResult.CURRENT, head, ""
-            reason = f"this device has had release {device.floor}, and is not at it now"
-            return SyncResult.HELD, head, reason
-        if self._state.paused:
-            return SyncResult.PAUSED, head, "the rollout of this release was paused"
-        if now >= head.expires:
-            reason = (
-                f"the head expired {utc(head.expires)}; nobody knows what is newest"
-            )
-            return SyncResult.STALE, head, reason
-        if head.target in device.skipped:
-            reason = "it failed its trial here; 'dpu-edge apply --force' tries again"
-            return SyncResult.REFUSED, head, reason
-        rollout = head.rollout
-        if rollout and not rollout.includes(
-            self._options.device, self._options.group, now
-        ):
-            return SyncResult.LATER, head, "the rollout has not reached this device yet"
+        options = self._options
+        found = standing(
+            device,
+            head,
+            paused=self._state.paused,
+            device=options.device,
+            group=options.group,
+            now=now,
+        )
+        if found:
+            return found[0], head, found[1]
         return self._fetch_all(device, head)
 
     # The head -----------------------------------------------------------------------
@@ -264,23 +246,49 @@ class Sync:
     # Files --------------------------------------------------------------------------
 
     def _fetch_all(self, device: State, head: Head) -> tuple[SyncResult, Head, str]:
-        starts = {device.init[:SHORT], *(slot.target[:SHORT] for slot in device.slots)}
+        refused = ""
         while True:
-            ways = [way for way in head.ways if way.sha256 not in self._state.bad]
-            route = cheapest(starts, head.target[:SHORT], ways)
-            if route is None:
-                reason = (
-                    f"none of {len(ways)} ways leads to round {head.round} from "
+            way_there = route(device, head, self._state.bad)
+            if way_there is None:
+                reason = refused or (
+                    f"none of {len(head.ways)} ways leads to round {head.round} from "
                     f"{device.active[:SHORT]}"
                 )
                 return SyncResult.NO_WAY, head, reason
-            missing = [way for way in route if not self._path(way).exists()]
+            missing = [way for way in way_there if not self._path(way).exists()]
             needed = sum(way.size - self._part_size(way) for way in missing)
             if reason := self._over_budget(needed):
                 return SyncResult.OVER_BUDGET, head, reason
-            if all(map(self._fetch, missing)):
-                self._prune(route)
-                return SyncResult.FETCHED, head, ""
+            try:
+                if self._bring(way_there, device, head):
+                    self._prune(way_there)
+                    return SyncResult.FETCHED, head, ""
+            except (PatchError, TrustError, WrongModelError) as err:
+                refused = str(err)
+
+    def _bring(self, way_there: Sequence[Way], device: State, head: Head) -> bool:
+        """Have the files of a route; False if one is not what the head says.
+
+        Raises:
+            DpuError: The device would never take one; from now on it is gone around.
+        """
+        known = device.key_list.root.version if device.key_list else head.keys
+        # With a newer list others may be trusted, so signatures are for later then.
+        trust = signers(device) if known >= head.keys else Trust()
+        for way in way_there:
+            if not self._path(way).exists() and not self._fetch(way):
+                return False
+            try:
+                with open_patch(self._path(way), trust=trust) as patch:
+                    device = passed(device, patch.header)
+            except DpuError:
+                self._shun(way)
+                self._files.unlink(self._path(way))
+                raise
+        return True
+
+    def _shun(self, way: Way) -> None:
+        self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
 
     def _fetch(self, way: Way) -> bool:
         """Bring a file into the folder; False if it is not what the head says."""
@@ -297,7 +305,7 @@ class Sync:
                 self._fetched.append(self._path(way).name)
                 return True
             self._files.unlink(part)
-        self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
+        self._shun(way)
         return False
 
     def _download(self, way: Way) -> None:

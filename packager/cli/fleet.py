@@ -156,6 +156,13 @@ def fleet() -> None:
     help="Let this key pause the rollout, and do nothing else (repeatable).",
 )
 @click.option(
+    "--former",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Go on from a head that this key signed, now that others sign (repeatable).",
+)
+@click.option(
     "--key-list",
     "lists",
     metavar="N.root.json",
@@ -179,6 +186,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     shares: tuple[tuple[int, int], ...] | None,
     groups: tuple[str, ...],
     pausers: tuple[Path, ...],
+    former: tuple[Path, ...],
     lists: tuple[Path, ...],
     revert: bool,
     single_publisher: bool,
@@ -214,6 +222,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
             shares=shares or (),
             groups=groups,
             pausers=tuple(load_public(p.read_bytes(), str(p)) for p in pausers),
+            former=tuple(load_public(p.read_bytes(), str(p)) for p in former),
         ),
         now=int(time.time()),
         revert=revert,

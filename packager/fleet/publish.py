@@ -7,17 +7,17 @@ nothing names, and the channel as it was.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import RoundError, StoreError
+from edge_runtime.errors import RoundError, StoreError, TrustError
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
-from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, read_head
+from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, Way, read_head
 from edge_runtime.trust.root import list_number, read_root
 from packager.build import check_counter
 from packager.bundles.from_round import build_bundle
@@ -32,6 +32,7 @@ from packager.fleet.head import (
 from packager.fleet.place import Place
 from packager.fleet.ways import (
     Offered,
+    pack_again,
     pack_ways,
     parents_ahead,
     parents_behind,
@@ -40,7 +41,7 @@ from packager.fleet.ways import (
 from packager.ledger import Ledger, open_ledger
 from packager.packed_file import BUNDLE, PATCH, read_facts
 from packager.release import Release
-from packager.rounds.folder import RoundFolder, read_init
+from packager.rounds.folder import Parent, RoundFolder, read_init
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,6 +63,8 @@ class Channel:
             the publication on. Empty: all, at once.
         groups: Devices of these groups only; empty: all.
         pausers: Public keys, hex, that may pause the head.
+        former: Public keys, hex, that signed the channel's head instead, before the
+            signers were exchanged.
     """
 
     name: str
@@ -71,12 +74,28 @@ class Channel:
     shares: tuple[tuple[int, int], ...] = ()
     groups: tuple[str, ...] = ()
     pausers: tuple[str, ...] = ()
+    former: tuple[str, ...] = ()
 
     @property
     def trust(self) -> Trust:
         """Whose heads this publisher builds on: its own."""
         keys = tuple(dict.fromkeys(public_key(key) for key in self.signers))
         return Trust(keys, max(1, len(keys)))
+
+    def made(self, signed: SignedHead) -> bool:
+        """Return whether a head is of this publisher's own making.
+
+        Raises:
+            TrustError: It is not, nor of those who signed before.
+        """
+        try:
+            signed.check(self.trust)
+        except TrustError:
+            if not self.former:
+                raise
+            signed.check(Trust(self.former, len(self.former)))
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +130,7 @@ def read_channel(
     if found is None:
         return None, None
     signed = read_head(found[0])
-    signed.check(channel.trust)
+    channel.made(signed)
     return signed, found[1]
 
 
@@ -155,20 +174,22 @@ def publish(
             counter = _next_counter(
                 round_, ledger, old.head if old else None, revert=revert
             )
-            goes_back = old is not None and old.head.round > record.round
-            parents = (
-                parents_ahead(round_, ledger)
-                if goes_back
-                else parents_behind(round_, ledger, channel.skips)
-            )
             offered = pack_ways(
-                round_, parents, counter=counter, signers=channel.signers
+                round_,
+                _parents(round_, ledger, old, channel),
+                counter=counter,
+                signers=channel.signers,
             )
+            if _is_again(round_, counter, ledger, old):
+                offered.append(
+                    pack_again(round_, counter=counter, signers=channel.signers)
+                )
+            ways = [offer.way for offer in offered]
+            if old and channel.made(old):
+                ways += _still_good(old.head, round_, counter, ledger)
             bundle = build_bundle(round_, counter=counter, signers=channel.signers)
             starts = _starts(round_, ledger, offered)
-            head = _head(
-                round_, counter, offered, starts, bundle.data, channel, old, now
-            )
+            head = _head(round_, counter, ways, starts, bundle.data, channel, old, now)
             head = replace(head, keys=newest_list(place))
             files = {patch_path(o.way): o.packed.data for o in offered}
             files[bundle_path(head)] = bundle.data
@@ -262,6 +283,46 @@ def add_list(place: Place, data: bytes) -> str:
     return path
 
 
+def _parents(
+    round_: RoundFolder, ledger: Ledger, old: SignedHead | None, channel: Channel
+) -> Iterator[Parent]:
+    """Yield the weights from which a channel leads to its new release."""
+    if old and old.head.round > round_.record.round:
+        yield from parents_ahead(round_, ledger)
+    yield from parents_behind(round_, ledger, channel.skips)
+
+
+def _is_again(
+    round_: RoundFolder, counter: int, ledger: Ledger, old: SignedHead | None
+) -> bool:
+    """Return whether devices may have the weights under an older counter."""
+    record = round_.record
+    before = ledger.counter_of(record.model, record.target)
+    goes_back = old is not None and old.head.round > record.round
+    return goes_back or (before is not None and before < counter)
+
+
+def _still_good(
+    old: Head, round_: RoundFolder, counter: int, ledger: Ledger
+) -> Iterator[Way]:
+    """Yield the ways between earlier releases, for devices that are behind.
+
+    Not those into releases that this one takes back, through which nobody should go any
+    more, nor those that lead to its own weights under an older counter.
+    """
+    record = round_.record
+    left = {
+        release.target[:SHORT]
+        for release in ledger.released(record.model)
+        if release.round > record.round
+    }
+    if old.round > record.round:
+        left.add(old.target[:SHORT])
+    if counter != old.counter:
+        left.add(record.target[:SHORT])
+    yield from (way for way in old.ways if way.target not in left)
+
+
 def _starts(
     round_: RoundFolder, ledger: Ledger, offered: Sequence[Offered]
 ) -> set[str]:
@@ -275,7 +336,7 @@ def _starts(
 def _head(  # noqa: PLR0913 - all that a head is made of
     round_: RoundFolder,
     counter: int,
-    offered: Sequence[Offered],
+    ways: Sequence[Way],
     starts: set[str],
     bundle: bytes,
     channel: Channel,
@@ -284,8 +345,6 @@ def _head(  # noqa: PLR0913 - all that a head is made of
 ) -> Head:
     record, before = round_.record, old.head if old else None
     init = read_init(round_).weights.fingerprint[:SHORT]
-    # Patches between earlier releases are ways too, for devices that are behind.
-    ways = [*(offer.way for offer in offered), *(before.ways if before else ())]
     return Head(
         model=record.model,
         channel=channel.name,

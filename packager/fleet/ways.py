@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import RoundError, RoundNotFoundError
+from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.model_folder import list_rounds, round_name
 from edge_runtime.sync.head import SHORT, Way
 from edge_runtime.sync.route import cheapest
-from packager.build import PackedPatch, pack_round
+from packager.build import PackedPatch, encode_changes, pack_round
+from packager.diff import diff
 from packager.rounds.folder import (
     Parent,
     RoundFolder,
@@ -63,6 +65,29 @@ def pack_ways(
     return list(found.values())
 
 
+def pack_again(
+    round_: RoundFolder, *, counter: int, signers: Sequence["Ed25519PrivateKey"]
+) -> Offered:
+    """Pack a patch that changes nothing, and releases a round's weights anew.
+
+    Devices that have them still, active or kept, take the release by a few hundred
+    bytes, and with it its counter.
+    """
+    weights, record = round_.weights, round_.record
+    header = PatchHeader(
+        model=record.model,
+        parent=record.target,
+        target=record.target,
+        round=record.round,
+        counter=counter,
+        file_size=weights.layout.file_size,
+    )
+    changes = diff(weights, weights)
+    data = encode_changes(weights, weights, header, changes, signers=signers)
+    packed = PackedPatch(data, header, round_.name, {})
+    return Offered(round_.name, packed, way_of(packed))
+
+
 def parents_behind(
     round_: RoundFolder, ledger: "Ledger", skips: Collection[int]
 ) -> Iterator[Parent]:
@@ -88,7 +113,6 @@ def parents_ahead(round_: RoundFolder, ledger: "Ledger") -> Iterator[Parent]:
     folders = list_rounds(round_.path.parent)
     ahead = [folder.name for folder in folders if folder.name > round_.name]
     yield from released(round_, ledger, reversed(ahead))
-    yield read_init(round_)
 
 
 def released(

@@ -4,13 +4,20 @@
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from edge_runtime.agent.agent import Agent
 from edge_runtime.cli.main import main
-from edge_runtime.errors import HeadError, StoreError, SyncError, TrustError
+from edge_runtime.errors import (
+    HeadError,
+    StoreError,
+    SyncError,
+    TrialError,
+    TrustError,
+)
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, SHORT, place, read_head
@@ -20,12 +27,14 @@ from edge_runtime.sync.state import STATE_NAME, read_sync_state
 from edge_runtime.sync.sync import Sync, SyncOptions, SyncResult, insist_on_trust
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
+from edge_runtime.update.trial import run_trial
 from packager.fleet.head import pause_head, sign_head
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import Channel, add_list, publish
+from packager.fleet.ways import pack_ways
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
-from packager.rounds.folder import read_round
+from packager.rounds.folder import named_parent, read_round
 from tests.edge_runtime.sync.server import FileServer
 
 KEY, PAUSER = generate_key(), generate_key()
@@ -43,10 +52,12 @@ class World:
         self.folder.mkdir()
         self.now, self.options = NOW, OPTIONS
 
-    def publish(self, number, **changes):
+    def publish(self, number, *, revert=False, **changes):
         fields = {"name": "stable", "signers": [KEY]} | changes
         path = self.run.path / f"round_{number:02d}"
-        return publish(read_round(path), self.place, Channel(**fields), now=NOW).head
+        channel = Channel(**fields)
+        found = publish(read_round(path), self.place, channel, now=NOW, revert=revert)
+        return found.head
 
     def install(self, trust=TRUST):
         _, sha256 = self.head.bundle
@@ -70,9 +81,11 @@ class World:
         clock = lambda: self.now  # noqa: E731
         return Sync(self.root, self.folder, source, self.options, clock=clock).look()
 
-    def apply(self):
+    def apply(self, trial=run_trial):
         agent = Agent(
-            lambda: Device.open(self.root), self.folder, lambda *_, **__: None
+            lambda: Device.open(self.root, trial=trial),
+            self.folder,
+            lambda *_, **__: None,
         )
         agent.look()
         return Device.open(self.root).verify()
@@ -283,6 +296,79 @@ def test_a_wrong_file_is_fetched_once_more_and_then_gone_around(world, server):
     found = world.look(HttpSource(server.url))
     assert server.bodies[f"patches/{wrong.sha256}.dpu"] == 2 * wrong.size
     assert found.fetched == tuple(f"{way.sha256}.dpu" for way in detour)
+    assert world.apply() == world.head.target
+
+
+@pytest.mark.parametrize("took_it", [True, False])
+def test_a_bad_release_that_is_taken_back_is_left(world, took_it):
+    world.publish(1)
+    world.look()
+    world.apply()
+    world.publish(2)
+    if took_it:
+        world.look()
+        world.apply()
+    head = world.publish(1, revert=True)
+    found = world.look()
+    assert (found.result, len(found.fetched)) == (SyncResult.FETCHED, 1)
+    assert world.apply() == head.target
+    # The floor is raised as well: else the bad release could be played later.
+    assert Device.open(world.root).store.state.floor == head.counter
+    assert world.look().result is SyncResult.CURRENT
+
+
+def failing(*_, **__):
+    raise TrialError("worse than before")
+
+
+def only(world, *pairs):
+    """Sign a head that offers these ways alone: from which round to which."""
+    rounds = [read_round(world.run.path / f"round_{n:02d}") for n in range(5)]
+    ways = []
+    for begin, end in pairs:
+        name = begin if begin == "init" else f"round_{begin:02d}"
+        parent = named_parent(rounds[end], name, world.run.path.parent)
+        (offer,) = pack_ways(rounds[end], [parent], counter=end, signers=[KEY])
+        world.place.create(f"patches/{offer.way.sha256}.dpu", offer.packed.data)
+        ways.append(offer.way)
+    head = replace(world.head, version=world.head.version + 1, ways=tuple(ways))
+    world.head_bytes = sign_head(head, [KEY])
+    return ways
+
+
+def test_no_way_leads_through_a_release_that_failed_here(world):
+    world.publish(1)
+    world.look()
+    with suppress(TrialError):
+        world.apply(failing)
+    world.publish(2)
+    *_, detour = only(world, (0, 1), (1, 2), (0, 2))
+    only(world, (0, 1), (1, 2))
+    found = world.look()
+    assert (found.result, found.fetched) == (SyncResult.NO_WAY, ())
+    only(world, (0, 1), (1, 2), (0, 2))
+    assert world.look().fetched == (f"{detour.sha256}.dpu",)
+    assert world.apply() == world.head.target
+
+
+def test_what_the_store_will_never_take_is_gone_around(world):
+    world.publish(1)
+    world.look()
+    world.apply()
+    world.publish(2)
+    world.look()
+    world.apply()
+    world.publish(3)
+    # By bytes the cheapest way may lead through a release that this device is past.
+    only(world, ("init", 0), (0, 3))
+    found = world.look()
+    assert (found.result, "already been at 2" in found.reason) == (
+        SyncResult.NO_WAY,
+        True,
+    )
+    assert not any((world.folder / name).exists() for name in found.fetched)
+    only(world, ("init", 0), (0, 3), ("init", 3))
+    assert world.look().result is SyncResult.FETCHED
     assert world.apply() == world.head.target
 
 

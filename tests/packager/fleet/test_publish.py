@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from edge_runtime.errors import RoundError, TrustError
+from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import encode_public, public_key
 from edge_runtime.sync.head import SHORT, read_head
@@ -122,6 +123,60 @@ def test_going_back_is_a_newer_release_of_older_weights(long_run, place, tmp_pat
     assert (
         catch_up(device, place) == read_round(long_run.path / "round_04").record.target
     )
+
+
+def test_a_release_taken_back_is_left_by_all_and_entered_by_none(
+    long_run, place, tmp_path
+):
+    devices = []
+    for number in range(4):
+        release(long_run, place, number)
+        store = tmp_path / f"store{number}"
+        devices.append(Device.install(store, bundle_of(place), trust=TRUST))
+    catch_up(devices[2], place)  # has what it came from beside the bad release
+    release(long_run, place, 2, revert=True)
+    head, bad = head_of(place), target_of(long_run, 3)
+    assert bad[:SHORT] not in {way.target for way in head.ways}
+    for device in devices:
+        assert catch_up(device, place) == target_of(long_run, 2)
+        assert device.store.state.floor == head.counter
+    events = [d.store.state.was_active(bad) for d in devices]
+    assert events == [False, False, True, True]
+
+
+def test_weights_that_a_device_still_has_are_released_again_by_few_bytes(
+    long_run, place, tmp_path
+):
+    for number in range(3):
+        release(long_run, place, number)
+    release(long_run, place, 1, revert=True)
+    head = head_of(place)
+    (again,) = cheapest({head.target[:SHORT]}, head.target[:SHORT], head.ways)
+    assert again.size < min(way.size for way in head.ways if way != again)
+    release(long_run, place, 3)
+    assert again not in head_of(place).ways
+
+
+def test_a_channel_goes_on_when_its_signers_are_exchanged(long_run, place, tmp_path):
+    release(long_run, place, 0)
+    device = Device.install(tmp_path / "store", bundle_of(place), trust=TRUST)
+    release(long_run, place, 1)
+    new = generate_key()
+    path = read_round(long_run.path / "round_02")
+    with pytest.raises(TrustError):
+        publish(path, place, Channel(name="stable", signers=[new]), now=NOW)
+    exchanged = Channel(name="stable", signers=[new], former=TRUST.keys)
+    publish(path, place, exchanged, now=NOW)
+    signed = read_head(place.read("stable.head")[0])
+    assert signed.head.version == 3
+    # Who trusts the new key alone must not be led through patches of the old one.
+    for way in signed.head.ways:
+        data, _ = place.read(f"patches/{way.sha256}.dpu")
+        open_patch(data, trust=Trust((public_key(new),))).close()
+    starts = {device.store.state.active[:SHORT], device.store.state.init[:SHORT]}
+    assert cheapest(starts, signed.head.target[:SHORT], signed.head.ways)
+    path = read_round(long_run.path / "round_03")
+    publish(path, place, Channel(name="stable", signers=[new]), now=NOW)
 
 
 def test_the_counter_of_the_channel_wins_over_a_ledger_that_was_lost(
