@@ -40,8 +40,8 @@ BUDGETS: dict[str, dict[str, int]] = {
     "packager": {
         ".": 1680,
         "bundles": 525,
-        "fleet": 1180,
-        "cli": 2260,
+        "fleet": 1600,
+        "cli": 2360,
         "models": 1500,
         "provenance": 565,
         "report": 2330,

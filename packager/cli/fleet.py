@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-fleet``: publish once, and any number of devices catch up."""
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from edge_runtime.commandline import (
     json_option,
     say,
 )
+from packager.cli.fleet_check import check
+from packager.cli.fleet_options import Name, Shares, Skips, Span
 from packager.cli.fleet_provision import provision
 from packager.cli.keys import read_signers
 from packager.cli.options import (
@@ -26,77 +27,6 @@ from packager.cli.options import (
 
 if TYPE_CHECKING:
     from packager.fleet.publish import Published
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-class Span(click.ParamType[int]):
-    """A span of time such as 30d, 12h, 10m or 90s."""
-
-    name = "span"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return it in seconds."""
-        found = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", str(value))
-        if found is None:
-            self.fail(f"found {value!r}, expected 30d, 12h, 10m or 90s", param, ctx)
-        return int(found[1]) * _SECONDS[found[2]]
-
-
-class Skips(click.ParamType[tuple[int, ...]]):
-    """Numbers with commas: 2,4,8."""
-
-    name = "numbers"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return them."""
-        if not re.fullmatch(r"([1-9][0-9]{0,3}(,[1-9][0-9]{0,3})*)?", str(value)):
-            self.fail(f"found {value!r}, expected numbers such as 2,4,8", param, ctx)
-        return tuple(map(int, filter(None, str(value).split(","))))
-
-
-class Shares(click.ParamType[tuple[tuple[int, int], ...]]):
-    """Shares of the devices and when they begin: 1%,10%@24h,100%@48h."""
-
-    name = "shares"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return permille and seconds."""
-        found = []
-        for part in str(value).split(","):
-            share, at, delay = part.partition("@")
-            number = re.fullmatch(r"([0-9]{1,3})(?:\.([0-9]))?%", share)
-            permille = int(number[1]) * 10 + int(number[2] or 0) if number else 1001
-            if permille > 1000:
-                words = f"found {part!r}, expected 1%,10%@24h,100%@48h"
-                self.fail(words, param, ctx)
-            seconds = Span().convert(delay, param, ctx) if at else 0
-            found.append((permille, seconds))
-        if found != sorted(found) or found != sorted(found, key=lambda step: step[1]):
-            self.fail(f"{value!r}: share and time have to grow", param, ctx)
-        return tuple(found)
-
-
-class Name(click.ParamType[str]):
-    """The name of a channel."""
-
-    name = "name"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return it."""
-        from edge_runtime.sync.head import CHANNEL_FORM
-
-        if not re.fullmatch(CHANNEL_FORM, str(value)):
-            self.fail(f"found {value!r}, expected a to z, 0 to 9, - and _", param, ctx)
-        return value
 
 
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
@@ -307,3 +237,4 @@ def _text(done: "Published") -> str:
 
 
 fleet.add_command(provision)
+fleet.add_command(check)

@@ -98,20 +98,20 @@ class ObjectPlace:
             return False
         return self._put(path, data, "overwrite", _SWAPPED)
 
-    def entries(self, folder: str) -> Iterator[Entry]:
-        """Yield all files below a folder, by path."""
+    def entries(self, folder: str, *, deep: bool = True) -> Iterator[Entry]:
+        """Yield the files below a folder, by path."""
+        prefix = folder.rstrip("/") or None
         with self._errors("list", folder):
-            found = [
-                Entry(
-                    meta["path"],
-                    meta["size"],
-                    meta["last_modified"].timestamp(),
-                    _tag(meta),
-                )
-                for batch in obstore.list(self._store, folder.rstrip("/") or None)
-                for meta in batch
-            ]
-        yield from sorted(found, key=lambda entry: entry.path)
+            if deep:
+                found = [
+                    m for batch in obstore.list(self._store, prefix) for m in batch
+                ]
+            else:
+                below = obstore.list_with_delimiter(self._store, prefix)
+                found = list(below["objects"])
+        for meta in sorted(found, key=lambda meta: meta["path"]):
+            changed = meta["last_modified"].timestamp()
+            yield Entry(meta["path"], meta["size"], changed, _tag(meta))
 
     def names(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield those of them that devices may read, with their sizes."""

@@ -68,8 +68,13 @@ class Place(Protocol):
             tag: As :meth:`read` returned it; None if there must be none.
         """
 
-    def entries(self, folder: str) -> Iterator[Entry]:
-        """Yield all files below a folder, by path; below ``""`` all that there are."""
+    def entries(self, folder: str, *, deep: bool = True) -> Iterator[Entry]:
+        """Yield the files below a folder, by path; below ``""`` all that there are.
+
+        Args:
+            folder: Ends with a slash, but for the place itself.
+            deep: Those in folders below it too.
+        """
 
     def names(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield those of them that devices may read, with their sizes."""
@@ -117,9 +122,9 @@ class FolderPlace:
             write_file(data, self.root / path)
         return True
 
-    def entries(self, folder: str) -> Iterator[Entry]:
-        """Yield all files below a folder, by path."""
-        for path in sorted((self.root / folder).rglob("*")):
+    def entries(self, folder: str, *, deep: bool = True) -> Iterator[Entry]:
+        """Yield the files below a folder, by path."""
+        for path in sorted((self.root / folder).glob("**/*" if deep else "*")):
             try:
                 found = path.stat(follow_symlinks=False)
             except FileNotFoundError:

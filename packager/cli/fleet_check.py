@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-fleet check``: read a channel back as a device would."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_runtime.commandline import OK, FileOf, emit, json_option
+from edge_runtime.formats.kinds import Kind
+from edge_runtime.text import printable
+from packager.cli.fleet_options import Name
+
+if TYPE_CHECKING:
+    from packager.fleet.check import Finding
+
+WRONG, UNTRUSTED = 5, 8  # as for any verification that failed
+
+
+@click.command()
+@click.argument("url", metavar="URL|DIR")
+@click.option(
+    "--channel",
+    "names",
+    type=Name(),
+    multiple=True,
+    help="This channel alone (repeatable).  [default: all; over HTTP: stable]",
+)
+@click.option(
+    "--trust",
+    "keys",
+    metavar="KEY.pub.pem|N.root.json",
+    multiple=True,
+    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
+    help="What devices trust: public keys, or a key list; else no signature is judged.",
+)
+@click.option("--threshold", type=click.IntRange(1), default=1, show_default=True)
+@json_option
+def check(
+    url: str,
+    *,
+    names: tuple[str, ...],
+    keys: tuple[Path, ...],
+    threshold: int,
+    as_json: bool,
+) -> int:
+    """Read a channel back as a device would: head, patches, bundle, key lists, ways.
+
+    URL is the place, or http(s):// as devices see it. Exit code 0: all is well, notes
+    included. 5: something is missing, damaged or over. 8: not signed as devices ask.
+    """
+    from edge_runtime.cli.trust import read_trust
+    from packager.fleet.check import State, check_channel
+    from packager.fleet.reader import open_reader
+
+    trust, now = read_trust(keys, threshold), int(time.time())
+    reader = open_reader(url)
+    found = {}
+    for name in names or reader.channels or ("stable",):
+        found[name] = check_channel(reader.read, name, trust, now=now)
+    states = {finding.state for _, looks in found.values() for finding in looks}
+    record = {
+        "url": reader.name,
+        "channels": [
+            {
+                "channel": name,
+                "version": signed.head.version if signed else None,
+                "target": signed.head.target if signed else None,
+                "expires": signed.head.expires if signed else None,
+                "findings": [asdict(finding) for finding in looks],
+            }
+            for name, (signed, looks) in found.items()
+        ],
+    }
+    text = "\n\n".join(_table(name, looks) for name, (_, looks) in found.items())
+    emit(record, as_json=as_json, text=text)
+    if State.UNTRUSTED in states:
+        return UNTRUSTED
+    return WRONG if State.WRONG in states else OK
+
+
+def _table(channel: str, findings: "Sequence[Finding]") -> str:
+    width = max(len(finding.what) for finding in findings)
+    return "\n".join(
+        [
+            channel,
+            *(
+                f"  {finding.what:<{width}}  {finding.state:<9}  "
+                f"{printable(finding.words)}"
+                for finding in findings
+            ),
+        ]
+    )

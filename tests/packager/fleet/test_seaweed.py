@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing to a real S3 server: publishers that race, and some that are killed."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from edge_runtime.errors import RoundError, StoreError
+from edge_runtime.sync.head import read_head
+from packager.fleet.address import open_place
+from packager.fleet.head import named_files
+from packager.fleet.publish import Channel, publish
+from packager.keys import encode_private, generate_key, load_private
+from packager.rounds.folder import read_round
+from tests.packager.fleet.seaweed import ID, SECRET, KillingProxy, running_store
+
+pytestmark = pytest.mark.fleet
+
+KEY = generate_key()
+NOW = 1_800_000_000
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    with running_store(tmp_path_factory.mktemp("seaweed")) as port:
+        yield port
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+
+def address(port, folder):
+    return f"s3://fleet/{folder}?endpoint=http://127.0.0.1:{port}"
+
+
+def head_of(place):
+    return read_head(place.read("stable.head")[0]).head
+
+
+def is_whole(place):
+    return named_files(head_of(place)).items() <= dict(place.names("")).items()
+
+
+def release(run, place, number, key=KEY, now=NOW):
+    channel = Channel(name="stable", signers=[key])
+    return publish(read_round(run / f"round_{number:02d}"), place, channel, now=now)
+
+
+def at_once(count, work):
+    """Call a function in threads that begin together; return what each returned."""
+    found, begin = [None] * count, threading.Barrier(count)
+
+    def run(number):
+        begin.wait()
+        found[number] = work(number)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_of_racing_creates_one_wins(port):
+    def create(turn, number):
+        place = open_place(address(port, "creates"))
+        try:
+            return place.create(f"patches/{turn}.dpu", b"by %d" % number)
+        except StoreError:
+            return False
+
+    for turn in range(10):
+        won = at_once(12, lambda number, turn=turn: create(turn, number))
+        assert won.count(True) == 1
+        found = open_place(address(port, "creates")).read(f"patches/{turn}.dpu")
+        assert found[0] == b"by %d" % won.index(True)
+
+
+def test_no_racing_swap_is_lost(port):
+    def append(number):
+        place, lost = open_place(address(port, "swaps")), 0
+        for turn in range(10):
+            while True:
+                found = place.read("x.head")
+                old, tag = found or (b"", None)
+                if place.swap("x.head", old + b"%d.%d " % (number, turn), tag):
+                    break
+                lost += 1
+        return lost
+
+    lost = at_once(4, append)
+    words = open_place(address(port, "swaps")).read("x.head")[0].split()
+    assert sorted(words) == sorted(
+        b"%d.%d" % (n, t) for n in range(4) for t in range(10)
+    )
+    assert sum(lost) > 0
+
+
+def _publish_all(run, url, key, number, done):
+    place = open_place(url)
+    for round_ in range(1, 7):
+        try:
+            found = release(run, place, round_, load_private(key), NOW + number)
+            done.put(found.head.version if found.changed else 0)
+        except RoundError:
+            done.put(0)  # another publisher is at a newer round
+
+
+def test_racing_publishers_lose_no_head(port, run, tmp_path):
+    for number in range(2, 7):
+        run.add(number)
+    url = address(port, "race")
+    release(run.path, open_place(url), 0)
+    spawn = multiprocessing.get_context("spawn")
+    done, workers = spawn.Queue(), []
+    for number in range(4):
+        copy = tmp_path / f"machine{number}" / run.path.name
+        shutil.copytree(run.path, copy)
+        arguments = (copy, url, encode_private(KEY), number, done)
+        workers.append(spawn.Process(target=_publish_all, args=arguments))
+    for worker in workers:
+        worker.start()
+    made = [done.get(timeout=300) for _ in range(24)]
+    for worker in workers:
+        worker.join()
+    versions = sorted(filter(None, made))
+    assert versions == list(range(2, 2 + len(versions)))
+    place = open_place(url)
+    assert (head_of(place).version, head_of(place).round) == (versions[-1], 6)
+    assert is_whole(place)
+
+
+def test_a_publisher_that_is_killed_at_any_request_leaves_a_whole_channel(
+    port, run, tmp_path
+):
+    """Before the store has it, and after, without an answer: kill -9, really."""
+    key = tmp_path / "key.pem"
+    key.write_bytes(encode_private(KEY))
+    killed, heads, number = 0, [], 0
+    while True:
+        counts = []
+        for answered in (False, True):
+            copy = tmp_path / f"{number}{answered}" / "runs" / "tiny"
+            shutil.copytree(run.path, copy)
+            folder = f"kill-{number}-{answered}"
+            place = open_place(address(port, folder))
+            release(copy, place, 0)
+            old = head_of(place)
+            with KillingProxy(port) as proxy:
+                proxy.at, proxy.answered = number, answered
+                code = command(copy, key, address(proxy.server_port, folder), proxy)
+                proxy.shutdown()
+            counts.append(proxy.count)
+            assert is_whole(place)
+            if not code:
+                continue
+            assert code == -9
+            killed += 1
+            heads.append(head_of(place).version - old.version)
+            assert command(copy, key, address(port, folder)) == 0
+            assert (head_of(place).round, head_of(place).version) == (
+                1,
+                old.version + 1,
+            )
+            assert is_whole(place)
+        if number >= max(counts):
+            break
+        number += 1
+    print(f"killed {killed} times at {number} requests; new heads: {heads}")
+    assert killed == 2 * number >= 18
+    assert heads.count(1) == 1  # where the store had the head and was not heard
+
+
+def command(run, key, url, proxy=None):
+    """Run the real command; return its exit code."""
+    words = [sys.executable, "-c", "from packager.__main__ import fleet; fleet()"]
+    words += ["publish", "round_01", "--runs", str(run.parent), "--to", url]
+    words += ["--sign", str(key)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=dict(os.environ))
+    if proxy:
+        proxy.victim = process
+        proxy.ready.set()
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode in (0, -9), errors.decode()
+    return process.returncode
+
+
+def test_publishing_the_same_twice_changes_nothing(port, run):
+    place = open_place(address(port, "twice"))
+    first = release(run.path, place, 1)
+    before = list(place.entries(""))
+    again = release(run.path, place, 1)
+    assert (first.changed, again.changed, again.head) == (True, False, first.head)
+    assert list(place.entries("")) == before
