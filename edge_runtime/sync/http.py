@@ -6,9 +6,11 @@ HTTP is ``urllib3``'s (the extra ``sync``), imported when the first request is m
 
 import hashlib
 import io
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +20,8 @@ from edge_runtime.errors import SyncError
 
 CHUNK = 16 << 10
 TIMEOUT_S = 60.0  # without a byte
+EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth
+SHORT_BODY = 1 << 10  # of an error page: to read it costs less than a new connection
 # A new connection with TLS: certificates of the usual size, both directions.
 HANDSHAKE_BYTES = 2000
 
@@ -50,7 +54,9 @@ class Source(Protocol):
 
     spent: int
 
-    def get(self, path: str, *, tag: str = "", offset: int = 0) -> Any:
+    def get(
+        self, path: str, *, tag: str = "", offset: int = 0, within: float = EXCHANGE_S
+    ) -> Any:
         """Open a file, as a context that gives an :class:`Answer`.
 
         Args:
@@ -58,6 +64,7 @@ class Source(Protocol):
             tag: With an offset: only if the content still has it. Without one: only if
                 it has not.
             offset: Where to begin.
+            within: Seconds for all of it, from the first byte of its headers on.
 
         Raises:
             SyncError: No answer, or one that says to come later.
@@ -72,7 +79,14 @@ class FolderSource:
         self.root, self.spent = root, 0
 
     @contextmanager
-    def get(self, path: str, *, tag: str = "", offset: int = 0) -> Iterator[Answer]:
+    def get(
+        self,
+        path: str,
+        *,
+        tag: str = "",
+        offset: int = 0,
+        within: float = EXCHANGE_S,  # noqa: ARG002 - nobody can interrupt a disk
+    ) -> Iterator[Answer]:
         """Open a file, as a context that gives an :class:`Answer`."""
         try:
             with (self.root / path).open("rb") as file:
@@ -114,7 +128,9 @@ class HttpSource:
         self.url, self.spent = url.rstrip("/"), 0
         options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=30, read=TIMEOUT_S),
-            "retries": urllib3.Retry(0, redirect=3, raise_on_redirect=True),
+            "retries": urllib3.Retry(
+                3, connect=0, read=0, redirect=3, status=0, other=0
+            ),
         }
         if ca:
             options["ca_certs"] = ca
@@ -126,10 +142,17 @@ class HttpSource:
             if proxy
             else urllib3.PoolManager(**options)
         )
-        self._greeted = False
+        self._pool.pool_classes_by_scheme = {
+            scheme: _watched(pool, self)
+            for scheme, pool in self._pool.pool_classes_by_scheme.items()
+        }
+        self._greeted = self._late = False
+        self.socket: socket.socket | None = None  # of the exchange under way
 
     @contextmanager
-    def get(self, path: str, *, tag: str = "", offset: int = 0) -> Iterator[Answer]:
+    def get(
+        self, path: str, *, tag: str = "", offset: int = 0, within: float = EXCHANGE_S
+    ) -> Iterator[Answer]:
         """Open a file, as a context that gives an :class:`Answer`."""
         import urllib3
 
@@ -141,20 +164,63 @@ class HttpSource:
         elif tag:
             headers["If-None-Match"] = tag
         where = f"{self.url}/{path}"
+        with self._deadline(where, within):
+            try:
+                found = self._pool.request(
+                    "GET",
+                    where,
+                    headers=headers,
+                    preload_content=False,
+                    decode_content=False,  # what comes is what counts
+                )
+            except urllib3.exceptions.HTTPError as err:
+                raise SyncError(f"{where}: no answer ({_reason(err)})") from err
+            try:
+                self._count(where, headers, found)
+                yield self._answer(where, found, offset)
+                if self._late:  # where nothing says how long it is, a cut looks whole
+                    raise SyncError(f"{where}: the answer broke off")
+            except urllib3.exceptions.HTTPError as err:
+                words = f"{where}: the answer broke off ({_reason(err)})"
+                raise SyncError(words) from err
+            finally:
+                with suppress(urllib3.exceptions.HTTPError):
+                    self._drain(found)
+                # What was not read must not come: the connection ends with it.
+                found.close()
+
+    @contextmanager
+    def _deadline(self, where: str, within: float) -> Iterator[None]:
+        """End an exchange after some time, however slowly its bytes drip.
+
+        Timeouts of sockets count from the last byte, and headers are read whole.
+        """
+        self._late, timer = False, threading.Timer(within, self._cut)
+        timer.daemon = True
+        timer.start()
         try:
-            found = self._pool.request(
-                "GET", where, headers=headers, preload_content=False
-            )
-        except urllib3.exceptions.HTTPError as err:
-            raise SyncError(f"{where}: no answer ({_reason(err)})") from err
-        try:
-            self._count(where, headers, found)
-            yield self._answer(where, found, offset)
-        except urllib3.exceptions.HTTPError as err:
-            raise SyncError(f"{where}: the answer broke off ({_reason(err)})") from err
+            yield
+        except SyncError as err:
+            if self._late:
+                raise SyncError(f"{where} did not come within {within:g} s") from err
+            raise
         finally:
-            # What was not read must not come: the connection ends with it.
-            found.close()
+            timer.cancel()
+            self.socket = None
+
+    def _cut(self) -> None:
+        self._late, open_ = True, self.socket
+        if open_ is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(open_, socket.SHUT_RDWR)
+
+    def _drain(self, found: Any) -> None:
+        """Read the rest of a short answer, so that the connection may be kept."""
+        left = found.length_remaining
+        if left is not None and left <= SHORT_BODY:
+            body = _Counted(self, found)
+            while body.read(SHORT_BODY):
+                pass
 
     def _answer(self, where: str, found: Any, offset: int) -> Answer:
         length = found.headers.get("Content-Length", "")
@@ -168,6 +234,13 @@ class HttpSource:
                     f"{where}: asked for bytes from {offset} on, it sends those from "
                     f"{start} on"
                 )
+        onward = [step.redirect_location or "" for step in found.retries.history]
+        if where.startswith("https:") and any(o.startswith("http:") for o in onward):
+            raise SyncError(
+                f"{where}: the server sends on to {onward[-1]}, which anybody on the "
+                "way can change; give the address where the files are",
+                permanent=True,
+            )
         if found.status >= 500 or found.status == 429:
             raise SyncError(f"{where}: the server says {found.status}, come later")
         return Answer(found.status, tag, size, _Counted(self, found), start)
@@ -181,6 +254,18 @@ class HttpSource:
             self._greeted = True
 
 
+def _watched(pool: Any, source: HttpSource) -> Any:
+    """Return a class of pools whose connections tell which socket they wait on."""
+    base = pool.ConnectionCls
+
+    def getresponse(connection: Any) -> Any:
+        source.socket = connection.sock
+        return base.getresponse(connection)
+
+    made = type(base.__name__, (base,), {"getresponse": getresponse})
+    return type(pool.__name__, (pool,), {"ConnectionCls": made})
+
+
 class _Counted:
     """A body whose bytes count as they come."""
 
@@ -188,7 +273,7 @@ class _Counted:
         self._source, self._answer = source, answer
 
     def read(self, count: int) -> bytes:
-        data: bytes = self._answer.read1(count)
+        data: bytes = self._answer.read1(count, decode_content=False)
         self._source.spent += len(data)
         return data
 

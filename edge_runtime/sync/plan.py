@@ -47,6 +47,9 @@ def standing(
     Returns:
         The outcome, and more about it for people.
     """
+    if now >= head.expires:
+        reason = f"the head expired {utc(head.expires)}; nobody knows what is newest"
+        return SyncResult.STALE, reason
     if state.floor >= head.counter:
         if state.active == head.target:
             return SyncResult.CURRENT, ""
@@ -54,9 +57,6 @@ def standing(
         return SyncResult.HELD, reason
     if paused:
         return SyncResult.PAUSED, "the rollout of this release was paused"
-    if now >= head.expires:
-        reason = f"the head expired {utc(head.expires)}; nobody knows what is newest"
-        return SyncResult.STALE, reason
     if head.target in state.skipped:
         reason = "it failed its trial here; 'dpu-edge apply --force' tries again"
         return SyncResult.REFUSED, reason

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edge_runtime.errors import (
     DpuError,
+    HeadError,
     KeyListError,
     PatchError,
     SyncError,
@@ -167,8 +168,8 @@ class Sync:
         path, kept = f"{self._options.channel}.head", self._folder / HEAD_NAME
         known = self._state.channel == self._options.channel and kept.exists()
         tag = self._state.tag if known else ""
-        with self._source.get(path, tag=tag) as answer:
-            if answer.status == 304:
+        with self._source.get(path, tag=tag, within=HEAD_DEADLINE_S) as answer:
+            if answer.status == 304 and tag:
                 data, tag = kept.read_bytes(), self._state.tag
             elif answer.status == 200:
                 tag = answer.tag
@@ -206,7 +207,10 @@ class Sync:
                 f"the head is of channel {head.channel!r}, asked for was "
                 f"{self._options.channel!r}: the files were exchanged"
             )
-        if state.channel != head.channel:
+        if self._was_revoked(device):
+            self._state = SyncState(spent=state.spent)
+            self._save()  # before the head that proves it is gone
+        elif state.channel != head.channel:
             self._state = SyncState(spent=state.spent, seen=state.seen)
         elif head.version < state.version:
             raise TrustError(
@@ -218,6 +222,21 @@ class Sync:
                 f"there are two heads of version {head.version}: two publishers share "
                 "a key and not the place; publish again"
             )
+
+    def _was_revoked(self, device: State) -> bool:
+        """Return whether the head that set the floors is of keys that count no more.
+
+        Else whoever stole a key could set a version and a time that no honest head
+        ever reaches, and the key list that revokes it would not help.
+        """
+        with suppress(OSError, HeadError):
+            kept = read_head((self._folder / HEAD_NAME).read_bytes())
+            if kept.signatures and kept.sha256 == self._state.digest:
+                try:
+                    kept.check(device.trust)
+                except TrustError:
+                    return True
+        return False
 
     def _take_lists(self, device: State, newest: int) -> None:
         """Put the key lists that follow this device's own into the agent's folder."""
@@ -313,8 +332,9 @@ class Sync:
         path, offset = f"patches/{way.sha256}.dpu", self._part_size(way)
         if offset == way.size:
             return
-        tag = self._state.tags.get(way.sha256, "")
-        with self._source.get(path, tag=tag if offset else "", offset=offset) as answer:
+        tag = self._state.tags.get(way.sha256, "") if offset else ""
+        within = HEAD_DEADLINE_S + way.size / self._options.slowest
+        with self._source.get(path, tag=tag, offset=offset, within=within) as answer:
             if answer.status == 416:
                 self._files.unlink(self._part(way))
                 raise SyncError(f"{path}: the server has less than this device")
@@ -326,15 +346,14 @@ class Sync:
                 )
             if answer.size is not None and answer.offset + answer.size != way.size:
                 raise SyncError(
-                    f"{path} has {answer.offset + answer.size} bytes, the head says "
-                    f"{way.size}"
+                    f"{path} has {answer.offset + answer.size} bytes, {way.size} "
+                    "were said"
                 )
             tags = dict(self._state.tags) | {way.sha256: answer.tag}
             self._state = replace(self._state, tags=tags)
-            self._receive(way, answer)
+            self._receive(way, answer, time.monotonic() + within)
 
-    def _receive(self, way: Way, answer: Answer) -> None:
-        end = time.monotonic() + HEAD_DEADLINE_S + way.size / self._options.slowest
+    def _receive(self, way: Way, answer: Answer, end: float) -> None:
         with self._part(way).open("r+b" if answer.offset else "wb") as file:
             count = file.seek(answer.offset)
             try:

@@ -2,6 +2,7 @@
 """A web server on loopback that knows ranges and tags, and can be told to misbehave."""
 
 import hashlib
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,26 +20,45 @@ class FileServer(ThreadingHTTPServer):
         replace: Other content by path.
         endless: Whether bodies without a length never end.
         tagged: Whether there are tags.
+        drip_s: Seconds between two bytes of the headers.
+        status: What every answer says instead; by path in ``statuses``.
+        onward: Where every request is sent on to.
+        kept: Whether connections are kept.
+        connections: How many there were.
     """
 
     daemon_threads = True
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, certificate: Path | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.scheme = "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+            self.scheme = "https"
         self.root, self.bytes, self.bodies = root, 0, dict[str, int]()
         self.cut, self.pause_s, self.endless, self.tagged = None, 0.0, False, True
         self.replace: dict[str, bytes] = {}
-        self.status = 0
+        self.status, self.statuses = 0, dict[str, int]()
+        self.drip_s, self.onward, self.kept, self.connections = 0.0, "", False, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_):
+        """Clients that hang up are what is tested."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FileServer
+
+    def setup(self):
+        super().setup()
+        self.server.connections += 1
 
     def do_GET(self):
         server = self.server
@@ -48,8 +68,11 @@ class Handler(BaseHTTPRequestHandler):
         file = server.root / path
         if data is None and file.is_file():
             data = file.read_bytes()
-        if server.status or data is None:
-            self.answer(server.status or 404, b"", {})
+        if server.onward:
+            self.answer(302, b"", {"Location": f"{server.onward}/{path}"})
+            return
+        if (status := server.statuses.get(path, server.status)) or data is None:
+            self.answer(status or 404, b"", {})
             return
         tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
         headers = {"ETag": tag} if server.tagged else {}
@@ -67,12 +90,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status, body, headers):
         server = self.server
-        headers |= {"Connection": "close"}
+        if not server.kept:
+            headers |= {"Connection": "close"}
         if not server.endless:
             headers["Content-Length"] = str(len(body))
         lines = [f"HTTP/1.1 {status} X", *(f"{k}: {v}" for k, v in headers.items())]
         head = "\r\n".join(lines).encode() + b"\r\n\r\n"
-        self.send(head)
+        for piece in [head[n : n + 1] for n in range(len(head) * (server.drip_s > 0))]:
+            time.sleep(server.drip_s)
+            if not self.send(piece):
+                return
+        if not server.drip_s:
+            self.send(head)
         path, sent = self.path.lstrip("/"), 0
         most = len(body) if server.cut is None else server.cut
         step = 16 if server.pause_s else 1 << 14
@@ -83,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
                 break
             sent += len(piece)
             server.bodies[path] = server.bodies.get(path, 0) + len(piece)
-        self.close_connection = True
+        self.close_connection = not server.kept or sent < len(body)
 
     def send(self, data):
         try:
