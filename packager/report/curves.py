@@ -4,9 +4,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from packager.report.svg import RIGHT, WIDTH, Format, draw, write
+from packager.report.svg import RIGHT, WIDTH, Format, draw, escape, write
 
 LEFT, TOP, BOTTOM = 78, 24, 44  # room around the plot
 
@@ -78,14 +77,16 @@ class Plot:
         )
 
 
-def plot_of(low: float, high: float, height: float, *, log: bool) -> Plot:
-    """Return axes with round numbers at their ends."""
+def plot_of(
+    low: float, high: float, height: float, *, log: bool, least: float = 0
+) -> Plot:
+    """Return axes with round numbers at their ends, ``least`` apart or more."""
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         last = max(last, first + 1)
         ticks = [10.0**n for n in range(first, last + 1)]
         return Plot(ticks[0], ticks[-1], height, log=True, ticks=ticks)
-    step = _step((high - low) or abs(high) or 1)
+    step = max(least, _step((high - low) or abs(high) or 1))
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
     ticks = [n * step for n in range(first, last + 1)]
@@ -191,3 +192,48 @@ def column_chart(
             parts.append(write(place[x], top - 6, form(value), "middle"))
     words = ", ".join(f"{axes[0]} {x:g}: {form(value)}" for x, value in columns)
     return draw(title, words, height, parts)
+
+
+def stacked_areas(
+    title: str,
+    series: Sequence[tuple[str, str, Sequence[int | None]]],
+    ticks: Sequence[tuple[int, str]],
+    *,
+    axes: tuple[str, str],
+    form: Format,
+) -> str:
+    """Draw amounts on top of each other, a step for each day or the like.
+
+    Args:
+        title: What is shown.
+        series: Name, colour such as ``"c1"`` or ``"h3"``, and the amount of each step;
+            None where nobody knows it.
+        ticks: Steps with their labels.
+        axes: Names of x and y.
+        form: Puts an amount into words.
+    """
+    height, steps = 280, len(series[0][2])
+    known = [n for n in range(steps) if series[0][2][n] is not None]
+    total = [sum(amounts[n] or 0 for *_, amounts in series) for n in range(steps)]
+    plot = plot_of(0, max(total, default=0) or 1, height, log=False, least=1)
+    width = (WIDTH - LEFT - RIGHT) / steps
+    parts = [*plot.grid(form), *plot.names(*axes)]
+    for step, label in ticks:
+        x = LEFT + (step + 0.5) * width
+        parts.append(write(x, height - BOTTOM + 18, label, "middle"))
+    below = [0] * steps
+    for name, colour, amounts in series:
+        path = ""
+        for n in known:
+            top, bottom = plot.y(below[n] + (amounts[n] or 0)), plot.y(below[n])
+            below[n] += amounts[n] or 0
+            if bottom - top > 0.04:
+                # A little wider, so that no line shows between one day and the next.
+                x, right = LEFT + n * width, LEFT + (n + 1) * width + 0.2
+                path += f"M{x:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{x:.1f}z"
+        last = form(amounts[known[-1]] or 0) if known else "nothing"
+        words = f"<title>{escape(f'{name}: {last} at the end')}</title>"
+        parts.append(f'<path class="area {colour}" d="{path}">{words}</path>')
+    ends = [(name, [form(a[n] or 0) for n in known]) for name, _, a in series]
+    told = "; ".join(f"{name}: from {a[0]} to {a[-1]}" for name, a in ends if a)
+    return draw(title, told, height, parts)

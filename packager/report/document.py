@@ -42,7 +42,9 @@ class Section:
         table: The numbers; every picture has one beside it.
         picture: SVG.
         caption: How to read the picture; only shown with it.
-        legend: Names of the colours in the picture, by their number.
+        legend: Colours in the picture with their names: 1 to 5, or a step of the heat
+            map such as ``"h3"``.
+        folded: More tables, each with its name; pages show them when asked.
     """
 
     title: str
@@ -50,7 +52,8 @@ class Section:
     table: Table | None = None
     picture: str = ""
     caption: str = ""
-    legend: Sequence[tuple[int, str]] = ()
+    legend: Sequence[tuple[int | str, str]] = ()
+    folded: Sequence[tuple[str, Table]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,26 @@ class Document:
         figures: A few numbers that matter most, with what they are.
         facts: Names and values.
         sections: The parts.
+        state: Whether all is well: ``"well"``, ``"look"`` or ``"act"``; empty where
+            that is not the question.
+        lead: What to know or to do first, a sentence or two each.
+        made_by: The command that makes it.
     """
 
     title: str
     figures: Sequence[tuple[str, str]] = ()
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = field(default_factory=list)
+    state: str = ""
+    lead: Sequence[str] = ()
+    made_by: str = "dpu-patch"
 
 
 def to_text(document: Document) -> str:
     """Return a document as aligned text for a terminal."""
     lines = [printable(document.title)]
+    for words in document.lead:
+        lines += _wrapped(f"- {printable(words)}", 80, "  ")
     facts = [(printable(name), printable(value)) for name, value in document.facts]
     width = max((len(name) for name, _ in facts), default=0) + 2
     lines += [f"  {name:<{width}}{value}" for name, value in facts]
@@ -81,13 +93,16 @@ def to_text(document: Document) -> str:
         lines += [f"  {line}" for line in _wrapped(section.text, 78)]
         if section.table:
             lines += [f"  {line}" for line in _aligned(section.table)]
+        for name, table in section.folded:
+            lines += [f"  {printable(name)}"]
+            lines += [f"    {line}" for line in _aligned(table)]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
     from textwrap import wrap
 
-    return wrap(text, width)
+    return wrap(text, width, subsequent_indent=indent)
 
 
 def _aligned(table: Table) -> Iterator[str]:
@@ -104,6 +119,8 @@ def _aligned(table: Table) -> Iterator[str]:
 def to_markdown(document: Document) -> str:
     """Return a document as Markdown, to paste into a pull request."""
     lines = [f"## {_escape(document.title)}", ""]
+    if document.lead:
+        lines += [*(f"- {_escape(words)}" for words in document.lead), ""]
     if document.facts:
         lines += pipes(Table(["", "<"], document.facts))
     for section in document.sections:
@@ -112,6 +129,8 @@ def to_markdown(document: Document) -> str:
             lines += [_escape(section.text), ""]
         if section.table:
             lines += pipes(section.table)
+        for name, table in section.folded:
+            lines += ["", f"#### {_escape(name)}", "", *pipes(table)]
     return "\n".join(lines)
 
 

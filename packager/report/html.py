@@ -6,17 +6,20 @@ picture's numbers again in a table.
 """
 
 from collections.abc import Iterator
-from html import escape
 
 from packager.report.document import Document, Section, Table
+from packager.report.svg import escape
 
+LONG = 40  # characters; a longer cell may break into lines
+MARKS = {"well": "\u2713", "look": "!", "act": "\u2715"}
 # Series colours are by Okabe and Ito, told apart by colour-blind readers too; c2 and
 # c4 are darker on a light ground, where the originals are too pale for thin lines.
 COLOURS = """
 :root { color-scheme: light dark;
   --ground: #fbfaf8; --card: #ffffff; --ink: #1d2329; --soft: #5d6874;
   --rule: #dfe3e8; --grid: #e9ecef; --on: #ffffff;
-  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #8a949e;
+  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #6b7580;
+  --bad: #b3261e;
   --h0: #f1f3f5; --h1: #deeaf5; --h2: #c5dcef; --h3: #a2c9e6; --h4: #78b0d9;
   --h5: #4f94c8; --h6: #2d78b3; --h7: #145c97; --h8: #063f73;
   --pale: #1d2329; --deep: #ffffff; }
@@ -24,13 +27,15 @@ COLOURS = """
   --ground: #14181d; --card: #1b2127; --ink: #e7ebef; --soft: #98a3af;
   --rule: #303841; --grid: #2a3138; --on: #0d1116;
   --c1: #58b2e8; --c2: #f0a04b; --c3: #35c49b; --c4: #dd93bd; --c5: #78838e;
+  --bad: #ff8f85;
   --h0: #20262d; --h1: #18344a; --h2: #1a4360; --h3: #1e567b; --h4: #266c99;
   --h5: #3785b6; --h6: #579fcc; --h7: #83bce0; --h8: #b9dcf3;
   --pale: #e7ebef; --deep: #0d1116; } }
 @media print { :root { color-scheme: light;
   --ground: #ffffff; --card: #ffffff; --ink: #000000; --soft: #444444;
   --rule: #bbbbbb; --grid: #dddddd; --on: #ffffff;
-  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #8a949e;
+  --c1: #0072b2; --c2: #c25700; --c3: #00805f; --c4: #a34d7f; --c5: #6b7580;
+  --bad: #b3261e;
   --h0: #f1f3f5; --h1: #deeaf5; --h2: #c5dcef; --h3: #a2c9e6; --h4: #78b0d9;
   --h5: #4f94c8; --h6: #2d78b3; --h7: #145c97; --h8: #063f73;
   --pale: #000000; --deep: #ffffff; }
@@ -46,12 +51,19 @@ svg .pale { fill: var(--pale); } svg .deep { fill: var(--deep); }
 .grid { stroke: var(--grid); fill: none; }
 .line { fill: none; stroke: currentColor; stroke-width: 2.25; stroke-linejoin: round; }
 .fill { fill: currentColor; stroke: var(--card); stroke-width: 1; }
+.area { fill: currentColor; }
 .ring { fill: var(--card); stroke: currentColor; stroke-width: 2; }
 .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
 .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.h0 { fill: var(--h0); } .h1 { fill: var(--h1); } .h2 { fill: var(--h2); }
-.h3 { fill: var(--h3); } .h4 { fill: var(--h4); } .h5 { fill: var(--h5); }
-.h6 { fill: var(--h6); } .h7 { fill: var(--h7); } .h8 { fill: var(--h8); }
+.h0 { fill: var(--h0); color: var(--h0); }
+.h1 { fill: var(--h1); color: var(--h1); }
+.h2 { fill: var(--h2); color: var(--h2); }
+.h3 { fill: var(--h3); color: var(--h3); }
+.h4 { fill: var(--h4); color: var(--h4); }
+.h5 { fill: var(--h5); color: var(--h5); }
+.h6 { fill: var(--h6); color: var(--h6); }
+.h7 { fill: var(--h7); color: var(--h7); }
+.h8 { fill: var(--h8); color: var(--h8); }
 """
 STYLE = (
     COLOURS
@@ -62,6 +74,13 @@ body { margin: 0; background: var(--ground); color: var(--ink);
 main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 20px; letter-spacing: -.01em;
   overflow-wrap: anywhere; }
+h1 i { display: inline-block; width: 1.3em; height: 1.3em; border-radius: 50%;
+  margin-right: .4em; text-align: center; font-style: normal; line-height: 1.3em;
+  color: var(--on); background: var(--mark); }
+.well { --mark: var(--c3); } .look { --mark: var(--c2); } .act { --mark: var(--bad); }
+.lead { margin: 0 0 24px; padding: 4px 0 4px 34px; max-width: 76ch;
+  border-left: 3px solid var(--mark); }
+.lead li { margin: 4px 0; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 0 0 4px; }
 p { margin: 0 0 16px; color: var(--soft); max-width: 72ch; }
 .figures { display: grid; gap: 12px; margin: 0 0 20px;
@@ -98,6 +117,7 @@ th { text-align: left; color: var(--soft); font-weight: 500; background: var(--c
 thead th { position: sticky; top: 0; z-index: 1;
   box-shadow: inset 0 -1px var(--rule); }
 th, td { padding: 5px 14px 5px 0; white-space: nowrap; vertical-align: baseline; }
+td.long { white-space: normal; min-width: 30ch; overflow-wrap: anywhere; }
 tbody th { color: var(--ink); font-weight: 400; position: sticky; left: 0; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -106,6 +126,8 @@ th:not(:first-child):not(.number) { padding-left: 14px; }
 footer { color: var(--soft); font-size: 13px; }
 @media (max-width: 640px) { main { padding: 20px 10px; }
   section { padding: 16px 14px; }
+  th.long { min-width: 36vw; max-width: 36vw; white-space: normal;
+    overflow-wrap: anywhere; }
   svg text { font-size: 14px; } svg .strong { font-size: 15px; } }
 @media print { body { font-size: 11px; } main { max-width: none; padding: 0; }
   h1 { font-size: 22px; } h2 { font-size: 15px; }
@@ -141,14 +163,27 @@ def to_html(document: Document) -> str:
             '<meta http-equiv="Content-Security-Policy" content="default-src '
             "'none'; style-src 'unsafe-inline'\">\n",
             f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n",
-            f"<h1>{title}</h1>\n",
+            *_heading(document, title),
             *_figures(document),
             *_facts(document),
             *(part for section in document.sections for part in _section(section)),
-            "<footer>Made by dpu-patch.</footer>\n",
+            f"<footer>Made by {escape(document.made_by)}.</footer>\n",
             "</main>\n</body>\n</html>\n",
         ]
     )
+
+
+def _heading(document: Document, title: str) -> Iterator[str]:
+    if document.state:
+        mark = MARKS[document.state]
+        yield f'<h1 class="{document.state}"><i aria-hidden="true">{mark}</i>'
+        yield f"{title}</h1>\n"
+    else:
+        yield f"<h1>{title}</h1>\n"
+    if document.lead:
+        yield f'<ul class="lead {document.state}">\n'
+        yield from (f"<li>{escape(words)}</li>\n" for words in document.lead)
+        yield "</ul>\n"
 
 
 def _figures(document: Document) -> Iterator[str]:
@@ -184,6 +219,10 @@ def _section(section: Section) -> Iterator[str]:
         yield f"<summary>Table, {_rows(section.table)}</summary>\n"
         yield from _table(section.table, section.title)
         yield "</details>\n"
+    for name, table in section.folded:
+        yield f"<details><summary>{escape(name)}</summary>\n"
+        yield from _table(table, name)
+        yield "</details>\n"
     yield "</section>\n"
 
 
@@ -196,7 +235,8 @@ def _legend(section: Section) -> Iterator[str]:
     if section.legend:
         yield '<ul class="legend">'
         for colour, name in section.legend:
-            yield f'<li class="c{colour}"><i></i><span>{escape(name)}</span></li>'
+            kind = colour if isinstance(colour, str) else f"c{colour}"
+            yield f'<li class="{kind}"><i></i><span>{escape(name)}</span></li>'
         yield "</ul>\n"
 
 
@@ -212,8 +252,10 @@ def _table(table: Table, title: str) -> Iterator[str]:
         yield f'<th scope="col"{kind}>{escape(heading)}</th>'
     yield "</tr></thead>\n<tbody>\n"
     for name, *cells in table.rows:
-        yield f'<tr><th scope="row">{escape(name)}</th>'
+        long = ' class="long"' if len(name) > LONG // 2 else ""
+        yield f'<tr><th scope="row"{long}>{escape(name)}</th>'
         for cell, kind in zip(cells, kinds[1:], strict=True):
+            kind = kind or (' class="long"' if len(cell) > LONG else "")
             yield f"<td{kind}>{escape(cell)}</td>"
         yield "</tr>\n"
     yield "</tbody></table></div>\n"

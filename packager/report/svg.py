@@ -9,14 +9,19 @@ the page scales them. Charts with axes are in :mod:`packager.report.curves`.
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from html import escape
+from html import escape as escape_html
 
-from edge_runtime.streams import utf8
+from edge_runtime.text import printable
 
 # Narrow, so that words are legible where a phone shows the whole picture.
 WIDTH, RIGHT = 480, 16
 LEVELS = 8  # steps of the heat map's colour
 Format = Callable[[float], str]
+
+
+def escape(text: str) -> str:
+    """Return text of anybody as a page shows it: no markup, and no direction marks."""
+    return escape_html(printable(text))
 
 
 def stacked_bars(
@@ -36,7 +41,8 @@ def stacked_bars(
     scale = (WIDTH - left - RIGHT) / longest
     out, y = [], 4.0
     for name, parts in rows:
-        out.append(write(left - 10, y + bar / 2 + 4, name, "end", "strong"))
+        short = _shortened(name, left)
+        out.append(write(left - 10, y + bar / 2 + 4, short, "end", "strong"))
         x = float(left)
         for part, colour, size in parts:
             width = size * scale
@@ -48,6 +54,8 @@ def stacked_bars(
             )
             if width > 7.2 * len(form(size)) + 8:
                 out.append(write(x + width / 2, y + 22, form(size), "middle", "on"))
+            elif len(parts) == 1:
+                out.append(write(x + width + 6, y + 22, form(size), "start"))
             x += width
         y += bar + 12
     words = "; ".join(
@@ -203,7 +211,8 @@ def write(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
 def draw(title: str, description: str, height: float, parts: Sequence[str]) -> str:
     """Return a finished picture of these parts."""
     # Named by what is in it, so that the same report is the same bytes.
-    number = f"{zlib.crc32(utf8(''.join((title, description, *parts)))):08x}"
+    words = "".join((escape(title), escape(description), *parts))
+    number = f"{zlib.crc32(words.encode()):08x}"
     return (
         f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}" '
         f'aria-labelledby="t{number} d{number}">'

@@ -2,6 +2,7 @@
 """Numbers in words: bytes, shares, times; names in the order that people expect."""
 
 import re
+from datetime import UTC, datetime
 
 
 def spaced(number: int | str) -> str:
@@ -39,6 +40,21 @@ def duration(seconds: float) -> str:
     if seconds < 86_370:
         return _two(round(seconds / 60), 60, "h", "min")
     return _two(round(seconds / 3600), 24, "d", "h")
+
+
+def counted(number: int, word: str) -> str:
+    """Write how many there are of something that takes an s: ``3 devices``."""
+    return f"{spaced(number)} {word}{'s' * (number != 1)}"
+
+
+def cut(text: str, most: int = 160) -> str:
+    """Return a text of somebody else in a length that a table bears."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def moment(at: int) -> str:
+    """Write a time since 1970 to the minute."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def natural(name: str) -> list[tuple[int, str]]:

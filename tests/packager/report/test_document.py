@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from packager.report.curves import Series, column_chart, line_chart
+from packager.report.curves import Series, column_chart, line_chart, stacked_areas
 from packager.report.document import Document, Section, Table, to_markdown, to_text
 from packager.report.html import to_html
 from packager.report.svg import WIDTH, dumbbells, heat_level, heat_map, stacked_bars
@@ -99,7 +99,7 @@ def test_a_page_has_titles_labels_and_a_table_beside_each_picture(document):
     assert '<html lang="en">' in page
     assert page.count('<svg role="img"') == 1
     assert '<table aria-label="What changed">' in page
-    assert '<th scope="row">' in page
+    assert '<th scope="row"' in page
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
@@ -217,3 +217,84 @@ def test_tables_wait_behind_their_pictures_and_are_open_where_they_are_alone():
     assert "<details open>" in second
     assert page.count("</details>") == 2
     assert "details::details-content { content-visibility: visible" in page  # printed
+
+
+# Pages that answer whether all is well ------------------------------------------------
+
+
+@pytest.fixture
+def verdict():
+    return Document(
+        "Act now: 1 of 3",
+        sections=[
+            Section(
+                "Devices",
+                table=Table(["device", "<reason"], [["a", "x" * 60]]),
+                folded=[("history of a", Table(["when", "<what"], [["now", EVIL]]))],
+            )
+        ],
+        state="act",
+        lead=[f"halt it {EVIL}", "then read"],
+        made_by="dpu-fleet",
+    )
+
+
+def test_the_answer_and_what_to_do_stand_first(verdict):
+    page = to_html(verdict)
+    checker = _Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert "script" not in checker.tags
+    first = page.index('<h1 class="act">')
+    assert first < page.index("halt it") < page.index("then read") < page.index("<h2>")
+    assert "Made by dpu-fleet." in page
+    assert to_text(verdict).splitlines()[1].startswith("- halt it <script>")
+    assert "- then read" in to_markdown(verdict)
+
+
+def test_tables_that_are_folded_away_are_in_every_form(verdict):
+    for text in (to_html(verdict), to_text(verdict), to_markdown(verdict)):
+        assert "history of a" in text
+        assert "alert('x')" in text.replace("&#x27;", "'")
+
+
+def test_long_cells_may_break_and_short_ones_do_not(verdict):
+    page = to_html(verdict)
+    assert f'<td class="long">{"x" * 60}' in page
+    assert '<th scope="row">a<' in page
+
+
+@pytest.mark.parametrize("evil", ["\u202e", "\u2066", "\x1b[2J", "\x00", "\ud800"])
+def test_no_text_turns_a_page_around_or_is_no_text(evil):
+    picture = stacked_bars(evil, [(evil, [(evil, 1, 1.0)])], short_bytes)
+    table = Table([evil, "<b"], [[evil, evil]])
+    section = Section(evil, evil, table, picture, evil, [(1, evil)], [(evil, table)])
+    page = to_html(Document(evil, [(evil, evil)], [(evil, evil)], [section]))
+    page.encode()
+    assert evil not in page
+    ElementTree.fromstring(picture)
+
+
+def test_areas_leave_out_what_nobody_knows_and_count_in_whole_numbers():
+    series = [("a", "c5", [1, None, 1]), ("b", "h8", [0, None, 2])]
+    picture = stacked_areas(
+        "t", series, [(0, "mon")], axes=("day", "n"), form=lambda n: f"{n:g}"
+    )
+    root = ElementTree.fromstring(picture)
+    areas = [e for e in root.iter() if "area" in e.get("class", "")]
+    assert [e.get("d").count("M") for e in areas] == [2, 1]
+    labels = [e.text for e in root.iter() if e.tag == "text"]
+    assert labels[:4] == ["0", "1", "2", "3"]
+    assert root[1].text == "a: from 1 to 1; b: from 0 to 2"
+    nothing = [("a", "c1", [None])]
+    picture = stacked_areas("t", nothing, [], axes=("x", "y"), form=str)
+    assert ElementTree.fromstring(picture) is not None
+
+
+def test_a_bar_that_is_too_small_has_its_number_beside_it():
+    rows = [("all", [("n", 1, 90_000.0)]), ("few", [("n", 1, 3.0)])]
+    picture = stacked_bars("t", rows, lambda n: f"{n:g}")
+    words = [e for e in ElementTree.fromstring(picture).iter() if e.tag == "text"]
+    beside = next(e for e in words if e.text == "3")
+    assert beside.get("text-anchor") == "start"
+    assert float(beside.get("x")) < WIDTH

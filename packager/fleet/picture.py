@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a fleet, from its database: what people ask first, in bounded size.
+
+Whatever devices say, the answers stay small: groups and lists end after a fixed
+number, and the rest is counted. Nothing here is escaped: pages do that.
+"""
+
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from packager.report.words import duration
+
+DAY = 86_400
+STALE = 3 * DAY  # a device reports once a day; three times in a row it did not
+APPLIED = "applied"
+FAILURES = ("refused", "rolled back")  # of a release on a device
+TROUBLES = (*FAILURES, "blocked", "cut off")
+THERE, FAILED, BLOCKED = "run it", "failed", "cannot try it now"
+UNDER_WAY, SILENT = "not there yet", "silent since it came"
+DAYS = 92  # of versions over time
+SHOWN = 50  # devices in one list
+HISTORY = 20  # reports of one device
+KINDS = 12  # releases, groups and reasons in one table
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A release, and what came of it.
+
+    Attributes:
+        counter: Its release counter.
+        round: Its round.
+        target: Its fingerprint.
+        at: When it was published.
+        patch_bytes: Of the patch from the release before; 0 where nobody knows.
+        full_bytes: Of the full weights; 0 where nobody knows.
+        withdrawn: Whether a newer release went back behind it.
+        took: Devices that proved that they applied it.
+    """
+
+    counter: int
+    round: int
+    target: str
+    at: int
+    patch_bytes: int
+    full_bytes: int
+    withdrawn: bool
+    took: int = 0
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"round {self.round}" + (" (taken back)" if self.withdrawn else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device, by its newest report; the fields are those of the database."""
+
+    id: str
+    group: str
+    round: int
+    target: str
+    outcome: str
+    reason: str
+    last_seen: int
+    proved: bool
+    runtime: str = ""
+    first_seen: int = 0
+    last_proved: int | None = None
+    month_bytes: int = 0
+    key_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One kind of failure.
+
+    Attributes:
+        outcome: The word for it.
+        reason: Why, without what differs from device to device.
+        devices: How many proved that.
+        claimed: How many others say so.
+        newest: When it was last reported.
+    """
+
+    outcome: str
+    reason: str
+    devices: int
+    claimed: int
+    newest: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Picture:
+    """A fleet at one moment.
+
+    Attributes:
+        now: When, seconds since 1970.
+        devices: How many were ever heard of.
+        proved: How many of them by a known key.
+        newest: When the newest report was made; 0 for none.
+        stale: How many proved devices are silent for longer than ``STALE``.
+        releases: Newest first, the newest few.
+        known: Every release by its fingerprint, where equal weights came out twice the
+            newer one.
+        running: Fingerprint, round, proved devices and devices that only say so.
+        progress: Proved devices by where they are with the newest release.
+        groups: Name, devices, those at the newest release, those with trouble.
+        troubles: What goes wrong now, the most frequent first.
+        troubled: Proved devices and others whose newest report tells of trouble.
+        worst: Of them those that were heard of last.
+        silence: Proved devices by the days since they were last heard of.
+        silent: Those silent for the longest time.
+        recent: Devices that were heard of last.
+        daily: Day, fingerprint, devices.
+        month_bytes: What proved devices counted on the wire this month.
+        claims: Some devices that nothing proves.
+    """
+
+    now: int
+    devices: int = 0
+    proved: int = 0
+    newest: int = 0
+    stale: int = 0
+    releases: Sequence[Release] = ()
+    known: Mapping[str, Release] = field(default_factory=dict)
+    running: Sequence[tuple[str, int, int, int]] = ()
+    progress: Counter[str] = field(default_factory=Counter)
+    groups: Sequence[tuple[str, int, int, int]] = ()
+    troubles: Sequence[Trouble] = ()
+    troubled: tuple[int, int] = (0, 0)
+    worst: Sequence[Device] = ()
+    silence: Sequence[tuple[str, int]] = ()
+    silent: Sequence[Device] = ()
+    recent: Sequence[Device] = ()
+    daily: Sequence[tuple[int, str, int]] = ()
+    month_bytes: int = 0
+    claims: Sequence[Device] = ()
+
+    @property
+    def current(self) -> Release | None:
+        """The newest release."""
+        return self.releases[0] if self.releases else None
+
+    @property
+    def tried(self) -> int:
+        """How many proved devices tried the newest release."""
+        return self.progress[THERE] + self.progress[FAILED]
+
+    def bytes_sent(self, release: Release | None = None) -> tuple[int, int]:
+        """Return the bytes of patches, and of full weights instead.
+
+        Of one release or of the newest few, as far as both sizes are known.
+        """
+        known = [release] if release else self.releases
+        known = [r for r in known if r.patch_bytes and r.full_bytes]
+        sent = sum(r.took * r.patch_bytes for r in known)
+        return sent, sum(r.took * r.full_bytes for r in known)
+
+    def name_of(self, target: str, round_: int) -> str:
+        """Return what to call the weights that a device runs, by its own round."""
+        if not target:
+            return "unclear"
+        release = self.known.get(target)
+        return release.name if release else f"round {round_}, not released here"
+
+    def ago(self, at: int) -> str:
+        """Return how long before this picture something was."""
+        return f"{duration(self.now - at)} ago" if at < self.now else "just now"
+
+
+_SILENCE = [(1, "up to a day"), (3, "1 to 3 days"), (7, "3 to 7 days")]
+_SILENCE += [(30, "7 to 30 days"), (0, "over 30 days")]
+
+
+def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
+    """Read the state of a fleet.
+
+    Args:
+        connection: From :func:`packager.fleet.database.open_database`.
+        now: Seconds since 1970.
+    """
+    picture = Picture(now=now, known=releases_by_target(connection))
+    picture.releases = _with_takers(connection, _releases(connection))
+    row = connection.execute(
+        "SELECT count(*), total(proved), max(last_seen) FROM device"
+    ).fetchone()
+    picture.devices, picture.proved = row[0], int(row[1])
+    picture.newest = min(row[2] or 0, now)
+    picture.running = _running(connection)
+    if current := picture.current:
+        picture.progress = _progress(connection, current)
+    _groups(connection, picture)
+    _troubles(connection, picture)
+    _silence(connection, picture)
+    picture.recent = _devices(connection, "1", "last_seen DESC, id")
+    picture.claims = _devices(connection, "NOT proved", "last_seen DESC, id")
+    today = now // DAY
+    picture.daily = connection.execute(
+        "SELECT day, target, devices FROM daily WHERE day BETWEEN ? AND ? ORDER BY day",
+        [today - DAYS + 1, today],
+    ).fetchall()
+    month = datetime.fromtimestamp(now, UTC).replace(
+        day=1, hour=0, minute=0, second=0, microsecond=0
+    )
+    (spent,) = connection.execute(
+        # A device may say anything: no sum overflows.
+        "SELECT total(min(month_bytes, 1e15)) FROM device "
+        "WHERE proved AND last_seen >= ?",
+        [month.timestamp()],
+    ).fetchone()
+    picture.month_bytes = int(spent)
+    return picture
+
+
+def _releases(connection: sqlite3.Connection) -> list[Release]:
+    rows = connection.execute(
+        "SELECT counter, round, target, at, coalesce(patch_bytes, 0), "
+        "coalesce(full_bytes, 0), withdrawn > 0 FROM release ORDER BY counter DESC"
+    )
+    return [Release(*row) for row in rows]
+
+
+def releases_by_target(connection: sqlite3.Connection) -> dict[str, Release]:
+    """Return each release by its weights; of those with equal ones the newest."""
+    return {release.target: release for release in reversed(_releases(connection))}
+
+
+def _with_takers(
+    connection: sqlite3.Connection, releases: Sequence[Release]
+) -> list[Release]:
+    """Count for the newest releases which devices proved that they applied them."""
+    newest = releases[:KINDS]
+    took = dict(
+        connection.execute(
+            "SELECT counter, count(*) FROM (SELECT DISTINCT counter, device "
+            "FROM report WHERE proved AND outcome = ? AND counter >= ?) "
+            "GROUP BY counter",
+            [APPLIED, min((r.counter for r in newest), default=0)],
+        )
+    )
+    return [replace(release, took=took.get(release.counter, 0)) for release in newest]
+
+
+def _running(connection: sqlite3.Connection) -> list[tuple[str, int, int, int]]:
+    return connection.execute(
+        "SELECT target, max(round), total(proved), count(*) - total(proved) "
+        "FROM device GROUP BY target "
+        "ORDER BY total(proved) DESC, count(*) DESC, target LIMIT ?",
+        [KINDS],
+    ).fetchall()
+
+
+def _progress(connection: sqlite3.Connection, current: Release) -> Counter[str]:
+    """Count the proved devices by where they are with a release."""
+    rows = connection.execute(
+        "SELECT target = :target, last_seen >= :at, tried.outcome, count(*) "
+        "FROM device LEFT JOIN (SELECT device, outcome, max(n) FROM report "
+        "WHERE proved AND counter = :counter GROUP BY device) AS tried "
+        "ON tried.device = device.id WHERE proved GROUP BY 1, 2, 3",
+        {"target": current.target, "at": current.at, "counter": current.counter},
+    )
+    found: Counter[str] = Counter()
+    for there, seen, outcome, number in rows:
+        if there:
+            found[THERE] += number
+        elif outcome in FAILURES:
+            found[FAILED] += number
+        elif outcome in TROUBLES:
+            found[BLOCKED] += number
+        else:
+            found[UNDER_WAY if seen else SILENT] += number
+    return found
+
+
+def _groups(connection: sqlite3.Connection, picture: Picture) -> None:
+    current = picture.current
+    picture.groups = connection.execute(
+        "SELECT grp, count(*), total(target = ?), "
+        f"total(outcome IN ({_words(TROUBLES)})) "
+        "FROM device WHERE proved GROUP BY grp ORDER BY count(*) DESC, grp LIMIT ?",
+        [current.target if current else "", KINDS],
+    ).fetchall()
+
+
+def _troubles(connection: sqlite3.Connection, picture: Picture) -> None:
+    found: dict[tuple[str, str], list[int]] = {}
+    rows = connection.execute(
+        "SELECT outcome, reason, total(proved), count(*), max(last_seen) FROM device "
+        f"WHERE outcome IN ({_words(TROUBLES)}) GROUP BY outcome, reason "
+        "ORDER BY total(proved) DESC, count(*) DESC"
+    )
+    proved = claimed = 0
+    for outcome, reason, known, number, newest in rows:
+        key = outcome, in_general(reason)
+        if key not in found and len(found) >= 100 * KINDS:
+            key = outcome, "other reasons"
+        entry = found.setdefault(key, [0, 0, 0])
+        entry[0] += int(known)
+        entry[1] += number - int(known)
+        entry[2] = max(entry[2], newest)
+        proved, claimed = proved + int(known), claimed + number - int(known)
+    kinds = sorted(found.items(), key=lambda item: (-item[1][0], -item[1][1], item[0]))
+    picture.troubles = [Trouble(*key, *counts) for key, counts in kinds[:KINDS]]
+    picture.troubled = proved, claimed
+    where = f"outcome IN ({_words(TROUBLES)})"
+    picture.worst = _devices(connection, where, "proved DESC, last_seen DESC, id")
+
+
+def in_general(reason: str) -> str:
+    """Return a reason without long numbers and digests, so that equal ones meet."""
+    return re.sub(r"\b[0-9a-f]{8,}\b|\d+[.,]\d+|\d{3,}", "…", reason)
+
+
+def _silence(connection: sqlite3.Connection, picture: Picture) -> None:
+    cases = " ".join(
+        f"WHEN last_seen >= {picture.now - days * DAY:d} THEN {number}"
+        for number, (days, _) in enumerate(_SILENCE[:-1])
+    )
+    rows = dict(
+        connection.execute(
+            f"SELECT CASE {cases} ELSE {len(_SILENCE) - 1} END, count(*) "
+            "FROM device WHERE proved GROUP BY 1"
+        )
+    )
+    picture.silence = [
+        (words, rows.get(number, 0)) for number, (_, words) in enumerate(_SILENCE)
+    ]
+    picture.stale = sum(count for _, count in picture.silence[2:])
+    where = f"proved AND last_seen < {picture.now - STALE:d}"
+    picture.silent = _devices(connection, where, "last_seen, id")
+
+
+def _devices(
+    connection: sqlite3.Connection, where: str, order: str, *values: Any
+) -> list[Device]:
+    rows = connection.execute(
+        "SELECT id, grp, round, target, outcome, reason, last_seen, proved > 0, "
+        "runtime, first_seen, last_proved, month_bytes, key_id FROM device "
+        f"WHERE {where} ORDER BY {order} LIMIT {SHOWN}",
+        values,
+    )
+    return [Device(*row) for row in rows]
+
+
+def _words(outcomes: Iterable[str]) -> str:
+    return ", ".join(f"'{outcome}'" for outcome in outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One report of a device, as its history shows it."""
+
+    at: int
+    outcome: str
+    round: int
+    target: str
+    reason: str
+    running: str
+    proved: bool
+
+
+def find_device(connection: sqlite3.Connection, name: str) -> Device | None:
+    """Return one device; None if it was never heard of."""
+    found = _devices(connection, "id = ?", "id", name)
+    return found[0] if found else None
+
+
+def history(
+    connection: sqlite3.Connection, name: str, most: int = HISTORY
+) -> list[Told]:
+    """Return what a device told, the newest first."""
+    rows = connection.execute(
+        "SELECT at, outcome, round, target, reason, running, proved FROM report "
+        "WHERE device = ? ORDER BY n DESC LIMIT ?",
+        [name, most],
+    )
+    return [Told(*row) for row in rows]
