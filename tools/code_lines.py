@@ -33,7 +33,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "inference": 765,
         "live": 315,
         "store": 885,
-        "sync": 980,
+        "sync": 1060,
         "trust": 320,
         "update": 915,
     },

@@ -6,6 +6,7 @@ HTTP is ``urllib3``'s (the extra ``sync``), imported when the first request is m
 
 import hashlib
 import io
+import re
 import socket
 import threading
 import time
@@ -14,16 +15,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from edge_runtime.errors import SyncError
+from edge_runtime.sync.wire import Meter, metered_pools
 
 CHUNK = 16 << 10
 TIMEOUT_S = 60.0  # without a byte
 EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth
 SHORT_BODY = 1 << 10  # of an error page: to read it costs less than a new connection
-# A new connection with TLS: certificates of the usual size, both directions.
-HANDSHAKE_BYTES = 2000
+REDIRECTS = 3
 
 
 @dataclass(slots=True)
@@ -46,13 +47,11 @@ class Answer:
 
 
 class Source(Protocol):
-    """Where heads and files are read from.
+    """Where heads and files are read from."""
 
-    Attributes:
-        spent: Bytes that went over the wire so far, in both directions.
-    """
-
-    spent: int
+    @property
+    def spent(self) -> int:
+        """Bytes that went over the wire so far, in both directions."""
 
     def get(
         self, path: str, *, tag: str = "", offset: int = 0, within: float = EXCHANGE_S
@@ -125,12 +124,10 @@ class HttpSource:
         """
         import urllib3
 
-        self.url, self.spent = url.rstrip("/"), 0
+        self.url, self._meter = url.rstrip("/"), Meter()
         options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=30, read=TIMEOUT_S),
-            "retries": urllib3.Retry(
-                3, connect=0, read=0, redirect=3, status=0, other=0
-            ),
+            "retries": False,
         }
         if ca:
             options["ca_certs"] = ca
@@ -142,12 +139,13 @@ class HttpSource:
             if proxy
             else urllib3.PoolManager(**options)
         )
-        self._pool.pool_classes_by_scheme = {
-            scheme: _watched(pool, self)
-            for scheme, pool in self._pool.pool_classes_by_scheme.items()
-        }
-        self._greeted = self._late = False
-        self.socket: socket.socket | None = None  # of the exchange under way
+        self._pool.pool_classes_by_scheme = metered_pools(self._meter)
+        self._late = False
+
+    @property
+    def spent(self) -> int:
+        """Bytes that went over the wire so far, in both directions."""
+        return self._meter.spent
 
     @contextmanager
     def get(
@@ -159,24 +157,19 @@ class HttpSource:
         headers = {"Accept-Encoding": "identity", "User-Agent": "dpu-edge"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-            if tag:
+            # A weak tag never matches there: each cut would begin anew. The file's
+            # hash, which is its name, tells parts that do not fit.
+            if tag and not tag.startswith("W/"):
                 headers["If-Range"] = tag
         elif tag:
             headers["If-None-Match"] = tag
         where = f"{self.url}/{path}"
         with self._deadline(where, within):
             try:
-                found = self._pool.request(
-                    "GET",
-                    where,
-                    headers=headers,
-                    preload_content=False,
-                    decode_content=False,  # what comes is what counts
-                )
+                found = self._request(where, headers)
             except urllib3.exceptions.HTTPError as err:
                 raise SyncError(f"{where}: no answer ({_reason(err)})") from err
             try:
-                self._count(where, headers, found)
                 yield self._answer(where, found, offset)
                 if self._late:  # where nothing says how long it is, a cut looks whole
                     raise SyncError(f"{where}: the answer broke off")
@@ -206,10 +199,10 @@ class HttpSource:
             raise
         finally:
             timer.cancel()
-            self.socket = None
+            self._meter.socket = None
 
     def _cut(self) -> None:
-        self._late, open_ = True, self.socket
+        self._late, open_ = True, self._meter.socket
         if open_ is not None:
             with suppress(OSError):
                 socket.socket.shutdown(open_, socket.SHUT_RDWR)
@@ -218,7 +211,7 @@ class HttpSource:
         """Read the rest of a short answer, so that the connection may be kept."""
         left = found.length_remaining
         if left is not None and left <= SHORT_BODY:
-            body = _Counted(self, found)
+            body = _Body(found)
             while body.read(SHORT_BODY):
                 pass
 
@@ -234,47 +227,49 @@ class HttpSource:
                     f"{where}: asked for bytes from {offset} on, it sends those from "
                     f"{start} on"
                 )
-        onward = [step.redirect_location or "" for step in found.retries.history]
-        if where.startswith("https:") and any(o.startswith("http:") for o in onward):
-            raise SyncError(
-                f"{where}: the server sends on to {onward[-1]}, which anybody on the "
-                "way can change; give the address where the files are",
-                permanent=True,
-            )
         if found.status >= 500 or found.status == 429:
             raise SyncError(f"{where}: the server says {found.status}, come later")
-        return Answer(found.status, tag, size, _Counted(self, found), start)
+        return Answer(found.status, tag, size, _Body(found), start)
 
-    def _count(self, where: str, headers: Mapping[str, str], found: Any) -> None:
-        sent = sum(len(k) + len(v) + 4 for k, v in headers.items()) + len(where) + 20
-        got = sum(len(k) + len(v) + 4 for k, v in found.headers.items()) + 20
-        self.spent += sent + got
-        if where.startswith("https:") and not self._greeted:
-            self.spent += HANDSHAKE_BYTES
-            self._greeted = True
+    def _request(self, where: str, headers: Mapping[str, str]) -> Any:
+        """Follow redirections, but none that leads out of TLS."""
+        for _ in range(REDIRECTS + 1):
+            found = self._pool.request(
+                "GET",
+                where,
+                headers=headers,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,  # what comes is what counts
+            )
+            location = found.get_redirect_location()
+            if not location:
+                return found
+            self._drain(found)
+            found.close()
+            onward = urljoin(where, location)
+            if where.startswith("https:") and not onward.startswith("https:"):
+                raise SyncError(
+                    f"{where}: the server sends on to {onward}, which anybody on the "
+                    "way can change; give the address where the files are",
+                    permanent=True,
+                )
+            where = onward
+        raise SyncError(
+            f"{where}: the {REDIRECTS + 1}th redirection in a row; give the address "
+            "where the files are",
+            permanent=True,
+        )
 
 
-def _watched(pool: Any, source: HttpSource) -> Any:
-    """Return a class of pools whose connections tell which socket they wait on."""
-    base = pool.ConnectionCls
+class _Body:
+    """A body that is read as it comes."""
 
-    def getresponse(connection: Any) -> Any:
-        source.socket = connection.sock
-        return base.getresponse(connection)
-
-    made = type(base.__name__, (base,), {"getresponse": getresponse})
-    return type(pool.__name__, (pool,), {"ConnectionCls": made})
-
-
-class _Counted:
-    """A body whose bytes count as they come."""
-
-    def __init__(self, source: HttpSource, answer: Any) -> None:
-        self._source, self._answer = source, answer
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
 
     def read(self, count: int) -> bytes:
         data: bytes = self._answer.read1(count, decode_content=False)
-        self._source.spent += len(data)
         return data
 
 
@@ -333,5 +328,8 @@ def _proxy_for(url: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    found = getattr(error, "reason", None) or error
-    return str(found) or type(found).__name__
+    # Its cause stands behind what it was in the middle of.
+    cause = error.args[-1] if error.args else ""
+    found = str(cause) or str(error) or type(error).__name__
+    # urllib3 begins with its own object, which says nothing more than the address.
+    return re.sub(r"^\w+\(host=.*?\): ", "", found)

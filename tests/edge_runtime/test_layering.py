@@ -19,10 +19,10 @@ from tools.layers import modules as modules_of
 ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
     "base64 binascii codecs collections concurrent contextlib ctypes dataclasses "
-    "enum errno fcntl functools gc hashlib heapq importlib inspect io itertools "
-    "json logging math os pathlib pwd queue random re resource secrets shlex shutil "
-    "signal socket stat struct subprocess sys tempfile threading time tokenize "
-    "traceback types typing urllib weakref zipfile zlib"
+    "enum errno fcntl functools gc hashlib heapq http importlib inspect io "
+    "itertools json logging math os pathlib pwd queue random re resource secrets "
+    "shlex shutil signal socket stat struct subprocess sys tempfile threading time "
+    "tokenize traceback types typing urllib weakref zipfile zlib"
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {
@@ -30,7 +30,7 @@ THIRD_PARTY = {
     "zstandard": {"formats.frames"},
     "cryptography": {"live.proof", "formats.signing"},
     "PIL": {"inference.inputs"},
-    "urllib3": {"sync.http"},
+    "urllib3": {"sync.http", "sync.wire"},
 }
 RUNTIME = "edge_runtime"
 FILES = {

@@ -15,7 +15,7 @@ class FileServer(ThreadingHTTPServer):
     Attributes:
         bytes: Sent and received, headers too.
         bodies: Bytes of bodies, by path.
-        cut: Bytes of a body after which the connection ends; None for never.
+        cut: Bytes of a patch after which the connection ends; None for never.
         pause_s: Seconds between two pieces of a body.
         replace: Other content by path.
         endless: Whether bodies without a length never end.
@@ -25,6 +25,8 @@ class FileServer(ThreadingHTTPServer):
         onward: Where every request is sent on to.
         kept: Whether connections are kept.
         connections: How many there were.
+        weak: Whether they are weak, as behind a server that compresses.
+        lies: Whether what it sends as a part is the beginning.
     """
 
     daemon_threads = True
@@ -39,6 +41,7 @@ class FileServer(ThreadingHTTPServer):
             self.scheme = "https"
         self.root, self.bytes, self.bodies = root, 0, dict[str, int]()
         self.cut, self.pause_s, self.endless, self.tagged = None, 0.0, False, True
+        self.weak = self.lies = False
         self.replace: dict[str, bytes] = {}
         self.status, self.statuses = 0, dict[str, int]()
         self.drip_s, self.onward, self.kept, self.connections = 0.0, "", False, 0
@@ -74,19 +77,21 @@ class Handler(BaseHTTPRequestHandler):
         if (status := server.statuses.get(path, server.status)) or data is None:
             self.answer(status or 404, b"", {})
             return
-        tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        tag = "W/" * server.weak + f'"{hashlib.sha256(data).hexdigest()[:16]}"'
         headers = {"ETag": tag} if server.tagged else {}
         if self.headers.get("If-None-Match") == tag:
             self.answer(304, b"", headers)
             return
         asked, start = self.headers.get("Range"), 0
-        if asked and self.headers.get("If-Range", tag) == tag:
+        condition = self.headers.get("If-Range")
+        if asked and (condition is None or (condition == tag and not server.weak)):
             start = int(asked.removeprefix("bytes=").rstrip("-"))
             if start >= len(data):
                 self.answer(416, b"", headers)
                 return
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.answer(206 if start else 200, data[start:], headers)
+        body = data[: len(data) - start] if server.lies else data[start:]
+        self.answer(206 if start else 200, body, headers)
 
     def answer(self, status, body, headers):
         server = self.server
@@ -103,7 +108,8 @@ class Handler(BaseHTTPRequestHandler):
         if not server.drip_s:
             self.send(head)
         path, sent = self.path.lstrip("/"), 0
-        most = len(body) if server.cut is None else server.cut
+        cut = server.cut if path.startswith("patches/") else None
+        most = len(body) if cut is None else cut
         step = 16 if server.pause_s else 1 << 14
         while server.endless or sent < min(most, len(body)):
             piece = body[sent : min(sent + step, most)] or b"x" * step

@@ -83,7 +83,7 @@ def test_a_stick_or_a_network_drive_needs_no_server(world):
 
 def test_what_is_cut_goes_on_and_no_byte_comes_twice(world, server):
     world.publish(1)
-    server.cut, cuts = 700, 0  # the head comes in one piece
+    server.cut, cuts = 100, 0
     source = HttpSource(server.url)
     while True:
         try:
@@ -95,9 +95,36 @@ def test_what_is_cut_goes_on_and_no_byte_comes_twice(world, server):
         break
     (name,) = found.fetched
     size = (world.folder / name).stat().st_size
-    assert cuts == (size - 1) // 700
+    assert cuts == (size - 1) // 100 > 2
     assert server.bodies[f"patches/{name}"] == size
     assert world.apply() == world.head.target
+
+
+def test_weak_tags_cost_no_byte_twice(world, server):
+    world.publish(1)
+    server.weak = True
+    part_of(world, server)
+    (name,) = world.look(HttpSource(server.url)).fetched
+    assert server.bodies[f"patches/{name}"] == (world.folder / name).stat().st_size
+
+
+def test_a_part_that_is_none_is_fetched_anew_once(world, server):
+    """The 206 says the right range and sends the beginning again."""
+    world.publish(1)
+    part_of(world, server)
+    server.lies = True
+    (name,) = world.look(HttpSource(server.url)).fetched
+    size = (world.folder / name).stat().st_size
+    assert server.bodies[f"patches/{name}"] == 2 * size
+    assert world.apply() == world.head.target
+
+
+def part_of(world, server):
+    """Cut the first fetch after 100 bytes of the patch."""
+    server.cut = 100
+    with pytest.raises(SyncError, match="broke off"):
+        world.look(HttpSource(server.url))
+    server.cut = None
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 100, 338])

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What comes before a body is bounded and counted, wherever the server points to."""
+
+import socket
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from edge_runtime.errors import SyncError
+from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.wire import HANDSHAKE_BYTES, HEADER_BYTES
+from tests.edge_runtime.sync.certificates import Authority
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+
+
+class Raw:
+    """A server on loopback that sends what a test yields, and counts it."""
+
+    def __init__(self, answer, context=None):
+        self.answer, self.context, self.bytes = answer, context, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    if self.context:
+                        connection = self.context.wrap_socket(
+                            connection, server_side=True
+                        )
+                    self.bytes += len(connection.recv(4096))
+                    for piece in self.answer():
+                        connection.sendall(piece)
+                        self.bytes += len(piece)
+                    connection.close()
+                except OSError:
+                    continue  # the client had enough
+
+
+@contextmanager
+def serving(answer, context=None):
+    server = Raw(answer, context)
+    try:
+        yield server
+    finally:
+        server.listener.close()
+
+
+def redirect(url):
+    return f"HTTP/1.1 302 X\r\nLocation: {url}\r\nContent-Length: 0\r\n\r\n".encode()
+
+
+def read(source, path="x"):
+    with source.get(path) as answer:
+        return answer.body.read(100)
+
+
+def forever(piece, pause=0.0):
+    while True:
+        yield piece
+        time.sleep(pause)
+
+
+def test_every_byte_of_an_answer_is_counted():
+    with serving(lambda: [OK]) as server:
+        source = HttpSource(f"http://{server.address}")
+        assert read(source) == b"hi"
+        assert source.spent == server.bytes
+
+
+@pytest.mark.parametrize(
+    "piece", [b"HTTP/1.1 100 X\r\n\r\n", b"HTTP/1.1 100 X\r\nA: %b\r\n" % (b"x" * 9999)]
+)
+def test_headers_without_an_end_are_cut(piece):
+    with serving(lambda: forever(piece)) as server:
+        source = HttpSource(f"http://{server.address}")
+        with pytest.raises(SyncError, match="bytes before a body"):
+            read(source)
+        assert source.spent < HEADER_BYTES + 10_000
+
+
+def test_a_redirection_to_another_host_is_followed_and_counted():
+    with serving(lambda: [OK]) as other:
+        there = redirect(f"http://{other.address}/y")
+        with serving(lambda: [there]) as server:
+            source = HttpSource(f"http://{server.address}")
+            assert read(source) == b"hi"
+            assert source.spent == server.bytes + other.bytes
+
+
+def test_redirections_in_a_circle_end():
+    with (
+        serving(lambda: [redirect("/x")]) as server,
+        pytest.raises(SyncError, match="redirection in a row") as caught,
+    ):
+        read(HttpSource(f"http://{server.address}"))
+    assert caught.value.permanent
+
+
+def test_no_redirection_leads_out_of_tls(tmp_path):
+    authority = Authority(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.certify("server"))
+    with serving(lambda: [OK]) as plain:
+        there = redirect(f"http://{plain.address}/x")
+        with serving(lambda: [there], context) as server:
+            source = HttpSource(f"https://{server.address}", ca=str(authority.ca))
+            with pytest.raises(SyncError, match="anybody on the way"):
+                read(source)
+        assert plain.bytes == 0
+    # A second connection is a second handshake, which budgets count.
+    with serving(lambda: [OK], context) as server:
+        source = HttpSource(f"https://{server.address}", ca=str(authority.ca))
+        assert [read(source), read(source)] == [b"hi", b"hi"]
+        assert source.spent == server.bytes + 2 * HANDSHAKE_BYTES
+
+
+def test_a_server_that_is_away_is_told_in_words():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(SyncError) as caught:
+        read(HttpSource(f"http://127.0.0.1:{port}"))
+    assert "no answer (Failed to establish a new connection: [Errno" in str(
+        caught.value
+    )
