@@ -18,6 +18,7 @@ from edge_runtime.commandline import (
 from packager.cli.fleet_check import check
 from packager.cli.fleet_options import Name, Shares, Skips, Span
 from packager.cli.fleet_provision import provision
+from packager.cli.fleet_prune import prune
 from packager.cli.fleet_show import show
 from packager.cli.keys import read_signers
 from packager.cli.options import (
@@ -240,3 +241,4 @@ def _text(done: "Published") -> str:
 fleet.add_command(provision)
 fleet.add_command(check)
 fleet.add_command(show)
+fleet.add_command(prune)

@@ -22,6 +22,7 @@ from packager.fleet.reader import open_reader
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
+from tests.conftest import RunOnDisk
 from tests.edge_runtime.sync.server import FileServer
 
 KEY = generate_key()
@@ -30,14 +31,21 @@ NOW = 1_800_000_000
 DAY = 86_400
 
 
-@pytest.fixture
-def place(new_run, tmp_path):
-    """Rounds 0 to 2 of a run, published."""
-    run, place = new_run(), FolderPlace(tmp_path / "fleet")
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Rounds 0 to 2 of a run."""
+    run = RunOnDisk(tmp_path_factory.mktemp("runs") / "tiny")
+    place = FolderPlace(tmp_path_factory.mktemp("published"))
     for number in range(3):
         run.add(number)
         release(run, place, number)
     return place
+
+
+@pytest.fixture
+def place(published, tmp_path):
+    shutil.copytree(published.root, tmp_path / "fleet")
+    return FolderPlace(tmp_path / "fleet")
 
 
 def release(run, place, number, **options):
