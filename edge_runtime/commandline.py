@@ -243,7 +243,7 @@ class _CatchErrors:
 
 
 def _report(error: BaseException, *, as_json: bool) -> None:
-    code, message = exit_code(error), _message(error)
+    code, message = exit_code(error), message_of(error)
     if as_json:
         record = {"schema": SCHEMA, "error": type(error).__name__, "message": message}
         record |= {"exit_code": code}
@@ -265,7 +265,8 @@ def _report(error: BaseException, *, as_json: bool) -> None:
             say(f"help:  {error.ctx.command_path} --help")
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """Return what a command says of an exception, with what to do about it."""
     known = _missing_package(error) or _beyond_locale(error) or _lacking(error)
     if known:
         return known

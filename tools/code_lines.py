@@ -28,14 +28,14 @@ BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 725,
         "agent": 530,
-        "cli": 1000,
+        "cli": 1300,
         "formats": 3520,
         "inference": 765,
         "live": 315,
         "store": 885,
-        "sync": 1060,
+        "sync": 1340,
         "trust": 320,
-        "update": 915,
+        "update": 1190,
     },
     "packager": {
         ".": 1680,

@@ -9,8 +9,16 @@ import click
 
 from edge_runtime.cli import agent as cli_agent
 from edge_runtime.cli import infer as cli_infer
+from edge_runtime.cli import repair as cli_repair
+from edge_runtime.cli import service as cli_service
 from edge_runtime.cli import sync as cli_sync
 from edge_runtime.cli import trust as cli_trust
+from edge_runtime.cli.network import (
+    BundleOrChannel,
+    bundle_file,
+    network_options,
+    newcomer,
+)
 from edge_runtime.commandline import (
     CONTEXT,
     EXIT_CODE_HELP,
@@ -51,7 +59,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("bundle", type=FileOf(Kind.BUNDLE))
+@click.argument("bundle", metavar="BUNDLE|URL", type=BundleOrChannel())
 @click.option(
     "--trust",
     "keys",
@@ -72,25 +80,36 @@ def main() -> None:
     is_flag=True,
     help="Trust the keys that the bundle itself carries.",
 )
+@network_options
 @json_option
 @click.pass_obj
 def init(
     root: Path,
-    bundle: Path,
+    /,
+    bundle: Path | str,
     *,
     keys: tuple[Path, ...],
     threshold: int,
     carried: bool,
+    channel: str,
     as_json: bool,
+    **network: str,
 ) -> None:
-    """Install a model from a bundle into an empty store."""
-    from edge_runtime import Device
+    """Install a model into an empty store: from a bundle, or from a channel.
+
+    A URL, or the folder of a channel, is the model's own, as dpu-fleet publishes it.
+    What is cut goes on when the same command is given again.
+    """
+    from edge_runtime import Device, Store
     from edge_runtime.formats.signing import FirstUse
 
     if carried and keys:
         raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
     trust = FirstUse(threshold) if carried else cli_trust.read_trust(keys, threshold)
-    status = Device.install(root, bundle, trust=trust).status()
+    Store(root).insist_free()  # before anything is fetched
+    given = bundle_file(bundle, root, channel, newcomer(trust), **network)
+    with given as (path, _):
+        status = Device.install(root, path, trust=trust).status()
     emit(
         status,
         as_json=as_json,
@@ -160,18 +179,28 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
 
 
 @main.command()
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The agent's folder.  [default: where the agent looked last]",
+)
 @on_device
-def status(device: "Device") -> Answer:
-    """Show what is installed and how it got here."""
+def status(device: "Device", folder: Path | None) -> Answer:
+    """Show what is installed, what is newest, and what is missing."""
     from edge_runtime.agent.status import read_status, status_lines
+    from edge_runtime.sync.story import read_known, story_lines, tell
 
     record = device.status()
     agent = read_status(device.store.root)
     record |= {"agent": agent} if agent else {}
+    if folder is None and agent.get("folder"):
+        folder = Path(agent["folder"])
+    story = record["fleet"] = tell(device.store, agent, read_known(folder))
     kept, reach = (
         ", ".join(map(str, record[key])) for key in ("kept_rounds", "reachable_rounds")
     )
     lines = [
+        story["summary"],
         f"round          {record['round']}",
         f"fingerprint    {record['fingerprint']}",
         f"model          {record['model']}",
@@ -185,6 +214,7 @@ def status(device: "Device") -> Answer:
         f"trusted keys   {_keys(record)}",
         *(f"skipped        {target}" for target in record["skipped"]),
         *_blocked(record["blocked"]),
+        *story_lines(story),
         *status_lines(agent),
         "history",
         *(
@@ -299,8 +329,8 @@ def device_key(device: "Device") -> Answer:
 
 for _command in (
     *(cli_infer.infer, cli_infer.bench),
-    *(cli_agent.agent, cli_agent.service, cli_sync.sync),
-    cli_trust.trust,
+    *(cli_agent.agent, cli_service.service, cli_sync.sync),
+    *(cli_repair.repair, cli_trust.trust),
 ):
     main.add_command(_command)
 for _command in (cli_trust.show, cli_trust.add):

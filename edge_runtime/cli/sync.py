@@ -2,7 +2,6 @@
 """``dpu-edge sync``: fetch what leads to the newest release of a channel."""
 
 import random
-import re
 import socket
 import time
 from dataclasses import asdict
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import emit, json_option, say
-from edge_runtime.errors import SyncError
+from edge_runtime.cli.network import network_options
+from edge_runtime.commandline import emit, json_option, message_of, say
+from edge_runtime.errors import DpuError, SyncError
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
 if TYPE_CHECKING:
@@ -39,25 +39,9 @@ def _budgets(
     return found
 
 
-def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    from edge_runtime.sync.head import CHANNEL_FORM
-
-    if not re.fullmatch(CHANNEL_FORM, value):
-        words = f"found {value!r}, expected a to z, 0 to 9, - and _"
-        raise click.BadParameter(words, ctx, param)
-    return value
-
-
 @click.command()
 @click.argument("url", metavar="URL|DIR")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--channel",
-    envvar="DPU_CHANNEL",
-    default="stable",
-    show_default=True,
-    callback=_channel,
-)
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--every",
     envvar="DPU_EVERY",
@@ -87,37 +71,17 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
     help="What it may send and receive (repeatable).",
 )
 @click.option(
-    "--ca",
-    envvar="DPU_CA",
-    default="",
-    show_default=False,
-    help="Certificates of the servers to trust.",
+    "--metered",
+    envvar="DPU_METERED",
+    is_flag=True,
+    help="Only poll: tell of a newer release, fetch nothing.",
 )
-@click.option(
-    "--cert",
-    envvar="DPU_CERT",
-    default="",
-    show_default=False,
-    help="This device's own certificate.",
-)
-@click.option(
-    "--key",
-    envvar="DPU_CERT_KEY",
-    default="",
-    show_default=False,
-    help="The key of --cert, where it is apart.",
-)
-@click.option(
-    "--proxy",
-    envvar="DPU_PROXY",
-    default="",
-    show_default=False,
-    help="Proxy; by default as the environment says.",
-)
+@network_options
 @json_option
 @click.pass_obj
 def sync(  # noqa: PLR0913 - one argument for each option
     root: Path,
+    /,
     url: str,
     folder: Path,
     *,
@@ -126,37 +90,39 @@ def sync(  # noqa: PLR0913 - one argument for each option
     device: str | None,
     group: str,
     budgets: dict[str, int],
-    ca: str,
-    cert: str,
-    key: str,
-    proxy: str,
+    metered: bool,
     as_json: bool,
+    **network: str,
 ) -> None:
     """Fetch what leads to the newest release of a channel into the agent's FOLDER.
 
     URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
     with the fewest bytes from where this device is; what is cut goes on later. It
     applies nothing: that is the agent's part. Options may also come from the
-    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _CA, _CERT, _CERT_KEY
-    and _PROXY; dpu-fleet provision writes such files.
+    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _CA, _CERT,
+    _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
     """
     from edge_runtime.sync.http import open_source
     from edge_runtime.sync.sync import Sync, SyncOptions, insist_on_trust
 
+    if not folder.is_dir():  # not made here: a stick may not be there
+        raise click.BadParameter(
+            f"{folder} is no folder; make it first", param_hint="FOLDER"
+        )
     insist_on_trust(url, root)
-    source = open_source(url, **_given(ca=ca, cert=cert, key=key, proxy=proxy))
+    source = open_source(url, **{k: v for k, v in network.items() if v})
     options = SyncOptions(
-        channel=channel, device=device or _device_id(), group=group, **budgets
+        channel=channel,
+        device=device or _device_id(),
+        group=group,
+        metered=metered,
+        **budgets,
     )
     looking = Sync(root, folder, source, options)
     if every is None:
         _tell(looking.look(), as_json=as_json)
     else:
         _go_on(looking, every, as_json=as_json)
-
-
-def _given(**options: str) -> dict[str, str]:
-    return {name: value for name, value in options.items() if value}
 
 
 def _device_id() -> str:
@@ -191,11 +157,15 @@ def _go_on(looking: "Sync", every: float, *, as_json: bool) -> None:
             if (line := f"{found.result} {found.fetched}") != told:
                 _tell(found, as_json=as_json)
             told, wait = line, _FIRST_WAIT_S
-        except SyncError as err:
-            if str(err) != told:
-                say(str(err))
-            told = str(err)
-            longest = _LONGEST_PERMANENT_S if err.permanent else _LONGEST_S
+        # A full disk, a head that is not trusted or a locked folder too: whoever
+        # starts this command again at once would only spend bytes.
+        except (DpuError, OSError) as err:
+            words = message_of(err)
+            if words != told:
+                say(words)
+            told = words
+            is_network = isinstance(err, SyncError) and not err.permanent
+            longest = _LONGEST_S if is_network else _LONGEST_PERMANENT_S
             pause, wait = wait, min(2 * wait, longest)
         # Many devices that lost their server at once must not come back at once.
         time.sleep(pause * random.uniform(0.8, 1.2))

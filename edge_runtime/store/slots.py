@@ -66,19 +66,19 @@ def build_slot(
         store.commit(store.state.without(kept))
         store.collect()
     while True:
-        shortage: StoreError | OSError | None = _shortage(store)
-        if shortage is None:
+        lack: StoreError | OSError | None = shortage(store)
+        if lack is None:
             try:
                 return new.write()
             except OSError as err:
                 # Blocks that nobody foresaw, a quota, or all inodes used up.
                 if err.errno not in FULL or not store.state.active:
                     raise
-                shortage = err
+                lack = err
                 store.collect()  # what was written of it
         new.prove()
-        if not _give_up(store, parent, bytes_=isinstance(shortage, StoreError)):
-            raise shortage
+        if not _give_up(store, parent, bytes_=isinstance(lack, StoreError)):
+            raise lack
 
 
 class _NewSlot:
@@ -129,7 +129,7 @@ class _NewSlot:
             ) from err
 
 
-def _shortage(store: Store) -> StoreError | None:
+def shortage(store: Store) -> StoreError | None:
     """Say what is missing for a new slot; None if there is room."""
     needed = store.layout.file_size + SPARE_BYTES
     if (free := store.files.free_bytes(store.root)) >= needed:

@@ -54,8 +54,9 @@ class Event:
         at: UTC time by the device's own clock, ISO 8601; for people only.
         event: ``installed``, ``updated``, ``rolled back``, ``refused``, ``blocked``,
             ``cut off`` (a trial, by a signal or the clock), ``pinned``,
-            ``unpinned``, ``hook failed``, ``keys changed`` (by a key list) or
-            ``mended`` (the state, from its copy).
+            ``unpinned``, ``hook failed``, ``keys changed`` (by a key list),
+            ``mended`` (the state, from its copy) or ``repaired`` (files, from a
+            bundle).
         round: The round that the event led to, or that was refused.
         target: Its fingerprint.
         reason: Why, for a refusal or a failure.
@@ -70,7 +71,7 @@ class Event:
 
 _TRIALS = {"refused", "blocked", "cut off"}  # what became of a release that never ran
 # No release came in between.
-_ASIDE = {"pinned", "unpinned", "hook failed", "mended", "keys changed"}
+_ASIDE = {"pinned", "unpinned", "hook failed", "mended", "keys changed", "repaired"}
 
 
 @dataclass(frozen=True, slots=True)

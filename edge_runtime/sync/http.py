@@ -50,6 +50,10 @@ class Source(Protocol):
     """Where heads and files are read from."""
 
     @property
+    def name(self) -> str:
+        """The address as people may see it, without credentials."""
+
+    @property
     def spent(self) -> int:
         """Bytes that went over the wire so far, in both directions."""
 
@@ -75,7 +79,7 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         """Read below a folder."""
-        self.root, self.spent = root, 0
+        self.root, self.name, self.spent = root, str(root), 0
 
     @contextmanager
     def get(
@@ -124,7 +128,8 @@ class HttpSource:
         """
         import urllib3
 
-        self.url, self._meter = url.rstrip("/"), Meter()
+        self.url, self.name = url.rstrip("/"), plain_address(url)
+        self._meter = Meter()
         options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=30, read=TIMEOUT_S),
             "retries": False,
@@ -287,6 +292,14 @@ def open_source(url: str, **options: str) -> Source:
     if "://" not in url:
         return FolderSource(Path(url))
     raise SyncError(f"{url!r} is no address: expected http://, https:// or a folder")
+
+
+def plain_address(url: str) -> str:
+    """Return an address without credentials: no user, no password, no query."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def read_all(answer: Answer, limit: int, what: str, deadline_s: float) -> bytes:

@@ -28,6 +28,8 @@ class SyncResult(StrEnum):
     HELD = "held"  # the device went back from it, or has seen a newer one
     REFUSED = "refused"  # this device tried that release, and it failed
     OVER_BUDGET = "over budget"
+    METERED = "metered"  # there is a newer release, and this link is for polls only
+    NO_ROOM = "no room"  # on the disk of the agent's folder
     NO_WAY = "no way"  # nothing leads there from where this device is
 
 

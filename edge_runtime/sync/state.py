@@ -15,6 +15,7 @@ from typing import Self
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
+from edge_runtime.formats.json_record import Record
 from edge_runtime.sync.head import SignedHead
 
 SCHEMA = 1
@@ -37,6 +38,11 @@ class SyncState:
         spent: Bytes on the wire, by day (2026-11-28).
         tags: The server's tags of files that are not whole yet, by SHA-256.
         bad: SHA-256 of files that are not what the head says.
+        result: What the last look ended with; ``failed`` for an error.
+        reason: More about it, for people; may be empty.
+        source: Where the channel lies, without credentials.
+        day_bytes: What may be spent a day; None for any.
+        month_bytes: The same a month.
     """
 
     channel: str = ""
@@ -49,6 +55,11 @@ class SyncState:
     spent: Mapping[str, int] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
+    result: str = ""
+    reason: str = ""
+    source: str = ""
+    day_bytes: int | None = None
+    month_bytes: int | None = None
 
     def took(self, signed: SignedHead, tag: str) -> Self:
         """Return the state once a head was taken."""
@@ -102,7 +113,16 @@ def read_sync_state(folder: Path) -> SyncState:
         {day: spent.integer(day) for day in spent.values},
         {name: tags.text(name) for name in tags.values},
         tuple(record.texts("bad")),
+        record.text("result", ""),
+        record.text("reason", ""),
+        record.text("source", ""),
+        _budget(record, "day_bytes"),
+        _budget(record, "month_bytes"),
     )
+
+
+def _budget(record: Record, name: str) -> int | None:
+    return None if record.values.get(name) is None else record.integer(name)
 
 
 def write_sync_state(folder: Path, state: SyncState, files: Files) -> None:

@@ -29,7 +29,7 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.store.admission import signers
-from edge_runtime.store.state import State, utc
+from edge_runtime.store.state import MAX_REASON, State, utc
 from edge_runtime.store.store import Store
 from edge_runtime.sync.head import SHORT, Head, SignedHead, Way, read_head
 from edge_runtime.sync.http import CHUNK, Answer, Source, read_all
@@ -45,7 +45,9 @@ from edge_runtime.trust.root import load_list
 HEAD_DEADLINE_S = 120.0
 SLOWEST = 16  # bytes a second that a file must come with, over all of it
 LISTS = 16  # key lists that are taken at once
-_LOCK_NAME = ".sync.lock"
+FAILED = "failed"  # in place of a result: the look ended with an error
+SPARE_BYTES = 1 << 16  # left free beside what is fetched, for the state
+LOCK_NAME = ".sync.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,7 @@ class SyncOptions:
         group: The group that it belongs to, or empty.
         day_bytes: What it may spend a day; None for any.
         month_bytes: The same a month.
+        metered: Whether it only polls, and fetches no patches.
         slowest: Bytes a second that a file must come with.
     """
 
@@ -66,6 +69,7 @@ class SyncOptions:
     group: str = ""
     day_bytes: int | None = None
     month_bytes: int | None = None
+    metered: bool = False
     slowest: float = SLOWEST
 
 
@@ -127,16 +131,31 @@ class Sync:
             OSError: The disk is full or refuses.
         """
         self._fetched = []
-        with self._files.open_lock(self._folder / _LOCK_NAME) as lock:
-            lock_file(lock, self._folder / _LOCK_NAME)
+        with self._files.open_lock(self._folder / LOCK_NAME) as lock:
+            lock_file(lock, self._folder / LOCK_NAME)
             self._state = read_sync_state(self._folder)
             self._forget_others()
             try:
                 result, head, reason = self._look()
+                self._note(result, reason)
+            except (DpuError, OSError) as err:
+                self._note(FAILED, str(err))
+                raise
             finally:
                 self._save()
         spent = self._source.spent
         return Synced(result, head, tuple(self._fetched), spent, reason)
+
+    def _note(self, result: str, reason: str) -> None:
+        """Keep, for whoever asks the device, how a look ended and what it may cost."""
+        self._state = replace(
+            self._state,
+            result=result,
+            reason=reason[:MAX_REASON],
+            source=self._source.name,
+            day_bytes=self._options.day_bytes,
+            month_bytes=self._options.month_bytes,
+        )
 
     def _look(self) -> tuple[SyncResult, Head | None, str]:
         device = Store.open(self._store, self._files).state
@@ -158,6 +177,8 @@ class Sync:
             now=now,
         )
         if found:
+            if found[0] in (SyncResult.PAUSED, SyncResult.LATER):
+                self._set_aside()
             return found[0], head, found[1]
         return self._fetch_all(device, head)
 
@@ -197,7 +218,7 @@ class Sync:
             if head.keys:
                 self._take_lists(device, head.keys)
             raise
-        if head.model != device.model:
+        if device.model and head.model != device.model:
             raise TrustError(
                 f"the channel is of model {head.model[:SHORT]}, this device runs "
                 f"{device.model[:SHORT]}: give the address of its own model's folder"
@@ -276,6 +297,11 @@ class Sync:
                 return SyncResult.NO_WAY, head, reason
             missing = [way for way in way_there if not self._path(way).exists()]
             needed = sum(way.size - self._part_size(way) for way in missing)
+            if needed and self._options.metered:
+                reason = f"{needed} bytes would lead to round {head.round}"
+                return SyncResult.METERED, head, reason
+            if reason := self._no_room(needed):
+                return SyncResult.NO_ROOM, head, reason
             if reason := self._over_budget(needed):
                 return SyncResult.OVER_BUDGET, head, reason
             try:
@@ -329,7 +355,7 @@ class Sync:
 
     def _download(self, way: Way) -> None:
         """Go on with a file where it was cut; in the end the part has its size."""
-        path, offset = f"patches/{way.sha256}.dpu", self._part_size(way)
+        path, offset = _remote(way), self._part_size(way)
         if offset == way.size:
             return
         tag = self._state.tags.get(way.sha256, "") if offset else ""
@@ -361,22 +387,22 @@ class Sync:
                     count += len(data)
                     if count > way.size:
                         raise SyncError(
-                            f"patches/{way.sha256}.dpu has more than {way.size} bytes"
+                            f"{_remote(way)} has more than {way.size} bytes"
                         )
                     file.write(data)
                     if time.monotonic() > end:
                         raise SyncError(
-                            f"patches/{way.sha256}.dpu comes with less than "
+                            f"{_remote(way)} comes with less than "
                             f"{self._options.slowest:g} bytes a second"
                         )
             finally:
                 file.flush()
                 self._files.sync(file.fileno())
         if count < way.size:
-            raise SyncError(f"patches/{way.sha256}.dpu broke off at {count} bytes")
+            raise SyncError(f"{_remote(way)} broke off at {count} bytes")
 
     def _path(self, way: Way) -> Path:
-        return self._folder / f"{way.sha256}.dpu"
+        return self._folder / Path(_remote(way)).name
 
     def _part(self, way: Way) -> Path:
         return self._folder / f".{way.sha256}.part"
@@ -395,12 +421,24 @@ class Sync:
             if is_digest(path.stem) and path not in kept:
                 self._files.unlink(path)
 
+    def _set_aside(self) -> None:
+        """Take what was fetched out of the agent's sight, until it may be applied.
+
+        A halt must reach files that are here already. They stay as whole parts, so
+        that no byte comes twice when the rollout goes on.
+        """
+        for path in self._folder.glob("*.dpu"):
+            if is_digest(path.stem):
+                self._files.rename(path, self._folder / f".{path.stem}.part")
+                self._files.sync_folder(self._folder)
+
     def _forget_others(self) -> None:
         """Remove parts of files that no head asks for any more."""
-        wanted: Collection[str] = ()
+        wanted = set[str]()
         with suppress(OSError, DpuError):
             head = read_head((self._folder / HEAD_NAME).read_bytes()).head
             wanted = {way.sha256 for way in head.ways}
+            wanted |= {head.bundle[1]} if head.bundle else set()
         for path in self._folder.glob(".*.part"):
             name = path.name[1:-5]
             if is_digest(name) and name not in wanted:
@@ -424,6 +462,16 @@ class Sync:
                 )
         return ""
 
+    def _no_room(self, needed: int) -> str:
+        """Say that the disk has no room; what is fetched in vain costs bytes."""
+        free = self._files.free_bytes(self._folder)
+        if not needed or free >= needed + SPARE_BYTES:
+            return ""
+        return (
+            f"{self._folder} has {free} bytes free, {needed + SPARE_BYTES} are needed; "
+            "free some space"
+        )
+
     def _save(self) -> None:
         """Write the state, with what was spent since the last time."""
         fresh = self._source.spent - self._counted
@@ -433,13 +481,34 @@ class Sync:
         write_sync_state(self._folder, self._state, self._files)
 
 
+def bundle_way(head: Head) -> Way | None:
+    """Return full weights as a way that leads from anywhere; None without a bundle."""
+    return head.bundle and Way("", head.target[:SHORT], *head.bundle)
+
+
+def _remote(way: Way) -> str:
+    """Return where a file lies in the channel's place."""
+    folder, end = ("patches", "dpu") if way.parent else ("bundles", "zip")
+    return f"{folder}/{way.sha256}.{end}"
+
+
 def insist_on_trust(url: str, store: Path) -> None:
-    """Insist that plain HTTP is used only where signatures are checked.
+    """Insist that a device uses plain HTTP only where it checks signatures.
+
+    Raises:
+        TrustError: Anybody on the way could give this device any weights.
+        StoreError: Nothing is installed there.
+    """
+    refuse_plain(url, Store.open(store).state.trust)
+
+
+def refuse_plain(url: str, trust: Trust) -> None:
+    """Refuse plain HTTP where nobody's signature is asked for.
 
     Raises:
         TrustError: Anybody on the way could give this device any weights.
     """
-    if url.startswith("http://") and not Store.open(store).state.trust.keys:
+    if url.lower().startswith("http://") and not trust.keys:
         raise TrustError(
             "this device trusts no keys, so over http:// anybody on the way could "
             "give it any weights: use https://, or install it with --trust"

@@ -130,8 +130,7 @@ class Device:
 
     def _install(self, content: Bundle, patch: Patch) -> None:
         state, header = self.store.state, patch.header
-        if (header.model, header.target) != (content.model, content.target):
-            raise BundleError("the bundle's patch is not for the bundle's weights")
+        _insist_consistent(content, header)
         if error := self._refusal(header):
             raise error
         folder = build_slot(self.store, header.parent, [patch], header.target)
@@ -169,15 +168,34 @@ class Device:
             self.store.lock(),
             open_patch(source, trust=admission.signers(self.store.state)) as patch,
         ):
-            header = patch.header
-            if admission.is_current(self.store.state, header):
-                return UpdateResult.ALREADY_CURRENT
-            if error := self._refusal(header, force=force):
-                raise error
-            slot = Slot(header.target, header.round, header.counter)
-            self._run_hooks("before-apply", "updated", slot)
-            self._try(self._slot_folder(patch), slot, patch.outputs)
-            self._activate(slot, "updated", header.signed_at)
+            return self._update(patch, force=force)
+
+    def take_bundle(self, source: StrPath | bytes) -> UpdateResult:
+        """Move to the round of a bundle, from the init weights: full weights.
+
+        By the same rules as :meth:`update`; the bundle is signed as a whole.
+
+        Raises:
+            BundleError: The bundle is damaged or contradicts itself.
+            DpuError: As :meth:`update`.
+            OSError: As :meth:`update`.
+        """
+        with self.store.lock():
+            content = read_bundle(source, admission.signers(self.store.state))
+            with open_patch(content.patch) as patch:
+                _insist_consistent(content, patch.header)
+                return self._update(patch)
+
+    def _update(self, patch: Patch, *, force: bool = False) -> UpdateResult:
+        header = patch.header
+        if admission.is_current(self.store.state, header):
+            return UpdateResult.ALREADY_CURRENT
+        if error := self._refusal(header, force=force):
+            raise error
+        slot = Slot(header.target, header.round, header.counter)
+        self._run_hooks("before-apply", "updated", slot)
+        self._try(self._slot_folder(patch), slot, patch.outputs)
+        self._activate(slot, "updated", header.signed_at)
         return UpdateResult.APPLIED
 
     def rollback(self, to: int | None = None) -> Slot:
@@ -385,3 +403,8 @@ class Device:
             "blocked": asdict(state.blocked) if state.blocked else None,
             "history": [asdict(event) for event in state.history],
         }
+
+
+def _insist_consistent(content: Bundle, header: PatchHeader) -> None:
+    if (header.model, header.target) != (content.model, content.target):
+        raise BundleError("the bundle's patch is not for the bundle's weights")

@@ -364,10 +364,96 @@ def test_what_would_not_work_on_this_machine_is_said(command, site):
         assert f"{store} is below /tmp" in err
 
 
+SYNC = ("--sync", "https://releases.example.org/digits")
+
+
+def test_the_unit_of_the_network_side_reads_the_store_and_no_key(edge, site):
+    folder = site / "in"
+    code, out, _ = edge("service", *SYNC, folder, "--budget", "2MB/month")
+    unit = unit_of(out)
+    assert (code, unit["User"]) == (0, "dpu-edge-sync")
+    assert unit["ExecStart"].endswith(
+        f"sync {SYNC[1]} {folder} --budget 2MB/month --every 3600"
+    )
+    assert unit["ReadOnlyPaths"] == f"/run {site / 'store'}"
+    assert unit["InaccessiblePaths"] == f"-{site / 'store'}/device.key"
+    assert unit["ReadWritePaths"] == str(folder)
+    assert "AF_INET6" in unit["RestrictAddressFamilies"]
+    assert "PrivateNetwork" not in unit
+
+
+def test_both_units_are_hardened_alike_but_for_the_network(edge, site):
+    apart = {"PrivateNetwork", "RestrictAddressFamilies", "ReadOnlyPaths", "User"}
+    apart |= {"InaccessiblePaths", "ReadWritePaths", "SyslogIdentifier", "RestartSec"}
+    apart |= {"ExecStart", "Description", "After", "Wants"}
+    apart |= {"Type", "NotifyAccess", "WatchdogSec", "KillMode", "TimeoutStopSec"}
+    apart |= {"Environment"}  # of a runtime that it never loads
+    agent, sync = (
+        unit_of(edge("service", *words, site / "in")[1]) for words in ((), SYNC)
+    )
+    for key in (agent.keys() | sync.keys()) - apart:
+        assert agent.get(key) == sync.get(key), key
+
+
+def test_a_name_gives_each_model_of_a_board_its_own_places(command):
+    code, out, _ = command(main, "service", "--name", "door-camera")
+    unit = unit_of(out)
+    assert (code, unit["ReadWritePaths"]) == (0, "/var/lib/dpu-edge/door-camera")
+    store, folder = (f"/var/lib/{n}/door-camera" for n in ("dpu-edge", "dpu-edge-sync"))
+    assert unit["ExecStart"].endswith(f"--store {store} agent {folder}")
+    assert "systemctl edit dpu-edge-agent-door-camera\n" in out
+    code, out, _ = command(main, "service", "--name", "door-camera", *SYNC)
+    unit = unit_of(out)
+    assert (code, unit["StateDirectory"]) == (0, "dpu-edge-sync/door-camera")
+    assert unit["EnvironmentFile"] == "-/etc/dpu-edge/door-camera.env"
+    assert "ReadWritePaths" not in unit
+
+
+def test_a_store_that_is_given_wins_over_a_name(command, site):
+    words = ("--store", site / "store", "service", "--name", "x")
+    unit = unit_of(command(main, *words)[1])
+    assert unit["ReadWritePaths"] == str(site / "store")
+
+
+def test_one_unit_may_serve_many_models(command):
+    words = ("service", "--name", "%i", "--sync", "${DPU_URL}")
+    code, out, _ = command(main, *words)
+    assert code == 0
+    assert unit_of(out)["ExecStart"].endswith(
+        "--store /var/lib/dpu-edge/%i sync ${DPU_URL} /var/lib/dpu-edge-sync/%i"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--sync", "digits", "/in"], "an absolute path or URL"),
+        (["--sync", "https://a/b"], "missing argument FOLDER"),
+        (["--sync", "${DPU_URL}", "/in"], "needs --name"),
+        (["--sync", "https://a/'b", "/in"], "without quotes"),
+        (["--sync", "https://a/b\nUser=root", "/in"], "in one line"),
+        (["--sync", "https://a/b", "/in", "--ca", "ca.pem"], "absolute paths"),
+        (["--sync", "https://a/b", "/in", "--budget", "x"], "expected 200KB/day"),
+        (["--name", "../x"], "expected letters"),
+    ],
+)
+def test_a_unit_of_sync_that_would_not_work_is_not_printed(edge, arguments, text):
+    code, out, err = edge("service", *arguments)
+    assert (code, out, text in err) == (2, "", True)
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
-def test_systemd_finds_nothing_wrong_with_the_unit(edge, site):
-    unit = site / "dpu-edge-agent.service"
-    unit.write_text(edge("service", site / "in")[1])
+@pytest.mark.parametrize("words", [["/srv/in"], [*SYNC, "/srv/in"]])
+@pytest.mark.parametrize("name", ["", "digits", "%i"])
+def test_systemd_finds_nothing_wrong_with_the_unit(edge, tmp_path, words, name):
+    options = ["--name", name] if name else []
+    out = edge("service", *words, *options)[1]
+    kind = "sync" if SYNC[0] in words else "agent"
+    unit = tmp_path / f"dpu-edge-{kind}@x.service"
+    unit.write_text(out)
     command = ["systemd-analyze", "verify", "--man=no", unit]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -15,7 +15,7 @@ class FileServer(ThreadingHTTPServer):
     Attributes:
         bytes: Sent and received, headers too.
         bodies: Bytes of bodies, by path.
-        cut: Bytes of a patch after which the connection ends; None for never.
+        cut: Bytes of a patch or bundle after which the connection ends; None for never.
         pause_s: Seconds between two pieces of a body.
         replace: Other content by path.
         endless: Whether bodies without a length never end.
@@ -108,7 +108,8 @@ class Handler(BaseHTTPRequestHandler):
         if not server.drip_s:
             self.send(head)
         path, sent = self.path.lstrip("/"), 0
-        cut = server.cut if path.startswith("patches/") else None
+        is_release = path.startswith(("patches/", "bundles/"))
+        cut = server.cut if is_release else None
         most = len(body) if cut is None else cut
         step = 16 if server.pause_s else 1 << 14
         while server.endless or sent < min(most, len(body)):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dpu-edge sync on a live board: halts, metered links, full disks, services."""
+
+from dataclasses import replace
+
+import pytest
+
+from edge_runtime.cli.main import main
+from edge_runtime.files import Files
+from edge_runtime.live.proof import public_key
+from edge_runtime.sync.head import PERMILLE
+from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.sync import SyncResult
+from edge_runtime.update.device import Device
+from packager.fleet.head import pause_head, sign_head
+from packager.keys import generate_key
+from tests.edge_runtime.sync.server import FileServer
+from tests.edge_runtime.sync.world import NOW, OPTIONS, PAUSER
+
+
+@pytest.fixture
+def server(world):
+    with FileServer(world.place.root) as server:
+        yield server
+        server.shutdown()
+
+
+def test_a_halt_takes_back_what_no_agent_applied_yet(world):
+    world.publish(1, pausers=(public_key(PAUSER),))
+    world.look()
+    halted = world.head_bytes
+    world.head_bytes = pause_head(halted, PAUSER, at=NOW)
+    assert world.look().result is SyncResult.PAUSED
+    before = Device.open(world.root).verify()
+    assert world.apply() == before
+
+
+def test_what_was_taken_back_costs_no_byte_when_the_rollout_goes_on(world, server):
+    world.publish(1, shares=((PERMILLE, 0),))
+    world.look()
+    (name,) = (path.name for path in world.folder.glob("*.dpu"))
+    world.publish(1, shares=((0, 0), (PERMILLE, 60)))
+    assert world.look(HttpSource(server.url)).result is SyncResult.LATER
+    assert not list(world.folder.glob("*.dpu"))
+    world.now += 61
+    assert world.look(HttpSource(server.url)).fetched == (name,)
+    assert f"patches/{name}" not in server.bodies
+    assert world.apply() == world.head.target
+
+
+def test_a_metered_link_polls_and_fetches_nothing(world, server):
+    world.publish(1)
+    world.options = replace(OPTIONS, metered=True)
+    found = world.look(HttpSource(server.url))
+    assert (found.result, found.fetched) == (SyncResult.METERED, ())
+    assert not any(path.startswith("patches/") for path in server.bodies)
+
+
+def test_a_disk_without_room_is_said_before_a_byte_is_fetched(world, server):
+    world.publish(1)
+
+    class Full(Files):
+        def free_bytes(self, _path):
+            return 1000
+
+    world.files = Full()
+    found = world.look(HttpSource(server.url))
+    assert (found.result, found.fetched) == (SyncResult.NO_ROOM, ())
+    assert "1000 bytes free" in found.reason
+    assert not any(path.startswith("patches/") for path in server.bodies)
+
+
+def test_a_disk_that_fills_up_is_said_once_and_asked_ever_more_rarely(
+    world, command, monkeypatch
+):
+    world.publish(1, lifetime_s=1 << 33)
+    world.options = replace(OPTIONS, metered=True)
+    world.look()
+    (way,) = world.head.ways[:1]
+    (world.folder / f".{way.sha256}.part").symlink_to("/dev/full")
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("edge_runtime.cli.sync.time.sleep", sleep)
+    call = ("sync", world.place.root, world.folder, "--every", 3600)
+    code, _, err = command(main, "--store", world.root, *call)
+    assert (code, err.count("No space left on device; make room")) == (130, 1)
+    assert waits[0] < 13 and waits == sorted(waits)
+
+
+def test_a_head_that_is_not_trusted_ends_no_service(world, command, monkeypatch):
+    world.publish(1)
+    world.head_bytes = sign_head(world.head, [generate_key()])
+
+    def sleep(_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edge_runtime.cli.sync.time.sleep", sleep)
+    call = ("sync", world.place.root, world.folder, "--every", 60)
+    code, _, err = command(main, "--store", world.root, *call)
+    assert (code, "not trusted" in err) == (130, True)

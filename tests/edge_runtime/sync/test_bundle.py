@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device is installed from a channel, and repaired from it, over a bad link."""
+
+import json
+
+import pytest
+
+from edge_runtime.cli.main import main
+from edge_runtime.files import Files
+from edge_runtime.update.device import Device
+from packager.fleet.head import sign_head
+from packager.keys import generate_key
+from packager.signing import encode_public
+from tests.edge_runtime.sync.server import FileServer
+from tests.edge_runtime.sync.world import KEY, World
+
+
+@pytest.fixture
+def world(run, tmp_path):
+    world = World(tmp_path)
+    world.publish(0, lifetime_s=1 << 33)
+    world.publish(1, lifetime_s=1 << 33)
+    (tmp_path / "key.pem").write_bytes(encode_public(KEY))
+    world.key = tmp_path / "key.pem"
+    return world
+
+
+@pytest.fixture
+def server(world):
+    with FileServer(world.place.root) as server:
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def edge(world, command):
+    return lambda *words: command(main, "--store", world.root, *words)
+
+
+def test_a_device_is_installed_over_the_link(world, server, edge):
+    code, out, err = edge("init", server.url, "--trust", world.key)
+    assert (code, out.splitlines()[0]) == (0, f"installed round 1 in {world.root}")
+    assert "round 1 of stable: " in err
+    assert Device.open(world.root).verify() == world.head.target
+    assert [p.name for p in world.root.parent.glob("store*")] == ["store"]
+
+
+def test_an_installation_that_is_cut_goes_on_and_no_byte_comes_twice(
+    world, server, edge
+):
+    size, sha256 = world.head.bundle
+    server.cut, cuts = size // 3, 0
+    while (code := edge("init", server.url, "--trust", world.key)[0]) != 0:
+        assert code == 10
+        assert not world.root.exists()  # nothing half-installed
+        cuts += 1
+    assert cuts >= 2
+    assert server.bodies[f"bundles/{sha256}.zip"] == size
+    assert Device.open(world.root).verify() == world.head.target
+
+
+def test_a_bundle_that_changed_meanwhile_begins_anew(world, server, edge):
+    server.cut = world.head.bundle[0] // 2
+    assert edge("init", server.url, "--trust", world.key)[0] == 10
+    (part,) = world.root.with_name("store.download").glob(".*.part")
+    part.write_bytes(bytes(part.stat().st_size))  # as a bad card would
+    server.cut = None
+    assert edge("init", server.url, "--trust", world.key)[0] == 0
+
+
+def test_the_head_is_checked_before_a_byte_of_the_bundle_comes(world, server, edge):
+    world.head_bytes = sign_head(world.head, [generate_key()])
+    code, _, err = edge("init", server.url, "--trust", world.key)
+    assert (code, "not trusted" in err) == (8, True)
+    assert not any(path.startswith("bundles/") for path in server.bodies)
+    assert not world.root.exists()
+
+
+def test_plain_http_is_for_devices_that_trust_keys(world, server, edge):
+    for words in ([], ["--trust-on-first-use"]):
+        code, _, err = edge("init", server.url, *words)
+        assert (code, "use https://" in err) == (8, True)
+    assert server.bytes == 0
+
+
+def test_room_is_looked_for_before_a_byte_of_the_bundle_comes(
+    world, server, edge, monkeypatch
+):
+    monkeypatch.setattr(Files, "free_bytes", lambda *_: 100)
+    code, _, err = edge("init", server.url, "--trust", world.key)
+    assert (code, "100 bytes free" in err) == (10, True)
+    assert not any(path.startswith("bundles/") for path in server.bodies)
+
+
+def test_a_store_that_is_there_costs_no_byte(world, server, edge):
+    world.install()
+    code, _, err = edge("init", server.url, "--trust", world.key)
+    assert (code, "already holds an installed model" in err) == (7, True)
+    assert server.bytes == 0
+
+
+def test_a_stick_installs_as_a_server_does(world, edge):
+    code, out, _ = edge("init", world.place.root, "--trust", world.key, "--json")
+    assert (code, json.loads(out)["round"]) == (0, 1)
+
+
+def test_a_damaged_store_is_repaired_over_the_link(world, server, edge):
+    world.install()
+    weights = world.root / "slots" / world.head.target / "weights.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(bytes(len(data)))
+    code, out, _ = edge("repair", server.url, "--json")
+    record = json.loads(out)
+    assert (code, record["mended"]) == (0, ["the weights of round 1"])
+    assert abs(record["bytes"] - server.bytes) < 200
+    assert weights.read_bytes() == data
+    assert [p.name for p in world.root.parent.glob("store*")] == ["store"]
+
+
+def test_a_channel_of_another_model_repairs_nothing(world, server, edge, new_run):
+    new_run("other", run_id="cd" * 16).add(0)
+    elsewhere = world.root.parent / "elsewhere"
+    elsewhere.mkdir()
+    mine = World(elsewhere)
+    mine.run = world.run.with_name("other")
+    mine.publish(0)
+    mine.root = world.root
+    mine.install()
+    (world.root / "model" / "graph.onnx").unlink()
+    code, _, err = edge("repair", server.url)
+    assert (code, "the channel is of model" in err) == (8, True)
+    assert not world.root.with_name("store.download").exists()  # nothing came
