@@ -54,7 +54,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "folder": 500,
         "method": 1330,
         "networks": 260,
-        "recipe": 475,
+        "recipe": 505,
         "rounds": 1620,
         "starter": 25,
     },

@@ -117,7 +117,10 @@ def told_by_first(what: str, action: Callable[[], str]) -> str:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap a network so that its gradients are those of the whole global batch."""
-    return model if _count() == 1 else DistributedDataParallel(model)
+    if _count() == 1:
+        return model
+    # Buffers are copied once an epoch, by copy_buffers().
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def share(inputs: Tensor, labels: Any) -> tuple[Tensor, Any, float]:

@@ -14,7 +14,9 @@ training goes on where ``--work`` is empty, and ``replay`` gives them to a devic
 """
 
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,7 +91,11 @@ def main() -> None:
     default=METHODS,
     help="One row; may be repeated.  [default: the paper's five]",
 )
-def run(
+@click.option("--minutes", type=float, help="Stop after a round that ends later.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="As dpu-train's."
+)
+def run(  # noqa: PLR0913 - one argument for each option
     network: str,
     results: Path,
     work: Path,
@@ -97,30 +103,66 @@ def run(
     rounds: int,
     seed: int,
     methods: Sequence[str],
+    minutes: float | None,
+    changes: Sequence[str],
 ) -> None:
     """Train the rounds that are not there yet; stop and start it as you like."""
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
+    for _ in train_rows(
+        network,
+        methods,
+        seed=seed,
+        rounds=rounds,
+        folders=(results, work),
+        changes=[*([f"data.root={json.dumps(data)}"] if data else []), *changes],
+    ):
+        if time.monotonic() > end:
+            say(f"{minutes} minutes are over; the same command goes on")
+            return
+
+
+def train_rows(
+    network: str,
+    methods: Sequence[str],
+    *,
+    seed: int,
+    rounds: int,
+    folders: tuple[Path, Path],
+    changes: Sequence[str] = (),
+) -> Iterator[tuple[str, int]]:
+    """Train the rounds of some methods in turns; stop asking, and go on later.
+
+    Args:
+        network: Column of the paper's table.
+        methods: Names of its recipes.
+        seed: Of split, init and order.
+        rounds: How many.
+        folders: Of the results, and of the runs.
+        changes: Keys of the recipes that are set otherwise, ``train.compile=true``.
+
+    Yields:
+        Method and round, once its results are written.
+    """
     from tools.paper.checkpoints import has_checkpoints, keep, restore
     from trainer.config import load_config
     from trainer.data.sources import load_source
     from trainer.rounds.schedule import run_rounds
 
-    runs = work / network
-    overrides = [f"data.root={json.dumps(data)}"] if data else []
-    overrides.append(f"run.seed={seed}")
+    results, runs = folders[0] / network, folders[1] / network
     source = None  # is the same for all methods
     for number in range(rounds):
         for method in methods:
             name = f"{method}_seed{seed}"
             recipe = RECIPES / network / f"{method}.toml"
-            now = [*overrides, f"run.rounds={number + 1}"]
+            now = [*changes, f"run.seed={seed}", f"run.rounds={number + 1}"]
             config = load_config(recipe, now, name=name)
             source = source or load_source(config.data)
-            kept, run_dir = results / network / name, runs / name
+            kept, run_dir = results / name, runs / name
             if kept.exists() and not list_rounds(run_dir):
                 restored = restore(kept, config, runs, source)
                 say(f"{name:<14} goes on from the patches of {len(restored)} rounds")
             records = run_rounds(config, runs, source=source)
-            for row in _extend(results / network / f"{name}.json", records, runs):
+            for row in _extend(results / f"{name}.json", records, runs):
                 say(
                     f"{name:<14} round_{row['round']:02d} {row['outcome']:<9} "
                     f"val {row['val']:6.2f} test {row['test']:6.2f} "
@@ -128,6 +170,7 @@ def run(
                 )
             if has_checkpoints(method):
                 keep(kept, run_dir, records)
+            yield method, number
 
 
 def _extend(

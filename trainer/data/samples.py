@@ -7,7 +7,7 @@ purpose, so that two methods with one seed see the same samples in the same orde
 every round, however many epochs either of them trains.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,6 +55,8 @@ class Stored:
         return (len(self._which), *self._one)
 
     def __getitem__(self, which: slice | Tensor) -> "Stored":
+        if isinstance(which, Tensor):
+            which = which.cpu()  # what reads them is
         return Stored(self._dataset, self._one, self._which[which])
 
     def read(self) -> Tensor:
@@ -164,8 +166,14 @@ class DataSource:
             return Samples(inputs, labels, self.normalise)
         return Samples(self.normalise(inputs), labels)
 
-    def augmentation(self, kind: str, random: np.random.Generator) -> Augment:
-        """Return an augmentation of prepared batches of images.
+    def augmentation(
+        self,
+        kind: str,
+        random: np.random.Generator,
+        sizes: Sequence[int],
+        device: torch.device = CPU,
+    ) -> Augment:
+        """Return an augmentation of the prepared batches of images of one epoch.
 
         Images are padded by raw zeros on each side, and cropped at random.
 
@@ -174,29 +182,36 @@ class DataSource:
                 left to right (the CIFAR recipes); ``shift`` pads by a fourteenth of the
                 longer side, as digits must not be turned, and hardly be cut.
             random: Where images move to.
+            sizes: Of the batches, in their order.
+            device: Where they are.
         """
         zeros = torch.zeros(1, self.input_shape[0], 1, 1, dtype=torch.uint8)
-        border, pad = self.normalise(zeros), CROP_PADDING
+        border, pad = self.normalise(zeros).to(device), CROP_PADDING
+        height, width = self.input_shape[1:]
         if kind == "shift":
-            pad = max(1, round(max(self.input_shape[1:]) / SHIFT_SIDE))
+            pad = max(1, round(max(height, width) / SHIFT_SIDE))
+        corners, flips = [], []
+        for n in sizes:
+            corners.append(random.integers(0, 2 * pad + 1, (2, n, 1)))
+            if kind == "crop_flip":
+                flips.append(random.random((n, 1)) < 0.5)
+        # Drawn on the CPU, so that every device sees the same; sent once an epoch.
+        corner = torch.from_numpy(np.concatenate(corners, 1))
+        across = torch.arange(width)
+        if flips:
+            flip = torch.from_numpy(np.concatenate(flips))
+            across = torch.where(flip, across.flip(0), across)
+        places = corner[0] + torch.arange(height), corner[1] + across
+        parts = (torch.split(place.to(device), list(sizes)) for place in places)
+        batch = iter(zip(*parts, strict=True))  # (N, H) and (N, W)
 
         def augment(inputs: Tensor) -> Tensor:
-            n, channels, height, width = inputs.shape
+            n, channels = inputs.shape[:2]
             shape = (n, channels, height + 2 * pad, width + 2 * pad)
-            canvas = border.to(inputs.device).expand(shape).clone()
+            canvas = border.expand(shape).clone()
             canvas[:, :, pad:-pad, pad:-pad] = inputs
-            corner = torch.from_numpy(random.integers(0, 2 * pad + 1, (2, n, 1)))
-            columns = torch.arange(width)
-            if kind == "crop_flip":
-                flip = torch.from_numpy(random.random((n, 1)) < 0.5)
-                columns = torch.where(flip, columns.flip(0), columns)
-            rows = corner[0] + torch.arange(height)  # (N, H)
-            columns = corner[1] + columns  # (N, W)
-            sample = torch.arange(n).view(n, 1, 1)
-            # Drawn on the CPU, so that every device sees the same; used on the batch's.
-            sample, rows, columns = (
-                i.to(inputs.device) for i in (sample, rows, columns)
-            )
+            rows, columns = next(batch)
+            sample = torch.arange(n, device=device).view(n, 1, 1)
             # Indices around a slice bring their axes to the front: (N, H, W, C).
             picked = canvas[sample, :, rows[:, :, None], columns[:, None, :]]
             return picked.permute(0, 3, 1, 2).contiguous()
@@ -284,14 +299,26 @@ def batches(
             of one sample is then left out, because BatchNorm cannot train on it.
         augment: Applied to the inputs of each batch.
     """
-    for start in range(0, len(samples), size):
-        stop = min(start + size, len(samples))
-        if order is not None and stop - start == 1:
-            return
+    stop = 0
+    for count in batch_sizes(len(samples), size, ordered=order is not None):
+        start, stop = stop, stop + count
         which = slice(start, stop) if order is None else order[start:stop]
         inputs = samples.prepare(samples.inputs[which])
         labels = each(partial(_rows, which=which), samples.labels)
         yield augment(inputs) if augment else inputs, labels
+
+
+def batch_sizes(count: int, size: int, *, ordered: bool = True) -> list[int]:
+    """Return the sizes of the batches that :func:`batches` yields.
+
+    Args:
+        count: Of the samples.
+        size: Of one batch.
+        ordered: Whether they come in an order of their own.
+    """
+    rest = count % size
+    last = [rest] if rest > 1 or (rest and not ordered) else []
+    return [size] * (count // size) + last
 
 
 def _rows(tensor: Tensor, which: slice | Tensor) -> Tensor:

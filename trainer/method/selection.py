@@ -14,8 +14,10 @@ from edge_runtime.errors import TrainingError
 from trainer.method.scores import Named
 
 _DIGIT_BITS = 16
-# Entries looked at together: temporaries stay below a few MB, whatever the model.
-_CHUNK = 1 << 18
+# Entries looked at together: temporaries stay below a few MB, whatever the model; on a
+# GPU below a few hundred, as each piece costs some launches there.
+_CHUNKS = {"cpu": 1 << 18}
+_GPU_CHUNK = 1 << 24
 
 
 def random_masks(
@@ -135,13 +137,16 @@ def _threshold(
     size = 1 << _DIGIT_BITS
     low = -(size >> 1)  # smallest key of the searched range, in units of the digit
     for shift in range(torch.finfo(dtype).bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        counts = torch.zeros(size, dtype=torch.int64)
+        parts = []
         for score in scores.values():
+            count = torch.zeros(size, dtype=torch.int64, device=score.device)
             for _, chunk in _chunks(score):
                 digits = (_sortable(chunk) >> shift) - low
                 # All are inside for the first digit; later, those of its bucket.
                 inside = digits[(digits >= 0) & (digits < size)]
-                counts += torch.bincount(inside, minlength=size).cpu()
+                count += torch.bincount(inside, minlength=size)
+            parts.append(count.cpu())
+        counts = torch.stack(parts).sum(0)
         at_least = counts.flip(0).cumsum(0).flip(0)  # scores in this bucket or above
         digit = int((at_least >= k).sum()) - 1
         k -= int(at_least[digit] - counts[digit])
@@ -168,8 +173,9 @@ def _bits_type(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield a tensor in C order as flat pieces, each with its first index."""
-    for i, chunk in enumerate(torch.split(tensor.reshape(-1), _CHUNK)):
-        yield i * _CHUNK, chunk
+    size = _CHUNKS.get(tensor.device.type, _GPU_CHUNK)
+    for i, chunk in enumerate(torch.split(tensor.reshape(-1), size)):
+        yield i * size, chunk
 
 
 def check_fit(

@@ -323,6 +323,24 @@ class TrainConfig:
         default="step",
     )
     factor: float = _key("of schedule step", _SHARE, default=0.1)
+    precision: str = _key(
+        "of the steps; float32, tf32 (GPUs alone), or bf16: mixed, where what "
+        "multiplies is in bfloat16. Weights, scores and accuracies stay float32",
+        _one_of("float32", "tf32", "bf16"),
+        default="float32",
+    )
+    channels_last: bool = _key(
+        "the channels of a pixel lie side by side: faster convolutions on GPUs",
+        default=False,
+    )
+    compile: bool = _key(
+        "compile forward and backward passes: seconds to minutes a round, then faster",
+        default=False,
+    )
+    deterministic: bool = _key(
+        "GPUs: only algorithms that give the same bits every time; slower",
+        default=False,
+    )
     device: str = _key(
         "auto: a GPU where there is one",
         _one_of("auto", "cpu", "cuda"),

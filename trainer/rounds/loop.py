@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: short, plain, and to be replaced by your own."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from trainer import parallel
 from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
 from trainer.rounds.objective import ACCURACY, Judge, Loss
+from trainer.rounds.speed import Autocast, arrange
 from trainer.trees import joined, leaves
 
 # Of one evaluation batch: at most 27 images of 224x224 pixels. What the network holds
@@ -46,6 +47,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: Iterable[tuple[Tensor, Any]],
     loss_of: Loss = functional.cross_entropy,
+    autocast: Autocast = nullcontext,
 ) -> float:
     """Train on every batch once and return the mean loss a sample.
 
@@ -56,6 +58,7 @@ def train_epoch(
         optimizer: Of the model's parameters.
         epoch: Batches of inputs (B, C, H, W) float32 and labels, such as (B,) int64.
         loss_of: From what the model returns and the labels to the mean loss.
+        autocast: Gives what a forward pass and its loss are computed in.
     """
     model.train()
     total: Tensor | float = 0.0  # becomes a tensor where the losses are
@@ -63,7 +66,8 @@ def train_epoch(
     for inputs, labels in epoch:
         optimizer.zero_grad()
         mine, targets, weight = parallel.share(inputs, labels)
-        loss = loss_of(model(mine), targets) * weight
+        with autocast():
+            loss = loss_of(model(arrange(mine, model)), targets) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total = total + loss.detach() * len(inputs)
@@ -168,7 +172,7 @@ def recompute_batchnorm(model: nn.Module, epoch: Iterable[tuple[Tensor, Any]]) -
         norm.momentum = momentum
 
 
-@contextlib.contextmanager
+@contextmanager
 def cpu_settings(threads: int) -> Iterator[None]:
     """Train on a number of CPU threads, with denormal floats taken as zero.
 

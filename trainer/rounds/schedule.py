@@ -28,6 +28,7 @@ from trainer.recipe.schema import PARTIAL_METHODS, Config
 from trainer.rounds.deployment import check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
+from trainer.rounds.speed import computing
 from trainer.rounds.training import Pack
 
 __all__ = ["Progress", "as_reported", "run_rounds"]
@@ -92,6 +93,7 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
             return records
         stack.enter_context(processes(choose_device(device)))
         stack.enter_context(threads)
+        stack.enter_context(computing(config.train, choose_device(device)))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         report = _calling(progress, on_epoch, on_round)
         run = Run(config, run_dir, report, new=not records, pack=pack, source=source)

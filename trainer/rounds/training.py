@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
-from trainer.data.samples import Samples, batches, generator
+from trainer.data.samples import Samples, batch_sizes, batches, generator
 from trainer.export.tensors import load_weights, weights_of
 from trainer.method.batchnorm import FoldedBatchNorm
 from trainer.method.subspace import Movement
@@ -32,7 +32,9 @@ from trainer.rounds.loop import (
 )
 from trainer.rounds.objective import Loss, judge_of, loss_of
 from trainer.rounds.rounding import Form, RoundForm
+from trainer.rounds.speed import arranged, autocast, compiled
 from trainer.rounds.teacher import taught_loss, with_answers
+from trainer.trees import leaves
 
 MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
 
@@ -74,7 +76,7 @@ class RoundTraining:
         from_init: bool = True,
         fresh: bool = True,
         start_value: float | None = None,
-        augmentation: Callable[[np.random.Generator], Augment] | None = None,
+        augmentation: Callable[..., Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
         """Prepare a round.
@@ -87,10 +89,11 @@ class RoundTraining:
             from_init: Whether devices update from the init weights.
             fresh: Whether the start weights are the init weights.
             start_value: Of the start weights on validation, where it is known.
-            augmentation: Makes the augmentation of an epoch from a random stream.
+            augmentation: Makes the augmentation of an epoch from a random stream, the
+                sizes of its batches, and where they are.
             on_epoch: Called with the record of every epoch when it is over.
         """
-        self.model, self.number = model, number
+        self.model, self.number = arranged(model, config.train), number
         self._config = config
         self.start = weights_of(model)
         still = config.update.method == "subspace" and config.update.dense == "freeze"
@@ -112,7 +115,7 @@ class RoundTraining:
         if self._norms:
             self._unfold(self._norms, fresh=fresh)
         self.optimizer = make_optimizer(model, config.train)
-        self._trained = data_parallel(model)
+        self._trained = compiled(data_parallel(model), config.train)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
         self._unrounded: Weights | None = None  # what became the best
@@ -303,16 +306,21 @@ class RoundTraining:
         torch.manual_seed(self.random_seed("dropout"))
 
     def _epoch(self) -> float:
-        order = torch.from_numpy(self.random("order").permutation(len(self._train)))
-        augment = self._augmentation and self._augmentation(self.random("augment"))
+        count, size = len(self._train), self._config.train.batch
+        device = next(leaves(self._train.labels)).device
+        # Sent once: a step waits for nothing.
+        order = torch.from_numpy(self.random("order").permutation(count)).to(device)
+        augment = self._augmentation and self._augmentation(
+            self.random("augment"), batch_sizes(count, size), device
+        )
         self._seed_torch()
-        size = self._config.train.batch
         epoch = batches(self._train, size, order, augment)
         loss_of: Loss = self.loss
         if self._taught_by:
             epoch = with_answers(epoch, self._taught_by)
             loss_of = taught_loss(self._config.train)
-        loss = train_epoch(self._trained, self.optimizer, epoch, loss_of)
+        how = autocast(self._config.train, device)
+        loss = train_epoch(self._trained, self.optimizer, epoch, loss_of, how)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"round {self.number}, epoch {len(self.epochs)}: the loss is {loss}; "

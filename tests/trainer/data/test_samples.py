@@ -9,6 +9,7 @@ from trainer.data.samples import (
     DataSource,
     Samples,
     Stored,
+    batch_sizes,
     batches,
     generator,
     split_source,
@@ -145,7 +146,9 @@ def test_augmentation_crops_and_flips_each_image_on_its_own():
     images = torch.randint(0, 256, (40, 3, 8, 6), dtype=torch.uint8)
     source = colour_source(images)
     inputs = source.normalise(images)
-    found = source.augmentation("crop_flip", generator(0, "augment"))(inputs)
+    found = source.augmentation("crop_flip", generator(0, "augment"), [len(inputs)])(
+        inputs
+    )
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))  # raw zeros
     crops = {
         source.normalise(p)[0].numpy().tobytes(): (dy, dx, flipped)
@@ -164,7 +167,9 @@ def test_augmentation_crops_and_flips_each_image_on_its_own():
 def test_a_crop_is_the_same_without_the_flip():
     images = torch.randint(0, 256, (20, 3, 8, 6), dtype=torch.uint8)
     source = colour_source(images)
-    found = source.augmentation("crop", generator(0, "a"))(source.normalise(images))
+    found = source.augmentation("crop", generator(0, "a"), [len(images)])(
+        source.normalise(images)
+    )
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     for image, canvas in zip(found, padded, strict=True):
         crops = [
@@ -181,7 +186,9 @@ def test_digits_are_shifted_by_a_fourteenth_of_their_side_and_never_turned():
     source = DataSource(
         *(Samples(images, torch.zeros(300)),) * 2, ("a",), 1 / 255, (0.1,), (0.3,)
     )
-    found = source.augmentation("shift", generator(0, "a"))(source.normalise(images))
+    found = source.augmentation("shift", generator(0, "a"), [len(images)])(
+        source.normalise(images)
+    )
     where = {tuple(int(i) for i in im[0].flatten().argmax()[None]) for im in found}
     expected = {(28 * (13 + y) + 14 + x,) for y in range(-2, 3) for x in range(-2, 3)}
     assert where == expected
@@ -235,7 +242,7 @@ def test_a_folder_too_large_for_memory_gives_the_same_batches(tmp_path):
             s.prepared(s.train),
             5,
             order,
-            s.augmentation("crop_flip", generator(0, "augment")),
+            s.augmentation("crop_flip", generator(0, "augment"), batch_sizes(12, 5)),
         )
         for s in (source, whole)
     ]
