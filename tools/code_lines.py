@@ -49,7 +49,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     },
     "trainer": {
         ".": 1090,
-        "data": 430,
+        "data": 460,
         "export": 950,
         "folder": 500,
         "method": 1330,
