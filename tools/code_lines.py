@@ -41,7 +41,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1680,
         "bundles": 525,
         "fleet": 2250,
-        "cli": 2480,
+        "cli": 2660,
         "models": 1500,
         "provenance": 565,
         "report": 2440,

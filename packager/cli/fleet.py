@@ -16,6 +16,7 @@ from edge_runtime.commandline import (
     say,
 )
 from packager.cli.fleet_check import check
+from packager.cli.fleet_init import init
 from packager.cli.fleet_options import Name, Shares, Skips, Span
 from packager.cli.fleet_provision import provision
 from packager.cli.fleet_prune import prune
@@ -238,6 +239,7 @@ def _text(done: "Published") -> str:
     )
 
 
+fleet.add_command(init)
 fleet.add_command(provision)
 fleet.add_command(check)
 fleet.add_command(show)

@@ -104,8 +104,12 @@ def golden_checks(arm: Machine) -> Iterator[Check]:
     """Apply what every released version wrote, and compare with the targets here."""
     for folder in sorted((CHECKOUT / "tests" / "golden").glob("v*")):
         patches = sorted(folder.glob("*.dpu"))
-        # The patch with two signatures is that of "sparse".
-        stems = [path.stem.replace("signed_twice", "sparse") for path in patches]
+        # Those signed in other ways are the patch "sparse".
+        alone = [path.with_suffix(".base").exists() for path in patches]
+        stems = [
+            path.stem if own else "sparse"
+            for path, own in zip(patches, alone, strict=True)
+        ]
         bases = [folder / f"{stem}.base" for stem in stems]
         pairs = [str(p) for pair in zip(patches, bases, strict=True) for p in pair]
         done = arm.python("-c", _GOLDEN, *pairs)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-fleet init``: the first head of a channel, and what to do after it."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import json_option, say
+from edge_runtime.errors import StoreError
+from packager.cli.fleet_options import Name
+from packager.cli.options import PRIVATE_KEY, single_publisher_option
+
+if TYPE_CHECKING:
+    from packager.fleet.place import Place
+
+FIRST = "round_00"
+
+
+@click.command("init")
+@click.argument("to", metavar="URL|DIR")
+@click.argument(
+    "run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=PRIVATE_KEY,
+    help="Sign bundle, patches and head with this private key (repeatable).",
+)
+@single_publisher_option
+@json_option
+@click.pass_context
+def init(
+    context: click.Context,
+    /,
+    to: str,
+    run: Path,
+    *,
+    channel: str,
+    single_publisher: bool,
+    **options: Any,
+) -> None:
+    """Begin a channel: publish the first round of a run folder, and say what is next.
+
+    What 'dpu-fleet publish RUN/round_00' does, in a place that has no such channel yet.
+    """
+    from packager.fleet.address import open_place
+
+    place = open_place(to, single_publisher=single_publisher, say=say)
+    _insist_new(place, channel)
+    publish = context.find_root().command
+    assert isinstance(publish, click.Group)
+    context.invoke(
+        publish.commands["publish"],
+        name=str(run / FIRST),
+        to=to,
+        channel=channel,
+        single_publisher=single_publisher,
+        **options,
+    )
+    for line in _next(place.name, run, channel, options["keys"]):
+        say(line)
+
+
+def _insist_new(place: "Place", channel: str) -> None:
+    from edge_runtime.sync.head import read_head
+    from packager.fleet.head import head_path
+
+    if (found := place.read(head_path(channel))) is not None:
+        head = read_head(found[0]).head
+        raise StoreError(
+            f"{place.name} has the channel {channel} already, at version "
+            f"{head.version} (round {head.round}): 'dpu-fleet publish' makes the next "
+            "one, another --channel begins anew"
+        )
+
+
+def _next(place: str, run: Path, channel: str, keys: tuple[Path, ...]) -> list[str]:
+    """Return what comes next, on this machine and on devices."""
+    public = [str(key).removesuffix(".pem") + ".pub.pem" for key in keys]
+    signs = "".join(f" --sign {shlex.quote(str(key))}" for key in keys)
+    trusts = "".join(f" --trust {shlex.quote(Path(key).name)}" for key in public)
+    named = "" if channel == "stable" else f" --channel {channel}"
+    where, rounds = shlex.quote(place), shlex.quote(f"{run}/round_NN")
+    return [
+        "next, here, for each new round:",
+        f"  dpu-fleet publish {rounds} --to {where}{named}{signs}",
+        "next, on each device, with the URL by which devices read this place"
+        + (f" and {', '.join(public)}:" if public else ":"),
+        f"  dpu-edge --store STORE init URL{named}{trusts}",
+        f"  dpu-edge --store STORE sync URL FOLDER{named} --every 3600",
+        "  dpu-edge --store STORE agent FOLDER",
+    ]
