@@ -90,7 +90,7 @@ class _Channel:
     def __init__(self, read: Read, signed: SignedHead, trust: Trust, now: int) -> None:
         self._read, self._signed, self._head = read, signed, signed.head
         self._trust, self._now = trust, now
-        self._good: list[Way] = []
+        self._good: dict[Way, int] = {}  # and the release counter of each
         self._init = ""
 
     def head(self, name: str, size: int) -> Iterator[Finding]:
@@ -136,7 +136,8 @@ class _Channel:
                 continue
             try:
                 with open_patch(data, trust=self._trust) as patch:
-                    problem = self._mismatch(way, patch.header)
+                    header = patch.header
+                problem = self._mismatch(way, header)
             except TrustError as err:
                 yield Finding(what, State.UNTRUSTED, str(err))
                 continue
@@ -146,7 +147,7 @@ class _Channel:
                 words = f"{problem}; no device takes it, publish a newer round"
                 yield Finding(what, State.WRONG, words)
                 continue
-            self._good.append(way)
+            self._good[way] = header.counter
             yield Finding(what, State.OK, f"{way.size:,} B")
 
     def _fetch(self, path: str, size: int, sha256: str) -> tuple[bytes | None, str]:
@@ -220,6 +221,11 @@ class _Channel:
             if route is None:
                 words = "no way leads to the release; publish the same round again"
                 yield Finding(what, State.WRONG, words)
+                continue
+            counters = [self._good[way] for way in route]
+            if counters != sorted(counters):
+                words = f"releases {counters} one after the other: devices refuse that"
+                yield Finding(what, State.WRONG, f"{words}; publish a newer round")
                 continue
             size = sum(way.size for way in route)
             count = f"{len(route)} patch{'es' * (len(route) > 1)}"

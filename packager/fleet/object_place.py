@@ -199,7 +199,7 @@ class ObjectPlace:
         except (BaseError, FileNotFoundError, NotImplementedError) as err:
             said = str(err).partition("\n\n")[0]
             unknown = NotSupportedError | NotImplementedError
-            if isinstance(err, unknown) or "501 Not" in said:
+            if isinstance(err, unknown) or "status code: 501" in said:
                 raise _NoConditionsError(f"{where}: {plain(said)}") from None
             raise SyncError(
                 f"{where}: cannot {done} it: {plain(said)}{_advice(said)}",
@@ -231,11 +231,12 @@ def plain(said: str) -> str:
 
 
 def _advice(said: str) -> str:
-    if "403" in said or "401" in said:
+    found = re.search(r"status code: (\d+)", said)
+    status = found[1] if found else ""
+    # The service of a cloud's machines that gives credentials to them, asked last.
+    if status in ("401", "403") or "169.254.169.254" in said:
         return (
             "; give credentials that may do this by the environment "
             "(AWS_ACCESS_KEY_ID and so on)"
         )
-    if "404" in said:
-        return "; is there such a bucket?"
-    return ""
+    return "; is there such a bucket?" if status == "404" else ""

@@ -17,6 +17,7 @@ from packager.cli.fleet import fleet
 from packager.fleet.check import State, check_channel
 from packager.fleet.head import bundle_path, named_files, patch_path, sign_head
 from packager.fleet.place import FolderPlace
+from packager.fleet.prune import prune
 from packager.fleet.publish import Channel, add_list, publish
 from packager.fleet.reader import open_reader
 from packager.key_lists import change_list, make_list, sign_list
@@ -49,9 +50,9 @@ def place(published, tmp_path):
 
 
 def release(run, place, number, **options):
-    channel = Channel(name="stable", signers=[KEY], **options)
+    channel = Channel(name="stable", signers=[KEY])
     round_ = read_round(run.path / f"round_{number:02d}")
-    return publish(round_, place, channel, now=NOW)
+    return publish(round_, place, channel, now=NOW, **options)
 
 
 def head_of(place):
@@ -89,6 +90,33 @@ def test_all_that_devices_ask_of_a_channel_is_looked_at(place):
     starts = [name for name in names if name.startswith("from")]
     assert len(starts) == len({way.parent for way in head.ways})
     assert "from init" in starts
+
+
+def test_a_channel_that_went_back_is_well(new_run, tmp_path):
+    run, place = new_run(), FolderPlace(tmp_path / "back")
+    for number in range(4):
+        run.add(number)
+        release(run, place, number)
+    release(run, place, 1, revert=True)
+    assert faults(place) == {}
+    prune(place, now=time.time() + DAY, grace_s=1)
+    assert faults(place) == {}
+    release(run, place, 3)
+    assert faults(place) == {}
+
+
+def test_a_way_over_an_older_release_than_the_one_before_is_named(new_run, tmp_path):
+    """No device takes it: what it had seen was newer."""
+    run, place = new_run(), FolderPlace(tmp_path / "back")
+    ways = {}
+    for number in (0, 1, 2, 3, 1, 4):
+        if not (run.path / f"round_{number:02d}").exists():
+            run.add(number)
+        done = release(run, place, number, revert=True)
+        ways |= {(offer.start, number): offer.way for offer, _ in done.offered}
+    rewrite(place, ways=(ways["init", 1], ways["round_01", 2], ways["round_02", 4]))
+    assert "from init" in faults(place)
+    assert "[4, 2, 5]" in faults(place)["from init"][1]
 
 
 def test_a_channel_that_is_not_there_is_said(place):

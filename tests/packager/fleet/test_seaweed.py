@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Publishing to a real S3 server: publishers that race, and some that are killed."""
 
+import json
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from edge_runtime.errors import RoundError, StoreError
+from edge_runtime.live.proof import encode_public
 from edge_runtime.sync.head import read_head
+from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
 from packager.fleet.head import named_files
 from packager.fleet.publish import Channel, publish
@@ -157,7 +161,7 @@ def test_a_publisher_that_is_killed_at_any_request_leaves_a_whole_channel(
             old = head_of(place)
             with KillingProxy(port) as proxy:
                 proxy.at, proxy.answered = number, answered
-                code = command(copy, key, address(proxy.server_port, folder), proxy)
+                code = run_command(copy, key, address(proxy.server_port, folder), proxy)
                 proxy.shutdown()
             counts.append(proxy.count)
             assert is_whole(place)
@@ -166,7 +170,7 @@ def test_a_publisher_that_is_killed_at_any_request_leaves_a_whole_channel(
             assert code == -9
             killed += 1
             heads.append(head_of(place).version - old.version)
-            assert command(copy, key, address(port, folder)) == 0
+            assert run_command(copy, key, address(port, folder)) == 0
             assert (head_of(place).round, head_of(place).version) == (
                 1,
                 old.version + 1,
@@ -180,12 +184,13 @@ def test_a_publisher_that_is_killed_at_any_request_leaves_a_whole_channel(
     assert heads.count(1) == 1  # where the store had the head and was not heard
 
 
-def command(run, key, url, proxy=None):
+def run_command(run, key, url, proxy=None):
     """Run the real command; return its exit code."""
     words = [sys.executable, "-c", "from packager.__main__ import fleet; fleet()"]
     words += ["publish", "round_01", "--runs", str(run.parent), "--to", url]
     words += ["--sign", str(key)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=dict(os.environ))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, env=dict(os.environ), **pipes)
     if proxy:
         proxy.victim = process
         proxy.ready.set()
@@ -201,3 +206,24 @@ def test_publishing_the_same_twice_changes_nothing(port, run):
     again = release(run.path, place, 1)
     assert (first.changed, again.changed, again.head) == (True, False, first.head)
     assert list(place.entries("")) == before
+
+
+def test_a_channel_is_well_before_and_after_pruning(port, run, command, tmp_path):
+    run.add(2)
+    url, key = address(port, "pruned"), tmp_path / "key.pub.pem"
+    key.write_bytes(encode_public(KEY))
+    place = open_place(url)
+    for number in range(3):
+        release(run.path, place, number, now=int(time.time()))
+    before = dict(place.names(""))
+    place.create(".probe/0123456789abcdef", b"1")
+    assert command(fleet, "check", url, "--trust", key)[0] == 0
+    assert command(fleet, "prune", url)[1].startswith("0 files")  # all are young
+    time.sleep(2.5)  # times of the store are of whole seconds
+    code, out, _ = command(fleet, "prune", url, "--grace", "1s", "--json")
+    gone = {entry["path"] for entry in json.loads(out)["removed"]}
+    assert (code, ".probe/0123456789abcdef" in gone) == (0, True)
+    assert {entry.path for entry in place.entries("")} == before.keys() - gone
+    assert len(gone) > 2
+    assert command(fleet, "check", url, "--trust", key)[0] == 0
+    assert is_whole(place)
