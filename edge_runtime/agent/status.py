@@ -4,7 +4,7 @@
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -129,24 +129,26 @@ def metric_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a status file says, in the text format 0.0.4 of Prometheus."""
     installed = record["installed"]
     verdicts = [file["verdict"] for file in record["files"].values()]
-    labels = ",".join(
-        f'{name}="{_label(installed[name])}"'
-        for name in ("fingerprint", "model", "name")
-        if name in installed
-    )
+    # In each sample: of a board's models, the collector keeps what differs in labels.
+    whose = _labels(installed, ("model", "name"))
     samples = {
-        f"installed_info{{{labels}}}": 1,
-        "round": installed["round"],
-        "release_counter": installed["release_counter"],
-        "release_floor": installed["release_floor"],
-        "pinned": int(installed["pinned"]),
-        "failing": int(bool(record["failing"])),
-        "last_success_timestamp_seconds": record["last_success"],
-        **{f'patches{{verdict="{v}"}}': verdicts.count(v) for v in Decision},
+        ("installed_info", _labels(installed, ("fingerprint", "model", "name"))): 1,
+        ("round", whose): installed["round"],
+        ("release_counter", whose): installed["release_counter"],
+        ("release_floor", whose): installed["release_floor"],
+        ("pinned", whose): int(installed["pinned"]),
+        ("failing", whose): int(bool(record["failing"])),
+        ("last_success_timestamp_seconds", whose): record["last_success"],
+        **{("patches", f'{whose},verdict="{v}"'): verdicts.count(v) for v in Decision},
     }
-    for name, group in groupby(samples, lambda sample: sample.partition("{")[0]):
+    for name, group in groupby(samples, lambda sample: sample[0]):
         yield f"# TYPE dpu_edge_{name} gauge"
-        yield from (f"dpu_edge_{sample} {samples[sample]}" for sample in group)
+        yield from (f"dpu_edge_{name}{{{s[1]}}} {samples[s]}" for s in group)
+
+
+def _labels(installed: Mapping[str, Any], names: Iterable[str]) -> str:
+    known = [name for name in names if name in installed]
+    return ",".join(f'{name}="{_label(installed[name])}"' for name in known)
 
 
 def _label(value: str) -> str:

@@ -445,11 +445,12 @@ def test_a_failure_is_said_once_and_so_is_its_end(watch):
             watch.look()
         said += watch.said
     assert said == [("failed", None)]
-    assert parse(watch.prom.read_text())[("dpu_edge_failing",)] == 1
+    model = ("model", world.MODEL)
+    assert parse(watch.prom.read_text())["dpu_edge_failing", model] == 1
     watch.folder.mkdir()
     watch.put(name(1), world.patch(0, 1))
     assert watch.look() == [("applied", name(1)), ("recovered", None)]
-    assert parse(watch.prom.read_text())[("dpu_edge_failing",)] == 0
+    assert parse(watch.prom.read_text())["dpu_edge_failing", model] == 0
 
 
 def test_a_store_in_use_is_tried_again_and_new_files_are_not_kept_waiting(watch):
@@ -546,13 +547,13 @@ def test_metrics_are_what_prometheus_reads(watch):
     watch.look(), watch.look()
     samples = parse(watch.prom.read_text())
     weights = world.weights(1).fingerprint
-    info = ("fingerprint", weights), ("model", world.MODEL)
-    assert samples[("dpu_edge_installed_info", *info)] == 1
-    assert samples[("dpu_edge_round",)] == 1
+    model = ("model", world.MODEL)
+    assert samples["dpu_edge_installed_info", ("fingerprint", weights), model] == 1
+    assert samples["dpu_edge_round", model] == 1
     counts = {"applied": 1, "waiting": 1, "refused": 1, "held": 0, "passed": 0}
     for verdict, number in counts.items():
-        assert samples[("dpu_edge_patches", ("verdict", verdict))] == number
-    assert samples[("dpu_edge_last_success_timestamp_seconds",)] > 1.6e9
+        assert samples["dpu_edge_patches", model, ("verdict", verdict)] == number
+    assert samples["dpu_edge_last_success_timestamp_seconds", model] > 1.6e9
     assert not any(
         key[0].startswith("dpu_edge_pinned") and v for key, v in samples.items()
     )
@@ -586,6 +587,23 @@ def test_a_fresh_agent_has_metrics_of_every_name(watch):
     record = json.loads(watch.status.read_text())
     names = {key[0] for key in parse("\n".join(metric_lines(record)) + "\n")}
     assert len(names) == 8
+
+
+def test_no_sample_of_one_model_on_a_board_is_one_of_another(new_run, tmp_path):
+    """Of equal ones, the collector that reads both files drops the second."""
+    found = []
+    for name in ("cam", "mic"):
+        run = new_run(name, run_id=name.encode().hex() * 5 + "00")
+        run.add(0)
+        bundle = build_bundle(read_round(run.path / "round_00"))
+        folder = tmp_path / f"board-{name}"
+        folder.mkdir()
+        Device.install(folder / "store", bundle.data, trial=world.no_trial)
+        watch = Watch(folder).start()
+        watch.look()
+        found.append(parse(watch.prom.read_text()).keys())
+    assert len(found[0]) == len(found[1]) > 10
+    assert not found[0] & found[1]
 
 
 def test_a_name_that_holds_what_metrics_quote_is_one_label(new_run, tmp_path):
