@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-fleet test-crash test-arm64 lint format docs clean wheel wheelhouse release
+.PHONY: help demo test test-fleet test-crash test-arm64 lint format docs clean wheel wheelhouse deb test-deb release
 
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
 
 wheelhouse: $(STAMPS)/pack  ## All wheels of a 64-bit Pi without a network, in dist/.
 	$(BIN)/python -m tools.wheels
+
+deb: $(STAMPS)/pack  ## Debian packages of the runtime, arm64 and amd64, in dist/.
+	$(BIN)/python -m tools.deb.__main__
+
+test-deb: $(STAMPS)/train  ## The packages, really installed, on emulated arm64 too; minutes.
+	$(BIN)/python -m tools.deb.try_out
 
 release: $(STAMPS)/release  ## Source distribution and wheel in dist/, checked and installed.
 	$(BIN)/python -m tools.release

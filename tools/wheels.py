@@ -4,8 +4,9 @@
     python -m tools.wheels
 
 fills ``dist/wheelhouse-aarch64`` with the wheel of this checkout and the aarch64 wheels
-of what it depends on, for the Python versions of Raspberry Pi OS, and then lets pip
-resolve an installation from that folder alone.
+of what it and the extras of a device depend on, for the Python versions of Raspberry Pi
+OS, and then lets pip resolve an installation from that folder alone. ``tools.deb``
+makes Debian packages from such folders.
 """
 
 import os
@@ -21,12 +22,11 @@ from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHONS = {"3.11": "Raspberry Pi OS Bookworm", "3.13": "Raspberry Pi OS Trixie"}
-# What pip takes for a board of glibc 2.36 (Bookworm). It has to be told every older
+MACHINES = ("aarch64", "x86_64")
+EXTRAS = ("sync", "image")  # what a device may need beside the runtime itself
+# What pip takes for a machine of glibc 2.36 (Bookworm). It has to be told every older
 # name too: from "manylinux_2_36" it does not conclude that "manylinux_2_28" fits.
-PLATFORMS = (
-    *(f"manylinux_2_{minor}_aarch64" for minor in range(36, 16, -1)),
-    "manylinux2014_aarch64",
-)
+PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")
 
 
 def build_wheel(folder: Path) -> Path:
@@ -50,19 +50,26 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def dependencies() -> list[str]:
-    """Return what the runtime depends on, as pyproject.toml says."""
+def dependencies(*extras: str) -> list[str]:
+    """Return what the runtime depends on, as pyproject.toml says, and some extras."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    return list(project["dependencies"])
+    optional = project["optional-dependencies"]
+    return [*project["dependencies"], *(name for e in extras for name in optional[e])]
 
 
 def for_aarch64(python: str) -> list[str]:
-    """Return the arguments that make pip choose wheels for a 64-bit Arm board.
+    """Return the arguments that make pip choose wheels for a 64-bit Arm board."""
+    return for_machine("aarch64", python)
+
+
+def for_machine(machine: str, python: str) -> list[str]:
+    """Return the arguments that make pip choose wheels for another machine.
 
     Args:
+        machine: One of ``MACHINES``.
         python: Its Python, for instance ``"3.13"``.
     """
-    platforms = [arg for name in PLATFORMS for arg in ("--platform", name)]
+    platforms = [arg for p in PLATFORMS for arg in ("--platform", f"{p}_{machine}")]
     return [
         *platforms,
         *("--python-version", python, "--implementation", "cp"),
@@ -84,7 +91,7 @@ def run_pip(*args: str, env: dict[str, str] | None = None) -> None:
         )
 
 
-def check_complete(folder: Path, python: str) -> None:
+def check_complete(folder: Path, python: str, machine: str = "aarch64") -> None:
     """Let pip resolve an installation from a folder, and from nothing else.
 
     Raises:
@@ -98,33 +105,54 @@ def check_complete(folder: Path, python: str) -> None:
         "--dry-run",
         *only,
         *("--target", str(folder / "unused")),
-        *for_aarch64(python),
-        "dpu-edge",
+        *for_machine(machine, python),
+        f"dpu-edge[{','.join(EXTRAS)}]",
         env=env | {"PIP_CONFIG_FILE": os.devnull},
     )
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
-@click.option(
-    "--folder",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=CHECKOUT / "dist" / "wheelhouse-aarch64",
-    help="Where to.  [default: dist/wheelhouse-aarch64]",
-)
-@json_option
-def main(folder: Path, *, as_json: bool) -> None:
-    """Collect the wheels that install dpu-edge on a board without a network."""
+def fill(folder: Path, machine: str) -> Path:
+    """Collect the wheels that install dpu-edge on a machine without a network.
+
+    Args:
+        folder: Where to; what is there goes.
+        machine: One of ``MACHINES``.
+
+    Returns:
+        Our own wheel among them.
+
+    Raises:
+        click.ClickException: pip failed, or something is missing.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # of an older version, nothing may stay
     folder.mkdir(parents=True)
     say("building our wheel ...")
     wheel = build_wheel(folder)
     tested = ("--constraint", str(CHECKOUT / "constraints.txt"))
     for python, system in PYTHONS.items():
-        say(f"downloading the wheels for Python {python} ({system}) ...")
+        say(f"downloading the {machine} wheels for Python {python} ({system}) ...")
         where = ("--dest", str(folder), *tested)
-        run_pip("download", *where, *for_aarch64(python), *dependencies())
-        check_complete(folder, python)
+        wanted = (*for_machine(machine, python), *dependencies(*EXTRAS))
+        run_pip("download", *where, *wanted)
+        check_complete(folder, python, machine)
         say("  complete: pip installs dpu-edge from this folder alone")
+    return wheel
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option(
+    "--machine", type=click.Choice(MACHINES), default="aarch64", show_default=True
+)
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to.  [default: dist/wheelhouse-MACHINE]",
+)
+@json_option
+def main(machine: str, folder: Path | None, *, as_json: bool) -> None:
+    """Collect the wheels that install dpu-edge on a board without a network."""
+    folder = folder or CHECKOUT / "dist" / f"wheelhouse-{machine}"
+    wheel = fill(folder, machine)
     files = sorted(folder.glob("*.whl"))
     sizes = {file.name: file.stat().st_size for file in files}
     total = sum(sizes.values())

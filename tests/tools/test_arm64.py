@@ -61,6 +61,8 @@ def test_wheels_are_chosen_for_the_oldest_glibc_that_is_supported():
 def test_the_wheelhouse_is_made_of_what_the_runtime_depends_on():
     assert any(name.startswith("onnxruntime") for name in dependencies())
     assert not any(name.startswith("torch") for name in dependencies())
+    assert any(name.startswith("urllib3") for name in dependencies("sync"))
+    assert not any(name.startswith("urllib3") for name in dependencies())
 
 
 def test_the_report_says_what_is_wrong():

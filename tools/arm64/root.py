@@ -94,7 +94,7 @@ def build_root(root: Path, mirror: str = MIRROR) -> Path:
     if not _is_done(root, "packages", packages):
         say(f"downloading and unpacking Debian {SUITE} arm64 ...")
         _unpack(root, _download(root, mirror))
-        _describe_cpu(root)
+        describe_cpu(root)
         _mark_done(root, "packages", packages)
     wanted = "\n".join(dependencies())
     wanted += (CHECKOUT / "constraints.txt").read_text()
@@ -163,7 +163,8 @@ def _unpack(root: Path, packages: list[Path]) -> None:
             (root / name).symlink_to(f"usr/{name}")
 
 
-def _describe_cpu(root: Path) -> None:
+def describe_cpu(root: Path) -> None:
+    """Write what a Raspberry Pi 4 says of its processor below a root."""
     cores = root / "sys/devices/system/cpu"
     cores.mkdir(parents=True, exist_ok=True)
     for name in ("possible", "present"):
