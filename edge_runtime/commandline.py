@@ -90,6 +90,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
  10  the operating system refused (disk full, no permission, no memory)
  11  no runtime on this device can run the model
  12  held back on this device: pinned, or a hook refused
+ 13  'dpu-edge doctor' found something wrong
 130  interrupted
 """
 

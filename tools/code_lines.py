@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 725,
+        ".": 1065,
         "agent": 530,
         "cli": 1300,
         "formats": 3520,

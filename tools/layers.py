@@ -40,6 +40,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "update",
             "agent",
             "sync",
+            "doctor",
             "commandline",
             "cli",
             "__main__",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli import agent as cli_agent
+from edge_runtime.cli import doctor as cli_doctor
 from edge_runtime.cli import infer as cli_infer
 from edge_runtime.cli import repair as cli_repair
 from edge_runtime.cli import service as cli_service
@@ -330,7 +331,7 @@ def device_key(device: "Device") -> Answer:
 for _command in (
     *(cli_infer.infer, cli_infer.bench),
     *(cli_agent.agent, cli_service.service, cli_sync.sync),
-    *(cli_repair.repair, cli_trust.trust),
+    *(cli_doctor.doctor, cli_repair.repair, cli_trust.trust),
 ):
     main.add_command(_command)
 for _command in (cli_trust.show, cli_trust.add):

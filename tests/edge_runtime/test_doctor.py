@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dpu-edge doctor: each thing that may be wrong is found, and nothing is changed."""
+
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from edge_runtime import doctor as module
+from edge_runtime.cli.main import main
+from edge_runtime.doctor import Health, examine
+from edge_runtime.files import Files
+from edge_runtime.live.proof import device_key
+from edge_runtime.sync.state import STATE_NAME
+from edge_runtime.update.device import Device
+from tests.edge_runtime.sync.conftest import template  # noqa: F401 - a fixture
+from tests.edge_runtime.sync.world import World
+
+
+@pytest.fixture
+def world(template, tmp_path, monkeypatch):  # noqa: F811
+    """A device that has looked at its channel and applied what there was."""
+    world = template(World, tmp_path / "world")
+    world.now = int(time.time())
+    monkeypatch.setattr(module, "_SYSTEMD", tmp_path / "no systemd here")
+    head = world.publish(1, lifetime_s=1 << 33)
+    world.look(), world.apply(), world.look()
+    device_key(Device.open(world.root).store)
+    assert head.target == Device.open(world.root).store.state.active
+    # Heads of the tests are signed in years to come.
+    monkeypatch.setattr(module.time, "time", lambda: world.clock)
+    world.clock = head.at + 60
+    state = world.folder / STATE_NAME
+    record = json.loads(state.read_text())
+    state.write_text(json.dumps(record | {"checked": head.at}))
+    agent = world.root / "agent.json"
+    record = json.loads(agent.read_text())
+    agent.write_text(json.dumps(record | {"last_success": head.at}))
+    return world
+
+
+def wrong(world):
+    found = examine(world.root)
+    return {f.check: f.words for f in found if f.health is Health.WRONG}
+
+
+def tree(root):
+    return sorted(
+        (str(path), path.stat().st_mtime_ns)
+        for path in root.rglob("*")
+        if path.is_file()
+    )
+
+
+def test_a_healthy_device_is_well_and_stays_as_it_is(world):
+    before = tree(world.root.parent)
+    assert wrong(world) == {}
+    assert tree(world.root.parent) == before
+
+
+def set_clock_back(world):
+    world.clock -= 86_400
+
+
+def set_clock_far_ahead(world):
+    world.clock += 20 * 366 * 86_400
+
+
+def mount_read_only(world):
+    real = os.statvfs(world.root)
+    names = ("f_bavail", "f_bfree", "f_blocks", "f_frsize", "f_files", "f_favail")
+    facts = {name: getattr(real, name) for name in names}
+    status = SimpleNamespace(**facts, f_flag=os.ST_RDONLY)
+    world.patch.setattr(module.os, "statvfs", lambda _path: status)
+
+
+def forbid_locks(world):
+    def refuse(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    world.patch.setattr(module, "lock_file", refuse)
+
+
+def live_in_memory(world):
+    world.patch.setattr(module, "_kind_of", lambda _path: "tmpfs")
+
+
+def break_runtime(world):
+    (world.root / "model" / "contract.json").write_text("{}")
+
+
+def open_key(world):
+    (world.root / "device.key").chmod(0o644)
+
+
+def break_key(world):
+    (world.root / "device.key").write_text("no key")
+
+
+def rot(world):
+    active = Device.open(world.root).store.state.active
+    path = world.root / "slots" / active / "weights.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-1] + b"x")
+
+
+def break_state(world):
+    for name in ("state.json", "state.copy"):
+        (world.root / name).write_text("{")
+
+
+def change(path, **facts):
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def fail_agent(world):
+    change(world.root / "agent.json", failing="the disk is gone")
+
+
+def end_agent(world):
+    change(world.root / "agent.json", last_success=world.clock - 7200)
+
+
+def fail_sync(world):
+    change(world.folder / STATE_NAME, result="failed", reason="no answer")
+
+
+def end_sync(world):
+    change(world.folder / STATE_NAME, checked=world.clock - 5 * 86_400)
+
+
+def break_sync(world):
+    (world.folder / STATE_NAME).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "words"),
+    [
+        (set_clock_back, "clock", "something was signed at"),
+        (set_clock_far_ahead, "clock", "years after all"),
+        (mount_read_only, "file system", "read-only"),
+        (forbid_locks, "file system", "not supported"),
+        (live_in_memory, "file system", "a power cut takes all"),
+        (break_runtime, "runtime", "contract"),
+        (open_key, "key", "mode 0644"),
+        (break_key, "key", "private key"),
+        (rot, "store", "is damaged"),
+        (break_state, "store", "state.json is damaged"),
+        (fail_agent, "agent", "the disk is gone"),
+        (end_agent, "agent", "none has looked for 2 hours"),
+        (fail_sync, "sync", "no answer"),
+        (end_sync, "sync", "last answered 5 days ago"),
+        (break_sync, "sync", "malformed"),
+    ],
+)
+def test_what_is_wrong_is_found(world, monkeypatch, damage, check, words):
+    world.patch = monkeypatch
+    damage(world)
+    found = wrong(world)
+    assert words in found[check], found
+
+
+def test_a_disk_without_room_for_a_slot_is_wrong_unless_an_old_slot_may_go(
+    world, monkeypatch
+):
+    monkeypatch.setattr(Files, "free_bytes", lambda *_: 100)
+    (found,) = (f for f in examine(world.root) if f.check == "space")
+    assert (found.health, "older slot" in found.words) == (Health.NOTE, True)
+
+
+def test_a_unit_that_failed_is_found(world, monkeypatch, tmp_path):
+    program = tmp_path / "systemctl"
+    program.write_text(
+        "#!/bin/sh\n"
+        "echo 'dpu-edge-agent.service loaded failed failed Keeps the model'\n"
+        "echo 'dpu-edge-sync.service loaded active running Fetches releases'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
+    assert wrong(world) == {"unit": "dpu-edge-agent.service is failed (failed)"}
+
+
+def test_the_command_ends_with_a_code_of_its_own(world, command):
+    code, out, _ = command(main, "--store", world.root, "doctor")
+    assert (code, "ok     store" in out) == (0, True)
+    rot(world)
+    code, out, _ = command(main, "--store", world.root, "doctor", "--json")
+    record = json.loads(out)
+    (found,) = (f for f in record["findings"] if f["health"] == "wrong")
+    assert (code, record["well"], found["check"]) == (13, False, "store")
+    assert "dpu-edge repair" in found["todo"]
+
+
+def test_where_nothing_is_installed_that_is_what_is_wrong(command, tmp_path):
+    code, out, _ = command(main, "--store", tmp_path, "doctor")
+    assert (code, "nothing is installed" in out) == (13, True)
+
+
+def test_a_time_that_cannot_be_read_is_the_first_of_all():
+    assert module._seconds("1970-01-02T00:00:00Z") == 86_400
+    assert module._seconds("no time") == 0
