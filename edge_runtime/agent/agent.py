@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edge_runtime.agent.backoff import Backoff
 from edge_runtime.agent.decisions import Decisions
-from edge_runtime.agent.folder import PatchFolder
+from edge_runtime.agent.folder import PatchFolder, is_full
 from edge_runtime.agent.plan import Decision, Offer, decide, find_chain
 from edge_runtime.agent.status import ping, read_status, write_status
 from edge_runtime.errors import (
@@ -32,8 +32,9 @@ from edge_runtime.errors import (
     TrustError,
 )
 from edge_runtime.files import open_regular
+from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.identity import wrong_model
-from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import State
 from edge_runtime.trust import list_number, load_list
@@ -231,10 +232,8 @@ class Agent:
         """Return what a file offers, or decide why it offers nothing."""
         ping()
         try:
-            # Not by its name alone: a pipe put there meanwhile would never end.
-            file, trust = open_regular(self._folder.path / name), signers(self.state)
             own = self._device.store.read_identity
-            with file, open_patch(file, trust=trust) as patch:
+            with self._open_file(name) as patch:
                 if error := wrong_model(patch.header, self.state.model, own):
                     raise error
                 return Offer(name, patch.size, patch.header)
@@ -247,6 +246,15 @@ class Agent:
                 return Step.UNFINISHED
             self._decide(name, Decision.REFUSED, str(err), err)
         return Step.NOTHING
+
+    def _open_file(self, name: str) -> Patch:
+        path, trust = self._folder.path / name, signers(self.state)
+        # Not by its name alone: a pipe put there meanwhile would never end.
+        file = open_regular(path)
+        if is_full(name):  # signed as a whole
+            with file:
+                return open_patch(read_bundle(path, trust).patch)
+        return open_patch(file, trust=trust)
 
     # Deciding and applying ----------------------------------------------------------
 
@@ -267,8 +275,12 @@ class Agent:
         ping()
         start = time.monotonic()
         try:
-            with open_regular(self._folder.path / offer.name) as file:
-                result = self._device.update(file)
+            path = self._folder.path / offer.name
+            with open_regular(path) as file:
+                if is_full(offer.name):
+                    result = self._device.take_bundle(path)
+                else:
+                    result = self._device.update(file)
         except BLOCKED as err:
             self._decide(offer.name, Decision.BLOCKED, str(err))
             if self._view:  # our own note of it is no news

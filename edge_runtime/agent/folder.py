@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from edge_runtime.formats.json_record import is_digest
 from edge_runtime.limits import limits
 from edge_runtime.trust import list_number
 
@@ -58,7 +59,14 @@ class PatchFolder:
 def _is_wanted(name: str) -> bool:
     # Transports begin the names of unfinished files with a dot; FAT has capitals.
     is_patch = name.lower().endswith(".dpu")
-    return not name.startswith(".") and (is_patch or list_number(name) is not None)
+    is_known = is_patch or is_full(name) or list_number(name) is not None
+    return is_known and not name.startswith(".")
+
+
+def is_full(name: str) -> bool:
+    """Return whether a file is a bundle that 'dpu-edge sync' fetched."""
+    stem, _, end = name.rpartition(".")
+    return end == "zip" and is_digest(stem)
 
 
 def _newest(seen: dict[str, list[int]], most: int) -> dict[str, list[int]]:

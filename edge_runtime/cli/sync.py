@@ -76,6 +76,14 @@ def _budgets(
     is_flag=True,
     help="Only poll: tell of a newer release, fetch nothing.",
 )
+@click.option(
+    "--full",
+    envvar="DPU_FULL",
+    type=click.Choice(["never", "ask", "yes"]),
+    default="never",
+    show_default=True,
+    help="Fetch full weights where no patch leads there.",
+)
 @network_options
 @json_option
 @click.pass_obj
@@ -91,6 +99,7 @@ def sync(  # noqa: PLR0913 - one argument for each option
     group: str,
     budgets: dict[str, int],
     metered: bool,
+    full: str,
     as_json: bool,
     **network: str,
 ) -> None:
@@ -99,11 +108,11 @@ def sync(  # noqa: PLR0913 - one argument for each option
     URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
     with the fewest bytes from where this device is; what is cut goes on later. It
     applies nothing: that is the agent's part. Options may also come from the
-    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _CA, _CERT,
-    _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
+    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _FULL, _CA,
+    _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
     """
     from edge_runtime.sync.http import open_source
-    from edge_runtime.sync.sync import Sync, SyncOptions, insist_on_trust
+    from edge_runtime.sync.sync import Full, Sync, SyncOptions, insist_on_trust
 
     if not folder.is_dir():  # not made here: a stick may not be there
         raise click.BadParameter(
@@ -116,6 +125,7 @@ def sync(  # noqa: PLR0913 - one argument for each option
         device=device or _device_id(),
         group=group,
         metered=metered,
+        full=Full(full),
         **budgets,
     )
     looking = Sync(root, folder, source, options)

@@ -30,6 +30,7 @@ class SyncResult(StrEnum):
     OVER_BUDGET = "over budget"
     METERED = "metered"  # there is a newer release, and this link is for polls only
     NO_ROOM = "no room"  # on the disk of the agent's folder
+    FULL = "full weights"  # nothing else leads there, and a person is to say so
     NO_WAY = "no way"  # nothing leads there from where this device is
 
 

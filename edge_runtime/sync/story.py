@@ -137,6 +137,9 @@ def _missing(
 def _lying_here(state: State, head: Head, folder: Path | None) -> list[str]:
     """Return the files that lead to the newest release, where all of them are here."""
     ways = (w for w in head.ways if folder and (folder / f"{w.sha256}.dpu").exists())
+    full = f"{head.bundle[1]}.zip" if head.bundle else ""
+    if full and folder and (folder / full).exists():
+        return [full]
     return [
         f"{way.sha256}.dpu"
         for way in route(state, replace(head, ways=tuple(ways))) or ()

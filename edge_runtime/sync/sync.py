@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from edge_runtime.errors import (
+    BundleError,
     DpuError,
     HeadError,
     KeyListError,
@@ -24,6 +26,8 @@ from edge_runtime.errors import (
     WrongModelError,
 )
 from edge_runtime.files import Files, lock_file
+from edge_runtime.formats.bundle import read_bundle
+from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_record import is_digest
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
@@ -50,6 +54,14 @@ SPARE_BYTES = 1 << 16  # left free beside what is fetched, for the state
 LOCK_NAME = ".sync.lock"
 
 
+class Full(StrEnum):
+    """What to do where nothing but full weights leads to a release."""
+
+    NEVER = "never"
+    ASK = "ask"  # a person: the size is told
+    YES = "yes"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncOptions:
     """Who a device is to a channel, and what it may spend.
@@ -61,6 +73,7 @@ class SyncOptions:
         day_bytes: What it may spend a day; None for any.
         month_bytes: The same a month.
         metered: Whether it only polls, and fetches no patches.
+        full: Whether it fetches full weights where no patch leads there.
         slowest: Bytes a second that a file must come with.
     """
 
@@ -70,6 +83,7 @@ class SyncOptions:
     day_bytes: int | None = None
     month_bytes: int | None = None
     metered: bool = False
+    full: Full = Full.NEVER
     slowest: float = SLOWEST
 
 
@@ -288,13 +302,18 @@ class Sync:
     def _fetch_all(self, device: State, head: Head) -> tuple[SyncResult, Head, str]:
         refused = ""
         while True:
-            way_there = route(device, head, self._state.bad)
+            way_there = route(device, head, self._state.bad) or self._full(head)
             if way_there is None:
                 reason = refused or (
                     f"none of {len(head.ways)} ways leads to round {head.round} from "
                     f"{device.active[:SHORT]}"
                 )
                 return SyncResult.NO_WAY, head, reason
+            is_full = not way_there[0].parent
+            if is_full and self._options.full is Full.ASK:
+                reason = f"nothing but full weights leads to round {head.round}: "
+                reason += f"{way_there[0].size} bytes; --full yes fetches them"
+                return SyncResult.FULL, head, reason
             missing = [way for way in way_there if not self._path(way).exists()]
             needed = sum(way.size - self._part_size(way) for way in missing)
             if needed and self._options.metered:
@@ -308,8 +327,15 @@ class Sync:
                 if self._bring(way_there, device, head):
                     self._prune(way_there)
                     return SyncResult.FETCHED, head, ""
-            except (PatchError, TrustError, WrongModelError) as err:
+            except (PatchError, BundleError, TrustError, WrongModelError) as err:
                 refused = str(err)
+
+    def _full(self, head: Head) -> tuple[Way] | None:
+        """Return full weights, where the owner has said how to do with them."""
+        way = bundle_way(head)
+        if way is None or way.sha256 in self._state.bad:
+            return None
+        return None if self._options.full is Full.NEVER else (way,)
 
     def _bring(self, way_there: Sequence[Way], device: State, head: Head) -> bool:
         """Have the files of a route; False if one is not what the head says.
@@ -324,13 +350,19 @@ class Sync:
             if not self._path(way).exists() and not self._fetch(way):
                 return False
             try:
-                with open_patch(self._path(way), trust=trust) as patch:
-                    device = passed(device, patch.header)
+                device = passed(device, self._header(way, trust))
             except DpuError:
                 self._shun(way)
                 self._files.unlink(self._path(way))
                 raise
         return True
+
+    def _header(self, way: Way, trust: Trust) -> PatchHeader:
+        path: Path | bytes = self._path(way)
+        if not way.parent:  # the bundle is signed, not the patch in it
+            path, trust = read_bundle(self._path(way), trust).patch, Trust()
+        with open_patch(path, trust=trust) as patch:
+            return patch.header
 
     def _shun(self, way: Way) -> None:
         self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
@@ -417,9 +449,14 @@ class Sync:
     def _prune(self, route: Collection[Way]) -> None:
         """Remove what was fetched and is on no way any more; nothing of others."""
         kept = {self._path(way) for way in route}
-        for path in self._folder.glob("*.dpu"):
-            if is_digest(path.stem) and path not in kept:
+        for path in self._own():
+            if path not in kept:
                 self._files.unlink(path)
+
+    def _own(self) -> list[Path]:
+        """Return what was fetched and lies in the agent's sight."""
+        files = [*self._folder.glob("*.dpu"), *self._folder.glob("*.zip")]
+        return [path for path in files if is_digest(path.stem)]
 
     def _set_aside(self) -> None:
         """Take what was fetched out of the agent's sight, until it may be applied.
@@ -427,10 +464,9 @@ class Sync:
         A halt must reach files that are here already. They stay as whole parts, so
         that no byte comes twice when the rollout goes on.
         """
-        for path in self._folder.glob("*.dpu"):
-            if is_digest(path.stem):
-                self._files.rename(path, self._folder / f".{path.stem}.part")
-                self._files.sync_folder(self._folder)
+        for path in self._own():
+            self._files.rename(path, self._folder / f".{path.stem}.part")
+            self._files.sync_folder(self._folder)
 
     def _forget_others(self) -> None:
         """Remove parts of files that no head asks for any more."""

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """dpu-edge sync on a live board: halts, metered links, full disks, services."""
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 
+from edge_runtime.agent.status import read_status
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE
 from edge_runtime.sync.http import HttpSource
-from edge_runtime.sync.sync import SyncResult
+from edge_runtime.sync.sync import Full, SyncResult
 from edge_runtime.update.device import Device
+from packager.bundles.from_round import build_bundle
 from packager.fleet.head import pause_head, sign_head
 from packager.keys import generate_key
+from packager.rounds.folder import read_round
 from tests.edge_runtime.sync.server import FileServer
-from tests.edge_runtime.sync.world import NOW, OPTIONS, PAUSER
+from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER
 
 
 @pytest.fixture
@@ -103,3 +107,67 @@ def test_a_head_that_is_not_trusted_ends_no_service(world, command, monkeypatch)
     call = ("sync", world.place.root, world.folder, "--every", 60)
     code, _, err = command(main, "--store", world.root, *call)
     assert (code, "not trusted" in err) == (130, True)
+
+
+# Full weights, by policy --------------------------------------------------------------
+
+
+def cut_off(world):
+    """A release to which no patch leads from here."""
+    world.publish(1)
+    world.head_bytes = sign_head(replace(world.head, ways=()), [KEY])
+
+
+@pytest.mark.parametrize(
+    ("full", "result"), [(Full.NEVER, SyncResult.NO_WAY), (Full.ASK, SyncResult.FULL)]
+)
+def test_full_weights_never_come_silently(world, server, full, result):
+    cut_off(world)
+    world.options = replace(OPTIONS, full=full)
+    found = world.look(HttpSource(server.url))
+    assert (found.result, found.fetched) == (result, ())
+    assert not any(path.startswith("bundles/") for path in server.bodies)
+
+
+def test_full_weights_come_where_they_are_allowed_and_nothing_else_leads_there(world):
+    cut_off(world)
+    world.options = replace(OPTIONS, full=Full.YES)
+    found = world.look()
+    assert found.fetched == (f"{world.head.bundle[1]}.zip",)
+    assert world.apply() == world.head.target
+    assert world.look().result is SyncResult.CURRENT
+    assert not list(world.folder.glob("*.zip"))
+
+
+def test_full_weights_do_not_come_where_a_patch_leads_there(world):
+    world.publish(1)
+    world.options = replace(OPTIONS, full=Full.YES)
+    assert all(name.endswith(".dpu") for name in world.look().fetched)
+
+
+def test_full_weights_count_against_the_budget(world):
+    cut_off(world)
+    world.options = replace(OPTIONS, full=Full.YES, month_bytes=500)
+    assert world.look().result is SyncResult.OVER_BUDGET
+
+
+def test_full_weights_that_nobody_trusted_signed_are_refused_by_both_halves(world):
+    cut_off(world)
+    round_ = read_round(world.run / "round_01")
+    data = build_bundle(round_, signers=[generate_key()]).data
+    name = hashlib.sha256(data).hexdigest()
+    world.place.create(f"bundles/{name}.zip", data)
+    head = replace(world.head, bundle=(len(data), name), version=9)
+    world.head_bytes = sign_head(head, [KEY])
+    world.options = replace(OPTIONS, full=Full.YES)
+    found = world.look()
+    assert (found.result, "not trusted" in found.reason) == (SyncResult.NO_WAY, True)
+    before = Device.open(world.root).verify()
+    (world.folder / f"{name}.zip").write_bytes(data)
+    assert world.apply() == before
+
+
+def test_a_zip_of_somebody_else_is_none_of_the_agents_business(world):
+    (world.folder / "holidays.zip").write_bytes(b"photos")
+    world.apply()
+    assert read_status(world.root)["files"] == {}
