@@ -175,7 +175,8 @@ def _rollout(picture: Picture) -> Iterator[Section]:
             _whole,
         ),
         "",
-        [(colour, part) for part, colour in _PARTS if counts[part]],
+        # With the numbers, as a few among thousands make no visible bar.
+        [(c, f"{part}: {spaced(counts[part])}") for part, c in _PARTS if counts[part]],
     )
 
 

@@ -134,7 +134,7 @@ def figures(picture: Picture) -> list[tuple[str, str]]:
         found.append((spaced(claimed), "only claimed"))
     if current := picture.current:
         share = percent(picture.progress[THERE], picture.proved, 1)
-        found.append((share, f"run {current.name}, the newest"))
+        found.append((share, f"run {current.name}"))
         found.append((spaced(picture.progress[FAILED]), f"failed at {current.name}"))
     if picture.devices:
         found.append((spaced(picture.stale), f"silent over {STALE // DAY} days"))

@@ -13,7 +13,7 @@ from packager.fleet.dashboard import dashboard, fleet_document
 from packager.fleet.database import DAY_S, add_reports, open_database
 from packager.fleet.device_page import device_document
 from packager.fleet.picture import SHOWN, in_general, take_picture
-from tests.packager.fleet.fleets import NOW, WEEK, add_release, fill, row, target
+from tools.fleet.made_up import NOW, WEEK, add_release, fill, row, target
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e' \" & |"
 

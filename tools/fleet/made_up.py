@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Made-up fleets in a database, of any size and condition; the same seed, the same."""
+"""Made-up fleets in a database, of any size and condition, and their page.
+
+    python -m tools.fleet.made_up 3000 -o dashboard.html
+
+The same seed gives the same fleet: a release a week, devices that are silent or fail,
+reports that nothing proves. No device runs; of real ones see ``make demo``.
+"""
 
 import hashlib
 import random
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from packager.fleet.database import DAY_S, Row, add_reports
+import click
+
+from edge_runtime.commandline import CONTEXT, Command, say
+from packager.fleet.dashboard import dashboard
+from packager.fleet.database import DAY_S, Row, add_reports, open_database
 
 NOW = 1_796_169_600  # 2026-12-02
 WEEK = 7 * DAY_S
@@ -17,19 +32,23 @@ TROUBLES = [
 ]
 
 
-def target(round_):
+def target(round_: int) -> str:
     """Return the fingerprint of a round's weights."""
     return hashlib.sha256(b"%d" % round_).hexdigest()
 
 
-def add_release(connection, counter, round_, at, *, patch=9_400, full=620_000):
+def add_release(
+    connection: sqlite3.Connection, counter: int, round_: int, at: int
+) -> None:
+    """Add a release of usual size."""
     with connection:
-        row = (counter, counter, round_, target(round_), at, patch, full, 0)
+        row = (counter, counter, round_, target(round_), at, 9_400, 620_000, 0)
         connection.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
-def row(device, n, at, round_, **also):
-    fields = {
+def row(device: str, n: int, at: int, round_: int, **also: Any) -> Row:
+    """Return a proved report of a device that applied a round, or as said."""
+    fields: dict[str, Any] = {
         "device": device,
         "n": n,
         "at": at,
@@ -44,7 +63,7 @@ def row(device, n, at, round_, **also):
         "running": target(round_),
         "running_round": round_,
         "running_counter": round_,
-        "key_id": f"{abs(hash(device)) % (1 << 64):016x}",
+        "key_id": hashlib.sha256(device.encode()).hexdigest()[:16],
         "name": "digits",
         "runtime": "0.5.0",
         "month_bytes": 31_337,
@@ -52,24 +71,24 @@ def row(device, n, at, round_, **also):
     return Row(**fields | also)
 
 
-def fill(
-    connection,
-    devices,
+def fill(  # noqa: PLR0913 - one for each condition
+    connection: sqlite3.Connection,
+    devices: int,
     *,
-    rounds=5,
-    failing=0.002,
-    silent=0.01,
-    claimed=0.002,
-    groups=("", "lab", "roof"),
-    seed=3,
-    now=NOW,
-):
+    rounds: int = 5,
+    failing: float = 0.002,
+    silent: float = 0.01,
+    claimed: float = 0.002,
+    groups: Sequence[str] = ("", "lab", "roof"),
+    seed: int = 3,
+    now: int = NOW,
+) -> None:
     """Fill a database with a fleet of some condition; a release a week."""
     rng = random.Random(seed)
     for round_ in range(1, rounds + 1):
         add_release(connection, round_, round_, now - (rounds - round_) * WEEK - DAY_S)
 
-    def reports():
+    def reports() -> Iterator[Row]:
         for number in range(devices):
             device, group = f"board{number}", groups[number % len(groups)]
             proved = rng.random() >= claimed
@@ -77,10 +96,10 @@ def fill(
             end = now - rng.randrange(4, 40) * DAY_S if rng.random() < silent else now
             for round_ in range(1, rounds + 1):
                 came = now - (rounds - round_) * WEEK - DAY_S
-                at = came + int(rng.expovariate(1 / (0.4 * DAY_S)))
+                at = came + int(rng.expovariate(1 / (0.15 * DAY_S)))
                 if at >= end:
                     continue
-                also = {"proved": proved, "group": group}
+                also: dict[str, Any] = {"proved": proved, "group": group}
                 if round_ == rounds and rng.random() < failing:
                     outcome, reason = TROUBLES[rng.randrange(len(TROUBLES))]
                     also |= {
@@ -93,3 +112,28 @@ def fill(
                 yield row(device, round_, at, round_, **also)
 
     add_reports(connection, reports(), now=now)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("devices", type=click.IntRange(0))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path)
+)
+@click.option("--failing", default=0.004, show_default=True)
+@click.option("--silent", default=0.02, show_default=True)
+@click.option("--claimed", default=0.002, show_default=True)
+def main(
+    devices: int, *, output: Path, failing: float, silent: float, claimed: float
+) -> None:
+    """Make up a fleet and write its page."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_database(Path(folder) / "fleet.db") as connection,
+    ):
+        fill(connection, devices, failing=failing, silent=silent, claimed=claimed)
+        output.write_text(dashboard(connection, now=NOW))
+    say(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
