@@ -35,9 +35,14 @@ def open_place(
         AddressError: It is none of these.
         ModuleNotFoundError: It is an object store, and ``obstore`` is not installed.
     """
-    if "://" not in url:
-        return FolderPlace(Path(url))
     parts = urlsplit(url)
+    if "://" not in url:
+        if parts.scheme in (*SCHEMES, "file", "http", "https"):
+            raise AddressError(
+                f"found {url.partition('?')[0]}, expected {parts.scheme}:// (or ./ "
+                "before the name of a folder)"
+            )
+        return FolderPlace(Path(url))
     name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
     if "@" in parts.netloc:
         raise AddressError(
@@ -51,6 +56,8 @@ def open_place(
             parts.scheme in ("http", "https")
         )
         raise AddressError(f"found {name}, {_EXPECTED}{more}")
+    if parts.fragment:
+        raise AddressError(f"{name}: found #..., which no address of a place has")
     endpoint = _endpoint(parts.scheme, parts.query, name)
     return _object_place(url.partition("?")[0], name, endpoint, single_publisher, say)
 

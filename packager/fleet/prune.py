@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
 from edge_runtime.sync.route import cheapest
 from packager.fleet.head import head_path, named_files, patch_path
@@ -66,6 +66,7 @@ def prune(
         dry_run: Remove nothing.
 
     Raises:
+        RoundError: There is no channel.
         HeadError: A head cannot be read, so that nobody knows what it names.
         StoreError: A head names a file that is not there any more.
         DpuError: The place gives no answer.
@@ -75,6 +76,11 @@ def prune(
     found = list(_candidates(place))
     there = {entry.path for entry in found}
     heads = _heads(place)
+    if not heads:
+        raise RoundError(
+            f"{place.name} has no channel, so nothing tells what is needed there; give "
+            "the model's own folder"
+        )
     ways, stranded = _reported_ways(heads, _known_ways(releases, there), reported)
     keep = ways | _leading_to_newest(releases, newest)
     doomed = [

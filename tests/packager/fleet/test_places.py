@@ -105,6 +105,11 @@ def test_the_probe_leaves_nothing_and_says_what_it_does():
 # Addresses ----------------------------------------------------------------------------
 
 
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
+    assert open_place("./s3:digits").root.name == "s3:digits"
+    assert open_place(str(tmp_path / "a:b")).root == tmp_path / "a:b"
+
+
 @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
 def test_a_folder_has_a_path_or_a_url(tmp_path, form):
     folder = tmp_path / "my fleet"
@@ -125,6 +130,10 @@ def test_a_folder_has_a_path_or_a_url(tmp_path, form):
         ("s3://bucket/digits?endpoint=secret", "https://"),
         ("s3://bucket/digits?endpoint=https://u:secret@host", "credentials"),
         ("s3://", "s3:"),
+        ("s3://bucket/digits#secret", "found #..."),
+        ("s3:bucket/digits?secret", "expected s3://"),
+        ("s3:/bucket/digits", "expected s3://"),
+        ("file:/srv/fleet", "expected file://"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_secrets(url, words):

@@ -8,7 +8,7 @@ import time
 import pytest
 from obstore.store import MemoryStore
 
-from edge_runtime.errors import HeadError, StoreError
+from edge_runtime.errors import HeadError, RoundError, StoreError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import SHORT, read_head
@@ -174,6 +174,14 @@ def test_nothing_goes_while_a_head_cannot_be_read(place):
     before = files(place)
     place.create("other.head", b"{}")
     with pytest.raises(HeadError):
+        prune(place, now=LATER, grace_s=DAY)
+    assert files(place) == before
+
+
+def test_nothing_goes_where_there_is_no_channel(place):
+    before = files(place)
+    place.remove("stable.head")
+    with pytest.raises(RoundError, match="no channel"):
         prune(place, now=LATER, grace_s=DAY)
     assert files(place) == before
 
