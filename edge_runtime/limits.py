@@ -52,6 +52,7 @@ class Limits:
         input_bytes: A file of inputs for ``infer``, packed and unpacked.
         image_pixels: An image for ``infer``.
         proof_bytes: A device's proof.
+        report_bytes: A device's report.
         state_bytes: ``state.json``.
         agent_bytes: ``agent.json``.
         agent_files: Patch files that an agent looks at, the newest ones.
@@ -87,6 +88,7 @@ class Limits:
     input_bytes: int = GIB
     image_pixels: int = 16_000_000
     proof_bytes: int = 16 * MIB
+    report_bytes: int = 64 * KIB
     state_bytes: int = MIB
     agent_bytes: int = MIB
     agent_files: int = 2000

@@ -27,11 +27,11 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
         ".": 1065,
-        "agent": 560,
+        "agent": 695,
         "cli": 1300,
         "formats": 3520,
         "inference": 765,
-        "live": 315,
+        "live": 520,
         "store": 885,
         "sync": 1340,
         "trust": 320,

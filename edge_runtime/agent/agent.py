@@ -18,6 +18,7 @@ from edge_runtime.agent.backoff import Backoff
 from edge_runtime.agent.decisions import Decisions
 from edge_runtime.agent.folder import PatchFolder, is_full
 from edge_runtime.agent.plan import Decision, Offer, decide, find_chain
+from edge_runtime.agent.reporter import Reporter
 from edge_runtime.agent.status import ping, read_status, write_status
 from edge_runtime.errors import (
     BackendError,
@@ -97,6 +98,7 @@ class Agent:
         self._backoff, self._written_at = Backoff(clock), -math.inf
         # What the last look saw; None: look in any case.
         self._view: tuple[object, object] | None = None
+        self._reporter = Reporter(folder, log)
         status = read_status(self._device.store.root)
         self._last_success = status.get("last_success", 0)
         self._failing = status.get("failing", "")
@@ -130,6 +132,8 @@ class Agent:
             self._backoff.extend(err)
             self._report_failure(err)
             raise
+        finally:
+            self._reporter.report(self._device.store)
         if outcome is Outcome.RETRY:
             self._backoff.extend()
 

@@ -14,6 +14,7 @@
       reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
       hooks/                  the owner's programs, see hooks.py
       live/                   what live predictors were made from, see live.py
+      outbox/                 reports that wait to be sent, see outbox.py
       device.key              signs proofs, if there is one, see proof.py
       current -> slots/...    for people; derived from state.json, never read
 

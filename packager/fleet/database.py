@@ -41,11 +41,12 @@ CREATE TABLE release(
 CREATE TABLE daily(                  -- proved devices that ran it as the day ended
     day INTEGER, target TEXT, devices INTEGER,
     PRIMARY KEY(day, target)) WITHOUT ROWID;
-CREATE TABLE head(sha256 TEXT PRIMARY KEY, version INTEGER, counter INTEGER, at INTEGER)
-    WITHOUT ROWID;
+CREATE TABLE head(sha256 TEXT PRIMARY KEY, version INTEGER, counter INTEGER,
+    at INTEGER, paused INTEGER) WITHOUT ROWID;
 CREATE TABLE file(path TEXT PRIMARY KEY, tag TEXT) WITHOUT ROWID;  -- read already
 CREATE INDEX report_time ON report(at) WHERE proved;
 CREATE INDEX report_of ON report(device, at, n) WHERE proved;
+CREATE INDEX report_unproved ON report(device) WHERE NOT proved;
 CREATE INDEX report_about ON report(counter, device, n) WHERE proved;
 """
 
@@ -135,6 +136,9 @@ ON CONFLICT(counter) DO UPDATE SET
     patch_bytes = coalesce(nullif(patch_bytes, 0), excluded.patch_bytes),
     full_bytes = coalesce(nullif(full_bytes, 0), excluded.full_bytes)
 WHERE target = excluded.target"""
+_HEAD = """
+INSERT INTO head VALUES (?, ?, ?, ?, ?)
+ON CONFLICT(sha256) DO UPDATE SET paused = max(paused, excluded.paused)"""
 # Going back to older weights is a newer release of an older round.
 _WITHDRAW = """
 UPDATE release SET withdrawn = EXISTS(
@@ -227,7 +231,7 @@ def add_head(connection: sqlite3.Connection, signed: SignedHead) -> None:
     row = (head.counter, head.version, head.round, head.target, head.at, size, full)
     with connection:
         known = (signed.sha256, head.version, head.counter, head.at)
-        connection.execute("INSERT OR IGNORE INTO head VALUES (?, ?, ?, ?)", known)
+        connection.execute(_HEAD, (*known, signed.is_paused()))
         connection.execute(_RELEASE, row)
         connection.execute(_WITHDRAW)
 

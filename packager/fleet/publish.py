@@ -377,7 +377,14 @@ def _rollout(
     return new
 
 
-def pause(place: Place, name: str, key: "Ed25519PrivateKey", *, now: int) -> bool:
+def pause(
+    place: Place,
+    name: str,
+    key: "Ed25519PrivateKey",
+    *,
+    now: int,
+    version: int | None = None,
+) -> bool:
     """Halt a channel's rollout, with a key that can do nothing else.
 
     Args:
@@ -385,9 +392,10 @@ def pause(place: Place, name: str, key: "Ed25519PrivateKey", *, now: int) -> boo
         name: The channel.
         key: One of the pausers that its head names.
         now: Seconds since 1970.
+        version: Of the head that is meant; a newer one is left alone.
 
     Returns:
-        Whether it was not paused already.
+        Whether it is paused now and was not before.
 
     Raises:
         RoundError: There is no such channel, or its head does not name the key.
@@ -405,11 +413,57 @@ def pause(place: Place, name: str, key: "Ed25519PrivateKey", *, now: int) -> boo
                 f"the head of {name!r} does not name this key: publish with --pauser "
                 f"KEY.pub.pem; it names {len(signed.head.pausers)} others"
             )
-        if signed.is_paused():
+        if signed.is_paused() or version not in (None, signed.head.version):
             return False
         if place.swap(head_path(name), pause_head(found[0], key, at=now), found[1]):
             return True
     raise StoreError(f"{place.name}/{head_path(name)} changed {RACES} times meanwhile")
+
+
+def resume(place: Place, channel: Channel, *, now: int) -> Head | None:
+    """Go on with a paused rollout: the same release under a new head.
+
+    Shares that had begun are as they were; those that were to come come later by as
+    long as the pause was.
+
+    Returns:
+        The new head; None where the channel is not paused.
+
+    Raises:
+        RoundError: There is no such channel.
+        StoreError: Other publishers came first every time.
+        HeadError: What lies there is no head.
+        TrustError: Another key signed the head.
+        OSError: The place cannot be read or written.
+    """
+    for _ in range(RACES):
+        signed, tag = read_channel(place, channel)
+        if signed is None:
+            raise RoundError(
+                f"no channel {channel.name!r} in {place.name}: nothing to resume"
+            )
+        if signed.pause is None or not signed.is_paused():
+            return None
+        old, halted = signed.head, signed.pause.at
+        rollout = old.rollout and replace(
+            old.rollout,
+            steps=tuple(
+                (share, start if start <= halted else start + max(0, now - halted))
+                for share, start in old.rollout.steps
+            ),
+        )
+        head = replace(
+            old,
+            version=old.version + 1,
+            at=now,
+            expires=now + old.expires - old.at,
+            rollout=rollout,
+        )
+        if place.swap(head_path(channel.name), sign_head(head, channel.signers), tag):
+            return head
+    raise StoreError(
+        f"{place.name}/{head_path(channel.name)} changed {RACES} times meanwhile"
+    )
 
 
 def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:

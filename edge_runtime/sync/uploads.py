@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sending reports: at least once, and never in the way of an update.
+
+A report goes where an address says: to a web server by PUT, as
+``ADDRESS/reports/DEVICE/N.json``; to an address that was signed beforehand or names its
+own place by ``{device}`` and ``{n}``, as it is; or into a folder. What became of it is
+said once. A server that says no is asked again after hours, another one after a pause
+that grows.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from edge_runtime.errors import DpuError, SyncError
+from edge_runtime.files import Files, read_bounded
+from edge_runtime.live.outbox import Waiting
+from edge_runtime.sync.http import HttpSource
+
+FIRST_WAIT_S, LONGEST_S, REFUSED_S = 10.0, 3600.0, 6 * 3600.0
+TURN_S = 120.0  # after that the rest waits for the next look
+MOST_REFUSED = 3  # of one turn
+HEADER_BYTES = 500  # of a request, for budgets
+_LATER = (408, 425, 429)
+_THERE = (409, 412)  # a store where nothing is written twice has it already
+_FILLED = re.compile(r"\{(device|n)\}")
+
+
+class Outlet(Protocol):
+    """Where reports go to.
+
+    Attributes:
+        spent: Bytes that went over the wire so far, in both directions.
+    """
+
+    @property
+    def spent(self) -> int:
+        """Bytes that went over the wire so far, in both directions."""
+
+    def put(self, device: str, n: int, data: bytes) -> int:
+        """Send a report; return what the server says, as HTTP has it.
+
+        Raises:
+            SyncError: No answer.
+            OSError: A file cannot be read or written.
+        """
+
+
+class FolderOutlet:
+    """A folder: a stick, or a network drive."""
+
+    def __init__(self, root: Path, files: Files | None = None) -> None:
+        """Write below a folder, which has to be there."""
+        self.root, self._files, self.spent = root, files or Files(), 0
+
+    def put(self, device: str, n: int, data: bytes) -> int:
+        """Write a report; the same one again is no other."""
+        if not self.root.is_dir():  # what is not mounted must not fill this disk
+            raise SyncError(f"{self.root} is no folder; is it mounted?")
+        folder = self.root / "reports" / device
+        self._files.make_folder(folder)
+        self._files.replace(folder / f"{n}.json", data)
+        return 201
+
+
+class HttpOutlet:
+    """A web server, or an address that was signed beforehand."""
+
+    def __init__(self, address: Callable[[], str], **options: str) -> None:
+        """Send to an address.
+
+        Args:
+            address: Returns it; one that expires may be another each time.
+            options: As :class:`edge_runtime.sync.http.HttpSource` takes them.
+        """
+        self._address, self._options = address, options
+        self._client: HttpSource | None = None
+
+    @property
+    def spent(self) -> int:
+        """Bytes that went over the wire so far, in both directions."""
+        return self._client.spent if self._client else 0
+
+    def put(self, device: str, n: int, data: bytes) -> int:
+        """Send a report; return what the server says."""
+        address = self._address()
+        if self._client is None:
+            self._client = HttpSource(address, **self._options)
+        return self._client.put(target_of(address, device, n), data)
+
+
+def target_of(address: str, device: str, n: int) -> str:
+    """Return where a report goes to.
+
+    >>> target_of("https://box/digits", "board7", 3)
+    'https://box/digits/reports/board7/3.json'
+    >>> target_of("https://b.example/r/{device}/{n}.json?sig=x", "board7", 3)
+    'https://b.example/r/board7/3.json?sig=x'
+    """
+    if _FILLED.search(address):
+        values = {"device": device, "n": str(n)}
+        return _FILLED.sub(lambda found: values[found[1]], address)
+    if urlsplit(address).query:
+        return address
+    return f"{address.rstrip('/')}/reports/{device}/{n}.json"
+
+
+def open_outlet(address: str, **options: str) -> Outlet:
+    """Return what sends reports to an address.
+
+    Args:
+        address: ``https://``, ``http://``, ``file://``, a folder; or ``@FILE`` with an
+            address in it that is a secret, or expires: it is read each time.
+        options: As :class:`edge_runtime.sync.http.HttpSource` takes them.
+
+    Raises:
+        SyncError: It is none of them.
+    """
+    if address.startswith("@"):
+        path = Path(address[1:])
+        return HttpOutlet(lambda: _address_in(path), **options)
+    parts = urlsplit(address)
+    if parts.scheme in ("http", "https") and parts.netloc:
+        return HttpOutlet(lambda: address, **options)
+    if parts.scheme == "file":
+        return FolderOutlet(Path(unquote(parts.path)))
+    if "://" not in address:
+        return FolderOutlet(Path(address))
+    raise SyncError(
+        f"reports: {parts.scheme}:// is no address for them: expected https://, "
+        "http://, a folder, or @FILE with an address in it"
+    )
+
+
+def _address_in(path: Path) -> str:
+    data = read_bounded(path, "key_bytes", str(path), SyncError)
+    address = data.decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"https?://[^\s/]+[^\s]*", address):
+        raise SyncError(f"{path} holds no address: expected one line, https://...")
+    return address
+
+
+class Uploads:
+    """Sends what waits in an outbox, and remembers when to try again."""
+
+    def __init__(
+        self,
+        outlet: Outlet,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare to send.
+
+        Args:
+            outlet: Where to.
+            say: Told once what a person should hear.
+            clock: Seconds.
+        """
+        self._outlet, self._say, self._clock = outlet, say, clock
+        self._wait, self._not_before, self._told = FIRST_WAIT_S, 0.0, ""
+        self._refused: dict[int, float] = {}
+        self._sent: set[int] = set()
+
+    @property
+    def spent(self) -> int:
+        """Bytes that went over the wire so far, in both directions."""
+        return self._outlet.spent
+
+    def send(
+        self, device: str, waiting: Iterable[Waiting], over: Callable[[int], str]
+    ) -> set[int]:
+        """Send reports, failures first; whatever goes wrong, they wait.
+
+        Args:
+            device: The device's id.
+            waiting: The reports.
+            over: Says why so many bytes may not be spent now; empty if they may.
+
+        Returns:
+            The numbers of those that were sent, by now or before.
+        """
+        begin, refused, before = self._clock(), 0, len(self._sent)
+        if begin < self._not_before:
+            return self._sent
+        for report in sorted(waiting, key=lambda r: (-r.kind, r.n)):
+            if report.n in self._sent or self._refused.get(report.n, 0.0) > begin:
+                continue
+            if self._clock() - begin > TURN_S or refused == MOST_REFUSED:
+                break
+            if reason := over(report.size + HEADER_BYTES):
+                self._tell(f"reports wait: {reason}")
+                break
+            try:
+                if not self._send(device, report):
+                    refused += 1
+                    self._refused[report.n] = begin + REFUSED_S
+            except FileNotFoundError:
+                continue  # the agent made room
+            except (DpuError, OSError) as err:
+                self._not_before = self._clock() + self._wait
+                self._wait = min(2 * self._wait, LONGEST_S)
+                self._tell(f"reports wait: {err}")
+                break
+        if refused and len(self._sent) == before:
+            self._not_before = begin + REFUSED_S
+        return self._sent
+
+    def _send(self, device: str, report: Waiting) -> bool:
+        """Send one report; return whether it was taken, or will never be.
+
+        Raises:
+            SyncError: Later it may be.
+            OSError: It cannot be read, or written.
+        """
+        data = read_bounded(
+            report.path, "report_bytes", str(report.path), SyncError, regular=True
+        )
+        status = self._outlet.put(device, report.n, data)
+        if status in _LATER or status >= 500:
+            raise SyncError(f"the server says {status}, come later")
+        if taken := status in _THERE or 200 <= status < 300:
+            self._sent.add(report.n)
+            self._wait, self._told = FIRST_WAIT_S, ""
+        else:
+            self._tell(f"reports: the server refuses them ({status})")
+        return taken
+
+    def _tell(self, words: str) -> None:
+        if words != self._told:
+            self._told = words
+            self._say(words)
