@@ -2,7 +2,7 @@
 """``dpu-edge sync``: fetch what leads to the newest release of a channel."""
 
 import random
-import socket
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +17,8 @@ from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
 if TYPE_CHECKING:
     from edge_runtime.sync.sync import Sync, Synced
+    from edge_runtime.sync.uploads import Uploads
 
-MACHINE_ID = Path("/etc/machine-id")
 _FIRST_WAIT_S, _LONGEST_S, _LONGEST_PERMANENT_S = 10.0, 3600.0, 6 * 3600.0
 
 
@@ -84,6 +84,14 @@ def _budgets(
     show_default=True,
     help="Fetch full weights where no patch leads there.",
 )
+@click.option(
+    "--report",
+    envvar="DPU_REPORT",
+    default="",
+    show_default=False,
+    metavar="URL|DIR|@FILE",
+    help="Send this device's reports there; FILE holds an address that is a secret.",
+)
 @network_options
 @json_option
 @click.pass_obj
@@ -100,6 +108,7 @@ def sync(  # noqa: PLR0913 - one argument for each option
     budgets: dict[str, int],
     metered: bool,
     full: str,
+    report: str,
     as_json: bool,
     **network: str,
 ) -> None:
@@ -108,9 +117,10 @@ def sync(  # noqa: PLR0913 - one argument for each option
     URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
     with the fewest bytes from where this device is; what is cut goes on later. It
     applies nothing: that is the agent's part. Options may also come from the
-    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _FULL, _CA,
-    _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
+    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _FULL,
+    _REPORT, _CA, _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
     """
+    from edge_runtime.agent.reporter import device_id
     from edge_runtime.sync.http import open_source
     from edge_runtime.sync.sync import Full, Sync, SyncOptions, insist_on_trust
 
@@ -119,27 +129,34 @@ def sync(  # noqa: PLR0913 - one argument for each option
             f"{folder} is no folder; make it first", param_hint="FOLDER"
         )
     insist_on_trust(url, root)
-    source = open_source(url, **{k: v for k, v in network.items() if v})
+    given = {name: value for name, value in network.items() if value}
+    source = open_source(url, **given)
     options = SyncOptions(
         channel=channel,
-        device=device or _device_id(),
+        device=device or device_id(),
         group=group,
         metered=metered,
         full=Full(full),
         **budgets,
     )
-    looking = Sync(root, folder, source, options)
+    uploads = _uploads(report, options.device, given) if report else None
+    looking = Sync(root, folder, source, options, uploads=uploads)
     if every is None:
         _tell(looking.look(), as_json=as_json)
     else:
         _go_on(looking, every, as_json=as_json)
 
 
-def _device_id() -> str:
-    try:
-        return MACHINE_ID.read_text("ascii").strip()
-    except (OSError, ValueError):
-        return socket.gethostname()
+def _uploads(report: str, device: str, given: dict[str, str]) -> "Uploads":
+    from edge_runtime.live.report import DEVICE_FORM
+    from edge_runtime.sync.uploads import Uploads, open_outlet
+
+    if not re.fullmatch(DEVICE_FORM, device):
+        raise click.UsageError(
+            f"found the device {device!r}; with --report it is a name of letters, "
+            "digits, '.', '_' and '-': give --device"
+        )
+    return Uploads(open_outlet(report, **given), say)
 
 
 def _tell(found: "Synced", *, as_json: bool) -> None:

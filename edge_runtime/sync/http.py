@@ -235,8 +235,6 @@ class HttpSource:
         except urllib3.exceptions.HTTPError as err:
             name = urlsplit(where).hostname  # the rest may be a secret
             raise SyncError(f"{name}: no answer ({_reason(err)})") from err
-        self.spent += len(data)
-        self._count(where, headers, found)
         found.close()
         return int(found.status)
 

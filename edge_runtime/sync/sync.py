@@ -21,6 +21,7 @@ from edge_runtime.errors import (
     HeadError,
     KeyListError,
     PatchError,
+    StoreError,
     SyncError,
     TrustError,
     WrongModelError,
@@ -32,6 +33,7 @@ from edge_runtime.formats.json_record import is_digest
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
+from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import MAX_REASON, State, utc
 from edge_runtime.store.store import Store
@@ -44,6 +46,7 @@ from edge_runtime.sync.state import (
     read_sync_state,
     write_sync_state,
 )
+from edge_runtime.sync.uploads import Uploads
 from edge_runtime.trust.root import load_list
 
 HEAD_DEADLINE_S = 120.0
@@ -117,6 +120,7 @@ class Sync:
         options: SyncOptions,
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
+        uploads: Uploads | None = None,
     ) -> None:
         """Name everything; nothing is read yet.
 
@@ -127,7 +131,9 @@ class Sync:
             options: Who the device is.
             files: The seam to the disk.
             clock: Seconds since 1970.
+            uploads: Sends the device's reports; None to send none.
         """
+        self._uploads, self._taken = uploads, None  # type: Uploads | None, Head | None
         self._store, self._folder, self._source = store, folder, source
         self._options, self._files, self._clock = options, files or Files(), clock
         self._fetched: list[str] = []
@@ -156,9 +162,13 @@ class Sync:
                 self._note(FAILED, str(err))
                 raise
             finally:
+                self._report()
                 self._save()
-        spent = self._source.spent
-        return Synced(result, head, tuple(self._fetched), spent, reason)
+        return Synced(result, head, tuple(self._fetched), self._spent, reason)
+
+    @property
+    def _spent(self) -> int:
+        return self._source.spent + (self._uploads.spent if self._uploads else 0)
 
     def _note(self, result: str, reason: str) -> None:
         """Keep, for whoever asks the device, how a look ended and what it may cost."""
@@ -220,6 +230,7 @@ class Sync:
         self._files.replace(kept, data)
         self._state = replace(self._state.took(signed, tag), checked=int(self._clock()))
         self._save()  # the floors, before anything is done because of it
+        self._taken = signed.head
         return signed
 
     def _admit(self, device: State, signed: SignedHead) -> None:
@@ -482,6 +493,44 @@ class Sync:
         tags = {k: v for k, v in self._state.tags.items() if k in wanted}
         self._state = replace(self._state, tags=tags)
 
+    # Reports ------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        """Send reports, and tell the agent what its next ones should say.
+
+        Nothing of it is in the way of an update: what goes wrong here waits.
+        """
+        told = Told()
+        with suppress(OSError, StoreError):
+            told = read_told(self._folder)
+        try:
+            waiting = Outbox(self._store).waiting()
+        except OSError as err:
+            waiting = []
+            if self._uploads:
+                self._uploads.tell(f"reports wait: {err}")
+        sent = set(told.sent)
+        if self._uploads and not self._options.metered:
+            left = (report for report in waiting if report.n not in sent)
+            sent |= self._uploads.send(self._options.device, left, self._over_budget)
+        state, head = self._state, self._taken
+        told = replace(
+            told.having_sent(sent, {report.n for report in waiting}),
+            device=self._options.device,
+            group=self._options.group,
+            month_bytes=state.spent_in(utc(self._clock())[:7]),
+        )
+        if head:
+            told = replace(
+                told,
+                head=state.digest,
+                version=head.version,
+                counter=head.counter,
+                target=head.target,
+            )
+        with suppress(OSError):  # it is told again at the next look
+            write_told(self._folder, told, self._files)
+
     # What it may spend ---------------------------------------------------------------
 
     def _over_budget(self, needed: int) -> str:
@@ -490,7 +539,7 @@ class Sync:
             ("today", day, self._options.day_bytes),
             ("this month", day[:7], self._options.month_bytes),
         ):
-            spent = self._state.spent_in(begin) + self._source.spent - self._counted
+            spent = self._state.spent_in(begin) + self._spent - self._counted
             if budget is not None and spent + needed > budget:
                 return (
                     f"{spent} bytes were spent {words}, {needed} more are needed, "
@@ -510,10 +559,10 @@ class Sync:
 
     def _save(self) -> None:
         """Write the state, with what was spent since the last time."""
-        fresh = self._source.spent - self._counted
+        fresh = self._spent - self._counted
         if fresh:
             self._state = self._state.spending(utc(self._clock())[:10], fresh)
-            self._counted = self._source.spent
+            self._counted = self._spent
         write_sync_state(self._folder, self._state, self._files)
 
 

@@ -11,11 +11,12 @@ that grows.
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from edge_runtime.errors import DpuError, SyncError
+from edge_runtime.errors import AddressError, DpuError, SyncError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.live.outbox import Waiting
 from edge_runtime.sync.http import HttpSource
@@ -117,7 +118,7 @@ def open_outlet(address: str, **options: str) -> Outlet:
         options: As :class:`edge_runtime.sync.http.HttpSource` takes them.
 
     Raises:
-        SyncError: It is none of them.
+        AddressError: It is none of them.
     """
     if address.startswith("@"):
         path = Path(address[1:])
@@ -129,7 +130,7 @@ def open_outlet(address: str, **options: str) -> Outlet:
         return FolderOutlet(Path(unquote(parts.path)))
     if "://" not in address:
         return FolderOutlet(Path(address))
-    raise SyncError(
+    raise AddressError(
         f"reports: {parts.scheme}:// is no address for them: expected https://, "
         "http://, a folder, or @FILE with an address in it"
     )
@@ -191,18 +192,16 @@ class Uploads:
             if self._clock() - begin > TURN_S or refused == MOST_REFUSED:
                 break
             if reason := over(report.size + HEADER_BYTES):
-                self._tell(f"reports wait: {reason}")
+                self.tell(f"reports wait: {reason}")
                 break
             try:
                 if not self._send(device, report):
                     refused += 1
                     self._refused[report.n] = begin + REFUSED_S
-            except FileNotFoundError:
-                continue  # the agent made room
             except (DpuError, OSError) as err:
                 self._not_before = self._clock() + self._wait
                 self._wait = min(2 * self._wait, LONGEST_S)
-                self._tell(f"reports wait: {err}")
+                self.tell(f"reports wait: {err}")
                 break
         if refused and len(self._sent) == before:
             self._not_before = begin + REFUSED_S
@@ -215,9 +214,13 @@ class Uploads:
             SyncError: Later it may be.
             OSError: It cannot be read, or written.
         """
-        data = read_bounded(
-            report.path, "report_bytes", str(report.path), SyncError, regular=True
-        )
+        path, data = report.path, b""
+        with suppress(FileNotFoundError):  # else the agent made room
+            data = read_bounded(
+                path, "report_bytes", str(path), SyncError, regular=True
+            )
+        if not data:
+            return True
         status = self._outlet.put(device, report.n, data)
         if status in _LATER or status >= 500:
             raise SyncError(f"the server says {status}, come later")
@@ -225,10 +228,11 @@ class Uploads:
             self._sent.add(report.n)
             self._wait, self._told = FIRST_WAIT_S, ""
         else:
-            self._tell(f"reports: the server refuses them ({status})")
+            self.tell(f"reports: the server refuses them ({status})")
         return taken
 
-    def _tell(self, words: str) -> None:
+    def tell(self, words: str) -> None:
+        """Say what a person should hear, once."""
         if words != self._told:
             self._told = words
             self._say(words)

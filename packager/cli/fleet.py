@@ -21,6 +21,7 @@ from packager.cli.fleet_options import Name, Shares, Skips, Span
 from packager.cli.fleet_provision import provision
 from packager.cli.fleet_prune import prune
 from packager.cli.fleet_show import show
+from packager.cli.fleet_watch import resume, revert, watch
 from packager.cli.keys import read_signers
 from packager.cli.options import (
     PRIVATE_KEY,
@@ -239,8 +240,5 @@ def _text(done: "Published") -> str:
     )
 
 
-fleet.add_command(init)
-fleet.add_command(provision)
-fleet.add_command(check)
-fleet.add_command(show)
-fleet.add_command(prune)
+for _command in (init, provision, check, show, prune, watch, resume, revert):
+    fleet.add_command(_command)

@@ -420,52 +420,6 @@ def pause(
     raise StoreError(f"{place.name}/{head_path(name)} changed {RACES} times meanwhile")
 
 
-def resume(place: Place, channel: Channel, *, now: int) -> Head | None:
-    """Go on with a paused rollout: the same release under a new head.
-
-    Shares that had begun are as they were; those that were to come come later by as
-    long as the pause was.
-
-    Returns:
-        The new head; None where the channel is not paused.
-
-    Raises:
-        RoundError: There is no such channel.
-        StoreError: Other publishers came first every time.
-        HeadError: What lies there is no head.
-        TrustError: Another key signed the head.
-        OSError: The place cannot be read or written.
-    """
-    for _ in range(RACES):
-        signed, tag = read_channel(place, channel)
-        if signed is None:
-            raise RoundError(
-                f"no channel {channel.name!r} in {place.name}: nothing to resume"
-            )
-        if signed.pause is None or not signed.is_paused():
-            return None
-        old, halted = signed.head, signed.pause.at
-        rollout = old.rollout and replace(
-            old.rollout,
-            steps=tuple(
-                (share, start if start <= halted else start + max(0, now - halted))
-                for share, start in old.rollout.steps
-            ),
-        )
-        head = replace(
-            old,
-            version=old.version + 1,
-            at=now,
-            expires=now + old.expires - old.at,
-            rollout=rollout,
-        )
-        if place.swap(head_path(channel.name), sign_head(head, channel.signers), tag):
-            return head
-    raise StoreError(
-        f"{place.name}/{head_path(channel.name)} changed {RACES} times meanwhile"
-    )
-
-
 def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:
     """Return whether a new head would say nothing new, and the old one is fresh."""
     dated = replace(new, version=old.version, at=old.at, expires=old.expires)

@@ -19,6 +19,7 @@ from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.report import FAILURES
 from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.text import printable
 from packager.fleet.database import Row, add_head, add_reports
 from packager.fleet.head import head_path
 from packager.fleet.place import Entry, Place
@@ -211,7 +212,7 @@ class _Turn:
         except (ProofError, TrustError) as err:
             self._found.refused += 1
             if self._found.reasons is not None and len(self._found.reasons) < 5:
-                self._found.reasons[entry.path] = str(err)
+                self._found.reasons[printable(entry.path)] = str(err)
             return None
         heads, counters = self._heads, self._counters
         return row_of(report, name, heads=heads, counters=counters, now=self._now)
@@ -265,4 +266,9 @@ def halt(
     head = signed.head
     if signed.is_paused() or not standing(connection, signed).is_over(limit):
         return False
-    return pause(place, head.channel, key, now=now, version=head.version)
+    if not pause(place, head.channel, key, now=now, version=head.version):
+        return False
+    with connection:
+        sql = "UPDATE head SET paused = 1 WHERE sha256 = ?"
+        connection.execute(sql, [signed.sha256])
+    return True

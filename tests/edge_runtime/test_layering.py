@@ -19,7 +19,8 @@ from tools.layers import modules as modules_of
 ROOT = Path(__file__).parents[2]
 STANDARD_LIBRARY = (
     "base64 binascii calendar codecs collections concurrent contextlib ctypes "
-    "dataclasses enum errno fcntl functools gc hashlib heapq http importlib inspect io "
+    "dataclasses datetime enum errno fcntl functools gc hashlib heapq http importlib "
+    "inspect io "
     "itertools json logging math os pathlib pwd queue random re resource secrets "
     "shlex shutil signal socket stat struct subprocess sys tempfile threading time "
     "tokenize traceback types typing urllib weakref zipfile zlib"
@@ -28,7 +29,7 @@ STANDARD_LIBRARY = (
 THIRD_PARTY = {
     "onnxruntime": {"inference.predictor"},
     "zstandard": {"formats.frames"},
-    "cryptography": {"live.proof", "formats.signing"},
+    "cryptography": {"live.proof", "live.report", "formats.signing"},
     "PIL": {"inference.inputs"},
     "urllib3": {"sync.http", "sync.wire"},
 }

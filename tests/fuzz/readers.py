@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else is fuzzed: bundles, weight files, proofs, state, agent and live files.
+"""What else is fuzzed: bundles, weight files, proofs, reports, state and so on.
 
 Each takes any bytes; it raises only if a reader raises what is none of our errors. Some
 inputs are files as they are, most are edits of a good file with mended checksums.
@@ -30,6 +30,7 @@ from edge_runtime.store.state import Slot, State, decode_state, encode_state
 from edge_runtime.sync.head import encode_head, read_head
 from edge_runtime.sync.route import cheapest
 from packager.check_proof import check_origin, read_proof
+from packager.fleet.reports import Known, read_report, row_of, signer
 from packager.zip_file import encode_members
 from tests.fuzz.edits import Edits
 from tests.fuzz.target import BASE, seal
@@ -75,6 +76,23 @@ PROOF = STATE.summary() | {
         "tensors": {"w": _HEX},
     },
     "live": [LIVE | {"file_now": _HEX}],
+}
+REPORT = {
+    "schema": 1,
+    "device": "board7",
+    "n": 3,
+    "at": 1796169600,
+    "since": "2026-01-01T00:00:00Z",
+    "outcome": "refused",
+    "reason": "why",
+    "head": {"sha256": _HEX, "version": 17},
+    "release": {"counter": 5, "round": 5, "target": _HEX},
+    "name": "digits",
+    "group": "lab",
+    "runtime": "1.0",
+    "month_bytes": 9,
+    "proof": PROOF | {"nonce": _HEX},
+    "signature": {"key_id": "5f" * 8, "value": "5f" * 64},
 }
 RECIPE = InitSpec(
     7,
@@ -190,6 +208,19 @@ def _proof(data):
     check_origin(read_proof(file), "n", {})
 
 
+def _report(data):
+    edits = Edits(data)
+    record = edits.record(REPORT)
+    _judge_report(canonical(record) if edits.pick(4) else edits.bytes(dump(record)))
+
+
+def _judge_report(data):
+    report = read_report(data)
+    signer(report, {"5f" * 8: ("00" * 32, "board7")})
+    heads, counters = {_HEX: Known(17, 1796169600)}, {_HEX: [(5, 17)]}
+    row_of(report, "", heads=heads, counters=counters, now=1796169700)
+
+
 def _weights(data):
     edits = Edits(data)
     layout = {
@@ -248,6 +279,7 @@ READERS = {
     "recipe": (_recipe, None),
     "contract": (_json(CONTRACT, _parse_contract), parse_contract),
     "proof": (_proof, read_proof),
+    "report": (_report, _judge_report),
     "state": (_state, decode_state),
     "agent": (_json(AGENT, _parse_agent), _parse_agent),
     "live": (_json(LIVE, _parse_live), _parse_live),

@@ -6,8 +6,10 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime import Device
 from edge_runtime.agent import reporter as module
@@ -15,7 +17,7 @@ from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.reporter import DAY_S, RETRY_S, Reporter
 from edge_runtime.errors import BlockedError, TrialCutOffError, TrialError
 from edge_runtime.files import Files
-from edge_runtime.formats.signing import key_id
+from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.outbox import (
     MOST_BYTES,
     MOST_FILES,
@@ -24,12 +26,14 @@ from edge_runtime.live.outbox import (
     Told,
     write_told,
 )
-from edge_runtime.live.proof import KEY_NAME, device_key, public_key
-from edge_runtime.live.report import NO_HEAD, Outcome
+from edge_runtime.live.proof import CONTEXT as PROOF_CONTEXT
+from edge_runtime.live.proof import KEY_NAME, canonical, device_key, public_key
+from edge_runtime.live.report import NO_HEAD, Change, Outcome, Report, encode_report
 from packager.fleet.reports import read_report, runs, signer
 from tests.crash import world
 
 HEAD = "ab" * 32
+GOLDEN = Path(__file__).parents[2] / "golden" / "report_v1.json"
 
 
 class Board:
@@ -348,3 +352,46 @@ def test_what_is_sent_is_removed_once_the_network_side_says_so(board):
 def test_told_forgets_what_is_gone():
     told = Told(sent=(1, 2)).having_sent({3}, {2, 3, 4})
     assert told == replace(Told(), sent=(2, 3))
+
+
+# The form -----------------------------------------------------------------------------
+
+
+def golden_report():
+    """A report of a fixed key."""
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    digest = "5a" * 32
+    proof = {
+        "schema": 1,
+        "time": "2026-11-28T10:00:00Z",
+        "nonce": HEAD,
+        "round": 5,
+        "fingerprint": digest,
+        "live": [],
+        "untold": [],
+        "release_counter": 5,
+        "disk": {"fingerprint": digest, "graph": digest, "bytes": 9},
+    }
+    value = key.sign(framed(PROOF_CONTEXT, canonical(proof))).hex()
+    proof["signature"] = {"key_id": key_id(public_key(key)), "value": value}
+    change = Change("2026-11-28T09:59:00Z", Outcome.REFUSED, 6, "6b" * 32, "worse")
+    report = Report(
+        device="board7",
+        n=1795860001,
+        at=1795860000,
+        counter=6,
+        head=(HEAD, 17),
+        name="digits",
+        group="lab",
+        runtime="1.0",
+        change=change,
+        month_bytes=31337,
+    )
+    return encode_report(report, proof, key), {key_id(public_key(key)): public_key(key)}
+
+
+def test_a_report_is_these_bytes_for_ever():
+    data, keys = golden_report()
+    assert data == GOLDEN.read_bytes()
+    known = {name: (public, "board7") for name, public in keys.items()}
+    assert signer(read_report(data), known) == "board7"

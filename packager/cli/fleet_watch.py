@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dpu-fleet watch``, ``resume`` and ``revert``: how a release does, and what then."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.errors import DpuError, KeyFileError, RoundError
+from edge_runtime.files import Files, read_bounded
+from edge_runtime.formats.signing import Trust
+from packager.cli.fleet_options import Name, Span
+from packager.cli.keys import read_signers
+from packager.cli.options import (
+    PRIVATE_KEY,
+    PUBLIC_KEY,
+    runs_option,
+    single_publisher_option,
+)
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from packager.fleet.place import Place
+    from packager.fleet.watch import Limit
+
+
+class Percent(click.ParamType[float]):
+    """A share such as 2% or 0.5%."""
+
+    name = "share"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return it as a fraction."""
+        found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)%", str(value))
+        if found is None or float(found[1]) > 100:
+            self.fail(f"found {value!r}, expected 2% or 0.5%", param, ctx)
+        return float(found[1]) / 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """What is watched, and what is done about it."""
+
+    place: "Place"
+    channel: str
+    trust: Trust
+    devices: Path
+    database: Path
+    page: Path | None
+    run: Path | None
+    limit: "Limit | None"
+    pauser: "Ed25519PrivateKey | None"
+
+
+@click.command()
+@click.argument("url", metavar="URL|DIR")
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--devices",
+    required=True,
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The devices' public keys, DEVICE.pub.pem, as 'dpu-fleet provision' writes.",
+)
+@click.option(
+    "--trust",
+    "trusted",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=PUBLIC_KEY,
+    help="Insist that these keys signed the head (repeatable).",
+)
+@click.option(
+    "--db",
+    "database",
+    default="fleet.db",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The database: SQLite.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the fleet's page too, as 'dpu-fleet show -o' does.",
+)
+@click.option(
+    "--run",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The run's folder: its ledger knows the earlier releases.",
+)
+@click.option(
+    "--halt-at",
+    "share",
+    type=Percent(),
+    help="Pause the channel when a release fails on more of the devices that tried it.",
+)
+@click.option(
+    "--halt-least",
+    "least",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="But only once it failed on so many devices.",
+)
+@click.option(
+    "--pause-key",
+    metavar="KEY.pem",
+    type=PRIVATE_KEY,
+    help="The private half of a key that was published with --pauser.",
+)
+@click.option("--once", is_flag=True, help="Look once, for cron and timers.")
+@click.option(
+    "--every", type=Span(), default="60s", show_default=True, help="Look so often."
+)
+@single_publisher_option
+@json_option
+def watch(  # noqa: PLR0913 - one argument for each option
+    url: str,
+    *,
+    channel: str,
+    devices: Path,
+    trusted: tuple[Path, ...],
+    database: Path,
+    page: Path | None,
+    run: Path | None,
+    share: float | None,
+    least: int,
+    pause_key: Path | None,
+    once: bool,
+    every: int,
+    single_publisher: bool,
+    as_json: bool,
+) -> None:
+    """Collect what devices reported, and halt a release that fails.
+
+    Counted are devices whose key is in --devices, each once, by its newest report about
+    the channel's release. Everything else is kept apart and triggers nothing.
+    """
+    from edge_runtime.formats.signing import trust_keys
+    from packager.fleet.address import open_place
+    from packager.fleet.watch import Limit
+
+    if (share is None) != (pause_key is None):
+        raise click.UsageError("--halt-at and --pause-key go together")
+    pems = {str(p): read_bounded(p, "key_bytes", str(p), KeyFileError) for p in trusted}
+    signers, _ = read_signers([pause_key] if pause_key else [])
+    watched = _Watch(
+        open_place(url, single_publisher=single_publisher, say=say),
+        channel,
+        trust_keys(pems, max(1, len(pems))),
+        devices,
+        database,
+        page,
+        run,
+        None if share is None else Limit(share, least),
+        signers[0] if signers else None,
+    )
+    if not trusted:
+        say("nobody's signature is asked of the head: give --trust release.pub.pem")
+    if once:
+        _tell(_look(watched), as_json=as_json)
+    else:
+        _go_on(watched, every, lambda record: _tell(record, as_json=as_json))
+
+
+def _go_on(watched: _Watch, every: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Look for ever; what fails is said once, and tried again."""
+    told: object = None
+    while True:
+        try:
+            record = _look(watched)
+            news = {k: v for k, v in record.items() if k not in ("at", "unchanged")}
+            if news != told:
+                tell(record)
+            told = news
+        except (DpuError, OSError) as err:
+            if (words := str(err)) != told:
+                say(words)
+            told = words
+        time.sleep(every)
+
+
+def _look(watched: _Watch) -> dict[str, Any]:
+    from packager.fleet import watch as watching
+    from packager.fleet.dashboard import dashboard
+    from packager.fleet.database import add_releases, open_database
+    from packager.fleet.reports import read_keys
+    from packager.ledger import read_ledger
+
+    now, place, channel = int(time.time()), watched.place, watched.channel
+    with open_database(watched.database) as connection:
+        trust = watched.trust
+        signed = watching.look_at_head(connection, place, channel, trust)
+        if watched.run:
+            known = read_ledger(watched.run).released(signed.head.model)
+            add_releases(connection, known, signed.head.model)
+        keys = read_keys(watched.devices)
+        found = watching.collect(connection, place, keys, now=now)
+        # Looked at again: it may have been replaced while reports were read.
+        signed = watching.look_at_head(connection, place, channel, trust)
+        state, halted = watching.standing(connection, signed), False
+        if watched.limit and watched.pauser:
+            rest = watched.limit, watched.pauser
+            halted = watching.halt(connection, place, signed, *rest, now=now)
+        if halted:
+            signed = watching.look_at_head(connection, place, channel, trust)
+        if watched.page:
+            html = dashboard(connection, now=now).encode()
+            Files().replace(watched.page, html, durable=False)
+    head = signed.head
+    return asdict(found) | {
+        "at": now,
+        "channel": head.channel,
+        "version": head.version,
+        "counter": head.counter,
+        "round": head.round,
+        "tried": state.tried,
+        "failed": state.failed,
+        "halted": halted,
+        "paused": signed.is_paused(),
+    }
+
+
+def _tell(record: Mapping[str, Any], *, as_json: bool) -> None:
+    tried, failed = record["tried"], record["failed"]
+    share = f" ({failed / tried:.1%})" if tried else ""
+    state = ", paused" * (record["paused"] and not record["halted"])
+    state += ", halted now" * record["halted"]
+    lines = [
+        f"{record['channel']}, version {record['version']}: round {record['round']} "
+        f"was tried by {tried} devices and failed on {failed}{share}{state}",
+        f"reports: {record['proved']} new, {record['unchanged']} known, "
+        f"{record['unproved']} of nobody known, {record['refused']} refused",
+        *(f"  {path}: {reason}" for path, reason in record["reasons"].items()),
+    ]
+    emit(dict(record), as_json=as_json, text="\n".join(lines))
+
+
+@click.command()
+@click.argument("url", metavar="URL|DIR")
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=PRIVATE_KEY,
+    help="The keys that releases are signed with (repeatable).",
+)
+@single_publisher_option
+@json_option
+def resume(
+    url: str,
+    *,
+    channel: str,
+    keys: tuple[Path, ...],
+    single_publisher: bool,
+    as_json: bool,
+) -> None:
+    """Go on with a paused rollout.
+
+    Shares that were to come come later by as long as the pause was. Devices that had
+    reported before no longer count for 'dpu-fleet watch --halt-at'.
+    """
+    from packager.fleet.address import open_place
+    from packager.fleet.after_halt import resume as resume_channel
+    from packager.fleet.publish import Channel
+
+    signers, names = read_signers(keys)
+    place = open_place(url, single_publisher=single_publisher, say=say)
+    own = Channel(name=channel, signers=signers)
+    head = resume_channel(place, own, now=int(time.time()))
+    words = f"goes on, version {head.version}" if head else "not paused"
+    record = {"to": place.name, "channel": channel, "changed": head is not None}
+    record |= {"version": head.version if head else None, "signed_by": names}
+    emit(record, as_json=as_json, text=f"{channel}: {words}")
+
+
+@click.command()
+@click.argument("name", metavar="[ROUND]", required=False)
+@runs_option
+@click.option("--to", required=True, metavar="URL|DIR", help="Where the channel lies.")
+@click.option("--channel", type=Name(), default="stable", show_default=True)
+@click.option(
+    "--sign",
+    "keys",
+    metavar="KEY.pem",
+    multiple=True,
+    type=PRIVATE_KEY,
+    help="The keys that releases are signed with (repeatable).",
+)
+@click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@single_publisher_option
+@json_option
+@click.pass_context
+def revert(
+    context: click.Context,
+    /,
+    *,
+    name: str | None,
+    runs: Path,
+    to: str,
+    channel: str,
+    single_publisher: bool,
+    **options: Any,
+) -> None:
+    """Answer a bad release: older weights become a newer release, for all at once.
+
+    Those of ROUND, by default those of the release before. Its counter is right by
+    itself, and its groups are those of the bad release.
+    """
+    from edge_runtime.sync.head import read_head
+    from packager.fleet.address import open_place
+    from packager.fleet.after_halt import release_before
+    from packager.fleet.head import head_path
+
+    place = open_place(to, single_publisher=single_publisher, say=say)
+    found = place.read(head_path(channel))
+    if found is None:
+        raise RoundError(f"no channel {channel!r} in {place.name}: nothing to revert")
+    head = read_head(found[0]).head  # whose it is, is for publish to insist on
+    name = name or release_before(runs, head)
+    say(f"round {head.round} is taken back: {name} becomes the newest release")
+    publish = context.find_root().command.commands["publish"]  # type: ignore[attr-defined]
+    context.invoke(
+        publish,
+        name=name,
+        runs=runs,
+        to=to,
+        channel=channel,
+        revert=True,
+        groups=head.rollout.groups if head.rollout else (),
+        single_publisher=single_publisher,
+        **options,
+    )

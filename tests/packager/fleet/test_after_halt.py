@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may follow a halt, by its commands."""
+
+import json
+
+import pytest
+
+from edge_runtime.formats.signing import Trust, load_public
+from edge_runtime.sync.head import read_head
+from packager.cli.fleet import fleet
+from packager.keys import write_key_pair
+
+
+class Operator:
+    """Somebody with a run, a channel and its keys."""
+
+    def __init__(self, run, path, command):
+        self.run, self.www, self.command = run, path / "www", command
+        self.keys = {name: path / f"{name}.pem" for name in ("release", "watch")}
+        for key in self.keys.values():
+            write_key_pair(key)
+
+    def do(self, name, *args, code=0):
+        sign = ["--sign", self.keys["release"]] if name != "pause" else []
+        given = name, *args, *sign, "--json"
+        found, out, err = self.command(fleet, *given)
+        assert found == code, err
+        return json.loads(out) if out else err
+
+    def publish(self, number, *args):
+        self.do("publish", f"round_{number:02d}", *self.to, *args)
+
+    @property
+    def to(self):
+        return "--runs", self.run.path.parent, "--to", self.www
+
+    @property
+    def head(self):
+        signed = read_head((self.www / "stable.head").read_bytes())
+        pem = self.keys["release"].with_suffix(".pub.pem").read_bytes()
+        signed.check(Trust((load_public(pem),)))
+        return signed
+
+
+@pytest.fixture
+def operator(run, tmp_path, command):
+    for number in (2, 3):
+        run.add(number)
+    return Operator(run, tmp_path, command)
+
+
+def test_revert_goes_to_the_release_before_with_the_next_counter(operator):
+    for number in (0, 1, 2):
+        operator.publish(number)
+    done = operator.do("revert", *operator.to)
+    assert (done["round"], done["counter"], done["version"]) == (1, 3, 4)
+
+
+def test_revert_passes_over_what_was_itself_taken_back(operator):
+    for number in (0, 1, 2):
+        operator.publish(number)
+    operator.do("revert", "round_00", *operator.to)
+    operator.publish(3)
+    done = operator.do("revert", *operator.to)
+    assert done["round"] == 0
+
+
+def test_revert_keeps_the_groups_and_the_key_that_may_pause(operator):
+    watch = operator.keys["watch"].with_suffix(".pub.pem")
+    operator.publish(0)
+    operator.publish(1, "--group", "lab", "--pauser", watch)
+    operator.do("revert", *operator.to)
+    assert operator.head.head.rollout.groups == ("lab",)
+    assert len(operator.head.head.pausers) == 1
+
+
+def test_revert_tries_without_writing(operator):
+    operator.publish(0)
+    operator.publish(1)
+    before = (operator.www / "stable.head").read_bytes()
+    assert operator.do("revert", *operator.to, "--dry-run")["round"] == 0
+    assert (operator.www / "stable.head").read_bytes() == before
+
+
+def test_revert_says_what_it_lacks(operator, tmp_path):
+    words = operator.do("revert", *operator.to, code=3)
+    assert "no channel" in str(words)
+    operator.publish(0)
+    words = operator.do("revert", *operator.to, code=2)
+    assert "name the ROUND" in str(words)
+    other = "--runs", tmp_path / "none", "--to", operator.www
+    assert "give --runs" in str(operator.do("revert", *other, code=2))
+
+
+def test_resume_goes_on_once(operator):
+    watch = operator.keys["watch"]
+    operator.publish(0, "--pauser", watch.with_suffix(".pub.pem"))
+    assert operator.do("resume", operator.www)["changed"] is False
+    operator.do("pause", operator.www, "--key", watch)
+    assert operator.head.is_paused()
+    found = operator.do("resume", operator.www)
+    assert (found["changed"], found["version"]) == (True, 2)
+    assert not operator.head.is_paused()
+
+
+@pytest.mark.parametrize(
+    "args", [("--halt-at", "2%"), ("--halt-at", "200%"), ("--halt-at", "x")]
+)
+def test_watch_says_what_it_lacks(operator, tmp_path, command, args):
+    operator.publish(0)
+    given = "watch", operator.www, "--once", "--devices", tmp_path, *args
+    code, _, err = command(fleet, *given)
+    assert code == 2
+    assert "--pause-key" in err or "expected 2%" in err
+
+
+def test_watch_needs_keys_of_devices(operator, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    operator.publish(0)
+    (tmp_path / "keys").mkdir()
+    given = "watch", operator.www, "--once", "--devices", tmp_path / "keys"
+    code, _, err = command(fleet, *given)
+    assert code == 2
+    assert "dpu-edge device-key" in err

@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching a fleet: what is proved counts, once a device, and nothing else does."""
+
+import json
+import os
+import pathlib
+import time
+from dataclasses import replace
+
+import obstore
+import pytest
+
+from edge_runtime.errors import RoundError, TrustError
+from edge_runtime.formats.signing import Trust, framed, key_id
+from edge_runtime.live.proof import canonical, encode_public, public_key
+from edge_runtime.live.report import CONTEXT, Outcome
+from edge_runtime.sync.head import Rollout, read_head
+from packager.fleet import watch as module
+from packager.fleet.after_halt import resume
+from packager.fleet.database import open_database
+from packager.fleet.head import sign_head
+from packager.fleet.object_place import ObjectPlace
+from packager.fleet.place import FolderPlace
+from packager.fleet.publish import Channel, pause, publish
+from packager.fleet.reports import read_keys
+from packager.fleet.watch import Limit, Standing, collect, halt, look_at_head, standing
+from packager.keys import generate_key
+from packager.rounds.folder import read_round
+from tests.packager.fleet.reporting import OTHER, Fake
+
+KEY, PAUSER = generate_key(), generate_key()
+TRUST = Trust((public_key(KEY),))
+NOW = int(time.time())
+LIMIT = Limit(0.02, 3)
+REFUSED = Outcome.REFUSED
+
+
+class Fleet:
+    """A channel, devices with known keys, and somebody who watches."""
+
+    def __init__(self, run, path):
+        self.run, self.place = run, FolderPlace(path / "www")
+        self.keys_folder, self.path = path / "keys", path
+        self.keys_folder.mkdir()
+        self.publish(1)
+
+    def publish(self, number, **changes):
+        channel = Channel(name="stable", signers=[KEY], pausers=(public_key(PAUSER),))
+        path = self.run.path / f"round_{number:02d}"
+        publish(read_round(path), self.place, replace(channel, **changes), now=NOW)
+
+    @property
+    def signed(self):
+        return read_head(self.place.read("stable.head")[0])
+
+    def devices(self, count, prefix="board"):
+        made = [f"{prefix}{k}" for k in range(count)]
+        return [Fake(name, self.place, self.keys_folder) for name in made]
+
+    def stranger(self, name="stranger"):
+        return Fake(name, self.place)
+
+    def collect(self, now=None):
+        look_at_head(self.connection, self.place, "stable", TRUST)
+        keys = read_keys(self.keys_folder)
+        return collect(self.connection, self.place, keys, now=now or NOW + 60)
+
+    def watch(self, limit=LIMIT):
+        """Collect and judge; return whether the channel is paused then."""
+        self.collect()
+        state = self.connection, self.place, self.signed
+        halted = halt(*state, limit, PAUSER, now=NOW + 60)
+        assert halted == self.signed.is_paused()
+        return halted
+
+    @property
+    def standing(self):
+        return standing(self.connection, self.signed)
+
+    def rows(self, what="device, n, outcome, proved", table="report"):
+        return self.connection.execute(f"SELECT {what} FROM {table}").fetchall()
+
+
+@pytest.fixture
+def fleet(run, tmp_path):
+    run.add(2)
+    made = Fleet(run, tmp_path)
+    with open_database(tmp_path / "fleet.db") as connection:
+        made.connection = connection
+        yield made
+
+
+# What is collected --------------------------------------------------------------------
+
+
+def test_who_runs_what_is_known_by_proof(fleet):
+    first, second = fleet.devices(2)
+    first.send(fleet.signed, group="lab", name="digits", month_bytes=5)
+    second.send(fleet.signed, REFUSED, running=OTHER, reason="worse")
+    found = fleet.collect()
+    assert (found.proved, found.unproved, found.refused) == (2, 0, 0)
+    what = "id, grp, name, target, counter, outcome, reason, month_bytes, proved"
+    assert fleet.rows(what, "device") == [
+        ("board0", "lab", "digits", fleet.signed.head.target, 1, "applied", "", 5, 1),
+        ("board1", "", "", OTHER, 1, "refused", "worse", 0, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"disk": None}, "disk"),
+        ({"untold": [7]}, "process 7"),
+        ({"live": [{"pid": 7, "status": "loading", "file_now": ""}]}, "process 7"),
+        ({"disk": {"fingerprint": OTHER, "graph": OTHER, "bytes": 9}}, "disk"),
+    ],
+)
+def test_what_a_proof_leaves_open_is_no_claim(fleet, changes, reason):
+    (device,) = fleet.devices(1)
+    signed = fleet.signed
+    proof = device.proof(signed.sha256, signed.head.target, **changes)
+    device.send(signed, proof=proof)
+    fleet.collect()
+    ((target, why),) = fleet.rows("target, reason", "device")
+    assert target == ""
+    assert reason in why
+
+
+def test_only_what_is_new_or_changed_is_read(fleet, monkeypatch):
+    devices = fleet.devices(3)
+    for device in devices:
+        device.send(fleet.signed)
+    fleet.collect()
+    read = []
+    original = FolderPlace.read
+    monkeypatch.setattr(
+        FolderPlace, "read", lambda s, p: read.append(p) or original(s, p)
+    )
+    devices[0].send(fleet.signed)
+    devices[1].n += 1
+    devices[1].put(devices[1].report(fleet.signed), name="1.json")
+    found = fleet.collect()
+    assert sorted(path for path in read if path.startswith("reports")) == [
+        "reports/board0/2.json",
+        "reports/board1/1.json",
+    ]
+    assert (found.proved, found.unchanged) == (2, 2)
+
+
+def test_one_name_for_all_reports_of_a_device_will_do(fleet):
+    """As with an address that was signed beforehand."""
+    (device,) = fleet.devices(1)
+    for outcome in (Outcome.APPLIED, REFUSED):
+        device.put(device.report(fleet.signed, outcome), name="latest.json")
+        fleet.collect()
+    assert [row[:3] for row in fleet.rows()] == [
+        ("board0", 1, "applied"),
+        ("board0", 2, "refused"),
+    ]
+
+
+def test_a_key_that_comes_later_proves_what_lies_there(fleet):
+    fleet.devices(1)
+    late = fleet.stranger("late")
+    late.send(fleet.signed)
+    assert fleet.collect().unproved == 1
+    assert fleet.collect().unchanged == 1
+    (fleet.keys_folder / "late.pub.pem").write_bytes(encode_public(late.key))
+    assert fleet.collect().proved == 1
+    assert fleet.rows() == [("late", 1, "applied", 1)]
+
+
+def test_a_clock_that_is_wrong_puts_no_report_before_its_head_or_into_the_future(fleet):
+    past, future = fleet.devices(2)
+    past.send(fleet.signed, at=5)
+    future.send(fleet.signed, at=NOW + 10**8)
+    fleet.collect(now=NOW + 60)
+    assert fleet.rows("last_seen", "device") == [(NOW,), (NOW + 60,)]
+
+
+def test_a_report_about_older_weights_is_about_the_release_of_then(fleet):
+    (device,) = fleet.devices(1)
+    first = fleet.signed
+    device.send(first)
+    fleet.publish(2)
+    fleet.collect()
+    assert fleet.rows("counter, head_version") == [(1, 1)]
+
+
+def test_reports_in_an_object_store_are_collected_too(fleet):
+    store = obstore.store.MemoryStore()
+    place = ObjectPlace(store, "memory://digits")
+    place.create("stable.head", fleet.place.read("stable.head")[0])
+    (device,) = fleet.devices(1)
+    for outcome in (Outcome.APPLIED, REFUSED):
+        data = device.report(fleet.signed, outcome)
+        obstore.put(store, "reports/board0/latest.json", data)
+        fleet.place = place
+        assert fleet.collect().proved == 1
+        assert fleet.collect().unchanged == 1
+    assert [row[2] for row in fleet.rows()] == ["applied", "refused"]
+
+
+# What halts ---------------------------------------------------------------------------
+
+
+def test_a_release_that_fails_on_many_is_halted_and_by_few_is_not(fleet):
+    devices = fleet.devices(10)
+    for device in devices[:2]:
+        device.send(fleet.signed, REFUSED)
+    assert not fleet.watch()
+    devices[2].send(fleet.signed, REFUSED)
+    assert fleet.watch()
+
+
+def test_a_share_below_the_limit_does_not_halt(fleet):
+    devices = fleet.devices(10)
+    for k, device in enumerate(devices):
+        device.send(fleet.signed, REFUSED if k < 3 else Outcome.APPLIED)
+    assert not fleet.watch(Limit(0.3, 3))
+    assert fleet.watch(Limit(0.29, 3))
+
+
+def test_unknown_keys_never_halt(fleet):
+    fleet.devices(1)
+    for k in range(20):
+        fleet.stranger(f"x{k}").send(fleet.signed, REFUSED)
+        fleet.stranger("board0").put(
+            fleet.stranger("board0").report(fleet.signed, REFUSED), f"{k}.json"
+        )
+    assert not fleet.watch(Limit(0, 1))
+    assert fleet.standing == Standing(0, 0)
+
+
+def test_silent_devices_never_halt(fleet):
+    devices = fleet.devices(50)
+    for device in devices[:3]:
+        device.send(fleet.signed)
+    assert not fleet.watch(Limit(0, 1))
+
+
+def test_reports_about_other_releases_never_halt(fleet):
+    old = fleet.signed
+    devices = fleet.devices(5)
+    for device in devices:
+        device.send(old, REFUSED)
+    fleet.collect()
+    fleet.publish(2)
+    for device in devices:
+        device.send(fleet.signed, REFUSED, about=(old.head.target, 1, 1))
+        device.send(None, REFUSED)
+    assert not fleet.watch(Limit(0, 1))
+
+
+def test_old_reports_that_are_played_again_never_halt(fleet):
+    devices = fleet.devices(4)
+    failed = [device.report(fleet.signed, REFUSED) for device in devices]
+    for device, data in zip(devices, failed, strict=True):
+        device.send(fleet.signed)  # it has gone well since
+        for k in range(5):  # and somebody puts the old one everywhere
+            device.put(data, f"again{k}.json")
+            device.put(data, f"9{k}.json", device="board0")
+    assert not fleet.watch(Limit(0, 1))
+    assert fleet.standing == Standing(0, 4)
+
+
+def test_a_device_that_changes_its_mind_all_day_counts_once(fleet):
+    devices = fleet.devices(10)
+    for device in devices[1:]:
+        device.send(fleet.signed)
+    for _ in range(30):
+        devices[0].send(fleet.signed)
+        devices[0].send(fleet.signed, REFUSED)
+    assert not fleet.watch(Limit(0.05, 2))
+    assert fleet.standing == Standing(1, 10)
+
+
+def test_one_key_under_many_names_counts_once(fleet):
+    (device,) = fleet.devices(1)
+    key = (fleet.keys_folder / "board0.pub.pem").read_bytes()
+    for k in range(5):
+        (fleet.keys_folder / f"copy{k}.pub.pem").write_bytes(key)
+        device.name = f"copy{k}"
+        device.send(fleet.signed, REFUSED)
+    assert not fleet.watch(Limit(0, 2))
+    assert fleet.standing == Standing(1, 1)
+
+
+def test_a_rollback_by_hand_counts_and_what_blocks_a_device_does_not(fleet):
+    first, second, third = fleet.devices(3)
+    first.send(fleet.signed, Outcome.ROLLED_BACK)
+    second.send(fleet.signed, Outcome.BLOCKED)
+    third.send(fleet.signed, Outcome.CUT_OFF)
+    fleet.collect()
+    assert fleet.standing == Standing(1, 3)
+
+
+def test_a_halt_needs_a_key_that_the_head_names(fleet):
+    for device in fleet.devices(3):
+        device.send(fleet.signed, REFUSED)
+    fleet.collect()
+    state = fleet.connection, fleet.place, fleet.signed, LIMIT
+    with pytest.raises(RoundError, match="does not name this key"):
+        halt(*state, generate_key(), now=NOW)
+    assert not fleet.signed.is_paused()
+
+
+def test_a_release_that_came_meanwhile_is_not_halted_for_the_one_before(fleet):
+    for device in fleet.devices(3):
+        device.send(fleet.signed, REFUSED)
+    fleet.collect()
+    old = fleet.signed
+    fleet.publish(2)
+    assert not halt(fleet.connection, fleet.place, old, LIMIT, PAUSER, now=NOW)
+    assert not fleet.signed.is_paused()
+
+
+def test_a_head_that_somebody_else_signed_is_not_watched(fleet):
+    head = fleet.signed.head
+    path = fleet.place.root / "stable.head"
+    path.write_bytes(sign_head(replace(head, counter=9), [generate_key()]))
+    with pytest.raises(TrustError):
+        fleet.collect()
+    assert fleet.rows("counter", "release") == []
+
+
+# Going on -----------------------------------------------------------------------------
+
+
+def test_after_a_pause_devices_that_reported_before_do_not_count_again(fleet):
+    devices = fleet.devices(9)
+    for device in devices[:3]:
+        device.send(fleet.signed, REFUSED)
+    assert fleet.watch()
+    head = resume(fleet.place, Channel(name="stable", signers=[KEY]), now=NOW + 100)
+    assert (head.version, head.target) == (2, fleet.signed.head.target)
+    for device in devices[:3]:
+        device.send(fleet.signed, REFUSED)  # their daily ones
+    assert not fleet.watch()
+    for device in devices[3:6]:
+        device.send(fleet.signed, REFUSED)
+    assert fleet.watch()
+
+
+def test_shares_that_were_to_come_come_later_by_the_pause(fleet):
+    shares = ((10, 0), (100, 3600), (1000, 7200))
+    fleet.publish(2, shares=shares)
+    pause(fleet.place, "stable", PAUSER, now=NOW + 4000)
+    channel = Channel(name="stable", signers=[KEY])
+    head = resume(fleet.place, channel, now=NOW + 100_000)
+    steps = ((10, NOW), (100, NOW + 3600), (1000, NOW + 7200 + 96_000))
+    assert head.rollout == Rollout(head.rollout.id, steps)
+    assert head.expires - head.at == 30 * 86_400
+    fleet.signed.check(TRUST)
+    assert not fleet.signed.is_paused()
+
+
+def test_only_a_paused_channel_goes_on_and_only_with_its_own_key(fleet):
+    channel = Channel(name="stable", signers=[KEY])
+    assert resume(fleet.place, channel, now=NOW) is None
+    pause(fleet.place, "stable", PAUSER, now=NOW)
+    with pytest.raises(TrustError):
+        resume(fleet.place, replace(channel, signers=[PAUSER]), now=NOW)
+    with pytest.raises(RoundError, match="no channel"):
+        resume(fleet.place, replace(channel, name="beta"), now=NOW)
+
+
+# What is no report --------------------------------------------------------------------
+
+
+def resigned(device, record):
+    """A record of a test's own making, signed as the device signs."""
+    body = {k: v for k, v in record.items() if k != "signature"}
+    value = device.key.sign(framed(CONTEXT, canonical(body))).hex()
+    return canonical(body | {"signature": {"key_id": device.id, "value": value}})
+
+
+def changed(**fields):
+    def make(device, signed):
+        return resigned(device, json.loads(device.report(signed)) | fields)
+
+    return make
+
+
+def tampered(device, signed):
+    return device.report(signed).replace(b'"applied"', b'"refused"')
+
+
+def foreign_proof(device, signed):
+    other = Fake("other")
+    proof = other.proof(signed.sha256, signed.head.target)
+    return device.report(signed, proof=proof)
+
+
+def old_proof(device, signed):
+    proof = device.proof("00" * 32, signed.head.target)
+    return device.report(signed, proof=proof)
+
+
+def unsigned_proof(device, signed):
+    proof = device.proof(signed.sha256, signed.head.target)
+    del proof["signature"]
+    return device.report(signed, proof=proof)
+
+
+HOSTILE = {
+    "empty": lambda *_: b"",
+    "no JSON": lambda *_: b"\x00\xff" * 50,
+    "a list": lambda *_: b"[]",
+    "deep": lambda *_: b'{"a":' * 30_000,
+    "deep lists": lambda *_: b"[" * 60_000,
+    "many values": lambda *_: b"[" + b"1," * 30_000 + b"1]",
+    "huge": lambda d, s: d.report(s) + b" " * 65_536,
+    "a digit too many": changed(n=1 << 70),
+    "a number in words": changed(n="7"),
+    "no number": changed(n=0),
+    "a fraction": changed(n=1.5),
+    "no such outcome": changed(outcome="<b>fine</b>"),
+    "a name with HTML": changed(device="<script>"),
+    "a name that goes up": changed(device="../board1"),
+    "a newer schema": changed(schema=2),
+    "no proof": changed(proof=7),
+    "a proof of nothing": changed(proof={}),
+    "no release": changed(release=None),
+    "a year far away": changed(at=1 << 60),
+    "another form": lambda d, s: json.dumps(json.loads(d.report(s))).encode(),
+    "a name twice": lambda d, s: d.report(s).replace(b'{"at"', b'{"at":1,"at"', 1),
+    "a surrogate": changed(reason="\ud800"),
+    "tampered": tampered,
+    "foreign proof": foreign_proof,
+    "old proof": old_proof,
+    "unsigned proof": unsigned_proof,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_is_no_report_is_counted_and_skipped(fleet, kind):
+    bad, good = fleet.devices(2)
+    bad.put(HOSTILE[kind](bad, fleet.signed))
+    good.send(fleet.signed)
+    found = fleet.collect()
+    assert (found.refused, found.proved, found.unproved) == (1, 1, 0)
+    assert list(found.reasons) == [f"reports/board0/{bad.n}.json"]
+    assert [row[0] for row in fleet.rows()] == ["board1"]
+
+
+def test_strange_names_and_files_are_counted_and_skipped(fleet):
+    (device,) = fleet.devices(1)
+    data = device.report(fleet.signed)
+    root = fleet.place.root / "reports"
+    for name in ("1.txt", "a b.json", "\x1b[2J.json", "<img>.json", "x" * 99 + ".json"):
+        device.put(data, name)
+    device.put(data, "deep.json", device="board0/more")
+    (root / "loose.json").write_bytes(data)
+    pathlib.Path(root / "board0" / "link.json").symlink_to("/etc/passwd")
+    os.mkfifo(root / "board0" / "pipe.json")
+    found = fleet.collect()
+    assert (found.proved, found.refused) == (0, 7)
+    assert all(path.isprintable() for path in found.reasons)
+
+
+def test_text_of_devices_is_shown_as_it_is_and_bounded(fleet):
+    (device,) = fleet.devices(1)
+    record = json.loads(device.report(fleet.signed))
+    hostile = "\x1b[31m<script>alert(1)</script>\u202e" + "x" * 5000
+    names = ("reason", "name", "group", "runtime")
+    device.put(resigned(device, record | dict.fromkeys(names, hostile)))
+    assert fleet.collect().proved == 1
+    for value in fleet.rows("reason, name, grp, runtime", "device")[0]:
+        assert value.isprintable()
+        assert len(value) <= 1000
+
+
+def test_a_flood_of_reports_of_nobody_known_is_bounded(fleet, monkeypatch):
+    monkeypatch.setattr(module, "MOST_UNPROVED", 5)
+    (device,) = fleet.devices(1)
+    for k in range(9):
+        fleet.stranger(f"x{k}").send(fleet.signed)
+    device.send(fleet.signed)
+    found = fleet.collect()
+    assert (found.proved, found.unproved) == (1, 9)
+    assert len(fleet.rows()) == 6
+    assert key_id(public_key(device.key)) == fleet.rows("key_id", "device")[0][0]
