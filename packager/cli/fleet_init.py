@@ -91,7 +91,7 @@ def _next(place: str, run: Path, channel: str, keys: tuple[Path, ...]) -> list[s
         "next, here, for each new round:",
         f"  dpu-fleet publish {rounds} --to {where}{named}{signs}",
         "next, on each device, with the URL by which devices read this place"
-        + (f" and {', '.join(public)}:" if public else ":"),
+        + (f", and with {', '.join(public)}:" if public else ":"),
         f"  dpu-edge --store STORE init URL{named}{trusts}",
         f"  dpu-edge --store STORE sync URL FOLDER{named} --every 3600",
         "  dpu-edge --store STORE agent FOLDER",

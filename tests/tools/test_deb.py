@@ -187,6 +187,11 @@ def test_no_wheel_writes_outside_of_its_folder(tmp_path):
     assert not (tmp_path / "outside.py").exists()
 
 
+def test_a_folder_without_wheels_is_named(tmp_path):
+    with pytest.raises(click.ClickException, match=r"no wheels.*make wheelhouse"):
+        build(tmp_path, "amd64", "1.0", tmp_path / "out", DATE)
+
+
 def test_a_missing_dpkg_deb_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(click.ClickException, match="install the package dpkg"):

@@ -127,6 +127,8 @@ def build(
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "root"
         pythons = [p for p in PYTHONS if tree.wheels_for(wheels, p)]
+        if not pythons:
+            raise click.ClickException(f"no wheels are in {wheels}: make wheelhouse")
         for python in pythons:
             site = root / tree.PREFIX / f"lib/python{python}/site-packages"
             tree.unpack(tree.wheels_for(wheels, python), site)
