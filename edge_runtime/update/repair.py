@@ -12,7 +12,7 @@ at any point, a file is as damaged as it was or whole, and the same command goes
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,6 +122,7 @@ def repair(device: Device, source: Source, *, newer: bool = False) -> Repaired:
             is_same = content.target == store.state.active
             if lost and not is_same and not newer:
                 raise _other_round(store, patch)
+            _sweep(store)
             mended = list(_mend_model(store, content, damage))
             for name in _CACHED:
                 store.__dict__.pop(name, None)
@@ -215,7 +216,7 @@ def _mend_model(store: Store, content: Bundle, damage: dict[str, str]) -> Iterat
         if present != data:
             if (folder / name).is_dir():
                 store.files.remove(folder / name)
-            store.files.replace(folder / name, data)
+            store.files.replace(folder / name, data, suffix=".part")
             yield f"model/{name}"
     store.files.sync_folder(folder)
 
@@ -266,26 +267,41 @@ def _write_slot(store: Store, slot: Slot, patch: Patch | None) -> None:
     if patch and (problem := shortage(store)):
         raise problem
     files, folder = store.files, store.slot_folder(slot.target)
-    part = folder.with_name(folder.name + ".part")
-    files.remove(part)
-    files.mkdir(part)
-    files.link(store.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
-    names = [GRAPH_NAME]
-    if patch:
-        names.append(WEIGHTS_NAME)
-        chunks = apply_chunks(store.recipe.chunks(), store.layout, patch)
-        files.write(part / WEIGHTS_NAME, chunks)
-    files.sync_folder(part)
     if folder.is_symlink() or not folder.is_dir():
         files.remove(folder)
         files.mkdir(folder)
-    for name in names:
-        if (folder / name).is_dir():
-            files.remove(folder / name)
-        files.rename(part / name, folder / name)
-    files.sync_folder(folder)
-    files.sync_folder(folder.parent)
-    files.remove(part)
+        files.sync_folder(folder.parent)
+    graph = store.root / "model" / GRAPH_NAME
+    if not _is_same(graph, folder / GRAPH_NAME):
+        with _exchanging(store, folder / GRAPH_NAME) as part:
+            files.link(graph, part)
+    if patch:
+        with _exchanging(store, folder / WEIGHTS_NAME) as part:
+            chunks = apply_chunks(store.recipe.chunks(), store.layout, patch)
+            files.write(part, chunks)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
+
+
+def _sweep(store: Store) -> None:
+    """Remove what a repair left that was killed; the names are no store's own."""
+    slots = (store.slot_folder(slot.target) for slot in store.state.slots)
+    for folder in (store.root / "model", *slots):
+        for left in folder.glob("*.part"):
+            store.files.unlink(left)
+
+
+@contextmanager
+def _exchanging(store: Store, path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        store.files.remove(path)
+    with store.files.replacing(path, suffix=".part") as part:
+        yield part
 
 
 def _other_round(store: Store, patch: Patch) -> WrongParentError:

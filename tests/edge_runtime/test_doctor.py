@@ -3,7 +3,6 @@
 
 import json
 import os
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,25 +18,24 @@ from tests.edge_runtime.sync.conftest import template  # noqa: F401 - a fixture
 from tests.edge_runtime.sync.world import World
 
 
+class Settled(World):
+    """A device that has looked at its channel and applied what there was."""
+
+    def install(self):
+        super().install()
+        self.publish(1, lifetime_s=1 << 33)
+        self.look(), self.apply(), self.look()
+        device_key(Device.open(self.root).store)
+
+
 @pytest.fixture
 def world(template, tmp_path, monkeypatch):  # noqa: F811
-    """A device that has looked at its channel and applied what there was."""
-    world = template(World, tmp_path / "world")
-    world.now = int(time.time())
+    world = template(Settled, tmp_path / "world")
     monkeypatch.setattr(module, "_SYSTEMD", tmp_path / "no systemd here")
-    head = world.publish(1, lifetime_s=1 << 33)
-    world.look(), world.apply(), world.look()
-    device_key(Device.open(world.root).store)
-    assert head.target == Device.open(world.root).store.state.active
-    # Heads of the tests are signed in years to come.
+    at = world.clock = world.head.at + 60  # in years to come
     monkeypatch.setattr(module.time, "time", lambda: world.clock)
-    world.clock = head.at + 60
-    state = world.folder / STATE_NAME
-    record = json.loads(state.read_text())
-    state.write_text(json.dumps(record | {"checked": head.at}))
-    agent = world.root / "agent.json"
-    record = json.loads(agent.read_text())
-    agent.write_text(json.dumps(record | {"last_success": head.at}))
+    change(world.folder / STATE_NAME, checked=at)
+    change(world.root / "agent.json", last_success=at, folder=str(world.folder))
     return world
 
 

@@ -17,7 +17,6 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
-from edge_runtime.store.state import decode_state
 from edge_runtime.update.device import Device
 from edge_runtime.update.repair import find_damage, repair
 from packager.build import pack_round
@@ -250,44 +249,6 @@ def test_without_room_nothing_is_touched(board, monkeypatch):
     with pytest.raises(StoreError, match="100 bytes free"):
         repair(board.device, board.bundle(2))
     assert tree(board.root) == before
-
-
-@pytest.mark.parametrize("damage", [rot_weights, lose_model])
-def test_a_repair_that_is_cut_anywhere_goes_on(board, damage, tmp_path):
-    """Before each change to the disk, the power may go."""
-
-    class CutError(Exception):
-        pass
-
-    class Cutting(Files):
-        left = 0
-
-    for name in ("mkdir", "write", "hardlink", "symlink", "rename", "unlink", "sync"):
-
-        def cut(self, *args, _name=name, **options):
-            if not self.left:
-                raise CutError
-            self.left -= 1
-            return getattr(Files, _name)(self, *args, **options)
-
-        setattr(Cutting, name, cut)
-    bundle, damaged = board.bundle(2), tmp_path / "damaged"
-    damage(board)
-    shutil.copytree(board.root, damaged, symlinks=True)
-    for count in range(0, 200, 2):
-        shutil.rmtree(board.root)
-        shutil.copytree(damaged, board.root, symlinks=True)
-        files = Cutting()
-        files.left = count
-        try:
-            repair(Device.open(board.root, files=files, trial=no_trial), bundle)
-        except CutError:
-            decode_state((board.root / "state.json").read_bytes())
-            repair(board.device, bundle)
-            board.insist_same()
-        else:
-            break
-    assert 10 < count < 199
 
 
 def test_the_command_says_what_it_did(board, command, tmp_path):
