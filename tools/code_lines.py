@@ -29,7 +29,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1065,
         "agent": 695,
         "cli": 1300,
-        "formats": 3520,
+        "formats": 3560,
         "inference": 765,
         "live": 520,
         "store": 885,

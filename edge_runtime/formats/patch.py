@@ -24,13 +24,7 @@ from typing import Any, BinaryIO, Self, cast
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
-from edge_runtime.formats.header import (
-    DATED,
-    SUBSPACE,
-    PatchHeader,
-    parse_header,
-    read_header,
-)
+from edge_runtime.formats.header import DATED, SUBSPACE, PatchHeader
 from edge_runtime.formats.layout import DTYPES, Layout, Tensor
 from edge_runtime.formats.positions import (
     Change,
@@ -46,6 +40,7 @@ from edge_runtime.formats.sections import (
     Body,
     group_kind,
 )
+from edge_runtime.formats.signed_header import read_signed_header
 from edge_runtime.formats.subspace import check_terms, decode_terms
 from edge_runtime.formats.value_line import MANTISSA_BITS, Form
 from edge_runtime.formats.values import ValueReader
@@ -292,25 +287,20 @@ def open_patch(
 
 
 def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
-    # Read once: what is believed below are the very bytes that were signed.
-    signed = read_header(file)
-    header, body_size, body_digest = parse_header(signed)
-    block, signatures = signing.read_signatures(file, limits.signature_bytes)
-    start = len(signed) + block
-    trust.check(signing.PATCH_CONTEXT, signed, signatures)
-    _check_size(start + body_size, header, limits)
+    found = read_signed_header(file, limits, trust)
+    size = found.start + found.body_size
+    _check_size(size, found.header, limits)
     digest = hashlib.sha256()
-    checked = CheckedFile(file, start, body_size, digest.update)
+    checked = CheckedFile(file, found.start, found.body_size, digest.update)
     body = cast(BinaryIO, checked)
-    if digest.digest() != body_digest:
+    if digest.digest() != found.body_digest:
         raise PatchIntegrityError(
             "the patch is damaged: its content does not match its checksum; fetch it "
             "again",
-            expected=body_digest.hex(),
+            expected=found.body_digest.hex(),
             actual=digest.hexdigest(),
         )
-    size = start + body_size
-    return Patch(body, header, signatures, Body(body, size), size)
+    return Patch(body, found.header, found.signatures, Body(body, size), size)
 
 
 def _check_size(size: int, header: PatchHeader, limits: Limits) -> None:

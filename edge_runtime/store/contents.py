@@ -26,7 +26,8 @@ from edge_runtime.formats.weights import (
     read_chunks,
 )
 from edge_runtime.store.admission import unknown_parent
-from edge_runtime.store.state import Slot, State, decode_state
+from edge_runtime.store.state import Slot, State
+from edge_runtime.store.state_file import COPY_NAME, STATE_NAME, read_state
 
 # Earlier runtimes named slots and reverse patches by half a fingerprint. Whoever makes
 # a patch chooses its target, and so could choose the name of somebody else's slot.
@@ -47,8 +48,8 @@ class StoreContents:
     def __init__(self, root: str | PathLike[str], files: Files | None = None) -> None:
         """Name a store, which need not be there yet; nothing is read."""
         self.root, self.files = Path(root), files or Files()
-        self._state_path = self.root / "state.json"
-        self._copy_path = self.root / "state.copy"
+        self._state_path = self.root / STATE_NAME
+        self._copy_path = self.root / COPY_NAME
 
     def reload(self) -> State:
         """Read ``state.json`` again, or its copy if it is damaged.
@@ -56,25 +57,8 @@ class StoreContents:
         Raises:
             StoreError: Nothing is installed there, or both are damaged.
         """
-        try:
-            self.state = decode_state(self._read(self._state_path))
-        except (FileNotFoundError, NotADirectoryError) as err:
-            raise StoreError(
-                f"nothing is installed in {self.root}; run 'dpu-edge --store "
-                f"{self.root} init BUNDLE' first"
-            ) from err
-        except (OSError, StoreError):
-            # The copy is never older, so its release floor is never lower.
-            with suppress(OSError, StoreError):
-                state = decode_state(self._read(self._copy_path))
-                reason = "state.json was damaged"
-                self.state = state.noted("mended", state.active_slot, reason)
-                return self.state
-            raise
+        self.state = read_state(self.root)
         return self.state
-
-    def _read(self, path: Path) -> bytes:
-        return read_bounded(path, "state_bytes", path.name, StoreError)
 
     def stamp(self) -> tuple[int, int]:
         """Return what changes with every commit, at the cost of one ``stat``.

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import StoreError, WeightsError
-from edge_runtime.files import FULL, Files, lock_file, read_bounded, strangers
+from edge_runtime.files import FULL, Files, lock_file, strangers
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     MODEL_FILES,
@@ -45,6 +45,7 @@ from edge_runtime.formats.weights import (
 )
 from edge_runtime.store.contents import StoreContents
 from edge_runtime.store.state import State, decode_state, encode_state
+from edge_runtime.store.state_file import state_bytes
 from edge_runtime.text import printable
 
 # What a store writes and may remove; whatever else lies there is somebody's.
@@ -327,9 +328,7 @@ class Store(StoreContents):
         if err.errno not in FULL or not self.files.is_full(self.root):
             return False
         try:
-            decode_state(
-                read_bounded(self._state_path, "state_bytes", "state.json", StoreError)
-            )
+            decode_state(state_bytes(self._state_path))
         except (OSError, StoreError):
             return False
         if not self._copy_path.exists():
@@ -346,7 +345,7 @@ class Store(StoreContents):
         if self._state_path.exists():
             state = self.reload()
             try:
-                mended = self._read(self._copy_path) == self._read(self._state_path)
+                mended = state_bytes(self._copy_path) == state_bytes(self._state_path)
             except (OSError, StoreError):
                 mended = False
             if not mended:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_runtime.errors import (
     BundleError,
@@ -30,13 +32,13 @@ from edge_runtime.files import Files, lock_file
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_record import is_digest
-from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.signed_header import read_signed_header
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import MAX_REASON, State, utc
-from edge_runtime.store.store import Store
+from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.head import SHORT, Head, SignedHead, Way, read_head
 from edge_runtime.sync.http import CHUNK, Answer, Source, read_all
 from edge_runtime.sync.plan import SyncResult, passed, route, standing
@@ -182,7 +184,7 @@ class Sync:
         )
 
     def _look(self) -> tuple[SyncResult, Head | None, str]:
-        device = Store.open(self._store, self._files).state
+        device = read_state(self._store)
         if reason := self._over_budget(0):
             return SyncResult.OVER_BUDGET, None, reason
         signed = self._head(device)
@@ -369,11 +371,13 @@ class Sync:
         return True
 
     def _header(self, way: Way, trust: Trust) -> PatchHeader:
-        path: Path | bytes = self._path(way)
-        if not way.parent:  # the bundle is signed, not the patch in it
-            path, trust = read_bundle(self._path(way), trust).patch, Trust()
-        with open_patch(path, trust=trust) as patch:
-            return patch.header
+        file: BinaryIO
+        if way.parent:
+            file = self._path(way).open("rb")
+        else:  # the bundle is signed, not the patch in it
+            file, trust = BytesIO(read_bundle(self._path(way), trust).patch), Trust()
+        with file:
+            return read_signed_header(file, limits(), trust).header
 
     def _shun(self, way: Way) -> None:
         self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
@@ -584,7 +588,7 @@ def insist_on_trust(url: str, store: Path) -> None:
         TrustError: Anybody on the way could give this device any weights.
         StoreError: Nothing is installed there.
     """
-    refuse_plain(url, Store.open(store).state.trust)
+    refuse_plain(url, read_state(store).trust)
 
 
 def refuse_plain(url: str, trust: Trust) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The publisher of a simulated fleet: real rounds, patches, heads and key lists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,8 +24,12 @@ TRAINING = "run.rounds=24", "data.growth=36", "data.initial=300"
 YEAR = 365 * 86_400
 
 
-def train(folder: Path) -> Path:
-    """Train the digits in many small rounds; about a minute of CPU time.
+def train(folder: Path, changes: Sequence[str] = TRAINING) -> Path:
+    """Train the digits, by default in many small rounds: a minute of CPU time.
+
+    Args:
+        folder: For the run.
+        changes: Of the recipe.
 
     Returns:
         The run's folder.
@@ -33,7 +38,7 @@ def train(folder: Path) -> Path:
     from trainer.rounds.schedule import run_rounds
 
     recipe = Path(str(files("trainer"))) / "recipes" / "digits.toml"
-    run_rounds(load_config(recipe, TRAINING), folder)
+    run_rounds(load_config(recipe, changes), folder)
     return folder / "digits"
 
 
@@ -67,8 +72,18 @@ class Publisher:
         full_bytes: Bytes of the whole weights.
     """
 
-    def __init__(self, run: Path, folder: Path, *, now: int) -> None:
-        """Release the first updated round, which devices are installed from."""
+    def __init__(
+        self, run: Path, folder: Path, *, now: int, pausable: bool = True
+    ) -> None:
+        """Release the first updated round, which devices are installed from.
+
+        Args:
+            run: With updated rounds; its ledger is written there.
+            folder: Where devices look.
+            now: Seconds since 1970.
+            pausable: Whether heads name a key that may pause them.
+        """
+        self._pausers = (public_key(_key(2)),) if pausable else ()
         self.place = FolderPlace(folder)
         found = [read_round(path) for path in list_rounds(run)]
         self.rounds = [r for r in found if r.record.outcome is Outcome.UPDATED]
@@ -129,7 +144,7 @@ class Publisher:
             signers=[self._signer],
             lifetime_s=YEAR,
             shares=shares,
-            pausers=(public_key(self._pauser),),
+            pausers=self._pausers,
             former=(public_key(self._former),) if self._former else (),
         )
         publish(round_, self.place, channel, now=now, revert=revert)

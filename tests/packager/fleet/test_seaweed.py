@@ -21,7 +21,8 @@ from packager.fleet.head import named_files
 from packager.fleet.publish import Channel, publish
 from packager.keys import encode_private, generate_key, load_private
 from packager.rounds.folder import read_round
-from tests.packager.fleet.seaweed import ID, SECRET, KillingProxy, running_store
+from tests.packager.fleet.seaweed import KillingProxy
+from tools.fleet.servers import ID, SECRET, running_store
 
 pytestmark = pytest.mark.fleet
 
