@@ -44,6 +44,8 @@ class _Raw(io.RawIOBase):
         if self.bounded and self._left <= 0:
             raise HTTPException(f"more than {HEADER_BYTES} bytes before a body")
         count = self._raw.readinto(buffer)
+        if self.bounded and count == 0:  # http.client takes those before it for all
+            raise HTTPException("it ended within the headers")
         self._left -= count or 0
         self._meter.spent += count or 0
         return count

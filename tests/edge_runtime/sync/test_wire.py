@@ -89,6 +89,15 @@ def test_headers_without_an_end_are_cut(piece):
         assert source.spent < HEADER_BYTES + 10_000
 
 
+@pytest.mark.parametrize("end", range(1, len(OK) - 2))
+def test_headers_that_break_off_are_no_headers(end):
+    with (
+        serving(lambda: [OK[:end]]) as server,
+        pytest.raises(SyncError, match="no answer"),
+    ):
+        read(HttpSource(f"http://{server.address}"))
+
+
 def test_a_redirection_to_another_host_is_followed_and_counted():
     with serving(lambda: [OK]) as other:
         there = redirect(f"http://{other.address}/y")
