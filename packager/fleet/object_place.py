@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 PROBES = ".probe/"  # what a killed one leaves there is removed by prune
+RACES = 20  # how often a file may be removed between two looks at it
 RETRIES: Final[Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 CLIENT: Final[Any] = {"timeout": "10 min", "connect_timeout": "10 s"}
 _KEPT = "public, max-age=31536000, immutable"
@@ -73,16 +74,17 @@ class ObjectPlace:
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that is not there yet; False if it is there."""
-        if self._is_conditional():
-            written = self._put(path, data, "create", _KEPT)
-        elif written := self.read(path) is None:
-            self._put(path, data, "overwrite", _KEPT)
-        if written:
-            return True
-        found = self.read(path)
-        if found is None:
-            raise StoreError(f"{self.name}/{path} was removed just now; try again")
-        return insist_same(f"{self.name}/{path}", found[0], data)
+        for _ in range(RACES):
+            if self._is_conditional():
+                written = self._put(path, data, "create", _KEPT)
+            elif written := self.read(path) is None:
+                self._put(path, data, "overwrite", _KEPT)
+            if written:
+                return True
+            found = self.read(path)
+            if found is not None:  # else somebody pruned it just now
+                return insist_same(f"{self.name}/{path}", found[0], data)
+        raise StoreError(f"{self.name}/{path} comes and goes; is it pruned in a loop?")
 
     def swap(self, path: str, data: bytes, tag: str | None) -> bool:
         """Replace a file if it still has the tag; False if it has not."""

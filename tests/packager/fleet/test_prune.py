@@ -3,6 +3,7 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -268,6 +269,30 @@ def test_a_publisher_that_comes_while_somebody_prunes_loses_nothing(
     assert is_well(place)
 
 
+def test_what_a_publisher_named_since_the_heads_were_read_is_spared(long_run, store):
+    """It comes as an old file goes that it does not need."""
+    place = ObjectPlace(store, "memory://")
+    before = files(place)
+    doomed = prune(place, now=LATER, grace_s=DAY, dry_run=True).removed
+    fresh = ObjectPlace(MemoryStore(), "memory://")
+    for number in range(5):
+        release(long_run, fresh, number)
+    wanted = named_files(head_of(fresh)).keys()
+    assert wanted & {entry.path for entry in doomed}
+
+    def at(method, path):
+        return method == "remove" and path not in wanted
+
+    def other():
+        release(long_run, ObjectPlace(store, "memory://"), 4)
+
+    meeting = Meeting(store, at, other)
+    prune(meeting, now=LATER, grace_s=DAY)
+    assert meeting.met
+    assert is_well(place)
+    assert files(place) < before
+
+
 @pytest.mark.parametrize("step", ["entries", "read", "swap"])
 def test_somebody_who_prunes_while_a_publisher_works_loses_nothing(
     long_run, store, step
@@ -282,6 +307,61 @@ def test_somebody_who_prunes_while_a_publisher_works_loses_nothing(
     release(long_run, place, 4)
     assert place.met
     assert head_of(place).round == 4
+    assert is_well(place)
+
+
+class Cut(BaseException):
+    """Somebody who prunes, and ends."""
+
+
+def test_pruning_that_ends_anywhere_leaves_whole_channels(place):
+    ends = 0
+    for left in range(100):
+        with pytest.MonkeyPatch.context() as patched:
+            calls, real = [], place.remove
+
+            def remove(path, calls=calls, real=real, left=left):
+                if len(calls) == left:
+                    raise Cut
+                calls.append(path)
+                real(path)
+
+            patched.setattr(place, "remove", remove)
+            try:
+                prune(place, now=LATER, grace_s=DAY)
+            except Cut:
+                ends += 1
+                assert is_well(place)
+                continue
+        break
+    assert ends >= 3
+    assert files(place) == named_files(head_of(place)).keys()
+
+
+def test_pruning_all_the_time_costs_publishers_nothing(long_run):
+    """However young a file is: what is lost is noticed by one of the two."""
+    store, noticed, ends = MemoryStore(), [], threading.Event()
+
+    def prune_always():
+        while not ends.is_set():
+            try:
+                prune(ObjectPlace(store, "memory://"), now=LATER, grace_s=0)
+            except StoreError as err:
+                noticed.append(str(err))
+            except RoundError:
+                pass  # there is no channel yet
+
+    pruner = threading.Thread(target=prune_always)
+    pruner.start()
+    place = ObjectPlace(store, "memory://")
+    try:
+        for number in (*range(7), 2, 5, 6):
+            release(long_run, place, number, revert=True)
+    finally:
+        ends.set()
+        pruner.join()
+    if noticed:
+        release(long_run, place, 6)
     assert is_well(place)
 
 
