@@ -7,6 +7,7 @@ The page has a bounded size whatever the fleet's, and no script.
 
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from packager.fleet.device_page import MADE_BY, device_table, history_table
@@ -50,7 +51,24 @@ def dashboard(connection: sqlite3.Connection, *, now: int) -> str:
 
 def fleet_document(connection: sqlite3.Connection, *, now: int) -> Document:
     """Return what is known of a fleet; arguments as of :func:`dashboard`."""
-    picture = take_picture(connection, now)
+    with _moment(connection):
+        return _document(connection, take_picture(connection, now))
+
+
+@contextmanager
+def _moment(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read one state of the database, whatever is collected meanwhile."""
+    begun = connection.in_transaction
+    if not begun:
+        connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if not begun:
+            connection.rollback()
+
+
+def _document(connection: sqlite3.Connection, picture: Picture) -> Document:
     state, lead = findings(picture)
     sections = [
         *_rollout(picture),

@@ -63,10 +63,11 @@ def _failures(picture: Picture) -> Iterator[tuple[str, str]]:
             f"tried {current.name} failed or went back: "
         )
         if failed > TOO_MANY * picture.tried:
+            halt = "it is paused;" if picture.paused else "halt it (dpu-fleet pause),"
             yield (
                 "act",
-                f"{words}halt it with dpu-fleet pause, read the reasons below, and "
-                "answer with dpu-fleet revert or a newer round.",
+                f"{words}{halt} read the reasons below, and answer with dpu-fleet "
+                "revert or a newer round.",
             )
         else:
             yield "look", f"{words}the reasons are below."
@@ -103,10 +104,16 @@ def _standstill(picture: Picture) -> Iterator[tuple[str, str]]:
             f"more than {STALE // DAY} days: look at power and network there.",
         )
     current, behind = picture.current, picture.progress[UNDER_WAY]
-    if current and behind:
+    if current and picture.paused:
+        yield (
+            "look",
+            f"The rollout of {current.name} is paused; {counted(behind, 'device')} not "
+            "there yet wait. dpu-fleet resume or a newer release goes on.",
+        )
+    elif current and behind:
         age = picture.now - current.at
-        words = f"{current.name} came out {picture.ago(current.at)}, and "
-        words += f"{counted(behind, 'device')} heard of since not there yet"
+        words = f"{counted(behind, 'device')} heard of since {current.name} came out "
+        words += f"{picture.ago(current.at)}, and not there yet"
         if age > OVERDUE:
             yield (
                 "look",

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from edge_runtime.live.report import FAILURES, Outcome
 from packager.report.words import duration
 
 DAY = 86_400
 STALE = 3 * DAY  # a device reports once a day; three times in a row it did not
-APPLIED = "applied"
-FAILURES = ("refused", "rolled back")  # of a release on a device
-TROUBLES = (*FAILURES, "blocked", "cut off")
+TROUBLES = (*FAILURES, Outcome.BLOCKED, Outcome.CUT_OFF)
 THERE, FAILED, BLOCKED = "run it", "failed", "cannot try it now"
 UNDER_WAY, SILENT = "not there yet", "silent since it came"
 DAYS = 92  # of versions over time
@@ -106,6 +105,8 @@ class Picture:
         proved: How many of them by a known key.
         newest: When the newest report was made; 0 for none.
         stale: How many proved devices are silent for longer than ``STALE``.
+        current: The release that the newest head names.
+        paused: Whether that head is paused.
         releases: Newest first, the newest few.
         known: Every release by its fingerprint, where equal weights came out twice the
             newer one.
@@ -128,6 +129,8 @@ class Picture:
     proved: int = 0
     newest: int = 0
     stale: int = 0
+    current: Release | None = None
+    paused: bool = False
     releases: Sequence[Release] = ()
     known: Mapping[str, Release] = field(default_factory=dict)
     running: Sequence[tuple[str, int, int, int]] = ()
@@ -142,11 +145,6 @@ class Picture:
     daily: Sequence[tuple[int, str, int]] = ()
     month_bytes: int = 0
     claims: Sequence[Device] = ()
-
-    @property
-    def current(self) -> Release | None:
-        """The newest release."""
-        return self.releases[0] if self.releases else None
 
     @property
     def tried(self) -> int:
@@ -187,7 +185,15 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
         now: Seconds since 1970.
     """
     picture = Picture(now=now, known=releases_by_target(connection))
-    picture.releases = _with_takers(connection, _releases(connection))
+    releases = _releases(connection)
+    picture.releases = _with_takers(connection, releases)
+    head = connection.execute(
+        "SELECT counter, paused FROM head ORDER BY version DESC LIMIT 1"
+    ).fetchone()
+    # A ledger may know more: what is released elsewhere, or about to be.
+    followed = [r for r in releases if head is None or r.counter == head[0]]
+    picture.current = followed[0] if followed else None
+    picture.paused = bool(head and head[1])
     row = connection.execute(
         "SELECT count(*), total(proved), max(last_seen) FROM device"
     ).fetchone()
@@ -242,7 +248,7 @@ def _with_takers(
             "SELECT counter, count(*) FROM (SELECT DISTINCT counter, device "
             "FROM report WHERE proved AND outcome = ? AND counter >= ?) "
             "GROUP BY counter",
-            [APPLIED, min((r.counter for r in newest), default=0)],
+            [Outcome.APPLIED, min((r.counter for r in newest), default=0)],
         )
     )
     return [replace(release, took=took.get(release.counter, 0)) for release in newest]
@@ -349,7 +355,7 @@ def _devices(
     return [Device(*row) for row in rows]
 
 
-def _words(outcomes: Iterable[str]) -> str:
+def _words(outcomes: Iterable[Outcome]) -> str:
     return ", ".join(f"'{outcome}'" for outcome in outcomes)
 
 

@@ -3,13 +3,16 @@
 
 import json
 import re
+import sqlite3
+from contextlib import suppress
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from edge_runtime.errors import StoreError
 from packager.cli.fleet import fleet
-from packager.fleet.dashboard import dashboard, fleet_document
+from packager.fleet.dashboard import _moment, dashboard, fleet_document
 from packager.fleet.database import DAY_S, add_reports, open_database
 from packager.fleet.device_page import device_document
 from packager.fleet.picture import SHOWN, in_general, take_picture
@@ -161,11 +164,48 @@ def test_a_rollout_under_way_is_no_fault_until_it_is_overdue(database):
         "well",
         "All is well: 5 of 10 devices prove round 2",
     )
-    assert "5 devices heard of since not there yet" in told(database)
+    assert "5 devices heard of since round 2 came out" in told(database)
     later = NOW + WEEK
     rows = [row(f"b{n}", 2, later, 1 + n % 2) for n in range(10)]
     add_reports(database, rows, now=later)
     assert first_line(database, now=later)[0] == "look"
+
+
+def test_a_pause_is_told_with_what_goes_on(database):
+    add_release(database, 1, 1, NOW - 20 * DAY_S)
+    add_release(database, 2, 2, NOW - 10 * DAY_S)
+    rows = [row(f"b{n}", 1, NOW, 1 + n % 2) for n in range(10)]
+    add_reports(database, rows, now=NOW)
+    with database:
+        values = [("a" * 64, 1, 1, 0, 1), ("b" * 64, 2, 2, 0, 0)]
+        database.executemany("INSERT INTO head VALUES (?, ?, ?, ?, ?)", values)
+    assert "paused" not in told(database)  # an older head was
+    with database:
+        database.execute("UPDATE head SET paused = 1 WHERE version = 2")
+    assert first_line(database)[0] == "look"
+    assert "rollout of round 2 is paused; 5 devices not there yet wait" in (
+        told(database)
+    )
+    assert "byte budget" not in told(database)
+
+
+def test_what_only_a_ledger_knows_is_not_what_devices_should_run(database):
+    fill(database, 3, failing=0, silent=0, claimed=0)
+    with database:
+        values = ("a" * 64, 5, 5, 0, 0)
+        database.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", values)
+    add_release(database, 6, 6, NOW - 60)
+    assert first_line(database)[1] == "All is well: 3 of 3 devices prove round 5"
+
+
+def test_a_page_shows_one_moment_while_reports_come_in(database, tmp_path):
+    fill(database, 3, failing=0, silent=0, claimed=0)
+    with _moment(database), open_database(tmp_path / "fleet.db") as other:
+        before = take_picture(database, NOW)
+        other.execute("PRAGMA busy_timeout = 100")
+        with suppress(StoreError, sqlite3.OperationalError):
+            add_reports(other, [row("late", 1, NOW, 5)], now=NOW)
+        assert take_picture(database, NOW) == before
 
 
 # The page -----------------------------------------------------------------------------
