@@ -5,6 +5,7 @@ import json
 import os
 import ssl
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -203,3 +204,11 @@ def test_a_tls_server_that_trusts_the_authority_knows_a_device_by_its_certificat
     assert name_seen_of("board-7") == "board-7"
     with pytest.raises(ssl.SSLCertVerificationError, match="local issuer"):
         name_seen_of("stranger")
+
+
+def test_two_runs_at_once_make_each_device_once(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(provision, tmp_path, 12, Order()) for _ in range(2)]
+    made = [name for run in runs for name in run.result()]
+    assert sorted(made) == [f"board-{number:04d}" for number in range(1, 13)]
+    assert len(list((tmp_path / "keys").iterdir())) == 12
