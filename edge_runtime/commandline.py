@@ -43,6 +43,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "train"),
     "sklearn": "train",
     "urllib3": "sync",
+    **dict.fromkeys(("tuf", "securesystemslib"), "tuf"),
     "obstore": "fleet",
 }
 REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")

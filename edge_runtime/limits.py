@@ -32,6 +32,7 @@ class Limits:
         key_bytes: A key file.
         key_list_bytes: A key list; TUF's own client takes as much.
         head_bytes: The head of a channel, with a way for each patch that it offers.
+        tuf_bytes: TUF metadata but roots and timestamps, which are less.
         list_keys: Keys in a key list: the signature block of a patch has room for all.
         list_signatures: Signatures of a key list.
         weight_header_bytes: The header of a weight file, as safetensors has it.
@@ -69,6 +70,7 @@ class Limits:
     key_bytes: int = 64 * KIB
     key_list_bytes: int = 512_000
     head_bytes: int = 64 * KIB
+    tuf_bytes: int = MIB
     list_keys: int = 32
     list_signatures: int = 128
     weight_header_bytes: int = 100_000_000

@@ -49,6 +49,8 @@ def make_list(
     releases: Sequence[str],
     times: Times,
     thresholds: Mapping[str, int] | None = None,
+    *,
+    online: Mapping[str, Sequence[str]] | None = None,
 ) -> bytes:
     """Make list 1, unsigned.
 
@@ -57,6 +59,8 @@ def make_list(
         releases: Those that sign releases.
         times: When it is made, when it expires.
         thresholds: How many of each role have to sign, by role; 1 where not given.
+        online: Keys of ``snapshot`` and ``timestamp``, for a TUF repository, which
+            then has consistent snapshots. By default they are those of releases.
 
     Raises:
         KeyListError: A threshold cannot be met, or there is no key.
@@ -66,11 +70,11 @@ def make_list(
         "_type": "root",
         "spec_version": SPEC_VERSION,
         "version": 0,
-        "consistent_snapshot": False,
+        "consistent_snapshot": online is not None,
         "keys": {},
         "roles": empty | dict.fromkeys(_MIRRORS, empty[RELEASES]),
     }
-    add = {OWNERS: owners, RELEASES: releases}
+    add = {OWNERS: owners, RELEASES: releases} | dict(online or {})
     return _changed(signed, times, add, {}, thresholds or {})
 
 
@@ -108,8 +112,12 @@ def _changed(
     thresholds: Mapping[str, int],
 ) -> bytes:
     roles, keys = signed["roles"], signed["keys"]
-    mirrors = [name for name in _MIRRORS if roles[name] == roles[RELEASES]]
-    for name in (OWNERS, RELEASES):
+    mirrors = [
+        name
+        for name in _MIRRORS
+        if name not in (*add, *remove) and roles[name] == roles[RELEASES]
+    ]
+    for name in {OWNERS, RELEASES, *add, *remove}:
         ids = list(roles[name]["keyids"])
         for key in remove.get(name, ()):
             if tuf_key_id(key) not in ids:
@@ -120,8 +128,8 @@ def _changed(
         new = {tuf_key_id(key): tuf_key(key) for key in add.get(name, ())}
         keys |= new
         threshold = thresholds.get(name, roles[name]["threshold"])
-        roles[name] |= {"keyids": [*dict.fromkeys([*ids, *new])]}
-        roles[name] |= {"threshold": threshold}
+        role = {"keyids": [*dict.fromkeys([*ids, *new])], "threshold": threshold}
+        roles[name] = roles[name] | role  # one of its own: another may be the same now
     for name in mirrors:
         roles[name] = roles[RELEASES]
     used = {name for role in roles.values() for name in role["keyids"]}

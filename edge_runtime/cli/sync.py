@@ -17,6 +17,7 @@ from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
 if TYPE_CHECKING:
     from edge_runtime.sync.sync import Sync, Synced
+    from edge_runtime.sync.tuf import TufClient
     from edge_runtime.sync.uploads import Uploads
 
 _FIRST_WAIT_S, _LONGEST_S, _LONGEST_PERMANENT_S = 10.0, 3600.0, 6 * 3600.0
@@ -93,6 +94,19 @@ def _budgets(
     help="Send this device's reports there; FILE holds an address that is a secret.",
 )
 @network_options
+@click.option(
+    "--tuf",
+    envvar="DPU_TUF",
+    is_flag=True,
+    help="Believe the place's TUF repository, not its head.",
+)
+@click.option(
+    "--tuf-root",
+    envvar="DPU_TUF_ROOT",
+    metavar="N.root.json",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Its first root, from whom you trust; once, it is kept.  [implies --tuf]",
+)
 @json_option
 @click.pass_obj
 def sync(  # noqa: PLR0913 - one argument for each option
@@ -109,6 +123,8 @@ def sync(  # noqa: PLR0913 - one argument for each option
     metered: bool,
     full: str,
     report: str,
+    tuf: bool,
+    tuf_root: Path | None,
     as_json: bool,
     **network: str,
 ) -> None:
@@ -140,11 +156,18 @@ def sync(  # noqa: PLR0913 - one argument for each option
         **budgets,
     )
     uploads = _uploads(report, options.device, given) if report else None
-    looking = Sync(root, folder, source, options, uploads=uploads)
+    client = _tuf_client(folder, tuf_root) if tuf or tuf_root else None
+    looking = Sync(root, folder, source, options, uploads=uploads, tuf=client)
     if every is None:
         _tell(looking.look(), as_json=as_json)
     else:
         _go_on(looking, every, as_json=as_json)
+
+
+def _tuf_client(folder: Path, root: Path | None) -> "TufClient":
+    from edge_runtime.sync.tuf import TufClient
+
+    return TufClient(folder, root)
 
 
 def _uploads(report: str, device: str, given: dict[str, str]) -> "Uploads":

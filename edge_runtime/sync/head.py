@@ -26,8 +26,8 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.errors import HeadError
@@ -271,22 +271,35 @@ def read_head(data: bytes) -> SignedHead:
     """
     record = parse_record(data, "head_bytes", _WHAT, HeadError)
     signed, names = record.record("signed"), record.record("signatures")
-    signed.schema(_SCHEMA)
-    try:
-        message = encode_canonical(signed.values)
-    except ValueError as err:
-        raise HeadError(f"{_WHAT} cannot be signed: {err}") from err
     signatures = tuple(
         Signature(_key_id(names, name, name), _bytes(names, name, names.text(name), 64))
         for name in names.values
     )
     pause = _read_pause(record.record("pause")) if "pause" in record else None
+    return replace(_read_record(signed), signatures=signatures, pause=pause)
+
+
+def read_signed(values: Mapping[str, Any]) -> SignedHead:
+    """Read what a head says where something else vouches for it, without signatures.
+
+    Raises:
+        HeadError: Not what a head says, or of a newer schema.
+    """
+    return _read_record(Record(values, _WHAT, HeadError))
+
+
+def _read_record(signed: Record) -> SignedHead:
+    signed.schema(_SCHEMA)
+    try:
+        message = encode_canonical(signed.values)
+    except ValueError as err:
+        raise HeadError(f"{_WHAT} cannot be signed: {err}") from err
     head = _read_signed(signed)
     # One form for one content: else whoever adds a pause could break a signature.
     if message != head_message(head):
         known = ", ".join(json.loads(head_message(head)))
         raise HeadError(f"{_WHAT} holds more, or less, than {known}")
-    return SignedHead(head, message, signatures, pause)
+    return SignedHead(head, message, ())
 
 
 def _read_signed(signed: Record) -> Head:

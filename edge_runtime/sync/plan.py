@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from enum import StrEnum
 
-from edge_runtime.errors import HeldError, ListExpiredError
+from edge_runtime.errors import HeldError, ListExpiredError, SyncError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import State, utc
@@ -32,6 +32,13 @@ class SyncResult(StrEnum):
     NO_ROOM = "no room"  # on the disk of the agent's folder
     FULL = "full weights"  # nothing else leads there, and a person is to say so
     NO_WAY = "no way"  # nothing leads there from where this device is
+
+
+PAUSED = "the rollout of this release was paused"
+
+
+class TufStaleError(SyncError):
+    """Some TUF metadata has expired: nobody knows the newest release."""
 
 
 def standing(
@@ -59,7 +66,7 @@ def standing(
         reason = f"this device has had release {state.floor}, and is not at it now"
         return SyncResult.HELD, reason
     if paused:
-        return SyncResult.PAUSED, "the rollout of this release was paused"
+        return SyncResult.PAUSED, PAUSED
     if head.target in state.skipped:
         reason = "it failed its trial here; 'dpu-edge apply --force' tries again"
         return SyncResult.REFUSED, reason

@@ -18,7 +18,7 @@ from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.sync.head import SignedHead
 
-SCHEMA = 1
+SCHEMA, TUF_SCHEMA = 1, 2  # the second only with what it is for
 STATE_NAME = ".sync.json"  # in the agent's folder, which leaves hidden files alone
 HEAD_NAME = ".sync.head"
 
@@ -43,6 +43,9 @@ class SyncState:
         source: Where the channel lies, without credentials.
         day_bytes: What may be spent a day; None for any.
         month_bytes: The same a month.
+        tuf: Newest version of each role's TUF metadata; empty without TUF.
+        tuf_keys: A digest of whose keys counted then.
+        tuf_expires: Until when TUF vouches for the head; 0 where its own date holds.
     """
 
     channel: str = ""
@@ -60,6 +63,9 @@ class SyncState:
     source: str = ""
     day_bytes: int | None = None
     month_bytes: int | None = None
+    tuf: Mapping[str, int] = field(default_factory=dict)
+    tuf_keys: str = ""
+    tuf_expires: int = 0
 
     def took(self, signed: SignedHead, tag: str) -> Self:
         """Return the state once a head was taken."""
@@ -74,6 +80,11 @@ class SyncState:
             tag=tag,
             bad=() if is_new else self.bad,
         )
+
+    def anew(self, seen: int = 0) -> Self:
+        """Return the state without the floors of heads."""
+        empty = type(self)(spent=self.spent, seen=seen)
+        return replace(empty, tuf=self.tuf, tuf_keys=self.tuf_keys)
 
     def spending(self, day: str, count: int) -> Self:
         """Return the state once so many bytes went over the wire on a day."""
@@ -100,7 +111,8 @@ def read_sync_state(folder: Path) -> SyncState:
         record = read_record(path, "state_bytes", str(path), StoreError)
     except FileNotFoundError:
         return SyncState()
-    record.schema(SCHEMA)
+    with_tuf = record.schema(SCHEMA, TUF_SCHEMA) == TUF_SCHEMA
+    tuf = record.record("tuf") if with_tuf else None
     spent, tags = record.record("spent"), record.record("tags")
     return SyncState(
         record.text("channel"),
@@ -118,6 +130,9 @@ def read_sync_state(folder: Path) -> SyncState:
         record.text("source", ""),
         _budget(record, "day_bytes"),
         _budget(record, "month_bytes"),
+        {role: tuf.integer(role) for role in tuf.values} if tuf else {},
+        record.text("tuf_keys") if with_tuf else "",
+        record.integer("tuf_expires") if with_tuf else 0,
     )
 
 
@@ -131,5 +146,8 @@ def write_sync_state(folder: Path, state: SyncState, files: Files) -> None:
     Raises:
         OSError: The disk refuses; the old state stands.
     """
-    data = json.dumps({"schema": SCHEMA} | asdict(state)).encode()
-    files.replace(folder / STATE_NAME, data)
+    values = {"schema": TUF_SCHEMA} | asdict(state)
+    if not state.tuf:
+        values["schema"] = SCHEMA
+        del values["tuf"], values["tuf_keys"], values["tuf_expires"]
+    files.replace(folder / STATE_NAME, json.dumps(values).encode())

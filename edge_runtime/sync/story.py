@@ -66,7 +66,8 @@ def read_known(folder: Path | None) -> Known:
     if signed.sha256 != state.digest:
         problem = f"{folder / HEAD_NAME} is not the head that was taken"
         return Known(folder, state, problem=problem)
-    return Known(folder, state, signed.head)
+    expires = state.tuf_expires or signed.head.expires
+    return Known(folder, state, replace(signed.head, expires=expires))
 
 
 def tell(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from edge_runtime.errors import (
     BundleError,
@@ -39,17 +39,33 @@ from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
 from edge_runtime.store.admission import signers
 from edge_runtime.store.state import MAX_REASON, State, utc
 from edge_runtime.store.state_file import read_state
-from edge_runtime.sync.head import SHORT, Head, SignedHead, Way, read_head
+from edge_runtime.sync.head import (
+    SHORT,
+    Head,
+    SignedHead,
+    Way,
+    encode_head,
+    read_head,
+)
 from edge_runtime.sync.http import CHUNK, Answer, Source, read_all
-from edge_runtime.sync.plan import SyncResult, passed, route, standing
+from edge_runtime.sync.plan import (
+    PAUSED,
+    SyncResult,
+    TufStaleError,
+    passed,
+    route,
+    standing,
+)
 from edge_runtime.sync.state import (
     HEAD_NAME,
-    SyncState,
     read_sync_state,
     write_sync_state,
 )
 from edge_runtime.sync.uploads import Uploads
 from edge_runtime.trust.root import load_list
+
+if TYPE_CHECKING:
+    from edge_runtime.sync.tuf import TufClient
 
 HEAD_DEADLINE_S = 120.0
 SLOWEST = 16  # bytes a second that a file must come with, over all of it
@@ -111,10 +127,14 @@ class Synced:
     reason: str = ""
 
 
+class _OverBudgetError(SyncError):
+    """What comes next may not be spent."""
+
+
 class Sync:
     """One device and one channel."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it reads, what it knows, and three seams
         self,
         store: Path,
         folder: Path,
@@ -123,6 +143,7 @@ class Sync:
         files: Files | None = None,
         clock: Callable[[], float] = time.time,
         uploads: Uploads | None = None,
+        tuf: "TufClient | None" = None,
     ) -> None:
         """Name everything; nothing is read yet.
 
@@ -134,7 +155,9 @@ class Sync:
             files: The seam to the disk.
             clock: Seconds since 1970.
             uploads: Sends the device's reports; None to send none.
+            tuf: Tells what the channel says; by default the channel's own head does.
         """
+        self._tuf = tuf
         self._uploads, self._taken = uploads, None  # type: Uploads | None, Head | None
         self._store, self._folder, self._source = store, folder, source
         self._options, self._files, self._clock = options, files or Files(), clock
@@ -187,7 +210,16 @@ class Sync:
         device = read_state(self._store)
         if reason := self._over_budget(0):
             return SyncResult.OVER_BUDGET, None, reason
-        signed = self._head(device)
+        if self._tuf is None:
+            signed = self._head(device)
+            expires = signed.head.expires
+        else:
+            try:
+                signed, expires = self._told(device, self._tuf)
+            except TufStaleError as err:
+                return SyncResult.STALE, None, str(err)
+            except _OverBudgetError as err:
+                return SyncResult.OVER_BUDGET, None, str(err)
         head, now = signed.head, max(int(self._clock()), self._state.seen)
         if head.keys:
             self._take_lists(device, head.keys)
@@ -196,7 +228,7 @@ class Sync:
         options = self._options
         found = standing(
             device,
-            head,
+            replace(head, expires=expires),
             paused=self._state.paused,
             device=options.device,
             group=options.group,
@@ -206,6 +238,11 @@ class Sync:
             if found[0] in (SyncResult.PAUSED, SyncResult.LATER):
                 self._set_aside()
             return found[0], head, found[1]
+        ask = self._tuf and head.pausers and not self._options.metered
+        if ask and self._is_paused_there(signed):
+            self._state = replace(self._state, paused=True)
+            self._set_aside()
+            return SyncResult.PAUSED, head, PAUSED
         return self._fetch_all(device, head)
 
     # The head -----------------------------------------------------------------------
@@ -229,11 +266,65 @@ class Sync:
                 )
         signed = read_head(data)
         self._admit(device, signed)
-        self._files.replace(kept, data)
-        self._state = replace(self._state.took(signed, tag), checked=int(self._clock()))
+        self._take(signed, data, tag)
+        return signed
+
+    def _take(
+        self, signed: SignedHead, data: bytes, tag: str, expires: int = 0
+    ) -> None:
+        self._files.replace(self._folder / HEAD_NAME, data)
+        taken = self._state.took(signed, tag)
+        checked = int(self._clock())
+        self._state = replace(taken, checked=checked, tuf_expires=expires)
         self._save()  # the floors, before anything is done because of it
         self._taken = signed.head
-        return signed
+
+    def _told(self, device: State, tuf: "TufClient") -> tuple[SignedHead, int]:
+        """Return what the TUF repository says of the channel, and when that expires.
+
+        Its versions have floors of their own: python-tuf syncs nothing, and takes an
+        old repository for a new one once its files are gone. They end with the keys
+        that set them, as TUF says.
+        """
+        said = tuf.ask(
+            self._source,
+            self._options.channel,
+            slowest=self._options.slowest,
+            deadline_s=HEAD_DEADLINE_S,
+            allow=self._allow,
+        )
+        state, is_same = self._state, said.keys == self._state.tuf_keys
+        for role, version in said.versions.items():
+            floor = state.tuf.get(role, 0)
+            if version < floor and (is_same or role == "root"):
+                raise TrustError(
+                    f"TUF: {role} has version {version}, this device has seen {floor}: "
+                    "an old one is played, or a mirror is behind"
+                )
+        if state.tuf and not is_same:
+            self._state = state.anew()
+            self._save()
+        self._insist_newer(device, said.signed)
+        self._state = replace(self._state, tuf=said.versions, tuf_keys=said.keys)
+        kept = encode_head(said.signed.head, ())
+        self._take(said.signed, kept, "", said.expires)
+        return said.signed, said.expires
+
+    def _is_paused_there(self, signed: SignedHead) -> bool:
+        """Return whether somebody paused the channel's own head, which TUF leaves out.
+
+        It is asked only by a device that would fetch, and costs as much as that head.
+        """
+        path = f"{self._options.channel}.head"
+        with self._source.get(path, within=HEAD_DEADLINE_S) as answer:
+            if answer.status != 200:
+                return False
+            data = read_all(answer, limits().head_bytes, path, HEAD_DEADLINE_S)
+        with suppress(HeadError):
+            found = read_head(data)
+            if found.sha256 == signed.sha256:
+                return replace(signed, pause=found.pause).is_paused()
+        return False
 
     def _admit(self, device: State, signed: SignedHead) -> None:
         """Insist that a head is for this device, and not older than one it took."""
@@ -245,6 +336,13 @@ class Sync:
             if head.keys:
                 self._take_lists(device, head.keys)
             raise
+        if self._was_revoked(device):
+            self._state = state.anew()
+            self._save()  # before the head that proves it is gone
+        self._insist_newer(device, signed)
+
+    def _insist_newer(self, device: State, signed: SignedHead) -> None:
+        head, state = signed.head, self._state
         if device.model and head.model != device.model:
             raise TrustError(
                 f"the channel is of model {head.model[:SHORT]}, this device runs "
@@ -255,11 +353,8 @@ class Sync:
                 f"the head is of channel {head.channel!r}, asked for was "
                 f"{self._options.channel!r}: the files were exchanged"
             )
-        if self._was_revoked(device):
-            self._state = SyncState(spent=state.spent)
-            self._save()  # before the head that proves it is gone
-        elif state.channel != head.channel:
-            self._state = SyncState(spent=state.spent, seen=state.seen)
+        if state.channel != head.channel:
+            self._state = state.anew(state.seen)
         elif head.version < state.version:
             raise TrustError(
                 f"the head has version {head.version}, this device has seen "
@@ -536,6 +631,10 @@ class Sync:
             write_told(self._folder, told, self._files)
 
     # What it may spend ---------------------------------------------------------------
+
+    def _allow(self, needed: int) -> None:
+        if reason := self._over_budget(needed):
+            raise _OverBudgetError(reason)
 
     def _over_budget(self, needed: int) -> str:
         day = utc(self._clock())[:10]

@@ -21,6 +21,7 @@ from packager.cli.fleet_options import Name, Shares, Skips, Span
 from packager.cli.fleet_provision import provision
 from packager.cli.fleet_prune import prune
 from packager.cli.fleet_show import show
+from packager.cli.fleet_tuf import follow_head, renew, rotate, tuf_option, tuf_text
 from packager.cli.fleet_watch import resume, revert, watch
 from packager.cli.keys import read_signers
 from packager.cli.options import (
@@ -105,6 +106,7 @@ def fleet() -> None:
     help="Give devices this key list too (repeatable).",
 )
 @click.option("--revert", is_flag=True, help="Though the channel is at a newer round.")
+@tuf_option
 @single_publisher_option
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
@@ -123,6 +125,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     former: tuple[Path, ...],
     lists: tuple[Path, ...],
     revert: bool,
+    tuf: Path | None,
     single_publisher: bool,
     dry_run: bool,
     as_json: bool,
@@ -164,7 +167,11 @@ def publish(  # noqa: PLR0913 - one argument for each option
         say=say,
     )
     record = _record(done, place.name) | {"signed_by": names, "dry_run": dry_run}
-    emit(record, as_json=as_json, text=_text(done))
+    text = _text(done)
+    if not dry_run and (told := follow_head(place, tuf, done.head, expires)):
+        record["tuf"] = told
+        text += f"\n{tuf_text(told)}"
+    emit(record, as_json=as_json, text=text)
     if dry_run and not as_json:
         say("dry run: nothing was written")
 
@@ -241,4 +248,6 @@ def _text(done: "Published") -> str:
 
 
 for _command in (init, provision, check, show, prune, watch, resume, revert):
+    fleet.add_command(_command)
+for _command in (renew, rotate):
     fleet.add_command(_command)

@@ -15,6 +15,7 @@ from edge_runtime.errors import DpuError, KeyFileError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.signing import Trust
 from packager.cli.fleet_options import Name, Span
+from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
 from packager.cli.options import (
     PRIVATE_KEY,
@@ -258,6 +259,7 @@ def _tell(record: Mapping[str, Any], *, as_json: bool) -> None:
     type=PRIVATE_KEY,
     help="The keys that releases are signed with (repeatable).",
 )
+@tuf_option
 @single_publisher_option
 @json_option
 def resume(
@@ -265,6 +267,7 @@ def resume(
     *,
     channel: str,
     keys: tuple[Path, ...],
+    tuf: Path | None,
     single_publisher: bool,
     as_json: bool,
 ) -> None:
@@ -284,6 +287,8 @@ def resume(
     words = f"goes on, version {head.version}" if head else "not paused"
     record = {"to": place.name, "channel": channel, "changed": head is not None}
     record |= {"version": head.version if head else None, "signed_by": names}
+    if head and (told := follow_head(place, tuf, head, own.lifetime_s)):
+        record["tuf"] = told
     emit(record, as_json=as_json, text=f"{channel}: {words}")
 
 
@@ -301,6 +306,7 @@ def resume(
     help="The keys that releases are signed with (repeatable).",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
+@tuf_option
 @single_publisher_option
 @json_option
 @click.pass_context

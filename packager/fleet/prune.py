@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remove the patches and bundles of a place that nobody needs any more.
 
-Needed is what the head of any channel names, what leads to the newest releases (a
-device may be fetching by the head before), and a cheapest way from all weights that
-devices reported. Young files are left: their publisher may be about to name them. A
-publisher that named an old file meanwhile notices that it is gone, and writes it again.
+Needed is what the head of any channel names, or the newest TUF metadata, what leads to
+the newest releases (a device may be fetching by the head before), and a cheapest way
+from all weights that devices reported. Young files are left: their publisher may be
+about to name them. A publisher that named an old file meanwhile notices that it is
+gone, and writes it again.
 """
 
 import re
@@ -18,6 +19,7 @@ from edge_runtime.sync.route import cheapest
 from packager.fleet.head import head_path, named_files, patch_path
 from packager.fleet.place import Entry, Place
 from packager.fleet.reader import channels
+from packager.fleet.tuf_files import old_metadata, told_heads
 from packager.packed_file import PATCH
 from packager.release import Release
 
@@ -82,7 +84,7 @@ def prune(
             "the model's own folder"
         )
     ways, stranded = _reported_ways(heads, _known_ways(releases, there), reported)
-    keep = ways | _leading_to_newest(releases, newest)
+    keep = ways | _leading_to_newest(releases, newest) | told_heads(place)[1]
     doomed = [
         entry
         for entry in found
@@ -105,13 +107,15 @@ def _candidates(place: Place) -> Iterator[Entry]:
             if _OURS.fullmatch(PurePosixPath(entry.path).name):
                 yield entry
     yield from place.entries(PROBES)
+    yield from old_metadata(place)
     for entry in (*place.entries("", deep=False), *place.entries("keys/", deep=False)):
         if _PART.fullmatch(PurePosixPath(entry.path).name):
             yield entry
 
 
 def _heads(place: Place) -> dict[str, Head]:
-    found = {}
+    # TUF may still say what heads said before: its publisher may have been killed.
+    found = {f"TUF: {name}": head for name, head in told_heads(place)[0].items()}
     for name in channels(place):
         read = place.read(head_path(name))
         if read is not None:

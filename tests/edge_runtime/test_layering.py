@@ -31,6 +31,7 @@ THIRD_PARTY = {
     "zstandard": {"formats.frames"},
     "cryptography": {"live.proof", "live.report", "formats.signing"},
     "PIL": {"inference.inputs"},
+    "tuf": {"sync.tuf"},
     "urllib3": {"sync.http", "sync.wire"},
 }
 RUNTIME = "edge_runtime"

@@ -16,7 +16,8 @@ class FileServer(ThreadingHTTPServer):
         bytes: Sent and received, headers too.
         bodies: Bytes of bodies, by path.
         cut: Bytes of a patch or bundle after which the connection ends; None for never.
-        pause_s: Seconds between two pieces of a body.
+        pause_s: Seconds between two pieces of a body,
+        slow: of the files whose paths begin so.
         replace: Other content by path.
         endless: Whether bodies without a length never end.
         tagged: Whether there are tags.
@@ -44,6 +45,7 @@ class FileServer(ThreadingHTTPServer):
         self.weak = self.lies = False
         self.replace: dict[str, bytes] = {}
         self.status, self.statuses = 0, dict[str, int]()
+        self.slow = ""
         self.drip_s, self.onward, self.kept, self.connections = 0.0, "", False, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -111,10 +113,11 @@ class Handler(BaseHTTPRequestHandler):
         is_release = path.startswith(("patches/", "bundles/"))
         cut = server.cut if is_release else None
         most = len(body) if cut is None else cut
-        step = 16 if server.pause_s else 1 << 14
+        pause = server.pause_s if path.startswith(server.slow) else 0
+        step = 16 if pause else 1 << 14
         while server.endless or sent < min(most, len(body)):
             piece = body[sent : min(sent + step, most)] or b"x" * step
-            time.sleep(server.pause_s)
+            time.sleep(pause)
             if not self.send(piece):
                 break
             sent += len(piece)

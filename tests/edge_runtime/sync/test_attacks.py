@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attacks of TUF's list on a channel, one named test for each and for each way.
 
-The table of SECURITY.md is this file: every test runs for a channel's own head. Attacks
-on key lists are in tests/edge_runtime/trust/test_attacks.py, those on patches and
-bundles in tests/hostile/test_attacks.py.
+The table of SECURITY.md is this file. Most tests run for both ways to know what is
+newest: a channel's own head, and TUF metadata (``--tuf``). Attacks on key lists are in
+tests/edge_runtime/trust/test_attacks.py, those on patches and bundles in
+tests/hostile/test_attacks.py.
 """
 
 import shutil
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata
 
 from edge_runtime.errors import HeadError, SyncError, TrustError
 from edge_runtime.files import Files
@@ -21,18 +25,20 @@ from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.route import cheapest
 from edge_runtime.sync.state import HEAD_NAME, read_sync_state
 from edge_runtime.sync.sync import SyncResult, insist_on_trust
+from edge_runtime.sync.tuf import FOLDER, PINNED
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.head import sign_head
 from packager.fleet.publish import add_list
+from packager.fleet.tuf_keys import ONLINE, TufFolder, rotate
 from packager.key_lists import change_list, make_list, sign_list
-from packager.keys import generate_key
+from packager.keys import generate_key, load_private
 from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.tls import write_certificate
-from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, World
+from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, TufWorld, World
 
 TIMES = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
-LATE = NOW + 10 * 365 * 86_400
+LATE = NOW + 365 * 86_400
 
 
 class OwnHead(World):
@@ -40,15 +46,28 @@ class OwnHead(World):
 
     changing = ("stable.head",)  # the files that say what is newest
 
-    def sign(self, head, key=KEY):
+    def sign(self, head, key=KEY, until=None):
         """Put a head there that somebody signed."""
+        head = replace(head, expires=until) if until else head
         self.head_bytes = sign_head(head, [key])
 
     def lose_what_is_not_synced(self):
         (self.folder / HEAD_NAME).unlink()
 
 
-WAYS = {"own head": OwnHead}
+class Tuf(TufWorld):
+    """A channel that devices follow by TUF metadata."""
+
+    changing = ("tuf/timestamp.json",)
+
+    def lose_what_is_not_synced(self):
+        for path in (self.folder / FOLDER).glob("*.json"):
+            if path.name != PINNED:
+                path.unlink()
+        shutil.rmtree(self.folder / FOLDER / "root_history")
+
+
+WAYS = {"own head": OwnHead, "tuf": Tuf}
 
 
 @pytest.fixture(params=WAYS)
@@ -62,8 +81,15 @@ def own_head(template, tmp_path):
 
 
 @pytest.fixture
-def server(way):
-    with FileServer(way.place.root) as server:
+def tuf(template, tmp_path):
+    return template(Tuf, tmp_path / "world")
+
+
+@pytest.fixture
+def server(request):
+    name = "tuf" if "tuf" in request.fixturenames else "way"
+    world = request.getfixturevalue(name)
+    with FileServer(world.place.root) as server:
         yield server
         server.shutdown()
 
@@ -89,7 +115,7 @@ def put_back(way, files):
 
 def test_arbitrary_software_what_strangers_signed_is_refused(way):
     way.sign(way.publish(1), generate_key())
-    refused(way, TrustError, "not trusted")
+    refused(way, TrustError, "not trusted|was signed by 0/1 keys")
 
 
 def test_arbitrary_software_a_file_that_is_not_what_was_named(way, server):
@@ -123,7 +149,7 @@ def test_rollback_what_was_newest_before_is_refused(way):
     way.apply()
     way.look()
     put_back(way, old)
-    refused(way, TrustError, "this device has seen")
+    refused(way, TrustError, "this device has seen|must be >= 2")
 
 
 def test_rollback_after_a_power_cut_that_took_all_but_the_floors(way):
@@ -193,6 +219,25 @@ def test_fast_forward_ends_with_the_keys_that_did_it(own_head):
     assert way.apply() == way.head.target
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_fast_forward_of_tuf_ends_with_the_keys_that_did_it(tuf, lost):
+    honest = newest(tuf)
+    head = replace(tuf.head, version=1 << 40, at=LATE)
+    tuf.sign(head, step=1 << 40, until=LATE + 60)
+    assert tuf.look().result is SyncResult.CURRENT
+    with pytest.raises(TrustError, match="dpu-fleet rotate"):
+        tuf.publish(1)
+    put_back(tuf, honest)
+    if lost:
+        tuf.lose_what_is_not_synced()
+    refused(tuf, TrustError, "this device has seen" if lost else "must be >=")
+    root = load_private((tuf.keys / "root.pem").read_bytes())
+    rotate(tuf.keys, ONLINE, now=NOW, owners=[root])
+    tuf.publish(2)
+    assert tuf.look().result is SyncResult.FETCHED
+    assert tuf.apply() == tuf.head.target
+
+
 def test_fast_forward_a_cut_while_it_ends_leaves_nobody_behind(own_head):
     way, new = own_head, generate_key()
     way.sign(replace(way.head, version=1 << 40))
@@ -241,7 +286,7 @@ def test_indefinite_freeze_a_clock_that_stands_back_brings_no_old_time_back(way)
     head = way.publish(1)
     way.look()
     way.now = 0
-    way.sign(replace(head, version=9, expires=NOW - 5))
+    way.sign(replace(head, version=9), until=NOW - 5)
     assert way.look().result is SyncResult.STALE
 
 
@@ -298,6 +343,15 @@ def test_mix_and_match_of_channels_is_refused(way):
     refused(way, TrustError, "is of channel")
 
 
+@pytest.mark.parametrize("part", ["snapshot", "targets"])
+def test_mix_and_match_of_parts_of_two_releases_is_refused(tuf, server, part):
+    old, _ = tuf.place.read(f"tuf/{tuf.at(part).signed.version}.{part}.json")
+    tuf.publish(1)
+    new = tuf.at(part).signed.version
+    server.replace[f"tuf/{new}.{part}.json"] = old
+    refused(tuf, TrustError, "TUF", HttpSource(server.url))
+
+
 def test_wrong_software_of_another_model_is_refused(way):
     way.sign(replace(way.publish(1), model="aa" * 32))
     refused(way, TrustError, "is of model")
@@ -316,6 +370,7 @@ def test_slow_retrieval_ends_at_the_lowest_rate(way, server, monkeypatch, part):
         refused(way, SyncError, "503", source)
         server.statuses = {}
     monkeypatch.setattr("edge_runtime.sync.sync.HEAD_DEADLINE_S", 0.5)
+    server.slow = "patches/" if part == "patch" else ""
     server.pause_s, server.drip_s = (0.05, 0) if part != "headers" else (0, 0.05)
     way.options = replace(OPTIONS, slowest=1e9)
     begin = time.monotonic()
@@ -338,6 +393,57 @@ def test_key_compromise_below_the_threshold_gives_nothing(own_head):
     refused(way, TrustError, "not trusted")
 
 
+@pytest.mark.parametrize("stolen", [("timestamp",), ("timestamp", "snapshot")])
+def test_key_compromise_of_keys_that_are_online_brings_no_software(tuf, stolen):
+    tuf.publish(1)
+    tuf.sign(replace(tuf.head, version=9), roles=stolen)
+    refused(tuf, TrustError, "was signed by 0/1 keys")
+
+
+def test_key_compromise_of_a_key_of_tuf_ends_with_the_next_root(tuf):
+    """What the old keys sign is refused once a device has the root without them."""
+    folder = TufFolder.open(tuf.keys)
+    thief = next(folder.private("targets", 1, lambda _: None))
+    root = load_private((tuf.keys / "root.pem").read_bytes())
+    rotate(tuf.keys, ("targets",), now=NOW, owners=[root])
+    tuf.publish(1)
+    tuf.publish(2)
+    tuf.look()
+    tuf.apply()
+    tuf.look()
+    targets = tuf.at("targets")
+    tuf.sign(replace(tuf.head, version=9, counter=9), roles=("snapshot", "timestamp"))
+    made = tuf.at("targets")
+    made.signatures.clear()
+    made.sign(CryptoSigner(thief))
+    path = tuf.place.root / f"tuf/{made.signed.version}.targets.json"
+    path.write_bytes(made.to_bytes())
+    assert targets.signed.version < made.signed.version
+    refused(tuf, TrustError, r"targets")
+
+
+# Expired metadata ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["root", *ONLINE])
+@pytest.mark.parametrize("behind", [True, False])
+def test_expired_metadata_of_any_role_is_believed_by_nobody(tuf, role, behind):
+    """By the device's clock, and by the newest signed time where that is behind."""
+    tuf.publish(1)
+    past = datetime.fromtimestamp(NOW - 10 if behind else 1_600_000_000, UTC)
+    made = tuf.at(role) if role != "root" else None
+    if made is None:
+        root = Metadata.from_bytes((tuf.keys / "1.root.json").read_bytes())
+        root.signed.expires = past
+        key = load_private((tuf.keys / "root.pem").read_bytes())
+        root.sign(CryptoSigner(key))
+        (tuf.keys / "1.root.json").write_bytes(root.to_bytes())
+    else:
+        tuf.sign(tuf.head, until=int(past.timestamp()), expiring=(role,))
+    assert tuf.look().result is SyncResult.STALE
+    assert not list(tuf.folder.glob("*.dpu"))
+
+
 # Mirrors that refuse ------------------------------------------------------------------
 
 
@@ -350,6 +456,27 @@ def test_mirrors_that_refuse_change_nothing_and_may_come_back(way, server, statu
     server.status = 0
     assert way.look(source).result is SyncResult.FETCHED
     assert Device.open(way.root).store.state == before
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_mirrors_that_refuse_a_new_root_bring_no_old_key_back(tuf, server, status):
+    """The old root holds until it expires, as if it were the newest."""
+    tuf.look(HttpSource(server.url))
+    root = load_private((tuf.keys / "root.pem").read_bytes())
+    rotate(tuf.keys, ONLINE, now=NOW, owners=[root])
+    tuf.publish(1)
+    tuf.publish(2)
+    server.statuses = {"tuf/2.root.json": status}
+    refused(tuf, TrustError, "was signed by 0/1 keys", HttpSource(server.url))
+    server.statuses = {}
+    assert tuf.look(HttpSource(server.url)).result is SyncResult.FETCHED
+    server.statuses = {"tuf/3.root.json": status}
+    tuf.lose_what_is_not_synced()
+    assert tuf.look(HttpSource(server.url)).result is SyncResult.FETCHED
+    server.statuses = {"tuf/2.root.json": status}
+    tuf.lose_what_is_not_synced()
+    with pytest.raises(TrustError):
+        tuf.look(HttpSource(server.url))
 
 
 def test_mirrors_that_say_nothing_is_new_before_anything_was_asked(way, server):

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is published round by round, and a device that follows it."""
 
+import json
+from datetime import UTC, datetime
+
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata, MetaFile
+
 from edge_runtime.agent.agent import Agent
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head import head_message, read_head
 from edge_runtime.sync.http import FolderSource
 from edge_runtime.sync.sync import Sync, SyncOptions
+from edge_runtime.sync.tuf import TufClient
 from edge_runtime.update.device import Device
 from edge_runtime.update.trial import run_trial
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import Channel, publish
+from packager.fleet.tuf import _targets as targets_of
+from packager.fleet.tuf import mirror
+from packager.fleet.tuf_keys import ONLINE, TufFolder, make_folder
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
 
@@ -54,11 +64,11 @@ class World:
     def head_bytes(self, data):
         (self.place.root / "stable.head").write_bytes(data)
 
-    def look(self, source=None):
+    def look(self, source=None, **options):
         source = source or FolderSource(self.place.root)
         clock = lambda: self.now  # noqa: E731
         arguments = (self.root, self.folder, source, self.options, self.files)
-        return Sync(*arguments, clock=clock).look()
+        return Sync(*arguments, clock=clock, **options).look()
 
     def apply(self, trial=run_trial):
         agent = Agent(
@@ -68,3 +78,75 @@ class World:
         )
         agent.look()
         return Device.open(self.root).verify()
+
+
+class TufWorld(World):
+    """The same, as a TUF repository too, which the device believes."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.keys = base / "keys"
+
+    def publish(self, number, **changes):
+        head = super().publish(number, **changes)
+        self.mirror(head)
+        return head
+
+    def mirror(self, head=None, place=None, now=NOW):
+        if not self.keys.exists():
+            make_folder(self.keys, now=NOW)
+        folder, place = TufFolder.open(self.keys), place or self.place
+        options = {"now": now, "lifetime_s": 30 * 86_400, "ask": lambda _: None}
+        return mirror(place, folder, head, **options)
+
+    def look(self, source=None, root="1.root.json"):
+        client = TufClient(self.folder, root and self.keys / root, self.files)
+        return super().look(source, tuf=client)
+
+    def at(self, role):
+        """Read the newest metadata of a role, as it lies in the place."""
+        name = "timestamp.json"
+        for other in ("timestamp", "snapshot", "targets"):
+            found = Metadata.from_bytes(self.place.read(f"tuf/{name}")[0])
+            if other == role:
+                return found
+            meta = getattr(found.signed, "snapshot_meta", None)
+            meta = meta or found.signed.meta["targets.json"]
+            below = {"timestamp": "snapshot", "snapshot": "targets"}[other]
+            name = f"{meta.version}.{below}.json"
+        raise KeyError(role)
+
+    def sign(
+        self,
+        head,
+        key=None,
+        until=NOW + 86_400,
+        step=1,
+        roles=ONLINE,
+        expiring=ONLINE,
+    ):
+        """Have a head signed into the repository, by its keys or by somebody's.
+
+        Other roles than those that are named are signed by a stranger, and are valid.
+        """
+        folder = TufFolder.open(self.keys)
+        record = {"stable": json.loads(head_message(head))}
+        expires = datetime.fromtimestamp(until, UTC)
+        meta = {}
+        for role in ONLINE:
+            signed = self.at(role).signed
+            signed.version += step
+            signed.expires = expires if role in expiring else signed.expires
+            if role == "targets":
+                signed.targets = targets_of(record)
+            elif role == "snapshot":
+                signed.meta = {"targets.json": meta["targets"]}
+            else:
+                signed.snapshot_meta = meta["snapshot"]
+            made = Metadata(signed)
+            own = folder.private(role, folder.number, lambda _: None)
+            for signer in [key or KEY] if key or role not in roles else own:
+                made.sign(CryptoSigner(signer), append=True)
+            meta[role] = MetaFile(signed.version, len(made.to_bytes()))
+            name = role if role == "timestamp" else f"{signed.version}.{role}"
+            (self.place.root / f"tuf/{name}.json").write_bytes(made.to_bytes())
