@@ -135,7 +135,7 @@ def _over_time(picture: Picture) -> Iterator[Section]:
             axes=("day", "devices"),
             form=_whole,
         ),
-        "The stronger the colour, the newer the release.",
+        "The newest release lies on top, in the strongest colour.",
         [(colour, name) for name, colour, _ in series],
     )
 

@@ -22,7 +22,8 @@ from packager.report.words import (
 )
 
 STATES = {"well": "All is well", "look": "Worth a look", "act": "Act now"}
-TOO_MANY = 0.02  # of the devices that tried a release failed
+TOO_MANY = 0.02  # of the devices that tried a release failed, and
+LEAST = 3  # so many at least, or all: as the halt of dpu-fleet watch
 USUAL = 0.01  # of a fleet may be silent at any time
 QUIET = 2 * DAY  # no device at all was heard of
 OVERDUE = 7 * DAY  # since a release came out
@@ -62,7 +63,8 @@ def _failures(picture: Picture) -> Iterator[tuple[str, str]]:
             f"{spaced(failed)} of {counted(picture.tried, 'device')} ({share}) that "
             f"tried {current.name} failed or went back: "
         )
-        if failed > TOO_MANY * picture.tried:
+        enough = failed >= min(LEAST, picture.tried)
+        if failed > TOO_MANY * picture.tried and enough:
             halt = "it is paused;" if picture.paused else "halt it (dpu-fleet pause),"
             yield (
                 "act",

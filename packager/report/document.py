@@ -102,7 +102,8 @@ def to_text(document: Document) -> str:
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
     from textwrap import wrap
 
-    return wrap(text, width, subsequent_indent=indent)
+    # Not within the name of a command.
+    return wrap(text, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _aligned(table: Table) -> Iterator[str]:

@@ -95,11 +95,16 @@ def test_what_is_only_claimed_is_worth_a_look_and_counts_nowhere(database):
 
 
 @pytest.mark.parametrize(
-    ("failing", "state"), [(0, "well"), (1, "look"), (3, "act"), (100, "act")]
+    ("failing", "of", "state"),
+    [
+        *((0, 100, "well"), (1, 100, "look"), (3, 100, "act"), (100, 100, "act")),
+        *((1, 3, "look"), (3, 300, "look"), (1, 1, "act"), (2, 2, "act")),
+    ],
 )
-def test_more_failures_than_two_percent_ask_for_a_halt(database, failing, state):
+def test_more_failures_than_two_percent_ask_for_a_halt(database, failing, of, state):
+    """Of a few devices, one that fails is no reason yet; all of them are."""
     add_release(database, 1, 1, NOW - DAY_S)
-    rows = [row(f"b{n}", 1, NOW - 60, 1) for n in range(100)]
+    rows = [row(f"b{n}", 1, NOW - 60, 1) for n in range(of)]
     for n in range(failing):
         rows[n] = row(f"b{n}", 1, NOW - 60, 1, outcome="refused", running=target(0))
     add_reports(database, rows, now=NOW)
