@@ -141,7 +141,7 @@ def _is_settled(store: Store, change: Change, now: int) -> bool:
     """Return whether live predictors follow a change; they have some minutes for it."""
     with suppress(ValueError):
         since = datetime.fromisoformat(change.since).timestamp()
-        if 0 <= now - since < SETTLE_S:
+        if abs(now - since) < SETTLE_S:
             live = (entry.get("fingerprint") for entry in read_entries(store))
             return all(found == store.state.active for found in live)
     return True

@@ -181,10 +181,11 @@ def _go_on(watched: _Watch, every: int, tell: Callable[[dict[str, Any]], None]) 
     while True:
         try:
             record = _look(watched)
-            news = {k: v for k, v in record.items() if k not in ("at", "unchanged")}
-            if news != told:
+            state = [record[key] for key in ("version", "tried", "failed", "paused")]
+            new = [record[key] for key in ("proved", "unproved", "refused")]
+            if state != told or any(new):
                 tell(record)
-            told = news
+            told = state
         except (DpuError, OSError) as err:
             if (words := str(err)) != told:
                 say(words)

@@ -41,8 +41,8 @@ CREATE TABLE release(
 CREATE TABLE daily(                  -- proved devices that ran it as the day ended
     day INTEGER, target TEXT, devices INTEGER,
     PRIMARY KEY(day, target)) WITHOUT ROWID;
-CREATE TABLE head(sha256 TEXT PRIMARY KEY, version INTEGER, counter INTEGER,
-    at INTEGER, paused INTEGER) WITHOUT ROWID;
+CREATE TABLE head(sha256 TEXT PRIMARY KEY, channel TEXT, version INTEGER,
+    counter INTEGER, at INTEGER, paused INTEGER) WITHOUT ROWID;
 CREATE TABLE file(path TEXT PRIMARY KEY, tag TEXT) WITHOUT ROWID;  -- read already
 CREATE INDEX report_time ON report(at) WHERE proved;
 CREATE INDEX report_of ON report(device, at, n) WHERE proved;
@@ -137,7 +137,7 @@ ON CONFLICT(counter) DO UPDATE SET
     full_bytes = coalesce(nullif(full_bytes, 0), excluded.full_bytes)
 WHERE target = excluded.target"""
 _HEAD = """
-INSERT INTO head VALUES (?, ?, ?, ?, ?)
+INSERT INTO head VALUES (?, ?, ?, ?, ?, ?)
 ON CONFLICT(sha256) DO UPDATE SET paused = max(paused, excluded.paused)"""
 # Going back to older weights is a newer release of an older round.
 _WITHDRAW = """
@@ -230,7 +230,7 @@ def add_head(connection: sqlite3.Connection, signed: SignedHead) -> None:
     size = sizes[0] if sizes else 0  # the first one leads from the release before
     row = (head.counter, head.version, head.round, head.target, head.at, size, full)
     with connection:
-        known = (signed.sha256, head.version, head.counter, head.at)
+        known = (signed.sha256, head.channel, head.version, head.counter, head.at)
         connection.execute(_HEAD, (*known, signed.is_paused()))
         connection.execute(_RELEASE, row)
         connection.execute(_WITHDRAW)

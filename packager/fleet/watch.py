@@ -99,7 +99,7 @@ def look_at_head(
     Raises:
         RoundError: There is no such channel.
         HeadError: What lies there is no head.
-        TrustError: Whom the operator trusts did not sign it.
+        TrustError: Whom the operator trusts did not sign it, or it is an old one.
         StoreError: The place is damaged.
         OSError: It cannot be read.
     """
@@ -108,6 +108,13 @@ def look_at_head(
         raise RoundError(f"no channel {channel!r} in {place.name}: nothing to watch")
     signed = read_head(found[0])
     signed.check(trust)
+    sql = "SELECT max(version) FROM head WHERE channel = ?"
+    (newest,) = connection.execute(sql, [signed.head.channel]).fetchone()
+    if newest is not None and signed.head.version < newest:
+        raise TrustError(
+            f"the head in {place.name} has version {signed.head.version}, {newest} was "
+            "seen before: an old one is played, or another place has this database"
+        )
     add_head(connection, signed)
     return signed
 
@@ -236,8 +243,12 @@ GROUP BY outcome"""
 def standing(connection: sqlite3.Connection, signed: SignedHead) -> Standing:
     """Return how the release of a head does, by the newest report of each device."""
     head = signed.head
-    sql = "SELECT max(version) FROM head WHERE paused AND counter = ? AND version < ?"
-    (halted,) = connection.execute(sql, (head.counter, head.version)).fetchone()
+    sql = (
+        "SELECT max(version) FROM head "
+        "WHERE paused AND channel = ? AND counter = ? AND version < ?"
+    )
+    known = head.channel, head.counter, head.version
+    (halted,) = connection.execute(sql, known).fetchone()
     values = {"counter": head.counter, "halted": -1 if halted is None else halted}
     found = dict(connection.execute(_STANDING, values).fetchall())
     failed = sum(found.get(str(outcome), 0) for outcome in FAILURES)

@@ -270,7 +270,7 @@ def test_a_line_of_the_log_has_one_line(edge, site):
 
 
 def test_status_says_what_the_agent_found(edge, site):
-    assert "agent" not in edge("status")[1]
+    assert "\nagent " not in edge("status")[1]
     (site / "in" / "round_01.dpu").unlink()
     (site / "in" / "bad.dpu").write_bytes(b"")
     edge("agent", site / "in", "--once")

@@ -270,7 +270,7 @@ def test_a_predictor_that_has_not_followed_yet_is_waited_for(board, monkeypatch)
     board.put(1)
     board.look()
     assert len(board.reports) == 1
-    board.now += module.SETTLE_S + 5
+    board.now += 2 * module.SETTLE_S
     board.look()
     assert board.outcomes[1:] == [("applied", 1)]
 

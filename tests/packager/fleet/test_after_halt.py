@@ -8,7 +8,9 @@ import pytest
 from edge_runtime.formats.signing import Trust, load_public
 from edge_runtime.sync.head import read_head
 from packager.cli.fleet import fleet
+from packager.fleet.place import FolderPlace
 from packager.keys import write_key_pair
+from tests.packager.fleet.reporting import Fake
 
 
 class Operator:
@@ -122,3 +124,29 @@ def test_watch_needs_keys_of_devices(operator, tmp_path, command, monkeypatch):
     code, _, err = command(fleet, *given)
     assert code == 2
     assert "dpu-edge device-key" in err
+
+
+def test_watch_goes_on_and_says_what_is_new_or_fails_once(
+    operator, tmp_path, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    operator.publish(0)
+    Fake("board7", FolderPlace(operator.www), tmp_path / "keys").send(operator.head)
+    head, slept = operator.www / "stable.head", []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            head.rename(head.with_suffix(".away"))
+        if len(slept) == 6:
+            head.with_suffix(".away").rename(head)
+        if len(slept) == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("packager.cli.fleet_watch.time.sleep", sleep)
+    given = "watch", operator.www, "--devices", tmp_path / "keys", "--every", "5s"
+    code, out, err = command(fleet, *given, "-o", tmp_path / "fleet.html")
+    assert (code, set(slept)) == (130, {5})
+    assert out.count("was tried by 1 devices and failed on 0") == 2
+    assert err.count("no channel 'stable'") == 1
+    assert (tmp_path / "fleet.html").read_text().startswith("<!doctype html>")

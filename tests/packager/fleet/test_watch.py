@@ -324,6 +324,16 @@ def test_a_head_that_somebody_else_signed_is_not_watched(fleet):
     assert fleet.rows("counter", "release") == []
 
 
+def test_an_old_head_that_is_played_again_is_said(fleet):
+    fleet.devices(1)
+    old = fleet.place.read("stable.head")[0]
+    fleet.publish(2)
+    fleet.collect()
+    (fleet.place.root / "stable.head").write_bytes(old)
+    with pytest.raises(TrustError, match="an old one is played"):
+        fleet.collect()
+
+
 # Going on -----------------------------------------------------------------------------
 
 
