@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## This list.
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/train  ## Train, pack, apply, verify and infer on real digits.
+demo: $(STAMPS)/train  ## Train, pack, apply, verify, infer on real digits; a fleet of three.
 	$(BIN)/python -m tools.demo $(if $(KEEP),--keep)
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.

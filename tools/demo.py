@@ -6,7 +6,8 @@
 trains a small network on scikit-learn's handwritten digits, round by round. Each round
 is packed, applied to a device's store through the real ``dpu-edge`` code, and then held
 against the server: the weight files by SHA-256, the predictions of ONNX Runtime with
-torch's. Ends with 1 if anything differs.
+torch's. Then three devices follow a channel by themselves (``tools.demo_fleet``). Ends
+with 1 if anything differs.
 """
 
 import sys
@@ -24,6 +25,7 @@ import click
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.files import strangers
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
+from tools.demo_fleet import BOARDS, Fetched, Fleet, follow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
 
 KEPT = "demo"
+PAGE = "fleet.html"
+BUILT = Path(
+    "dist"
+)  # where the page goes if nothing else is kept; make clean removes it
 REMOVED = (
-    "rounds, patches and device are removed; 'make demo KEEP=1' leaves them in "
+    "rounds, patches and devices are removed; 'make demo KEEP=1' leaves them in "
     f"{KEPT}/,\nwith commands to go on with"
 )
 TOLERANCE = 1e-4  # of the largest output, as in the contract
@@ -171,7 +177,7 @@ class Demo:
 @click.option("--keep", is_flag=True, help=f"The same as --folder {KEPT}.")
 @json_option
 def main(folder: Path | None, *, keep: bool, as_json: bool) -> None:
-    """Train, pack, apply, verify and infer on real handwritten digits."""
+    """Train, pack, apply, verify and infer on real handwritten digits; then a fleet."""
     if keep or folder:
         _run(folder or Path(KEPT), kept=True, as_json=as_json)
         return
@@ -190,20 +196,27 @@ def _run(folder: Path, *, kept: bool, as_json: bool) -> None:
     with _step("packing, applying and comparing each round"):
         for record in records:
             rows.append(demo.deliver(record))
+    page = (folder if kept else BUILT) / PAGE
+    with _step("three devices follow a channel, one of them misses two rounds"):
+        rounds = [row.round for row in rows if row.patch_bytes]
+        fleet = follow(folder, demo.run, rounds, page)
     steps = _next_steps(demo, rows) if kept else [REMOVED]
-    text = "\n".join([*table(rows), "", *steps])
-    verified = all(row.verified for row in rows)
+    text = "\n".join([*table(rows, fleet), "", *steps])
+    verified = all(row.verified for row in rows) and fleet.proved == BOARDS
     emit(
         {
             "folder": str(folder) if kept else None,
             "verified": verified,
             "rounds": [asdict(row) | {"verified": row.verified} for row in rows],
+            "boards": [{"fetched": taken} for taken in fleet.fetched],
+            "proved": fleet.proved,
+            "page": str(fleet.page),
         },
         as_json=as_json,
         text=text,
     )
     if not verified:
-        say("error: the device does not hold what the server sent")
+        say("error: a device does not hold what the server sent")
         sys.exit(1)
 
 
@@ -215,18 +228,19 @@ def _step(what: str) -> Iterator[None]:
     say(f"  {time.monotonic() - start:.1f} s")
 
 
-def table(rows: list[Row]) -> Iterator[str]:
-    """Return the rounds as lines of a table."""
+def table(rows: list[Row], fleet: Fleet) -> Iterator[str]:
+    """Return the rounds as lines of a table, with what each board fetched."""
     yield (
-        "round  outcome    changed    patch B     full B  smaller"
-        "  server acc  device acc  verified"
+        "round  outcome   changed  patch B  full B  smaller  server  device  verified"
+        + "".join(f"  board {n + 1}" for n in range(len(fleet.fetched)))
     )
     for row in rows:
         smaller = f"{row.full_bytes / row.patch_bytes:.0f}x" if row.patch_bytes else "-"
         yield (
-            f"{row.round:>5}  {row.outcome:<9}{row.changed:>9}{row.patch_bytes:>11}"
-            f"{row.full_bytes:>11}{smaller:>9}{row.server_accuracy:>12.2%}"
-            f"{row.device_accuracy:>12.2%}  {'yes' if row.verified else 'NO'}"
+            f"{row.round:>5}  {row.outcome:<9}{row.changed:>8}{row.patch_bytes:>9}"
+            f"{row.full_bytes:>8}{smaller:>9}{row.server_accuracy:>8.2%}"
+            f"{row.device_accuracy:>8.2%}  {'yes' if row.verified else 'NO':<8}"
+            + "".join(f"{_board(taken, row.round):>9}" for taken in fleet.fetched)
         )
     updates = [row for row in rows if row.patch_bytes]
     sent = sum(row.patch_bytes for row in updates)
@@ -245,6 +259,29 @@ def table(rows: list[Row]) -> Iterator[str]:
             yield f"round {row.round} began anew from the init weights"
         if row.outcome == "kept_base":
             yield f"round {row.round} got no better than its base: nothing was sent"
+    yield from _of_boards(fleet)
+
+
+def _board(fetched: Fetched, number: int) -> str:
+    if number == 0:
+        return "bundle"
+    sizes = fetched.get(number, [])
+    return "away" if sizes is None else str(sum(sizes) or "-")
+
+
+def _of_boards(fleet: Fleet) -> Iterator[str]:
+    """Tell what the boards did, in the words that the table has no room for."""
+    count, last = len(fleet.fetched), fleet.fetched[-1]
+    yield "the boards followed a channel by themselves; each signature has 76 bytes"
+    for number, sizes in last.items():
+        if sizes and last.get(number - 1, []) is None:
+            what = "one patch" if len(sizes) == 1 else f"{len(sizes)} patches"
+            yield (
+                f"board {count} missed rounds {number - 1} and {number}, and caught up "
+                f"by {what} of {sum(sizes)} bytes"
+            )
+    yield f"{fleet.proved} of {count} boards prove that they run the newest release"
+    yield f"the fleet's page: {fleet.page}"
 
 
 def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:

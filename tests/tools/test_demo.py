@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo leaves nothing behind that nobody was told of."""
+"""The demo leaves nothing behind that nobody was told of, and shows what it did."""
 
+import json
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,34 @@ def test_a_folder_that_was_asked_for_stays(failing, command, args):
     assert (failing / "demo" / "runs").is_dir()
     code, _, err = command(demo.main, *args)
     assert (code, "demo holds runs; remove it" in err) == (2, True)
+
+
+def row(number, patch_bytes):
+    return demo.Row(number, "updated", 5, patch_bytes, 1000, 0.5, 0.5, 0.0, True)
+
+
+def test_a_board_that_was_away_is_shown_with_what_it_took():
+    fetched = [{1: [110], 2: [120]}, {1: None, 2: [170]}]
+    fleet = demo.Fleet(fetched, 2, Path("fleet.html"))
+    lines = list(demo.table([row(0, 90), row(1, 100), row(2, 110)], fleet))
+    assert [line.split()[-2:] for line in lines[1:4]] == [
+        ["bundle", "bundle"],
+        ["110", "away"],
+        ["120", "170"],
+    ]
+    assert "board 2 missed rounds 1 and 2, and caught up by one patch of 170" in str(
+        lines
+    )
+
+
+@pytest.mark.fleet
+def test_three_boards_follow_the_demo_and_one_catches_up(tmp_path, command):
+    code, out, err = command(demo.main, "--folder", tmp_path / "d", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["proved"] == 3
+    fetched = [board["fetched"] for board in found["boards"]]
+    *_, missed, newest = fetched[0]
+    assert fetched[2][missed] is None
+    assert len(fetched[2][newest]) == 1
+    assert "3 of 3 devices prove" in Path(found["page"]).read_text()
