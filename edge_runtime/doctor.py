@@ -81,6 +81,10 @@ def examine(root: Path, folder: Path | None = None) -> list[Finding]:
         root: The store.
         folder: The agent's folder; by default where the agent looked last.
     """
+    if not root.exists():
+        words = f"there is no {root}: nothing is installed, or a disk is not mounted"
+        todo = f"'dpu-edge --store {root} init BUNDLE|URL' installs, or mount the disk"
+        return [Finding("store", Health.WRONG, words, todo)]
     found = list(_file_system(root))
     try:
         device = Device.open(root)

@@ -10,7 +10,7 @@ import click
 from edge_runtime.commandline import json_option, say
 from edge_runtime.errors import StoreError
 from packager.cli.fleet_options import Name
-from packager.cli.options import PRIVATE_KEY, single_publisher_option
+from packager.cli.options import PRIVATE_KEY, runs_option, single_publisher_option
 
 if TYPE_CHECKING:
     from packager.fleet.place import Place
@@ -20,9 +20,8 @@ FIRST = "round_00"
 
 @click.command("init")
 @click.argument("to", metavar="URL|DIR")
-@click.argument(
-    "run", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("name", metavar="RUN")
+@runs_option
 @click.option("--channel", type=Name(), default="stable", show_default=True)
 @click.option(
     "--sign",
@@ -39,8 +38,9 @@ def init(
     context: click.Context,
     /,
     to: str,
-    run: Path,
+    name: str,
     *,
+    runs: Path,
     channel: str,
     single_publisher: bool,
     **options: Any,
@@ -50,7 +50,12 @@ def init(
     What 'dpu-fleet publish RUN/round_00' does, in a place that has no such channel yet.
     """
     from packager.fleet.address import open_place
+    from packager.rounds.folder import find_run
 
+    run = find_run(name, runs)
+    if run is None:
+        words = f"no run folder {name}, and none below {runs}: one holds {FIRST}"
+        raise click.BadParameter(words, context, param_hint="'RUN'")
     place = open_place(to, single_publisher=single_publisher, say=say)
     _insist_new(place, channel)
     publish = context.find_root().command
@@ -58,6 +63,7 @@ def init(
     context.invoke(
         publish.commands["publish"],
         name=str(run / FIRST),
+        runs=runs,
         to=to,
         channel=channel,
         single_publisher=single_publisher,

@@ -201,3 +201,9 @@ def test_where_nothing_is_installed_that_is_what_is_wrong(command, tmp_path):
 def test_a_time_that_cannot_be_read_is_the_first_of_all():
     assert module._seconds("1970-01-02T00:00:00Z") == 86_400
     assert module._seconds("no time") == 0
+
+
+def test_where_nothing_is_installed_it_says_how_to_install(tmp_path):
+    (finding,) = examine(tmp_path / "none")
+    assert (finding.check, finding.health) == ("store", Health.WRONG)
+    assert "init BUNDLE|URL" in finding.todo

@@ -49,3 +49,15 @@ def test_a_channel_that_is_there_stays_as_it_is(begun, run, tmp_path, command):
     assert (tmp_path / "www/stable.head").read_bytes() == before
     other = ("--channel", "beta")
     assert command(fleet, "init", tmp_path / "www", run.path, *other)[0] == 0
+
+
+def test_a_run_is_found_by_its_name_and_what_is_none_is_named(run, tmp_path, command):
+    runs = ("--runs", run.path.parent)
+    code, out, _ = command(
+        fleet, "init", tmp_path / "www", run.path.name, *runs, "--json"
+    )
+    assert (code, json.loads(out)["round"]) == (0, 0)
+    code, _, err = command(fleet, "init", tmp_path / "other", "nothing", *runs)
+    assert code == 2
+    assert f"no run folder nothing, and none below {run.path.parent}" in err
+    assert not (tmp_path / "other").exists()
