@@ -8,7 +8,6 @@ none: they would prove nothing. Whatever goes wrong here costs a report, not an 
 
 import json
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,6 +31,7 @@ from edge_runtime.live.report import (
     encode_report,
     newest_change,
 )
+from edge_runtime.live.shared import device_id
 from edge_runtime.store.state import State
 from edge_runtime.store.store import Store
 
@@ -39,20 +39,12 @@ DAY_S = 86_400
 RETRY_S = 600  # after what went wrong
 SETTLE_S = 300  # for live predictors to follow
 MOST_AT_ONCE = 8  # changes since the last look that get a report each, the newest ones
-MACHINE_ID = Path("/etc/machine-id")
 
 
 class _Last(NamedTuple):
     n: int
     at: int
     change: Change
-
-
-def device_id() -> str:
-    """Return what this machine is called where nobody gave it a name."""
-    with suppress(OSError, ValueError):
-        return MACHINE_ID.read_text("ascii").strip()
-    return socket.gethostname()
 
 
 class Reporter:

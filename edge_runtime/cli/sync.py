@@ -136,7 +136,7 @@ def sync(  # noqa: PLR0913 - one argument for each option
     environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _FULL,
     _REPORT, _CA, _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
     """
-    from edge_runtime.agent.reporter import device_id
+    from edge_runtime.live.shared import device_id
     from edge_runtime.sync.http import open_source
     from edge_runtime.sync.sync import Full, Sync, SyncOptions, insist_on_trust
 

@@ -6,8 +6,6 @@ The signature is over that form without its ``signature`` member. What a proof s
 and what not, is in ``docs/proof.md``.
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,8 @@ from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.entries import measure, read_entries, undeclared_processes
+from edge_runtime.live.shared import canonical as canonical
+from edge_runtime.live.shared import public_key as public_key
 from edge_runtime.store.state import utc
 from edge_runtime.store.store import KEY_NAME as KEY_NAME
 from edge_runtime.store.store import Store
@@ -50,11 +50,6 @@ def make_proof(store: Store, nonce: str, *, tensors: bool = False) -> bytes:
         value = key.sign(framed(CONTEXT, canonical(proof))).hex()
         proof["signature"] = {"key_id": key_id(public_key(key)), "value": value}
     return canonical(proof)
-
-
-def canonical(record: Mapping[str, Any]) -> bytes:
-    """Encode a record in the one form that is signed."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _facts(store: Store, *, tensors: bool) -> dict[str, Any]:
@@ -132,11 +127,6 @@ def read_key(path: Path) -> "Ed25519PrivateKey | None":
 def _key_bytes(path: Path) -> bytes:
     data = read_bounded(path, "key_bytes", str(path), KeyFileError)
     return bytes.fromhex(data.decode("ascii"))
-
-
-def public_key(key: "Ed25519PrivateKey") -> str:
-    """Return the public half of a key: 32 raw bytes, in hex."""
-    return key.public_key().public_bytes_raw().hex()
 
 
 def encode_public(key: "Ed25519PrivateKey") -> bytes:

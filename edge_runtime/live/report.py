@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.limits import limits
-from edge_runtime.live.proof import canonical, public_key
+from edge_runtime.live.shared import canonical, public_key
 from edge_runtime.store.state import Event, State
 from edge_runtime.text import printable
 
