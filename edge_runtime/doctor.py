@@ -28,6 +28,7 @@ from edge_runtime.errors import DpuError
 from edge_runtime.files import Files, lock_file
 from edge_runtime.formats.identity import SHOWN
 from edge_runtime.inference.predictor import Predictor
+from edge_runtime.live.outbox import Outbox, read_told
 from edge_runtime.live.proof import KEY_NAME, read_key
 from edge_runtime.store.state import utc
 from edge_runtime.store.store import Store
@@ -104,6 +105,7 @@ def examine(root: Path, folder: Path | None = None) -> list[Finding]:
         _unit,
         lambda: _agent(root, agent),
         lambda: _sync(device.store, agent, known),
+        lambda: _reports(root, folder),
     )
     for check in checks:
         found += check()
@@ -360,3 +362,18 @@ def _sync(store: Store, agent: Mapping[str, Any], known: Known) -> Findings:
         yield Finding("sync", Health.WRONG, story["summary"])
     else:
         yield Finding("sync", Health.OK, story["summary"])
+
+
+def _reports(root: Path, folder: Path | None) -> Findings:
+    """Look for reports that nobody fetches; they hold no update back."""
+    try:
+        sent = read_told(folder).sent if folder else ()
+        waiting = [r for r in Outbox(root).waiting() if r.n not in sent]
+        oldest = min((r.path.stat().st_mtime for r in waiting), default=time.time())
+    except (DpuError, OSError) as err:
+        yield Finding("reports", Health.NOTE, str(err))
+        return
+    if time.time() - oldest > SILENT_S:
+        words = f"{len(waiting)} wait to be sent, the oldest was made "
+        todo = "is sync started with --report, and does the last look say why not?"
+        yield Finding("reports", Health.NOTE, words + age(time.time() - oldest), todo)

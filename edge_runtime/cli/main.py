@@ -107,7 +107,8 @@ def init(
     if carried and keys:
         raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
     trust = FirstUse(threshold) if carried else cli_trust.read_trust(keys, threshold)
-    Store(root).insist_free()  # before anything is fetched
+    if isinstance(bundle, str):
+        Store(root).insist_free()  # before anything is fetched
     given = bundle_file(bundle, root, channel, newcomer(trust), **network)
     with given as (path, _):
         status = Device.install(root, path, trust=trust).status()

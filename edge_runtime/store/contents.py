@@ -177,12 +177,12 @@ class StoreContents:
         if actual != target:
             raise StoreError(
                 f"{path} is damaged: its SHA-256 is {actual}, expected {target}; run "
-                "'dpu-edge rollback', or install the bundle into an empty folder"
+                "'dpu-edge repair BUNDLE', or 'dpu-edge rollback'"
             )
         if identify(header, graph, self.root / "model").model != self.state.model:
             raise StoreError(
                 f"{folder / GRAPH_NAME} or model/{RUN_NAME} is damaged or was "
-                "exchanged; install the bundle into an empty folder"
+                "exchanged; 'dpu-edge repair BUNDLE' makes it whole again"
             )
         return folder
 

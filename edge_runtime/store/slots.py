@@ -125,7 +125,7 @@ class _NewSlot:
             raise StoreError(
                 f"the parent on this device is damaged: its SHA-256 is {actual}, "
                 f"expected {self._parent}; nothing changed. Run 'dpu-edge rollback' or "
-                "install the bundle into an empty folder"
+                "'dpu-edge repair BUNDLE'"
             ) from err
 
 

@@ -381,8 +381,8 @@ class Device:
         self.store.check_current()
         if self.store.read_identity().model != state.model:
             raise StoreError(
-                f"{self.store.root / 'model'} is damaged; install the bundle into an "
-                "empty folder"
+                f"{self.store.root / 'model'} is damaged; 'dpu-edge repair BUNDLE' "
+                "makes it whole again"
             )
         return state.active
 

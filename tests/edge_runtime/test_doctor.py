@@ -11,6 +11,7 @@ from edge_runtime import doctor as module
 from edge_runtime.cli.main import main
 from edge_runtime.doctor import Health, examine
 from edge_runtime.files import Files
+from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import device_key
 from edge_runtime.sync.state import STATE_NAME
 from edge_runtime.update.device import Device
@@ -180,6 +181,15 @@ def test_a_unit_that_failed_is_found(world, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(module, "_SYSTEMD", tmp_path)
     assert wrong(world) == {"unit": "dpu-edge-agent.service is failed (failed)"}
+
+
+def test_reports_that_nobody_sends_are_noted(world):
+    Outbox(world.root).add(1, Kind.CHANGE, b"{}")
+    (path,) = (report.path for report in Outbox(world.root).waiting())
+    os.utime(path, (world.clock - 5 * 86_400,) * 2)
+    (found,) = (f for f in examine(world.root) if f.check == "reports")
+    assert found.health is Health.NOTE
+    assert found.words == "1 wait to be sent, the oldest was made 5 days ago"
 
 
 def test_the_command_ends_with_a_code_of_its_own(world, command):
