@@ -109,7 +109,8 @@ svg { display: block; width: 100%; height: auto; max-width: 640px;
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
   background: currentColor; margin-right: 7px; vertical-align: -1px; }
 .legend span { color: var(--ink); }
-summary { color: var(--soft); font-size: 14px; cursor: pointer; padding: 6px 0; }
+summary { color: var(--soft); font-size: 14px; cursor: pointer; padding: 6px 0;
+  overflow-wrap: anywhere; }
 summary:hover { color: var(--ink); }
 .scroll { overflow: auto; max-height: 430px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
