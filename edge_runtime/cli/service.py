@@ -142,6 +142,8 @@ def _half(
     for option in ("ca", "cert", "key"):
         if options[option]:
             _check_unit_path(options[option], name)
+    if "://" not in (report := options["report"].removeprefix("file://")) and report:
+        _check_unit_path(report.removeprefix("@"), name)
     if url == _ADDRESS and name is None:
         raise click.UsageError(f"{_ADDRESS} needs --name: it says which settings")
     # A unit's process stands in /: what is relative here would be elsewhere.
@@ -161,8 +163,6 @@ def _values(half: _Half, user: str) -> dict[str, str]:
     writable = [store, *([str(metrics.parent)] if metrics else [])]
     if "/run" in writable:  # the unit makes it read-only, and that would win
         raise click.UsageError("units may write to folders in /run, not to /run itself")
-    is_own = half.name and half.folder == STATE / FOLDERS / half.name
-    state = f"StateDirectory={FOLDERS}/{half.name}\nStateDirectoryMode=0755"
     setting = (
         f"Environment=DPU_EVERY={_SYNC_S}\nEnvironmentFile=-{SETTINGS}/{half.name}.env"
     )
@@ -175,11 +175,22 @@ def _values(half: _Half, user: str) -> dict[str, str]:
         "COMMAND": _escaped([*command, *words], half.name),
         "MOUNTS": shlex.join([store, str(half.folder)]),
         "WRITABLE": shlex.join(writable),
-        "WRITABLE_LINE": state
-        if is_own
-        else f"ReadWritePaths={shlex.quote(str(half.folder))}",
+        "WRITABLE_LINE": _writable_lines(half),
         "ENVIRONMENT": setting if half.name else "",
     }
+
+
+def _writable_lines(half: _Half) -> str:
+    """Return what the network side may write: its folder, and one for reports."""
+    is_own = half.name and half.folder == STATE / FOLDERS / half.name
+    state = f"StateDirectory={FOLDERS}/{half.name}\nStateDirectoryMode=0755"
+    report = half.options.get("report", "").removeprefix("file://")
+    paths = [
+        *([] if is_own else [str(half.folder)]),
+        *[report] * report.startswith("/"),
+    ]
+    line = f"ReadWritePaths={shlex.join(paths)}"
+    return "\n".join([*[state] * bool(is_own), *[line] * bool(paths)])
 
 
 def _escaped(words: list[str], name: str | None) -> str:

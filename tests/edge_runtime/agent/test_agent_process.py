@@ -382,6 +382,15 @@ def test_the_unit_of_the_network_side_reads_the_store_and_no_key(edge, site):
     assert "PrivateNetwork" not in unit
 
 
+def test_the_unit_of_the_network_side_may_write_where_reports_go(edge, site):
+    report = "--report", "/mnt/stick"
+    unit = unit_of(edge("service", *SYNC, site / "in", *report)[1])
+    assert unit["ReadWritePaths"] == f"{site / 'in'} /mnt/stick"
+    unit = unit_of(edge("service", *SYNC, "--name", "cam", *report)[1])
+    assert unit["ReadWritePaths"] == "/mnt/stick"
+    assert unit["StateDirectory"] == "dpu-edge-sync/cam"
+
+
 def test_both_units_are_hardened_alike_but_for_the_network(edge, site):
     apart = {"PrivateNetwork", "RestrictAddressFamilies", "ReadOnlyPaths", "User"}
     apart |= {"InaccessiblePaths", "ReadWritePaths", "SyslogIdentifier", "RestartSec"}
@@ -433,6 +442,8 @@ def test_one_unit_may_serve_many_models(command):
         (["--sync", "https://a/'b", "/in"], "without quotes"),
         (["--sync", "https://a/b\nUser=root", "/in"], "in one line"),
         (["--sync", "https://a/b", "/in", "--ca", "ca.pem"], "absolute paths"),
+        (["--sync", "https://a/b", "/in", "--report", "out"], "absolute paths"),
+        (["--sync", "https://a/b", "/in", "--report", "@out"], "absolute paths"),
         (["--sync", "https://a/b", "/in", "--budget", "x"], "expected 200KB/day"),
         (["--name", "../x"], "expected letters"),
     ],
