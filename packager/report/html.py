@@ -5,6 +5,7 @@ It follows the reader's light or dark setting, prints in black on white, and say
 picture's numbers again in a table.
 """
 
+import re
 from collections.abc import Iterator
 
 from packager.report.document import Document, Section, Table
@@ -164,7 +165,7 @@ def to_html(document: Document) -> str:
             '<meta http-equiv="Content-Security-Policy" content="default-src '
             "'none'; style-src 'unsafe-inline'\">\n",
             f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n",
-            *_heading(document, title),
+            *_heading(document),
             *_figures(document),
             *_facts(document),
             *(part for section in document.sections for part in _section(section)),
@@ -174,7 +175,13 @@ def to_html(document: Document) -> str:
     )
 
 
-def _heading(document: Document, title: str) -> Iterator[str]:
+def _prose(text: str) -> str:
+    """Return text that breaks into lines, but within no number such as ``90 376``."""
+    return re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "\u00a0", escape(text))
+
+
+def _heading(document: Document) -> Iterator[str]:
+    title = _prose(document.title)
     if document.state:
         mark = MARKS[document.state]
         yield f'<h1 class="{document.state}"><i aria-hidden="true">{mark}</i>'
@@ -183,7 +190,7 @@ def _heading(document: Document, title: str) -> Iterator[str]:
         yield f"<h1>{title}</h1>\n"
     if document.lead:
         yield f'<ul class="lead {document.state}">\n'
-        yield from (f"<li>{escape(words)}</li>\n" for words in document.lead)
+        yield from (f"<li>{_prose(words)}</li>\n" for words in document.lead)
         yield "</ul>\n"
 
 
@@ -191,7 +198,7 @@ def _figures(document: Document) -> Iterator[str]:
     if document.figures:
         yield '<dl class="figures">\n'
         for value, label in document.figures:
-            yield f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>\n"
+            yield f"<div><dt>{escape(label)}</dt><dd>{_prose(value)}</dd></div>\n"
         yield "</dl>\n"
 
 
@@ -199,20 +206,20 @@ def _facts(document: Document) -> Iterator[str]:
     if document.facts:
         yield '<dl class="facts">\n'
         for name, value in document.facts:
-            yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
+            yield f"<dt>{escape(name)}</dt><dd>{_prose(value)}</dd>\n"
         yield "</dl>\n"
 
 
 def _section(section: Section) -> Iterator[str]:
     yield f"<section>\n<h2>{escape(section.title)}</h2>\n"
     if section.text:
-        yield f"<p>{escape(section.text)}</p>\n"
+        yield f"<p>{_prose(section.text)}</p>\n"
     if section.picture:
         yield "<figure>\n"
         yield from _legend(section)
         yield f"{section.picture}\n"
         if section.caption:
-            yield f"<figcaption>{escape(section.caption)}</figcaption>\n"
+            yield f"<figcaption>{_prose(section.caption)}</figcaption>\n"
         yield "</figure>\n"
     if section.table and section.table.rows:
         # Where there is no picture, the table is what the section says.
@@ -237,7 +244,7 @@ def _legend(section: Section) -> Iterator[str]:
         yield '<ul class="legend">'
         for colour, name in section.legend:
             kind = colour if isinstance(colour, str) else f"c{colour}"
-            yield f'<li class="{kind}"><i></i><span>{escape(name)}</span></li>'
+            yield f'<li class="{kind}"><i></i><span>{_prose(name)}</span></li>'
         yield "</ul>\n"
 
 

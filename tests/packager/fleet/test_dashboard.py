@@ -18,6 +18,7 @@ from packager.fleet.device_page import device_document
 from packager.fleet.picture import SHOWN, in_general, take_picture
 from tools.fleet.made_up import NOW, WEEK, add_release, fill, row, target
 
+HEAD = "INSERT INTO head(sha256, version, counter, at, paused) VALUES (?, ?, ?, ?, ?)"
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e' \" & |"
 
 
@@ -183,7 +184,7 @@ def test_a_pause_is_told_with_what_goes_on(database):
     add_reports(database, rows, now=NOW)
     with database:
         values = [("a" * 64, 1, 1, 0, 1), ("b" * 64, 2, 2, 0, 0)]
-        database.executemany("INSERT INTO head VALUES (?, ?, ?, ?, ?)", values)
+        database.executemany(HEAD, values)
     assert "paused" not in told(database)  # an older head was
     with database:
         database.execute("UPDATE head SET paused = 1 WHERE version = 2")
@@ -198,7 +199,7 @@ def test_what_only_a_ledger_knows_is_not_what_devices_should_run(database):
     fill(database, 3, failing=0, silent=0, claimed=0)
     with database:
         values = ("a" * 64, 5, 5, 0, 0)
-        database.execute("INSERT INTO head VALUES (?, ?, ?, ?, ?)", values)
+        database.execute(HEAD, values)
     add_release(database, 6, 6, NOW - 60)
     assert first_line(database)[1] == "All is well: 3 of 3 devices prove round 5"
 

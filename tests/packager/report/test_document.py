@@ -275,6 +275,17 @@ def test_no_text_turns_a_page_around_or_is_no_text(evil):
     ElementTree.fromstring(picture)
 
 
+def test_no_line_of_prose_ends_within_a_number():
+    words = "90 376 of 1 234 567, round 5 of 12"
+    kept = "90\u00a0376 of 1\u00a0234\u00a0567, round 5 of 12"
+    section = Section(words, words, None, "<svg/>", words, [(1, words)])
+    page = to_html(
+        Document(words, [(words, "n")], [("n", words)], [section], lead=[words])
+    )
+    assert page.count(kept) == 7
+    assert f"<title>{words}</title>" in page
+
+
 def test_areas_leave_out_what_nobody_knows_and_count_in_whole_numbers():
     series = [("a", "c5", [1, None, 1]), ("b", "h8", [0, None, 2])]
     picture = stacked_areas(
