@@ -9,18 +9,27 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 
+import obstore
 import pytest
 
 from edge_runtime.errors import RoundError, StoreError
+from edge_runtime.formats.signing import Trust
+from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import encode_public
 from edge_runtime.sync.head import read_head
+from edge_runtime.sync.uploads import Uploads, open_outlet
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
+from packager.fleet.database import open_database
 from packager.fleet.head import named_files
 from packager.fleet.publish import Channel, publish
+from packager.fleet.reports import read_keys
+from packager.fleet.watch import collect, look_at_head
 from packager.keys import encode_private, generate_key, load_private
 from packager.rounds.folder import read_round
+from tests.packager.fleet.reporting import Fake
 from tests.packager.fleet.seaweed import KillingProxy
 from tools.fleet.servers import ID, SECRET, running_store
 
@@ -228,3 +237,31 @@ def test_a_channel_is_well_before_and_after_pruning(port, run, command, tmp_path
     assert len(gone) > 2
     assert command(fleet, "check", url, "--trust", key)[0] == 0
     assert is_whole(place)
+
+
+def test_reports_come_by_a_pre_signed_address_which_is_good_for_no_other(
+    port, run, tmp_path
+):
+    place = open_place(address(port, "reported"), say=lambda _: None)
+    release(run.path, place, 1)
+    signed = read_head(place.read("stable.head")[0])
+    device, outbox = Fake("board7", None, tmp_path / "keys"), Outbox(tmp_path)
+    path, said = "reports/board7/latest.json", []
+    url = obstore.sign(place._store, "PUT", path, timedelta(hours=1))
+    secret = tmp_path / "address"
+    uploads = Uploads(open_outlet(f"@{secret}"), said.append)
+
+    def send(text, n):
+        secret.write_text(text)
+        outbox.add(n, Kind.CHANGE, device.report(signed, n=n))
+        return uploads.send("board7", outbox.waiting(), lambda _: "")
+
+    with open_database(tmp_path / "fleet.db") as connection:
+        keys = read_keys(tmp_path / "keys")
+        for n in (1, 2):
+            assert n in send(url, n)
+            look_at_head(connection, place, "stable", Trust())
+            assert collect(connection, place, keys, now=NOW).proved == 1
+    assert send(url.replace("board7", "board8"), 3) == {1, 2}
+    assert said == ["reports: the server refuses them (403)"]
+    assert [entry.path for entry in place.entries("reports")] == [path]
