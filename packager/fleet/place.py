@@ -9,6 +9,7 @@ requests (:mod:`packager.fleet.object_place`).
 """
 
 import hashlib
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ class Place(Protocol):
         """Yield the files below a folder, by path; below ``""`` all that there are.
 
         Args:
-            folder: Ends with a slash, but for the place itself.
+            folder: With or without a slash in the end.
             deep: Those in folders below it too.
         """
 
@@ -124,15 +125,8 @@ class FolderPlace:
 
     def entries(self, folder: str, *, deep: bool = True) -> Iterator[Entry]:
         """Yield the files below a folder, by path."""
-        for path in sorted((self.root / folder).glob("**/*" if deep else "*")):
-            try:
-                found = path.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # another publisher's part, which has its name by now
-            if stat.S_ISREG(found.st_mode):
-                name, tag = path.relative_to(self.root).as_posix(), found.st_mtime_ns
-                size = found.st_size
-                yield Entry(name, size, found.st_mtime, f"{found.st_ino}-{tag}-{size}")
+        prefix = folder.rstrip("/") + "/" * bool(folder)
+        yield from sorted(_walk(self.root, prefix, deep), key=lambda e: e.path)
 
     def names(self, folder: str) -> Iterator[tuple[str, int]]:
         """Yield those of them that devices may read, with their sizes."""
@@ -149,6 +143,27 @@ class FolderPlace:
         with self._files.open_lock(self.root / LOCK_NAME) as file:
             lock_file(file, self.root / LOCK_NAME, wait=True)
             yield
+
+
+def _walk(root: Path, folder: str, deep: bool) -> Iterator[Entry]:
+    # Of 100,000 reports pathlib's patterns take twenty times as long.
+    try:
+        with os.scandir(root / folder) as found:
+            items = list(found)
+    except FileNotFoundError:
+        return
+    for item in items:
+        path = f"{folder}{item.name}"
+        if deep and item.is_dir(follow_symlinks=False):
+            yield from _walk(root, f"{path}/", deep)
+            continue
+        try:
+            status = item.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue  # another publisher's part, which has its name by now
+        if stat.S_ISREG(status.st_mode):
+            tag = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+            yield Entry(path, status.st_size, status.st_mtime, tag)
 
 
 def insist_same(path: str, found: bytes, wanted: bytes) -> bool:

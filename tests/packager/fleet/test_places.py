@@ -11,7 +11,7 @@ from edge_runtime.errors import AddressError, StoreError, SyncError
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
 from packager.fleet.object_place import ObjectPlace
-from packager.fleet.place import FolderPlace
+from packager.fleet.place import LOCK_NAME, FolderPlace
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -48,6 +48,12 @@ def test_a_listing_has_what_lies_below_a_folder_at_any_depth(place):
     assert [path for path, _ in place.names("")] == [
         *("keys/1.root.json", "keys/old/0.root.json", "keysmith", "x.head")
     ]
+    assert list(place.names("keys")) == list(place.names("keys/"))
+    assert [entry.path for entry in place.entries("keys", deep=False)] == [
+        "keys/1.root.json"
+    ]
+    shallow = {entry.path for entry in place.entries("", deep=False)}
+    assert shallow - {LOCK_NAME} == {"keysmith", "x.head"}
     assert list(place.names("nothing/")) == []
 
 
