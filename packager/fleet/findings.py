@@ -127,6 +127,13 @@ def _standstill(picture: Picture) -> Iterator[tuple[str, str]]:
 
 
 def _unknown(picture: Picture) -> Iterator[tuple[str, str]]:
+    if len(picture.channels) > 1:
+        yield (
+            "look",
+            f"This database has the channels {', '.join(picture.channels)}, and a "
+            f"report names none: all is held against {picture.channels[0]}. Give each "
+            "channel a database of its own, dpu-fleet watch --db.",
+        )
     if claimed := picture.devices - picture.proved:
         yield (
             "look",

@@ -105,6 +105,7 @@ class Picture:
         proved: How many of them by a known key.
         newest: When the newest report was made; 0 for none.
         stale: How many proved devices are silent for longer than ``STALE``.
+        channels: Those whose heads are known, the newest first.
         current: The release that the newest head names.
         paused: Whether that head is paused.
         releases: Newest first, the newest few.
@@ -129,6 +130,7 @@ class Picture:
     proved: int = 0
     newest: int = 0
     stale: int = 0
+    channels: Sequence[str] = ()
     current: Release | None = None
     paused: bool = False
     releases: Sequence[Release] = ()
@@ -187,9 +189,12 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
     picture = Picture(now=now, known=releases_by_target(connection))
     releases = _releases(connection)
     picture.releases = _with_takers(connection, releases)
-    head = connection.execute(
-        "SELECT counter, paused FROM head ORDER BY version DESC LIMIT 1"
-    ).fetchone()
+    heads = connection.execute(
+        "SELECT channel, counter, paused, max(version) FROM head GROUP BY channel "
+        "ORDER BY at DESC"
+    ).fetchall()
+    picture.channels = [channel for channel, *_ in heads]
+    head = heads[0][1:] if heads else None
     # A ledger may know more: what is released elsewhere, or about to be.
     followed = [r for r in releases if head is None or r.counter == head[0]]
     picture.current = followed[0] if followed else None

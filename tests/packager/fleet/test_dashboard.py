@@ -18,7 +18,10 @@ from packager.fleet.device_page import device_document
 from packager.fleet.picture import SHOWN, in_general, take_picture
 from tools.fleet.made_up import NOW, WEEK, add_release, fill, row, target
 
-HEAD = "INSERT INTO head(sha256, version, counter, at, paused) VALUES (?, ?, ?, ?, ?)"
+HEAD = (
+    "INSERT INTO head(channel, sha256, version, counter, at, paused) "
+    "VALUES ('stable', ?, ?, ?, ?, ?)"
+)
 HOSTILE = "<script>alert(1)</script>\x1b[2J\u202e' \" & |"
 
 
@@ -202,6 +205,17 @@ def test_what_only_a_ledger_knows_is_not_what_devices_should_run(database):
         database.execute(HEAD, values)
     add_release(database, 6, 6, NOW - 60)
     assert first_line(database)[1] == "All is well: 3 of 3 devices prove round 5"
+
+
+def test_two_channels_in_one_database_are_told_and_not_mixed_up(database):
+    fill(database, 3, failing=0, silent=0, claimed=0)
+    add_release(database, 6, 6, NOW - 60)
+    with database:
+        database.execute(HEAD, ("a" * 64, 5, 5, NOW - 60, 0))
+        database.execute(HEAD.replace("stable", "beta"), ("b" * 64, 9, 6, NOW, 0))
+    assert first_line(database)[0] == "look"
+    assert "channels beta, stable" in told(database)
+    assert take_picture(database, NOW).current.round == 6
 
 
 def test_a_page_shows_one_moment_while_reports_come_in(database, tmp_path):
