@@ -39,6 +39,8 @@ from packager.fleet.dashboard import dashboard
 from packager.fleet.database import Row as Report
 from packager.fleet.database import add_head, add_reports, open_database
 from packager.fleet.head import bundle_path, head_path, sign_head
+from packager.fleet.tuf import mirror
+from packager.fleet.tuf_keys import TufFolder, make_folder
 from packager.keys import generate_key
 from tools.bench.patch import machine
 from tools.fleet.crowd import START
@@ -121,12 +123,12 @@ class Board:
             raise RuntimeError(f"{words}: exit code {code}\n{done.stderr}")
         return code, peak, modules
 
-    def sync(self, port: int, scheme: str, ca: Path) -> tuple[int, int]:
+    def sync(self, port: int, scheme: str, ca: Path, *more: object) -> tuple[int, int]:
         """Look at the channel; return the bytes on the wire and the peak memory."""
         relay = Relay(port)
         url = f"{scheme}://{LOOPBACK}:{relay.port}"
         words = ["--device", "board"] + (["--ca", ca] if scheme == "https" else [])
-        _, peak, _ = self.edge("sync", url, self.patches, *words)
+        _, peak, _ = self.edge("sync", url, self.patches, *words, *more)
         relay.close()
         return relay.count, peak
 
@@ -160,7 +162,40 @@ def measure_wire(publisher: Publisher, folder: Path) -> Iterator[Row]:
     yield Row("modules of the network that the agent imports", len(known), 0, "")
     yield Row("peak of the agent, with an update", agent / 1e6, None, "MB")
     yield from _measure_nginx(board, root, folder, certificate)
-    yield _measure_cuts(board, publisher, now + HOUR)
+    now += HOUR
+    yield from _measure_tuf(board, publisher, now, certificate)
+    yield _measure_cuts(board, publisher, now + 2 * HOUR)
+
+
+def _measure_tuf(
+    board: Board, publisher: Publisher, now: int, ca: Path
+) -> Iterator[Row]:
+    """Measure a poll and an update by TUF metadata, with the head's ways as targets."""
+    place, keys = publisher.place, board.patches.parent / "tuf-keys"
+    root = make_folder(keys, now=now)
+    folder, month = TufFolder.open(keys), 30 * 24 * HOUR
+
+    def ask(path: Path) -> None:
+        raise RuntimeError(f"{path} has no passphrase")
+
+    def follow() -> None:
+        head = publisher.issues[-1].signed.head
+        mirror(place, folder, head, now=now, lifetime_s=month, ask=ask)
+
+    server = FileServer(place.root, None)
+    words = (server.server_port, "http", ca, "--tuf-root", root)
+    follow()
+    board.sync(*words)
+    idle, _ = board.sync(*words)
+    yield Row("idle poll, HTTP, TUF", idle, 1300, "B")
+    (way, *others) = publisher.release(now=now + HOUR).signed.head.ways
+    follow()
+    update, peak = board.sync(*words)
+    what = f"an update beyond its patch, HTTP, TUF with {len(others) + 2} targets"
+    yield Row(what, update - way.size, 5200, "B")
+    yield Row("peak of the sync process, TUF", peak / 1e6, None, "MB")
+    board.apply()
+    server.stop()
 
 
 def _measure_nginx(board: Board, root: Path, folder: Path, ca: Path) -> Iterator[Row]:

@@ -163,6 +163,17 @@ def test_rollback_after_a_power_cut_that_took_all_but_the_floors(way):
     refused(way, TrustError, "this device has seen")
 
 
+def test_rollback_of_tuf_metadata_that_say_the_same_of_the_channel(tuf):
+    """Only their own floors tell: what they say has not changed, but when they end."""
+    tuf.look()
+    old = newest(tuf)
+    tuf.mirror(now=NOW + 16 * 86_400)
+    tuf.look()
+    tuf.lose_what_is_not_synced()
+    put_back(tuf, old)
+    refused(tuf, TrustError, "timestamp has version 1, this device has seen 2")
+
+
 def test_rollback_the_floors_are_on_the_disk_before_a_patch_is_asked_for(way, server):
     way.publish(1)
 

@@ -250,6 +250,14 @@ def test_a_publisher_on_another_machine_loses_nothing(world):
     assert world.look().head.round == 2
 
 
+def test_a_number_that_a_killed_publisher_elsewhere_took_is_left_out(world):
+    for role in ("targets", "snapshot"):
+        (world.place.root / f"tuf/2.{role}.json").write_bytes(b"{}")
+    world.publish(1)
+    assert world.look().result is SyncResult.FETCHED
+    assert world.place.read("tuf/2.targets.json")[0] == b"{}"
+
+
 def test_pruning_leaves_what_tuf_still_names(world):
     """Its publisher was killed before TUF learned of the newest release."""
     world.publish(1)
