@@ -10,11 +10,11 @@ import hashlib
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import ProofError, RoundError, TrustError
+from edge_runtime.errors import ProofError, RoundError, SyncError, TrustError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.report import FAILURES
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FOLDER = "reports"
 BATCH = 20_000
 READERS = 16  # at once: an object store answers each after a while
+SHOWN = 5  # of those that are refused, with the reason
 MOST_UNPROVED = 10_000  # reports of nobody known that are kept; more are only counted
 
 
@@ -58,7 +59,7 @@ class Collected:
     unproved: int = 0
     refused: int = 0
     unchanged: int = 0
-    reasons: dict[str, str] | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +135,14 @@ def collect(
         SyncError: The place gives no answer; what was read is kept.
         OSError: It cannot be read.
     """
-    found = Collected(reasons={})
+    found = Collected()
     known = dict(connection.execute("SELECT path, tag FROM file"))
     # With another key one that nobody known signed may be somebody's.
     basis = hashlib.sha256(" ".join(sorted(keys)).encode()).hexdigest()[:16]
     there, new = set[str](), list[Entry]()
     for entry in place.entries(FOLDER):
+        if "/." in entry.path:
+            continue  # what somebody is just writing
         there.add(entry.path)
         if known.get(entry.path) in (entry.tag, f"{entry.tag} {basis}"):
             found.unchanged += 1
@@ -158,12 +161,15 @@ def collect(
     return found
 
 
-def _read(place: Place, entry: Entry) -> bytes | None:
-    """Return a file that may be a report; None for what cannot be one."""
+def _read(place: Place, entry: Entry) -> bytes | Exception:
+    """Return a file that may be a report, or why not."""
     if not device_of(entry.path) or entry.size > limits().report_bytes:
-        return None
-    found = place.read(entry.path)
-    return found[0] if found else None
+        return ProofError("no name of a report, or too large")
+    try:
+        found = place.read(entry.path)
+    except (OSError, SyncError) as err:
+        return err  # of one file: it must not hide all the others
+    return found[0] if found else FileNotFoundError("gone meanwhile")
 
 
 class _Turn:
@@ -190,9 +196,15 @@ class _Turn:
         for target, counter, version in connection.execute(sql):
             self._counters.setdefault(target, []).append((counter, version))
 
-    def add(self, files: Iterator[tuple[Entry, bytes | None]]) -> None:
+    def add(self, files: Iterator[tuple[Entry, bytes | Exception]]) -> None:
         rows, tags = list[Row](), list[tuple[str, str]]()
         for entry, data in files:
+            if isinstance(data, Exception):
+                self._refuse(entry, data)
+                # What cannot be read now is tried again.
+                if isinstance(data, ProofError) and entry.path.isprintable():
+                    tags.append((entry.path, entry.tag))
+                continue
             row = self._row(entry, data)
             tag = entry.tag if row and row.proved else f"{entry.tag} {self._basis}"
             tags.append((entry.path, tag))
@@ -210,19 +222,20 @@ class _Turn:
         self._found.proved += len(proved)
         self._found.unproved += len(others)
 
-    def _row(self, entry: Entry, data: bytes | None) -> Row | None:
+    def _row(self, entry: Entry, data: bytes) -> Row | None:
         try:
-            if data is None:
-                raise ProofError("no name of a report, too large, or gone")
             report = read_report(data)
             name = signer(report, self._keys)
         except (ProofError, TrustError) as err:
-            self._found.refused += 1
-            if self._found.reasons is not None and len(self._found.reasons) < 5:
-                self._found.reasons[printable(entry.path)] = str(err)
+            self._refuse(entry, err)
             return None
         heads, counters = self._heads, self._counters
         return row_of(report, name, heads=heads, counters=counters, now=self._now)
+
+    def _refuse(self, entry: Entry, error: Exception) -> None:
+        self._found.refused += 1
+        if len(self._found.reasons) < SHOWN:
+            self._found.reasons[printable(entry.path)] = printable(error)
 
 
 # Judging ------------------------------------------------------------------------------

@@ -469,6 +469,40 @@ def test_strange_names_and_files_are_counted_and_skipped(fleet):
     assert all(path.isprintable() for path in found.reasons)
 
 
+def test_a_file_that_cannot_be_read_hides_no_other_and_is_read_later(
+    fleet, monkeypatch
+):
+    original, locked = FolderPlace.read, {"reports/board0/1.json"}
+
+    def read(place, path):
+        if path in locked:
+            raise PermissionError(13, "Permission denied", path)
+        return original(place, path)
+
+    monkeypatch.setattr(FolderPlace, "read", read)
+    for device in fleet.devices(2):
+        device.send(fleet.signed)
+    found = fleet.collect()
+    assert (found.proved, found.refused) == (1, 1)
+    locked.clear()
+    found = fleet.collect()
+    assert (found.proved, found.refused, found.unchanged) == (1, 0, 1)
+
+
+def test_names_that_are_no_text_are_counted_and_hidden_ones_are_not_there(fleet):
+    (device,) = fleet.devices(1)
+    device.send(fleet.signed)
+    folder = os.fsencode(fleet.place.root / "reports" / "board0")
+    for name in (b"\xff.json", b"a\nb.json", b".1.json.part"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(b"{}")
+    for _ in range(2):
+        found = fleet.collect()
+        assert found.refused == 2
+        assert all(path.isprintable() for path in found.reasons)
+    assert fleet.rows("device") == [("board0",)]
+
+
 def test_text_of_devices_is_shown_as_it_is_and_bounded(fleet):
     (device,) = fleet.devices(1)
     record = json.loads(device.report(fleet.signed))
