@@ -139,9 +139,9 @@ def _half(
         raise click.UsageError("missing argument FOLDER, or a --name that gives it")
     words = [url, *arguments]
     options = sync.make_context("sync", list(words), parent=context).params
-    for option in ("ca", "cert", "key"):
+    for option in ("ca", "cert", "key", "tuf_root"):
         if options[option]:
-            _check_unit_path(options[option], name)
+            _check_unit_path(str(options[option]), name)
     if "://" not in (report := options["report"].removeprefix("file://")) and report:
         _check_unit_path(report.removeprefix("@"), name)
     if url == _ADDRESS and name is None:

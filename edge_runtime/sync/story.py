@@ -96,7 +96,7 @@ def tell(
             "channel": sync.channel,
             "checked": utc(sync.checked) if sync.checked else None,
             "age_s": int(now) - sync.checked if sync.checked else None,
-            "stale": bool(known.head and max(now, sync.seen) >= known.head.expires),
+            "stale": bool(known.head and max(now, sync.seen) >= _expires(known)),
             "last_look": {"result": sync.result, "reason": sync.reason},
             "bytes": {"day": sync.spent_in(day), "month": sync.spent_in(day[:7])},
             "budget": {"day": sync.day_bytes, "month": sync.month_bytes},
@@ -107,6 +107,12 @@ def tell(
 def _release(head: Head) -> dict[str, Any]:
     names = ("version", "counter", "round", "target", "at", "expires")
     return {name: getattr(head, name) for name in names}
+
+
+def _expires(known: Known) -> int:
+    """Return from when on nobody knows what is newest; TUF has a time of its own."""
+    of_tuf = known.state.tuf_expires if known.state else 0
+    return of_tuf or (known.head.expires if known.head else 0)
 
 
 def _missing(
@@ -182,7 +188,7 @@ def _summary(store: Store, record: Mapping[str, Any]) -> str:
     known = f"known {age(record['age_s'])}" + (" (stale)" if record["stale"] else "")
     if record["missing"] == "nothing":
         return f"{line}, the newest release, {known}"
-    reason = printable(record["reason"]) or record["missing"]
+    reason = printable(record["reason"] or record["missing"])
     return f"{line}; round {newest['round']} is the newest, {known}: {reason}"
 
 
@@ -197,8 +203,9 @@ def story_lines(record: Mapping[str, Any]) -> Iterator[str]:
     if budget["day"] is not None:
         month += f", {spent['day']} today of {budget['day']}"
     look = record["last_look"]
-    yield f"channel        {record['channel']} at {printable(record['source'])}"
-    yield f"last look      {look['result'] or 'unknown'}; {month}"
+    place = f"{record['channel']} at {record['source']}"
+    yield f"channel        {printable(place)}"
+    yield f"last look      {printable(look['result']) or 'unknown'}; {month}"
 
 
 def age(seconds: float | None) -> str:

@@ -11,7 +11,8 @@ from edge_runtime.errors import SyncError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE
 from edge_runtime.sync.http import open_source, plain_address
-from edge_runtime.sync.state import HEAD_NAME
+from edge_runtime.sync.plan import SyncResult
+from edge_runtime.sync.state import HEAD_NAME, STATE_NAME
 from edge_runtime.sync.story import age, read_known, span, tell
 from edge_runtime.update.device import Device
 from packager.fleet.head import pause_head
@@ -153,6 +154,26 @@ def test_status_finds_the_folder_by_what_the_agent_wrote(world, command):
     record = json.loads(out)["fleet"]
     assert record["bytes"]["month"] == 0  # a folder costs nothing
     assert record["folder"] == str(world.folder)
+
+
+def test_what_the_network_side_wrote_cannot_pass_for_a_line_of_status(world, command):
+    world.look(), world.apply(), world.look()
+    path = world.folder / STATE_NAME
+    evil = {"result": "x\npinned", "source": "y\nround 9", "channel": "z\nw"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | evil))
+    _, out, _ = command(main, "--store", world.root, "status")
+    assert "last look      x\\npinned; " in out
+
+
+def test_a_state_from_before_there_was_a_story_is_read(world):
+    world.look()
+    path = world.folder / STATE_NAME
+    record = json.loads(path.read_text())
+    for name in ("result", "reason", "source", "day_bytes", "month_bytes"):
+        del record[name]
+    path.write_text(json.dumps(record))
+    assert read_known(world.folder).state.version == world.head.version
+    assert world.look().result is SyncResult.CURRENT
 
 
 def test_an_address_is_shown_without_its_credentials():
