@@ -10,10 +10,12 @@ makes Debian packages from such folders.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -23,7 +25,7 @@ from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHONS = {"3.11": "Raspberry Pi OS Bookworm", "3.13": "Raspberry Pi OS Trixie"}
 MACHINES = ("aarch64", "x86_64")
-EXTRAS = ("sync", "image")  # what a device may need beside the runtime itself
+EXTRAS = ("sync", "tuf", "image")  # what a device may need beside the runtime itself
 # What pip takes for a machine of glibc 2.36 (Bookworm). It has to be told every older
 # name too: from "manylinux_2_36" it does not conclude that "manylinux_2_28" fits.
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")
@@ -53,8 +55,15 @@ def build_wheel(folder: Path) -> Path:
 def dependencies(*extras: str) -> list[str]:
     """Return what the runtime depends on, as pyproject.toml says, and some extras."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"]
-    return [*project["dependencies"], *(name for e in extras for name in optional[e])]
+    return [*project["dependencies"], *_extra(project["optional-dependencies"], extras)]
+
+
+def _extra(optional: dict[str, list[str]], names: Iterable[str]) -> Iterator[str]:
+    for name in names:
+        for line in optional[name]:
+            # One extra may ask for another: no index has this project.
+            own = re.fullmatch(r"dpu-edge\[(.*)\]", line)
+            yield from _extra(optional, own[1].split(",")) if own else [line]
 
 
 def for_aarch64(python: str) -> list[str]:
@@ -162,7 +171,7 @@ def main(machine: str, folder: Path | None, *, as_json: bool) -> None:
         text="\n".join(f"{size:>10}  {name}" for name, size in sizes.items())
         + f"\n{len(sizes)} wheels, {total / 1e6:.0f} MB in {folder}\n"
         "on the board:\n  python3 -m venv dpu && dpu/bin/pip install --no-index "
-        f"--find-links {folder.name} dpu-edge",
+        f"--find-links {folder.name} 'dpu-edge[{','.join(EXTRAS)}]'",
     )
 
 

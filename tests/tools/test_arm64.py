@@ -63,6 +63,8 @@ def test_the_wheelhouse_is_made_of_what_the_runtime_depends_on():
     assert not any(name.startswith("torch") for name in dependencies())
     assert any(name.startswith("urllib3") for name in dependencies("sync"))
     assert not any(name.startswith("urllib3") for name in dependencies())
+    assert not any(name.startswith("dpu-edge") for name in dependencies("dev"))
+    assert set(dependencies("train")) > set(dependencies("pack"))
 
 
 def test_the_report_says_what_is_wrong():

@@ -31,7 +31,7 @@ from tools.wheels import CHECKOUT, fill
 SUITES = {"arm64": "trixie", "amd64": "bookworm"}
 NEXT = {"bookworm": "trixie"}
 _AS = "runuser -u dpu-edge -- dpu-edge --store /var/lib/dpu-edge/digits"
-_LOADS = "import urllib3, PIL.Image, onnxruntime, numpy; print(numpy.__file__)"
+_LOADS = "import tuf.ngclient, PIL.Image, onnxruntime, numpy; print(numpy.__file__)"
 _APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0"
 
 
@@ -73,7 +73,7 @@ def steps(old: Path, new: Path, sample: Sample, fingerprints: list[str]) -> list
         Step("apt install", f"{_APT} install ./root/{old.name}", "Setting up dpu-edge"),
         Step("dpu-edge --version", "dpu-edge --version", "dpu-edge, version"),
         Step(
-            "sync, images and numpy are from the package",
+            "sync, TUF, images and numpy are from the package",
             f"/opt/dpu-edge/bin/python3 -I -c '{_LOADS}'",
             "^/opt/dpu-edge/lib/",
         ),
