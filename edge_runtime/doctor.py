@@ -358,6 +358,9 @@ def _sync(store: Store, agent: Mapping[str, Any], known: Known) -> Findings:
     elif known.state.checked and (story["age_s"] or 0) > SILENT_S:
         words = f"the server last answered {age(story['age_s'])}"
         yield Finding("sync", Health.WRONG, words, "is its unit running?")
+    elif known.state.result == SyncResult.STALE:
+        todo = "has its publisher published lately, and is this device's clock right?"
+        yield Finding("sync", Health.WRONG, story["summary"], todo)
     elif known.state.result in (SyncResult.NO_ROOM, SyncResult.NO_WAY):
         yield Finding("sync", Health.WRONG, story["summary"])
     else:

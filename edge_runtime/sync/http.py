@@ -37,6 +37,7 @@ class Answer:
         size: Bytes of the body, as the server says; None where it does not.
         body: To be read in pieces.
         offset: Where the body begins in the file.
+        where: The whole address, for messages.
     """
 
     status: int
@@ -44,6 +45,14 @@ class Answer:
     size: int | None = None
     body: Any = None
     offset: int = 0
+    where: str = ""
+
+    @property
+    def refusal(self) -> str:
+        """What to say of a status that brings nothing."""
+        if "://" in self.where:
+            return f"{self.where}: the server says {self.status}"
+        return f"{self.where} is not there"
 
 
 class Source(Protocol):
@@ -102,7 +111,7 @@ class FolderSource:
                 file.seek(start)
                 yield Answer(206 if start else 200, found, size - start, file, start)
         except FileNotFoundError:
-            yield Answer(404)
+            yield Answer(404, where=str(self.root / path))
 
 
 class HttpSource:
@@ -254,7 +263,7 @@ class HttpSource:
                 )
         if found.status >= 500 or found.status == 429:
             raise SyncError(f"{where}: the server says {found.status}, come later")
-        return Answer(found.status, tag, size, _Body(found), start)
+        return Answer(found.status, tag, size, _Body(found), start, where)
 
     def _request(self, where: str, headers: Mapping[str, str]) -> Any:
         """Follow redirections, but none that leads out of TLS."""

@@ -260,8 +260,8 @@ class Sync:
                 data = read_all(answer, limits().head_bytes, path, HEAD_DEADLINE_S)
             else:
                 raise SyncError(
-                    f"{path}: the server says {answer.status}; is the address that of "
-                    "the model's own folder, and the channel's name right?",
+                    f"{answer.refusal}; is the address that of the model's own folder, "
+                    "and the channel's name right?",
                     permanent=True,
                 )
         signed = read_head(data)
@@ -508,8 +508,7 @@ class Sync:
                 raise SyncError(f"{path}: the server has less than this device")
             if answer.status not in (200, 206):
                 raise SyncError(
-                    f"{path}: the server says {answer.status}; publish again, or "
-                    "prune less",
+                    f"{answer.refusal}; publish again, or prune less",
                     permanent=True,
                 )
             if answer.size is not None and answer.offset + answer.size != way.size:

@@ -88,6 +88,12 @@ class Channel:
         Raises:
             TrustError: It is not, nor of those who signed before.
         """
+        if signed.signatures and not self.signers:
+            names = ", ".join(signature.key_id for signature in signed.signatures)
+            raise TrustError(
+                f"the channel's head is signed by {names}, and this one would be by "
+                "nobody: devices would refuse it; give the key with --sign"
+            )
         try:
             signed.check(self.trust)
         except TrustError:

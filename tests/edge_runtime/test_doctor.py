@@ -127,6 +127,10 @@ def fail_sync(world):
     change(world.folder / STATE_NAME, result="failed", reason="no answer")
 
 
+def expire(world):
+    change(world.folder / STATE_NAME, result="stale", reason="the head expired")
+
+
 def end_sync(world):
     change(world.folder / STATE_NAME, checked=world.clock - 5 * 86_400)
 
@@ -151,6 +155,7 @@ def break_sync(world):
         (fail_agent, "agent", "the disk is gone"),
         (end_agent, "agent", "none has looked for 2 hours"),
         (fail_sync, "sync", "no answer"),
+        (expire, "sync", "the head expired"),
         (end_sync, "sync", "last answered 5 days ago"),
         (break_sync, "sync", "malformed"),
     ],

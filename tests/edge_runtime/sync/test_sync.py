@@ -12,7 +12,7 @@ from edge_runtime.cli.main import main
 from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
-from edge_runtime.sync.http import HttpSource, open_source
+from edge_runtime.sync.http import FolderSource, HttpSource, open_source
 from edge_runtime.sync.state import STATE_NAME, read_sync_state
 from edge_runtime.sync.sync import SyncResult
 from edge_runtime.trust import first_root
@@ -73,6 +73,20 @@ def test_a_connection_is_kept_where_the_server_keeps_it(world, server):
         assert answer.status == 404
     world.look(source)
     assert server.connections == 1
+
+
+def test_a_wrong_address_is_told_whole(world, server):
+    beta = replace(OPTIONS, channel="beta")
+    world.options = beta
+    root = world.place.root
+    for source, words in (
+        (HttpSource(server.url), f"{server.url}/beta.head: the server says 404"),
+        (FolderSource(root), f"{root}/beta.head is not there"),
+    ):
+        with pytest.raises(SyncError) as caught:
+            world.look(source)
+        assert words in str(caught.value)
+        assert caught.value.permanent
 
 
 def test_a_stick_or_a_network_drive_needs_no_server(world):

@@ -179,6 +179,17 @@ def test_a_channel_goes_on_when_its_signers_are_exchanged(long_run, place, tmp_p
     publish(path, place, Channel(name="stable", signers=[new]), now=NOW)
 
 
+def test_a_forgotten_key_does_not_take_a_signed_channel_from_its_devices(
+    long_run, place
+):
+    release(long_run, place, 0)
+    before = place.read("stable.head")
+    path = read_round(long_run.path / "round_01")
+    with pytest.raises(TrustError, match="--sign"):
+        publish(path, place, Channel(name="stable"), now=NOW)
+    assert place.read("stable.head") == before
+
+
 def test_the_counter_of_the_channel_wins_over_a_ledger_that_was_lost(
     long_run, place, tmp_path
 ):
