@@ -360,7 +360,7 @@ def _sync(store: Store, agent: Mapping[str, Any], known: Known) -> Findings:
         yield Finding("sync", Health.WRONG, words, "is its unit running?")
     elif known.state.result == SyncResult.STALE:
         todo = "has its publisher published lately, and is this device's clock right?"
-        yield Finding("sync", Health.WRONG, story["summary"], todo)
+        yield Finding("sync", Health.WRONG, known.state.reason, todo)
     elif known.state.result in (SyncResult.NO_ROOM, SyncResult.NO_WAY):
         yield Finding("sync", Health.WRONG, story["summary"])
     else:
