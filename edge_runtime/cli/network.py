@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import FileOf, say
-from edge_runtime.formats.kinds import Kind
+from edge_runtime.formats.kinds import Kind, refuse_others
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import FirstUse, Trust
@@ -64,7 +64,11 @@ class BundleOrChannel(FileOf):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
         """Return a path of a bundle, or the address as text."""
-        if "://" in str(value) or Path(value).is_dir():
+        if "://" in str(value):
+            return str(value)
+        if Path(value).is_dir():
+            if not any(Path(value).glob("*.head")):  # a place, wherever it was put
+                refuse_others(Path(value), self.kinds)
             return str(value)
         return super().convert(value, param, ctx)
 

@@ -95,6 +95,7 @@ MODELS = {Kind.WEIGHTS, Kind.ONNX, Kind.TORCH, Kind.INDEX, Kind.SHARDS}
 # Each command that takes a file, and what it takes.
 COMMANDS = {
     "init": (main, ["init", "FILE"], {Kind.BUNDLE, Kind.ZIP}),
+    "repair": (main, ["repair", "FILE"], {Kind.BUNDLE, Kind.ZIP}),
     "trust": (
         main,
         ["init", "BUNDLE", "--trust", "FILE"],
