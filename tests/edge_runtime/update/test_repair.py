@@ -238,7 +238,7 @@ def test_a_kept_slot_that_cannot_be_made_again_is_given_up(board):
 def test_a_state_without_a_copy_is_said_to_be_beyond_repair(board, command):
     for name in ("state.json", "state.copy"):
         (board.root / name).write_bytes(b"{")
-    code, _, err = command(main, "--store", board.root, "repair", board.root)
+    code, _, err = command(main, "--store", board.root, "repair", board.root.parent)
     assert (code, "install the bundle again into an empty folder" in err) == (7, True)
 
 
