@@ -229,9 +229,9 @@ def table(found: Simulated, told: dict[str, Any]) -> str:
         "trials that failed": f"{counts['failures']:,}",
         "devices that ran the bad release": f"{counts['exposed']:,}, "
         f"{counts['exposed'] / per:.2%}",
-        "at the newest release in the end": f"{found.arrived:,}; without power then: "
-        f"{found.asleep:,}; waiting for a newer one, as their trial failed: "
-        f"{found.waiting:,}",
+        "at the newest release in the end": f"{found.arrived:,} ({found.asleep:,} of "
+        f"all have no power then, {found.waiting:,} wait for a newer one, as their "
+        "trial failed)",
         "devices that took part out of turn": f"{counts['early']}",
         "stranded at any head, or at the next release": f"{counts['stranded']}",
     }

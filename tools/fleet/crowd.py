@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.plan import SyncResult, standing
+from packager.fleet.watch import Limit, Standing
 from tools.fleet.kinds import LISTS, STUCK, UNTRUSTED, Kinds, Plan
 from tools.fleet.publisher import Issue, Publisher
 
 HOUR, DAY = 3600, 24
 START = 1_800_000_000
 SHARES = ((10, 0), (100, 24 * HOUR), (500, 48 * HOUR), (1000, 72 * HOUR))
-# Above TCP, as tools/bench/fleet.py counts them: a poll that finds nothing new, and
-# what a head costs beside its bytes.
-IDLE_BYTES, HEAD_BYTES = 313, 341
+# Above TCP, with nginx, as tools/bench/fleet.py counts them: a poll that finds nothing
+# new, and what a head costs beside its bytes.
+IDLE_BYTES, HEAD_BYTES = 312, 385
 # Share of the devices, hours between polls, how often a poll succeeds, bytes an hour.
 LINKS = (
     (0.55, 1, 0.98, 1 << 40),  # wired, or LTE
@@ -32,7 +33,7 @@ LINKS = (
 )
 ASLEEP, GONE = 0.05, 0.003  # for one to six weeks; for good
 FAILS, FAILS_BAD = 0.001, 0.05  # trials that fail, of a release and of the bad one
-HALT_AT, HALT_LEAST = 0.02, 50  # failures among reports, and how many reports
+HALT_AT = Limit(0.02)  # as of 'dpu-fleet watch --halt-at 2%'
 REVERT_AFTER = 6  # hours for a person to look at it
 
 
@@ -213,8 +214,7 @@ class Crowd:
     def is_failing(self) -> bool:
         """Whether the newest release fails too often to go on."""
         worked, failed = self.followed[-1].reports if self.followed else (0, 0)
-        enough = worked + failed >= HALT_LEAST
-        return enough and failed > HALT_AT * (worked + failed)
+        return Standing(failed, worked + failed).is_over(HALT_AT)
 
     # What must hold -----------------------------------------------------------------
 

@@ -87,8 +87,8 @@ def _days(found: "Simulated") -> "list[str]":
     if exposed:
         parts.append(
             f'<rect x="14" y="{HEIGHT - 22}" width="11" height="11" fill="{BAD}"/>'
-            f'<text x="31" y="{HEIGHT - 12}">the bad release, halted by reports and '
-            f"taken back: {exposed:.1%} of the devices ran it</text>"
+            f'<text x="31" y="{HEIGHT - 12}">a bad release, halted and taken back: '
+            f"{exposed:.1%} ran it</text>"
         )
     return parts
 
