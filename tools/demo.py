@@ -276,9 +276,11 @@ def _of_boards(fleet: Fleet) -> Iterator[str]:
     for number, sizes in last.items():
         if sizes and last.get(number - 1, []) is None:
             what = "one patch" if len(sizes) == 1 else f"{len(sizes)} patches"
+            others = fleet.fetched[0]
+            both = sum(others[number - 1] or []) + sum(others[number] or [])
             yield (
                 f"board {count} missed rounds {number - 1} and {number}, and caught up "
-                f"by {what} of {sum(sizes)} bytes"
+                f"by {what} of {sum(sizes)} bytes instead of {both}"
             )
     yield f"{fleet.proved} of {count} boards prove that they run the newest release"
     yield f"the fleet's page: {fleet.page}"
@@ -298,6 +300,10 @@ def _next_steps(demo: Demo, rows: list[Row]) -> Iterator[str]:
     yield f"  dpu-edge rollback {store}"
     yield f"  dpu-patch info {final}.dpu"
     yield f"  dpu-patch report {demo.run} -o report.html"
+    folder = demo.store.parent
+    yield f"  dpu-fleet show --db {folder}/fleet.db"
+    trusted = f"--trust {folder}/release.pub.pem"
+    yield f"  dpu-fleet check {folder}/www/{demo.run.name} {trusted}"
 
 
 if __name__ == "__main__":

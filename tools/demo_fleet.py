@@ -88,7 +88,7 @@ def follow(folder: Path, run: Path, rounds: list[int], page: Path) -> Fleet:
     _packager("fleet", "provision", BOARDS, "-o", cards, *options)
     names = sorted(path.name for path in cards.glob("board-*"))
     boards = [_Board(name, folder / "boards" / name, cards) for name in names]
-    missed = rounds[-2:-1] if len(rounds) > 3 else []
+    missed = rounds[1:2] if len(rounds) > 2 else []  # it comes back after the next
     with ThreadPoolExecutor(BOARDS) as pool:
         for number in rounds:
             source = run / round_name(number)
