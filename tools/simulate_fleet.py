@@ -207,6 +207,8 @@ def table(found: Simulated, told: dict[str, Any]) -> str:
         name = f"{r.counter}" + (f", {r.what}" if r.what != "release" else "")
         steps = ", ".join(f"{let_in:.2%}" for _, let_in in r.steps) or "all at once"
         hours = [_words(h) for h in (*r.hours, r.all_hours[-1])]
+        if r.what == "bad":
+            hours = ["halted", "-", "-", "-"]
         lines.append(
             f"| {name} | {r.round} | {r.day:.1f} | {steps} | "
             + " | ".join(hours)

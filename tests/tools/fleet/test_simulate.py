@@ -105,5 +105,6 @@ def test_table_and_picture_say_what_was_found(rounds):
     found = simulate(rounds, devices=500, days=28, seed=1)
     text = table(found, {"cores": 2})
     assert f"{found.counts['exposed']:,}" in text
+    assert "| halted |" in text
     ElementTree.fromstring(draw(found))
     assert simulate_fleet.TIME_BAR_S == 10
