@@ -99,7 +99,7 @@ class TufClient:
         """
         from tuf.ngclient import UpdaterConfig
 
-        pinned, most = self._pin(), getattr(limits(), _LIMIT)
+        pinned, most = self._pin(), limit()
         config = UpdaterConfig(
             max_root_rotations=ROTATIONS,
             root_max_length=limits().key_list_bytes,
@@ -162,6 +162,11 @@ class TufClient:
         path = self.folder / f"{role}.json"
         whole = read_record(path, _LIMIT, f"the TUF metadata {role}", TrustError)
         return whole.record("signed")
+
+
+def limit() -> int:
+    """Return how large targets may be, and snapshots."""
+    return limits().tuf_bytes
 
 
 class _Fetcher:

@@ -38,6 +38,12 @@ WRONG, UNTRUSTED = 5, 8  # as for any verification that failed
     help="What devices trust: public keys, or a key list; else no signature is judged.",
 )
 @click.option("--threshold", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--tuf-root",
+    metavar="N.root.json",
+    type=FileOf(Kind.KEY_LIST),
+    help="Ask the TUF repository too, as a device that was given this root.",
+)
 @json_option
 def check(
     url: str,
@@ -45,6 +51,7 @@ def check(
     names: tuple[str, ...],
     keys: tuple[Path, ...],
     threshold: int,
+    tuf_root: Path | None,
     as_json: bool,
 ) -> int:
     """Read a channel back as a device would: head, patches, bundle, key lists, ways.
@@ -60,7 +67,12 @@ def check(
     reader = open_reader(url)
     found = {}
     for name in names or reader.channels or ("stable",):
-        found[name] = check_channel(reader.read, name, trust, now=now)
+        signed, looks = check_channel(reader.read, name, trust, now=now)
+        if tuf_root:
+            from packager.fleet.check_tuf import check_tuf
+
+            looks.append(check_tuf(reader.read, name, signed, tuf_root, now=now))
+        found[name] = signed, looks
     states = {finding.state for _, looks in found.values() for finding in looks}
     record = {
         "url": reader.name,

@@ -13,10 +13,13 @@ from tuf.ngclient import Updater, UpdaterConfig
 
 from edge_runtime.errors import KeyFileError, RoundError, TrustError
 from edge_runtime.live.proof import public_key
+from edge_runtime.sync.head import read_head
 from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.story import read_known
 from edge_runtime.sync.sync import SyncResult
 from packager.cli.fleet import fleet
+from packager.fleet.check import State
+from packager.fleet.check_tuf import check_tuf
 from packager.fleet.head import pause_head
 from packager.fleet.place import FolderPlace
 from packager.fleet.prune import prune
@@ -362,6 +365,28 @@ def test_the_commands_make_publish_renew_and_rotate(world, command, tmp_path):
     code, out, _ = command(fleet, "renew", to, "--tuf", keys, "--json")
     assert (code, json.loads(out)["root"]) == (0, 2)
     assert (to / "tuf/2.root.json").exists()
+
+
+def test_check_asks_as_a_new_device_would(world, command):
+    """Whole, behind the head, over, and signed by others."""
+    root = world.keys / "1.root.json"
+
+    def state(now=NOW, given=root):
+        read = lambda path, _: (world.place.read(path) or [None])[0]  # noqa: E731
+        signed = read_head(world.head_bytes)
+        return check_tuf(read, "stable", signed, given, now=now).state
+
+    world.publish(1)
+    assert state() is State.OK
+    words = ("check", world.place.root, "--tuf-root", root)
+    code, out, _ = command(fleet, *words)
+    assert (code, "timestamp 2, snapshot 2, targets 2" in out) == (0, True)
+    assert state(now=NOW + 25 * DAY) is State.NOTE
+    assert state(now=NOW + 31 * DAY) is State.WRONG
+    others = make_folder(world.keys.with_name("others"), now=NOW)
+    assert state(given=others) is State.UNTRUSTED
+    super(TufWorld, world).publish(2)
+    assert state() is State.WRONG
 
 
 def test_taking_a_release_back_reaches_devices_that_believe_tuf(
