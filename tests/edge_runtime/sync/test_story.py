@@ -121,7 +121,7 @@ def test_a_look_that_failed_is_told_with_what_was_known_before(story, world):
         world.look()
     found = story()
     assert (found["missing"], found["newest"]["round"]) == ("failed", 1)
-    assert "the server says 404" in found["summary"]
+    assert "is not there" in found["summary"]
 
 
 def test_a_kept_head_that_was_exchanged_tells_nothing(story, world):
