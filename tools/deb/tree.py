@@ -19,7 +19,7 @@ PREFIX = "opt/dpu-edge"
 # What a device never imports. RECORD would list it too, and nothing reads that.
 LEFT_OUT = (
     *("trainer/*", "packager/*"),
-    *("*/tests/*", "*.pyi", "*.h", "*.a", "*.dist-info/RECORD"),
+    *("*/tests/*", "*.pyi", "*.h", "*.a", "*.dist-info/RECORD", "*/.gitignore"),
     *("numpy/f2py/*", "numpy/distutils/*", "numpy/_core/include/*"),
     *("onnxruntime/transformers/*", "onnxruntime/quantization/*"),
     "onnxruntime/tools/*",
