@@ -195,7 +195,8 @@ def running_nginx(root: Path, folder: Path) -> Iterator[int]:
     config.write_text(_NGINX.format(root=root, **words))
     command = [str(find("nginx")), "-p", str(folder), "-c", str(config)]
     command += ["-e", f"{folder}/error.log"]
-    with _running(command, folder) as process:
+    # It ends its worker, which would outlive it otherwise.
+    with _running(command, folder, 10) as process:
         _wait(port, process)
         yield port
 
@@ -219,20 +220,26 @@ def running_store(folder: Path) -> Iterator[int]:
     words += [f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder}/s3.json"]
     # With fewer volumes it answers 500 soon.
     words += ["-volume.max=60", "-master.volumeSizeLimitMB=64"]
-    with _running(words, folder) as process:
+    with _running(words, folder) as process:  # asked to end, it takes half a minute
         _wait(s3, process, "/healthz")
         _make_bucket(s3)
         yield s3
 
 
 @contextmanager
-def _running(command: list[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def _running(
+    command: list[str], folder: Path, patience_s: float = 0
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a server; asked to end, it has so long to do so."""
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        process.kill()  # asked to end, SeaweedFS takes half a minute
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+        process.kill()
         process.wait()
 
 

@@ -2,6 +2,7 @@
 """The measuring tools: what a relay counts, and rows that can be missed."""
 
 import http.client
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tools.bench import fleet
 from tools.bench.fleet import Row, measure_wire, table
 from tools.fleet.crowd import START
 from tools.fleet.publisher import Publisher
-from tools.fleet.servers import LOOPBACK, FileServer, Relay
+from tools.fleet.servers import LOOPBACK, FileServer, Relay, running_nginx
 from tools.load_fleet import load_all
 from tools.load_fleet import main as load_main
 
@@ -68,3 +69,13 @@ def test_what_is_not_installed_is_said_and_left_out(
     assert code == 1
     assert "nginx is not installed" in err
     assert "SeaweedFS is not installed" in err
+
+
+@pytest.mark.fleet
+def test_no_process_of_nginx_outlives_it(tmp_path):
+    (tmp_path / "nginx").mkdir()
+    with running_nginx(tmp_path, tmp_path / "nginx"):
+        main = int((tmp_path / "nginx/nginx.pid").read_text())
+        workers = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+    assert workers
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
