@@ -218,6 +218,8 @@ def running_store(folder: Path) -> Iterator[int]:
     words += [f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", "-filer", "-s3"]
     words += [f"-master.port={master}", f"-volume.port={volume}"]
     words += [f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.config={folder}/s3.json"]
+    # Two more ports, which two servers on one machine would share.
+    words += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     # With fewer volumes it answers 500 soon.
     words += ["-volume.max=60", "-master.volumeSizeLimitMB=64"]
     with _running(words, folder) as process:  # asked to end, it takes half a minute
