@@ -137,7 +137,10 @@ class HttpSource:
         """
         import urllib3
 
-        self.url, self.name = url.rstrip("/"), plain_address(url)
+        try:
+            self.url, self.name = url.rstrip("/"), plain_address(url)
+        except ValueError as err:  # it may be a secret
+            raise SyncError(f"this is no address: {err}", permanent=True) from None
         self._meter = Meter()
         options: dict[str, Any] = {
             "timeout": urllib3.Timeout(connect=30, read=TIMEOUT_S),
@@ -179,10 +182,10 @@ class HttpSource:
                 headers["If-Range"] = tag
         elif tag:
             headers["If-None-Match"] = tag
-        where = f"{self.url}/{path}"
+        where = f"{self.name.rstrip('/')}/{path}"  # for messages
         with self._deadline(where, within):
             try:
-                found = self._request(where, headers)
+                found = self._request(f"{self.url}/{path}", where, headers)
             except urllib3.exceptions.HTTPError as err:
                 raise SyncError(f"{where}: no answer ({_reason(err)})") from err
             try:
@@ -242,16 +245,19 @@ class HttpSource:
         headers = {"User-Agent": "dpu-edge", "Content-Type": "application/json"}
         request = {"headers": headers, "preload_content": False, "redirect": False}
         try:
-            found = self._pool.request("PUT", where, body=data, **request)
-        except urllib3.exceptions.HTTPError as err:
-            name = urlsplit(where).hostname  # the rest may be a secret
-            raise SyncError(f"{name}: no answer ({_reason(err)})") from err
-        found.close()
+            name = str(urlsplit(where).hostname)  # the rest may be a secret
+        except ValueError as err:
+            raise SyncError(f"this is no address: {err}") from None
+        with self._deadline(name, EXCHANGE_S):
+            try:
+                found = self._pool.request("PUT", where, body=data, **request)
+            except urllib3.exceptions.HTTPError as err:
+                raise SyncError(f"{name}: no answer ({_reason(err)})") from err
+            found.close()
         return int(found.status)
 
     def _answer(self, where: str, found: Any, offset: int) -> Answer:
-        length = found.headers.get("Content-Length", "")
-        size = int(length) if length.isdecimal() else None
+        size = _number(found.headers.get("Content-Length", ""))
         tag = found.headers.get("ETag", "")
         start = 0
         if found.status == 206:
@@ -265,12 +271,12 @@ class HttpSource:
             raise SyncError(f"{where}: the server says {found.status}, come later")
         return Answer(found.status, tag, size, _Body(found), start, where)
 
-    def _request(self, where: str, headers: Mapping[str, str]) -> Any:
+    def _request(self, url: str, where: str, headers: Mapping[str, str]) -> Any:
         """Follow redirections, but none that leads out of TLS."""
         for _ in range(REDIRECTS + 1):
             found = self._pool.request(
                 "GET",
-                where,
+                url,
                 headers=headers,
                 redirect=False,
                 preload_content=False,
@@ -281,14 +287,20 @@ class HttpSource:
                 return found
             self._drain(found)
             found.close()
-            onward = urljoin(where, location)
-            if where.startswith("https:") and not onward.startswith("https:"):
+            try:
+                onward = urljoin(url, location)
+                shown = plain_address(onward)
+            except ValueError as err:
                 raise SyncError(
-                    f"{where}: the server sends on to {onward}, which anybody on the "
+                    f"{where}: the server sends on to what is no address ({err})"
+                ) from err
+            if url.startswith("https:") and not onward.startswith("https:"):
+                raise SyncError(
+                    f"{where}: the server sends on to {shown}, which anybody on the "
                     "way can change; give the address where the files are",
                     permanent=True,
                 )
-            where = onward
+            url = onward
         raise SyncError(
             f"{where}: the {REDIRECTS + 1}th redirection in a row; give the address "
             "where the files are",
@@ -313,7 +325,10 @@ def open_source(url: str, **options: str) -> Source:
     Raises:
         SyncError: It is none of them.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as err:
+        raise SyncError(f"this is no address: {err}", permanent=True) from None
     if parts.scheme in ("http", "https") and parts.netloc:
         return HttpSource(url, **options)
     if parts.scheme == "file":
@@ -356,8 +371,13 @@ def _tag_of(file: io.BufferedReader) -> str:
 
 def _start_of(text: str) -> int:
     unit, _, span = text.partition(" ")
-    first = span.partition("-")[0]
-    return int(first) if unit == "bytes" and first.isdecimal() else -1
+    first = _number(span.partition("-")[0])
+    return -1 if unit != "bytes" or first is None else first
+
+
+def _number(text: str) -> int | None:
+    # Of thousands of digits Python makes no number.
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _proxy_for(url: str) -> str:

@@ -89,9 +89,10 @@ class SyncState:
     def spending(self, day: str, count: int) -> Self:
         """Return the state once so many bytes went over the wire on a day."""
         spent = dict(self.spent)
-        spent[day] = spent.get(day, 0) + count
-        # Two months: that is as far as any budget looks back.
-        return replace(self, spent=dict(sorted(spent.items())[-62:]))
+        spent[day] = spent.pop(day, 0) + count
+        # Two months: that is as far as any budget looks back. The latest written, as a
+        # clock that was set back must not make a day's bytes the oldest.
+        return replace(self, spent=dict([*spent.items()][-62:]))
 
     def spent_in(self, begin: str) -> int:
         """Return the bytes of the days whose text begins so: a day, or a month."""

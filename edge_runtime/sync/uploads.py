@@ -123,7 +123,10 @@ def open_outlet(address: str, **options: str) -> Outlet:
     if address.startswith("@"):
         path = Path(address[1:])
         return HttpOutlet(lambda: _address_in(path), **options)
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError as err:
+        raise AddressError(f"reports: this is no address: {err}") from None
     if parts.scheme in ("http", "https") and parts.netloc:
         return HttpOutlet(lambda: address, **options)
     if parts.scheme == "file":

@@ -35,7 +35,10 @@ def open_place(
         AddressError: It is none of these.
         ModuleNotFoundError: It is an object store, and ``obstore`` is not installed.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as err:  # what it holds may be a secret
+        raise AddressError(f"this is no address ({err}): {_EXPECTED}") from None
     if "://" not in url:
         if parts.scheme in (*SCHEMES, "file", "http", "https"):
             raise AddressError(

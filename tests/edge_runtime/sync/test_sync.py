@@ -13,7 +13,7 @@ from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
-from edge_runtime.sync.state import STATE_NAME, read_sync_state
+from edge_runtime.sync.state import STATE_NAME, SyncState, read_sync_state
 from edge_runtime.sync.sync import SyncResult
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
@@ -323,6 +323,15 @@ def test_a_list_that_nobody_signed_fills_no_disk(world):
 
 
 # Budgets ------------------------------------------------------------------------------
+
+
+def test_what_a_clock_that_was_set_back_spends_counts_too():
+    state = SyncState()
+    for day in range(1, 93):
+        state = state.spending(f"2026-{day // 31 + 5:02}-{day % 31 + 1:02}", 1)
+    state = state.spending("2026-01-01", 5).spending("2026-01-01", 5)
+    assert state.spent_in("2026-01-01") == 10
+    assert len(state.spent) == 62
 
 
 def test_a_budget_is_kept_and_the_next_day_goes_on(world, server):

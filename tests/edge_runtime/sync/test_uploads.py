@@ -10,6 +10,7 @@ import pytest
 
 from edge_runtime.errors import AddressError, SyncError
 from edge_runtime.live.outbox import Kind, Outbox, read_told
+from edge_runtime.sync import http
 from edge_runtime.sync.http import FolderSource
 from edge_runtime.sync.sync import Sync, SyncOptions, SyncResult
 from edge_runtime.sync.uploads import (
@@ -20,6 +21,7 @@ from edge_runtime.sync.uploads import (
     open_outlet,
     target_of,
 )
+from tests.edge_runtime.sync.test_wire import forever, serving
 from tests.edge_runtime.sync.world import World
 
 
@@ -241,6 +243,30 @@ def test_a_secret_address_is_read_each_time_and_never_said(board, box, tmp_path)
     assert "secret" not in board.said[0]
 
 
+def test_an_answer_that_drips_ends_with_the_exchange(board, monkeypatch):
+    monkeypatch.setattr(http, "EXCHANGE_S", 0.3)
+
+    def drip():
+        yield b"HTTP/1.1 201 X\r\n"
+        yield from forever(b"A: b\r\n", 0.05)
+
+    with serving(drip) as server:
+        board.prepare(open_outlet(f"http://{server.address}"))
+        board.publish(1)
+        assert board.look().result is SyncResult.FETCHED
+    assert board.said == ["reports wait: 127.0.0.1 did not come within 0.3 s"]
+
+
+def test_a_secret_that_is_no_address_is_in_the_way_of_nothing(board, tmp_path):
+    secret = tmp_path / "address"
+    secret.write_text("https://[x/?sig=secret")
+    board.prepare(open_outlet(f"@{secret}"))
+    board.publish(1)
+    assert board.look().result is SyncResult.FETCHED
+    assert "no address" in board.said[0]
+    assert "secret" not in board.said[0]
+
+
 def test_an_address_that_was_signed_beforehand_is_used_as_it_is():
     assert target_of("https://s3/r/b.json?sig=x", "b", 1) == "https://s3/r/b.json?sig=x"
 
@@ -249,6 +275,11 @@ def test_an_address_that_was_signed_beforehand_is_used_as_it_is():
 def test_an_address_that_nothing_can_be_sent_to_is_refused(address):
     with pytest.raises(AddressError, match="expected https"):
         open_outlet(address)
+
+
+def test_an_address_that_is_none_is_refused():
+    with pytest.raises(AddressError, match="no address"):
+        open_outlet("https://[x/?sig=1")
 
 
 def test_a_look_tells_the_agent_what_its_reports_should_answer(board, box):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from edge_runtime.errors import SyncError
-from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.http import HttpSource, open_source
 from edge_runtime.sync.wire import HANDSHAKE_BYTES, HEADER_BYTES
 from tests.edge_runtime.sync.certificates import Authority
 
@@ -132,6 +132,40 @@ def test_no_redirection_leads_out_of_tls(tmp_path):
         source = HttpSource(f"https://{server.address}", ca=str(authority.ca))
         assert [read(source), read(source)] == [b"hi", b"hi"]
         assert source.spent == server.bytes + 2 * HANDSHAKE_BYTES
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        redirect("http://[x"),
+        b"HTTP/1.1 206 X\r\nContent-Range: bytes %b-\r\n\r\n" % (b"9" * 5000),
+    ],
+)
+def test_headers_that_are_none_are_no_fault_of_the_program(answer):
+    with serving(lambda: [answer]) as server, pytest.raises(SyncError):
+        read(HttpSource(f"http://{server.address}"))
+
+
+def test_a_length_that_is_no_number_is_none():
+    answer = b"HTTP/1.1 200 X\r\nContent-Length: %b\r\n\r\nhi" % (b"9" * 5000)
+    with serving(lambda: [answer]) as server:
+        assert read(HttpSource(f"http://{server.address}")) == b"hi"
+
+
+@pytest.mark.parametrize("url", ["https://[abc/x", "http://a\u2100/"])
+def test_what_is_no_address_is_refused_in_words(url):
+    with pytest.raises(SyncError, match="no address"):
+        HttpSource(url)
+    with pytest.raises(SyncError, match="no address"):
+        open_source(url)
+
+
+def test_no_message_tells_the_credentials_of_an_address():
+    source = HttpSource("http://me:secret@127.0.0.1:9/digits?key=secret")
+    with pytest.raises(SyncError) as caught:
+        read(source)
+    assert str(caught.value).startswith("http://127.0.0.1:9/digits/x: no answer")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_server_that_is_away_is_told_in_words():

@@ -140,6 +140,7 @@ def test_a_folder_has_a_path_or_a_url(tmp_path, form):
         ("s3:bucket/digits?secret", "expected s3://"),
         ("s3:/bucket/digits", "expected s3://"),
         ("file:/srv/fleet", "expected file://"),
+        ("s3://[secret/digits", "no address"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_its_secrets(url, words):
