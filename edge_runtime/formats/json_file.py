@@ -32,6 +32,7 @@ def read_record(
     *,
     finite: bool = True,
     encodable: bool = True,
+    regular: bool = False,
 ) -> Record:
     """Read a file that holds one JSON object.
 
@@ -43,12 +44,13 @@ def read_record(
         finite: Whether it may hold none of Python's ``NaN`` and ``Infinity``.
         encodable: Whether it may hold no text that cannot be encoded. File names may
             be such text; nothing else is.
+        regular: Whether it must be an ordinary file, as others may put things there.
 
     Raises:
         OSError: It cannot be read.
         DpuError: It is malformed or over its limit.
     """
-    data = read_bounded(Path(path), limit, what, error)
+    data = read_bounded(Path(path), limit, what, error, regular=regular)
     return parse_record(data, limit, what, error, finite=finite, encodable=encodable)
 
 

@@ -155,7 +155,8 @@ def read_told(folder: Path) -> Told:
     """
     path = folder / TOLD_NAME
     try:
-        record = read_record(path, "state_bytes", str(path), StoreError)
+        # Another user's folder: a pipe there would hold the agent for ever.
+        record = read_record(path, "state_bytes", str(path), StoreError, regular=True)
     except FileNotFoundError:
         return Told()
     record.schema(SCHEMA)

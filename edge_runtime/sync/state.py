@@ -109,7 +109,7 @@ def read_sync_state(folder: Path) -> SyncState:
     """
     path = folder / STATE_NAME
     try:
-        record = read_record(path, "state_bytes", str(path), StoreError)
+        record = read_record(path, "state_bytes", str(path), StoreError, regular=True)
     except FileNotFoundError:
         return SyncState()
     with_tuf = record.schema(SCHEMA, TUF_SCHEMA) == TUF_SCHEMA

@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_runtime.agent.plan import Decision
 from edge_runtime.errors import HeadError, StoreError
+from edge_runtime.files import read_bounded
 from edge_runtime.store.state import State, utc
 from edge_runtime.store.store import Store
 from edge_runtime.sync.head import Head, read_head
@@ -60,7 +61,9 @@ def read_known(folder: Path | None) -> Known:
         state = read_sync_state(folder)
         if not state.digest:
             return Known(folder, state)
-        signed = read_head((folder / HEAD_NAME).read_bytes())
+        path = folder / HEAD_NAME
+        data = read_bounded(path, "head_bytes", str(path), HeadError, regular=True)
+        signed = read_head(data)
     except (OSError, StoreError, HeadError) as err:
         return Known(folder, problem=str(err))
     if signed.sha256 != state.digest:

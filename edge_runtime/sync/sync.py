@@ -408,6 +408,8 @@ class Sync:
     # Files --------------------------------------------------------------------------
 
     def _fetch_all(self, device: State, head: Head) -> tuple[SyncResult, Head, str]:
+        # A release that was taken back must not be applied for want of bytes meanwhile.
+        self._prune([*head.ways, *filter(None, [bundle_way(head)])])
         refused = ""
         while True:
             way_there = route(device, head, self._state.bad) or self._full(head)

@@ -21,6 +21,7 @@ from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.outbox import (
     MOST_BYTES,
     MOST_FILES,
+    TOLD_NAME,
     Kind,
     Outbox,
     Told,
@@ -395,3 +396,11 @@ def test_a_report_is_these_bytes_for_ever():
     assert data == GOLDEN.read_bytes()
     known = {name: (public, "board7") for name, public in keys.items()}
     assert signer(read_report(data), known) == "board7"
+
+
+def test_a_pipe_in_the_folder_holds_no_agent(board):
+    os.mkfifo(board.folder / TOLD_NAME)
+    board.put(1)
+    board.look()
+    assert board.device.store.state.active_slot.round == 1
+    assert "no ordinary file" in board.reason

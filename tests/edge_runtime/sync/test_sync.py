@@ -278,6 +278,18 @@ def test_a_pause_stands_though_somebody_takes_it_away(world):
     assert world.look().result is SyncResult.FETCHED
 
 
+def test_what_was_taken_back_leaves_the_agents_sight_though_nothing_is_fetched(world):
+    world.publish(1)
+    world.look()
+    world.apply()
+    world.publish(2)
+    (bad,) = world.look().fetched
+    world.publish(1, revert=True)
+    world.options = replace(OPTIONS, metered=True)
+    assert world.look().result is SyncResult.METERED
+    assert not (world.folder / bad).exists()
+
+
 def test_a_release_that_failed_its_trial_here_is_not_fetched_again(world):
     world.publish(1)
     device = Device.open(world.root)
