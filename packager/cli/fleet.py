@@ -193,7 +193,7 @@ def pause(
 ) -> None:
     """Halt a rollout: no device begins this release any more.
 
-    It goes on with the next publication. The key of releases is not needed.
+    It goes on by 'resume', or with a newer release. The key of releases is not needed.
     """
     from packager.fleet.address import open_place
     from packager.fleet.publish import pause as pause_channel

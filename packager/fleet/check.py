@@ -104,7 +104,7 @@ class _Channel:
         yield Finding("signature", *self._signature())
         yield Finding("expiry", *self._expiry())
         if self._signed.is_paused():
-            words = "the rollout is paused; the next publication, or resume, goes on"
+            words = "the rollout is paused; resume goes on, revert takes it back"
             yield Finding("rollout", State.NOTE, words)
 
     def _signature(self) -> tuple[State, str]:

@@ -205,6 +205,7 @@ def publish(
                 return Published(
                     old.head, 0, tuple((o, False) for o in offered), 0, False
                 )
+            _insist_not_halted(round_, counter, old)
             data = sign_head(head, channel.signers)
             if dry_run:
                 there = _present(place)
@@ -430,6 +431,17 @@ def _says_the_same(old: Head, new: Head, channel: Channel, now: int) -> bool:
     """Return whether a new head would say nothing new, and the old one is fresh."""
     dated = replace(new, version=old.version, at=old.at, expires=old.expires)
     return dated == old and old.expires - now > channel.lifetime_s // 2
+
+
+def _insist_not_halted(
+    round_: RoundFolder, counter: int, old: SignedHead | None
+) -> None:
+    """Insist that no timer which prolongs a head undoes a halt."""
+    if old and old.head.counter == counter and old.is_paused():
+        raise RoundError(
+            f"the rollout of {round_.name} is paused: 'dpu-fleet resume' goes on, "
+            "'dpu-fleet revert' takes it back; nothing was published"
+        )
 
 
 def _release(place: Place, path: str, data: bytes, now: int) -> Release:

@@ -352,6 +352,16 @@ def test_after_a_pause_devices_that_reported_before_do_not_count_again(fleet):
     assert fleet.watch()
 
 
+def test_no_timer_that_publishes_again_undoes_a_halt(fleet):
+    pause(fleet.place, "stable", PAUSER, now=NOW)
+    fleet.publish(1)  # nothing new to say: as it was
+    with pytest.raises(RoundError, match="resume"):
+        fleet.publish(1, lifetime_s=90 * 86_400)
+    assert fleet.signed.is_paused()
+    fleet.publish(2)
+    assert not fleet.signed.is_paused()
+
+
 def test_shares_that_were_to_come_come_later_by_the_pause(fleet):
     shares = ((10, 0), (100, 3600), (1000, 7200))
     fleet.publish(2, shares=shares)
