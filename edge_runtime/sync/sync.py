@@ -249,12 +249,12 @@ class Sync:
 
     def _head(self, device: State) -> SignedHead:
         """Return the channel's head, by the server or as it is known already."""
-        path, kept = f"{self._options.channel}.head", self._folder / HEAD_NAME
-        known = self._state.channel == self._options.channel and kept.exists()
+        path, kept = f"{self._options.channel}.head", self._kept_head()
+        known = kept and self._state.channel == self._options.channel
         tag = self._state.tag if known else ""
         with self._source.get(path, tag=tag, within=HEAD_DEADLINE_S) as answer:
             if answer.status == 304 and tag:
-                data, tag = kept.read_bytes(), self._state.tag
+                data, tag = kept, self._state.tag
             elif answer.status == 200:
                 tag = answer.tag
                 data = read_all(answer, limits().head_bytes, path, HEAD_DEADLINE_S)
@@ -268,6 +268,14 @@ class Sync:
         self._admit(device, signed)
         self._take(signed, data, tag)
         return signed
+
+    def _kept_head(self) -> bytes:
+        """Return the head that was taken; nothing if its file is damaged or gone."""
+        with suppress(OSError, HeadError):
+            data = (self._folder / HEAD_NAME).read_bytes()
+            if read_head(data).sha256 == self._state.digest:
+                return data
+        return b""
 
     def _take(
         self, signed: SignedHead, data: bytes, tag: str, expires: int = 0

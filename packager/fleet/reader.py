@@ -35,7 +35,7 @@ def open_reader(url: str) -> Reader:
     """
     if url.startswith(("http://", "https://")):
         source = open_source(url)
-        return Reader(url, lambda path, most: _read_web(source, path, most))
+        return Reader(source.name, lambda path, most: _read_web(source, path, most))
     place = open_place(url)
 
     def read(path: str, _most: int) -> bytes | None:

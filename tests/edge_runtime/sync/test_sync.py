@@ -13,7 +13,7 @@ from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
-from edge_runtime.sync.state import STATE_NAME, SyncState, read_sync_state
+from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
 from edge_runtime.sync.sync import SyncResult
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
@@ -367,6 +367,16 @@ def test_a_damaged_state_is_refused_by_name(world):
     (world.folder / STATE_NAME).write_text('{"schema": 1, "version": -1}')
     with pytest.raises(StoreError, match="malformed"):
         world.look()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"x", b"{}"])
+def test_a_damaged_copy_of_the_head_is_fetched_anew(world, damaged):
+    world.publish(1)
+    world.look()
+    whole = (world.folder / HEAD_NAME).read_bytes()
+    (world.folder / HEAD_NAME).write_bytes(damaged)
+    assert world.look().result is SyncResult.FETCHED
+    assert (world.folder / HEAD_NAME).read_bytes() == whole
 
 
 def test_the_store_is_only_read(world):
