@@ -64,11 +64,17 @@ def provision(
 
     Raises:
         StoreError: Devices could be served from there to anybody.
-        KeyFileError: What lies there is not what this function writes.
+        KeyFileError: What lies there is not what this function writes, or a file to
+            be trusted has the name of a device's own.
         OSError: The disk refuses.
     """
     files = files or Files()
     insist_private(folder)
+    if taken := {KEY_NAME, CONFIG_NAME, CLIENT_NAME} & order.trusted.keys():
+        raise KeyFileError(
+            f"a file to be trusted is called {min(taken)}, as one that each device "
+            "gets of its own: rename it, for example to release.pub.pem"
+        )
     files.make_folder(folder / KEYS)
     made = []
     with _locked(folder, files):

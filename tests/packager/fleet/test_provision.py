@@ -212,3 +212,11 @@ def test_two_runs_at_once_make_each_device_once(tmp_path):
     made = [name for run in runs for name in run.result()]
     assert sorted(made) == [f"board-{number:04d}" for number in range(1, 13)]
     assert len(list((tmp_path / "keys").iterdir())) == 12
+
+
+@pytest.mark.parametrize("name", ["device.key", "client.pem", "device.env"])
+def test_no_file_to_be_trusted_replaces_one_of_a_devices_own(tmp_path, name):
+    order = Order(trusted={name: b"other"}, certificates=True)
+    with pytest.raises(KeyFileError, match=name):
+        provision(tmp_path / "cards", 1, order)
+    assert not (tmp_path / "cards").exists()
