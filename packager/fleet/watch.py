@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.errors import ProofError, RoundError, SyncError, TrustError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
-from edge_runtime.live.report import FAILURES
+from edge_runtime.live.report import FAILURES, Outcome
 from edge_runtime.sync.head import SignedHead, read_head
 from edge_runtime.text import printable
 from packager.fleet.database import Row, add_head, add_reports
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FOLDER = "reports"
+# Many that cannot try a release must not hide that it fails where it is tried.
+NO_VERDICT = (Outcome.BLOCKED, Outcome.CUT_OFF)
 BATCH = 20_000
 READERS = 16  # at once: an object store answers each after a while
 SHOWN = 5  # of those that are refused, with the reason
@@ -81,7 +83,7 @@ class Standing:
 
     Attributes:
         failed: Devices on which it failed.
-        tried: Devices that reported about it.
+        tried: Devices that came to a verdict about it, good or bad.
     """
 
     failed: int
@@ -265,7 +267,8 @@ def standing(connection: sqlite3.Connection, signed: SignedHead) -> Standing:
     values = {"counter": head.counter, "halted": -1 if halted is None else halted}
     found = dict(connection.execute(_STANDING, values).fetchall())
     failed = sum(found.get(str(outcome), 0) for outcome in FAILURES)
-    return Standing(failed, sum(found.values()))
+    undecided = sum(found.get(str(outcome), 0) for outcome in NO_VERDICT)
+    return Standing(failed, sum(found.values()) - undecided)
 
 
 def halt(

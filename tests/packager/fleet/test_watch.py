@@ -292,7 +292,13 @@ def test_a_rollback_by_hand_counts_and_what_blocks_a_device_does_not(fleet):
     second.send(fleet.signed, Outcome.BLOCKED)
     third.send(fleet.signed, Outcome.CUT_OFF)
     fleet.collect()
-    assert fleet.standing == Standing(1, 3)
+    assert fleet.standing == Standing(1, 1)
+
+
+def test_devices_that_cannot_try_a_release_do_not_hide_that_it_fails(fleet):
+    for k, device in enumerate(fleet.devices(160)):
+        device.send(fleet.signed, REFUSED if k < 3 else Outcome.BLOCKED)
+    assert fleet.watch()
 
 
 def test_a_halt_needs_a_key_that_the_head_names(fleet):
