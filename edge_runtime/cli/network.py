@@ -94,8 +94,8 @@ def bundle_file(
         return
     from edge_runtime.files import Files
     from edge_runtime.sync.bundle import BundleSync, download_folder
+    from edge_runtime.sync.desk import refuse_plain
     from edge_runtime.sync.http import open_source
-    from edge_runtime.sync.sync import refuse_plain
 
     refuse_plain(source, device.trust)
     place = open_source(source, **{k: v for k, v in network.items() if v})

@@ -137,8 +137,9 @@ def sync(  # noqa: PLR0913 - one argument for each option
     _REPORT, _CA, _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
     """
     from edge_runtime.live.shared import device_id
+    from edge_runtime.sync.desk import Full, SyncOptions, insist_on_trust
     from edge_runtime.sync.http import open_source
-    from edge_runtime.sync.sync import Full, Sync, SyncOptions, insist_on_trust
+    from edge_runtime.sync.sync import Sync
 
     if not folder.is_dir():  # not made here: a stick may not be there
         raise click.BadParameter(

@@ -8,13 +8,15 @@ from pathlib import Path
 from edge_runtime.errors import SyncError
 from edge_runtime.files import Files, lock_file
 from edge_runtime.store.state import State, utc
+from edge_runtime.sync.channel import Channel
+from edge_runtime.sync.desk import LOCK_NAME, SyncOptions
+from edge_runtime.sync.downloads import bundle_way
 from edge_runtime.sync.head import SignedHead
 from edge_runtime.sync.http import Source
 from edge_runtime.sync.state import read_sync_state
-from edge_runtime.sync.sync import LOCK_NAME, Sync, SyncOptions, bundle_way
 
 
-class BundleSync(Sync):
+class BundleSync(Channel):
     """One channel, and a folder beside a store that its bundle comes into."""
 
     def __init__(
@@ -35,9 +37,8 @@ class BundleSync(Sync):
                 any is taken.
             files: The seam to the disk.
         """
-        super().__init__(
-            folder, folder, source, SyncOptions(channel=channel, device=""), files
-        )
+        options = SyncOptions(channel=channel, device="")
+        super().__init__(folder, source, options, files)
         self._device = device
 
     def fetch(self) -> tuple[Path, SignedHead]:

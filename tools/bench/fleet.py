@@ -28,10 +28,11 @@ import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.errors import SyncError
+from edge_runtime.sync.desk import SyncOptions
 from edge_runtime.sync.head import read_head
 from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.plan import SyncResult
-from edge_runtime.sync.sync import Sync, SyncOptions
+from edge_runtime.sync.sync import Sync
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.address import open_place

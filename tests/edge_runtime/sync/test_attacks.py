@@ -20,11 +20,12 @@ from edge_runtime.errors import HeadError, SyncError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
+from edge_runtime.sync.desk import insist_on_trust
 from edge_runtime.sync.head import SHORT
 from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.route import cheapest
 from edge_runtime.sync.state import HEAD_NAME, read_sync_state
-from edge_runtime.sync.sync import SyncResult, insist_on_trust
 from edge_runtime.sync.tuf import FOLDER, PINNED
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
@@ -380,7 +381,8 @@ def test_slow_retrieval_ends_at_the_lowest_rate(way, server, monkeypatch, part):
         server.statuses = {f"patches/{w.sha256}.dpu": 503 for w in way.head.ways}
         refused(way, SyncError, "503", source)
         server.statuses = {}
-    monkeypatch.setattr("edge_runtime.sync.sync.HEAD_DEADLINE_S", 0.5)
+    monkeypatch.setattr("edge_runtime.sync.channel.HEAD_DEADLINE_S", 0.5)
+    monkeypatch.setattr("edge_runtime.sync.downloads.EXCHANGE_S", 0.5)
     server.slow = "patches/" if part == "patch" else ""
     server.pause_s, server.drip_s = (0.05, 0) if part != "headers" else (0, 0.05)
     way.options = replace(OPTIONS, slowest=1e9)

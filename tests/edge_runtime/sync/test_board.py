@@ -10,9 +10,10 @@ from edge_runtime.agent.status import read_status
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
 from edge_runtime.live.proof import public_key
+from edge_runtime.sync.desk import Full
 from edge_runtime.sync.head import PERMILLE
 from edge_runtime.sync.http import HttpSource
-from edge_runtime.sync.sync import Full, SyncResult
+from edge_runtime.sync.plan import SyncResult
 from edge_runtime.update.device import Device
 from packager.bundles.from_round import build_bundle
 from packager.fleet.head import pause_head, sign_head

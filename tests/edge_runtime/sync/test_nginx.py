@@ -14,7 +14,7 @@ import pytest
 from edge_runtime.cli.main import main
 from edge_runtime.errors import SyncError
 from edge_runtime.sync.http import HttpSource
-from edge_runtime.sync.sync import SyncResult
+from edge_runtime.sync.plan import SyncResult
 from packager.fleet.provision import Order, provision
 from tests.conftest import RunOnDisk
 from tests.edge_runtime.sync.certificates import Authority
@@ -164,7 +164,8 @@ def test_a_file_that_was_put_there_again_is_fetched_anew(base, start):
 
 
 def test_a_trickle_ends_at_the_lowest_rate(base, monkeypatch):
-    monkeypatch.setattr("edge_runtime.sync.sync.HEAD_DEADLINE_S", 1.0)
+    monkeypatch.setattr("edge_runtime.sync.channel.HEAD_DEADLINE_S", 1.0)
+    monkeypatch.setattr("edge_runtime.sync.downloads.EXCHANGE_S", 1.0)
     slow = PLAIN | {"root www;": "root www; limit_rate 1000;"}
     world = World(base)
     world.options = type(world.options)(device="board 7", slowest=1e9)

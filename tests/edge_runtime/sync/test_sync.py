@@ -13,8 +13,8 @@ from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
+from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
-from edge_runtime.sync.sync import SyncResult
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.head import pause_head, sign_head

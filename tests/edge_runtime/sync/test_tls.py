@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.errors import SyncError
 from edge_runtime.sync.http import HttpSource
-from edge_runtime.sync.sync import SyncResult
+from edge_runtime.sync.plan import SyncResult
 from tests.edge_runtime.sync.certificates import Authority
 from tests.edge_runtime.sync.server import FileServer
 

@@ -15,8 +15,8 @@ from edge_runtime.errors import KeyFileError, RoundError, TrustError
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import read_head
 from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.story import read_known
-from edge_runtime.sync.sync import SyncResult
 from packager.cli.fleet import fleet
 from packager.fleet.check import State
 from packager.fleet.check_tuf import check_tuf
