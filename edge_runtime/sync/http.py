@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urljoin, urlsplit
@@ -157,7 +158,7 @@ class HttpSource:
             else urllib3.PoolManager(**options)
         )
         self._pool.pool_classes_by_scheme = metered_pools(self._meter)
-        self._late = False
+        self._late = self._may_be_kept = False
 
     @property
     def spent(self) -> int:
@@ -271,17 +272,36 @@ class HttpSource:
             raise SyncError(f"{where}: the server says {found.status}, come later")
         return Answer(found.status, tag, size, _Body(found), start, where)
 
+    def _open(self, url: str, headers: Mapping[str, str]) -> Any:
+        """Ask once; and again where a kept connection turns out to have ended.
+
+        A server may close one whenever it likes, also while a request is on its way.
+        """
+        from urllib3.exceptions import ProtocolError
+
+        ask = partial(
+            self._pool.request,
+            "GET",
+            url,
+            headers=headers,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,  # what comes is what counts
+        )
+        before, was_kept = self._meter.received, self._may_be_kept
+        self._may_be_kept = True
+        try:
+            return ask()
+        except ProtocolError:
+            if self._late or not was_kept or self._meter.received != before:
+                raise
+        self._pool.clear()
+        return ask()
+
     def _request(self, url: str, where: str, headers: Mapping[str, str]) -> Any:
         """Follow redirections, but none that leads out of TLS."""
         for _ in range(REDIRECTS + 1):
-            found = self._pool.request(
-                "GET",
-                url,
-                headers=headers,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,  # what comes is what counts
-            )
+            found = self._open(url, headers)
             location = found.get_redirect_location()
             if not location:
                 return found

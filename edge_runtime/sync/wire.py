@@ -21,12 +21,13 @@ class Meter:
     Attributes:
         spent: Bytes so far, in both directions, above TCP and TLS; and a usual
             handshake for each connection with TLS.
+        received: Those of them that came.
         socket: Of the answer that is waited for; None while none is.
     """
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.spent = 0
+        self.spent = self.received = 0
         self.socket: socket.socket | None = None
 
 
@@ -48,6 +49,7 @@ class _Raw(io.RawIOBase):
             raise HTTPException("it ended within the headers")
         self._left -= count or 0
         self._meter.spent += count or 0
+        self._meter.received += count or 0
         return count
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from typing import Self
 import click
 
 from edge_runtime.commandline import say
+from edge_runtime.files import Files
 from tools.arm64.root import KEYRING, MIRROR, QEMU, describe_cpu
 
 INCLUDED = "python3,adduser,init-system-helpers,ca-certificates"
@@ -111,7 +112,7 @@ def make_system(tar: Path, arch: str, suite: str, *, emulated: bool) -> None:
     said, _ = _begin(command, emulated=emulated).communicate()
     if not part.exists() or "success" not in said:
         raise click.ClickException(f"mmdebstrap failed:\n{said[-2000:]}")
-    part.rename(tar)
+    Files().rename(part, tar)
 
 
 class System:

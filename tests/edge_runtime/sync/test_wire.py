@@ -40,8 +40,8 @@ class Raw:
                         )
                     self.bytes += len(connection.recv(4096))
                     for piece in self.answer():
+                        self.bytes += len(piece)  # before anybody has it
                         connection.sendall(piece)
-                        self.bytes += len(piece)
                     connection.close()
                 except OSError:
                     continue  # the client had enough
@@ -176,3 +176,24 @@ def test_a_server_that_is_away_is_told_in_words():
     assert "no answer (Failed to establish a new connection: [Errno" in str(
         caught.value
     )
+
+
+def test_a_kept_connection_that_ends_under_a_request_is_no_failure():
+    asked = []
+
+    def serve(listener):
+        for answers in ([OK, b""], [OK]):  # the second request meets the end
+            connection, _ = listener.accept()
+            with connection:
+                for answer in answers:
+                    asked.append(connection.recv(4096))
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        source = HttpSource(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert [read(source), read(source)] == [b"hi", b"hi"]
+        thread.join(10)
+        assert source.spent == 2 * len(OK) + sum(map(len, asked))
+    assert len(asked) == 3
