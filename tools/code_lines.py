@@ -33,7 +33,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "inference": 765,
         "live": 520,
         "store": 885,
-        "sync": 1840,
+        "sync": 1860,
         "trust": 320,
         "update": 1190,
     },

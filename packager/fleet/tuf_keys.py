@@ -70,7 +70,7 @@ def make_folder(path: Path, *, now: int, passphrase: str | None = None) -> Path:
         data = sign_list(data, [load_private(pem, passphrase)])
         Files().write(part / "1.root.json", [data])
         Files().sync_folder(part)
-        part.rename(path)
+        Files().rename(part, path)
     except BaseException:
         shutil.rmtree(part)
         raise
