@@ -19,7 +19,7 @@ from packager.report.words import short_bytes, spaced
 
 HEIGHT = 320
 FULL = "fu"  # the method that others are held against
-LETTER = 6.4  # width of a letter, as the page draws it
+LETTER = 7  # width of a letter, as the page draws it
 FAR = 4  # times the median loss: what loses more is outside of the picture
 
 
