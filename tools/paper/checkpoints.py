@@ -71,11 +71,14 @@ def keep(folder: Path, run_dir: Path, records: Sequence[RoundRecord]) -> None:
     else:
         (folder / SHADOW_FILE).unlink(missing_ok=True)
     run = read_run(run_dir / MODEL_NAME)
+    config = records[-1].config
+    # Where the data lay is a matter of that machine.
+    where = {key: value for key, value in config["data"].items() if key != "root"}
     about = {
         "schema": SCHEMA,
         "id": run.id if run else "",
         "versions": records[-1].versions,
-        "config": records[-1].config,
+        "config": {**config, "data": where},
     }
     lines = ",\n".join("  " + json.dumps(_short(record)) for record in records)
     text = f'{json.dumps(about, indent=1)[:-2]},\n "rounds": [\n{lines}\n ]\n}}\n'
@@ -102,10 +105,12 @@ def _pack_shadow(folder: Path, record: RoundRecord) -> bytes:
     return build_patch(init, shadow, header)
 
 
-def read_checkpoints(folder: Path) -> tuple[str, list[RoundRecord]]:
-    """Return a run's id and the records of its rounds."""
+def read_checkpoints(folder: Path, root: str) -> tuple[str, list[RoundRecord]]:
+    """Return a run's id and the records of its rounds, whose data lies in ``root``."""
     found = json.loads((folder / RUN_FILE).read_text())
-    same = {"config": found["config"], "versions": found["versions"]}
+    config = found["config"]
+    config["data"]["root"] = root
+    same = {"config": config, "versions": found["versions"]}
     return found["id"], [record_of(same | row) for row in found["rounds"]]
 
 
@@ -123,7 +128,7 @@ def restore(
         DpuError: A patch is damaged.
         OSError: Files cannot be read or written.
     """
-    run_id, records = read_checkpoints(folder)
+    run_id, records = read_checkpoints(folder, config.data.root)
     config = replace(config, run=replace(config.run, id=run_id))
     run = RestoredRun(config, runs_dir, source)
     run.write(_rounds(folder, run.init, records))
