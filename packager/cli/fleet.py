@@ -17,7 +17,13 @@ from edge_runtime.commandline import (
 )
 from packager.cli.fleet_check import check
 from packager.cli.fleet_init import init
-from packager.cli.fleet_options import Name, Shares, Skips, Span
+from packager.cli.fleet_options import (
+    Shares,
+    Skips,
+    Span,
+    channel_option,
+    sign_option,
+)
 from packager.cli.fleet_provision import provision
 from packager.cli.fleet_prune import prune
 from packager.cli.fleet_show import show
@@ -49,15 +55,8 @@ def fleet() -> None:
     metavar="URL|DIR",
     help="The model's own folder, or s3://, gs:// or az:// (docs/fleet.md).",
 )
-@click.option("--channel", type=Name(), default="stable", show_default=True)
-@click.option(
-    "--sign",
-    "keys",
-    metavar="KEY.pem",
-    multiple=True,
-    type=PRIVATE_KEY,
-    help="Sign patches, bundle and head with this private key (repeatable).",
-)
+@channel_option
+@sign_option("Sign patches, bundle and head with this private key (repeatable).")
 @click.option(
     "--skip",
     type=Skips(),
@@ -178,7 +177,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
 
 @fleet.command()
 @click.argument("to", metavar="URL|DIR")
-@click.option("--channel", type=Name(), default="stable", show_default=True)
+@channel_option
 @click.option(
     "--key",
     metavar="KEY.pem",

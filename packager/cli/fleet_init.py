@@ -9,8 +9,8 @@ import click
 
 from edge_runtime.commandline import json_option, say
 from edge_runtime.errors import StoreError
-from packager.cli.fleet_options import Name
-from packager.cli.options import PRIVATE_KEY, runs_option, single_publisher_option
+from packager.cli.fleet_options import channel_option, sign_option
+from packager.cli.options import runs_option, single_publisher_option
 
 if TYPE_CHECKING:
     from packager.fleet.place import Place
@@ -22,15 +22,8 @@ FIRST = "round_00"
 @click.argument("to", metavar="URL|DIR")
 @click.argument("name", metavar="RUN")
 @runs_option
-@click.option("--channel", type=Name(), default="stable", show_default=True)
-@click.option(
-    "--sign",
-    "keys",
-    metavar="KEY.pem",
-    multiple=True,
-    type=PRIVATE_KEY,
-    help="Sign bundle, patches and head with this private key (repeatable).",
-)
+@channel_option
+@sign_option("Sign bundle, patches and head with this private key (repeatable).")
 @single_publisher_option
 @json_option
 @click.pass_context

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the options of ``dpu-fleet``: spans of time, shares, names of channels."""
+"""Options of ``dpu-fleet`` and their types: spans of time, shares, channels, keys."""
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+from packager.cli.options import PRIVATE_KEY
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -76,3 +81,20 @@ class Name(click.ParamType[str]):
         if not re.fullmatch(CHANNEL_FORM, str(value)):
             self.fail(f"found {value!r}, expected a to z, 0 to 9, - and _", param, ctx)
         return value
+
+
+channel_option = click.option(
+    "--channel", type=Name(), default="stable", show_default=True
+)
+
+
+def sign_option(words: str) -> Callable[[Command], Command]:
+    """Return ``--sign``, the private keys of releases, with its help."""
+    return click.option(
+        "--sign",
+        "keys",
+        metavar="KEY.pem",
+        multiple=True,
+        type=PRIVATE_KEY,
+        help=words,
+    )

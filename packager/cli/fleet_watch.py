@@ -14,7 +14,7 @@ from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.errors import DpuError, KeyFileError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.signing import Trust
-from packager.cli.fleet_options import Name, Span
+from packager.cli.fleet_options import Span, channel_option, sign_option
 from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
 from packager.cli.options import (
@@ -63,7 +63,7 @@ class _Watch:
 
 @click.command()
 @click.argument("url", metavar="URL|DIR")
-@click.option("--channel", type=Name(), default="stable", show_default=True)
+@channel_option
 @click.option(
     "--devices",
     required=True,
@@ -251,15 +251,8 @@ def _tell(record: Mapping[str, Any], *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("url", metavar="URL|DIR")
-@click.option("--channel", type=Name(), default="stable", show_default=True)
-@click.option(
-    "--sign",
-    "keys",
-    metavar="KEY.pem",
-    multiple=True,
-    type=PRIVATE_KEY,
-    help="The keys that releases are signed with (repeatable).",
-)
+@channel_option
+@sign_option("The keys that releases are signed with (repeatable).")
 @tuf_option
 @single_publisher_option
 @json_option
@@ -297,15 +290,8 @@ def resume(
 @click.argument("name", metavar="[ROUND]", required=False)
 @runs_option
 @click.option("--to", required=True, metavar="URL|DIR", help="Where the channel lies.")
-@click.option("--channel", type=Name(), default="stable", show_default=True)
-@click.option(
-    "--sign",
-    "keys",
-    metavar="KEY.pem",
-    multiple=True,
-    type=PRIVATE_KEY,
-    help="The keys that releases are signed with (repeatable).",
-)
+@channel_option
+@sign_option("The keys that releases are signed with (repeatable).")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @tuf_option
 @single_publisher_option

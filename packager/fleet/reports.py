@@ -6,7 +6,6 @@ signatures, of the report and of the proof in it, and it then counts for the dev
 the key belongs to, wherever it lay and whatever it says of itself.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -231,8 +230,3 @@ def device_of(path: str) -> str:
     """Return the device that a report's path claims; empty if it is no such path."""
     found = re.fullmatch(rf"reports/({DEVICE_FORM})/[A-Za-z0-9._-]{{1,80}}\.json", path)
     return found[1] if found else ""
-
-
-def tag_of(data: bytes) -> str:
-    """Return a tag for places that have none."""
-    return hashlib.sha256(data).hexdigest()
