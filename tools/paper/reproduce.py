@@ -143,6 +143,7 @@ def train_rows(
     Yields:
         Method and round, once its results are written.
     """
+    from packager.size import patch_size
     from tools.paper.checkpoints import has_checkpoints, keep, restore
     from trainer.config import load_config
     from trainer.data.sources import load_source
@@ -161,7 +162,7 @@ def train_rows(
             if kept.exists() and not list_rounds(run_dir):
                 restored = restore(kept, config, runs, source)
                 say(f"{name:<14} goes on from the patches of {len(restored)} rounds")
-            records = run_rounds(config, runs, source=source)
+            records = run_rounds(config, runs, source=source, pack=patch_size)
             for row in _extend(results / f"{name}.json", records, runs):
                 say(
                     f"{name:<14} round_{row['round']:02d} {row['outcome']:<9} "
