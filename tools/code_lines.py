@@ -55,7 +55,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "method": 1330,
         "networks": 260,
         "recipe": 505,
-        "rounds": 1620,
+        "rounds": 1760,
         "starter": 25,
     },
 }

@@ -187,6 +187,10 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
             yield "[update] mantissa_bits 23 it is with subspace: all weights move"
     elif (section.coefficients, section.bits, section.taps) != (8192, 1, 2):
         yield "[update] coefficients, bits and taps are for method subspace only"
+    if section.tensors and section.method != "named":
+        yield "[update] tensors is for method named only"
+    if section.method == "named" and not section.tensors and section.dense != "train":
+        yield "[update] tensors names what trains: without it, the dense part has to"
     if section.dense != "train" and section.method not in PARTIAL_METHODS:
         yield "[update] dense other than train is for methods that select only"
     if section.first_budget and not section.budget:

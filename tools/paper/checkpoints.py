@@ -29,6 +29,7 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import Weights, read_weights
 from packager.build import build_patch, pack_round
 from packager.rounds.folder import read_init, read_round
+from tools.paper.reproduction import BASELINES
 from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord, as_json, record_of
 from trainer.recipe.schema import Config
@@ -39,8 +40,8 @@ RUN_FILE, SHADOW_FILE = "run.json", "shadow.dpu"
 
 
 def has_checkpoints(method: str) -> bool:
-    """Tell whether the patches of a method are worth keeping."""
-    return method not in ("fu", "dpu_paper_chain")
+    """Tell whether the patches of a method are worth keeping: none is a network."""
+    return method not in ("fu", "dpu_paper_chain", *BASELINES)
 
 
 def patch_name(number: int) -> str:

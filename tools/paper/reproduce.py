@@ -2,6 +2,7 @@
 """The paper's table, row by row: train its recipes and hold them against its numbers.
 
     python -m tools.paper.reproduce run --work ~/repro --data ~/data  # hours
+    python -m tools.paper.reproduce eight-bits --work ~/repro  # no training
     python -m tools.paper.reproduce report  # table and plot
     python -m tools.paper.reproduce replay --method dpu_lean --data ~/data  # a device
 
@@ -28,6 +29,7 @@ from edge_runtime.commandline import CONTEXT, Command, Group, emit, json_option,
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import list_rounds, round_name
 from tools.paper.reproduction import (
+    EIGHT_BITS,
     METHODS,
     PAPER,
     SMALLER,
@@ -214,6 +216,43 @@ def _row(record: "RoundRecord", runs: Path) -> dict[str, Any]:
         "bytes": len(packed.data) if packed else 0,
         "target": record.target,
     }
+
+
+@main.command("eight-bits", cls=Command)
+@_network_option
+@_results_option
+@click.option(
+    "--work",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of the runs.",
+)
+@click.option("--data", help="Where the data set lies or is downloaded to.")
+@click.option("--seed", default=1, show_default=True)
+def round_full_updating(
+    network: str, results: Path, work: Path, data: str | None, seed: int
+) -> None:
+    """Round what full updating gave to 8 bits a weight: a row, without training."""
+    from tools.paper.eight_bits import eight_bit_rows
+    from trainer.config import load_config
+    from trainer.data.sources import load_source
+    from trainer.folder.record import read_round_record
+
+    run_dir = work / network / f"fu_seed{seed}"
+    records = [read_round_record(folder) for folder in list_rounds(run_dir)]
+    if not records:
+        raise ConfigError(f"{run_dir} holds no rounds; run `reproduce run` first")
+    overrides = [f"data.root={json.dumps(data)}"] if data else []
+    overrides += [f"run.seed={seed}", f"run.rounds={len(records)}"]
+    config = load_config(RECIPES / network / "fu.toml", overrides, name="fu")
+    source = load_source(config.data)
+    rows = []
+    for row in eight_bit_rows(config, run_dir, records, source):
+        rows.append(row)
+        say(f"round_{row['round']:02d} test {row['test']:6.2f} {row['bytes']:>8} bytes")
+    about = {"method": EIGHT_BITS, "seeds": records[-1].seeds}
+    about["versions"] = records[-1].versions
+    write_result(results / network / f"{EIGHT_BITS}_seed{seed}.json", about, rows)
 
 
 @main.command("replay", cls=Command)

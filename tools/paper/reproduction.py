@@ -18,11 +18,14 @@ METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
 # Trained only where asked for: what becomes of a re-initialised model that validates
 # worse (in the paper's code it carries the chain on; here, it may do so unseen), and
 # what else is better than the paper at the same bytes.
+BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full round
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
     *("dpu_lean", "dpu_lean_k005"),
     *("subspace", "subspace_4k"),
+    *BASELINES,
 )
+EIGHT_BITS = "fu_8bit"  # full updating, rounded
 # Mean accuracy difference to full updating over all rounds, points.
 PAPER = {
     "mnist_mlp": {"dpu": -0.17, "gcpu": -0.72, "rpu": -4.04, "pruning": -1.45},
@@ -43,7 +46,7 @@ SMALLER = {
 }
 COLOURS = dict(
     zip(
-        METHODS + VARIANTS,
+        (*METHODS, *VARIANTS, EIGHT_BITS),
         (
             "#555",
             "#06c",
@@ -57,6 +60,10 @@ COLOURS = dict(
             "#7b3",
             "#c80",
             "#740",
+            "#e6a",
+            "#099",
+            "#f50",
+            "#999",
         ),
         strict=True,
     )
@@ -130,7 +137,7 @@ def compare(
     """Hold every run against full updating of its seed, over their common rounds."""
     seeds = {seed: rows for (method, seed), rows in results.items() if method == "fu"}
     found = []
-    for method in METHODS + VARIANTS:
+    for method in (*METHODS, *VARIANTS, EIGHT_BITS):
         for seed, full in sorted(seeds.items()):
             rows = results.get((method, seed), ())
             count = min(len(rows), len(full))

@@ -12,7 +12,7 @@ from edge_runtime.sizes import SIZE_WORDS, is_size
 
 # Those that rank what a full phase did; a budget needs them.
 RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
-PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu", "subspace")
+PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu", "named", "subspace")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
 LOSSES = ("cross_entropy", "bce", "mse", "l1")
@@ -186,6 +186,11 @@ class UpdateConfig:
 
     method: str = _key("how weights are selected", _one_of(*METHODS), default="dpu")
     ratio: float = _key("share of the weights that may change", _SHARE, default=0.01)
+    tensors: str = _key(
+        "named only: which tensors train, whole: names or shell patterns, with commas "
+        "between; none: the dense part alone",
+        default="",
+    )
     coefficients: int = _key(
         "subspace only: how many move all weights; with a budget it says how many",
         _WORDS,

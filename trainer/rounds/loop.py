@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.update.metrics import Metric
+from edge_runtime.update.metrics import Metric, Sums
 from trainer import parallel
 from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
@@ -83,22 +83,44 @@ def evaluate(model: nn.Module, samples: Samples, judge: Judge = ACCURACY) -> flo
     Several processes share the batches, or leave them to the first where the metric is
     a function of your own, which gets all at once; all processes must call it.
     """
-    model.eval()
-    one = 4 * math.prod(samples.inputs.shape[1:])  # bytes, as float32
-    device = next(leaves(samples.labels)).device.type
-    most = EVALUATION_SAMPLES.get(device, MOST_EVALUATION_SAMPLES)
-    size = max(1, min(most, EVALUATION_BYTES // one))
     metric = judge.metric
     if not isinstance(metric, Metric):
+        model.eval()
+        size = _evaluation_size(samples)
         return parallel.by_first(lambda: _own_score(model, samples, size, metric))
+    return metric.value(np.sum(batch_sums(model, samples, metric), axis=0))
+
+
+@torch.no_grad()
+def batch_sums(
+    model: nn.Module, samples: Samples, metric: Metric, *, count: int = 1
+) -> list[Sums]:
+    """Return what a metric adds up, of each batch of prepared samples.
+
+    Several processes share the batches; all of them must call it.
+
+    Args:
+        model: To be evaluated.
+        samples: Prepared ones.
+        metric: One that devices know.
+        count: How many batches are wanted at least.
+    """
+    model.eval()
+    size = min(_evaluation_size(samples), max(1, len(samples) // count))
     mine = [
         metric.sums(next(leaves(model(inputs))).cpu().numpy(), labels.cpu().numpy())
         for index, (inputs, labels) in enumerate(batches(samples, size))
         if parallel.is_mine(index)
     ]
     # A process that had no batch does not know what the sums look like.
-    parts = [sums for process in parallel.gathered(mine) for sums in process]
-    return metric.value(np.sum(parts, axis=0))
+    return [sums for process in parallel.gathered(mine) for sums in process]
+
+
+def _evaluation_size(samples: Samples) -> int:
+    one = 4 * math.prod(samples.inputs.shape[1:])  # bytes, as float32
+    device = next(leaves(samples.labels)).device.type
+    most = EVALUATION_SAMPLES.get(device, MOST_EVALUATION_SAMPLES)
+    return max(1, min(most, EVALUATION_BYTES // one))
 
 
 def _own_score(

@@ -5,6 +5,9 @@ Section numbers refer to Deep Partial Updating (Qu, Liu, Thiele, ECCV 2022), who
 Algorithm 1 :func:`_partial` is.
 """
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +15,9 @@ from edge_runtime.errors import ConfigError
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
-from trainer.recipe.schema import Config
+from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.budget import Room, train_within
+from trainer.rounds.dense import DensePart
 from trainer.rounds.sparse import fine_tune
 from trainer.rounds.subspace import move_within
 from trainer.rounds.training import (
@@ -46,7 +50,7 @@ def train_round(
         return _full(training, epochs)
     if update.method == "pruning":
         return _pruned(training, epochs, update.ratio)
-    if update.method in ("fisher", "rpu"):
+    if update.method in ("fisher", "rpu", "named"):
         return _fixed(training, epochs, update.method)
     if update.method == "subspace":
         return move_within(training, epochs, update)
@@ -78,7 +82,7 @@ def _partial(training: RoundTraining, epochs: int, score: Score) -> Masks:
 def _fixed(training: RoundTraining, epochs: int, method: str) -> Masks:
     """Fine-tune weights that are chosen before training, for the epochs of both phases.
 
-    Either at random (RPU), or by the Fisher information of the start weights.
+    At random (RPU), by the Fisher information of the start weights, or by name.
     """
     ratio = training.ratio
     updater = new_updater(training, ratio=ratio).attach(training.optimizer)
@@ -89,11 +93,54 @@ def _fixed(training: RoundTraining, epochs: int, method: str) -> Masks:
             training.model, samples, updater.base, loss=training.loss
         )
         updater.select(scores)
+    elif method == "named":
+        masks = named_masks(updater.base, training.update.tensors)
+        updater.select(masks=masks)
+        for name, parameter in training.model.named_parameters():
+            if name in masks and not masks[name].any():
+                parameter.requires_grad_(False)  # no gradients that nobody wants
     else:
         random = torch.Generator().manual_seed(training.random_seed("select"))
         updater.select(masks=random_masks(updater.base, ratio, random))
     training.run_phase("sparse", 2 * epochs, keep=True)
     return updater.finish()
+
+
+def check_names(model: nn.Module, update: UpdateConfig) -> None:
+    """Refuse names of tensors that a network does not have, before any training.
+
+    Raises:
+        ConfigError: One of them is of no selectable tensor.
+    """
+    dense = DensePart(model, update.dense, from_init=True)
+    named = model.named_parameters()
+    tensors = {name: p for name, p in named if dense.is_selectable(name, p)}
+    named_masks(tensors, update.tensors)
+
+
+def named_masks(base: Mapping[str, Tensor], wanted: str) -> Masks:
+    """Select whole tensors by their names.
+
+    Args:
+        base: All selectable tensors.
+        wanted: Names or shell patterns, with commas between.
+
+    Raises:
+        ConfigError: One of them is of no selectable tensor.
+    """
+    patterns = [text.strip() for text in wanted.split(",") if text.strip()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in base):
+            raise ConfigError(
+                f"[update] tensors: {pattern!r} is none of the tensors that weights "
+                f"are selected from: {', '.join(base)}"
+            )
+    return {
+        name: torch.full_like(
+            tensor, any(fnmatchcase(name, p) for p in patterns), dtype=torch.bool
+        )
+        for name, tensor in base.items()
+    }
 
 
 def _full(training: RoundTraining, epochs: int) -> Masks:

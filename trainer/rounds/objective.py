@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_runtime.errors import ConfigError, ContractError
-from edge_runtime.update.metrics import METRICS, Metric
+from edge_runtime.update.metrics import METRICS, Metric, Sums
 from trainer.data.samples import Samples, batches
 from trainer.recipe.factory import load_factory
 from trainer.recipe.schema import Config
@@ -82,6 +83,29 @@ class Judge:
         if self.higher:
             return value - other
         return (other - value) / value if value else other
+
+    def cost_of(
+        self, parts: Sequence[Sums], others: Sequence[Sums]
+    ) -> tuple[float, float]:
+        """Return by how much others are worse, and the standard error of that.
+
+        Both are of the same samples, in the same batches, so what samples have in
+        common cancels: of a jackknife over batches.
+
+        Args:
+            parts: Sums of a metric that devices know, of each batch.
+            others: Likewise.
+        """
+        metric = self.metric
+        if not isinstance(metric, Metric):
+            raise ConfigError("a function of yours has no sums of batches")
+        all_parts, all_others = np.sum(parts, axis=0), np.sum(others, axis=0)
+        whole = self.cost(metric.value(all_parts), metric.value(all_others))
+        without = [
+            self.cost(metric.value(all_parts - one), metric.value(all_others - other))
+            for one, other in zip(parts, others, strict=True)
+        ]
+        return whole, float(np.std(without)) * math.sqrt(len(without) - 1)
 
     @property
     def worst(self) -> float:

@@ -40,7 +40,7 @@ from trainer.rounds.deployment import (
     write_deployment,
 )
 from trainer.rounds.loop import choose_device, evaluate
-from trainer.rounds.methods import train_round
+from trainer.rounds.methods import check_names, train_round
 from trainer.rounds.objective import Judge, check_objective, judge_of
 from trainer.rounds.subspace import regenerated
 from trainer.rounds.training import Masks, Pack, RoundTraining, is_full
@@ -144,6 +144,7 @@ class Run:
         self._values: dict[tuple[str, str], float] = {}  # by fingerprint and samples
         self._teachers: dict[int, nn.Module] = {}  # by round; the last one
         check_objective(self.build(), self._pool, config, self._source.classes)
+        check_names(self.build(), config.update)
         # Before any training: a network that cannot be deployed fails at once.
         self._deployment = (
             make_deployment(self.build, self._golden_inputs(), seed=seed)
@@ -215,6 +216,7 @@ class Run:
             metrics["coefficients"] = len(term.coefficients)
         everything = update.method in ("fu", "subspace") or is_full(self.config, number)
         counted = update.budget or attempt.training.start is not attempt.parent
+        counted = counted or update.method == "named"
         ratio = attempt.training.ratio
         if counted:
             ratio = metrics["selected"] / metrics["weights"]

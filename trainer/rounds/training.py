@@ -4,7 +4,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
+from edge_runtime.update.metrics import Metric, Sums
 from trainer.data.samples import Samples, batch_sizes, batches, generator
 from trainer.export.tensors import load_weights, weights_of
 from trainer.method.batchnorm import FoldedBatchNorm
@@ -24,6 +25,7 @@ from trainer.parallel import data_parallel
 from trainer.recipe.schema import Config
 from trainer.rounds.dense import DensePart
 from trainer.rounds.loop import (
+    batch_sums,
     evaluate,
     learning_rate,
     make_optimizer,
@@ -37,9 +39,12 @@ from trainer.rounds.teacher import taught_loss, with_answers
 from trainer.trees import leaves
 
 MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
+CHANCE = 2  # standard errors of that cost, below which it may be chance
+MEASURED_BATCHES = 20  # that the error is estimated from
 
 Augment = Callable[[Tensor], Tensor]
 Masks = Mapping[str, Tensor]
+_Measured = tuple[float, Sequence[Sums]]  # the judge's metric, and its batches' sums
 Pack = Callable[..., int]  # base, target and the terms between them -> patch bytes
 
 
@@ -213,23 +218,41 @@ class RoundTraining:
         """
         if not self.form.automatic or not self.form.form.steps:
             return
-        exact, rounded = self._unrounded, self.values["best"]
+        exact = self._unrounded
         if exact is None:
             exact = weights_of(self.model)
-            rounded = self.values["sparse"]
-        value = self.values["unrounded"] = self._value_of(self._folded(exact))
+        fine = self._measure(self._folded(exact))
+        self.values["unrounded"] = fine[0]
+        coarse = self._measure(self.rounded(exact))
         for form in self.form.finer():
-            if self.judge.cost(value, rounded) <= MAX_COST:
+            if not self._costs_too_much(fine, coarse):
                 break
             self.form.form = form
-            rounded = self._value_of(self.rounded(exact))
-            if self.judge.better(rounded, self.values["best"]):
-                self._keep(rounded, exact)
+            coarse = self._measure(self.rounded(exact))
+            if self.judge.better(coarse[0], self.values["best"]):
+                self._keep(coarse[0], exact)
         self.load(exact)
 
-    def _value_of(self, weights: Weights) -> float:
+    def _costs_too_much(self, fine: _Measured, coarse: _Measured) -> bool:
+        """Tell whether rounding costs more than it may, and more than chance does.
+
+        A step to a finer form adds half to a patch: on few validation samples, what
+        single samples happen to give must not decide it.
+        """
+        if not isinstance(self.judge.metric, Metric):
+            return self.judge.cost(fine[0], coarse[0]) > MAX_COST
+        cost, error = self.judge.cost_of(fine[1], coarse[1])
+        return cost > max(MAX_COST, CHANCE * error)
+
+    def _measure(self, weights: Weights) -> _Measured:
+        """Load weights, and return their value on validation and how it is made up."""
         self.load(weights)
-        return self._evaluate()
+        metric = self.judge.metric
+        if not isinstance(metric, Metric):
+            return self._evaluate(), []
+        samples = self._validation
+        sums = batch_sums(self.model, samples, metric, count=MEASURED_BATCHES)
+        return metric.value(np.sum(sums, axis=0)), sums
 
     def train_batches(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield the training samples as they lie, without augmentation.

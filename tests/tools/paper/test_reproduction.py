@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
+import torch
 
+from tools.paper import adapters
+from tools.paper.eight_bits import eight_bits
 from tools.paper.reproduce import NETWORKS, RECIPES
 from tools.paper.reproduction import (
+    BASELINES,
     METHODS,
     PAPER,
     SMALLER,
@@ -16,6 +21,9 @@ from tools.paper.reproduction import (
     write_result,
 )
 from trainer.config import as_dict, load_config
+from trainer.export.tensors import weights_of
+from trainer.networks.models import build_model
+from trainer.rounds.methods import check_names
 
 
 def rows(*tried):
@@ -107,3 +115,42 @@ def test_each_row_of_the_papers_table_has_a_valid_recipe(network, method):
     assert config.data.validation_from == "test"
     column = SMALLER[network][0] if network in SMALLER else network
     assert method == "fu" or method in PAPER[column]
+
+
+@pytest.mark.parametrize("network", ["mnist_mlp", *SMALLER])
+@pytest.mark.parametrize("method", BASELINES)
+def test_each_baseline_has_a_recipe_that_names_tensors_of_its_network(network, method):
+    config = load_config(RECIPES / network / f"{method}.toml")
+    shape = (1, 28, 28) if network == "mnist_mlp" else (3, 16, 16)
+    check_names(build_model(config.model, shape, 10), config.update)
+    full = as_dict(load_config(RECIPES / network / "fu.toml"))
+    assert as_dict(config)["train"] == full["train"]
+    assert as_dict(config)["data"] == full["data"]
+
+
+def test_an_adapter_adds_nothing_at_first_and_few_weights():
+    torch.manual_seed(0)
+    model = adapters.vgg((3, 16, 16), 10, width=8, rank=2).eval()
+    inputs = torch.randn(4, 3, 16, 16)
+    with_adapters = model(inputs)
+    for module in model.modules():
+        if isinstance(module, adapters.Adapted):
+            module.up.get_parameter("weight").detach().zero_()
+    torch.testing.assert_close(model(inputs), with_adapters, rtol=0, atol=0)
+    named = dict(model.named_parameters())
+    own = sum(p.numel() for n, p in named.items() if ".down." in n or ".up." in n)
+    assert 0 < own < 0.15 * sum(p.numel() for p in named.values())
+
+
+def test_in_eight_bits_a_layer_has_at_most_255_values_and_init_keeps_its_own():
+    torch.manual_seed(0)
+    init = weights_of(torch.nn.Linear(200, 100))
+    layer = torch.nn.Linear(200, 100)
+    with torch.no_grad():
+        layer.weight[:50].copy_(torch.from_numpy(np.array(init["weight"][:50])))
+    found = eight_bits(weights_of(layer), init)
+    new = found["weight"][50:]
+    assert len(np.unique(new)) <= 255
+    np.testing.assert_array_equal(found["weight"][:50], init["weight"][:50])
+    step = np.abs(weights_of(layer)["weight"]).max() / 127
+    assert np.abs(new - weights_of(layer)["weight"][50:]).max() <= step

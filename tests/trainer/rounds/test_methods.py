@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_runtime.errors import FrozenWeightChangedError, TrainingError
+from edge_runtime.errors import ConfigError, FrozenWeightChangedError, TrainingError
 from edge_runtime.formats.weights import Weights
 from trainer.config import as_dict, make_config
 from trainer.data.samples import split_source
@@ -14,6 +14,7 @@ from trainer.method.selection import select_top_k
 from trainer.networks.models import build_model
 from trainer.rounds.loop import evaluate
 from trainer.rounds.methods import train_round
+from trainer.rounds.objective import ACCURACY
 from trainer.rounds.training import MAX_COST, RoundTraining
 
 torch.set_num_threads(1)
@@ -104,6 +105,27 @@ def test_fisher_scores_are_sums_of_squared_gradients():
     torch.testing.assert_close(found, expected)
     assert model[0].weight.grad is None
     assert weights_of(model).fingerprint == before.fingerprint
+
+
+def test_tensors_train_whole_by_their_names_and_alone():
+    update = {"tensors": "*.2.*, 7.bias", "dense": "budget"}
+    layers = {"tensors": "7.weight, 7.bias", "dense": "budget"}
+    with pytest.raises(ConfigError, match=r"'\*\.2\.\*' is none of the tensors"):
+        trained(config_of("named", "small_cnn", update=update), from_init=False)
+    config = config_of("named", "small_cnn", update=layers, lr=1e-2)
+    training, start, masks = trained(config, from_init=False)
+    assert {n for n, mask in masks.items() if mask.all()} == {"7.weight", "7.bias"}
+    assert training.best is not None
+    moved = {n for n in start if changed(start, training.best, n).any()}
+    assert moved == {"7.weight", "7.bias"}
+
+
+def test_without_a_name_the_dense_part_trains_alone():
+    config = config_of("named", "small_cnn", update={"fold_batchnorm": True}, lr=1e-2)
+    training, start, masks = trained(config, from_init=False)
+    assert training.best is not None
+    moved = {n for n in start if changed(start, training.best, n).any()}
+    assert moved == {n for n in start if n not in masks and "running" not in n}
 
 
 def test_a_full_first_round_trains_every_weight_whatever_the_method():
@@ -309,6 +331,35 @@ def test_a_grid_that_costs_too_much_gives_way_to_mantissa_bits(monkeypatch):
     assert training.values["best"] >= training.values["unrounded"] - MAX_COST
     words = training.best["1.weight"].view("u4")
     assert not (words[words != start["1.weight"].view("u4")] & 0xFFFF).any()
+
+
+def sums_of(right):
+    """Top-1 of 100 samples in 20 batches, so many of them right."""
+    hits = np.arange(100) * 37 % 100 < right
+    return [np.array([batch.sum(), 5.0]) for batch in hits.reshape(20, 5)]
+
+
+@pytest.mark.parametrize(("right", "too_much"), [(80, 0), (78, 0), (66, 1), (90, 0)])
+def test_what_single_samples_give_by_chance_takes_no_grid_away(right, too_much):
+    """On 100 samples each is a whole point: two are no sign, fourteen are."""
+    training = prepare(config_of("dpu"))
+    fine, coarse = ((n / 100, sums_of(n)) for n in (80, right))
+    assert training._costs_too_much(fine, coarse) == bool(too_much)
+
+
+def test_the_error_of_a_cost_is_that_of_what_differs_sample_by_sample():
+    """Of n paired samples that give d in -1, 0, 1: the deviation over the root of n."""
+    random = np.random.default_rng(0)
+    one, other = random.random((2, 3000)) < 0.5
+    other = np.where(random.random(3000) < 0.1, other, one)
+    parts = [
+        [np.array([b.sum(), len(b)], float) for b in np.array_split(hits, 100)]
+        for hits in (one, other)
+    ]
+    cost, error = ACCURACY.cost_of(*parts)
+    differences = one.astype(float) - other
+    assert cost == pytest.approx(differences.mean())
+    assert error == pytest.approx(differences.std() / np.sqrt(3000), rel=0.25)
 
 
 def test_a_given_grid_is_kept_and_full_rounds_have_none():
