@@ -50,7 +50,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     "trainer": {
         ".": 1090,
         "data": 460,
-        "export": 950,
+        "export": 1480,
         "folder": 500,
         "method": 1330,
         "networks": 260,
