@@ -21,7 +21,7 @@ METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
 BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full round
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
-    *("dpu_lean", "dpu_lean_k005"),
+    *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010"),
     *("subspace", "subspace_4k"),
     *BASELINES,
 )
@@ -63,6 +63,7 @@ COLOURS = dict(
             "#e6a",
             "#099",
             "#f50",
+            "#5b5",
             "#999",
         ),
         strict=True,
