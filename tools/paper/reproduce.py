@@ -308,8 +308,14 @@ def replay_run(
 @main.command(cls=Command)
 @_network_option
 @_results_option
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="By bytes: over so many first rounds, of the runs that have them all.  "
+    "[default: all rounds that a run has]",
+)
 @json_option
-def report(network: str, results: Path, as_json: bool) -> None:
+def report(network: str, results: Path, rounds: int | None, as_json: bool) -> None:
     """Print the tables, and write the plots beside the results."""
     from packager.report.document import Table, pipes
     from packager.report.frontier import frontier_chart, frontier_rows
@@ -319,10 +325,11 @@ def report(network: str, results: Path, as_json: bool) -> None:
     found = read_results(folder)
     if not found:
         raise ConfigError(f"{folder} holds no results; run `reproduce run` first")
-    comparisons, points = compare(found), frontier(found)
+    comparisons, points = compare(found), frontier(found, rounds)
     (folder / "accuracy.svg").write_text(plot(found))
     if any(point["bytes"] for point in points):
         title = "Accuracy by bytes of a round, beside full updating"
+        title += f", rounds 0 to {rounds - 1}" if rounds else ""
         chart = frontier_chart(title, points, unit="points")
         (folder / "frontier.svg").write_text(to_svg(chart))
     columns = ["method", "seeds", "points", "bytes behind the first", "first", "all"]

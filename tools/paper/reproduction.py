@@ -163,21 +163,28 @@ def compare(
 
 def frontier(
     results: Mapping[tuple[str, int], Sequence[Mapping[str, Any]]],
+    rounds: int | None = None,
 ) -> list[FrontierPoint]:
     """Hold every method against full updating by accuracy and bytes, over its seeds.
 
     Accuracies are those of the official post-processing. Runs whose patches are not
     for devices are left out.
+
+    Args:
+        results: Rows by name of the recipe and seed.
+        rounds: How many of the first rounds count, of runs that have them all, so that
+            all points are of the same rounds; default: all that a run has.
     """
     runs = [
         Measured(
             method,
             method,
             seed,
-            dict(enumerate(monotone(rows))),
-            [row["bytes"] for row in rows if row["bytes"]],
+            dict(enumerate(monotone(rows[:rounds]))),
+            [row["bytes"] for row in rows[:rounds] if row["bytes"]],
         )
         for (method, seed), rows in results.items()
+        if len(rows) >= (rounds or 1)
     ]
     return [point for point in frontier_points(runs) if point["bytes"]]
 

@@ -14,6 +14,7 @@ from tools.paper.reproduction import (
     PAPER,
     SMALLER,
     compare,
+    frontier,
     monotone,
     plot,
     read_results,
@@ -58,6 +59,15 @@ def test_raw_means_count_what_was_discarded():
     dpu = compare(results)[1]
     assert dpu.raw == pytest.approx(11 / 3)
     assert dpu.monotone == pytest.approx(0)
+
+
+def test_points_of_equal_rounds_leave_out_runs_that_have_fewer():
+    results = RESULTS | {("gcpu", 1): rows((70, 71), (92, 90), (95, 91))}
+    assert [point["name"] for point in frontier(results)] == ["dpu", "gcpu"]
+    (point,) = frontier(results, rounds=3)
+    assert (point["name"], point["points"]) == ("gcpu", pytest.approx(-11 / 3))
+    _, two = frontier(results, rounds=2)
+    assert two["points"] == pytest.approx(-5.5)
 
 
 def test_the_table_shows_the_papers_figure():
