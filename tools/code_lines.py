@@ -30,7 +30,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "agent": 695,
         "cli": 1380,
         "formats": 3560,
-        "inference": 765,
+        "inference": 825,
         "live": 520,
         "store": 885,
         "sync": 1860,

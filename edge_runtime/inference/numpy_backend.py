@@ -4,9 +4,10 @@
 It reads ``graph.onnx`` with the few lines of protobuf that this takes and maps the
 weights from ``weights.safetensors``. Each operator is a plain transcription of its
 ONNX definition, so agreement with ONNX Runtime says something. They are what multilayer
-perceptrons, convolutional networks and masked embeddings need; a graph that needs
-anything else is refused when it is loaded, by name. A function's signature is its
-operator's table: positional are inputs, keyword-only (in lower case) attributes.
+perceptrons, convolutional networks and masked embeddings need, in int8 (QDQ) too; a
+graph that needs anything else is refused when it is loaded, by name. A function's
+signature is its operator's table: positional are inputs, keyword-only (in lower case)
+attributes.
 """
 
 import inspect
@@ -64,13 +65,26 @@ class NumpySession:
         graph = _message(model[7][0])
         nodes = [_message(node) for node in graph[1]]
         _check_operators(model, graph, nodes)
-        self._known = dict(_tensor(_message(entry), weights) for entry in graph[5])
+        tensors = (_tensor(_message(entry), weights) for entry in graph[5])
+        self._known: dict[str, Any] = dict(tensors)
         self._outputs = [_text(_message(entry)[1]) for entry in graph[12]]
         for node in nodes:
             if _text(node[4]) == "Constant":
                 self._known[_text(node[2])] = np.asarray(*_attributes(node).values())
         others = [node for node in nodes if _text(node[4]) != "Constant"]
-        self._steps = _plan(others, {"", *self._outputs, *self._known})
+        steps = _plan(others, {"", *self._outputs, *self._known})
+        self._known[""] = None
+        self._steps = [step for step in steps if not self._done_once(step)]
+
+    def _done_once(self, step: Step) -> bool:
+        """Do what depends on no input now: int8 weights become floats only once."""
+        operator, inputs, output, spent = step
+        if not set(inputs) <= self._known.keys():
+            return False
+        self._known[output] = operator(*[self._known[name] for name in inputs])
+        for name in spent:
+            del self._known[name]
+        return True
 
     def get_outputs(self) -> list[Output]:
         """Return the outputs, in the graph's order."""
@@ -78,7 +92,7 @@ class NumpySession:
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
         """Return the outputs of these names, or all."""
-        values: dict[str, Any] = {"": None, **self._known, **feed}
+        values: dict[str, Any] = {**self._known, **feed}
         for operator, inputs, output, spent in self._steps:
             values[output] = operator(*[values[name] for name in inputs])
             for name in spent:
@@ -218,6 +232,29 @@ def _sum(
     return np.asarray(x.sum(axis=where, keepdims=bool(keepdims), dtype=x.dtype))
 
 
+def _quantize(
+    x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1
+) -> Array:
+    scale, zero = _along(x, axis, scale, np.uint8(0) if zero is None else zero)
+    span = np.iinfo(zero.dtype)
+    steps = np.rint(x / scale) + zero.astype(x.dtype)
+    return np.asarray(np.clip(steps, span.min, span.max).astype(zero.dtype))
+
+
+def _dequantize(
+    x: Array, scale: Array, zero: Array | None = None, *, axis: int = 1
+) -> Array:
+    scale, zero = _along(x, axis, scale, x.dtype.type(0) if zero is None else zero)
+    wide = x.astype(np.int64) - zero if zero.any() else x
+    return np.asarray(wide.astype(scale.dtype) * scale)
+
+
+def _along(x: Array, axis: int, *tensors: Any) -> list[Array]:
+    """Return one number for all, or one for each place of an axis, to go with x."""
+    shape = [-1 if n == axis % x.ndim else 1 for n in range(x.ndim)]
+    return [np.reshape(t, shape) if np.ndim(t) else np.asarray(t) for t in tensors]
+
+
 def _divide(a: Array, b: Array) -> Any:
     if a.dtype.kind == "f":
         return a / b
@@ -244,6 +281,7 @@ _OPERATORS: dict[str, Callable[..., Array]] = {
     "Clip": lambda x, low=None, high=None: np.clip(x, low, high),
     "Concat": lambda *xs, axis: np.concatenate(xs, axis),
     "Conv": _conv,
+    "DequantizeLinear": _dequantize,
     "Div": _divide,
     "Equal": lambda a, b: a == b,
     "Exp": lambda x: np.exp(x),
@@ -262,10 +300,12 @@ _OPERATORS: dict[str, Callable[..., Array]] = {
     "Not": lambda x: ~x,
     "Or": lambda a, b: a | b,
     "Pad": lambda x, pads, by=0: np.pad(x, pads.reshape(2, -1).T, constant_values=by),
+    "QuantizeLinear": _quantize,
     "ReduceMean": _mean,
     "ReduceSum": _sum,
     "Relu": lambda x: np.maximum(x, x.dtype.type(0)),
     "Reshape": _reshape,
+    "Round": lambda x: np.rint(x),
     "Shape": lambda x, *, start=0, end=None: np.array(x.shape[start:end], np.int64),
     "Sigmoid": lambda x: np.exp(-np.logaddexp(x.dtype.type(0), -x)),
     "Slice": _slice,

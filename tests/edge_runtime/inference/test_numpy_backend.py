@@ -114,6 +114,8 @@ def compare(tmp_path_factory):
 
 
 WHOLE = np.array([-7, 7, 5, -2, 1], "i8")
+ROW = np.array([3, -5, 0, 127], "i1")
+BYTES = np.arange(3, 255, 21, dtype="u1").reshape(3, 4)
 
 
 def values(*shape, seed=0):
@@ -223,6 +225,18 @@ def test_pooling(compare, operator, kernel, strides, pads, include):
           for operator in ("Sqrt", "Log", "Exp")),
         *((operator, [WHOLE, WHOLE[::-1].copy()], [], {})
           for operator in ("Equal", "Greater", "Less")),
+        ("Round", [np.arange(-3, 3.5, 0.5, dtype="f4")], [], {}),
+        *(("QuantizeLinear", [values(3, 4) * 50], [np.float32(0.3), zero],
+           {"opset": 21})
+          for zero in (np.uint8(7), np.int8(-128), np.int16(5), np.uint16(9))),
+        ("QuantizeLinear", [values(3, 4)], [np.float32(0.25)], {}),
+        *(("QuantizeLinear", [values(3, 4), abs(values(size)), ROW[:size]], [],
+           {"axis": axis}) for size, axis in ((3, 0), (4, 1), (4, -1))),
+        *(("DequantizeLinear", [x], [np.float32(0.3), x.flat[0]], {"opset": 21})
+          for x in (BYTES, BYTES.view("i1"), WHOLE.astype("i2"))),
+        ("DequantizeLinear", [WHOLE.astype("i4") * 2**28], [np.float32(0.3)], {}),
+        *(("DequantizeLinear", [BYTES.view("i1"), abs(values(size)), ROW[:size]], [],
+           {"axis": axis}) for size, axis in ((3, 0), (4, 1))),
         ("Not", [WHOLE > 0], [], {}),
         *((operator, [WHOLE > 0, WHOLE > 3], [], {}) for operator in ("And", "Or")),
     ],
@@ -312,6 +326,8 @@ BFLOAT = helper.make_tensor("t", TensorProto.BFLOAT16, [1], [1.0])
         ("Constant", "", "y", {"value": BFLOAT}, "tensor 't'"),
         ("Cast", "x", "y", {"to": TensorProto.BFLOAT16}, "Cast with type 16"),
         ("ArgMax", "x", "y", {"select_last_index": 1}, "ArgMax with select_last_index"),
+        ("DequantizeLinear", "xx", "y", {"block_size": 2}, "Dequ.* with .*block_size"),
+        ("DynamicQuantizeLinear", "x", "yzw", {}, "DynamicQuantizeLinear"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
