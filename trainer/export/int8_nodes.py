@@ -84,10 +84,6 @@ class Writer:
     def _number(self, value: float) -> str:
         return self._constant(f"number/{value:g}", np.float32(value))
 
-    def _zeros(self, count: int, kind: type[np.integer[Any]]) -> str:
-        # ONNX Runtime fuses nothing where zero points are left out.
-        return self._constant(f"{kind.__name__}/{count}", np.zeros(count, kind))
-
     def _narrow(self, name: str) -> None:
         """Bring a tensor to 8 bits and back, where it is one of those."""
         if name in self._ranges:
@@ -170,7 +166,10 @@ class Writer:
         taken = weight
         if node.op_type == "MatMul":
             taken = self._add("Transpose", f"{key}/turned", weight, perm=[1, 0])
-        zeros = self._zeros(len(self._scales[weight]), np.int8)
+        # ONNX Runtime fuses nothing where zero points are left out. Each weight has its
+        # own, or it cannot exchange them where it makes unsigned weights of signed ones.
+        count = len(self._scales[weight])
+        zeros = self._constant(f"{key}/zeros", np.zeros(count, np.int8))
         read = self._add(
             "DequantizeLinear", f"{key}/read", taken, steps, zeros, axis=layer.axis
         )
@@ -213,7 +212,8 @@ class Writer:
         count = self._add("Div", f"{key}/count", bias, unit)
         near = self._add("Round", f"{key}/near", count)
         whole = self._add("Cast", f"{key}/integers", near, to=6)
-        zeros = self._zeros(len(self._scales[layer.weight]), np.int32)
+        rows = len(self._scales[layer.weight])
+        zeros = self._constant(f"zeros/{rows}", np.zeros(rows, np.int32))
         read = self._add(
             "DequantizeLinear", f"{key}/biased", whole, unit, zeros, axis=0
         )
