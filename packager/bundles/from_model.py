@@ -33,6 +33,7 @@ from edge_runtime.formats.contract import (
     Contract,
     encode_contract,
     parse_contract,
+    tolerance_between_cpus,
 )
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.identity import encode_run
@@ -42,7 +43,6 @@ from edge_runtime.formats.init_weights import (
     write_init_spec,
 )
 from edge_runtime.formats.json_file import read_record
-from edge_runtime.formats.layout import DTYPES
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
@@ -84,13 +84,7 @@ if TYPE_CHECKING:
 
 # Whoever states one of these has said what the model is for.
 TASK_FIELDS = {"task", "metric", "bound", "classes", "accuracy_floor"}
-# Allowed difference of outputs between CPUs, relative to the largest one: kernels for
-# half precision and 8 bits round and saturate differently from CPU to CPU.
-EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
 INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std", "layout")
-COARSE_TYPES = {"F16", "BF16", "I8", "U8"} | {
-    code for code in DTYPES if code.startswith(("F4", "F6_", "F8_"))
-}
 
 
 def adopt_model(
@@ -259,14 +253,13 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [_describe(v) for v in graph.input if v.name not in weights]
     _check_inputs(inputs)
-    coarse = any(t.dtype in COARSE_TYPES for t in model.weights.layout.tensors)
     derived = {
         "schema": WIDE_SCHEMA,
         "inputs": inputs,
         "outputs": [_describe(value) for value in graph.output],
         "classes": [],
         "accuracy_floor": 0.0,
-        "output_tolerance": COARSE_TOLERANCE if coarse else EXACT_TOLERANCE,
+        "output_tolerance": tolerance_between_cpus(model.weights.layout),
         "task": "classification",
         "metric": "",
         "bound": None,

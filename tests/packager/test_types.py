@@ -9,9 +9,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.errors import WeightsError, WrongModelError
+from edge_runtime.formats.contract import COARSE_TOLERANCE
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
-from packager.bundles.from_model import COARSE_TOLERANCE, adopt_model, make_contract
+from packager.bundles.from_model import adopt_model, make_contract
 from packager.models.onnx_words import what_stays
 from packager.models.read import pack_models, read_model
 from packager.report.patch_record import patch_parts

@@ -166,8 +166,8 @@ class Writer:
         taken = weight
         if node.op_type == "MatMul":
             taken = self._add("Transpose", f"{key}/turned", weight, perm=[1, 0])
-        # ONNX Runtime fuses nothing where zero points are left out. Each weight has its
-        # own, or it cannot exchange them where it makes unsigned weights of signed ones.
+        # ONNX Runtime fuses nothing where zero points are left out. Each weight has
+        # its own, or it could not be made unsigned where that has to be.
         count = len(self._scales[weight])
         zeros = self._constant(f"{key}/zeros", np.zeros(count, np.int8))
         read = self._add(

@@ -2,7 +2,7 @@
 """What a run deploys once: the network's graph, its init weights, its contract."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats import identity
-from edge_runtime.formats.contract import TASKS, Contract, parse_contract
+from edge_runtime.formats.contract import (
+    TASKS,
+    Contract,
+    parse_contract,
+    tolerance_between_cpus,
+)
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
 from edge_runtime.formats.weights import Weights
@@ -203,6 +208,8 @@ def write_deployment(
         OSError: The files cannot be written.
     """
     folder = run_dir / MODEL_NAME
+    tolerance = tolerance_between_cpus(deployment.recipe.layout())
+    contract = replace(contract, output_tolerance=tolerance)
     if not folder.exists():
         write_model(
             run_dir,
