@@ -15,10 +15,10 @@ from packager.report.records import FrontierPoint
 
 SCHEMA = 1
 METHODS = ("fu", "dpu", "gcpu", "rpu", "pruning")
+BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full round
 # Trained only where asked for: what becomes of a re-initialised model that validates
 # worse (in the paper's code it carries the chain on; here, it may do so unseen), and
 # what else is better than the paper at the same bytes.
-BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full round
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
     *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010"),
