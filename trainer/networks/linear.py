@@ -32,7 +32,7 @@ class Linear(nn.Linear):
         """Map (N, in) to (N, out)."""
         if not _pays(inputs, self.weight):
             return functional.linear(inputs, self.weight, self.bias)
-        product: Tensor = _Product.apply(inputs, self.weight)  # type: ignore[no-untyped-call]
+        product = _product(inputs, self.weight)
         return product if self.bias is None else product + self.bias
 
 
@@ -48,15 +48,22 @@ def _pays(inputs: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """Return ``x @ w.T``, on the tape only where somebody records one."""
+    if torch.is_grad_enabled():
+        taped: Tensor = _Product.apply(x, w)  # type: ignore[no-untyped-call]
+        return taped
+    plain: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return plain
+
+
 class _Product(torch.autograd.Function):
     """``x @ w.T``; its own backward pass consists of such products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:  # (N, in), (out, in)
         ctx.save_for_backward(x, w)
-        multiply = torch.ops.mkldnn._linear_pointwise
-        product: Tensor = multiply(x, w, None, "none", [], "")
-        return product
+        return _product(x, w)  # inside a Function nobody records
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # (N, out)
@@ -64,6 +71,6 @@ class _Product(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad
         return (
-            _Product.apply(gradient, w.t()) if needs_x else None,  # type: ignore[no-untyped-call]
-            _Product.apply(gradient.t(), x.t()) if needs_w else None,  # type: ignore[no-untyped-call]
+            _product(gradient, w.t()) if needs_x else None,
+            _product(gradient.t(), x.t()) if needs_w else None,
         )

@@ -18,7 +18,7 @@ from trainer import parallel
 from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
 from trainer.rounds.objective import ACCURACY, Judge, Loss
-from trainer.rounds.speed import Autocast, arrange
+from trainer.rounds.speed import Autocast, arranger
 from trainer.trees import joined, leaves
 
 # Of one evaluation batch: at most 27 images of 224x224 pixels. What the network holds
@@ -61,13 +61,14 @@ def train_epoch(
         autocast: Gives what a forward pass and its loss are computed in.
     """
     model.train()
+    arrange = arranger(model)
     total: Tensor | float = 0.0  # becomes a tensor where the losses are
     count = 0
     for inputs, labels in epoch:
         optimizer.zero_grad()
         mine, targets, weight = parallel.share(inputs, labels)
         with autocast():
-            loss = loss_of(model(arrange(mine, model)), targets) * weight
+            loss = loss_of(model(arrange(mine)), targets) * weight
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total = total + loss.detach() * len(inputs)

@@ -68,11 +68,17 @@ def arranged(model: nn.Module, config: TrainConfig) -> nn.Module:
     return model
 
 
-def arrange(inputs: Tensor, model: nn.Module) -> Tensor:
-    """Give inputs the memory layout that a network's images have."""
-    if inputs.dim() != IMAGES or not _is_channels_last(model):
-        return inputs
-    return inputs.contiguous(memory_format=torch.channels_last)
+def arranger(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what gives inputs the memory layout that a network's images have."""
+    if not _is_channels_last(model):
+        return lambda inputs: inputs
+
+    def arrange(inputs: Tensor) -> Tensor:
+        if inputs.dim() != IMAGES:
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+    return arrange
 
 
 def _is_channels_last(model: nn.Module) -> bool:

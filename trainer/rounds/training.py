@@ -35,7 +35,7 @@ from trainer.rounds.loop import (
 from trainer.rounds.objective import Loss, judge_of, loss_of
 from trainer.rounds.rounding import Form, RoundForm
 from trainer.rounds.speed import arranged, autocast, compiled
-from trainer.rounds.teacher import taught_loss, with_answers
+from trainer.rounds.teacher import Teacher, taught_loss
 from trainer.trees import leaves
 
 MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
@@ -107,7 +107,7 @@ class RoundTraining:
         )
         self.update, self.fresh = config.update, fresh
         self.teacher: nn.Module | None = None
-        self._taught_by: nn.Module | None = None
+        self._taught_by: Teacher | None = None
         whole = config.update.method == "fu" or is_full(config, number)
         self.form = RoundForm(
             model, config.update, self.dense.is_selectable, grid=not whole
@@ -197,9 +197,8 @@ class RoundTraining:
     def teach(self) -> None:
         """Let what trains from here on learn from the recipe's teacher."""
         own = self._config.train.teacher == "self"
-        self._taught_by = copy.deepcopy(self.model) if own else self.teacher
-        if self._taught_by:
-            self._taught_by.eval()
+        model = copy.deepcopy(self.model) if own else self.teacher
+        self._taught_by = Teacher(model, len(self._train)) if model else None
 
     def fit_batchnorm(self) -> None:
         """Give BatchNorm the statistics of the weights as they are now."""
@@ -340,7 +339,7 @@ class RoundTraining:
         epoch = batches(self._train, size, order, augment)
         loss_of: Loss = self.loss
         if self._taught_by:
-            epoch = with_answers(epoch, self._taught_by)
+            epoch = self._taught_by.beside(epoch, None if augment else order)
             loss_of = taught_loss(self._config.train)
         how = autocast(self._config.train, device)
         loss = train_epoch(self._trained, self.optimizer, epoch, loss_of, how)

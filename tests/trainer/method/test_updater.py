@@ -234,6 +234,31 @@ def test_odd_base_values_survive_as_bits(value):
     assert same_bits(weight, bits).tolist() == [[False, True, True]]
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ratio", [0.02, 0.5])
+def test_few_and_many_selected_weights_are_left_alone_and_the_rest_rewound(
+    ratio, memory
+):
+    random = torch.Generator().manual_seed(1)
+    kernel = torch.randn(8, 4, 5, 5, generator=random)
+    kernel[0, 0, 0, :3] = torch.tensor([-0.0, math.nan, math.inf])
+    kernel = nn.Parameter(kernel.to(memory_format=memory))
+    base = kernel.detach().clone()
+    optimizer = torch.optim.SGD([kernel], lr=0.1)
+    updater = PartialUpdater([("w", kernel)], ratio=ratio).attach(optimizer)
+    scores = torch.rand(kernel.shape, generator=random)
+    scores[0, 0, 0, :3] = 0  # what is selected has to stay a number
+    masks = updater.select({"w": scores})
+    for _ in range(2):
+        kernel.grad = torch.ones_like(kernel)
+        optimizer.step()
+    updater.finish()
+    stepped = base - 0.1 - 0.1
+    wanted = torch.where(masks["w"], stepped, base)
+    assert same_bits(kernel, wanted).all()
+    assert int(masks["w"].sum()) == int(ratio * base.numel())
+
+
 def test_finish_sees_a_changed_sign_of_zero():
     weight = nn.Parameter(torch.tensor([[1.0, -0.0]]))
     updater = PartialUpdater([("w", weight)], ratio=0.5)

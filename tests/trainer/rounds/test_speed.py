@@ -12,7 +12,7 @@ from trainer.data.samples import Samples, batches
 from trainer.method.updater import PartialUpdater
 from trainer.recipe.schema import TrainConfig
 from trainer.rounds.loop import make_optimizer, train_epoch
-from trainer.rounds.speed import arrange, arranged, autocast, compiled, computing
+from trainer.rounds.speed import arranged, arranger, autocast, compiled, computing
 
 CPU = torch.device("cpu")
 IMAGES = Samples(
@@ -93,10 +93,10 @@ def test_weights_in_channels_last_are_selected_and_frozen_as_any_others():
 def test_images_take_the_layout_of_the_kernels_that_see_them():
     last = arranged(network(), config(channels_last=True))
     inputs = IMAGES.inputs
-    assert arrange(inputs, last).is_contiguous(memory_format=torch.channels_last)
-    assert arrange(inputs, network()) is inputs
+    assert arranger(last)(inputs).is_contiguous(memory_format=torch.channels_last)
+    assert arranger(network())(inputs) is inputs
     rows = torch.zeros(2, 5)
-    assert arrange(rows, last) is rows
+    assert arranger(last)(rows) is rows
 
 
 def test_settings_of_the_process_come_back():
