@@ -72,6 +72,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "board",
             "progress",
             "starter",
+            "advice_text",
             "cli",
             "__main__",
         ),

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -29,6 +29,7 @@ from edge_runtime.commandline import (
 )
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import Files
+from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 from trainer.progress import round_table, shown_progress
 
 if TYPE_CHECKING:
@@ -294,16 +295,66 @@ def check(
 ) -> None:
     """Check RECIPE and print all its keys, defaults included; train nothing."""
     config = _load(recipe, overrides, **own)
-    from trainer.config import as_dict
+    from trainer.config import as_dict, as_toml
 
     tables = as_dict(config)
     lines = [
-        f"{section}.{key} = {_toml(value)}"
+        f"{section}.{key} = {as_toml(value)}"
         for section, table in tables.items()
         for key, value in table.items()
         if value is not None
     ]
     emit({"recipe": recipe, "config": tables}, as_json=as_json, text="\n".join(lines))
+
+
+@main.command(cls=Command, epilog=EXIT_CODE_HELP)
+@_recipe_argument
+@click.option(
+    "--budget",
+    required=True,
+    metavar="SIZE",
+    help="Largest patch of a round, such as 4KB.",
+)
+@_set_option
+@_model_option
+@_data_option
+@click.option(
+    "--links",
+    metavar="MODULE:FUNCTION",
+    default="packager.report.links:link_records",
+    show_default=True,
+    help="What says how long a patch takes.",
+)
+@json_option
+def advise(
+    recipe: str | None,
+    budget: str,
+    overrides: tuple[str, ...],
+    links: str,
+    as_json: bool,
+    **own: str,
+) -> None:
+    """Say which method and knobs keep RECIPE's patches within a budget.
+
+    Nothing is trained. Best first: what changes, how large a patch is and how long it
+    takes, what is known of the accuracy and of which network, and the lines to paste.
+    """
+    config = _load(recipe, overrides, **own)
+    if not is_size(budget):
+        raise ConfigError(f"--budget is {budget!r}, expected {SIZE_WORDS}")
+    from trainer.data.sources import load_source
+    from trainer.networks.models import build_model
+    from trainer.recipe.factory import load_factory, own_code_named
+    from trainer.rounds.advice import advise as find
+
+    with own_code_named(config.model.factory, config.data.factory, links):
+        source = load_source(config.data)
+        network = build_model(config.model, source.input_shape, len(source.classes))
+        found = find(config, network, parse_size(budget), load_factory(links))
+    from trainer.advice_text import advice_text
+
+    record = {"recipe": recipe, **asdict(found)}
+    emit(record, as_json=as_json, text=advice_text(found))
 
 
 def _extend_import_path(places: Sequence[Path]) -> None:
@@ -355,9 +406,3 @@ def _kept_interrupts() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)

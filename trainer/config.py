@@ -123,6 +123,13 @@ def as_dict(config: Config) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def as_toml(value: Any) -> str:
+    """Return a value of a recipe as TOML has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
 def _keys(section: type) -> dict[str, Any]:
     """Return the fields of a section by their name in TOML."""
     return {f.metadata["toml"] or f.name: f for f in fields(section) if f.metadata}

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advice for a link holds: the lines are a recipe, and its patches are small enough."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edge_runtime.errors import ConfigError
+from packager import pack_round, read_round
+from packager.report.links import link_records
+from packager.size import patch_size
+from trainer.cli import main
+from trainer.config import as_dict, load_config, make_config
+from trainer.networks.models import build_model
+from trainer.rounds.advice import ERROR, Network, advise, block, patch_bytes
+from trainer.rounds.schedule import run_rounds
+
+ROOT = Path(__file__).parents[3]
+RECIPES, RESULTS = ROOT / "tools" / "recipes", ROOT / "tools/results/reproduction"
+BUILT_IN = ROOT / "trainer" / "recipes"
+DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 16, 16)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, ["advise", *arguments])
+
+
+def advice_for(recipe, shape, budget, *overrides):
+    config = load_config(recipe, overrides)
+    network = build_model(config.model, shape, 10)
+    return config, advise(config, network, budget, link_records)
+
+
+@pytest.mark.parametrize(
+    ("network", "run", "shape"),
+    [
+        ("mnist_mlp", "dpu_seed1", MNIST),
+        ("cifar10_vgg_small", "dpu_seed1", CIFAR),
+        ("cifar10_resnet_small", "dpu_seed1", CIFAR),
+        ("mnist_mlp", "dpu_lean_seed1", MNIST),
+        ("mnist_mlp", "dpu_lean_seed2", MNIST),
+    ],
+)
+def test_estimates_are_as_near_as_they_say_to_committed_patches(network, run, shape):
+    method = run.rpartition("_")[0]
+    config = load_config(RECIPES / network / f"{method}.toml")
+    size = Network.of(build_model(config.model, shape, 10))
+    lean, share = method == "dpu_lean", config.update.ratio
+    rounds = json.loads((RESULTS / network / f"{run}.json").read_text())["rounds"]
+    usual = 1.2 * share * size.weights  # others lead from the init weights
+    sent = [r["bytes"] for r in rounds if r["bytes"] and r["changed"] < usual]
+    assert len(sent) > 2
+    estimate = patch_bytes(size, share, lean=lean)
+    assert estimate == pytest.approx(sum(sent) / len(sent), rel=ERROR)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "digits_cnn", "mnist_mlp"])
+def test_every_candidate_is_a_recipe_by_its_block_and_by_its_options(recipe):
+    shape = MNIST if recipe == "mnist_mlp" else DIGITS
+    config, advice = advice_for(BUILT_IN / f"{recipe}.toml", shape, 20_000)
+    assert len(advice.candidates) == 3
+    for candidate in advice.candidates:
+        given = load_config(BUILT_IN / f"{recipe}.toml", candidate.sets)
+        pasted = tomllib.loads("\n".join(block(candidate)))
+        tables = as_dict(config)
+        train = tables["train"] | pasted.get("train", {})
+        whole = make_config(tables | {"update": pasted["update"], "train": train})
+        assert as_dict(given)["train"] == as_dict(whole)["train"]
+        same = as_dict(given)["update"] | {"ratio": whole.update.ratio}
+        assert same == as_dict(whole)["update"]
+
+
+def test_options_undo_what_the_recipe_has_and_a_candidate_does_not():
+    recipe = RECIPES / "mnist_mlp" / "dpu_lean.toml"
+    _, advice = advice_for(recipe, MNIST, 4000)
+    subspace = next(c for c in advice.candidates if c.name == "subspace")
+    update = load_config(recipe, subspace.sets).update
+    assert (update.method, update.narrow, update.grid) == ("subspace", False, "")
+
+
+@pytest.mark.parametrize("name", ["lean", "subspace"])
+def test_a_digits_run_by_the_advice_packs_to_no_more_than_the_budget(name, tmp_path):
+    overrides = ["run.rounds=3", "train.epochs=4", 'update.reinit="never"']
+    recipe = BUILT_IN / "digits.toml"
+    _, advice = advice_for(recipe, DIGITS, 2000, *overrides)
+    candidate = next(c for c in advice.candidates if c.name == name)
+    config = load_config(recipe, [*overrides, *candidate.sets])
+    records = run_rounds(config, tmp_path, pack=patch_size)
+    sizes = []
+    for record in records:
+        packed = pack_round(
+            read_round(tmp_path / "digits" / f"round_{record.round:02d}")
+        )
+        sizes.append(len(packed.data) if packed else 0)
+    assert any(sizes[1:])
+    assert max(sizes[1:]) <= candidate.patch
+    assert sizes[0] <= candidate.first
+
+
+def test_a_budget_below_the_dense_part_names_what_each_method_needs():
+    with pytest.raises(ConfigError, match="100 bytes") as caught:
+        advice_for(BUILT_IN / "digits.toml", DIGITS, 100)
+    text = str(caught.value.problems)
+    assert "lean" in text
+    assert "dense part alone has 3112 bytes" in text
+
+
+def test_a_method_without_room_is_refused_beside_those_that_have_it():
+    _, advice = advice_for(BUILT_IN / "digits.toml", DIGITS, 700)
+    assert [c.name for c in advice.candidates] == ["subspace"]
+    assert sorted(advice.refused) == ["dpu", "lean"]
+
+
+def test_the_command_prints_text_and_json():
+    text = invoke("digits", "--budget", "4KB").stdout
+    assert "1. lean" in text
+    assert "LoRa SF12" in text
+    found = json.loads(invoke("digits", "--budget", "4KB", "--json").stdout)
+    first = found["candidates"][0]
+    assert first["patch"] == 4000
+    assert {link["name"] for link in first["links"]} > {"LoRa SF12", "NB-IoT"}
+
+
+@pytest.mark.parametrize("arguments", [("digits", "--budget", "much"), ("digit",)])
+def test_a_size_or_recipe_that_is_none_ends_with_code_2(arguments):
+    done = invoke(*arguments)
+    assert done.exit_code == 2

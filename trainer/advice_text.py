@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advice as people read it."""
+
+import shlex
+from collections.abc import Iterator
+
+from trainer.rounds.advice import ERROR, Advice, Candidate, block
+
+
+def advice_text(advice: Advice) -> str:
+    """Return what ``dpu-train advise`` prints."""
+    network = advice.network
+    lines = [
+        f"{network.weights:,} weights and a dense part of {network.dense:,} bytes"
+        + (", with BatchNorm" if network.normed else "")
+        + f"; at most {advice.budget:,} bytes a patch"
+    ]
+    for number, candidate in enumerate(advice.candidates, 1):
+        lines += ["", f"{number}. {candidate.name}: {candidate.how}"]
+        lines += (f"   {line}" for line in _about(candidate))
+    if advice.refused:
+        lines += ["", "does not fit:"]
+        lines += [f"   {name}: {why}" for name, why in advice.refused.items()]
+    lines += [
+        "",
+        f"Shares are estimates, by up to {ERROR:.0%}; sizes are limits, which the "
+        "trainer keeps to.",
+    ]
+    return "\n".join(lines)
+
+
+def _about(candidate: Candidate) -> Iterator[str]:
+    yield f"patch    {candidate.patch:,} bytes at most; from init {candidate.first:,}"
+    if candidate.links:
+        times = (
+            f"{link['name']} {_duration(link['seconds'])}" for link in candidate.links
+        )
+        yield "takes    " + ", ".join(times)
+    yield f"known    {candidate.known}"
+    yield "recipe"
+    yield from (f"         {line}".rstrip() for line in block(candidate))
+    yield "or"
+    yield "         " + " ".join(f"--set {shlex.quote(s)}" for s in candidate.sets)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
