@@ -107,6 +107,8 @@ def make_config(
         problems += task_problems(*parts)
     if made["update"] and made["train"] and made["data"]:
         problems += _teacher_problems(made["update"], made["train"], made["data"])
+    if made["model"] and made["update"] and made["model"].deploy == "int8":
+        problems += _int8_problems(made["update"])
     if problems:
         raise ConfigError(f"{source}, {len(problems)} to mend:", problems=problems)
     return Config(**made)
@@ -239,6 +241,19 @@ def _teacher_problems(
         yield (
             f"[train] teacher is for loss cross_entropy, where answers are "
             f"probabilities of classes; this one is {loss}"
+        )
+
+
+def _int8_problems(update: UpdateConfig) -> Iterable[str]:
+    if update.method == "subspace":
+        yield (
+            "[model] deploy int8 is not for method subspace, which moves floats; "
+            f"choose one of {', '.join(m for m in METHODS if m != 'subspace')}"
+        )
+    if isinstance(update.grid, float) and not 1 <= update.grid <= 64:
+        yield (
+            "[update] grid counts int8 steps with deploy int8: expected auto, 1, 2, "
+            f"4, 8, 16, 32 or 64, found {update.grid:g}"
         )
 
 

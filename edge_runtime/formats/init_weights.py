@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Init weights: what training started from, regenerated on a device from a seed.
 
-Each tensor is one of three kinds: ``uniform`` (from the seed), ``constant``, or
-``file`` (taken from ``init.safetensors`` beside the recipe). The first deployment
-can then be a seed and a patch instead of the full weights, and a re-initialised round
-needs only what training changed.
+Each tensor is one of four kinds: ``uniform`` (from the seed), ``constant``, ``file``
+(taken from ``init.safetensors`` beside the recipe), or ``quantised``: drawn as a
+uniform one, and put on a grid of int8 whose scales lie in that file under the tensor's
+name. The first deployment can then be a seed and a patch instead of the full weights,
+and a re-initialised round needs only what training changed.
 
 Uniform values are the same bits on every CPU: raw Philox words (NumPy guarantees that
 stream), keyed by SHA-256 of seed and tensor name, to 24-bit integers, which float32
-holds exactly, times one float32 scale, which IEEE 754 rounds in one way.
+holds exactly, times one float32 scale, which IEEE 754 rounds in one way. Quantised ones
+take one division, which IEEE 754 rounds in one way too (:mod:`.int8_grid`).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
+from edge_runtime.formats.int8_grid import check_scales, to_int8
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.layout import (
     DTYPES,
@@ -40,9 +44,9 @@ from edge_runtime.formats.weights import (
 )
 from edge_runtime.limits import limits
 
-SCHEMA = 1
+SCHEMA, INT8_SCHEMA = 1, 2  # 2: with a quantised tensor
 _MAX_SEED = 1 << 128
-KINDS = ("uniform", "constant", "file")
+KINDS = ("uniform", "constant", "file", "quantised")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,13 @@ class TensorInit:
     """How one tensor starts.
 
     Attributes:
-        dtype: Safetensors type code; ``uniform`` needs ``"F32"``.
+        dtype: Safetensors type code; ``uniform`` needs ``"F32"``, ``quantised``
+            ``"I8"``.
         shape: The shape.
-        kind: ``"uniform"``, ``"constant"`` or ``"file"``.
-        value: For ``uniform`` the scale ``a`` of [-a, a); for ``constant`` the value
-            of every element. Rounded to the tensor's type when used.
+        kind: ``"uniform"``, ``"constant"``, ``"file"`` or ``"quantised"``.
+        value: For ``uniform`` and ``quantised`` the scale ``a`` of [-a, a); for
+            ``constant`` the value of every element. Rounded to the tensor's type when
+            used, of ``quantised`` to float32.
     """
 
     dtype: str
@@ -70,12 +76,18 @@ class InitSpec:
     Attributes:
         seed: Any integer; keys every uniform tensor together with its name.
         tensors: One entry a tensor of the weight file.
-        stored: The tensors of kind ``file``, by name.
+        stored: The tensors of kind ``file``, by name, and for those of kind
+            ``quantised`` the float32 scales of the slices of their first axis.
     """
 
     seed: int
     tensors: Mapping[str, TensorInit]
     stored: Mapping[str, NDArray[Any]]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a tensor is drawn and put on a grid of int8."""
+        return any(init.kind == "quantised" for init in self.tensors.values())
 
     def layout(self) -> Layout:
         """Return the layout of the weight file that this recipe generates."""
@@ -98,14 +110,21 @@ class InitSpec:
         if init.kind == "file":
             yield self.stored[tensor.name].tobytes()
             return
-        step = CHUNK_BYTES // tensor.item_size
-        words = philox(self.seed, tensor.name) if init.kind == "uniform" else None
+        step, words = CHUNK_BYTES // max(tensor.item_size, 4), None
+        if init.kind in ("uniform", "quantised"):
+            words = philox(self.seed, tensor.name)
         for start in range(0, tensor.size, step):
             count = min(step, tensor.size - start)
             if words is None:
                 yield np.full(count, init.value, DTYPES[tensor.dtype]).tobytes()
+                continue
+            values = uniform(words, count, init.value)
+            if init.kind == "quantised":
+                row = np.arange(start, start + count) // math.prod(init.shape[1:])
+                scales = self.stored[tensor.name].take(row)
+                yield to_int8(values, scales).tobytes()
             else:
-                yield uniform(words, count, init.value).tobytes()
+                yield values.tobytes()
 
 
 def philox(seed: int, name: str) -> np.random.Philox:
@@ -136,10 +155,15 @@ def write_init_spec(recipe: InitSpec, folder: str | PathLike[str]) -> None:
     folder = Path(folder)
     entries = {name: asdict(init) for name, init in recipe.tensors.items()}
     if recipe.stored:
-        types = {name: recipe.tensors[name].dtype for name in recipe.stored}
+        types = {
+            name: recipe.tensors[name].dtype
+            for name in recipe.stored
+            if recipe.tensors[name].kind == "file"
+        }
         stored = pack_weights(recipe.stored, types)
         (folder / INIT_TENSORS_NAME).write_bytes(stored.data)
-    text = json.dumps({"schema": SCHEMA, "seed": recipe.seed, "tensors": entries})
+    schema = INT8_SCHEMA if recipe.is_quantised else SCHEMA
+    text = json.dumps({"schema": schema, "seed": recipe.seed, "tensors": entries})
     (folder / INIT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -160,7 +184,7 @@ def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
         WeightsError,
         finite=False,
     )
-    record.schema(SCHEMA)
+    schema = record.schema(SCHEMA, INT8_SCHEMA)
     entries = record.record("tensors")
     if problem := limits().problem("tensors", len(entries.values), "the init recipe"):
         raise WeightsError(problem)
@@ -175,16 +199,18 @@ def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
     }
     seed = record.integer("seed", least=-_MAX_SEED, most=_MAX_SEED)
     recipe = InitSpec(seed, tensors, stored or {})
-    _check(recipe, stored)
+    _check(recipe, stored, KINDS if schema == INT8_SCHEMA else KINDS[:3])
     return recipe
 
 
-def _check(recipe: InitSpec, stored: Weights | None) -> None:
+def _check(recipe: InitSpec, stored: Weights | None, kinds: Sequence[str]) -> None:
     for name, init in recipe.tensors.items():
-        if init.kind not in KINDS or init.dtype not in DTYPES:
+        if init.kind not in kinds or init.dtype not in DTYPES:
             raise WeightsError(f"init recipe: tensor {name!r} is not valid ({init})")
         if init.kind == "uniform" and init.dtype != "F32":
             raise WeightsError(f"init recipe: uniform tensor {name!r} must be F32")
+        if init.kind == "quantised":
+            _check_quantised(name, init, recipe, stored)
         if init.kind == "file":
             found = stored.layout.by_name.get(name) if stored else None
             if found is None or (found.dtype, found.shape) != (init.dtype, init.shape):
@@ -192,3 +218,19 @@ def _check(recipe: InitSpec, stored: Weights | None) -> None:
                     f"init recipe: tensor {name!r} ({init.dtype} {list(init.shape)}) "
                     f"is missing from {INIT_TENSORS_NAME} or differs there"
                 )
+
+
+def _check_quantised(
+    name: str, init: TensorInit, recipe: InitSpec, stored: Weights | None
+) -> None:
+    if init.dtype != "I8" or not init.shape:
+        raise WeightsError(
+            f"init recipe: quantised tensor {name!r} must be I8, with an axis"
+        )
+    found = stored.layout.by_name.get(name) if stored else None
+    if found is None or (found.dtype, found.shape) != ("F32", init.shape[:1]):
+        raise WeightsError(
+            f"init recipe: the scales of {name!r} (F32 [{init.shape[0]}]) are missing "
+            f"from {INIT_TENSORS_NAME} or differ there"
+        )
+    check_scales(name, recipe.stored[name])

@@ -176,7 +176,13 @@ def test_the_resolved_recipe_survives_json(recipe):
     again = make_config(json.loads(json.dumps(as_dict(config))))
     assert again == config
     assert as_dict(config)["update"]["lambda"] == 0.5
-    model = {"name": "mlp", "factory": "", "weights": "", "hidden": [8]}
+    model = {
+        "name": "mlp",
+        "factory": "",
+        "weights": "",
+        "deploy": "float32",
+        "hidden": [8],
+    }
     assert as_dict(config)["model"] == model
 
 

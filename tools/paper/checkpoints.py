@@ -4,8 +4,10 @@
 A folder holds ``run.json`` (recipe, id and the records of all rounds), the patch of
 every round that deployed something, and ``shadow.dpu``, which leads from the init
 weights to those that are trained on unseen. Init weights, graph and data come from the
-recipe. Full updating has none: it starts from the init weights in every round, and its
-patches are as large as the network.
+recipe; where devices compute in int8 a training decided scales and ranges, and the
+graph and the recipe of the init weights lie in ``model``. Full updating has none: it
+starts from the init weights in every round, and its patches are as large as the
+network.
 """
 
 import json
@@ -20,6 +22,9 @@ from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import read_run
 from edge_runtime.formats.model_folder import (
+    GRAPH_NAME,
+    INIT_NAME,
+    INIT_TENSORS_NAME,
     MODEL_NAME,
     SHADOW_NAME,
     Outcome,
@@ -73,6 +78,13 @@ def keep(folder: Path, run_dir: Path, records: Sequence[RoundRecord]) -> None:
         (folder / SHADOW_FILE).unlink(missing_ok=True)
     run = read_run(run_dir / MODEL_NAME)
     config = records[-1].config
+    if config["model"].get("deploy") == "int8":
+        (folder / MODEL_NAME).mkdir(exist_ok=True)
+        for name in (GRAPH_NAME, INIT_NAME, INIT_TENSORS_NAME):
+            if (path := run_dir / MODEL_NAME / name).exists():
+                files.replace(
+                    folder / MODEL_NAME / name, path.read_bytes(), durable=False
+                )
     # Where the data lay is a matter of that machine.
     where = {key: value for key, value in config["data"].items() if key != "root"}
     about = {
@@ -131,7 +143,8 @@ def restore(
     """
     run_id, records = read_checkpoints(folder, config.data.root)
     config = replace(config, run=replace(config.run, id=run_id))
-    run = RestoredRun(config, runs_dir, source)
+    model = folder / MODEL_NAME
+    run = RestoredRun(config, runs_dir, source, model if model.exists() else None)
     run.write(_rounds(folder, run.init, records))
     return records
 

@@ -21,7 +21,7 @@ BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full r
 # what else is better than the paper at the same bytes.
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
-    *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010"),
+    *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010", "dpu_lean_int8"),
     *("subspace", "subspace_4k"),
     *BASELINES,
 )
@@ -58,6 +58,7 @@ COLOURS = dict(
             "#c03",
             "#280",
             "#7b3",
+            "#5cb",
             "#c80",
             "#740",
             "#e6a",

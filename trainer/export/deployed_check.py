@@ -5,7 +5,6 @@ What a model keeps outside of its state dict and changes in training was frozen 
 graph when that was exported; a weight file cannot bring it up to date.
 """
 
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +19,14 @@ from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
     GRAPH_NAME,
-    WEIGHTS_NAME,
 )
-from edge_runtime.formats.weights import Weights, write_weights
+from edge_runtime.formats.weights import Weights
 from edge_runtime.update.golden import read_golden
 from trainer.export.graph_check import (
     OUTPUT_TOLERANCE,
+    GraphSession,
     as_tuple,
     difference,
-    run_graph,
 )
 from trainer.export.network import network_weights
 from trainer.export.tensors import changed_elements
@@ -95,11 +93,7 @@ def check_answers(
         ExportError: The outputs differ by more than that, forward changes the weights,
             or ONNX Runtime refuses the graph; the message gives the cause.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, GRAPH_NAME)
-        path.write_bytes(graph)
-        write_weights(weights, Path(scratch, WEIGHTS_NAME))
-        found = run_graph(path, batch)
+    found = GraphSession(graph, weights).run(batch)
     expected = answer_of(model, batch)
     after = network_weights(model)
     if after.fingerprint != weights.fingerprint:

@@ -16,7 +16,8 @@ from edge_runtime.errors import ExportError
 from edge_runtime.formats.contract import InputSpec, OutputSpec
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
-from edge_runtime.formats.weights import write_weights
+from edge_runtime.formats.weights import Weights, write_weights
+from edge_runtime.inference.predictor import exact_session
 from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
 
 OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6
@@ -49,16 +50,13 @@ def check_graph(
     """
     _check_initializers(graph, deployed_tensors(model), layout_of(model))
     inputs = as_tuple(example, "the example")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, GRAPH_NAME)
-        path.write_bytes(graph)
-        write_weights(weights_of(model), Path(folder, WEIGHTS_NAME))
-        # Not the sizes that were traced: none may be baked in.
-        for count in (1, 3):
-            batch = resized(inputs, open_axes(inputs, takes), count, other=count > 1)
-            with torch.no_grad():
-                expected = as_tuple(model(*batch), "what forward returns")
-            _compare(run_graph(path, batch), expected, is_random)
+    session = GraphSession(graph, weights_of(model))
+    # Not the sizes that were traced: none may be baked in.
+    for count in (1, 3):
+        batch = resized(inputs, open_axes(inputs, takes), count, other=count > 1)
+        with torch.no_grad():
+            expected = as_tuple(model(*batch), "what forward returns")
+        _compare(session.run(batch), expected, is_random)
 
 
 def graph_outputs(graph: bytes) -> tuple[OutputSpec, ...]:
@@ -163,26 +161,49 @@ def _check_initializers(
             )
 
 
-def run_graph(path: Path, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
-    """Return ONNX Runtime's outputs.
+class GraphSession:
+    """A graph with weights, in ONNX Runtime."""
 
-    Raises:
-        ExportError: It refuses the graph.
-    """
-    import onnxruntime
+    def __init__(self, graph: bytes, weights: Weights) -> None:
+        """Load the graph.
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    try:
-        session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        names = [value.name for value in session.get_inputs()]
+        Args:
+            graph: The bytes of ``graph.onnx``.
+            weights: What its file of weights holds.
+
+        Raises:
+            ExportError: ONNX Runtime refuses it.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, GRAPH_NAME)
+            path.write_bytes(graph)
+            write_weights(weights, Path(folder, WEIGHTS_NAME))
+            try:
+                self._session = exact_session(onnxruntime, str(path), options)
+            except Exception as err:
+                # ONNX Runtime's exceptions have no common base of their own.
+                raise _refused(err) from err
+
+    def run(self, batch: Sequence[Tensor]) -> list[NDArray[Any]]:
+        """Return ONNX Runtime's outputs.
+
+        Raises:
+            ExportError: It refuses the inputs.
+        """
+        names = [value.name for value in self._session.get_inputs()]
         arrays = (x.numpy() for x in batch)
-        return list(session.run(None, dict(zip(names, arrays, strict=True))))
-    except Exception as err:
-        # ONNX Runtime's exceptions have no common base of their own.
-        raise ExportError(f"ONNX Runtime refuses the exported graph: {err}") from err
+        try:
+            return list(self._session.run(None, dict(zip(names, arrays, strict=True))))
+        except Exception as err:
+            raise _refused(err) from err
+
+
+def _refused(err: Exception) -> ExportError:
+    return ExportError(f"ONNX Runtime refuses the exported graph: {err}")
 
 
 def _compare(

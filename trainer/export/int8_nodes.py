@@ -27,6 +27,11 @@ _MOST = 2.0**30
 _TINY = 1e-30  # and a channel without weights and bias needs any step
 
 
+def grid_names(root: str) -> tuple[str, str]:
+    """Return the names of an activation's step and zero point in the graph."""
+    return f"{root}/step", f"{root}/zero"
+
+
 class Writer:
     """Writes the nodes anew."""
 
@@ -36,8 +41,10 @@ class Writer:
         layers: list[Layer],
         scales: Mapping[str, Floats],
         ranges: Mapping[str, tuple[np.float32, np.integer[Any]]],
+        roots: Mapping[str, str],
     ) -> None:
         self._net, self._scales, self._ranges = net, scales, ranges
+        self._roots = roots
         self._layers = {id(layer.node): layer for layer in layers}
         self._norms = {id(layer.norm) for layer in layers if layer.norm is not None}
         self._nodes: list[Any] = []
@@ -92,11 +99,10 @@ class Writer:
             self._add("DequantizeLinear", self._read(name), f"{name}/8bit", *grid)
 
     def _grid(self, name: str) -> tuple[str, str]:
-        step, zero = self._ranges[name]
-        return (
-            self._constant(f"{name}/step", step),
-            self._constant(f"{name}/zero", zero),
-        )
+        grid = grid_names(self._roots[name])
+        for constant, value in zip(grid, self._ranges[name], strict=True):
+            self._constant(constant, value)
+        return grid
 
     def _read(self, name: str) -> str:
         """Return what takes a tensor's place as an input."""
@@ -200,7 +206,7 @@ class Writer:
         self, layer: Layer, key: str, steps: str, bias: str
     ) -> tuple[str, str]:
         """Return the steps of a layer, and its bias as a whole number of them."""
-        taken = self._constant(f"{key}/input", self._ranges[layer.node.input[0]][0])
+        taken, _ = self._grid(layer.node.input[0])
         size = self._add("Abs", f"{key}/size", bias)
         part = self._add("Div", f"{key}/part", size, taken)
         share = self._add("Mul", f"{key}/share", part, self._number(1 / _MOST))

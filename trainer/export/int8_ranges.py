@@ -65,17 +65,29 @@ def measure(
             )
         is_input = any(value.name == activation.root for value in graph.graph.input)
         growth = 1 if is_input else 1 + HEADROOM
+        low, high = low * growth, high * growth
+        # A bound that is reached stays one exactly: no Clip is needed then.
+        exact = is_input or low <= activation.low < 0 or high >= activation.high
         found[name] = _steps(
-            max(low * growth, activation.low), min(high * growth, activation.high)
+            max(low, activation.low), min(high, activation.high), exact=exact
         )
     return found
 
 
-def _steps(low: float, high: float) -> tuple[np.float32, np.integer[Any]]:
-    """Return step and zero point of 256 values; 0 is always one of them, exactly."""
+def _steps(
+    low: float, high: float, *, exact: bool
+) -> tuple[np.float32, np.integer[Any]]:
+    """Return step and zero point of 256 values; 0 is always one of them, exactly.
+
+    Unless it has to be exact, the step is rounded up to three significant bits: other
+    weights whose activations go about as far have the same, and a patch is smaller.
+    """
     low, high = min(low, 0.0), max(high, 0.0)
     step = np.float32((high - low) / 255) or np.float32(1 / 255)
-    while step * np.float32(255) > np.float32(high - low) > 0:
+    if not exact:
+        mantissa, exponent = np.frexp(step)
+        step = np.ldexp(np.ceil(mantissa * np.float32(8)), exponent - 3)
+    while exact and step * np.float32(255) > np.float32(high - low) > 0:
         step = np.nextafter(step, np.float32(0))  # so that a Clip is not needed more
     return step, np.uint8(round(-low / float(step)))
 

@@ -177,6 +177,12 @@ class ModelConfig:
     weights: str = _key(
         "file with pretrained weights: safetensors, or a torch state dict", default=""
     )
+    deploy: str = _key(
+        "what devices compute in; int8: weights are int8 there, a quarter of the file, "
+        "and so is what is computed",
+        _one_of("float32", "int8"),
+        default="float32",
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -265,7 +271,8 @@ class UpdateConfig:
     )
     grid: float | str = _key(
         "new values of selected weights are multiples of this power of two; auto: of "
-        "one for each tensor and round, half of how far its selected weights moved",
+        "one for each tensor and round, half of how far its selected weights moved. "
+        "With deploy int8 of int8 steps, from 1 to 64",
         _GRID,
         default="",
     )

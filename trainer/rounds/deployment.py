@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run deploys once: the network's graph, its init weights, its contract."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from edge_runtime.update.metrics import Metric
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
+from trainer.export.int8 import (
+    DeviceForm,
+    quantised_init,
+    weight_scales,
+)
+from trainer.export.int8_graph import graph_scales
 from trainer.folder.write import make_contract, write_model
 from trainer.parallel import by_first
 from trainer.recipe.schema import Config
@@ -40,12 +46,16 @@ class Deployment:
     Attributes:
         recipe: What regenerates the init weights.
         graph: The bytes of ``graph.onnx``.
-        init: The init weights.
+        init: The init weights, as they train.
+        plain: The same network's graph in float32; ``graph``, where devices have that.
+        form: How weights lie on a device.
     """
 
     recipe: InitSpec
     graph: bytes
     init: Weights
+    plain: bytes
+    form: DeviceForm = field(default_factory=DeviceForm)
 
 
 def make_deployment(
@@ -62,19 +72,53 @@ def make_deployment(
             export_graph(build(), example),
         )
     )
-    return Deployment(recipe, graph, recipe.generate())
+    return Deployment(recipe, graph, recipe.generate(), graph)
 
 
-def read_deployment(run_dir: Path) -> Deployment:
+def in_int8(
+    plain: Deployment, names: Iterable[str], trained: Weights, inputs: Tensor
+) -> Deployment:
+    """Return what is deployed of the same network where its weights are int8.
+
+    Args:
+        plain: The network in float32.
+        names: Of the tensors that are int8.
+        trained: Weights as training makes them: what they reach says the scales.
+        inputs: Prepared samples, the same in all rounds: activations are measured on
+            them.
+
+    Raises:
+        ExportError: The network cannot be quantised.
+    """
+    scales = weight_scales(names, plain.init, trained)
+    form = DeviceForm(scales, plain.graph, inputs)
+    recipe = by_first(lambda: quantised_init(plain.recipe, form))
+    graph = by_first(lambda: form.graph(form.on_grid(trained)))
+    return Deployment(recipe, graph, form.decode(recipe.generate()), plain.graph, form)
+
+
+def read_deployment(
+    folder: Path, build: Callable[[], nn.Module], example: Tensor, inputs: Tensor
+) -> Deployment:
     """Read what a run deploys from its model folder.
+
+    Args:
+        folder: The folder.
+        build: Builds the network; exported again where devices have it in int8.
+        example: As for :func:`make_deployment`.
+        inputs: As for :func:`in_int8`.
 
     Raises:
         OSError: The folder is incomplete.
         WeightsError: The init recipe is malformed.
+        ExportError: The network cannot be deployed weight for weight.
     """
-    folder = run_dir / MODEL_NAME
-    recipe = read_init_spec(folder)
-    return Deployment(recipe, (folder / GRAPH_NAME).read_bytes(), recipe.generate())
+    recipe, graph = read_init_spec(folder), (folder / GRAPH_NAME).read_bytes()
+    form, plain = DeviceForm(), graph
+    if scales := graph_scales(graph):
+        plain = by_first(lambda: export_graph(build(), example))
+        form = DeviceForm(scales, plain, inputs)
+    return Deployment(recipe, graph, form.decode(recipe.generate()), plain, form)
 
 
 def check_run_id(run_dir: Path, wanted: str) -> None:
@@ -222,9 +266,9 @@ def write_deployment(
         )
         return
     check_run_id(run_dir, run_id)
-    found = read_deployment(run_dir)
-    same = found.graph == deployment.graph
-    same &= found.init.fingerprint == deployment.init.fingerprint
+    found = read_init_spec(folder).generate()
+    same = (folder / GRAPH_NAME).read_bytes() == deployment.graph
+    same &= found.fingerprint == deployment.recipe.generate().fingerprint
     if not same or parse_contract((folder / CONTRACT_NAME).read_bytes()) != contract:
         raise ConfigError(
             f"{folder} was written for another recipe; choose another run.name, or "

@@ -23,7 +23,11 @@ class RestoredRun:
     """A run folder that grows by rounds that were trained elsewhere."""
 
     def __init__(
-        self, config: Config, runs_dir: str | PathLike[str], source: DataSource
+        self,
+        config: Config,
+        runs_dir: str | PathLike[str],
+        source: DataSource,
+        model: Path | None = None,
     ) -> None:
         """Load the data, draw the init weights and export the graph.
 
@@ -31,18 +35,20 @@ class RestoredRun:
             config: The run's recipe, with its ``run.id``.
             runs_dir: Folder of the runs.
             source: The recipe's data set.
+            model: Folder with the graph and the init recipe, of a run whose training
+                decided them (int8); by default they follow from the recipe.
 
         Raises:
             ConfigError: The data set is too small for the recipe.
             ExportError: The network cannot be deployed weight for weight.
         """
         self.path = Path(runs_dir) / config.run.name
-        self._run = Run(config, self.path, lambda _: None, new=True, source=source)
+        self._run = Run(config, self.path, lambda _: None, model=model, source=source)
 
     @property
     def init(self) -> Weights:
-        """The init weights, where every chain of patches begins."""
-        return self._run.init
+        """The init weights as devices have them, where chains of patches begin."""
+        return self._run.form.encode(self._run.init)
 
     def write(
         self, rounds: Iterator[tuple[RoundRecord, Weights, Weights | None]]
@@ -53,7 +59,7 @@ class RestoredRun:
 
         Args:
             rounds: For each its record, the deployed weights, and those that are
-                trained on unseen, if any.
+                trained on unseen, if any; as devices have them.
 
         Raises:
             ConfigError: The folder has rounds already.
@@ -68,5 +74,5 @@ class RestoredRun:
                 )
             for record, weights, shadow in rounds:
                 if not record.round:
-                    self._run.write_deployment(weights)
+                    self._run.write_deployment(self._run.form.decode(weights))
                 write_round(self.path, record, weights, {}, [], shadow)

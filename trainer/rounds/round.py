@@ -24,17 +24,21 @@ from trainer.config import as_dict
 from trainer.data.samples import DataSource, batches, split_source
 from trainer.data.sources import load_source
 from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
+from trainer.export.int8 import DeviceForm, DeviceNetwork
 from trainer.export.tensors import changed_elements, load_weights
 from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, read_shadow_terms, write_round
+from trainer.method.updater import is_weight
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
 from trainer.recipe.schema import PARTIAL_METHODS, Config, UpdateConfig
 from trainer.recipe.task import device_metric
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
+    Deployment,
     bound_of,
     contract_of,
+    in_int8,
     make_deployment,
     read_deployment,
     write_deployment,
@@ -42,8 +46,11 @@ from trainer.rounds.deployment import (
 from trainer.rounds.loop import choose_device, evaluate
 from trainer.rounds.methods import check_names, train_round
 from trainer.rounds.objective import Judge, check_objective, judge_of
+from trainer.rounds.rounding import FLOAT32_BITS
 from trainer.rounds.subspace import regenerated
 from trainer.rounds.training import Masks, Pack, RoundTraining, is_full
+
+CALIBRATION_SAMPLES = 256  # that say the ranges of activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +117,19 @@ class Run:
         run_dir: Path,
         progress: Report,
         *,
-        new: bool,
+        model: Path | None = None,
         pack: Pack | None = None,
         source: DataSource | None = None,
     ) -> None:
         """Load the data, unless given; draw init and export the graph of a new run.
+
+        Args:
+            config: The recipe.
+            run_dir: The run's folder.
+            progress: Called after every epoch and after every round.
+            model: The run's model folder, where it is there.
+            pack: As for :func:`run_rounds`.
+            source: Likewise.
 
         Raises:
             ConfigError: The data set is too small.
@@ -125,7 +140,11 @@ class Run:
         self.run_dir = run_dir
         self._progress = progress
         # One size for all processes, as what they do next depends on it.
-        self._pack = pack and (lambda *ends: by_first(lambda: pack(*ends)))
+        self._pack = pack and (
+            lambda base, target, *terms: by_first(
+                lambda: pack(self.form.encode(base), self.form.encode(target), *terms)
+            )
+        )
         self.device = choose_device(config.train.device)
         with first_before_others():
             self._source = source or load_source(config.data)
@@ -146,16 +165,24 @@ class Run:
         check_objective(self.build(), self._pool, config, self._source.classes)
         check_names(self.build(), config.update)
         # Before any training: a network that cannot be deployed fails at once.
+        example = self._golden_inputs()
         self._deployment = (
-            make_deployment(self.build, self._golden_inputs(), seed=seed)
-            if new
-            else read_deployment(run_dir)
+            read_deployment(model, self.build, example, self._calibration())
+            if model
+            else make_deployment(self.build, example, seed=seed)
         )
+        if not model and config.model.deploy == "int8":
+            self._deployment = self._in_int8()
 
     @property
     def init(self) -> Weights:
-        """The init weights."""
+        """The init weights, as they train."""
         return self._deployment.init
+
+    @property
+    def form(self) -> DeviceForm:
+        """How weights lie on a device."""
+        return self._deployment.form
 
     def build(self) -> nn.Module:
         """Build the network, with the initialisation of its modules."""
@@ -180,7 +207,9 @@ class Run:
         """
         init, update = self._deployment.init, self.config.update
         folder = self.run_dir / round_name(number - 1)
-        deployed = read_weights(folder / WEIGHTS_NAME) if records else init
+        deployed, form = init, self.form
+        if records:
+            deployed = form.decode(read_weights(folder / WEIGHTS_NAME))
         before, name = self._judge.worst, self._judge.name
         if records:
             before = records[-1].metrics[f"val_{name}"]
@@ -188,7 +217,7 @@ class Run:
                 (deployed.fingerprint, "validation"): before,
                 (deployed.fingerprint, "test"): records[-1].metrics[f"test_{name}"],
             }
-        fresh = init if reinitialise else read_shadow(folder)
+        fresh = init if reinitialise else self._shadow(folder)
         self._unseen = read_shadow_terms(folder, len(init)) if fresh is not init else ()
         attempts = list(self._attempts(number, deployed, before, fresh))
         attempt = attempts[-1]
@@ -203,6 +232,7 @@ class Run:
             **{f"val_{k}": value for k, value in attempt.training.values.items()},
             **_counts(start, target, attempt.masks),
             **{f"grid_{n}": s for n, s in attempt.training.form.form.steps.items()},
+            **self._beside_device(target),
         }
         if len(attempts) > 1:
             metrics["val_reinit"] = attempts[0].training.values["best"]
@@ -225,7 +255,7 @@ class Run:
             round=number,
             counter=number,
             outcome=Outcome.UPDATED if attempt.new else Outcome.KEPT_BASE,
-            parent=start.fingerprint,
+            parent=form.encode(start).fingerprint,
             method="fu" if is_full(self.config, number) else update.method,
             ratio=None if everything else ratio,
             tried_reinit=reinitialise,
@@ -246,10 +276,10 @@ class Run:
             lambda: write_round(
                 self.run_dir,
                 record,
-                target,
+                form.encode(target),
                 masks,
                 epochs,
-                shadow,
+                form.encode(shadow) if shadow else None,
                 terms=attempt.terms if attempt.new else (),
                 shadow_terms=attempts[0].terms if shadow else (),
             )
@@ -308,7 +338,7 @@ class Run:
         new, missed = None, None
         is_new = best.fingerprint not in (start.fingerprint, parent.fingerprint)
         if is_new and self._judge.no_worse(training.values["best"], floor):
-            missed = self._missed(model)
+            missed = self._missed(best)
             new = best if missed is None else None
         waits, origin = 0, "init" if from_init else "deployed"
         if start is not parent:
@@ -321,14 +351,14 @@ class Run:
             training, parent, masks, best, new, missed, waits, epochs, terms
         )
 
-    def _missed(self, model: nn.Module) -> float | None:
+    def _missed(self, weights: Weights) -> float | None:
         """Return what the golden samples give where that is short of the bound."""
         metric = device_metric(self.config.data, self.config.train)
         bound = bound_of(self.config, self.run_dir)
         no_device = self.config.update.chain == "paper"
         if metric is None or bound is None or no_device:
             return None
-        value = self._golden_value(model, metric)
+        value = self._golden_value(weights, metric)
         return None if metric.reaches(value, bound) else value
 
     def _size(self, base: Weights, target: Weights, terms: Sequence[Term]) -> int:
@@ -353,16 +383,42 @@ class Run:
     def _teacher(self, number: int) -> nn.Module:
         """Return what full updating gives in this round, which no device gets."""
         if number not in self._teachers:
-            init, update = self._deployment.init, UpdateConfig(method="fu")
-            train = replace(self.config.train, teacher="none")
-            config = replace(self.config, update=update, train=train)
-            model = self._network(init)
-            training = self._prepare(model, number, init, config, from_init=True)
-            train_round(training, config)
-            load_weights(model, training.best or init)
             self._teachers.clear()
-            self._teachers[number] = model
+            self._teachers[number] = self._fully_updated(number)
         return self._teachers[number]
+
+    def _fully_updated(self, number: int) -> nn.Module:
+        """Train every weight from the init weights, with the data of a round."""
+        train = replace(self.config.train, teacher="none")
+        config = replace(self.config, update=UpdateConfig(method="fu"), train=train)
+        return self._network(self._as_float(number, config))
+
+    def _as_float(self, number: int, config: Config) -> Weights:
+        """Return what a recipe makes of the init weights, whatever is deployed."""
+        init = self._deployment.init
+        model = self._network(init)
+        training = self._prepare(model, number, init, config, from_init=True)
+        if config.train.teacher == "full":
+            training.teacher = self._teacher(number)
+        train_round(training, config)
+        return training.best or init
+
+    def _in_int8(self) -> Deployment:
+        """Settle scales and ranges by a training in float32, with round_00's data.
+
+        With as few weights as any round has: the fewer, the farther they move.
+        """
+        config = replace(self.config, update=calibrating(self.config.update))
+        trained = self._as_float(0, config)
+        named = self.build().named_parameters()
+        names = [n for n, p in named if is_weight(n, p) and p.dtype == torch.float32]
+        return in_int8(self._deployment, names, trained, self._calibration())
+
+    def _calibration(self) -> Tensor:
+        """Return the prepared inputs that say the ranges of activations."""
+        samples = self._pool[: min(self.split.size_at(0), CALIBRATION_SAMPLES)]
+        (inputs, _), *_ = batches(samples, len(samples))
+        return inputs.cpu()
 
     def _network(self, weights: Weights) -> nn.Module:
         """Build the network anew, with these weights."""
@@ -370,14 +426,40 @@ class Run:
         load_weights(model, weights)
         return model
 
+    def _on_device(self, weights: Weights) -> nn.Module:
+        """Return what answers as a device with these weights."""
+        if not self.form.is_int8:
+            return self._network(weights)
+        return DeviceNetwork(self._deployment.graph, self.form.encode(weights))
+
     def _value(self, weights: Weights, which: str) -> float:
-        """Return how good weights are on samples by name, measured at most once."""
+        """Return how good weights are on samples by name, measured at most once.
+
+        On validation as they train, which chooses; on test as a device answers.
+        """
         key = weights.fingerprint, which
         if key not in self._values:
-            samples = {"validation": self._validation, "test": self._test}[which]
-            network = self._network(weights)
+            test = which == "test"
+            samples = self._test if test else self._validation
+            network = self._on_device(weights) if test else self._network(weights)
             self._values[key] = evaluate(network, samples, self._judge)
         return self._values[key]
+
+    def _shadow(self, folder: Path) -> Weights | None:
+        """Return the weights that a round trained unseen, as they train."""
+        shadow = read_shadow(folder)
+        return shadow and self.form.decode(shadow)
+
+    def _beside_device(self, weights: Weights) -> dict[str, float]:
+        """Return what is measured on the other side: what int8 costs shows here."""
+        if not self.form.is_int8:
+            return {}
+        device, network = self._on_device(weights), self._network(weights)
+        name, judge = self._judge.name, self._judge
+        return {
+            f"device_val_{name}": evaluate(device, self._validation, judge),
+            f"float_test_{name}": evaluate(network, self._test, judge),
+        }
 
     def _check_answers(self, model: nn.Module, weights: Weights) -> None:
         """Prove that a device will answer as the trained network does.
@@ -385,7 +467,7 @@ class Run:
         Raises:
             ExportError: It would not.
         """
-        graph, inputs = self._deployment.graph, self._golden_inputs()
+        graph, inputs = self._deployment.plain, self._golden_inputs()
         by_first(lambda: check_answers(model, weights, graph, [inputs]))
 
     def _golden_inputs(self) -> Tensor:
@@ -419,6 +501,7 @@ class Run:
             from_init=from_init,
             fresh=start is self._deployment.init,
             start_value=self._values.get((start.fingerprint, "validation")),
+            scales=self.form.scales,
             augmentation=None if augment == "none" else move,
             on_epoch=report if config is self.config else lambda _epoch: None,
         )
@@ -437,9 +520,10 @@ class Run:
             Progress(number, run.rounds, phase, epoch, epochs, record, metrics)
         )
 
-    def _golden_value(self, model: nn.Module, metric: Metric) -> float:
+    def _golden_value(self, weights: Weights, metric: Metric) -> float:
         """Return the devices' metric on the samples that they have."""
         golden = self._validation[:GOLDEN_SAMPLES]
+        model = self._on_device(weights)
         return evaluate(model, golden, Judge(metric.name, metric.higher, metric))
 
     def write_deployment(self, target: Weights) -> None:
@@ -449,13 +533,27 @@ class Run:
             self.config,
             self._source,
             golden,
-            lambda metric: self._golden_value(self._network(target), metric),
+            lambda metric: self._golden_value(target, metric),
         )
         by_first(
             lambda: write_deployment(
                 self.run_dir, self._deployment, contract, golden, self.config.run.id
             )
         )
+
+
+def calibrating(update: UpdateConfig) -> UpdateConfig:
+    """Return the section by which a training says how far weights will move."""
+    return replace(
+        update,
+        first="partial",
+        first_ratio=0.0,
+        budget="",
+        first_budget="",
+        grid="",
+        dense_grid="",
+        mantissa_bits=FLOAT32_BITS,
+    )
 
 
 def _with_changes(masks: Masks, parent: Weights, target: Weights) -> Masks:

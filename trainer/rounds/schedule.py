@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.model_folder import list_rounds
+from edge_runtime.formats.model_folder import MODEL_NAME, list_rounds
 from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord, read_round_record
@@ -96,7 +96,8 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
         stack.enter_context(computing(config.train, choose_device(device)))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         report = _calling(progress, on_epoch, on_round)
-        run = Run(config, run_dir, report, new=not records, pack=pack, source=source)
+        model = run_dir / MODEL_NAME if records else None
+        run = Run(config, run_dir, report, model=model, pack=pack, source=source)
         for number in range(len(records), config.run.rounds):
             samples = run.split.size_at(number)
             reinitialise = _must_reinitialise(config, records, samples)

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
 from edge_runtime.update.metrics import Metric, Sums
 from trainer.data.samples import Samples, batch_sizes, batches, generator
+from trainer.export.int8 import Scales
 from trainer.export.tensors import load_weights, weights_of
 from trainer.method.batchnorm import FoldedBatchNorm
 from trainer.method.subspace import Movement
@@ -33,7 +35,7 @@ from trainer.rounds.loop import (
     train_epoch,
 )
 from trainer.rounds.objective import Loss, judge_of, loss_of
-from trainer.rounds.rounding import Form, RoundForm
+from trainer.rounds.rounding import RoundForm
 from trainer.rounds.speed import arranged, autocast, compiled
 from trainer.rounds.teacher import Teacher, taught_loss
 from trainer.trees import leaves
@@ -81,6 +83,7 @@ class RoundTraining:
         from_init: bool = True,
         fresh: bool = True,
         start_value: float | None = None,
+        scales: Scales = MappingProxyType({}),
         augmentation: Callable[..., Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
@@ -94,6 +97,7 @@ class RoundTraining:
             from_init: Whether devices update from the init weights.
             fresh: Whether the start weights are the init weights.
             start_value: Of the start weights on validation, where it is known.
+            scales: Of the tensors that are int8 on the device.
             augmentation: Makes the augmentation of an epoch from a random stream, the
                 sizes of its batches, and where they are.
             on_epoch: Called with the record of every epoch when it is over.
@@ -110,7 +114,11 @@ class RoundTraining:
         self._taught_by: Teacher | None = None
         whole = config.update.method == "fu" or is_full(config, number)
         self.form = RoundForm(
-            model, config.update, self.dense.is_selectable, grid=not whole
+            model,
+            config.update,
+            self.dense.is_selectable,
+            grid=not whole,
+            scales=scales,
         )
         self._train, self._validation = samples
         self.judge, self.loss = judge_of(config), loss_of(config)
@@ -303,7 +311,7 @@ class RoundTraining:
     @contextmanager
     def _as_deployed(self) -> Iterator[Weights | None]:
         """Give the model the values that a device would get, and then its own back."""
-        if self.form.form == Form() and self._norms is None:
+        if self.form.form.is_exact and self._norms is None:
             yield None
             return
         exact = weights_of(self.model)

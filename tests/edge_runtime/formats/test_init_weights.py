@@ -66,7 +66,7 @@ def test_a_recipe_survives_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(schema=2), "schema 2"),
+        (lambda r: r.update(schema=3), "schema 3"),
         (lambda r: r.pop("seed"), "malformed"),
         (lambda r: r["tensors"]["w"].update(dtype="F64"), "must be F32"),
         (lambda r: r["tensors"]["w"].update(kind="normal"), "not valid"),

@@ -69,6 +69,21 @@ def test_a_device_that_gets_the_patches_measures_what_the_trainer_did(
         assert row.device == pytest.approx(100 * record.metrics["test_accuracy"])
 
 
+def test_an_int8_run_is_restored_and_replayed_with_the_scales_it_was_trained_with(
+    source, tmp_path
+):
+    knobs = ["model.deploy=int8", "train.epochs=1", "run.rounds=2"]
+    small = load_config(RECIPE, knobs, name="kept")
+    records = run_rounds(small, tmp_path / "runs", source=source)
+    keep(tmp_path / "kept", tmp_path / "runs" / "kept", records)
+    (tmp_path / "work").mkdir()
+    rows = list(replay(tmp_path / "kept", small, source, tmp_path / "work"))
+    assert rows
+    for row in rows:
+        assert row.equal
+        assert row.device == pytest.approx(row.test)
+
+
 @pytest.mark.parametrize("change", ["damaged", "exchanged", "record"])
 def test_checkpoints_that_were_changed_are_refused(run, source, tmp_path, change):
     kept = shutil.copytree(run[0], tmp_path / "kept")
