@@ -196,6 +196,8 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
             yield "[update] mantissa_bits 23 it is with subspace: all weights move"
     elif (section.coefficients, section.bits, section.taps) != (8192, 1, 2):
         yield "[update] coefficients, bits and taps are for method subspace only"
+    if section.gradual and section.method != "pruning":
+        yield "[update] gradual is for method pruning only"
     if section.tensors and section.method != "named":
         yield "[update] tensors is for method named only"
     if section.method == "named" and not section.tensors and section.dense != "train":

@@ -111,6 +111,7 @@ def test_says_what_is_wrong(section, keys, expected):
         ),
         ("update", {"fold_batchnorm": True, "dense": "freeze"}, "needs dense train"),
         ("update", {"tensors": "a.*"}, "tensors is for method named only"),
+        ("update", {"gradual": True}, "gradual is for method pruning only"),
         ("update", {"method": "named", "dense": "freeze"}, "tensors names what trains"),
         ("train", {"teacher": "self", "loss": "mse"}, "teacher is for loss cross_ent"),
         ("update", {"mantissa_bits": 8}, "should be 23, 10 or 7"),

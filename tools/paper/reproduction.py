@@ -24,6 +24,9 @@ VARIANTS = (
     *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010", "dpu_lean_int8"),
     *("subspace", "subspace_4k"),
     *BASELINES,
+    # Fair references: full updating distilled from itself, more samples by moving them,
+    # and a pruning that does not cut layers off.
+    *("fu_taught", "fu_shift", "dpu_lean_shift", "pruning_gradual"),
 )
 EIGHT_BITS = "fu_8bit"  # full updating, rounded
 # Mean accuracy difference to full updating over all rounds, points.
@@ -65,6 +68,7 @@ COLOURS = dict(
             "#099",
             "#f50",
             "#5b5",
+            *("#222", "#88a", "#a06", "#b84"),
             "#999",
         ),
         strict=True,

@@ -230,6 +230,11 @@ class UpdateConfig:
         _REINIT,
         default="auto",
     )
+    gradual: bool = _key(
+        "pruning only: ever fewer weights are left through the first phase, at its "
+        "first learning rate; otherwise all at once at its end",
+        default=False,
+    )
     first: str = _key(
         "how round_00 is made: partial, as every other round (the paper), or full: "
         "every weight trains, and the bundle carries them all",

@@ -28,6 +28,9 @@ from trainer.rounds.training import (
     new_updater,
 )
 
+# Of the epochs of the first phase: where gradual pruning begins and ends.
+PRUNED_FROM, PRUNED_TO = 0.1, 0.8
+
 
 def train_round(
     training: RoundTraining, config: Config, pack: Pack | None = None
@@ -49,7 +52,7 @@ def train_round(
     if update.method == "fu" or is_full(config, training.number):
         return _full(training, epochs)
     if update.method == "pruning":
-        return _pruned(training, epochs, update.ratio)
+        return _pruned(training, epochs, update.ratio, gradual=update.gradual)
     if update.method in ("fisher", "rpu", "named"):
         return _fixed(training, epochs, update.method)
     if update.method == "subspace":
@@ -150,15 +153,16 @@ def _full(training: RoundTraining, epochs: int) -> Masks:
     return _everything(training.model)
 
 
-def _pruned(training: RoundTraining, epochs: int, ratio: float) -> Masks:
+def _pruned(
+    training: RoundTraining, epochs: int, ratio: float, *, gradual: bool
+) -> Masks:
     """Train fully, keep the largest weights, zero the rest, fine-tune."""
-    training.run_phase("full", epochs, keep=False)
-    scores = magnitude_scores(_weights(training.model))
-    k = int(ratio * sum(score.numel() for score in scores.values()))
-    masks = select_top_k(scores, k)
-    with torch.no_grad():
-        for name, weight in _weights(training.model).items():
-            weight.masked_fill_(~masks[name], 0.0)
+    if gradual:
+        _prune_in_training(training, epochs, ratio)
+    else:
+        training.run_phase("full", epochs, keep=False)
+    masks = _largest(training.model, ratio)
+    _zero_others(training.model, masks)
     # The base of this updater is the pruned network: what it freezes stays zero.
     updater = PartialUpdater(training.model.named_parameters())
     updater.attach(training.optimizer).select(masks=masks)
@@ -166,6 +170,43 @@ def _pruned(training: RoundTraining, epochs: int, ratio: float) -> Masks:
     training.run_phase("sparse", epochs, keep=True)
     updater.finish()
     return _everything(training.model)
+
+
+def _prune_in_training(training: RoundTraining, epochs: int, ratio: float) -> None:
+    """Train fully, while ever fewer weights are left; the rest stays zero.
+
+    From a tenth of the epochs to eight the share falls as a cube, as Zhu and Gupta
+    (2017) have it. Each epoch is a phase of its own: the learning rate stays high, or
+    weights could not move to where others were taken.
+    """
+    model, masks = training.model, dict[str, Tensor]()
+
+    def zero(*_: object) -> None:
+        _zero_others(model, masks)
+
+    handle = training.optimizer.register_step_post_hook(zero)
+    try:
+        for epoch in range(epochs):
+            left = 1 - (epoch / epochs - PRUNED_FROM) / (PRUNED_TO - PRUNED_FROM)
+            share = ratio + (1 - ratio) * min(max(left, 0.0), 1.0) ** 3
+            masks |= _largest(model, share)
+            zero()
+            training.run_phase("full", 1, keep=False)
+    finally:
+        handle.remove()
+
+
+def _largest(model: nn.Module, ratio: float) -> Masks:
+    """Return masks of the largest weights of all."""
+    scores = magnitude_scores(_weights(model))
+    total = sum(score.numel() for score in scores.values())
+    return select_top_k(scores, int(ratio * total))
+
+
+@torch.no_grad()
+def _zero_others(model: nn.Module, masks: Masks) -> None:
+    for name, weight in _weights(model).items():
+        weight.masked_fill_(~masks[name], 0.0)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

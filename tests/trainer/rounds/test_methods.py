@@ -226,6 +226,25 @@ def test_pruning_leaves_the_ratio_of_the_weights_and_zeroes_the_rest():
     assert left == int(0.3 * 1776)
 
 
+def test_gradual_pruning_takes_weights_epoch_by_epoch_at_the_first_rate():
+    config = config_of("pruning", ratio=0.3, update={"gradual": True}, epochs=6)
+    training, left = prepare(config), []
+
+    def count(_epoch):
+        named = dict(training.model.named_parameters())
+        left.append(
+            sum(int(named[n].count_nonzero()) for n in ("1.weight", "3.weight"))
+        )
+
+    training._on_epoch = count
+    masks = train_round(training, config)
+    full = [e for e in training.epochs if e["phase"] == "full"]
+    assert [e["lr"] for e in full] == [config.train.lr] * 6
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[2] > left[5] == left[-1] == int(0.3 * 1776)
+    assert sum(int((training.best[n] != 0).sum()) for n in masks) == left[-1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_epoch_is_kept_where_it_is_strictly_better(method):
     training, _, _ = trained(config_of(method))
