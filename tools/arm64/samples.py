@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the emulated device is given: two networks, their bundles and their patches.
+"""What the emulated device is given: three networks, their bundles and their patches.
 
     python -m tools.arm64.samples FOLDER
 
-``digits`` is the demo's network with all its rounds. ``mobilenet`` is MobileNetV2 for
+``digits`` is the demo's network with all its rounds, ``int8`` a convolutional one that
+computes in int8 on the device. ``mobilenet`` is MobileNetV2 for
 224x224 images, of a size that people do run on a board of 512 MB; it is hardly trained,
 which changes neither memory nor bits. This is a program of its own because it needs
 torch, whose memory would hide that of what is measured.
@@ -22,7 +23,7 @@ from edge_runtime.commandline import CONTEXT, Command, say
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
 from tools.wheels import CHECKOUT
 
-NAMES = ("digits", "mobilenet")
+NAMES = ("digits", "int8", "mobilenet")
 GOLDEN = 2  # images of mobilenet: each takes seconds under emulation
 RATIO = 0.01
 
@@ -78,6 +79,23 @@ def _sources() -> str:
             if path.suffix in (".py", ".toml"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def make_int8(run: Path) -> None:
+    """Train three rounds of the CNN for digits in int8, and pack them."""
+    from packager import build_bundle, pack_round, read_round, write_file
+    from trainer import load_config, run_rounds
+
+    config = load_config(
+        "digits_cnn",
+        ['model.deploy="int8"', f'run.name="{run.name}"', "run.rounds=3"],
+    )
+    for record in run_rounds(config, run.parent):
+        round_ = read_round(run / round_name(record.round))
+        if record.round == 0:
+            write_file(build_bundle(round_).data, run / "round_00.bundle.zip")
+        elif packed := pack_round(round_):
+            write_file(packed.data, run / f"round_{record.round:02d}.dpu")
 
 
 def make_mobilenet(run: Path) -> None:
@@ -140,7 +158,8 @@ def main(folder: Path, name: str) -> None:
 
         demo.main(["--folder", str(folder / name), "--json"])
     else:
-        make_mobilenet(folder / name / "runs" / name)
+        make = make_int8 if name == "int8" else make_mobilenet
+        make(folder / name / "runs" / name)
 
 
 if __name__ == "__main__":
