@@ -87,7 +87,7 @@ def make_int8(run: Path) -> None:
     from trainer import load_config, run_rounds
 
     config = load_config(
-        "digits_cnn",
+        CHECKOUT / "trainer" / "recipes" / "digits_cnn.toml",
         ['model.deploy="int8"', f'run.name="{run.name}"', "run.rounds=3"],
     )
     for record in run_rounds(config, run.parent):
