@@ -197,6 +197,7 @@ def _label(name: str, x: float, y: float, taken: list[_Box]) -> str:
         for box in boxes
         if box.left >= LEFT
         and box.right <= WIDTH
+        and box.bottom <= HEIGHT - BOTTOM + 8  # the axis has words of its own
         and not any(box.meets(other) for other in taken)
     )
     box = next(free, boxes[0])

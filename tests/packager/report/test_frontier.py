@@ -101,3 +101,14 @@ def test_names_that_would_meet_stand_apart():
     ]
     (x1, y1), (x2, y2) = places
     assert abs(x1 - x2) > 20 or abs(y1 - y2) > 11
+
+
+def test_a_name_at_the_lower_edge_stays_out_of_the_axis_words():
+    near = [point(str(size), size, -0.2) for size in (1400, 4500, 6600, 11800)]
+    near.append(point("behind", 16800, -0.8))  # where the other name could be
+    far = [point("random", 18000, -9), point("pruning", 35000, -12)]
+    root = ET.fromstring(to_svg(frontier_chart("x", near + far, unit="points")))
+    texts = {text.text: text for text in root.findall("{*}text")}
+    axis = float(texts["2 kB"].get("y"))
+    for name in ("pruning -12.0", "random -9.0"):
+        assert float(texts[name].get("y")) < axis - 11
