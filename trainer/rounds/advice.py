@@ -215,8 +215,8 @@ def _subspace(config: Config, model: nn.Module, network: Network, budget: int) -
         first,
         f"{count} coefficients of 1 bit move all weights; the size is exact before "
         "training",
-        "MNIST MLP: 0.9 points below full updating at 1.4 kB and 0.2 at 4.5 kB (two "
-        "seeds, rounds 0-23, the first of 20 kB); falls back in late rounds, and on "
+        "MNIST MLP: 0.9 points below full updating at 1.4 kB and 0.3 at 4.5 kB (two "
+        "and three seeds, rounds 0-23, first 20 kB); falls back in late rounds, and on "
         "large pretrained networks (docs/subspace.md)",
         {
             "method": "subspace",
