@@ -225,10 +225,15 @@ class UpdateConfig:
     )
     reinit: int | str = _key(
         "when to start from the init weights again; auto: the data grew more than "
-        "twofold since the last time (fu and pruning: every round; subspace: never), "
-        "never, or every so many rounds",
+        "reinit_growth times since the last time (fu and pruning: every round; "
+        "subspace: only with first_budget), never, or every so many rounds",
         _REINIT,
         default="auto",
+    )
+    reinit_growth: float = _key(
+        "with reinit auto: how many times the data has to grow",
+        ("more than 1", lambda value: value > 1),
+        default=2.0,
     )
     gradual: bool = _key(
         "pruning only: ever fewer weights are left through the first phase, at its "
@@ -243,9 +248,10 @@ class UpdateConfig:
     )
     chain: str = _key(
         "what becomes of a re-initialised model that validates worse than the deployed "
-        "one; shadow: it is trained on unseen and deployed once it is no worse (fu and "
-        "pruning: as deployed); deployed: nothing, it is tried again in the next one; "
-        "paper: the run goes on with it, for reproduction; cannot be packed",
+        "one; shadow: it is trained on unseen and deployed once it is no worse (fu, "
+        "pruning, and subspace with a budget: as deployed); deployed: nothing, it is "
+        "tried again in the next one; paper: the run goes on with it, for "
+        "reproduction; cannot be packed",
         _one_of("deployed", "shadow", "paper"),
         default="shadow",
     )
@@ -257,7 +263,7 @@ class UpdateConfig:
     )
     first_budget: str = _key(
         "largest patch of round_00, and of what was trained on unseen (chain shadow); "
-        "default: budget",
+        "subspace: of every round from the init weights; default: budget",
         _SIZE,
         default="",
     )
@@ -377,3 +383,14 @@ class Config:
     model: ModelConfig
     update: UpdateConfig
     train: TrainConfig
+
+
+def trains_unseen(update: UpdateConfig) -> bool:
+    """Tell whether a re-initialised model that falls short is trained on unseen.
+
+    In a subspace it would only grow: each round adds coefficients to a patch that had
+    the size of its budget when it began.
+    """
+    grows = update.method == "subspace" and bool(update.budget)
+    partial = update.method in PARTIAL_METHODS and not grows
+    return partial and update.chain == "shadow"

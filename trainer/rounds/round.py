@@ -31,7 +31,12 @@ from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.method.updater import is_weight
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
-from trainer.recipe.schema import PARTIAL_METHODS, Config, UpdateConfig
+from trainer.recipe.schema import (
+    PARTIAL_METHODS,
+    Config,
+    UpdateConfig,
+    trains_unseen,
+)
 from trainer.recipe.task import device_metric
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
@@ -270,7 +275,7 @@ class Run:
         )
         masks = {**attempt.masks, **attempt.training.dense.masks()}
         epochs = [epoch for one in attempts for epoch in one.epochs]
-        unseen = len(attempts) > 1 and update.chain == "shadow"
+        unseen = len(attempts) > 1 and trains_unseen(update)
         shadow = attempts[0].best if unseen and attempts[0].best is not init else None
         record = by_first(
             lambda: write_round(

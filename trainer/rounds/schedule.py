@@ -24,7 +24,7 @@ from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import run_lock
 from trainer.parallel import is_first, processes
-from trainer.recipe.schema import PARTIAL_METHODS, Config
+from trainer.recipe.schema import PARTIAL_METHODS, Config, trains_unseen
 from trainer.rounds.deployment import check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
@@ -184,18 +184,17 @@ def _must_reinitialise(
     A re-initialised model that was discarded does not count, so it stays due; one
     that is trained on unseen counts.
     """
-    rule, partial = config.update.reinit, config.update.method in PARTIAL_METHODS
+    update, rule = config.update, config.update.reinit
     if rule == "never" or not records:
         return False
-    if rule == "auto" and config.update.method == "subspace":
-        return False  # each round moves in a subspace of its own
-    if rule == "auto" and not partial:
+    if rule == "auto" and update.method == "subspace" and not update.first_budget:
+        return False  # a few coefficients do not lead from the init weights
+    if rule == "auto" and update.method not in PARTIAL_METHODS:
         return True
-    shadow = partial and config.update.chain == "shadow"
-    last = records[0]
+    unseen, last = trains_unseen(update), records[0]
     for record in records[1:]:
-        if record.tried_reinit if shadow else record.reinitialised:
+        if record.tried_reinit if unseen else record.reinitialised:
             last = record
     if isinstance(rule, int):
         return len(records) - last.round >= rule
-    return samples > 2 * last.samples
+    return samples > update.reinit_growth * last.samples

@@ -146,8 +146,10 @@ class RoundTraining:
     @property
     def limit(self) -> int:
         """Largest patch, in bytes, of a recipe with a budget."""
-        first = "" if self.number else self.update.first_budget
-        return parse_size(first or self.update.budget)
+        update, first = self.update, not self.number
+        if update.method == "subspace":
+            first = self.fresh
+        return parse_size((first and update.first_budget) or update.budget)
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return the stream of one purpose in the epoch that comes next.
