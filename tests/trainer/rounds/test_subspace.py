@@ -90,6 +90,55 @@ def test_a_larger_budget_from_init_has_room_for_more_coefficients(tmp_path):
             assert 250 < len(pack_round(round_).data) <= 260
 
 
+def test_a_round_that_begins_anew_has_the_first_rounds_room_or_leaves_no_trace(
+    tmp_path,
+):
+    update = {"dense": "freeze", "budget": "260", "first_budget": "300"}
+    config = config_of(
+        update | {"reinit": 1},
+        run={"name": "t", "rounds": 6, "seed": 1, "id": "same"},
+        data={"set": "digits", "initial": 200, "growth": 60, "validation": 100},
+        train={"epochs": 2, "batch": 16, "lr": 1e-2},
+    )
+    found = set()
+    for round_ in rounds_of(tmp_path, config)[1:]:
+        record = read_round_record(round_.path)
+        assert record.tried_reinit
+        assert not (round_.path / SHADOW_SUBSPACES_NAME).exists()
+        found.add("anew" if record.reinitialised else str(record.outcome))
+        if record.outcome == "updated":
+            init = read_init(round_).weights.fingerprint
+            assert (record.parent == init) is record.reinitialised
+            size = len(pack_round(round_).data)
+            least, most = (290, 300) if record.reinitialised else (250, 260)
+            assert least < size <= most
+    assert "anew" in found
+    assert len(found) > 1  # and one that validated worse went on from what is deployed
+
+
+@pytest.mark.parametrize(
+    ("update", "tried"),
+    [
+        ({"coefficients": 256}, []),
+        ({"budget": "260"}, []),
+        ({"budget": "260", "first_budget": "300"}, [2]),
+        ({"budget": "260", "first_budget": "300", "reinit_growth": 3.5}, [4]),
+        ({"budget": "260", "first_budget": "300", "reinit": "never"}, []),
+    ],
+)
+def test_a_subspace_begins_anew_when_the_data_grew_and_a_larger_patch_is_allowed(
+    tmp_path, update, tried
+):
+    config = config_of(
+        update | {"dense": "freeze", "chain": "paper"},  # each attempt counts
+        run={"name": "t", "rounds": 6, "seed": 1, "id": "same"},
+        data={"set": "digits", "initial": 100, "growth": 70, "validation": 100},
+        train={"epochs": 1, "batch": 64, "lr": 1e-2},
+    )
+    records = run_rounds(config, tmp_path, pack=patch_size)
+    assert [r.round for r in records if r.tried_reinit] == tried
+
+
 def test_a_subspace_learns_from_the_rounds_own_teacher(tmp_path):
     taught = config_of(
         {"dense": "freeze"},
