@@ -247,11 +247,6 @@ def _teacher_problems(
 
 
 def _int8_problems(update: UpdateConfig) -> Iterable[str]:
-    if update.method == "subspace":
-        yield (
-            "[model] deploy int8 is not for method subspace, which moves floats; "
-            f"choose one of {', '.join(m for m in METHODS if m != 'subspace')}"
-        )
     if isinstance(update.grid, float) and not 1 <= update.grid <= 64:
         yield (
             "[update] grid counts int8 steps with deploy int8: expected auto, 1, 2, "

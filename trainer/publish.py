@@ -39,7 +39,7 @@ from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.contract import GivenContract, as_contract
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.folder.write import golden_of, write_model, write_round
-from trainer.method.subspace import Movement
+from trainer.method.movement import Movement
 from trainer.parallel import told_by_first
 
 

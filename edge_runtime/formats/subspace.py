@@ -37,7 +37,7 @@ WORD = 64  # signs of a random word; the weights of a tensor begin with a new on
 # With such a scale no sum is so small that a CPU which flushes those to zero gives
 # another one, and no product is infinite.
 LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
-TYPES = ("F32", "BF16", "F16")
+TYPES = ("F32", "BF16", "F16", "I8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +154,7 @@ def together(terms: Iterable[Sequence[Term]], tensors: int) -> tuple[Term, ...]:
 
 
 def check_terms(terms: Sequence[Term], layout: Layout) -> None:
-    """Insist that the tensors that move are floats of a type that may.
+    """Insist that the tensors that move are of a type that may.
 
     Raises:
         PatchFormatError: One is not.

@@ -2,7 +2,8 @@
 """Subspaces move weights: a stream of windows, exact on every CPU.
 
 All that is computed: integers, their product with a scale, which is exact in float32,
-and one addition a weight, which IEEE 754 rounds in one way.
+and one addition a weight, which IEEE 754 rounds in one way. Of int8 weights the sum is
+then rounded to a whole number, and ends at -127 and 127.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
 from edge_runtime.formats.init_weights import philox
+from edge_runtime.formats.int8_grid import MOST
 from edge_runtime.formats.layout import Layout, Tensor
 from edge_runtime.formats.subspace import WORD, Term, check_terms
 from edge_runtime.formats.weights import Weights
@@ -187,4 +189,11 @@ def _add_bf16(piece: memoryview, steps: Floats) -> bool:
     return bool(finite.all())
 
 
-_ADD = {"F32": _add_f32, "BF16": _add_bf16, "F16": _add_f16}
+def _add_i8(piece: memoryview, steps: Floats) -> bool:
+    weights = np.frombuffer(piece, np.int8)
+    moved = np.clip(np.rint(weights.astype(np.float32) + steps), -MOST, MOST)
+    weights[...] = np.where(steps, moved.astype(np.int8), weights)
+    return True
+
+
+_ADD = {"F32": _add_f32, "BF16": _add_bf16, "F16": _add_f16, "I8": _add_i8}

@@ -95,6 +95,9 @@ def _signs(seed: int, tap: int, n: int) -> list[int]:  # a stream [0x09 subspace
 
 
 def _moved(old: bytes, dtype: str, step: float) -> bytes:
+    if dtype == "I8":
+        (single,) = unpack("<f", pack("<f", unpack("<b", old)[0] + step))
+        return pack("<b", min(max(round(single), -127), 127)) if step else old
     kind = "<e" if dtype == "F16" else "<f"
     (wide,) = unpack(kind, old if dtype == "F16" else old.rjust(4, b"\0"))
     _must(math.isfinite(wide), "not finite")
@@ -128,7 +131,7 @@ def _subspaces(section: _Bits, tensors: list, target: bytearray) -> None:
         signs, i = [_signs(seed, t, total) for t in range(taps)], 0
         for j, scale in zip(moved, scales, strict=True):
             _, shape, _, size, start, dtype = tensors[j]
-            _must(dtype in ("F32", "BF16", "F16"), "type")
+            _must(dtype in ("F32", "BF16", "F16", "I8"), "type")
             for k in range(math.prod(shape)):
                 at, block = slice(start + k * size, start + (k + 1) * size), i // d + 1
                 m = sum(signs[t][i] * u[(i + t * block) % d] for t in range(taps))

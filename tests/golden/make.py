@@ -195,11 +195,44 @@ def subspaces():
     return base, target, types, terms
 
 
+def int8_subspaces():
+    """Return what :func:`subspaces` does, of int8 weights.
+
+    Moves by halves, which end at the even one, and beyond both ends.
+    """
+    rng = np.random.default_rng(3)
+
+    def coefficients(bits, count):
+        return (2 * rng.integers(0, 1 << bits, count) - (1 << bits) + 1).astype("<i2")
+
+    base = {
+        "bias": rng.normal(0, 0.1, 20).astype("<f4"),
+        "conv.weight": rng.integers(-127, 128, (13, 7, 3, 3)).astype("<i1"),
+        "ends.weight": rng.integers(-128, 128, 300).astype("<i1"),
+        "fc.weight": rng.integers(-20, 21, (40, 60)).astype("<i1"),
+    }
+    base["fc.weight"].reshape(-1)[:64] = -128  # on no grid, and kept where taps cancel
+    terms = [
+        Term(2**40 + 9, 1, 2, {1: 2.5, 3: 0.25}, coefficients(1, 192)),
+        Term(
+            4, 5, 3, {0: round_scale(0.01), 3: round_scale(0.07)}, coefficients(5, 64)
+        ),
+        Term(5, 1, 1, {2: 2.0**100}, coefficients(1, 128)),
+    ]
+    moved = move_weights(pack_weights(base), terms)
+    target = {name: np.array(array) for name, array in moved.items()}
+    target["fc.weight"][3, 5:9] += 1
+    return base, target, {}, terms
+
+
 def main(folder):
     """Write every case that is not in the folder."""
     folder.mkdir(exist_ok=True)
-    moves = subspaces()
-    every = [*((*case, ()) for case in cases()), ("subspaces", *moves)]
+    every = [
+        *((*case, ()) for case in cases()),
+        ("subspaces", *subspaces()),
+        ("subspaces_int8", *int8_subspaces()),
+    ]
     for number, (name, base, target, types, terms) in enumerate(every):
         if (folder / f"{name}.dpu").exists():
             continue

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats.header import HEADER_BYTES
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.sections import encode_varint
 from edge_runtime.formats.subspace import MAX_COEFFICIENTS, WORD, term_size
 from edge_runtime.sizes import parse_size
@@ -25,6 +26,7 @@ def coefficients_within(
     bits: int = 1,
     selectable: Callable[[str, Tensor], bool] = is_weight,
     still: Collection[str] = (),
+    layout: Layout | None = None,
 ) -> int:
     """Return how many coefficients a patch of a size has room for.
 
@@ -39,11 +41,12 @@ def coefficients_within(
         selectable: Which tensors move, as for :class:`SubspaceUpdater`.
         still: Names of tensors that stay as they are, beside parameters that do not
             train; all others are the dense part.
+        layout: Of the weight file, where it is not the network's own.
 
     Raises:
         TrainingError: There is no room for 64 of them.
     """
-    layout, limit = layout_of(model), parse_size(size)
+    layout, limit = layout or layout_of(model), parse_size(size)
     named = dict(model.named_parameters())
     moved = {n for n, p in named.items() if selectable(n, p)}
     rest = {n for n, p in named.items() if not p.requires_grad} | {*still} | moved

@@ -24,8 +24,8 @@ selectable train as ever, and travel as the dense part.
 Where it fails: see docs/subspace.md.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -39,17 +39,18 @@ from edge_runtime.errors import (
     StepNotObservedError,
     TrainingError,
 )
-from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.subspace import (
     MAX_BITS,
     MAX_COEFFICIENTS,
     MAX_TAPS,
     WORD,
-    Term,
     round_scale,
 )
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import pack_weights
+from trainer.method.carriers import memory, room, with_room
+from trainer.method.int8_steps import Int8Steps
+from trainer.method.movement import Movement, best_scale, quantise, relative_scales
 from trainer.method.optimizers import unwrap
 from trainer.method.signs import SignTable
 from trainer.method.step_hooks import Still, check_parameter
@@ -62,48 +63,6 @@ ELEMENTWISE = frozenset(
     | {"RMSprop", "Rprop", "Lion"}
 )
 MOST_BITS = 7 << 20  # of all coefficients: what a patch has room for
-_SCALES = np.linspace(0.05, 1.2, 47)  # tried, in units of the largest coefficient
-
-
-class Movement(dict[str, Tensor]):
-    """How a round moved the weights of a network.
-
-    As a mapping it is what ``publish_round`` takes as masks: of the tensors that move,
-    nothing is selected one by one.
-
-    Attributes:
-        scales: By name of the tensor.
-        coefficients: Odd integers.
-        bits: Of a coefficient.
-        taps: How many coefficients move a weight.
-        seed: Of the signs.
-    """
-
-    def __init__(
-        self,
-        masks: Mapping[str, Tensor],
-        scales: Mapping[str, float],
-        coefficients: NDArray[np.int16],
-        *,
-        bits: int,
-        taps: int,
-        seed: int,
-    ) -> None:
-        super().__init__(masks)
-        self.scales, self.coefficients = dict(scales), coefficients
-        self.bits, self.taps, self.seed = bits, taps, seed
-
-    def term(self, layout: Layout, scales: Mapping[str, float] | None = None) -> Term:
-        """Return it as a patch for this weight file has it.
-
-        Args:
-            layout: Of the weight file.
-            scales: By the names that the tensors have there, where they are others.
-        """
-        numbers = {tensor.name: n for n, tensor in enumerate(layout.tensors)}
-        named = self.scales if scales is None else scales
-        moved = {numbers[name]: scale for name, scale in named.items()}
-        return Term(self.seed, self.bits, self.taps, moved, self.coefficients)
 
 
 class SubspaceUpdater:
@@ -114,7 +73,7 @@ class SubspaceUpdater:
     or two more.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but one by name
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
         *,
@@ -124,6 +83,7 @@ class SubspaceUpdater:
         seed: int = 0,
         selectable: Callable[[str, Tensor], bool] = is_weight,
         dense: Collection[str] = (),
+        int8_scales: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
     ) -> None:
         """Take the current weights as the base.
 
@@ -138,6 +98,9 @@ class SubspaceUpdater:
             seed: Of the signs; a round should have one of its own.
             selectable: Called with name and parameter; which tensors move.
             dense: As for :class:`PartialUpdater`.
+            int8_scales: Of the tensors that are int8 on the device, one for each slice
+                of the first axis; the base lies on their grid, and they move by whole
+                steps.
 
         Raises:
             TrainingError: No weight moves, there are no fewer weights than
@@ -161,7 +124,9 @@ class SubspaceUpdater:
         self.bits, self.taps, self.seed = bits, taps, seed
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
         self._signs = SignTable(self._base, coefficients, taps, seed)
-        self._relative = _relative_scales(self._base)
+        self._int8_scales = int8_scales
+        self._steps_of = Int8Steps(self._base, int8_scales)
+        self._relative = self._relative_scales()
         self._scales: dict[str, float] = {}
         self._unit = 1.0
         self._signs.scale(self._relative)
@@ -172,8 +137,8 @@ class SubspaceUpdater:
         self._handles: list[Any] = []
         self._kept: dict[Tensor, Tensor | None] = {}  # gradients, during a step
         # Where the optimizer finds coefficients, and their gradients, instead.
-        sizes = {name: _room(p) for name, p in self._params.items()}
-        self._carriers = _with_room(sizes, coefficients)
+        sizes = {name: room(p) for name, p in self._params.items()}
+        self._carriers = with_room(sizes, coefficients)
         self._carried = {n: torch.zeros_like(self._base[n]) for n in self._carriers}
         self._held: list[tuple[Tensor, Tensor]] = []
 
@@ -261,10 +226,12 @@ class SubspaceUpdater:
         self.detach()
         self._forget()
         movement = self.movement()
-        base = pack_weights({n: b.cpu().numpy() for n, b in self._base.items()})
+        form = self._steps_of
+        base = pack_weights({n: form.device(n, b) for n, b in self._base.items()})
         moved = move_weights(base, [movement.term(base.layout)])
         for name, parameter in self._params.items():
-            expected = torch.tensor(moved[name], device=parameter.device)
+            found = form.weights(name, moved[name])
+            expected = torch.tensor(found, device=parameter.device)
             if count := int((parameter != expected).sum()):
                 raise FrozenWeightChangedError(
                     f"{count} weights of {name!r} are not where the subspace moves "
@@ -343,7 +310,8 @@ class SubspaceUpdater:
             )
         for name, base in self._base.items():
             base.copy_(state["base"][name])
-        self._relative = _relative_scales(self._base)
+        self._steps_of = Int8Steps(self._base, self._int8_scales)
+        self._relative = self._relative_scales()
         self._signs.scale(self._relative)
         self._latent.copy_(state["latent"])
         self._phase, self._steps = Phase.FULL, int(state["steps"])
@@ -393,7 +361,9 @@ class SubspaceUpdater:
         if all(gradient is None for gradient in gradients):
             return
         self._steps += 1
-        folded = self._signs.fold(gradients) / self._unit
+        each = zip(self._params, gradients, strict=True)
+        of_moves = [self._steps_of.gradient(name, g) for name, g in each]
+        folded = self._signs.fold(of_moves) / self._unit
         self._kept = dict(zip(self._params.values(), gradients, strict=True))
         for parameter in self._kept:
             parameter.grad = None
@@ -401,9 +371,9 @@ class SubspaceUpdater:
         for name in self._carriers:
             parameter = self._params[name]
             part = self._latent[at : at + parameter.numel()]
-            held, gradient = _memory(parameter)[: len(part)], self._carried[name]
+            held, gradient = memory(parameter)[: len(part)], self._carried[name]
             held.copy_(part)
-            _memory(gradient)[: len(part)] = folded[at : at + len(part)]
+            memory(gradient)[: len(part)] = folded[at : at + len(part)]
             parameter.grad = gradient
             self._held.append((part, held))
             at += len(part)
@@ -419,9 +389,17 @@ class SubspaceUpdater:
 
     def _write(self) -> None:
         """Make the weights anew from base and coefficients."""
-        free = self._phase is Phase.FULL
+        free, form = self._phase is Phase.FULL, self._steps_of
         found = self._latent if free else self._codes()
-        self._signs.move(self._base, found, self._params)
+        self._signs.move(form.base, found, form.out(self._params))
+        form.write(self._params, whole=not free)
+
+    def _relative_scales(self) -> dict[str, float]:
+        """Say how far the tensors move beside each other, in what they move by."""
+        relative = relative_scales(self._base)
+        for name, scales in self._steps_of.scales.items():
+            relative[name] /= float(scales.mean())
+        return relative
 
     def _settle(self, unit: float, scales: Mapping[str, float]) -> None:
         self._unit, self._scales = unit, dict(scales)
@@ -456,61 +434,6 @@ class SubspaceUpdater:
             raise TrainingError(
                 f"expected to be in the {phase} phase, found {self._phase}: {rule}"
             )
-
-
-def quantise(values: Tensor, unit: float, bits: int) -> Tensor:
-    """Return the odd integers, of so many bits, nearest to values in this unit."""
-    most = (1 << bits) - 1
-    return (2 * (values / (2 * unit)).floor() + 1).clamp(-most, most)
-
-
-def best_scale(values: Tensor, bits: int) -> float:
-    """Return the unit in which rounding values to odd integers costs least."""
-    sizes = values.abs()
-    if bits == 1:
-        return float(sizes.mean())
-    largest = float(sizes.max()) / ((1 << bits) - 1)
-    units = [float(largest * share) for share in _SCALES]
-    errors = (quantise(values, unit, bits) * unit - values for unit in units)
-    return units[int(np.argmin([float(error.square().sum()) for error in errors]))]
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """Return all elements of a tensor without holes, as they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def _room(tensor: Tensor) -> int:
-    """Return how many elements a tensor has; none where it has holes."""
-    last = sum(
-        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return tensor.numel() if last + 1 == tensor.numel() else 0
-
-
-def _with_room(sizes: Mapping[str, int], count: int) -> list[str]:
-    """Return the tensors that have room for so many values: small ones, and few."""
-    enough = [name for name in sizes if sizes[name] >= count]
-    if enough:
-        return [min(enough, key=lambda name: sizes[name])]
-    largest = max(sizes, key=lambda name: sizes[name])
-    rest = {name: size for name, size in sizes.items() if name != largest}
-    return [largest, *_with_room(rest, count - sizes[largest])]
-
-
-def _relative_scales(base: Mapping[str, Tensor]) -> dict[str, float]:
-    """Say how far the tensors move beside each other: as their own weights do.
-
-    Normalisation and biases move as far as all weights on average.
-    """
-    matrices = [b for b in base.values() if b.dim() > 1]
-    total = sum(float(b.double().square().sum()) for b in matrices)
-    mean = math.sqrt(total / max(1, sum(b.numel() for b in matrices)))
-    found = {}
-    for name, tensor in base.items():
-        own = math.sqrt(float(tensor.double().square().mean()))
-        found[name] = own / mean if tensor.dim() > 1 and own > 0 else 1.0
-    return found
 
 
 def _check_optimizer(

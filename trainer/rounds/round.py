@@ -223,7 +223,8 @@ class Run:
                 (deployed.fingerprint, "test"): records[-1].metrics[f"test_{name}"],
             }
         fresh = init if reinitialise else self._shadow(folder)
-        self._unseen = read_shadow_terms(folder, len(init)) if fresh is not init else ()
+        tensors = len(form.encode(init))
+        self._unseen = read_shadow_terms(folder, tensors) if fresh is not init else ()
         attempts = list(self._attempts(number, deployed, before, fresh))
         attempt = attempts[-1]
         target = attempt.new or deployed
@@ -332,8 +333,10 @@ class Run:
             self._unseen if start is not parent else (),
         )
         if training.kept:
-            terms = (*terms, training.kept.term(best.layout))
-            best = regenerated(best, parent, terms)
+            device = self.form.encode(best)
+            terms = (*terms, training.kept.term(device.layout))
+            device = regenerated(device, self.form.encode(parent), terms)
+            best = self.form.decode(device)
         load_weights(model, best)
         self._check_answers(model, best)
         # What a training found is not measured again.
@@ -507,6 +510,7 @@ class Run:
             fresh=start is self._deployment.init,
             start_value=self._values.get((start.fingerprint, "validation")),
             scales=self.form.scales,
+            device_layout=self.form.encode(self.init).layout,
             augmentation=None if augment == "none" else move,
             on_epoch=report if config is self.config else lambda _epoch: None,
         )
@@ -549,11 +553,12 @@ class Run:
 
 def calibrating(update: UpdateConfig) -> UpdateConfig:
     """Return the section by which a training says how far weights will move."""
+    subspace = update.method == "subspace"  # whose size is known before
     return replace(
         update,
         first="partial",
         first_ratio=0.0,
-        budget="",
+        budget=update.budget if subspace else "",
         first_budget="",
         grid="",
         dense_grid="",

@@ -36,6 +36,7 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
             bits=update.bits,
             selectable=selectable,
             still=training.dense.frozen,
+            layout=training.device_layout,
         )
     updater = SubspaceUpdater(
         training.model.named_parameters(),
@@ -44,6 +45,7 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
         taps=update.taps,
         seed=training.random_seed("subspace") % _SEEDS,
         selectable=selectable,
+        int8_scales=training.form.form.scales,
     )
     updater.attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
@@ -59,8 +61,8 @@ def regenerated(best: Weights, parent: Weights, terms: Sequence[Term]) -> Weight
     """Return weights as a device gets them: with the tensors that move, moved anew.
 
     Args:
-        best: As training left them.
-        parent: Where the terms lead from.
+        best: As training left them, and as they lie on a device.
+        parent: Where the terms lead from, likewise.
         terms: All that lead from there to ``best``.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import TrainingError
+from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
 from edge_runtime.update.metrics import Metric, Sums
@@ -21,7 +22,7 @@ from trainer.data.samples import Samples, batch_sizes, batches, generator
 from trainer.export.int8 import Scales
 from trainer.export.tensors import load_weights, weights_of
 from trainer.method.batchnorm import FoldedBatchNorm
-from trainer.method.subspace import Movement
+from trainer.method.movement import Movement
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import data_parallel
 from trainer.recipe.schema import Config
@@ -60,6 +61,7 @@ class RoundTraining:
         fresh: Whether the start weights are the init weights.
         teacher: What full updating gives, where the recipe wants it as a teacher.
         dense: What is not selected weight by weight.
+        device_layout: Of a device's weight file, where it is not the network's own.
         form: How what is deployed is rounded.
         optimizer: Of all trainable parameters; its state goes through both phases.
         number: The round's number.
@@ -84,6 +86,7 @@ class RoundTraining:
         fresh: bool = True,
         start_value: float | None = None,
         scales: Scales = MappingProxyType({}),
+        device_layout: Layout | None = None,
         augmentation: Callable[..., Augment] | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda _record: None,
     ) -> None:
@@ -98,6 +101,7 @@ class RoundTraining:
             fresh: Whether the start weights are the init weights.
             start_value: Of the start weights on validation, where it is known.
             scales: Of the tensors that are int8 on the device.
+            device_layout: Of a device's weight file, where it is not the network's.
             augmentation: Makes the augmentation of an epoch from a random stream, the
                 sizes of its batches, and where they are.
             on_epoch: Called with the record of every epoch when it is over.
@@ -120,6 +124,7 @@ class RoundTraining:
             grid=not whole,
             scales=scales,
         )
+        self.device_layout = device_layout
         self._train, self._validation = samples
         self.judge, self.loss = judge_of(config), loss_of(config)
         start = self._evaluate() if start_value is None else start_value
