@@ -19,13 +19,12 @@ from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights, read_weights
 from edge_runtime.sizes import parse_size
-from edge_runtime.update.metrics import Metric
 from trainer.config import as_dict
 from trainer.data.samples import DataSource, batches, split_source
 from trainer.data.sources import load_source
 from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
 from trainer.export.int8 import DeviceForm, DeviceNetwork
-from trainer.export.tensors import changed_elements, load_weights
+from trainer.export.tensors import load_weights
 from trainer.folder.record import RoundRecord
 from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.method.updater import is_weight
@@ -38,6 +37,7 @@ from trainer.recipe.schema import (
     trains_unseen,
 )
 from trainer.recipe.task import device_metric
+from trainer.rounds.attempt import Attempt, counts, with_changes
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
     Deployment,
@@ -48,12 +48,13 @@ from trainer.rounds.deployment import (
     read_deployment,
     write_deployment,
 )
-from trainer.rounds.loop import choose_device, evaluate
+from trainer.rounds.loop import choose_device
 from trainer.rounds.methods import check_names, train_round
-from trainer.rounds.objective import Judge, check_objective, judge_of
+from trainer.rounds.objective import check_objective, judge_of
 from trainer.rounds.rounding import FLOAT32_BITS
 from trainer.rounds.subspace import regenerated
-from trainer.rounds.training import Masks, Pack, RoundTraining, is_full
+from trainer.rounds.training import Pack, RoundTraining, is_full
+from trainer.rounds.values import Values
 
 CALIBRATION_SAMPLES = 256  # that say the ranges of activations
 
@@ -80,34 +81,6 @@ class Progress:
     epochs: int
     record: RoundRecord | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """A training, and what came of it.
-
-    Attributes:
-        training: How it went.
-        parent: What devices would update from.
-        masks: What was selected, or has changed since the parent.
-        best: The best weights; what it started from where none are better.
-        new: Weights to deploy; None where they are no better than what there is, or
-            devices would refuse them, or wait for a smaller patch.
-        missed: What the golden samples gave, where that is short of the bound.
-        waits: Size of their patch, in bytes, where it is too large for the budget.
-        epochs: The records of its epochs, with what it started from.
-        terms: The subspaces that lead from the parent to the best weights.
-    """
-
-    training: RoundTraining
-    parent: Weights
-    masks: Masks
-    best: Weights
-    new: Weights | None
-    missed: float | None
-    waits: int
-    epochs: Sequence[Mapping[str, Any]]
-    terms: tuple[Term, ...]
 
 
 Report = Callable[[Progress], None]
@@ -155,7 +128,7 @@ class Run:
             self._source = source or load_source(config.data)
         seed, data, rounds = config.run.seed, config.data, config.run.rounds
         self.split = split_source(self._source, data, seed=seed, rounds=rounds)
-        self._pool, self._validation, self._test = (
+        self._pool, self._validation, test = (
             self._source.prepared(samples, self.device)
             for samples in (self.split.pool, self.split.validation, self.split.test)
         )
@@ -165,7 +138,13 @@ class Run:
                 f"data.augment is for images (C, H, W), these inputs are {shape}"
             )
         self._judge = judge_of(config)
-        self._values: dict[tuple[str, str], float] = {}  # by fingerprint and samples
+        self._values = Values(
+            self._judge,
+            self._validation,
+            test,
+            network=self._network,
+            on_device=self._on_device,
+        )
         self._teachers: dict[int, nn.Module] = {}  # by round; the last one
         check_objective(self.build(), self._pool, config, self._source.classes)
         check_names(self.build(), config.update)
@@ -212,18 +191,16 @@ class Run:
         """
         init, update = self._deployment.init, self.config.update
         folder = self.run_dir / round_name(number - 1)
-        deployed, form = init, self.form
+        deployed = init
         if records:
-            deployed = form.decode(read_weights(folder / WEIGHTS_NAME))
+            deployed = self.form.decode(read_weights(folder / WEIGHTS_NAME))
         before, name = self._judge.worst, self._judge.name
         if records:
             before = records[-1].metrics[f"val_{name}"]
-            self._values |= {
-                (deployed.fingerprint, "validation"): before,
-                (deployed.fingerprint, "test"): records[-1].metrics[f"test_{name}"],
-            }
+            test = records[-1].metrics[f"test_{name}"]
+            self._values.know(deployed, validation=before, test=test)
         fresh = init if reinitialise else self._shadow(folder)
-        tensors = len(form.encode(init))
+        tensors = len(self.form.encode(init))
         self._unseen = read_shadow_terms(folder, tensors) if fresh is not init else ()
         attempts = list(self._attempts(number, deployed, before, fresh))
         attempt = attempts[-1]
@@ -231,39 +208,16 @@ class Run:
         start = attempt.parent if attempt.new else deployed
         if not number:
             self.write_deployment(target)
-        metrics = {
-            f"val_{name}": self._value(target, "validation"),
-            f"test_{name}": self._value(target, "test"),
-            "test_best": self._value(attempt.best, "test"),
-            **{f"val_{k}": value for k, value in attempt.training.values.items()},
-            **_counts(start, target, attempt.masks),
-            **{f"grid_{n}": s for n, s in attempt.training.form.form.steps.items()},
-            **self._beside_device(target),
-        }
-        if len(attempts) > 1:
-            metrics["val_reinit"] = attempts[0].training.values["best"]
-            if attempts[0].waits:
-                metrics["waiting_bytes"] = attempts[0].waits
-        if attempt.missed is not None:
-            metrics["golden"] = attempt.missed
-        if attempt.new and self._pack and update.budget:
-            metrics["patch_bytes"] = self._size(start, target, attempt.terms)
-        for term in attempt.terms[-1:]:
-            metrics["coefficients"] = len(term.coefficients)
-        everything = update.method in ("fu", "subspace") or is_full(self.config, number)
-        counted = update.budget or attempt.training.start is not attempt.parent
-        counted = counted or update.method == "named"
-        ratio = attempt.training.ratio
-        if counted:
-            ratio = metrics["selected"] / metrics["weights"]
+        metrics = self._metrics(attempts, start, target)
+        whole = is_full(self.config, number)
         record = RoundRecord(
             run=self.config.run.name,
             round=number,
             counter=number,
             outcome=Outcome.UPDATED if attempt.new else Outcome.KEPT_BASE,
-            parent=form.encode(start).fingerprint,
-            method="fu" if is_full(self.config, number) else update.method,
-            ratio=None if everything else ratio,
+            parent=self.form.encode(start).fingerprint,
+            method="fu" if whole else update.method,
+            ratio=None if whole else self._ratio(attempt, metrics),
             tried_reinit=reinitialise,
             reinitialised=bool(records) and attempt.new is not None and start is init,
             packable=update.chain != "paper",
@@ -274,29 +228,77 @@ class Run:
             seeds={"run": self.config.run.seed},
             config=as_dict(self.config),
         )
-        masks = {**attempt.masks, **attempt.training.dense.masks()}
-        epochs = [epoch for one in attempts for epoch in one.epochs]
-        unseen = len(attempts) > 1 and trains_unseen(update)
-        shadow = attempts[0].best if unseen and attempts[0].best is not init else None
-        record = by_first(
-            lambda: write_round(
-                self.run_dir,
-                record,
-                form.encode(target),
-                masks,
-                epochs,
-                form.encode(shadow) if shadow else None,
-                terms=attempt.terms if attempt.new else (),
-                shadow_terms=attempts[0].terms if shadow else (),
-            )
-        )
+        record = by_first(lambda: self._write(record, attempts, target))
         done = {"phase": "done"}
         self._report(number, done, 2 * self.config.train.epochs, record)
         return record
 
+    def _metrics(
+        self, attempts: Sequence[Attempt], start: Weights, target: Weights
+    ) -> dict[str, Any]:
+        """Return what a round's record says in numbers.
+
+        Args:
+            attempts: The trainings; the last one counts.
+            start: What devices update from.
+            target: What they come to have.
+        """
+        attempt, name, values = attempts[-1], self._judge.name, self._values
+        metrics = {
+            f"val_{name}": values.on_validation(target),
+            f"test_{name}": values.on_test(target),
+            "test_best": values.on_test(attempt.best),
+            **{f"val_{k}": value for k, value in attempt.training.values.items()},
+            **counts(start, target, attempt.masks),
+            **{f"grid_{n}": s for n, s in attempt.training.form.form.steps.items()},
+            **(values.on_the_other_side(target) if self.form.is_int8 else {}),
+        }
+        if len(attempts) > 1:
+            metrics["val_reinit"] = attempts[0].training.values["best"]
+            if attempts[0].waits:
+                metrics["waiting_bytes"] = attempts[0].waits
+        if attempt.missed is not None:
+            metrics["golden"] = attempt.missed
+        if attempt.new and self._pack and self.config.update.budget:
+            metrics["patch_bytes"] = self._size(start, target, attempt.terms)
+        for term in attempt.terms[-1:]:
+            metrics["coefficients"] = len(term.coefficients)
+        return metrics
+
+    def _ratio(self, attempt: Attempt, metrics: Mapping[str, Any]) -> float | None:
+        """Return the share of weights that were selected; None where all of them are.
+
+        It is counted where the recipe does not say it.
+        """
+        update, training = self.config.update, attempt.training
+        if update.method in ("fu", "subspace"):
+            return None
+        several = training.start is not attempt.parent
+        if update.budget or several or update.method == "named":
+            return float(metrics["selected"] / metrics["weights"])
+        return training.ratio
+
+    def _write(
+        self, record: RoundRecord, attempts: Sequence[Attempt], target: Weights
+    ) -> RoundRecord:
+        """Write a round's folder, with what is trained on unseen."""
+        first, attempt, encode = attempts[0], attempts[-1], self.form.encode
+        unseen = len(attempts) > 1 and trains_unseen(self.config.update)
+        unseen = unseen and first.best is not self._deployment.init
+        return write_round(
+            self.run_dir,
+            record,
+            encode(target),
+            {**attempt.masks, **attempt.training.dense.masks()},
+            [epoch for one in attempts for epoch in one.epochs],
+            encode(first.best) if unseen else None,
+            terms=attempt.terms if attempt.new else (),
+            shadow_terms=first.terms if unseen else (),
+        )
+
     def _attempts(
         self, number: int, deployed: Weights, before: float, fresh: Weights | None
-    ) -> Iterator[_Attempt]:
+    ) -> Iterator[Attempt]:
         """Train on from fresh weights, and from deployed ones where that falls short.
 
         Args:
@@ -316,7 +318,7 @@ class Run:
 
     def _try(
         self, number: int, start: Weights, floor: float, *, parent: Weights
-    ) -> _Attempt:
+    ) -> Attempt:
         """Train from some weights; the result counts where it is no worse than floor.
 
         Equal weights are no result: there is nothing to send.
@@ -340,9 +342,8 @@ class Run:
         load_weights(model, best)
         self._check_answers(model, best)
         # What a training found is not measured again.
-        for weights, name in ((start, "start"), (best, "best")):
-            found = {(weights.fingerprint, "validation"): training.values[name]}
-            self._values |= found
+        self._values.know(start, validation=training.values["start"])
+        self._values.know(best, validation=training.values["best"])
         new, missed = None, None
         is_new = best.fingerprint not in (start.fingerprint, parent.fingerprint)
         if is_new and self._judge.no_worse(training.values["best"], floor):
@@ -351,13 +352,11 @@ class Run:
         waits, origin = 0, "init" if from_init else "deployed"
         if start is not parent:
             origin = "shadow"
-            masks = masks if terms else _with_changes(masks, parent, best)
+            masks = masks if terms else with_changes(masks, parent, best)
             waits = self._too_large(parent, new, terms)
             new = None if waits else new
         epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        return _Attempt(
-            training, parent, masks, best, new, missed, waits, epochs, terms
-        )
+        return Attempt(training, parent, masks, best, new, missed, waits, epochs, terms)
 
     def _missed(self, weights: Weights) -> float | None:
         """Return what the golden samples give where that is short of the bound."""
@@ -366,7 +365,7 @@ class Run:
         no_device = self.config.update.chain == "paper"
         if metric is None or bound is None or no_device:
             return None
-        value = self._golden_value(weights, metric)
+        value = self._values.golden(weights, metric, GOLDEN_SAMPLES)
         return None if metric.reaches(value, bound) else value
 
     def _size(self, base: Weights, target: Weights, terms: Sequence[Term]) -> int:
@@ -440,34 +439,10 @@ class Run:
             return self._network(weights)
         return DeviceNetwork(self._deployment.graph, self.form.encode(weights))
 
-    def _value(self, weights: Weights, which: str) -> float:
-        """Return how good weights are on samples by name, measured at most once.
-
-        On validation as they train, which chooses; on test as a device answers.
-        """
-        key = weights.fingerprint, which
-        if key not in self._values:
-            test = which == "test"
-            samples = self._test if test else self._validation
-            network = self._on_device(weights) if test else self._network(weights)
-            self._values[key] = evaluate(network, samples, self._judge)
-        return self._values[key]
-
     def _shadow(self, folder: Path) -> Weights | None:
         """Return the weights that a round trained unseen, as they train."""
         shadow = read_shadow(folder)
         return shadow and self.form.decode(shadow)
-
-    def _beside_device(self, weights: Weights) -> dict[str, float]:
-        """Return what is measured on the other side: what int8 costs shows here."""
-        if not self.form.is_int8:
-            return {}
-        device, network = self._on_device(weights), self._network(weights)
-        name, judge = self._judge.name, self._judge
-        return {
-            f"device_val_{name}": evaluate(device, self._validation, judge),
-            f"float_test_{name}": evaluate(network, self._test, judge),
-        }
 
     def _check_answers(self, model: nn.Module, weights: Weights) -> None:
         """Prove that a device will answer as the trained network does.
@@ -508,7 +483,7 @@ class Run:
             (self._pool[: self.split.size_at(number)], self._validation),
             from_init=from_init,
             fresh=start is self._deployment.init,
-            start_value=self._values.get((start.fingerprint, "validation")),
+            start_value=self._values.known(start),
             scales=self.form.scales,
             device_layout=self.form.encode(self.init).layout,
             augmentation=None if augment == "none" else move,
@@ -529,12 +504,6 @@ class Run:
             Progress(number, run.rounds, phase, epoch, epochs, record, metrics)
         )
 
-    def _golden_value(self, weights: Weights, metric: Metric) -> float:
-        """Return the devices' metric on the samples that they have."""
-        golden = self._validation[:GOLDEN_SAMPLES]
-        model = self._on_device(weights)
-        return evaluate(model, golden, Judge(metric.name, metric.higher, metric))
-
     def write_deployment(self, target: Weights) -> None:
         """Write the model folder; round_00's weights decide the contract's bound."""
         golden = self.split.validation[:GOLDEN_SAMPLES]
@@ -542,7 +511,7 @@ class Run:
             self.config,
             self._source,
             golden,
-            lambda metric: self._golden_value(target, metric),
+            lambda metric: self._values.golden(target, metric, GOLDEN_SAMPLES),
         )
         by_first(
             lambda: write_deployment(
@@ -564,22 +533,3 @@ def calibrating(update: UpdateConfig) -> UpdateConfig:
         dense_grid="",
         mantissa_bits=FLOAT32_BITS,
     )
-
-
-def _with_changes(masks: Masks, parent: Weights, target: Weights) -> Masks:
-    """Return masks that also hold what has changed since the parent, as bits."""
-    changed = {name: changed_elements(parent, target, name) for name in masks}
-    return {
-        name: mask | torch.from_numpy(changed[name]).to(mask.device)
-        for name, mask in masks.items()
-    }
-
-
-def _counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:
-    """Count selectable weights: all, selected, and changed (compared as bits)."""
-    changed = (changed_elements(start, target, name) for name in masks)
-    return {
-        "weights": sum(mask.numel() for mask in masks.values()),
-        "selected": sum(int(mask.sum()) for mask in masks.values()),
-        "changed": sum(int(elements.sum()) for elements in changed),
-    }

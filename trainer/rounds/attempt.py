@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one training of a round came to, and what it changed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edge_runtime.formats.subspace import Term
+from edge_runtime.formats.weights import Weights
+from trainer.export.tensors import changed_elements
+from trainer.rounds.training import Masks, RoundTraining
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A training, and what came of it.
+
+    Attributes:
+        training: How it went.
+        parent: What devices would update from.
+        masks: What was selected, or has changed since the parent.
+        best: The best weights; what it started from where none are better.
+        new: Weights to deploy; None where they are no better than what there is, or
+            devices would refuse them, or wait for a smaller patch.
+        missed: What the golden samples gave, where that is short of the bound.
+        waits: Size of their patch, in bytes, where it is too large for the budget.
+        epochs: The records of its epochs, with what it started from.
+        terms: The subspaces that lead from the parent to the best weights.
+    """
+
+    training: RoundTraining
+    parent: Weights
+    masks: Masks
+    best: Weights
+    new: Weights | None
+    missed: float | None
+    waits: int
+    epochs: Sequence[Mapping[str, Any]]
+    terms: tuple[Term, ...]
+
+
+def with_changes(masks: Masks, parent: Weights, target: Weights) -> Masks:
+    """Return masks that also hold what has changed since the parent, as bits."""
+    changed = {name: changed_elements(parent, target, name) for name in masks}
+    return {
+        name: mask | torch.from_numpy(changed[name]).to(mask.device)
+        for name, mask in masks.items()
+    }
+
+
+def counts(start: Weights, target: Weights, masks: Masks) -> dict[str, int]:
+    """Count selectable weights: all, selected, and changed (compared as bits)."""
+    changed = (changed_elements(start, target, name) for name in masks)
+    return {
+        "weights": sum(mask.numel() for mask in masks.values()),
+        "selected": sum(int(mask.sum()) for mask in masks.values()),
+        "changed": sum(int(elements.sum()) for elements in changed),
+    }

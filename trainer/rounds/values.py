@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good weights are, as they train and as a device answers: measured once each."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from edge_runtime.formats.weights import Weights
+from edge_runtime.update.metrics import Metric
+from trainer.data.samples import Samples
+from trainer.rounds.loop import evaluate
+from trainer.rounds.objective import Judge
+
+
+class Values:
+    """The judge's metric of weights, on validation and on test samples."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        validation: Samples,
+        test: Samples,
+        *,
+        network: Callable[[Weights], nn.Module],
+        on_device: Callable[[Weights], nn.Module],
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            judge: Its metric is measured.
+            validation: Prepared samples, which choose.
+            test: Prepared samples, which are reported.
+            network: Builds what trains, with these weights.
+            on_device: Builds what answers as a device does; the network itself, where
+                devices compute in float32.
+        """
+        self._judge, self._validation, self._test = judge, validation, test
+        self._network, self._on_device = network, on_device
+        self._known: dict[tuple[str, str], float] = {}  # by fingerprint and samples
+
+    def know(self, weights: Weights, **values: float) -> None:
+        """Take values, on ``validation`` or ``test``, that need no measuring."""
+        for which, value in values.items():
+            self._known[weights.fingerprint, which] = value
+
+    def known(self, weights: Weights) -> float | None:
+        """Return the value on validation where it was measured."""
+        return self._known.get((weights.fingerprint, "validation"))
+
+    def on_validation(self, weights: Weights) -> float:
+        """Return the value that chooses: of weights as they train."""
+        return self._of(weights, "validation", self._network, self._validation)
+
+    def on_test(self, weights: Weights) -> float:
+        """Return the value that is reported: as a device answers."""
+        return self._of(weights, "test", self._on_device, self._test)
+
+    def on_the_other_side(self, weights: Weights) -> dict[str, float]:
+        """Return validation of a device and test as trained: what int8 costs."""
+        device, network = self._on_device(weights), self._network(weights)
+        name, judge = self._judge.name, self._judge
+        return {
+            f"device_val_{name}": evaluate(device, self._validation, judge),
+            f"float_test_{name}": evaluate(network, self._test, judge),
+        }
+
+    def golden(self, weights: Weights, metric: Metric, count: int) -> float:
+        """Return a devices' metric on the first samples, which they have."""
+        judge = Judge(metric.name, metric.higher, metric)
+        return evaluate(self._on_device(weights), self._validation[:count], judge)
+
+    def _of(
+        self,
+        weights: Weights,
+        which: str,
+        build: Callable[[Weights], nn.Module],
+        samples: Samples,
+    ) -> float:
+        key = weights.fingerprint, which
+        if key not in self._known:
+            self._known[key] = evaluate(build(weights), samples, self._judge)
+        return self._known[key]
