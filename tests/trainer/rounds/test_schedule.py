@@ -446,7 +446,7 @@ def test_the_same_weights_are_never_evaluated_twice_on_the_same_samples(
         seen.append((weights_of(model).fingerprint, samples.labels.numpy().tobytes()))
         return evaluate(model, samples, judge)
 
-    for module in ("round", "training"):
+    for module in ("values", "training"):
         monkeypatch.setattr(f"trainer.rounds.{module}.evaluate", seeing)
     update = {"reinit": 2, "chain": "shadow"}
     config = config_of(run={"rounds": 5}, update=update, train={"epochs": 2})
