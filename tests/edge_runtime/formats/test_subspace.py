@@ -32,6 +32,7 @@ BASE = pack_weights(
         "b": RNG.normal(0, 0.1, (7, 11)).astype("<f4"),
         "c": RNG.normal(0, 0.1, 1000).astype("<f2"),
         "d": np.arange(6, dtype="<i4"),
+        "e": RNG.integers(-128, 128, (30, 33)).astype("<i1"),
     }
 )
 NAMES = list(BASE)
@@ -88,7 +89,11 @@ def test_terms_come_back_and_take_no_more_than_is_said(drawn):
 )
 def test_an_independent_decoder_moves_weights_alike(bits, taps, size):
     small = pack_weights({n: BASE[n].reshape(-1)[:900] for n in NAMES})
-    terms = [term("a", "b", "c", bits=bits, taps=taps, size=size), term("c", size=64)]
+    terms = [
+        term("a", "b", "c", bits=bits, taps=taps, size=size),
+        term("c", size=64),
+        term("e", bits=bits, taps=taps, size=size, scale=0.75),
+    ]
     data, target = patch_of(small, terms)
     assert independent.apply(bytes(small.data), data) == target.data
 
@@ -96,7 +101,10 @@ def test_an_independent_decoder_moves_weights_alike(bits, taps, size):
 @given(st.lists(st.integers(1, 200_000), max_size=8))
 @settings(max_examples=20, deadline=None)
 def test_weights_move_alike_in_pieces_of_any_size(sizes):
-    terms = [term("a", "b", "c", bits=3), term("b", seed=7, taps=1)]
+    terms = [
+        term("a", "b", "c", "e", bits=3),
+        term("b", "e", seed=7, taps=1, scale=3.0),
+    ]
     data, target = patch_of(BASE, terms)
     cuts = [0, *np.cumsum(sizes), len(BASE.data)]
     pieces = [BASE.data[a:b] for a, b in pairwise(cuts)]
@@ -112,6 +120,22 @@ def test_where_taps_cancel_weights_keep_their_bits():
     moved = move_weights(base, [Term(1, 1, 2, {0: SCALE}, term("a").coefficients)])
     same = moved["w"].view("<u4") == base["w"].view("<u4")
     assert 0.4 < same.reshape(-1, 5)[:, :4].mean() < 0.6
+
+
+def test_int8_weights_move_by_whole_steps_and_end_at_both_ends():
+    weights = np.repeat(np.array([-128, -127, -1, 0, 1, 126], "<i1"), 3000)
+    base = pack_weights({"w": weights})
+    coefficients = term("a").coefficients
+
+    def moves(scale, taps):
+        found = move_weights(base, [Term(1, 1, taps, {0: scale}, coefficients)])["w"]
+        return [np.unique(part).tolist() for part in found.reshape(6, -1)]
+
+    assert moves(2.0**100, 1) == [[-127, 127]] * 6
+    # Halves go to the even one: 1.5 to 2, 0.5 to 0.
+    assert moves(0.5, 1) == [[-127], [-127, -126], [-2, 0], [0], [0, 2], [126]]
+    # Where taps cancel, even -128 stays, which no grid has.
+    assert moves(0.5, 2)[0] == [-128, -127]
 
 
 def test_where_denormals_are_taken_as_zero_weights_move_alike():
@@ -175,7 +199,7 @@ def test_elements_change_on_top_of_what_has_moved():
     )
     data = encode_patch(header, changes, moved, target, terms=terms)
     with open_patch(data) as patch:
-        assert patch.counts == (1, 0, 1, 0)
+        assert patch.counts == (1, 0, 1, 0, 0)
         assert apply_patch(BASE, patch).data == target.data
 
 
