@@ -206,6 +206,8 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
         yield "[update] dense other than train is for methods that select only"
     if section.first_budget and not section.budget:
         yield "[update] first_budget is for recipes with a budget"
+    if section.anew_budget and not (section.method == "subspace" and section.budget):
+        yield "[update] anew_budget is for method subspace with a budget"
     yield from _lean_disagreements(section)
 
 

@@ -226,7 +226,8 @@ class UpdateConfig:
     reinit: int | str = _key(
         "when to start from the init weights again; auto: the data grew more than "
         "reinit_growth times since the last time (fu and pruning: every round; "
-        "subspace: only with first_budget), never, or every so many rounds",
+        "subspace: only with first_budget or anew_budget), never, or every so many "
+        "rounds",
         _REINIT,
         default="auto",
     )
@@ -263,7 +264,13 @@ class UpdateConfig:
     )
     first_budget: str = _key(
         "largest patch of round_00, and of what was trained on unseen (chain shadow); "
-        "subspace: of every round from the init weights; default: budget",
+        "default: budget",
+        _SIZE,
+        default="",
+    )
+    anew_budget: str = _key(
+        "subspace only: largest patch of a later round from the init weights; default: "
+        "first_budget",
         _SIZE,
         default="",
     )

@@ -529,6 +529,7 @@ def calibrating(update: UpdateConfig) -> UpdateConfig:
         first_ratio=0.0,
         budget=update.budget if subspace else "",
         first_budget="",
+        anew_budget="",
         grid="",
         dense_grid="",
         mantissa_bits=FLOAT32_BITS,

@@ -187,7 +187,8 @@ def _must_reinitialise(
     update, rule = config.update, config.update.reinit
     if rule == "never" or not records:
         return False
-    if rule == "auto" and update.method == "subspace" and not update.first_budget:
+    larger = update.anew_budget or update.first_budget
+    if rule == "auto" and update.method == "subspace" and not larger:
         return False  # a few coefficients do not lead from the init weights
     if rule == "auto" and update.method not in PARTIAL_METHODS:
         return True

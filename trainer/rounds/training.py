@@ -151,10 +151,12 @@ class RoundTraining:
     @property
     def limit(self) -> int:
         """Largest patch, in bytes, of a recipe with a budget."""
-        update, first = self.update, not self.number
-        if update.method == "subspace":
-            first = self.fresh
-        return parse_size((first and update.first_budget) or update.budget)
+        update, size = self.update, ""
+        if not self.number:
+            size = update.first_budget
+        elif update.method == "subspace" and self.fresh:
+            size = update.anew_budget or update.first_budget
+        return parse_size(size or update.budget)
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return the stream of one purpose in the epoch that comes next.

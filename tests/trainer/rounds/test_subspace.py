@@ -93,15 +93,17 @@ def test_a_larger_budget_from_init_has_room_for_more_coefficients(tmp_path):
 def test_a_round_that_begins_anew_has_the_first_rounds_room_or_leaves_no_trace(
     tmp_path,
 ):
-    update = {"dense": "freeze", "budget": "260", "first_budget": "300"}
+    update = {"dense": "freeze", "budget": "260", "anew_budget": "300"}
     config = config_of(
-        update | {"reinit": 1},
+        update | {"first_budget": "330", "reinit": 1},
         run={"name": "t", "rounds": 6, "seed": 1, "id": "same"},
         data={"set": "digits", "initial": 200, "growth": 60, "validation": 100},
         train={"epochs": 2, "batch": 16, "lr": 1e-2},
     )
     found = set()
-    for round_ in rounds_of(tmp_path, config)[1:]:
+    first, *later = rounds_of(tmp_path, config)
+    assert 320 < len(pack_round(first).data) <= 330
+    for round_ in later:
         record = read_round_record(round_.path)
         assert record.tried_reinit
         assert not (round_.path / SHADOW_SUBSPACES_NAME).exists()
@@ -123,6 +125,7 @@ def test_a_round_that_begins_anew_has_the_first_rounds_room_or_leaves_no_trace(
         ({"budget": "260"}, []),
         ({"budget": "260", "first_budget": "300"}, [2]),
         ({"budget": "260", "first_budget": "300", "reinit_growth": 3.5}, [4]),
+        ({"budget": "260", "anew_budget": "300"}, [2]),
         ({"budget": "260", "first_budget": "300", "reinit": "never"}, []),
     ],
 )
@@ -201,6 +204,7 @@ def test_a_run_repeats_to_the_bit(tmp_path):
         ({"taps": 0}, "from 1 to 4"),
         ({"mantissa_bits": 7}, "mantissa_bits"),
         ({"method": "dpu"}, "for method subspace only"),
+        ({"anew_budget": "1KB"}, "for method subspace with a budget"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(update, message):
