@@ -189,8 +189,6 @@ def _disagreements(section: Any) -> Iterable[str]:
 
 
 def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
-    if section.budget and section.method not in (able := (*RANKED_METHODS, "subspace")):
-        yield f"[update] budget is for methods {', '.join(able)} only"
     if section.method == "subspace":
         if section.mantissa_bits != 23:
             yield "[update] mantissa_bits 23 it is with subspace: all weights move"
@@ -204,11 +202,17 @@ def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
         yield "[update] tensors names what trains: without it, the dense part has to"
     if section.dense != "train" and section.method not in PARTIAL_METHODS:
         yield "[update] dense other than train is for methods that select only"
+    yield from _budget_disagreements(section)
+    yield from _lean_disagreements(section)
+
+
+def _budget_disagreements(section: UpdateConfig) -> Iterable[str]:
+    if section.budget and section.method not in (able := (*RANKED_METHODS, "subspace")):
+        yield f"[update] budget is for methods {', '.join(able)} only"
     if section.first_budget and not section.budget:
         yield "[update] first_budget is for recipes with a budget"
     if section.anew_budget and not (section.method == "subspace" and section.budget):
         yield "[update] anew_budget is for method subspace with a budget"
-    yield from _lean_disagreements(section)
 
 
 def _lean_disagreements(section: UpdateConfig) -> Iterable[str]:
