@@ -244,6 +244,11 @@ def _teacher_problems(
             f"[train] teacher {train.teacher} is for methods "
             f"{', '.join(able[train.teacher])} only"
         )
+    if train.teacher_mix and (train.teacher == "none" or train.teacher_weight != 1):
+        yield (
+            "[train] teacher_mix is for recipes with a teacher and teacher_weight 1: "
+            "mixtures have no labels"
+        )
     loss = loss_name(data, train)
     if train.teacher != "none" and loss != "cross_entropy":
         yield (

@@ -344,6 +344,12 @@ class TrainConfig:
     teacher_temperature: float = _key(
         "softens the answers of both", _ABOVE_0, default=3.0
     )
+    teacher_mix: float = _key(
+        "the teacher answers for mixtures of two samples, of shares from Beta(a, a), "
+        "and nothing else is learnt: a; 0: for the samples themselves",
+        _from(0),
+        default=0.0,
+    )
     momentum: float = _key("sgd only", _from(0, 1), default=0.0)
     nesterov: bool = _key("sgd only; needs momentum", default=False)
     weight_decay: float = _key("L2 penalty", _from(0), default=0.0)

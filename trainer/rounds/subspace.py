@@ -20,6 +20,9 @@ _SEEDS = 1 << 28  # as many as take four bytes in a patch
 def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> Masks:
     """Train coefficients freely, settle their scales, train on what devices will have.
 
+    Full updating teaches both phases where they go on from deployed weights: those know
+    their samples by heart. From the init weights few coefficients learn labels better.
+
     Args:
         training: Its ``best`` weights are the result, ``kept`` says how they moved.
         epochs: Of one phase.
@@ -48,8 +51,12 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
         int8_scales=training.form.form.scales,
     )
     updater.attach(training.optimizer)
+    known = training.teacher is not None
+    if known and not training.fresh:
+        training.teach()
     training.run_phase("full", epochs, keep=False)
-    training.teach()
+    if not known:
+        training.teach()  # by itself, as it is now
     updater.select()
     training.movement = updater.movement
     training.consider_rewound()

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edge_runtime.errors import ConfigError
 from trainer.method.distill import distill_loss
 from trainer.recipe.schema import TrainConfig
 
@@ -20,22 +21,32 @@ class Teacher:
 
     Answers of unchanged samples are kept over the epochs: they are the same, as bits,
     while batches have one size. Those of a smaller last batch are asked for anew.
+
+    Of mixtures of samples there is no end: what knows its samples by heart still learns
+    from the teacher's answers between them (mixup, Zhang et al., 2018; as function
+    matching, Beyer et al., 2022).
     """
 
-    def __init__(self, model: nn.Module, count: int) -> None:
+    def __init__(self, model: nn.Module, count: int, mix: float = 0.0) -> None:
         """Know nothing yet.
 
         Args:
             model: The network; comes to be in eval mode.
             count: How many samples there are.
+            mix: Shares of the two samples of a mixture are of Beta(mix, mix); 0: no
+                mixtures.
         """
+        self._mix = mix
         self._model = model.eval()
         self._known = np.zeros(count, bool)
         self._answers: Tensor | None = None
         self._size = 0  # of a whole batch
 
     def beside(
-        self, epoch: Iterable[tuple[Tensor, Any]], order: Tensor | None
+        self,
+        epoch: Iterable[tuple[Tensor, Any]],
+        order: Tensor | None,
+        random: np.random.Generator,
     ) -> Iterator[tuple[Tensor, Any]]:
         """Yield inputs, with labels and the teacher's outputs in place of labels.
 
@@ -43,7 +54,16 @@ class Teacher:
             epoch: Batches.
             order: Which samples they are, one batch after the other; None where they
                 are augmented, and so are others every time.
+            random: Draws mixtures.
+
+        Raises:
+            ConfigError: Inputs are of a kind that cannot be mixed.
         """
+        if self._mix:
+            for inputs, labels in epoch:
+                mixed = self._mixed(inputs, random)
+                yield mixed, (labels, self._ask(mixed))
+            return
         places = None if order is None else order.cpu().numpy()
         stop = 0
         for inputs, labels in epoch:
@@ -56,6 +76,18 @@ class Teacher:
                 answers = self._ask(inputs)
                 self._keep(answers, order[start:stop], places[start:stop])
             yield inputs, (labels, answers)
+
+    def _mixed(self, inputs: Tensor, random: np.random.Generator) -> Tensor:
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            raise ConfigError(
+                "[train] teacher_mix mixes inputs of one floating-point tensor, these "
+                "are of another kind: leave it out"
+            )
+        count = len(inputs)
+        drawn = random.beta(self._mix, self._mix, count).astype(np.float32)
+        shares = torch.from_numpy(drawn).to(inputs).view(-1, *[1] * (inputs.dim() - 1))
+        others = torch.from_numpy(random.permutation(count)).to(inputs.device)
+        return torch.lerp(inputs[others], inputs, shares)
 
     @torch.no_grad()
     def _ask(self, inputs: Tensor) -> Any:

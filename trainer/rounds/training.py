@@ -213,9 +213,10 @@ class RoundTraining:
 
     def teach(self) -> None:
         """Let what trains from here on learn from the recipe's teacher."""
-        own = self._config.train.teacher == "self"
-        model = copy.deepcopy(self.model) if own else self.teacher
-        self._taught_by = Teacher(model, len(self._train)) if model else None
+        train = self._config.train
+        model = copy.deepcopy(self.model) if train.teacher == "self" else self.teacher
+        if model:
+            self._taught_by = Teacher(model, len(self._train), train.teacher_mix)
 
     def fit_batchnorm(self) -> None:
         """Give BatchNorm the statistics of the weights as they are now."""
@@ -356,7 +357,8 @@ class RoundTraining:
         epoch = batches(self._train, size, order, augment)
         loss_of: Loss = self.loss
         if self._taught_by:
-            epoch = self._taught_by.beside(epoch, None if augment else order)
+            known = None if augment else order
+            epoch = self._taught_by.beside(epoch, known, self.random("mix"))
             loss_of = taught_loss(self._config.train)
         how = autocast(self._config.train, device)
         loss = train_epoch(self._trained, self.optimizer, epoch, loss_of, how)

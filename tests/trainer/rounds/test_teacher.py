@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a teacher answers stays the same, and is asked for as seldom as can be."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from edge_runtime.errors import ConfigError
 from trainer.data.samples import Samples, batches
 from trainer.rounds import teacher as module
 from trainer.rounds.teacher import Teacher
@@ -33,7 +35,7 @@ def epochs_of(teacher, count, epochs, *, augmented=False):
         order = torch.randperm(count, generator=random)
         epoch = batches(samples, SIZE, order)
         for batch, (labels, answers) in teacher.beside(
-            epoch, None if augmented else order
+            epoch, None if augmented else order, np.random.default_rng(0)
         ):
             assert torch.equal(batch, inputs[labels])
             yield batch, answers
@@ -63,6 +65,31 @@ def test_augmented_samples_are_answered_every_time():
     asked = Counting()
     list(epochs_of(Teacher(asked, 8), 8, 5, augmented=True))
     assert asked.asked == 5 * 8
+
+
+def test_the_teacher_answers_for_mixtures_of_two_samples():
+    inputs = torch.arange(12.0).view(6, 2)
+    labels, seen = torch.arange(6), []
+    teacher = Teacher(Counting(), 6, mix=1.0)
+    for _ in range(50):
+        epoch = [(inputs[:4], labels[:4]), (inputs[4:], labels[4:])]
+        random = np.random.default_rng(len(seen))
+        for mixed, (_, answers) in teacher.beside(epoch, labels, random):
+            assert torch.equal(answers, Counting()(mixed))
+            seen.append(mixed)
+    found = torch.cat(seen)
+    # On the line between two samples of a batch: both columns moved alike.
+    assert torch.allclose(found[:, 1] - found[:, 0], torch.ones(len(found)))
+    assert found.min() >= 0
+    assert found.max() <= 11
+    assert len(found.unique()) > len(found)
+
+
+def test_inputs_that_cannot_be_mixed_are_refused():
+    teacher = Teacher(Counting(), 4, mix=1.0)
+    epoch = [(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4))]
+    with pytest.raises(ConfigError, match="teacher_mix"):
+        list(teacher.beside(epoch, None, np.random.default_rng(0)))
 
 
 def test_answers_that_fill_memory_are_not_kept(monkeypatch):
