@@ -114,6 +114,8 @@ def test_says_what_is_wrong(section, keys, expected):
         ("update", {"gradual": True}, "gradual is for method pruning only"),
         ("update", {"method": "named", "dense": "freeze"}, "tensors names what trains"),
         ("train", {"teacher": "self", "loss": "mse"}, "teacher is for loss cross_ent"),
+        ("train", {"teacher": "self", "teacher_mix": 1}, "mixtures have no labels"),
+        ("train", {"teacher_mix": 1, "teacher_weight": 1}, "mixtures have no labels"),
         ("update", {"mantissa_bits": 8}, "should be 23, 10 or 7"),
         ("model", {"factory": "a:b"}, "[model] name, or factory"),
         ("model", {"name": ""}, "[model] name, or factory"),
