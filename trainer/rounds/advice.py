@@ -29,6 +29,10 @@ FLOAT_BITS, GRID_BITS, DENSE_BITS = 21, 2, 5
 FIRST_SHARE = 0.03  # of the weights, where a round leads from the init weights
 # A subspace begins anew with so many times a round's bytes, or what a share would take.
 ANEW_TIMES, ANEW_SHARE = 3, 0.01
+FEW = 0.02  # coefficients a weight, below which beginning anew would cost too much
+MIXED = {"teacher": "full", "teacher_weight": 1.0, "teacher_mix": 1.0}
+CROSS_ENTROPY = "cross_entropy"
+SUBSPACE_KNOWN = "MNIST MLP: @@ (docs/subspace.md)"
 LEAST_SHARE = 0.002  # fewer selected weights have not been tried
 DENSE_GRID = 0.03125
 SUBSPACE_LR = 2e-3
@@ -172,7 +176,7 @@ def _lean(config: Config, _model: nn.Module, network: Network, budget: int) -> A
         )
     first = max(budget, patch_bytes(network, max(share, FIRST_SHARE), lean=True))
     folded = {"fold_batchnorm": True} if network.normed else {}
-    taught = loss_name(config.data, config.train) == "cross_entropy"
+    taught = loss_name(config.data, config.train) == CROSS_ENTROPY
     return Candidate(
         "lean",
         budget,
@@ -208,26 +212,29 @@ def _subspace(config: Config, model: nn.Module, network: Network, budget: int) -
                 f"part alone has {network.dense} bytes; allow more"
             ) from err
         raise
-    least = patch_bytes(network, ANEW_SHARE, lean=True)
-    first = max(ANEW_TIMES * budget, least)
     train = config.train
     slower = train.optimizer == "adam" and train.lr > SUBSPACE_LR
+    rate = {"lr": SUBSPACE_LR} if slower else {}
+    pictures = bool(config.data.set) and loss_name(config.data, train) == CROSS_ENTROPY
+    few = count < FEW * network.weights and pictures
+    share = FIRST_SHARE if few else ANEW_SHARE
+    first = max(ANEW_TIMES * budget, patch_bytes(network, share, lean=True))
+    how = "taught by full updating" if few else "anew when the data has doubled"
     return Candidate(
         "subspace",
         budget,
         first,
         f"{count} coefficients of 1 bit move all weights; the size is exact before "
-        "training; anew, with a larger patch, when the data has doubled",
-        "MNIST MLP: 0.9 points below full updating at 1.4 kB and 0.3 at 4.5 kB (two "
-        "and three seeds, rounds 0-23, first 20 kB); falls back in late rounds, and on "
-        "large pretrained networks (docs/subspace.md)",
+        f"training; {how}",
+        SUBSPACE_KNOWN,
         {
             "method": "subspace",
             "budget": str(budget),
             "first_budget": str(first),
             "dense": "train" if network.normed else "freeze",
+            **({"reinit": "never"} if few else {}),
         },
-        {"lr": SUBSPACE_LR} if slower else {},
+        rate | (MIXED if few else {}),
     )
 
 
