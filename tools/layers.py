@@ -10,14 +10,14 @@ do not count.
 """
 
 import ast
-import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import click
 
-from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.commandline import CONTEXT, Command, emit, json_option
+from tools.ending import end
 from tools.wheels import CHECKOUT
 
 # From the ground up: sub-packages, and modules that stand beside them.
@@ -127,8 +127,8 @@ def edges(root: Path) -> dict[str, set[str]]:
 
 def _module(text: str, known: Mapping[str, Path]) -> str | None:
     parts = text.split(".")
-    for end in range(len(parts), 1, -1):
-        if (name := ".".join(parts[:end])) in known:
+    for stop in range(len(parts), 1, -1):
+        if (name := ".".join(parts[:stop])) in known:
             return name
     # The face of a package: what it re-exports is not followed.
     return parts[0] if parts[0] in FLOORS else None
@@ -166,9 +166,7 @@ def main(*, check: bool, as_json: bool) -> None:
         f"{package}\n  " + " < ".join(floors) for package, floors in FLOORS.items()
     )
     emit({"floors": FLOORS, "problems": found}, as_json=as_json, text=text)
-    for problem in found:
-        say(f"error: {problem}")
-    sys.exit(bool(found and check))
+    end(found, check=check)
 
 
 if __name__ == "__main__":

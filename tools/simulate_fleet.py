@@ -11,7 +11,6 @@ trials and drawers are drawn at random, by ``--seed``.
 """
 
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import click
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.sync.head import PERMILLE
 from tools.bench.patch import machine
+from tools.ending import end
 from tools.fleet.crowd import DAY, HOUR, REVERT_AFTER, SHARES, START, Crowd, Followed
 from tools.fleet.publisher import Publisher, train
 
@@ -297,9 +297,7 @@ def main(
         "missed": missed,
     }
     emit(record, as_json=as_json, text=table(found, told))
-    for problem in missed:
-        say(f"missed: {problem}")
-    sys.exit(1 if check and missed else 0)
+    end(missed, check=check)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
 from tools.bench.rivals import TOOLS, Target
 from tools.bench.rounds import find_pairs
+from tools.ending import end
 
 TIME_BAR = 1.5  # of copying, hashing once and fsyncing
 SUBSPACE_BAR = 1.4  # the same, where every weight moves
@@ -304,9 +305,7 @@ def main(
         asdict(row) | {"ratio": row.ratio, "memory": row.memory} for row in rows
     ]}  # fmt: skip
     emit(record, as_json=as_json, text=text)
-    for problem in missed:
-        say(f"missed: {problem}")
-    sys.exit(1 if check and missed else 0)
+    end(missed, check=check)
 
 
 def table(rows: Sequence[Row], missed: Sequence[str], told: dict[str, object]) -> str:

@@ -44,6 +44,7 @@ from packager.fleet.tuf import mirror
 from packager.fleet.tuf_keys import TufFolder, make_folder
 from packager.keys import generate_key
 from tools.bench.patch import machine
+from tools.ending import end
 from tools.fleet.crowd import START
 from tools.fleet.publisher import CHANNEL, Publisher, train
 from tools.fleet.servers import (
@@ -366,9 +367,7 @@ def main(run: Path | None, *, check: bool, as_json: bool) -> None:
     missed = [row.name for row in rows if row.is_missed]
     record = {"rows": [asdict(row) for row in rows], "missed": missed, "machine": told}
     emit(record, as_json=as_json, text=table(rows, told))
-    for name in missed:
-        say(f"missed: {name}")
-    sys.exit(1 if check and missed else 0)
+    end(missed, check=check)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ densities from 0.1 to 99 %, in the tensors of the same networks.
 """
 
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from packager.diff import diff
 from packager.report.patch_record import section_part
 from tools.bench.floors import Moves, entropy_bits, index_floor_bits, value_floor_bits
 from tools.bench.rounds import Pair, find_pairs, make_rounds
+from tools.ending import end
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.38, 0.5, 0.62, 0.8, 0.95, 0.99)
 # Bars. Of the index to the entropy of the mask; of index and values to their floor.
@@ -248,9 +248,7 @@ def main(
     emit(
         record, as_json=as_json, text="\n".join([*table(rows), "", *mask_table(masks)])
     )
-    for problem in missed:
-        say(f"missed: {problem}")
-    sys.exit(1 if check and missed else 0)
+    end(missed, check=check)
 
 
 def _with_ratios(row: Sizes) -> dict[str, object]:

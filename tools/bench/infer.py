@@ -26,6 +26,7 @@ from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
 from edge_runtime.update.golden import relative_difference
+from tools.ending import end
 
 OVERHEAD_S = 20e-6  # a call, on networks shorter than ...
 LONG_S = 5e-3
@@ -150,10 +151,7 @@ def main(
     problems = [problem for row in rows for problem in row.problems()]
     record = {"rows": [asdict(row) for row in rows], "problems": problems}
     emit(record, as_json=as_json, text="\n".join(table(rows)))
-    for problem in problems:
-        say(f"problem: {problem}")
-    if check and problems:
-        sys.exit(1)
+    end(problems, check=check)
 
 
 def _row(root: Path, number: int, seconds: float, attempts: int) -> Row:

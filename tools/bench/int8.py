@@ -8,7 +8,6 @@ outputs differ, and how many answers are the same. With ``--check`` it holds the
 that :data:`CASES` states; accuracy on real data is the trainer's to show.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from edge_runtime.formats.weights import Weights, pack_weights, write_weights
 from edge_runtime.inference.bench import MIN_CALLS
 from edge_runtime.inference.predictor import Backend, RunOptions, make_session
 from edge_runtime.update.golden import relative_difference
+from tools.ending import end
 from trainer.data.vision import torchvision
 from trainer.export.graph import export_graph, weights_of
 from trainer.export.int8_graph import quantised_graph
@@ -232,10 +232,7 @@ def main(seconds: float, *, check: bool, as_json: bool) -> None:
         problems += found
     record = {"rows": [asdict(row) for row in rows], "problems": problems}
     emit(record, as_json=as_json, text="\n".join(table(rows)))
-    for problem in problems:
-        say(f"problem: {problem}")
-    if check and problems:
-        sys.exit(1)
+    end(problems, check=check)
 
 
 def table(rows: list[Row]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from edge_runtime.formats.layout import make_layout
 from edge_runtime.formats.weights import write_weights
 from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
+from tools.ending import end
 
 MIB = 1 << 20
 PEAK_BAR = 800 * MIB  # of two files of half a gigabyte, with mapped pages
@@ -262,9 +263,7 @@ def main(tensors: int, *, large: bool, write: bool, check: bool, as_json: bool) 
         "machine": host,
     }
     emit(record, as_json=as_json, text=text)
-    for problem in problems:
-        say(f"error: {problem}")
-    sys.exit(1 if check and problems else 0)
+    end(problems, check=check)
 
 
 if __name__ == "__main__":

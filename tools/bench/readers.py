@@ -34,6 +34,7 @@ from edge_runtime.formats.header import PatchHeader, encode_header
 from edge_runtime.formats.sections import INDEX, encode_varint
 from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
+from tools.ending import end
 
 SIZE = 20_000_000
 MEMORY_BAR = 200_000_000
@@ -351,9 +352,7 @@ def main(size: int, *, write: bool, check: bool, as_json: bool) -> None:
         "machine": host,
     }
     emit(record, as_json=as_json, text=text)
-    for problem in problems:
-        say(f"error: {problem}")
-    sys.exit(1 if check and problems else 0)
+    end(problems, check=check)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import peak_memory
 from edge_runtime.inference.predictor import Predictor, RunOptions, SwapPolicy
+from tools.ending import end
 
 VERSIONS = 3
 SHAPE = (1, 3, 32, 32)
@@ -212,10 +213,7 @@ def main(
         as_json=as_json,
         text="\n".join(table(rows, model, size, callers)),
     )
-    for problem in problems:
-        say(f"problem: {problem}")
-    if check and problems:
-        sys.exit(1)
+    end(problems, check=check)
 
 
 def table(rows: list[Row], model: str, size: int, callers: int) -> list[str]:
