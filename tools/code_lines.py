@@ -55,7 +55,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "method": 1420,
         "networks": 260,
         "recipe": 520,
-        "rounds": 2190,
+        "rounds": 2260,
         "starter": 25,
     },
 }
