@@ -34,8 +34,8 @@ MIXED = {"teacher": "full", "teacher_weight": 1.0, "teacher_mix": 1.0}
 CROSS_ENTROPY = "cross_entropy"
 SUBSPACE_KNOWN = (
     "MNIST MLP, rounds 0-23: 0.4 points below full updating at 1.4 kB, taught by it, "
-    "first 20 kB (two seeds), and 0.1 at 3.4 kB, anew with 10 kB (three seeds); far "
-    "behind on large pretrained networks (docs/subspace.md)"
+    "first 20 kB, and 0.1 at 3.4 kB, anew with 10 kB (three seeds each); far behind "
+    "on large pretrained networks (docs/subspace.md)"
 )
 LEAST_SHARE = 0.002  # fewer selected weights have not been tried
 DENSE_GRID = 0.03125
