@@ -156,7 +156,10 @@ def advise(
         ConfigError: Nothing fits; the message says what each method needs.
     """
     network, found, refused = Network.of(model), [], {}
-    for name, make in (("lean", _lean), ("subspace", _subspace), ("dpu", _plain)):
+    # Best first, as far as was measured: where there is BatchNorm, lean updates.
+    order = ("lean", "subspace") if network.normed else ("subspace", "lean")
+    makers = {"lean": _lean, "subspace": _subspace, "dpu": _plain}
+    for name, make in ((name, makers[name]) for name in (*order, "dpu")):
         try:
             candidate = make(config, model, network, budget)
             found.append(_complete(candidate, config, network, links))

@@ -116,7 +116,8 @@ def test_a_method_without_room_is_refused_beside_those_that_have_it():
 
 def test_the_command_prints_text_and_json():
     text = invoke("digits", "--budget", "4KB").stdout
-    assert "1. lean" in text
+    assert "1. subspace" in text  # no BatchNorm
+    assert "2. lean" in text
     assert "LoRa SF12" in text
     found = json.loads(invoke("digits", "--budget", "4KB", "--json").stdout)
     first = found["candidates"][0]
