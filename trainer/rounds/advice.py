@@ -159,9 +159,9 @@ def advise(
     # Best first, as far as was measured: where there is BatchNorm, lean updates.
     order = ("lean", "subspace") if network.normed else ("subspace", "lean")
     makers = {"lean": _lean, "subspace": _subspace, "dpu": _plain}
-    for name, make in ((name, makers[name]) for name in (*order, "dpu")):
+    for name in (*order, "dpu"):
         try:
-            candidate = make(config, model, network, budget)
+            candidate = makers[name](config, model, network, budget)
             found.append(_complete(candidate, config, network, links))
         except (ConfigError, TrainingError) as err:
             refused[name] = str(err)

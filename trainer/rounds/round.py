@@ -327,7 +327,10 @@ class Run:
         from_init = parent is self._deployment.init
         training = self._prepare(model, number, start, self.config, from_init=from_init)
         training.start = start
-        if self.config.train.teacher == "full":
+        # Deployed weights know their samples by heart; from the init weights, the few
+        # coefficients of a subspace learn labels better.
+        alone = self.config.update.method == "subspace" and training.fresh
+        if self.config.train.teacher == "full" and not alone:
             training.teacher = self._teacher(number)
         masks = train_round(training, self.config, self._pack)
         best, terms = (

@@ -20,8 +20,7 @@ _SEEDS = 1 << 28  # as many as take four bytes in a patch
 def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> Masks:
     """Train coefficients freely, settle their scales, train on what devices will have.
 
-    Full updating teaches both phases where they go on from deployed weights: those know
-    their samples by heart. From the init weights few coefficients learn labels better.
+    Full updating, where it is the teacher, teaches both phases.
 
     Args:
         training: Its ``best`` weights are the result, ``kept`` says how they moved.
@@ -51,11 +50,10 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
         int8_scales=training.form.form.scales,
     )
     updater.attach(training.optimizer)
-    known = training.teacher is not None
-    if known and not training.fresh:
+    if training.teacher:
         training.teach()
     training.run_phase("full", epochs, keep=False)
-    if not known:
+    if not training.teacher:
         training.teach()  # by itself, as it is now
     updater.select()
     training.movement = updater.movement
