@@ -16,7 +16,7 @@ from trainer.data.samples import DataSource
 from trainer.folder.record import RoundRecord
 from trainer.folder.write import run_lock, write_round
 from trainer.recipe.schema import Config
-from trainer.rounds.round import Run
+from trainer.rounds.setup import Setup
 
 
 class RestoredRun:
@@ -43,12 +43,12 @@ class RestoredRun:
             ExportError: The network cannot be deployed weight for weight.
         """
         self.path = Path(runs_dir) / config.run.name
-        self._run = Run(config, self.path, lambda _: None, model=model, source=source)
+        self._setup = Setup(config, source, model)
 
     @property
     def init(self) -> Weights:
         """The init weights as devices have them, where chains of patches begin."""
-        return self._run.form.encode(self._run.init)
+        return self._setup.form.encode(self._setup.init)
 
     def write(
         self, rounds: Iterator[tuple[RoundRecord, Weights, Weights | None]]
@@ -74,5 +74,6 @@ class RestoredRun:
                 )
             for record, weights, shadow in rounds:
                 if not record.round:
-                    self._run.write_deployment(self._run.form.decode(weights))
+                    target = self._setup.form.decode(weights)
+                    self._setup.write(self.path, target)
                 write_round(self.path, record, weights, {}, [], shadow)

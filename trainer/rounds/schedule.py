@@ -28,6 +28,7 @@ from trainer.recipe.schema import PARTIAL_METHODS, Config, trains_unseen
 from trainer.rounds.deployment import check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
+from trainer.rounds.setup import Setup
 from trainer.rounds.speed import computing
 from trainer.rounds.training import Pack
 
@@ -97,9 +98,10 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
         stack.enter_context(torch.random.fork_rng(devices=[]))
         report = _calling(progress, on_epoch, on_round)
         model = run_dir / MODEL_NAME if records else None
-        run = Run(config, run_dir, report, model=model, pack=pack, source=source)
+        setup = Setup(config, source, model)
+        run = Run(setup, run_dir, report, pack=pack)
         for number in range(len(records), config.run.rounds):
-            samples = run.split.size_at(number)
+            samples = setup.split.size_at(number)
             reinitialise = _must_reinitialise(config, records, samples)
             records.append(run.train(number, records, reinitialise=reinitialise))
     return records

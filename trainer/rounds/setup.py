@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays the same from round to round: data, split, network, init weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.formats.weights import Weights
+from trainer.data.samples import DataSource, Samples, batches, split_source
+from trainer.data.sources import load_source
+from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
+from trainer.export.int8 import DeviceForm, DeviceNetwork
+from trainer.export.tensors import load_weights
+from trainer.method.updater import is_weight
+from trainer.networks.models import build_model
+from trainer.parallel import by_first, first_before_others
+from trainer.recipe.schema import Config, UpdateConfig
+from trainer.rounds.deployment import (
+    GOLDEN_SAMPLES,
+    Deployment,
+    contract_of,
+    in_int8,
+    make_deployment,
+    read_deployment,
+    write_deployment,
+)
+from trainer.rounds.loop import choose_device
+from trainer.rounds.methods import check_names, train_round
+from trainer.rounds.objective import check_objective, judge_of
+from trainer.rounds.rounding import FLOAT32_BITS
+from trainer.rounds.training import RoundTraining
+from trainer.rounds.values import Values
+
+CALIBRATION_SAMPLES = 256  # that say the ranges of activations
+
+OnEpoch = Callable[[dict[str, Any]], None]
+
+
+class Setup:
+    """One run's data, split, network and init weights, and trainings with them.
+
+    Attributes:
+        config: The recipe.
+        split: Which samples train, judge and test.
+        judge: Says which weights are better.
+        values: How good weights are, as far as it was measured.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: DataSource | None = None,
+        model: Path | None = None,
+    ) -> None:
+        """Load the data, unless given; draw init and export the graph of a new run.
+
+        Args:
+            config: The recipe.
+            source: Its data set where it is loaded already.
+            model: The run's model folder, where it is there.
+
+        Raises:
+            ConfigError: The data set is too small.
+            ExportError: The network cannot be deployed weight for weight.
+            TrainingError: The data set cannot be had.
+        """
+        self.config = config
+        self._device = choose_device(config.train.device)
+        with first_before_others():
+            self._source = source or load_source(config.data)
+        seed, data, rounds = config.run.seed, config.data, config.run.rounds
+        self.split = split_source(self._source, data, seed=seed, rounds=rounds)
+        self._pool, self._validation, test = (
+            self._source.prepared(samples, self._device)
+            for samples in (self.split.pool, self.split.validation, self.split.test)
+        )
+        shape = self._source.input_shape
+        if config.data.augment != "none" and len(shape) != 3:
+            raise ConfigError(
+                f"data.augment is for images (C, H, W), these inputs are {shape}"
+            )
+        self.judge = judge_of(config)
+        self.values = Values(
+            self.judge,
+            self._validation,
+            test,
+            network=self._network,
+            on_device=self._on_device,
+        )
+        self._teachers: dict[int, nn.Module] = {}  # by round; the last one
+        check_objective(self._build(), self._pool, config, self._source.classes)
+        check_names(self._build(), config.update)
+        # Before any training: a network that cannot be deployed fails at once.
+        example = self._inputs(self._validation[:GOLDEN_ROWS])
+        self._deployment = (
+            read_deployment(model, self._build, example, self._calibration())
+            if model
+            else make_deployment(self._build, example, seed=seed)
+        )
+        if not model and config.model.deploy == "int8":
+            self._deployment = self._in_int8()
+
+    @property
+    def init(self) -> Weights:
+        """The init weights, as they train."""
+        return self._deployment.init
+
+    @property
+    def form(self) -> DeviceForm:
+        """How weights lie on a device."""
+        return self._deployment.form
+
+    def training(
+        self,
+        config: Config,
+        number: int,
+        start: Weights,
+        *,
+        from_init: bool,
+        on_epoch: OnEpoch = lambda _epoch: None,
+    ) -> RoundTraining:
+        """Bring together what a round trains with.
+
+        Args:
+            config: The run's recipe, or one that differs in how weights are trained.
+            number: Of the round.
+            start: Weights to start from.
+            from_init: Whether devices update from the init weights.
+            on_epoch: Called with the record of every epoch.
+        """
+        augment = config.data.augment
+        move = partial(self._source.augmentation, augment)
+        training = RoundTraining(
+            self._network(start),
+            config,
+            number,
+            (self._pool[: self.split.size_at(number)], self._validation),
+            from_init=from_init,
+            fresh=start is self.init,
+            start_value=self.values.known(start),
+            scales=self.form.scales,
+            device_layout=self.form.encode(self.init).layout,
+            augmentation=None if augment == "none" else move,
+            on_epoch=on_epoch,
+        )
+        # Deployed weights know their samples by heart; from the init weights, the few
+        # coefficients of a subspace learn labels better.
+        alone = config.update.method == "subspace" and training.fresh
+        if config.train.teacher == "full" and not alone:
+            training.teacher = self._teacher(number)
+        return training
+
+    def check_answers(self, model: nn.Module, weights: Weights) -> None:
+        """Prove that a device will answer as the trained network does.
+
+        Raises:
+            ExportError: It would not.
+        """
+        graph = self._deployment.plain
+        inputs = [self._inputs(self._validation[:GOLDEN_ROWS])]
+        by_first(lambda: check_answers(model, weights, graph, inputs))
+
+    def write(self, run_dir: Path, target: Weights) -> None:
+        """Write the model folder; round_00's weights decide the contract's bound."""
+        golden = self.split.validation[:GOLDEN_SAMPLES]
+        contract = contract_of(
+            self.config,
+            self._source,
+            golden,
+            lambda metric: self.values.golden(target, metric, GOLDEN_SAMPLES),
+        )
+        by_first(
+            lambda: write_deployment(
+                run_dir, self._deployment, contract, golden, self.config.run.id
+            )
+        )
+
+    def _build(self) -> nn.Module:
+        """Build the network, with the initialisation of its modules."""
+        shape, outputs = self._source.input_shape, len(self._source.classes)
+        return build_model(self.config.model, shape, outputs)
+
+    def _network(self, weights: Weights) -> nn.Module:
+        """Build the network anew, with these weights."""
+        model = self._build().to(self._device)
+        load_weights(model, weights)
+        return model
+
+    def _on_device(self, weights: Weights) -> nn.Module:
+        """Return what answers as a device with these weights."""
+        if not self.form.is_int8:
+            return self._network(weights)
+        return DeviceNetwork(self._deployment.graph, self.form.encode(weights))
+
+    def _teacher(self, number: int) -> nn.Module:
+        """Return what full updating gives in this round, which no device gets."""
+        if number not in self._teachers:
+            self._teachers.clear()
+            train = replace(self.config.train, teacher="none")
+            full = replace(self.config, update=UpdateConfig(method="fu"), train=train)
+            self._teachers[number] = self._network(self._from_init(full, number))
+        return self._teachers[number]
+
+    def _from_init(self, config: Config, number: int) -> Weights:
+        """Return what a recipe makes of the init weights, whatever is deployed."""
+        training = self.training(config, number, self.init, from_init=True)
+        train_round(training, config)
+        return training.best or self.init
+
+    def _in_int8(self) -> Deployment:
+        """Settle scales and ranges by a training in float32, with round_00's data.
+
+        With as few weights as any round has: the fewer, the farther they move.
+        """
+        config = replace(self.config, update=calibrating(self.config.update))
+        trained = self._from_init(config, 0)
+        named = self._build().named_parameters()
+        names = [n for n, p in named if is_weight(n, p) and p.dtype == torch.float32]
+        return in_int8(self._deployment, names, trained, self._calibration())
+
+    def _calibration(self) -> Tensor:
+        """Return the prepared inputs that say the ranges of activations."""
+        count = min(self.split.size_at(0), CALIBRATION_SAMPLES)
+        return self._inputs(self._pool[:count])
+
+    def _inputs(self, samples: Samples) -> Tensor:
+        (inputs, _), *_ = batches(samples, len(samples))
+        return inputs.cpu()
+
+
+def calibrating(update: UpdateConfig) -> UpdateConfig:
+    """Return the section by which a training says how far weights will move."""
+    subspace = update.method == "subspace"  # whose size is known before
+    return replace(
+        update,
+        first="partial",
+        first_ratio=0.0,
+        budget=update.budget if subspace else "",
+        first_budget="",
+        anew_budget="",
+        grid="",
+        dense_grid="",
+        mantissa_bits=FLOAT32_BITS,
+    )
