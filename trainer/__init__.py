@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from trainer.export.subspace_size import coefficients_within as coefficients_within
     from trainer.export.tensors import load_weights as load_weights
     from trainer.export.tensors import weights_of as weights_of
+    from trainer.folder.contract import make_contract as make_contract
     from trainer.folder.record import RoundRecord as RoundRecord
-    from trainer.folder.write import make_contract as make_contract
     from trainer.folder.write import write_model as write_model
     from trainer.folder.write import write_round as write_round
     from trainer.method.batchnorm import FoldedBatchNorm as FoldedBatchNorm
@@ -72,7 +72,7 @@ _HOMES = {
     "load_config": "config",
     "load_weights": "export.tensors",
     "magnitude_scores": "method.scores",
-    "make_contract": "folder.write",
+    "make_contract": "folder.contract",
     "make_init_spec": "export.init_recipe",
     "publish_round": "publish",
     "random_masks": "method.selection",

@@ -37,8 +37,9 @@ from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks
 from trainer.folder.contract import GivenContract, as_contract
+from trainer.folder.golden import golden_of
 from trainer.folder.record import RoundRecord, read_round_record
-from trainer.folder.write import golden_of, write_model, write_round
+from trainer.folder.write import write_model, write_round
 from trainer.method.movement import Movement
 from trainer.parallel import told_by_first
 

@@ -17,7 +17,7 @@ from edge_runtime.errors import DpuError
 from packager.size import patch_size
 from trainer.cli import main as cli
 from trainer.config import load_config, make_config
-from trainer.folder.write import make_contract
+from trainer.folder.contract import make_contract
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import by_first, processes, share
 from trainer.publish import publish_round, start_run

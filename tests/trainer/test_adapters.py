@@ -14,7 +14,7 @@ from edge_runtime.formats.weights import read_weights
 from packager.build import pack_round
 from packager.rounds.folder import read_round
 from trainer.data.vision import torchvision  # noqa: F401 - before transformers
-from trainer.folder.write import make_contract
+from trainer.folder.contract import make_contract
 from trainer.method.updater import PartialUpdater
 from trainer.publish import publish_round, start_run
 

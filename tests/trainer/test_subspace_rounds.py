@@ -27,7 +27,7 @@ from packager.compose import compose_patches
 from packager.keys import generate_key
 from packager.rounds.folder import named_parent, read_init, read_round
 from trainer.export.subspace_size import coefficients_within
-from trainer.folder.write import make_contract
+from trainer.folder.contract import make_contract
 from trainer.method.subspace import SubspaceUpdater
 from trainer.method.updater import PartialUpdater
 from trainer.publish import publish_round, start_run

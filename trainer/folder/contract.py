@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contracts as people give them: an object, its fields, or a JSON file of these."""
+"""What goes into a network and what comes out of it, made and taken from people."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from edge_runtime.errors import ContractError
-from edge_runtime.formats.contract import WIDE_SCHEMA, Contract, parse_contract
+from edge_runtime.errors import ContractError, TrainingError
+from edge_runtime.formats.contract import (
+    METRICS,
+    TASKS,
+    WIDE_SCHEMA,
+    Contract,
+    InputSpec,
+    OutputSpec,
+    parse_contract,
+)
 from edge_runtime.formats.json_file import read_record
+from trainer.export.graph_check import OUTPUT_TOLERANCE
 
 GivenContract = Contract | Mapping[str, Any] | str | PathLike[str]
 
@@ -39,3 +48,86 @@ def as_contract(given: GivenContract) -> Contract:
             "numbers, lists and None"
         ) from err
     return parse_contract(text)
+
+
+def make_contract(  # noqa: PLR0913 - all but two by name
+    input_shape: Sequence[int | None] | Mapping[str, Sequence[int | None]],
+    classes: Sequence[str] = (),
+    *,
+    scale: float = 1.0,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    layout: str = "NCHW",
+    dtype: str | Mapping[str, str] = "float32",
+    accuracy_floor: float = 0.0,
+    task: str = "classification",
+    metric: str = "",
+    bound: float | None = None,
+    threshold: float = 0.0,
+) -> Contract:
+    """Return what goes into a network, and what comes out of it.
+
+    The network gets ``(raw * scale - mean) / std``.
+
+    Args:
+        input_shape: Of one sample, without the batch axis; None for a size that is
+            open. Of several inputs a mapping from their names, in the order of forward.
+        classes: Names, by label, or of the values that the network gives.
+        scale: Factor of a raw value, for example 1/255 for 8-bit images.
+        mean: Per channel, or one value, of scaled values; empty for none.
+        std: Likewise.
+        layout: "NCHW" where the channels are on axis 1, "NHWC": on the last.
+        dtype: What the network takes; int64 for tokens. Of several inputs a mapping
+            from names too, or one type for all; ``scale`` and the like are for floats.
+        accuracy_floor: Share of golden labels that a classifier must get right in a
+            device's trial, 0 to 1.
+        task: classification, multilabel, regression, segmentation, or free.
+        metric: How golden labels are compared: top1, element_accuracy, iou, cosine or
+            mae; the task's by default. A free task has none.
+        bound: What devices ask of the metric: at least, or at most for mae.
+        threshold: Above it, an answer that is yes or no means yes: 0 for logits, 0.5
+            for probabilities.
+
+    Raises:
+        TrainingError: There is no such task or metric.
+        ContractError: The bound is outside of the metric's range, or ``mean`` or
+            ``std`` has not a value for each channel.
+    """
+    name = metric or TASKS.get(task, "")
+    if task not in TASKS or name not in ("", *METRICS):
+        raise TrainingError(
+            f"task is {task!r} and metric {metric!r}, expected one of "
+            f"{', '.join(TASKS)}, and of {', '.join(METRICS)}"
+        )
+    several = isinstance(input_shape, Mapping)
+    shapes = input_shape if isinstance(input_shape, Mapping) else {"input": input_shape}
+    given = tuple(
+        _input(name, shape, dtype, (scale, tuple(mean), tuple(std), layout), several)
+        for name, shape in shapes.items()
+    )
+    one_row = task in ("classification", "multilabel")
+    output = OutputSpec("output", "float32", (None, len(classes)))
+    return Contract(
+        given,
+        tuple(classes) if task not in ("regression", "free") else (),
+        accuracy_floor,
+        OUTPUT_TOLERANCE,
+        (output,) if one_row and classes else (),
+        task,
+        metric,
+        bound,
+        threshold,
+    )
+
+
+def _input(
+    name: str,
+    shape: Sequence[int | None],
+    dtype: str | Mapping[str, str],
+    scaling: tuple[Any, ...],
+    several: bool,
+) -> InputSpec:
+    kind = dtype if isinstance(dtype, str) else dtype.get(name, "float32")
+    if several and not kind.startswith("float"):
+        return InputSpec(name, kind, (None, *shape))
+    return InputSpec(name, kind, (None, *shape), *scaling)

@@ -31,7 +31,8 @@ from trainer.export.int8 import (
     weight_scales,
 )
 from trainer.export.int8_graph import graph_scales
-from trainer.folder.write import make_contract, write_model
+from trainer.folder.contract import make_contract
+from trainer.folder.write import write_model
 from trainer.parallel import by_first
 from trainer.recipe.schema import Config
 from trainer.recipe.task import device_metric

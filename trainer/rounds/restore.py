@@ -13,8 +13,9 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import Weights
 from trainer.data.samples import DataSource
+from trainer.folder.once import run_lock
 from trainer.folder.record import RoundRecord
-from trainer.folder.write import run_lock, write_round
+from trainer.folder.write import write_round
 from trainer.recipe.schema import Config
 from trainer.rounds.setup import Setup
 

@@ -21,8 +21,8 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.formats.model_folder import MODEL_NAME, list_rounds
 from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
+from trainer.folder.once import run_lock
 from trainer.folder.record import RoundRecord, read_round_record
-from trainer.folder.write import run_lock
 from trainer.parallel import is_first, processes
 from trainer.recipe.schema import PARTIAL_METHODS, Config, trains_unseen
 from trainer.rounds.deployment import check_run_id

@@ -18,13 +18,9 @@ from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_sp
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.formats.weights import pack_weights, read_weights
 from edge_runtime.update.golden import read_golden
-from trainer.folder.write import (
-    RoundRecord,
-    make_contract,
-    read_round_record,
-    write_model,
-    write_round,
-)
+from trainer.folder.contract import make_contract
+from trainer.folder.record import RoundRecord, read_round_record
+from trainer.folder.write import write_model, write_round
 
 GRAPH = b"a graph"
 RECIPE = InitSpec(

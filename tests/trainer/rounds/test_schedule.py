@@ -20,7 +20,7 @@ from trainer.config import as_dict, make_config
 from trainer.data.samples import split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import load_weights, weights_of
-from trainer.folder.write import run_lock
+from trainer.folder.once import run_lock
 from trainer.networks.models import build_model
 from trainer.progress import round_line
 from trainer.rounds.loop import evaluate
@@ -361,7 +361,7 @@ def test_refuses_to_continue_when_told_not_to(copied):
 def test_refuses_a_run_that_another_process_is_training(copied, tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
-        "from trainer.folder.write import run_lock\n"
+        "from trainer.folder.once import run_lock\n"
         "with run_lock(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(copied / "tiny")]
