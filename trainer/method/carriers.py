@@ -1,9 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights' own memory holds the coefficients while an optimizer steps them."""
+"""Coefficients that an optimizer steps, in the place of the weights that it knows."""
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+
+class Latents:
+    """Coefficients: during a step, some of the weights' own memory holds them.
+
+    Attributes:
+        values: The coefficients, (N,) float32.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], count: int) -> None:
+        """Begin with zeros.
+
+        Args:
+            weights: What the optimizer knows, by name; no fewer than coefficients.
+            count: Of the coefficients.
+        """
+        self._weights = weights
+        device = next(iter(weights.values())).device
+        self.values = torch.zeros(count, device=device)
+        sizes = {name: room(weight) for name, weight in weights.items()}
+        self._gradients = {
+            name: torch.zeros_like(weights[name].detach())
+            for name in with_room(sizes, count)
+        }
+        self._kept: dict[Tensor, Tensor | None] = {}  # weights' gradients
+        self._lent: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def are_lent(self) -> bool:
+        """Whether the optimizer has them."""
+        return bool(self._kept)
+
+    def lend(self, gradient: Tensor) -> None:
+        """Put the coefficients and their gradient where the optimizer looks for weights.
+
+        Args:
+            gradient: Of the loss by each coefficient, (N,).
+        """
+        self._kept = {weight: weight.grad for weight in self._weights.values()}
+        for weight in self._kept:
+            weight.grad = None
+        at, self._lent = 0, []
+        for name, carried in self._gradients.items():
+            weight = self._weights[name]
+            mine = self.values[at : at + weight.numel()]
+            theirs = memory(weight)[: len(mine)]
+            theirs.copy_(mine)
+            memory(carried)[: len(mine)] = gradient[at : at + len(mine)]
+            weight.grad = carried
+            self._lent.append((mine, theirs))
+            at += len(mine)
+
+    def take_back(self) -> None:
+        """Read what the optimizer made of them, and give weights their gradients back.
+
+        The weights themselves have to be made anew.
+        """
+        for mine, theirs in self._lent:
+            mine.copy_(theirs)
+        for weight, gradient in self._kept.items():
+            weight.grad = gradient
+        self._kept = {}
 
 
 def memory(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 """Which optimizer is measured, and what of its state is rewound with the weights."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,11 @@ from edge_runtime.errors import TrainingError
 _DELEGATING = frozenset({"accelerate"})
 # State that is a second set of weights: schedule-free optimizers step from it.
 SECOND_WEIGHTS = "z"
+# Their step moves each element by its own gradient, state and value alone.
+ELEMENTWISE = frozenset(
+    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta"}
+    | {"RMSprop", "Rprop", "Lion"}
+)
 
 
 def unwrap(optimizer: Any) -> Optimizer:
@@ -129,3 +134,39 @@ def with_closure(
     if len(args) > 1:
         return (args[0], wrapped, *args[2:]), kwargs
     return args, kwargs | {"closure": wrapped}
+
+
+def check_elementwise(
+    optimizer: Optimizer, wanted: Collection[int], *, elementwise: bool
+) -> None:
+    """Insist that an optimizer steps each of its elements by that element alone.
+
+    Args:
+        optimizer: The optimizer.
+        wanted: Ids of the parameters that matter; they have to be in groups of the
+            same options.
+        elementwise: The user knows that it does.
+
+    Raises:
+        TrainingError: It may not, or the options differ.
+    """
+    name = type(optimizer).__name__
+    if not (elementwise or name in ELEMENTWISE) or any(
+        "train_mode" in group for group in optimizer.param_groups
+    ):
+        raise TrainingError(
+            f"{name} may step an element by what others do, or keeps weights of its "
+            "own, and coefficients are not weights; known to be right are "
+            f"{', '.join(sorted(ELEMENTWISE))}. If it steps every element by itself, "
+            "pass elementwise=True to attach()"
+        )
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+        if any(id(p) in wanted for p in group["params"])
+    ]
+    if any(group != groups[0] for group in groups):
+        raise TrainingError(
+            "the weights that move are in groups of different options, and share their "
+            "coefficients: put them into one group of the optimizer"
+        )

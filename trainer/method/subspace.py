@@ -48,20 +48,15 @@ from edge_runtime.formats.subspace import (
 )
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import pack_weights
-from trainer.method.carriers import memory, room, with_room
+from trainer.method.carriers import Latents
 from trainer.method.int8_steps import Int8Steps
 from trainer.method.movement import Movement, best_scale, quantise, relative_scales
-from trainer.method.optimizers import unwrap
+from trainer.method.optimizers import check_elementwise, unwrap
 from trainer.method.signs import SignTable
 from trainer.method.step_hooks import Still, check_parameter
 from trainer.method.updater import Phase, is_weight
 from trainer.parallel import of_first
 
-# Their step moves each element by its own gradient, state and value alone.
-ELEMENTWISE = frozenset(
-    {"SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta"}
-    | {"RMSprop", "Rprop", "Lion"}
-)
 MOST_BITS = 7 << 20  # of all coefficients: what a patch has room for
 
 
@@ -130,17 +125,11 @@ class SubspaceUpdater:
         self._scales: dict[str, float] = {}
         self._unit = 1.0
         self._signs.scale(self._relative)
-        device = next(iter(self._base.values())).device
-        self._latent = torch.zeros(coefficients, device=device)
+        self._latents = Latents(self._params, coefficients)
+        self._latent = self._latents.values
         self._phase, self._steps = Phase.FULL, 0
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
-        self._kept: dict[Tensor, Tensor | None] = {}  # gradients, during a step
-        # Where the optimizer finds coefficients, and their gradients, instead.
-        sizes = {name: room(p) for name, p in self._params.items()}
-        self._carriers = with_room(sizes, coefficients)
-        self._carried = {n: torch.zeros_like(self._base[n]) for n in self._carriers}
-        self._held: list[tuple[Tensor, Tensor]] = []
 
     @property
     def phase(self) -> Phase:
@@ -178,7 +167,7 @@ class SubspaceUpdater:
                 f"they share coefficients, found none: {', '.join(self._params)} have "
                 "to be in one; others may have what does not move"
             )
-        _check_optimizer(owning[0], wanted, elementwise=elementwise)
+        check_elementwise(owning[0], wanted, elementwise=elementwise)
         self.detach()
         self._optimizer = owning[0]
         self._forget()
@@ -327,7 +316,7 @@ class SubspaceUpdater:
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._kept:
+        if self._latents.are_lent:
             return None  # a step that calls super().step() fires twice
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
@@ -336,7 +325,7 @@ class SubspaceUpdater:
 
         def then_enter() -> Any:  # gradients are computed inside of the step
             loss = closure()
-            if not self._kept:
+            if not self._latents.are_lent:
                 with torch.no_grad():
                     self._enter()
             return loss
@@ -346,14 +335,9 @@ class SubspaceUpdater:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
-        if not self._kept:
-            return
-        for part, held in self._held:
-            part.copy_(held)
-        for parameter, gradient in self._kept.items():
-            parameter.grad = gradient
-        self._kept = {}
-        self._write()
+        if self._latents.are_lent:
+            self._latents.take_back()
+            self._write()
 
     def _enter(self) -> None:
         """Put the coefficients and their gradients where the optimizer steps."""
@@ -363,20 +347,7 @@ class SubspaceUpdater:
         self._steps += 1
         each = zip(self._params, gradients, strict=True)
         of_moves = [self._steps_of.gradient(name, g) for name, g in each]
-        folded = self._signs.fold(of_moves) / self._unit
-        self._kept = dict(zip(self._params.values(), gradients, strict=True))
-        for parameter in self._kept:
-            parameter.grad = None
-        at, self._held = 0, []
-        for name in self._carriers:
-            parameter = self._params[name]
-            part = self._latent[at : at + parameter.numel()]
-            held, gradient = memory(parameter)[: len(part)], self._carried[name]
-            held.copy_(part)
-            memory(gradient)[: len(part)] = folded[at : at + len(part)]
-            parameter.grad = gradient
-            self._held.append((part, held))
-            at += len(part)
+        self._latents.lend(self._signs.fold(of_moves) / self._unit)
 
     def _forget(self) -> None:
         if self._optimizer:
@@ -434,28 +405,3 @@ class SubspaceUpdater:
             raise TrainingError(
                 f"expected to be in the {phase} phase, found {self._phase}: {rule}"
             )
-
-
-def _check_optimizer(
-    optimizer: Optimizer, wanted: Collection[int], *, elementwise: bool
-) -> None:
-    name = type(optimizer).__name__
-    if not (elementwise or name in ELEMENTWISE) or any(
-        "train_mode" in group for group in optimizer.param_groups
-    ):
-        raise TrainingError(
-            f"{name} may step an element by what others do, or keeps weights of its "
-            "own, and coefficients are not weights; known to be right are "
-            f"{', '.join(sorted(ELEMENTWISE))}. If it steps every element by itself, "
-            "pass elementwise=True to attach()"
-        )
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-        if any(id(p) in wanted for p in group["params"])
-    ]
-    if any(group != groups[0] for group in groups):
-        raise TrainingError(
-            "the weights that move are in groups of different options, and share their "
-            "coefficients: put them into one group of the optimizer"
-        )
