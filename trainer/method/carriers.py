@@ -38,7 +38,7 @@ class Latents:
         return bool(self._kept)
 
     def lend(self, gradient: Tensor) -> None:
-        """Put the coefficients and their gradient where the optimizer looks for weights.
+        """Put coefficients and their gradient where the optimizer looks for weights.
 
         Args:
             gradient: Of the loss by each coefficient, (N,).

@@ -73,13 +73,14 @@ class Run:
         """
         self.config, self._setup, self._values = setup.config, setup, setup.values
         self._judge, self._init = setup.judge, setup.init
-        self._encode, self._decode = setup.form.encode, setup.form.decode
+        encode = self._encode = setup.form.encode
+        self._decode = setup.form.decode
         self.run_dir = run_dir
         self._progress = progress
         # One size for all processes, as what they do next depends on it.
         self._pack = pack and (
             lambda base, target, *terms: by_first(
-                lambda: pack(self._encode(base), self._encode(target), *terms)
+                lambda: pack(encode(base), encode(target), *terms)
             )
         )
 

@@ -15,7 +15,7 @@ from edge_runtime.formats.weights import Weights
 from trainer.data.samples import DataSource, Samples, batches, split_source
 from trainer.data.sources import load_source
 from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
-from trainer.export.int8 import DeviceForm, DeviceNetwork
+from trainer.export.int8 import DeviceForm
 from trainer.export.tensors import load_weights
 from trainer.method.updater import is_weight
 from trainer.networks.models import build_model
@@ -80,19 +80,15 @@ class Setup:
             self._source.prepared(samples, self._device)
             for samples in (self.split.pool, self.split.validation, self.split.test)
         )
-        shape = self._source.input_shape
+        shape, outputs = self._source.input_shape, len(self._source.classes)
         if config.data.augment != "none" and len(shape) != 3:
             raise ConfigError(
                 f"data.augment is for images (C, H, W), these inputs are {shape}"
             )
+        # No bound methods: what knows its owner is freed late, and holds all samples.
+        self._build = partial(build_model, config.model, shape, outputs)
+        self._network = partial(_with_weights, self._build, self._device)
         self.judge = judge_of(config)
-        self.values = Values(
-            self.judge,
-            self._validation,
-            test,
-            network=self._network,
-            on_device=self._on_device,
-        )
         self._teachers: dict[int, nn.Module] = {}  # by round; the last one
         check_objective(self._build(), self._pool, config, self._source.classes)
         check_names(self._build(), config.update)
@@ -103,8 +99,11 @@ class Setup:
             if model
             else make_deployment(self._build, example, seed=seed)
         )
+        measure = partial(Values, self.judge, self._validation, test, self._network)
+        self.values = measure(self._deployment)
         if not model and config.model.deploy == "int8":
             self._deployment = self._in_int8()
+            self.values = measure(self._deployment)
 
     @property
     def init(self) -> Weights:
@@ -181,23 +180,6 @@ class Setup:
             )
         )
 
-    def _build(self) -> nn.Module:
-        """Build the network, with the initialisation of its modules."""
-        shape, outputs = self._source.input_shape, len(self._source.classes)
-        return build_model(self.config.model, shape, outputs)
-
-    def _network(self, weights: Weights) -> nn.Module:
-        """Build the network anew, with these weights."""
-        model = self._build().to(self._device)
-        load_weights(model, weights)
-        return model
-
-    def _on_device(self, weights: Weights) -> nn.Module:
-        """Return what answers as a device with these weights."""
-        if not self.form.is_int8:
-            return self._network(weights)
-        return DeviceNetwork(self._deployment.graph, self.form.encode(weights))
-
     def _teacher(self, number: int) -> nn.Module:
         """Return what full updating gives in this round, which no device gets."""
         if number not in self._teachers:
@@ -232,6 +214,15 @@ class Setup:
     def _inputs(self, samples: Samples) -> Tensor:
         (inputs, _), *_ = batches(samples, len(samples))
         return inputs.cpu()
+
+
+def _with_weights(
+    build: Callable[[], nn.Module], device: torch.device, weights: Weights
+) -> nn.Module:
+    """Build a network anew, with these weights."""
+    model = build().to(device)
+    load_weights(model, weights)
+    return model
 
 
 def calibrating(update: UpdateConfig) -> UpdateConfig:

@@ -8,6 +8,8 @@ from torch import nn
 from edge_runtime.formats.weights import Weights
 from edge_runtime.update.metrics import Metric
 from trainer.data.samples import Samples
+from trainer.export.int8 import DeviceNetwork
+from trainer.rounds.deployment import Deployment
 from trainer.rounds.loop import evaluate
 from trainer.rounds.objective import Judge
 
@@ -20,9 +22,8 @@ class Values:
         judge: Judge,
         validation: Samples,
         test: Samples,
-        *,
         network: Callable[[Weights], nn.Module],
-        on_device: Callable[[Weights], nn.Module],
+        deployment: Deployment,
     ) -> None:
         """Know nothing yet.
 
@@ -31,11 +32,10 @@ class Values:
             validation: Prepared samples, which choose.
             test: Prepared samples, which are reported.
             network: Builds what trains, with these weights.
-            on_device: Builds what answers as a device does; the network itself, where
-                devices compute in float32.
+            deployment: Says how devices compute.
         """
         self._judge, self._validation, self._test = judge, validation, test
-        self._network, self._on_device = network, on_device
+        self._network, self._deployment = network, deployment
         self._known: dict[tuple[str, str], float] = {}  # by fingerprint and samples
 
     def know(self, weights: Weights, **values: float) -> None:
@@ -68,6 +68,13 @@ class Values:
         """Return a devices' metric on the first samples, which they have."""
         judge = Judge(metric.name, metric.higher, metric)
         return evaluate(self._on_device(weights), self._validation[:count], judge)
+
+    def _on_device(self, weights: Weights) -> nn.Module:
+        """Return what answers as a device with these weights."""
+        form, graph = self._deployment.form, self._deployment.graph
+        if form.is_int8:
+            return DeviceNetwork(graph, form.encode(weights))
+        return self._network(weights)
 
     def _of(
         self,

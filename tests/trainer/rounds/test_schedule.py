@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,16 +19,21 @@ from edge_runtime.formats.weights import read_weights
 from packager.rounds.folder import read_round
 from packager.size import patch_size
 from trainer.config import as_dict, make_config
-from trainer.data.samples import split_source
+from trainer.data.samples import Samples, split_source
 from trainer.data.sources import load_source
 from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.once import run_lock
 from trainer.networks.models import build_model
 from trainer.progress import round_line
 from trainer.rounds.loop import evaluate
+from trainer.rounds.round import Run
 from trainer.rounds.schedule import as_reported, run_rounds
+from trainer.rounds.setup import Setup
+from trainer.rounds.training import RoundTraining
 
 torch.set_num_threads(1)
+
+HELD = (Samples, Setup, Run, RoundTraining, torch.optim.Adam)
 
 TABLES = {
     "run": {"name": "tiny", "rounds": 3, "seed": 1},
@@ -57,6 +64,11 @@ def copied(finished, tmp_path):
     return tmp_path / "runs"
 
 
+def held():
+    """Count what holds samples or networks."""
+    return Counter(type(o) for o in gc.get_objects() if type(o) in HELD)
+
+
 def contents(folder):
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -65,6 +77,24 @@ def contents(folder):
 def test_writes_the_model_once_and_a_folder_a_round(finished):
     names = sorted(path.name for path in (finished[0] / "tiny").iterdir())
     assert names == ["model", "round_00", "round_01", "round_02"]
+
+
+@pytest.mark.parametrize("deploy", ["float32", "int8"])
+def test_samples_and_networks_of_a_run_are_freed_when_it_ends(tmp_path, deploy):
+    """Cycles of references would keep them, on a GPU too, until Python looks for them.
+
+    A notebook that calls run_rounds again would hold every data set that it had.
+    """
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        model = {"name": "mlp", "hidden": [24], "deploy": deploy}
+        config = config_of(run={"rounds": 2}, model=model)
+        run_rounds(config, tmp_path, pack=patch_size)
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 def test_every_round_leads_from_what_is_deployed_or_from_init(finished):
