@@ -137,7 +137,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     from edge_runtime.formats.signing import load_public
     from edge_runtime.trust.root import load_list
     from packager.fleet.address import open_place
-    from packager.fleet.publish import Channel, add_list
+    from packager.fleet.channel import Channel, add_list
     from packager.fleet.publish import publish as publish_round
     from packager.rounds.folder import find_round, read_round
 
@@ -195,7 +195,7 @@ def pause(
     It goes on by 'resume', or with a newer release. The key of releases is not needed.
     """
     from packager.fleet.address import open_place
-    from packager.fleet.publish import pause as pause_channel
+    from packager.fleet.channel import pause as pause_channel
 
     (signer,), _ = read_signers([key])
     place = open_place(to, single_publisher=single_publisher, say=say)

@@ -272,7 +272,7 @@ def resume(
     """
     from packager.fleet.address import open_place
     from packager.fleet.after_halt import resume as resume_channel
-    from packager.fleet.publish import Channel
+    from packager.fleet.channel import Channel
 
     signers, names = read_signers(keys)
     place = open_place(url, single_publisher=single_publisher, say=say)

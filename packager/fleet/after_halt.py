@@ -7,9 +7,9 @@ from pathlib import Path
 from edge_runtime.errors import RoundError, RoundNotFoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head
 from packager.check_proof import known_rounds, round_name
+from packager.fleet.channel import RACES, Channel, read_channel
 from packager.fleet.head import head_path, sign_head
 from packager.fleet.place import Place
-from packager.fleet.publish import RACES, Channel, read_channel
 from packager.ledger import read_ledger
 
 

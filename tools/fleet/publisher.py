@@ -12,9 +12,10 @@ from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
 from edge_runtime.sync.head import SignedHead, read_head
+from packager.fleet.channel import Channel, add_list, pause
 from packager.fleet.head import head_path
 from packager.fleet.place import FolderPlace
-from packager.fleet.publish import Channel, add_list, pause, publish
+from packager.fleet.publish import publish
 from packager.key_lists import change_list, make_list, sign_list
 from packager.rounds.folder import RoundFolder, read_round
 

@@ -29,8 +29,8 @@ from edge_runtime.sync.state import HEAD_NAME, read_sync_state
 from edge_runtime.sync.tuf import FOLDER, PINNED
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
+from packager.fleet.channel import add_list
 from packager.fleet.head import sign_head
-from packager.fleet.publish import add_list
 from packager.fleet.tuf_keys import ONLINE, TufFolder, rotate
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key, load_private

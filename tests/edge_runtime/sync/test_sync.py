@@ -17,8 +17,8 @@ from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
+from packager.fleet.channel import add_list
 from packager.fleet.head import pause_head, sign_head
-from packager.fleet.publish import add_list
 from packager.fleet.ways import pack_ways
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key

@@ -18,8 +18,9 @@ from edge_runtime.sync.sync import Sync
 from edge_runtime.sync.tuf import TufClient
 from edge_runtime.update.device import Device
 from edge_runtime.update.trial import run_trial
+from packager.fleet.channel import Channel
 from packager.fleet.place import FolderPlace
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import publish
 from packager.fleet.tuf import _targets as targets_of
 from packager.fleet.tuf import mirror
 from packager.fleet.tuf_keys import ONLINE, TufFolder, make_folder

@@ -14,11 +14,12 @@ from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.trust.rules import first_root
 from packager.cli.fleet import fleet
+from packager.fleet.channel import Channel, add_list
 from packager.fleet.check import State, check_channel
 from packager.fleet.head import bundle_path, named_files, patch_path, sign_head
 from packager.fleet.place import FolderPlace
 from packager.fleet.prune import prune
-from packager.fleet.publish import Channel, add_list, publish
+from packager.fleet.publish import publish
 from packager.fleet.reader import open_reader
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key

@@ -10,9 +10,10 @@ from edge_runtime.errors import StoreError, SyncError
 from edge_runtime.sync.head import read_head
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
+from packager.fleet.channel import Channel
 from packager.fleet.head import named_files
 from packager.fleet.object_place import ObjectPlace
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import publish
 from packager.keys import encode_private, generate_key
 from packager.ledger import read_ledger
 from packager.rounds.folder import read_round

@@ -15,13 +15,14 @@ from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from packager.cli.fleet import fleet
+from packager.fleet.channel import Channel
 from packager.fleet.check import State, check_channel
 from packager.fleet.database import Row, add_reports, open_database
 from packager.fleet.head import named_files, patch_path
 from packager.fleet.object_place import ObjectPlace
 from packager.fleet.place import FolderPlace
 from packager.fleet.prune import _known_ways, prune
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import publish
 from packager.keys import generate_key
 from packager.ledger import read_ledger
 from packager.rounds.folder import read_round

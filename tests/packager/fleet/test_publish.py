@@ -16,8 +16,9 @@ from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.update.device import Device
 from packager.cli.fleet import fleet
+from packager.fleet.channel import Channel
 from packager.fleet.place import FolderPlace
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import publish
 from packager.keys import encode_private, generate_key
 from packager.ledger import read_ledger
 from packager.rounds.folder import read_round

@@ -22,9 +22,10 @@ from edge_runtime.sync.head import read_head
 from edge_runtime.sync.uploads import Uploads, open_outlet
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
+from packager.fleet.channel import Channel
 from packager.fleet.database import open_database
 from packager.fleet.head import named_files
-from packager.fleet.publish import Channel, publish
+from packager.fleet.publish import publish
 from packager.fleet.reports import read_keys
 from packager.fleet.watch import collect, look_at_head
 from packager.keys import encode_private, generate_key, load_private

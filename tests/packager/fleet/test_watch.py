@@ -17,11 +17,12 @@ from edge_runtime.live.report import CONTEXT, Outcome
 from edge_runtime.sync.head import Rollout, read_head
 from packager.fleet import watch as module
 from packager.fleet.after_halt import resume
+from packager.fleet.channel import Channel, pause
 from packager.fleet.database import open_database
 from packager.fleet.head import sign_head
 from packager.fleet.object_place import ObjectPlace
 from packager.fleet.place import FolderPlace
-from packager.fleet.publish import Channel, pause, publish
+from packager.fleet.publish import publish
 from packager.fleet.reports import read_keys
 from packager.fleet.watch import Limit, Standing, collect, halt, look_at_head, standing
 from packager.keys import generate_key
