@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from edge_runtime.formats.weights import read_weights as read_weights
     from edge_runtime.formats.weights import write_weights as write_weights
     from edge_runtime.inference.predictor import Predictor as Predictor
-    from edge_runtime.inference.predictor import RunOptions as RunOptions
+    from edge_runtime.inference.session import RunOptions as RunOptions
     from edge_runtime.limits import Limits as Limits
     from edge_runtime.live.proof import make_proof as make_proof
     from edge_runtime.live.store_predictor import StorePredictor as StorePredictor
@@ -60,7 +60,7 @@ _HOMES = {
     "Patch": "formats.patch",
     "PatchHeader": "formats.header",
     "Predictor": "inference.predictor",
-    "RunOptions": "inference.predictor",
+    "RunOptions": "inference.session",
     "Store": "store.store",
     "StorePredictor": "live.store_predictor",
     "Trust": "formats.signing",

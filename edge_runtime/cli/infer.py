@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from edge_runtime.formats.contract import Contract
     from edge_runtime.inference.inputs import Sample, Values
-    from edge_runtime.inference.predictor import Predictor, RunOptions
+    from edge_runtime.inference.predictor import Predictor
+    from edge_runtime.inference.session import RunOptions
     from edge_runtime.update.device import Device
     from edge_runtime.update.golden import Golden
 
@@ -49,7 +50,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
     def with_options(
         *args: Any, threads: int, spin: bool, backend: str, **others: Any
     ) -> None:
-        from edge_runtime.inference.predictor import Backend, RunOptions, choose_backend
+        from edge_runtime.inference.session import Backend, RunOptions, choose_backend
 
         chosen = choose_backend(Backend(backend))
         if backend == "auto" and chosen is Backend.NUMPY:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.contract import Contract
 from edge_runtime.inference.inputs import rows_of
-from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import Backend, RunOptions
 
 MIN_CALLS = 20
 

@@ -8,7 +8,8 @@ import weakref
 from pathlib import Path
 
 from edge_runtime.errors import DpuError
-from edge_runtime.inference.predictor import Predictor, RunOptions
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.entries import Entry, Status, measure
 from edge_runtime.store.store import Store
 from edge_runtime.text import printable

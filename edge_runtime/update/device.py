@@ -33,7 +33,7 @@ from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch, Source, open_patch
 from edge_runtime.formats.signing import FirstUse, Trust
-from edge_runtime.inference.predictor import RunOptions
+from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
 from edge_runtime.store.slots import build_slot, retire

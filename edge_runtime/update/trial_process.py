@@ -44,7 +44,7 @@ def _words(error: Exception) -> str:
 
 def _judge(slot: Path, model: Path, golden: bool, timeout_s: float) -> None:
     # Imported late, so that a package that is missing is told as such.
-    from edge_runtime.inference.predictor import Backend, choose_backend
+    from edge_runtime.inference.session import Backend, choose_backend
     from edge_runtime.update.trial import Expected, read_all, try_slot
 
     choose_backend(Backend.AUTO)  # imports the runtime, before there are limits

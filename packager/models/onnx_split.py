@@ -21,7 +21,7 @@ from edge_runtime.errors import BackendError, StoreError, WeightsError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
-from edge_runtime.inference.predictor import Backend, RunOptions, open_session
+from edge_runtime.inference.session import Backend, RunOptions, open_session
 from packager.models.onnx_check import ONNX_TYPES, check_valid
 from packager.models.onnx_file import Values, is_external, read_onnx
 from packager.models.onnx_lift import lift, shaping

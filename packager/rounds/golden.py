@@ -31,7 +31,8 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
-from edge_runtime.inference.predictor import Predictor, RunOptions
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import RunOptions
 from edge_runtime.update.golden import (
     MAX_OUTPUTS,
     MAX_WHOLE_BYTES,

@@ -27,7 +27,7 @@ STANDARD_LIBRARY = (
 )
 # Beside NumPy, which any module may import, and click, which commands import.
 THIRD_PARTY = {
-    "onnxruntime": {"inference.predictor"},
+    "onnxruntime": {"inference.session"},
     "zstandard": {"formats.frames"},
     "cryptography": {"live.proof", "live.report", "live.shared", "formats.signing"},
     "PIL": {"inference.inputs"},

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edge_runtime.inference.predictor
+import edge_runtime.inference.session
 import edge_runtime.live.entries
 import edge_runtime.live.store_predictor
 from edge_runtime import Device, RunOptions, Store, make_proof
 from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import ProofError, TrustError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.inference.predictor import SwapPolicy
+from edge_runtime.inference.session import SwapPolicy
 from edge_runtime.live.entries import Status, measure, read_entries
 from edge_runtime.live.proof import canonical, device_key, public_key, read_key
 from packager.build import pack_round
@@ -254,7 +254,7 @@ def test_a_process_between_two_sessions_makes_the_answer_unclear(check, device, 
 def test_weights_that_change_while_they_are_loaded_are_not_vouched_for(
     check, device, monkeypatch
 ):
-    make = edge_runtime.inference.predictor.make_session
+    make = edge_runtime.inference.session.make_session
 
     def tampered(folder, *rest):
         session = make(folder, *rest)
@@ -264,7 +264,7 @@ def test_weights_that_change_while_they_are_loaded_are_not_vouched_for(
         path.write_bytes(copy)  # the same bytes, another file
         return session
 
-    monkeypatch.setattr(edge_runtime.inference.predictor, "make_session", tampered)
+    monkeypatch.setattr(edge_runtime.inference.session, "make_session", tampered)
     predictor = device.predictor()
     (entry,) = read_entries(device.store)
     assert entry["status"] == "changed"

@@ -24,7 +24,8 @@ from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import bench
-from edge_runtime.inference.predictor import Backend, Predictor, RunOptions
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import Backend, RunOptions
 from edge_runtime.update.golden import relative_difference
 from tools.ending import end
 

@@ -26,7 +26,7 @@ from edge_runtime.formats.contract import COARSE_TOLERANCE
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights, pack_weights, write_weights
 from edge_runtime.inference.bench import MIN_CALLS
-from edge_runtime.inference.predictor import Backend, RunOptions, make_session
+from edge_runtime.inference.session import Backend, RunOptions, make_session
 from edge_runtime.update.golden import relative_difference
 from tools.ending import end
 from trainer.data.vision import torchvision

@@ -36,7 +36,7 @@ _MODEL = (
     "import numpy as np; from pathlib import Path; "
     "from edge_runtime import Predictor, RunOptions; "
     "from edge_runtime.formats.contract import Contract, InputSpec; "
-    "from edge_runtime.inference.predictor import Backend; "
+    "from edge_runtime.inference.session import Backend; "
     "p = Predictor(Path({folder!r}), Contract((InputSpec('input', 'float32', "
     "(None, *{shape})),)), RunOptions(backend=Backend('{backend}'))); "
     "p.predict(np.zeros((1, *{shape}), np.float32))"

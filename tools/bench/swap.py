@@ -25,7 +25,8 @@ from edge_runtime.errors import DpuError
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.inference.bench import peak_memory
-from edge_runtime.inference.predictor import Predictor, RunOptions, SwapPolicy
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import RunOptions, SwapPolicy
 from tools.ending import end
 
 VERSIONS = 3

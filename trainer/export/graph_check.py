@@ -17,7 +17,7 @@ from edge_runtime.formats.contract import InputSpec, OutputSpec
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights, write_weights
-from edge_runtime.inference.predictor import exact_session
+from edge_runtime.inference.session import exact_session
 from trainer.export.tensors import TYPES, deployed_tensors, layout_of, weights_of
 
 OUTPUT_TOLERANCE = 1e-4  # of max|y|; the same weights differ by up to 1e-6

@@ -14,12 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import write_weights
-from edge_runtime.inference.predictor import (
-    Backend,
-    Predictor,
-    RunOptions,
-    make_session,
-)
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import Backend, RunOptions, make_session
 
 WIDTH = 64
 CONTRACT = Contract((InputSpec("x", "float32", (None, WIDTH)),))
@@ -29,7 +25,7 @@ ANSWER = """
 import sys
 from pathlib import Path
 import numpy as np
-from edge_runtime.inference.predictor import Backend, RunOptions, make_session
+from edge_runtime.inference.session import Backend, RunOptions, make_session
 for folder in map(Path, sys.argv[1:]):
     session = make_session(folder, Backend.ONNXRUNTIME, RunOptions())
     x = np.load(folder / "x.npy")

@@ -19,12 +19,8 @@ from edge_runtime.errors import BackendError, StoreError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import write_weights
 from edge_runtime.inference.numpy_backend import NumpySession
-from edge_runtime.inference.predictor import (
-    Backend,
-    Predictor,
-    RunOptions,
-    choose_backend,
-)
+from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import Backend, RunOptions, choose_backend
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round

@@ -20,12 +20,8 @@ from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights
 from edge_runtime.inference.bench import bench
-from edge_runtime.inference.predictor import (
-    Backend,
-    Predictor,
-    SwapPolicy,
-    available_memory,
-)
+from edge_runtime.inference.predictor import Predictor, available_memory
+from edge_runtime.inference.session import Backend, SwapPolicy
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
