@@ -52,10 +52,10 @@ BUDGETS: dict[str, dict[str, int]] = {
         "data": 460,
         "export": 1700,
         "folder": 500,
-        "method": 1420,
+        "method": 1445,
         "networks": 260,
         "recipe": 520,
-        "rounds": 2260,
+        "rounds": 2270,
         "starter": 25,
     },
 }

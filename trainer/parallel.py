@@ -35,6 +35,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_alone() -> bool:
+    """Tell whether no other process shares the training."""
+    return _count() == 1
+
+
 @contextmanager
 def processes(device: torch.device = _CPU) -> Iterator[None]:
     """Join the processes that torchrun started, if it did, until the program ends.

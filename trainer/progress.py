@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress on standard error: a bar on a terminal, else one line a round."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -77,7 +78,10 @@ def round_line(record: "RoundRecord") -> str:
     """Return a round in one line."""
     metrics, name = record.metrics, record.metric
     outcome = str(record.outcome) + (" (re-init)" if record.reinitialised else "")
-    values = (_shown(metrics[f"{half}_{name}"], name) for half in ("val", "test"))
+    values = (
+        _shown(metrics.get(f"{half}_{name}", math.nan), name)
+        for half in ("val", "test")
+    )
     waiting = metrics.get("waiting_bytes")
     note = f"  a better one waits: its patch has {waiting:,} bytes" if waiting else ""
     return (

@@ -100,6 +100,11 @@ def worst_error(outputs, labels):
     return (outputs - labels).abs().max()
 
 
+def once_it_is_good(outputs, labels):
+    error = (outputs - labels).abs().mean()
+    return error if error < 1 else float("nan")
+
+
 def pair_error(outputs, targets):
     return (outputs[1][:, 0] - targets["sum"]).abs().mean()
 

@@ -51,6 +51,13 @@ MOVED = {
 }
 
 
+# One tensor trains alone: the other has no gradients that processes could wait for.
+NAMED = MOVED | {
+    "run": {"name": "named", "rounds": 2, "seed": 1},
+    "update": {"method": "named", "tensors": "3.weight", "dense": "freeze"},
+}
+
+
 def select_by_different_scores():
     """Select by scores that differ from process to process."""
     torch.manual_seed(0)
@@ -126,10 +133,12 @@ def main(out):
         rank = distributed.get_rank()
         records = run_rounds(make_config(EVERYTHING), out, pack=patch_size)
         moved = run_rounds(make_config(MOVED), out)
+        named = run_rounds(make_config(NAMED), out)
         mask, weight = select_by_different_scores()
         seen = {
             "records": [(r.target, dict(r.metrics)) for r in records],
             "moved": [r.target for r in moved],
+            "named": [r.target for r in named],
             "mask": mask,
             "weight": weight,
             "shares": shares(),

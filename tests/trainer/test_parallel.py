@@ -110,6 +110,12 @@ def test_processes_move_weights_in_one_subspace(ranks):
             assert len(pack_round(round_).data) < 300
 
 
+def test_processes_train_a_tensor_that_is_named_alone(ranks):
+    first, second, *_ = ranks
+    assert first["named"] == second["named"]
+    assert len(set(first["named"])) == 2
+
+
 def test_the_first_process_alone_writes(ranks):
     first, second, _, out = ranks
     assert first["first"] == second["first"] == 0

@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -77,6 +78,36 @@ def test_the_best_epoch_is_the_one_with_the_least_error(regression):
     assert last < first < records[0].metrics["val_start"]
 
 
+def test_a_round_00_that_was_interrupted_goes_on_to_the_same_bytes(
+    regression, tmp_path
+):
+    folder, _ = regression
+    shutil.copytree(folder / "own" / "model", tmp_path / "own" / "model")
+    again = config_of("values", "regression", "run.rounds=1")
+    run_rounds(again, tmp_path)
+    for name in ("round_00/weights.safetensors", "model/contract.json"):
+        first, second = (run / "own" / name for run in (folder, tmp_path))
+        assert second.read_bytes() == first.read_bytes()
+
+
+def test_a_metric_that_has_no_value_yet_is_left_out_of_the_record(tmp_path):
+    config = config_of(
+        "values",
+        "regression",
+        "train.metric=own_tasks:once_it_is_good",
+        "train.better=lower",
+        "run.rounds=1",
+        "train.epochs=8",
+    )
+    (record,) = run_rounds(config, tmp_path)
+    assert record.outcome == "updated"
+    assert "val_start" not in record.metrics
+    assert record.metrics["val_once_it_is_good"] < 1
+    epochs = [e for e in epochs_of(tmp_path) if e["phase"] == "sparse"]
+    measured = ["val_once_it_is_good" in epoch for epoch in epochs]
+    assert any(measured)
+
+
 def test_a_worse_model_is_never_deployed_in_the_metrics_own_direction(tmp_path):
     keys = ("update.reinit=1", "train.epochs=1")
     config = config_of("values", "regression", "run.rounds=1", *keys)
@@ -88,6 +119,12 @@ def test_a_worse_model_is_never_deployed_in_the_metrics_own_direction(tmp_path):
     _, record = run_rounds(config_of("values", "regression", *keys), tmp_path)
     assert record.outcome == "kept_base"
     assert record.metrics["val_reinit"] > 0
+
+
+def test_what_is_worse_costs_something_whatever_the_sign_of_the_metric():
+    lower = Judge("any", False, METRICS["mae"])
+    assert lower.cost(-0.9, -0.8) > 0 > lower.cost(-0.8, -0.9)
+    assert lower.cost(0.8, 0.9) > 0 > lower.cost(0.9, 0.8)
 
 
 @pytest.mark.parametrize("higher", [True, False])

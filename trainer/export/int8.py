@@ -90,7 +90,7 @@ class DeviceForm:
         if found is None:
             arrays, types = self._as_steps(weights)
             found = pack_weights(arrays | self._ranges(weights), types)
-            self._remember(weights, found)
+        self._remember(weights, found)
         return found
 
     def decode(self, device: Weights) -> Weights:
@@ -150,6 +150,7 @@ class DeviceForm:
         return activation_ranges(graph, weights, self.scales, self._feed(graph))
 
     def _remember(self, weights: Weights, device: Weights) -> None:
+        self._known.pop(weights.fingerprint, None)
         while len(self._known) >= _REMEMBERED:
             del self._known[next(iter(self._known))]
         self._known[weights.fingerprint] = device

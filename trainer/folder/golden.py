@@ -25,6 +25,8 @@ def golden_of(
         raise TrainingError(f"golden inputs: {err}") from err
     arrays = [np.asarray(array) for array in by_name.values()]
     values = None if labels is None else np.asarray(labels)
+    if values is not None and not values.ndim:
+        raise TrainingError("golden labels are one value, expected one for each sample")
     for spec, array in zip(contract.inputs, arrays, strict=True):
         shape, rows = list(spec.shape), array.shape[:1]
         sizes = zip(shape, array.shape, strict=False)

@@ -35,7 +35,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 f"another process is training {run_dir}; wait for it, or choose "
                 "another run.name"
             ) from err
-        # Not before it is ours: an empty folder may be another's first round.
+        # Only once we hold the lock: before, an empty folder may be another process's,
+        # which is about to write its first round.
         stack.callback(_remove_if_empty, run_dir)
         _insist_on_run(run_dir)
         yield

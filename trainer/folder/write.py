@@ -149,7 +149,9 @@ def write_round(  # noqa: PLR0913 - all but six by name
     Raises:
         TrainingError: Weights, masks or record do not fit the run or each other, or
             the round exists already; nothing was written.
-        OSError: The files cannot be read or written.
+        PatchFormatError: There are more terms than one patch may have; likewise.
+        OSError: The files cannot be read or written; a folder of another name may be
+            left, which the next round removes.
     """
     model = Path(run_dir, MODEL_NAME)
     recipe = read_init_spec(model)
@@ -173,18 +175,16 @@ def write_round(  # noqa: PLR0913 - all but six by name
     schema = RUN_SCHEMA if run.run else SCHEMA
     text = _to_json({"schema": schema} | as_json(complete), indent=2) + "\n"
     lines = "".join(_to_json(epoch) + "\n" for epoch in epochs)
+    count = len(weights.layout.tensors)
+    moves = {SUBSPACES_NAME: terms, SHADOW_SUBSPACES_NAME: shadow_terms}
+    encoded = {n: encode_terms(some, count) for n, some in moves.items() if some}
     with written_once(Path(run_dir, round_name(record.round))) as folder:
         write_weights(weights, folder / WEIGHTS_NAME)
         write_weights(_packed(masks), folder / SELECTION_NAME)
         if shadow:
             write_weights(shadow, folder / SHADOW_NAME)
-        for name, some in (
-            (SUBSPACES_NAME, terms),
-            (SHADOW_SUBSPACES_NAME, shadow_terms),
-        ):
-            if some:
-                data = encode_terms(some, len(weights.layout.tensors))
-                (folder / name).write_bytes(data)
+        for name, data in encoded.items():
+            (folder / name).write_bytes(data)
         (folder / METRICS_NAME).write_text(lines, encoding="utf-8")
         (folder / RECORD_NAME).write_text(text, encoding="utf-8")
     return complete

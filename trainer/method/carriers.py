@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 class Latents:
-    """Coefficients: during a step, some of the weights' own memory holds them.
+    """The coefficients; during a step they lie in the memory of some weights.
+
+    The optimizer knows only weights.
 
     Attributes:
         values: The coefficients, (N,) float32.
@@ -64,6 +66,10 @@ class Latents:
         """
         for mine, theirs in self._lent:
             mine.copy_(theirs)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Give weights their gradients back, and forget what the optimizer did."""
         for weight, gradient in self._kept.items():
             weight.grad = gradient
         self._kept = {}

@@ -48,8 +48,8 @@ class SignTable:
         self._table = torch.zeros(self._rows, size, device=device)
         first, *rest = [self._draw(seed, tap, stop, device) for tap in range(taps)]
         self._signs = first
-        # Of the taps after the first: by how much their signs differ from it; and a
-        # table whose rows are longer, so that its columns add up as the tap wants it.
+        # For each later tap: its signs times those of the first; and a buffer with
+        # longer rows, whose columns add up what belongs to one coefficient.
         self._others = [first * signs for signs in rest]
         lengths = [-(-(self._rows * (size + t) + t) // size) for t in range(1, taps)]
         self._longer = [torch.zeros(n, size, device=device) for n in lengths]

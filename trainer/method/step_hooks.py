@@ -7,11 +7,14 @@ Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both 
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterable, Mapping
+from types import FrameType
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer, optimizer
 
 from edge_runtime.errors import FrozenWeightChangedError, TrainingError
 
@@ -21,6 +24,44 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What FSDP2 (DTensor), FSDP and ZeRO-3 leave on the parameters that they part.
 _SHARDED = ("placements", "_fsdp_flattened", "ds_id")
+
+
+class Running:
+    """Which optimizers are in a step: hooks fire at its begin and at its end.
+
+    A step that calls ``super().step()`` fires them twice, and one that fails never
+    fires the second ones. So a step that goes on is known by its frame on the stack.
+    """
+
+    def __init__(self) -> None:
+        """Know of none."""
+        self._frames: dict[Optimizer, FrameType | None] = {}
+
+    def __contains__(self, stepped: Optimizer) -> bool:
+        return stepped in self._frames
+
+    def is_nested(self, stepped: Optimizer) -> bool:
+        """Tell whether a step begins that another step of the same optimizer calls."""
+        if stepped not in self._frames:
+            return False
+        outer = self._frames[stepped]
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not outer:
+            frame = frame.f_back
+        return outer is None or frame is not None
+
+    def begin(self, stepped: Optimizer) -> bool:
+        """Remember a step; tell whether the one before it has failed half way."""
+        failed = stepped in self._frames
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != optimizer.__file__:
+            frame = frame.f_back
+        self._frames[stepped] = frame
+        return failed
+
+    def end(self, stepped: Optimizer) -> None:
+        """Forget a step."""
+        self._frames.pop(stepped, None)
 
 
 class LossDrop:

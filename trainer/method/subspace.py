@@ -53,7 +53,7 @@ from trainer.method.int8_steps import Int8Steps
 from trainer.method.movement import Movement, best_scale, quantise, relative_scales
 from trainer.method.optimizers import check_elementwise, unwrap
 from trainer.method.signs import SignTable
-from trainer.method.step_hooks import Still, check_parameter
+from trainer.method.step_hooks import Running, Still, check_parameter
 from trainer.method.updater import Phase, is_weight
 from trainer.parallel import of_first
 
@@ -64,8 +64,8 @@ class SubspaceUpdater:
     """Lets the weights move in a subspace of few dimensions only.
 
     Construct it when the parameters hold the base, on the device where they train.
-    Beside the model it holds the base and, for every weight, one float32 a tap and one
-    or two more.
+    Beside the model it holds the base and, for every weight, two float32 a tap; two
+    more for one that is int8 on the device.
     """
 
     def __init__(  # noqa: PLR0913 - all but one by name
@@ -104,9 +104,10 @@ class SubspaceUpdater:
         named = dict(named_parameters)
         for name, parameter in named.items():
             check_parameter(name, parameter)
-        # In the order of the weight file, where they are all of one type, and without
-        # what torch.compile adds to names.
-        names = sorted(named, key=lambda name: name.replace("_orig_mod.", ""))
+        # The weight file's order, on which signs depend: large types first, then names,
+        # which have nothing that torch.compile adds.
+        plain = {name: name.replace("_orig_mod.", "") for name in named}
+        names = sorted(named, key=lambda name: (name in int8_scales, plain[name]))
         self._params = {n: named[n] for n in names if selectable(n, named[n])}
         self._check(coefficients, bits, taps)
         self._still = Still(
@@ -128,6 +129,7 @@ class SubspaceUpdater:
         self._latents = Latents(self._params, coefficients)
         self._latent = self._latents.values
         self._phase, self._steps = Phase.FULL, 0
+        self._running = Running()
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
 
@@ -259,6 +261,7 @@ class SubspaceUpdater:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._give_up()
 
     def summary(self) -> str:
         """Say what moves: ``668672 weights in 3 tensors by 8192 coefficients``."""
@@ -297,6 +300,7 @@ class SubspaceUpdater:
                 f"the state is of {len(state['latent'])} coefficients and other "
                 f"tensors than the {len(self._latent)} of this updater"
             )
+        self._latents.give_up()
         for name, base in self._base.items():
             base.copy_(state["base"][name])
         self._steps_of = Int8Steps(self._base, self._int8_scales)
@@ -304,39 +308,60 @@ class SubspaceUpdater:
         self._signs.scale(self._relative)
         self._latent.copy_(state["latent"])
         self._phase, self._steps = Phase.FULL, int(state["steps"])
+        self._unit, self._scales = float(state["unit"]), dict(state["scales"])
         if Phase(state["phase"]) is Phase.FULL:
             self._write()
         else:
-            self._settle(float(state["unit"]), state["scales"])
+            self._settle(self._unit, self._scales)
             self._phase = Phase(state["phase"])
 
     # A compiled step would trace the hooks.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._latents.are_lent:
-            return None  # a step that calls super().step() fires twice
+        if self._running.is_nested(optimizer):
+            return None
+        if self._running.begin(optimizer) and self._latents.are_lent:
+            self._give_up()
+            raise TrainingError(
+                "the step before this one failed half way, and these gradients are of "
+                "what it left behind; now the weights are as they were before it: "
+                "compute gradients again, and step"
+            )
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._enter()
             return None
 
         def then_enter() -> Any:  # gradients are computed inside of the step
+            if self._latents.are_lent:
+                self._give_up()
+                raise TrainingError(
+                    f"{type(optimizer).__name__} evaluates its closure twice a step, "
+                    "which coefficients do not allow: choose another optimizer"
+                )
             loss = closure()
-            if not self._latents.are_lent:
-                with torch.no_grad():
-                    self._enter()
+            with torch.no_grad():
+                self._enter()
             return loss
 
         return (args[0],), kwargs | {"closure": then_enter}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if self._latents.are_lent:
             self._latents.take_back()
+            self._write()
+        self._running.end(optimizer)
+
+    @torch.no_grad()
+    def _give_up(self) -> None:
+        """Bring the weights back to where they were before a step that failed."""
+        if self._latents.are_lent:
+            self._latents.give_up()
             self._write()
 
     def _enter(self) -> None:

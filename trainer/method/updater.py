@@ -47,7 +47,7 @@ from trainer.method.optimizers import (
 )
 from trainer.method.scores import DPU, Evidence, Score
 from trainer.method.selection import check_fit, count_of, select_top_k
-from trainer.method.step_hooks import Freeze, LossDrop, Still, check_parameter
+from trainer.method.step_hooks import Freeze, LossDrop, Running, Still, check_parameter
 from trainer.parallel import masks_of_first
 
 
@@ -174,7 +174,8 @@ class PartialUpdater:
                 "optimizers in one call, build them before attaching, or freeze these "
                 "parameters (requires_grad_(False)) before constructing"
             )
-        for optimizer in owned.keys() - self._owned.keys():
+        known = self._owned.keys() if self._handles else set()  # detached: of none
+        for optimizer in owned.keys() - known:
             if owned[optimizer]:
                 self._handles += (
                     optimizer.register_step_pre_hook(self._before_step),
@@ -403,18 +404,17 @@ class PartialUpdater:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if optimizer in self._stepping:
-            # A step that calls super().step() fires twice: the outer one counts.
-            return None
-        self._stepping.add(optimizer)
+        if self._running.is_nested(optimizer):
+            return None  # the outer one counts
+        names = self._owned[optimizer]
+        if self._running.begin(optimizer) and self._phase is Phase.SPARSE:
+            self._freeze.after(names)  # what a failed step wrote
+            self._rewind_second(optimizer, names)
         if self._phase is Phase.DONE:
             return None
-        names = self._owned[optimizer]
-        halves: list[Freeze | LossDrop] = []
-        if self._phase is Phase.SPARSE:
-            halves.append(self._freeze)
-        if self._loss_drop.total:
-            halves.append(self._loss_drop)
+        measured = [self._loss_drop] if self._loss_drop.total else []
+        frozen = [self._freeze] if self._phase is Phase.SPARSE else []
+        halves: list[Freeze | LossDrop] = [*frozen, *measured]
         for half in halves:
             half.before(names)
 
@@ -435,9 +435,9 @@ class PartialUpdater:
         if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
             self._freeze.after(names)
             self._rewind_second(optimizer, names)
-        if self._loss_drop.total and optimizer in self._stepping:
+        if self._loss_drop.total and optimizer in self._running:
             self._steps += self._loss_drop.after(names)
-        self._stepping.discard(optimizer)
+        self._running.end(optimizer)
 
     @torch.no_grad()
     def _rewind_second(self, optimizer: Optimizer, names: Iterable[str]) -> None:
@@ -462,7 +462,7 @@ class PartialUpdater:
     def _start(self, phase: Phase) -> None:
         """Enter a phase, with its buffers and without those of the one before."""
         self._phase = phase
-        self._stepping: set[Optimizer] = set()
+        self._running = Running()
         measured = phase is Phase.FULL or (phase is Phase.SPARSE and self._wide)
         self._loss_drop = LossDrop(self._params if measured else {})
         self._freeze = Freeze(self._params, self._base, self._masks)

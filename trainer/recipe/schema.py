@@ -401,8 +401,8 @@ class Config:
 def trains_unseen(update: UpdateConfig) -> bool:
     """Tell whether a re-initialised model that falls short is trained on unseen.
 
-    In a subspace it would only grow: each round adds coefficients to a patch that had
-    the size of its budget when it began.
+    In a subspace with a budget: no. Each unseen round adds coefficients, and those of
+    the first fill the budget.
     """
     grows = update.method == "subspace" and bool(update.budget)
     partial = update.method in PARTIAL_METHODS and not grows

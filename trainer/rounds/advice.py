@@ -227,19 +227,20 @@ def _subspace(config: Config, model: nn.Module, network: Network, budget: int) -
     share = FIRST_SHARE if few else ANEW_SHARE
     first = max(ANEW_TIMES * budget, patch_bytes(network, share, lean=True))
     how = "taught by full updating" if few else "anew when the data has doubled"
+    exact = "never above it" if config.model.deploy == "int8" else "exact"
     return Candidate(
         "subspace",
         budget,
         first,
-        f"{count} coefficients of 1 bit move all weights; the size is exact before "
-        f"training; {how}",
+        f"{count} coefficients of 1 bit move all weights; the size is known before "
+        f"training ({exact}); {how}",
         SUBSPACE_KNOWN,
         {
             "method": "subspace",
             "budget": str(budget),
             "first_budget": str(first),
             "dense": "train" if network.normed else "freeze",
-            **({"reinit": "never"} if few else {}),
+            "reinit": "never" if few else "auto",
         },
         rate | (MIXED if few else {}),
     )

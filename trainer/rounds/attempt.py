@@ -10,27 +10,38 @@ import torch
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights
 from trainer.export.tensors import changed_elements
-from trainer.rounds.training import Masks, RoundTraining
+from trainer.rounds.training import Masks
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """A training, and what came of it.
 
+    The training itself, with its model and optimizer, is not kept.
+
     Attributes:
-        training: How it went.
+        values: Of the judge's metric on validation, by name.
+        steps: Of the grid, by name of the tensor.
+        ratio: Share of the weights that was selected in this training.
+        start: What it started from.
+        still: Masks of the frozen tensors: none of their elements may change.
         parent: What devices would update from.
         masks: What was selected, or has changed since the parent.
         best: The best weights; what it started from where none are better.
         new: Weights to deploy; None where they are no better than what there is, or
             devices would refuse them, or wait for a smaller patch.
         missed: What the golden samples gave, where that is short of the bound.
-        waits: Size of their patch, in bytes, where it is too large for the budget.
+        waits: Size of their patch in bytes, where it is over the budget, so that they
+            are not deployed yet; else 0.
         epochs: The records of its epochs, with what it started from.
         terms: The subspaces that lead from the parent to the best weights.
     """
 
-    training: RoundTraining
+    values: Mapping[str, float]
+    steps: Mapping[str, float]
+    ratio: float
+    start: Weights
+    still: Masks
     parent: Weights
     masks: Masks
     best: Weights

@@ -75,6 +75,6 @@ class DensePart:
 
 
 def _as_on_the_device(module: nn.Module, _inputs: Any) -> None:
-    # The loop calls model.train(); frozen statistics must be used as they are, or the
-    # network would train for other inputs than it gets on the device.
+    # model.train() has this module use the statistics of a batch; devices use the
+    # frozen ones, and the network must train with what it gets there.
     module.training = False

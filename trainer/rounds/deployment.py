@@ -24,6 +24,7 @@ from edge_runtime.formats.weights import Weights
 from edge_runtime.update.metrics import Metric
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
+from trainer.export.graph_check import graph_outputs
 from trainer.export.init_recipe import make_init_spec
 from trainer.export.int8 import (
     DeviceForm,
@@ -254,7 +255,8 @@ def write_deployment(
     """
     folder = run_dir / MODEL_NAME
     tolerance = tolerance_between_cpus(deployment.recipe.layout())
-    contract = replace(contract, output_tolerance=tolerance)
+    outputs = contract.outputs or graph_outputs(deployment.graph)
+    contract = replace(contract, output_tolerance=tolerance, outputs=outputs)
     if not folder.exists():
         write_model(
             run_dir,

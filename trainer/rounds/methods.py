@@ -15,6 +15,7 @@ from edge_runtime.errors import ConfigError
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
+from trainer.parallel import is_alone
 from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.budget import Room, train_within
 from trainer.rounds.dense import DensePart
@@ -100,8 +101,9 @@ def _fixed(training: RoundTraining, epochs: int, method: str) -> Masks:
         masks = named_masks(updater.base, training.update.tensors)
         updater.select(masks=masks)
         for name, parameter in training.model.named_parameters():
-            if name in masks and not masks[name].any():
-                parameter.requires_grad_(False)  # no gradients that nobody wants
+            # No gradients that nobody wants; but processes wait for each other's.
+            if is_alone() and name in masks and not masks[name].any():
+                parameter.requires_grad_(False)
     else:
         random = torch.Generator().manual_seed(training.random_seed("select"))
         updater.select(masks=random_masks(updater.base, ratio, random))

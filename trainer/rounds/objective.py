@@ -2,7 +2,7 @@
 """What a run trains for: its loss, and the metric that chooses the best epoch."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Judge:
         """
         if self.higher:
             return value - other
-        return (other - value) / value if value else other
+        return (other - value) / abs(value) if value else other
 
     def cost_of(
         self, parts: Sequence[Sums], others: Sequence[Sums]
@@ -111,6 +111,18 @@ class Judge:
     def worst(self) -> float:
         """What every value is better than, or as good as."""
         return -math.inf if self.higher else math.inf
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values without those that are NaN or infinite, which no record has.
+
+    A metric may have no value yet: precision, before anything was found.
+    """
+    return {
+        name: value
+        for name, value in values.items()
+        if not isinstance(value, float) or math.isfinite(value)
+    }
 
 
 ACCURACY = Judge("accuracy", True, METRICS["top1"])

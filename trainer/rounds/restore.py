@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import Weights
 from trainer.data.samples import DataSource
@@ -74,6 +74,11 @@ class RestoredRun:
                     f"{self.path} has rounds already; restore into an empty folder"
                 )
             for record, weights, shadow in rounds:
+                if shadow and record.method == "subspace":
+                    raise TrainingError(
+                        f"round {record.round} trained a subspace unseen, and how that "
+                        "moved cannot be restored; restore up to the round before it"
+                    )
                 if not record.round:
                     target = self._setup.form.decode(weights)
                     self._setup.write(self.path, target)

@@ -5,6 +5,7 @@
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
-from edge_runtime.formats.subspace import Term
+from edge_runtime.formats.subspace import Term, together
 from edge_runtime.formats.weights import Weights, read_weights
 from edge_runtime.sizes import parse_size
 from trainer.config import as_dict
@@ -25,6 +26,7 @@ from trainer.recipe.task import device_metric
 from trainer.rounds.attempt import Attempt, counts, with_changes
 from trainer.rounds.deployment import GOLDEN_SAMPLES, bound_of
 from trainer.rounds.methods import train_round
+from trainer.rounds.objective import numbers
 from trainer.rounds.setup import Setup
 from trainer.rounds.subspace import regenerated
 from trainer.rounds.training import Pack, is_full
@@ -95,7 +97,8 @@ class Run:
             reinitialise: Start from the init weights again, and keep the result only
                 if it validates no worse than what is deployed. Where it does not, a
                 partial method updates the deployed weights instead, and with
-                ``update.chain = "shadow"`` later rounds go on with it unseen.
+                ``update.chain = "shadow"`` later rounds go on with it unseen (but in a
+                subspace with a budget).
 
         Returns:
             The round's record, once its folder is complete.
@@ -107,8 +110,8 @@ class Run:
             deployed = self._decode(read_weights(folder / WEIGHTS_NAME))
         before, name = self._judge.worst, self._judge.name
         if records:
-            before = records[-1].metrics[f"val_{name}"]
-            test = records[-1].metrics[f"test_{name}"]
+            before = records[-1].metrics.get(f"val_{name}", math.nan)
+            test = records[-1].metrics.get(f"test_{name}", math.nan)
             self._values.know(deployed, validation=before, test=test)
         fresh = init if reinitialise else self._shadow(folder)
         tensors = len(self._encode(init))
@@ -159,13 +162,15 @@ class Run:
             f"val_{name}": values.on_validation(target),
             f"test_{name}": values.on_test(target),
             "test_best": values.on_test(attempt.best),
-            **{f"val_{k}": value for k, value in attempt.training.values.items()},
+            **{f"val_{k}": value for k, value in attempt.values.items()},
             **counts(start, target, attempt.masks),
-            **{f"grid_{n}": s for n, s in attempt.training.form.form.steps.items()},
+            **{f"grid_{name}": step for name, step in attempt.steps.items()},
             **(values.on_the_other_side(target) if self._setup.form.is_int8 else {}),
         }
         if len(attempts) > 1:
-            metrics["val_reinit"] = attempts[0].training.values["best"]
+            metrics["val_reinit"] = attempts[0].values["best"]
+            if attempts[0].missed is not None:
+                metrics["golden_reinit"] = attempts[0].missed
             if attempts[0].waits:
                 metrics["waiting_bytes"] = attempts[0].waits
         if attempt.missed is not None:
@@ -174,20 +179,20 @@ class Run:
             metrics["patch_bytes"] = self._size(start, target, attempt.terms)
         for term in attempt.terms[-1:]:
             metrics["coefficients"] = len(term.coefficients)
-        return metrics
+        return numbers(metrics)
 
     def _ratio(self, attempt: Attempt, metrics: Mapping[str, Any]) -> float | None:
         """Return the share of weights that were selected; None where all of them are.
 
         It is counted where the recipe does not say it.
         """
-        update, training = self.config.update, attempt.training
+        update = self.config.update
         if update.method in ("fu", "subspace"):
             return None
-        several = training.start is not attempt.parent
+        several = attempt.start is not attempt.parent
         if update.budget or several or update.method == "named":
             return float(metrics["selected"] / metrics["weights"])
-        return training.ratio
+        return attempt.ratio
 
     def _write(
         self, record: RoundRecord, attempts: Sequence[Attempt], target: Weights
@@ -195,12 +200,12 @@ class Run:
         """Write a round's folder, with what is trained on unseen."""
         first, attempt = attempts[0], attempts[-1]
         unseen = len(attempts) > 1 and trains_unseen(self.config.update)
-        unseen = unseen and first.best is not self._init
+        unseen = unseen and first.best is not self._init and self._fit(first.terms)
         return write_round(
             self.run_dir,
             record,
             self._encode(target),
-            {**attempt.masks, **attempt.training.dense.masks()},
+            {**attempt.masks, **attempt.still},
             [epoch for one in attempts for epoch in one.epochs],
             self._encode(first.best) if unseen else None,
             terms=attempt.terms if attempt.new else (),
@@ -232,7 +237,8 @@ class Run:
     ) -> Attempt:
         """Train from some weights; the result counts where it is no worse than floor.
 
-        Equal weights are no result: there is nothing to send.
+        Where the best weights equal the start or the parent, ``new`` is None: there
+        is nothing to send.
         """
         from_init = parent is self._init
         training = self._setup.training(
@@ -258,19 +264,31 @@ class Run:
         # What a training found is not measured again.
         self._values.know(start, validation=training.values["start"])
         self._values.know(best, validation=training.values["best"])
-        new, missed = None, None
+        good, missed = self._judge.no_worse(training.values["best"], floor), None
         is_new = best.fingerprint not in (start.fingerprint, parent.fingerprint)
-        if is_new and self._judge.no_worse(training.values["best"], floor):
+        if is_new and good:
             missed = self._missed(best)
-            new = best if missed is None else None
+        good = good and missed is None
         waits, origin = 0, "init" if from_init else "deployed"
         if start is not parent:
             origin = "shadow"
             masks = masks if terms else with_changes(masks, parent, best)
-            waits = self._too_large(parent, new, terms)
-            new = None if waits else new
-        epochs = [{"start": origin} | epoch for epoch in training.epochs]
-        return Attempt(training, parent, masks, best, new, missed, waits, epochs, terms)
+            waits = self._too_large(parent, best, terms) if good else 0
+        return Attempt(
+            values=training.values,
+            steps=training.form.form.steps,
+            ratio=training.ratio,
+            start=start,
+            still=training.dense.masks(),
+            parent=parent,
+            masks=masks,
+            best=best,
+            new=best if is_new and good and not waits and self._fit(terms) else None,
+            missed=missed,
+            waits=waits,
+            epochs=[{"start": origin} | epoch for epoch in training.epochs],
+            terms=terms,
+        )
 
     def _missed(self, weights: Weights) -> float | None:
         """Return what the golden samples give where that is short of the bound."""
@@ -282,21 +300,23 @@ class Run:
         value = self._values.golden(weights, metric, GOLDEN_SAMPLES)
         return None if metric.reaches(value, bound) else value
 
+    def _fit(self, terms: Sequence[Term]) -> bool:
+        """Tell whether one patch may have so many subspaces; unseen rounds add some."""
+        return not terms or bool(together([terms], len(self._encode(self._init))))
+
     def _size(self, base: Weights, target: Weights, terms: Sequence[Term]) -> int:
-        """Return the size of a patch; a packer of yours need not know of subspaces."""
+        """Return the size of a patch."""
         if self._pack is None:
             return 0
         return self._pack(base, target, *([terms] if terms else []))
 
-    def _too_large(
-        self, parent: Weights, new: Weights | None, terms: Sequence[Term]
-    ) -> int:
+    def _too_large(self, parent: Weights, new: Weights, terms: Sequence[Term]) -> int:
         """Return the size of a patch if it is over the budget, else 0.
 
         What several rounds changed unseen travels in one patch.
         """
         update = self.config.update
-        if new is None or not update.budget:
+        if not update.budget:
             return 0
         size = self._size(parent, new, terms)
         return size if size > parse_size(update.first_budget or update.budget) else 0

@@ -26,7 +26,7 @@ from edge_runtime.formats.int8_grid import by_slice, to_float32, to_int8
 from edge_runtime.formats.weights import Weights, pack_weights
 from trainer.export.int8 import Scales
 from trainer.export.tensors import deployed_tensors
-from trainer.recipe.schema import AUTO, UpdateConfig
+from trainer.recipe.schema import UpdateConfig
 
 FLOAT32_BITS = 23  # of a float32's mantissa, the leading 1 not counted
 FALLBACK_BITS = 7  # where even a finer grid costs too much
@@ -121,9 +121,10 @@ class RoundForm:
         self._grids: dict[str, float | str] = {}
         self._scales = scales
         for name, tensor in deployed_tensors(model).items() if grid else ():
-            fits = not scales or name in scales or update.grid == AUTO
-            selected = fits and selectable(name, tensor)
-            step = update.grid if selected else update.dense_grid
+            selected, step = selectable(name, tensor), update.dense_grid
+            counts_steps = bool(scales) and isinstance(update.grid, float)
+            if selected and (name in scales or not counts_steps):
+                step = update.grid
             if step and tensor.dtype == torch.float32 and name not in buffers:
                 self._grids[name] = step
         fixed = {n: step for n, step in self._grids.items() if isinstance(step, float)}

@@ -6,11 +6,13 @@
     records = run_rounds(load_config("digits.toml"), "runs")
 
 Interrupted runs continue after their last complete round; a round depends on the
-recipe, its number and the weights deployed before it, and on nothing else.
+recipe, its number, and the rounds before it: what they deployed, and what they
+trained unseen.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,8 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
         runs_dir: Folder of the runs; this one is written to ``runs_dir/NAME``.
         progress: Called after every epoch and after every round.
         resume: Continue a run that has rounds already; otherwise refuse.
-        pack: From base and target to the size of their patch in bytes, such as
+        pack: From base, target and the subspaces between them (left out where there
+            are none) to the size of their patch in bytes, such as
             ``packager.size.patch_size``; needed where the recipe has a budget.
         source: The recipe's data set where it is loaded already
             (:func:`trainer.data.sources.load_source`), as several runs may share one.
@@ -82,6 +85,8 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
             "update.budget needs a function that packs: pass pack= to run_rounds, "
             "for example packager.size.patch_size"
         )
+    if pack and config.update.budget and config.update.method == "subspace":
+        _insist_on_terms(pack)
     run_dir = Path(runs_dir) / config.run.name
     device, threads = config.train.device, cpu_settings(config.train.threads)
     with ExitStack() as stack:
@@ -105,6 +110,17 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
             reinitialise = _must_reinitialise(config, records, samples)
             records.append(run.train(number, records, reinitialise=reinitialise))
     return records
+
+
+def _insist_on_terms(pack: Pack) -> None:
+    """Refuse a packer that knows nothing of subspaces, before any training."""
+    try:
+        signature(pack).bind(None, None, ())
+    except TypeError as err:
+        raise ConfigError(
+            "a subspace with a budget needs a function pack(base, target, terms), as "
+            f"packager.size.patch_size is; this one does not take them: {err}"
+        ) from err
 
 
 def _calling(
@@ -183,8 +199,8 @@ def _must_reinitialise(
 ) -> bool:
     """Tell whether the next round starts from the init weights again.
 
-    A re-initialised model that was discarded does not count, so it stays due; one
-    that is trained on unseen counts.
+    A re-initialised model that was discarded does not count, so it stays due. Where
+    rounds train on unseen it counts, even if no epoch beat the init weights.
     """
     update, rule = config.update, config.update.reinit
     if rule == "never" or not records:

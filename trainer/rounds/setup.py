@@ -85,7 +85,8 @@ class Setup:
             raise ConfigError(
                 f"data.augment is for images (C, H, W), these inputs are {shape}"
             )
-        # No bound methods: what knows its owner is freed late, and holds all samples.
+        # Plain functions, as bound methods would make cycles of references, which keep
+        # all samples in memory until Python looks for them.
         self._build = partial(build_model, config.model, shape, outputs)
         self._network = partial(_with_weights, self._build, self._device)
         self.judge = judge_of(config)
@@ -148,8 +149,8 @@ class Setup:
             augmentation=None if augment == "none" else move,
             on_epoch=on_epoch,
         )
-        # Deployed weights know their samples by heart; from the init weights, the few
-        # coefficients of a subspace learn labels better.
+        # A teacher helps weights that fit their samples already, as deployed ones do.
+        # From the init weights, the coefficients of a subspace learn labels better.
         alone = config.update.method == "subspace" and training.fresh
         if config.train.teacher == "full" and not alone:
             training.teacher = self._teacher(number)

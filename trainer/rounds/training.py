@@ -35,14 +35,14 @@ from trainer.rounds.loop import (
     recompute_batchnorm,
     train_epoch,
 )
-from trainer.rounds.objective import Loss, judge_of, loss_of
+from trainer.rounds.objective import Loss, judge_of, loss_of, numbers
 from trainer.rounds.rounding import RoundForm
 from trainer.rounds.speed import arranged, autocast, compiled
 from trainer.rounds.teacher import Teacher, taught_loss
 from trainer.trees import leaves
 
 MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
-CHANCE = 2  # standard errors of that cost, below which it may be chance
+CHANCE = 2  # a cost below so many standard errors may be chance: ignored
 MEASURED_BATCHES = 20  # that the error is estimated from
 
 Augment = Callable[[Tensor], Tensor]
@@ -195,7 +195,7 @@ class RoundTraining:
                     kept = keep and self.judge.better(value, self.values["best"])
                     if kept:
                         self._keep(value, exact)
-                record |= {f"val_{self.judge.name}": value, "kept": kept}
+                record |= numbers({f"val_{self.judge.name}": value}) | {"kept": kept}
                 self.values[phase] = value
             self.epochs.append(record)
             self._on_epoch(record)
@@ -286,6 +286,7 @@ class RoundTraining:
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         epochs, values = [*self.epochs], {**self.values}
         best, form = (self.best, self._unrounded), self.form.form
+        kept, taught_by = self.kept, self._taught_by
 
         def go_back() -> None:
             self.model.load_state_dict(model)
@@ -293,6 +294,7 @@ class RoundTraining:
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
             self.epochs, self.values = [*epochs], {**values}
             (self.best, self._unrounded), self.form.form = best, form
+            self.kept, self._taught_by = kept, taught_by
 
         return go_back
 

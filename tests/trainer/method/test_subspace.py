@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The subspace updater steps coefficients, and leaves what devices will compute."""
 
+import copy
 import io
 
 import numpy as np
@@ -191,6 +192,124 @@ def test_a_closure_is_evaluated_at_the_weights():
         return found
 
     assert losses(closed=True) == losses(closed=False)
+
+
+def interrupt(model, optimizer):
+    """Have the next step fail after it has written to the weights."""
+
+    def fail(*_):
+        handle.remove()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("selected", [False, True])
+def test_a_step_that_failed_half_way_leaves_the_weights_as_they_were(
+    set_to_none, selected
+):
+    model, optimizer, updater = started()
+    train(model, optimizer)
+    if selected:
+        updater.select()
+    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    interrupt(model, optimizer)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    functional.cross_entropy(model(INPUTS), LABELS).backward()
+    with pytest.raises(
+        TrainingError, match=r"failed half way.*compute gradients again"
+    ):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[2].weight, before[1])
+    train(model, optimizer)
+    if not selected:
+        updater.select()
+    updater.finish()
+
+
+@pytest.mark.parametrize("way", ["detach", "load"])
+def test_what_gives_a_round_up_after_a_failed_step_finds_the_weights(way):
+    model, optimizer, updater = started()
+    train(model, optimizer)
+    before, state = weights_of(model), copy.deepcopy(updater.state_dict())
+    interrupt(model, optimizer)
+    updater.detach() if way == "detach" else updater.load_state_dict(state)
+    assert np.array_equal(weights_of(model)["0.weight"], before["0.weight"])
+    assert np.array_equal(weights_of(model)["2.weight"], before["2.weight"])
+
+
+class TwoEvaluations(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure):
+        closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(0.01 * parameter.grad)
+        return closure()
+
+
+def test_a_closure_that_a_step_evaluates_twice_is_refused_and_moves_nothing():
+    model = net()
+    optimizer = TwoEvaluations(model.parameters())
+    updater = SubspaceUpdater(model.named_parameters(), coefficients=64, seed=3)
+    updater.attach(optimizer, elementwise=True)
+    before = model[0].weight.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(INPUTS), LABELS)
+        loss.backward()
+        return loss
+
+    with pytest.raises(TrainingError, match="evaluates its closure twice a step"):
+        optimizer.step(closure)
+    assert torch.equal(model[0].weight, before)
+
+
+class Nested(torch.optim.SGD):
+    """A step that calls another one: its hooks fire twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_within_a_step_moves_the_coefficients_once():
+    def after(make):
+        model = net()
+        optimizer = make(model.parameters(), lr=0.01)
+        updater = SubspaceUpdater(model.named_parameters(), coefficients=64, seed=3)
+        updater.attach(optimizer, elementwise=True)
+        train(model, optimizer)
+        return weights_of(model).fingerprint
+
+    assert after(torch.optim.SGD) == after(Nested)
+
+
+def test_a_state_of_the_first_phase_is_taken_by_an_updater_that_has_settled():
+    model, optimizer, updater = started(make=torch.optim.SGD)
+    train(model, optimizer)
+    state = copy.deepcopy(updater.state_dict())
+    model_state = copy.deepcopy(model.state_dict())
+    train(model, optimizer)
+    expected = weights_of(model).fingerprint
+    updater.select()
+    train(model, optimizer)
+    model.load_state_dict(model_state)
+    updater.load_state_dict(state)
+    with pytest.raises(TrainingError, match=r"nothing has moved for good before"):
+        updater.movement()
+    train(model, optimizer)
+    assert weights_of(model).fingerprint == expected
 
 
 def test_a_step_without_gradients_moves_nothing():

@@ -432,6 +432,45 @@ def test_a_step_that_writes_around_its_inner_step_stays_frozen():
     updater.finish()
 
 
+@pytest.mark.parametrize("selected", [False, True])
+def test_a_step_after_one_that_failed_is_measured_and_frozen_as_any_other(selected):
+    model, optimizer, updater = started(make=torch.optim.SGD, lr=0.1)
+    train(model, optimizer)
+    if selected:
+        updater.select()
+
+    def fail(*_):
+        handle.remove()
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer)
+    measured = {n: t.clone() for n, t in updater.loss_drop.items()}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, steps=1)
+    for name, drop in measured.items():
+        parameter = dict(model.named_parameters())[name]
+        step = before[name] - parameter.detach()
+        expected = drop + step * parameter.grad
+        torch.testing.assert_close(updater.loss_drop[name], expected)
+    if selected:
+        updater.finish()
+
+
+def test_an_updater_that_was_detached_follows_the_optimizer_once_it_is_attached_again():
+    model, optimizer, updater = started(make=torch.optim.SGD, lr=0.1)
+    train(model, optimizer, steps=1)
+    updater.detach()
+    updater.attach(optimizer)
+    train(model, optimizer, steps=1)
+    updater.select()
+    train(model, optimizer)
+    updater.finish()
+
+
 def test_a_step_skipped_by_mixed_precision_counts_zero():
     model, optimizer, updater = started(fused=True)  # torch skips inside the step
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

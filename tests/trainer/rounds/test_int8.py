@@ -80,6 +80,15 @@ def in_subspaces(tmp_path_factory):
     return runs, run_rounds(make_config(TABLES | SUBSPACE), runs, pack=patch_size)
 
 
+@pytest.fixture(scope="module")
+def with_biases(tmp_path_factory):
+    """A run in subspaces in which biases, which stay floats, move as well."""
+    runs, update = tmp_path_factory.mktemp("runs"), SUBSPACE["update"]
+    moves = {"dense": "budget", "dense_grid": 0.03125, "budget": "400"}
+    tables = TABLES | {"update": update | moves}
+    return runs, run_rounds(make_config(tables), runs, pack=patch_size)
+
+
 def updated(records):
     return [r for r in records if r.outcome is Outcome.UPDATED]
 
@@ -98,7 +107,7 @@ def test_a_round_deploys_int8_weights_and_floats_for_the_rest(finished):
     assert {types[n] for n in types.keys() - ranges.keys()} == {"I8", "F32"}
 
 
-@pytest.mark.parametrize("run", ["finished", "in_subspaces"])
+@pytest.mark.parametrize("run", ["finished", "in_subspaces", "with_biases"])
 def test_a_device_runs_the_server_s_weights_and_answers_as_the_record_says(
     run, request, tmp_path
 ):

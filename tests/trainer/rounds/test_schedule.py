@@ -97,6 +97,29 @@ def test_samples_and_networks_of_a_run_are_freed_when_it_ends(tmp_path, deploy):
         gc.enable()
 
 
+def test_of_the_trainings_of_a_round_one_is_in_memory(tmp_path):
+    most = []
+
+    def report(_progress):
+        most.append(sum(type(o) is RoundTraining for o in gc.get_objects()))
+
+    options = {"update": {"reinit": 1}, "train": {"epochs": 2}}
+    run_rounds(config_of(run={"rounds": 1}, **options), tmp_path)
+    path = tmp_path / "tiny" / "round_00" / "round.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["val_accuracy"] = 1.0  # nothing can be better
+    path.write_text(json.dumps(record))
+    gc.collect()
+    gc.disable()
+    try:
+        config = config_of(run={"rounds": 2}, **options)
+        _, record = run_rounds(config, tmp_path, progress=report)
+    finally:
+        gc.enable()
+    assert "val_reinit" in record.metrics  # a second training followed
+    assert max(most) - most[-1] == 1
+
+
 def test_every_round_leads_from_what_is_deployed_or_from_init(finished):
     runs, records, _ = finished
     init = read_init_spec(runs / "tiny" / "model").generate().fingerprint

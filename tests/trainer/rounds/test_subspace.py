@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.formats import subspace
 from edge_runtime.formats.model_folder import (
     METRICS_NAME,
     SHADOW_SUBSPACES_NAME,
@@ -195,6 +196,29 @@ def test_what_trains_unseen_is_sent_with_all_of_its_subspaces(tmp_path):
         packed = pack_round(round_)
         assert len(packed.terms) == len(round_.terms) > 1
         assert sum(packed.counts.values()) == 0
+
+
+def test_more_subspaces_unseen_than_a_patch_may_have_begin_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(subspace, "MAX_TERMS", 1)
+    config = config_of(
+        {"dense": "freeze", "chain": "shadow", "reinit": 3, "coefficients": 512},
+        run={"name": "t", "rounds": 5, "seed": 6, "id": "same"},
+        data={"set": "digits", "initial": 40, "growth": 150, "validation": 60},
+        train={"epochs": 3, "batch": 16, "lr": 3e-3},
+    )
+    rounds = rounds_of(tmp_path, config)
+    assert len(rounds) == 5
+    assert all(len(round_.terms) <= 1 for round_ in rounds)
+    unseen = [(r.path / SHADOW_SUBSPACES_NAME).exists() for r in rounds]
+    assert any(unseen)
+    assert not all(unseen[unseen.index(True) :])
+
+
+def test_a_packer_that_knows_no_subspaces_is_refused_before_training(tmp_path):
+    config = config_of({"budget": "400", "dense": "freeze"})
+    with pytest.raises(ConfigError, match=r"pack\(base, target, terms\)"):
+        run_rounds(config, tmp_path, pack=lambda _base, _target: 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_repeats_to_the_bit(tmp_path):
