@@ -80,7 +80,7 @@ EXIT_CODE_HELP = """\b
 Exit codes (new ones may be added; treat an unknown one as a failure):
   0  done, or nothing to do
   1  unexpected: a bug, please report it
-  2  usage: wrong arguments, unknown round, bad recipe, input or key file
+  2  usage: wrong arguments, recipe, input or key, unknown round, missing package
   3  not a valid patch, bundle, weight file, round, proof or key list
   4  the patch is for other weights or for another model
   5  verification or trial failed, nothing changed
@@ -88,7 +88,7 @@ Exit codes (new ones may be added; treat an unknown one as a failure):
   7  the store is damaged, full or locked
   8  not trusted: unsigned, wrongly signed or replayed release
   9  training or export failed
- 10  the operating system refused (disk full, no permission, no memory)
+ 10  the system or a server failed: full disk, no permission, memory or answer
  11  no runtime on this device can run the model
  12  held back on this device: pinned, or a hook refused
  13  'dpu-edge doctor' found something wrong

@@ -19,9 +19,9 @@ Around your own model, optimizer and loop, with three added lines::
 
 For ``dpu-pack``, :func:`start_run` and :func:`publish_round` write the folders.
 
-This package imports from ``edge_runtime`` only ``weights``, ``init``, ``errors`` and
-``command``, starts as it does, and takes nothing from ``packager``. Names below are
-imported when first used, so that ``dpu-train --help`` need not wait for torch.
+Of this project, this package imports ``edge_runtime`` alone, and nothing of
+``packager``. Names below are imported when first used, so that ``dpu-train --help``
+need not wait for torch.
 """
 
 import importlib

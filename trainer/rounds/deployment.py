@@ -247,7 +247,7 @@ def write_deployment(
         deployment: Graph and init weights.
         contract: What goes in and comes out, and how good it must be.
         golden: Raw samples that travel with the model.
-        run_id: As for :func:`trainer.folder.write_model`.
+        run_id: As for :func:`trainer.folder.write.write_model`.
 
     Raises:
         ConfigError: The folder holds another network's files.
