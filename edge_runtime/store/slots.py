@@ -21,7 +21,12 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.patch_encoder import encode_patch
-from edge_runtime.formats.weights import CHUNK_BYTES, Weights, fingerprint_chunks
+from edge_runtime.formats.weights import (
+    CHUNK_BYTES,
+    Weights,
+    check_size,
+    fingerprint_chunks,
+)
 from edge_runtime.store.state import Slot, State
 from edge_runtime.store.store import Store
 
@@ -182,7 +187,7 @@ def retire(store: Store, state: State, slot: Slot) -> State:
     )
     base, target = (store.slot_folder(s.target) / WEIGHTS_NAME for s in (parent, slot))
     # A convenience: that it cannot be written must not stop an update.
-    with suppress(OSError, StoreError, WeightsError):
+    with suppress(OSError, StoreError, WeightsError, MemoryError):
         data = encode_reverse(store.layout, base, target, header)
         if data and len(data) <= size // REVERSE_SHARE:
             store.add_reverse(slot.target, data)
@@ -208,6 +213,8 @@ def encode_reverse(
         OSError: A file cannot be read.
         WeightsError: One is not of this layout.
     """
+    for path in (base, target):
+        check_size(layout, path.stat().st_size)  # an empty file cannot be mapped
     # Values are read through a mapping: pages that the kernel may take back.
     old, new = (
         Weights(layout, np.memmap(path, np.uint8, "r").data) for path in (base, target)

@@ -2,6 +2,7 @@
 """The way back: kept slots, and reverse patches that the device wrote itself."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from edge_runtime import Device, PatchHeader, UpdateResult, open_patch, pack_wei
 from edge_runtime.errors import RoundNotFoundError, StoreError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
+from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import write_weights
+from edge_runtime.store import slots
 from edge_runtime.store.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.store.state import MAX_FORMER
 from tests.crash import world
@@ -163,6 +166,30 @@ def test_a_reverse_patch_that_cannot_be_written_stops_no_update(device):
 
 
 # Reverse patches by themselves -----------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 100])
+def test_a_kept_slot_whose_weight_file_was_cut_stops_no_update(device, size):
+    advance(device, 1)
+    os.truncate(device.store.slot_folder(kept(device)) / WEIGHTS_NAME, size)
+    advance(device, 1)
+    assert device.status()["round"] == 2
+    assert device.status()["reachable_rounds"] == [1]
+
+
+def test_too_little_memory_for_a_way_back_stops_no_update(device, monkeypatch):
+    def too_much(*_):
+        raise MemoryError
+
+    advance(device, 1)
+    monkeypatch.setattr(slots, "encode_reverse", too_much)
+    advance(device, 1)
+    assert device.status()["reachable_rounds"] == [1]
+
+
+def kept(device):
+    """The slot beside the active one."""
+    return device.store.state.slots[1].target
 
 
 def reverse(tmp_path, base, target):
