@@ -37,7 +37,7 @@ from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
 from edge_runtime.store.slots import build_slot, retire
-from edge_runtime.store.state import MAX_TRIES, Slot, utc
+from edge_runtime.store.state import MAX_TRIES, Slot, State, utc
 from edge_runtime.store.store import Store
 from edge_runtime.trust import KeyList, Root, first_root, read_root
 from edge_runtime.update.hooks import run_hooks
@@ -194,8 +194,15 @@ class Device:
             raise error
         slot = Slot(header.target, header.round, header.counter)
         self._run_hooks("before-apply", "updated", slot)
-        self._try(self._slot_folder(patch), slot, patch.outputs)
-        self._activate(slot, "updated", header.signed_at)
+        before = self._try(self._slot_folder(patch), slot, patch.outputs)
+        try:
+            self._activate(slot, "updated", header.signed_at)
+        except BaseException:
+            # The release passed its trial: what came then is no fault of its own.
+            with suppress(OSError, StoreError):
+                if slot.target in self.store.reload().tries:
+                    self.store.commit(before)
+            raise
         return UpdateResult.APPLIED
 
     def rollback(self, to: int | None = None) -> Slot:
@@ -310,7 +317,8 @@ class Device:
                     raise
         return build_slot(self.store, parent, [patch], target)
 
-    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> None:
+    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> State:
+        """Try a slot; return the state without this try, which is counted for now."""
         # Counted before: a trial that takes the whole device down must count too.
         before = self.store.state
         self.store.commit(before.tried(slot.target))
@@ -321,7 +329,7 @@ class Device:
             # The device is at fault: no try of the release, however often it happens.
             self.store.commit(before.noted_once("blocked", slot, str(err)))
             raise
-        except OSError:
+        except (OSError, MemoryError):
             self.store.commit(before)
             raise
         except TrialCutOffError as err:
@@ -332,6 +340,7 @@ class Device:
             state = before.tried(slot.target, MAX_TRIES)
             self.store.commit(state.noted("refused", slot, str(err)))
             raise
+        return before
 
     def _activate(self, slot: Slot, event: str, signed_at: int | None = None) -> None:
         state = self.store.state.activated(slot, event).dated(signed_at)

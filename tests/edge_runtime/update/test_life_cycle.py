@@ -2,15 +2,17 @@
 """Tries, pins, hooks, a damaged state, a wrong clock: what devices live through."""
 
 import dataclasses
+import errno
 import json
 import time
+from contextlib import suppress
 
 import pytest
 
 from edge_runtime import Device, UpdateResult
 from edge_runtime.errors import HeldError, StoreError, TrustError
 from edge_runtime.files import Files
-from edge_runtime.store.state import MAX_TRIES
+from edge_runtime.store.state import MAX_TRIES, State
 from edge_runtime.update.hooks import run_hooks
 from tests.crash import world
 
@@ -88,6 +90,79 @@ def test_a_trial_that_the_system_cannot_start_is_no_try(device):
     before = device.store.state
     with pytest.raises(OSError, match="No space left"):
         Device.open(device.store.root, trial=no_room).update(next_patch(device))
+    assert device.store.reload() == before
+
+
+class WornOutError(Exception):
+    """Whatever may come up in a process: nobody foresaw it."""
+
+
+FAULTS = [
+    OSError(errno.EIO, "I/O error"),
+    MemoryError(),
+    WornOutError(),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+def test_what_fails_behind_a_passed_trial_is_no_try(device, monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    before, patch = device.store.state, next_patch(device)
+    with monkeypatch.context() as patched:
+        patched.setattr(State, "activated", fail)
+        for _ in range(MAX_TRIES):
+            with pytest.raises(type(fault)):
+                device.update(patch)
+    assert Device.open(device.store.root).store.state == before
+    assert device.update(patch) is UpdateResult.APPLIED
+
+
+class FailsOnce(Files):
+    """A disk that fails in one of the operations behind a trial, and is well again."""
+
+    def __init__(self, number):
+        self.left, self.tried = number, False
+
+    def _count(self):
+        self.left -= self.tried
+        if self.tried and self.left == 0:
+            raise OSError(errno.EIO, "I/O error")
+
+    def rename(self, source, target):
+        self._count()
+        super().rename(source, target)
+
+    def sync(self, handle):
+        self._count()
+        super().sync(handle)
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_disk_that_fails_behind_a_passed_trial_is_no_try(device, number):
+    device.store.files = files = FailsOnce(number)
+    before, patch = device.store.state, next_patch(device)
+
+    def trial(*_, **__):
+        files.tried = True
+
+    with suppress(OSError):
+        Device(device.store, trial).update(patch)
+    found = Device.open(device.store.root).store.state
+    # As it was, or the whole update.
+    assert found == before or found.active == world.weights(1).fingerprint
+    assert not found.tries
+
+
+def test_too_little_memory_in_a_trial_is_no_try(device):
+    def starved(*_, **__):
+        raise MemoryError
+
+    before = device.store.state
+    with pytest.raises(MemoryError):
+        Device.open(device.store.root, trial=starved).update(next_patch(device))
     assert device.store.reload() == before
 
 
