@@ -86,7 +86,7 @@ class Record:
         """Return a field that is a whole number within bounds."""
         expected = f"a whole number from {least} to {most}"
         found: int = self._typed(
-            name, expected, lambda v: _whole(v, least, most), default
+            name, expected, lambda v: is_whole(v, least, most), default
         )
         return found
 
@@ -140,7 +140,7 @@ class Record:
         """Return a field that is a list of whole numbers."""
         expected = f"a list of whole numbers from {least} to {most}"
         found: list[int] = self._list(
-            name, expected, lambda v: _whole(v, least, most), _REQUIRED
+            name, expected, lambda v: is_whole(v, least, most), _REQUIRED
         )
         return found
 
@@ -198,12 +198,13 @@ def _is_in(known: Collection[str], value: object) -> bool:
     return isinstance(value, str) and value in known
 
 
-def _whole(value: object, least: int, most: int) -> bool:
+def is_whole(value: object, least: int = 0, most: int = _MAX_INTEGER) -> bool:
+    """Return whether a value is a whole number within bounds."""
     return isinstance(value, int) and type(value) is int and least <= value <= most
 
 
 def _number(value: object) -> bool:
-    return type(value) is float or _whole(value, -_MAX_INTEGER, _MAX_INTEGER)
+    return type(value) is float or is_whole(value, -_MAX_INTEGER)
 
 
 def _finite(value: object) -> bool:

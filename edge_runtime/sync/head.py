@@ -32,7 +32,8 @@ from typing import Any
 
 from edge_runtime.errors import HeadError
 from edge_runtime.formats.json_file import parse_record
-from edge_runtime.formats.json_record import Record
+from edge_runtime.formats.json_record import Record, is_whole
+from edge_runtime.formats.sections import MAX_SECONDS
 from edge_runtime.formats.signing import Signature, Trust, framed, is_signed, key_id
 from edge_runtime.trust.canonical import encode_canonical
 
@@ -303,14 +304,15 @@ def _read_record(signed: Record) -> SignedHead:
 
 
 def _read_signed(signed: Record) -> Head:
+    at = _second(signed, "at")
     target = _hex(signed, "target", signed.text("target"))
     bundle = _bundle(signed) if "bundle" in signed else None
     return Head(
         _hex(signed, "model", signed.text("model")),
         signed.matching("channel", CHANNEL_FORM, "a name of a to z, 0 to 9, - and _"),
         signed.integer("version", least=1),
-        signed.integer("at"),
-        signed.integer("expires"),
+        at,
+        _second(signed, "expires", least=at + 1),
         signed.integer("counter"),
         signed.integer("round"),
         target,
@@ -322,6 +324,11 @@ def _read_signed(signed: Record) -> Head:
     )
 
 
+def _second(record: Record, name: str, least: int = 0) -> int:
+    """Return a time; later ones could be written nowhere."""
+    return record.integer(name, least=least, most=MAX_SECONDS)
+
+
 def _lists(record: Record, name: str) -> list[list[Any]]:
     found = record.values.get(name)
     if not isinstance(found, list) or not all(isinstance(e, list) for e in found):
@@ -331,8 +338,8 @@ def _lists(record: Record, name: str) -> list[list[Any]]:
 
 def _read_way(signed: Record, entry: list[Any], target: str) -> Way:
     match entry:
-        case [str(parent), int(size), str(sha256), *rest] if (
-            len(rest) <= 1 and type(size) is int and size > 0
+        case [str(parent), size, str(sha256), *rest] if (
+            is_whole(size, 1) and not rest[1:]
         ):
             to = target[:SHORT]
             if rest and isinstance(rest[0], str):
@@ -345,7 +352,7 @@ def _read_way(signed: Record, entry: list[Any], target: str) -> Way:
 
 def _bundle(signed: Record) -> tuple[int, str]:
     match signed.values["bundle"]:
-        case [int(size), str(sha256)] if type(size) is int and size > 0:
+        case [size, str(sha256)] if is_whole(size, 1):
             return size, _hex(signed, "bundle", sha256)
     raise signed.problem("bundle", "bytes and SHA-256")
 
@@ -354,7 +361,9 @@ def _read_rollout(record: Record) -> Rollout:
     steps = []
     for entry in _lists(record, "steps"):
         match entry:
-            case [int(share), int(start)] if 0 <= share <= PERMILLE and start >= 0:
+            case [share, start] if is_whole(share, most=PERMILLE) and is_whole(
+                start, most=MAX_SECONDS
+            ):
                 steps.append((share, start))
             case _:
                 raise record.problem("steps", "entries of permille and second")
@@ -371,7 +380,7 @@ def _read_rollout(record: Record) -> Rollout:
 def _read_pause(record: Record) -> Pause:
     name = record.text("key")
     value = _bytes(record, "signature", record.text("signature"), 64)
-    return Pause(record.integer("at"), Signature(_key_id(record, "key", name), value))
+    return Pause(_second(record, "at"), Signature(_key_id(record, "key", name), value))
 
 
 def _key_id(record: Record, field: str, text: str) -> str:

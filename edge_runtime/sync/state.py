@@ -16,8 +16,10 @@ from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
+from edge_runtime.formats.sections import MAX_SECONDS
 from edge_runtime.sync.head import SignedHead
 
+SLIP_S = 90 * 86_400  # more than the clocks of two honest publishers are apart
 SCHEMA, TUF_SCHEMA = 1, 2  # the second only with what it is for
 STATE_NAME = ".sync.json"  # in the agent's folder, which leaves hidden files alone
 HEAD_NAME = ".sync.head"
@@ -31,7 +33,9 @@ class SyncState:
         channel: The channel that it follows.
         version: Of the newest head that was taken: older ones are refused.
         digest: SHA-256 of what was signed in it.
-        seen: Newest signed time, seconds since 1970; it never goes back.
+        seen: Newest signed time, seconds since 1970. It goes back only where the
+            newest head says that an earlier one was dated far too late, by a slip:
+            else no head to come would ever be fresh again.
         paused: Whether that head was paused once: it stays so.
         tag: The server's tag of the head, for conditional requests.
         checked: When the server last answered, by the device's own clock.
@@ -70,12 +74,14 @@ class SyncState:
     def took(self, signed: SignedHead, tag: str) -> Self:
         """Return the state once a head was taken."""
         head, is_new = signed.head, signed.sha256 != self.digest
+        follows = head.version > self.version > 0  # on this channel
+        slipped = follows and head.at < self.seen - SLIP_S
         return replace(
             self,
             channel=head.channel,
             version=head.version,
             digest=signed.sha256,
-            seen=max(self.seen, head.at),
+            seen=head.at if slipped else max(self.seen, head.at),
             paused=signed.is_paused() or (self.paused and not is_new),
             tag=tag,
             bad=() if is_new else self.bad,
@@ -119,7 +125,7 @@ def read_sync_state(folder: Path) -> SyncState:
         record.text("channel"),
         record.integer("version"),
         record.text("digest"),
-        record.integer("seen"),
+        min(record.integer("seen"), MAX_SECONDS),
         record.flag("paused"),
         record.text("tag"),
         record.integer("checked"),

@@ -18,6 +18,7 @@ from tuf.api.metadata import Metadata
 
 from edge_runtime.errors import HeadError, SyncError, TrustError
 from edge_runtime.files import Files
+from edge_runtime.formats.sections import MAX_SECONDS
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.desk import insist_on_trust
@@ -25,7 +26,7 @@ from edge_runtime.sync.head import SHORT
 from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.route import cheapest
-from edge_runtime.sync.state import HEAD_NAME, read_sync_state
+from edge_runtime.sync.state import HEAD_NAME, SLIP_S, read_sync_state
 from edge_runtime.sync.tuf import FOLDER, PINNED
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
@@ -234,7 +235,7 @@ def test_fast_forward_ends_with_the_keys_that_did_it(own_head):
 @pytest.mark.parametrize("lost", [False, True])
 def test_fast_forward_of_tuf_ends_with_the_keys_that_did_it(tuf, lost):
     honest = newest(tuf)
-    head = replace(tuf.head, version=1 << 40, at=LATE)
+    head = replace(tuf.head, version=1 << 40, at=LATE, expires=LATE + 60)
     tuf.sign(head, step=1 << 40, until=LATE + 60)
     assert tuf.look().result is SyncResult.CURRENT
     with pytest.raises(TrustError, match="dpu-fleet rotate"):
@@ -298,7 +299,27 @@ def test_indefinite_freeze_a_clock_that_stands_back_brings_no_old_time_back(way)
     head = way.publish(1)
     way.look()
     way.now = 0
-    way.sign(replace(head, version=9), until=NOW - 5)
+    way.sign(replace(head, version=9, at=NOW - 10), until=NOW - 5)
+    assert way.look().result is SyncResult.STALE
+
+
+def test_indefinite_freeze_by_a_publishers_clock_ends_with_the_next_head(way):
+    """Dated by a slip far in the future: else all to come would be stale for ever."""
+    good = way.publish(1)
+    way.look()
+    slip = {"at": MAX_SECONDS - 1, "expires": MAX_SECONDS}
+    way.sign(replace(good, version=8, **slip), until=MAX_SECONDS)
+    way.look()
+    way.sign(replace(good, version=9))
+    assert way.look().result is SyncResult.FETCHED
+
+
+def test_indefinite_freeze_by_another_channels_old_head_is_noticed(own_head):
+    way, at = own_head, NOW - 2 * SLIP_S
+    head = replace(way.publish(1), channel="beta", at=at, expires=at + 60)
+    way.look()
+    (way.place.root / "beta.head").write_bytes(sign_head(head, [KEY]))
+    way.now, way.options = 0, replace(OPTIONS, channel="beta")
     assert way.look().result is SyncResult.STALE
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import HeadError, TrustError
+from edge_runtime.formats.sections import MAX_SECONDS
 from edge_runtime.formats.signing import Trust, key_id
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import (
@@ -23,6 +24,7 @@ from edge_runtime.sync.head import (
 from packager.fleet.head import pause_head, sign_head
 from packager.keys import generate_key
 
+HUGE = int("9" * 4300)  # a number of as many digits as JSON may have here
 A, B, C = "aa" * 32, "bb" * 32, "cc" * 32
 KEY, PAUSER = generate_key(), generate_key()
 TRUST = Trust((public_key(KEY),))
@@ -53,7 +55,7 @@ names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 rollouts = st.builds(
     Rollout,
     names,
-    st.lists(st.tuples(st.integers(0, PERMILLE), st.integers(0, 1 << 40)))
+    st.lists(st.tuples(st.integers(0, PERMILLE), st.integers(0, MAX_SECONDS)))
     .map(lambda steps: sorted(steps, key=lambda step: step[1]))
     .map(tuple),
     st.lists(names).map(tuple),
@@ -63,7 +65,9 @@ heads = st.builds(
     digests,
     st.from_regex(r"\A[a-z0-9][a-z0-9_-]{0,31}\Z"),
     st.integers(1, 1 << 40),
-    *[st.integers(0, 1 << 40)] * 4,
+    st.integers(0, 1 << 37),
+    st.integers(1 << 37 | 1, MAX_SECONDS),
+    *[st.integers(0, 1 << 40)] * 2,
     digests,
     st.lists(st.builds(Way, shorts, shorts, st.integers(1, 1 << 40), digests)).map(
         tuple
@@ -115,6 +119,13 @@ def test_a_head_of_somebody_else_is_not_trusted():
         ("rollout", {"id": "r", "steps": [[1001, 0]]}),
         ("rollout", {"id": "a\x7f", "steps": []}),
         ("rollout", {"id": "r", "steps": [[1, 9], [2, 8]]}),
+        ("rollout", {"id": "r", "steps": [[True, 0]]}),
+        ("rollout", {"id": "r", "steps": [[1, MAX_SECONDS + 1]]}),
+        ("ways", [["AAAAAAAA", HUGE, "A" * 43]]),
+        ("bundle", [HUGE, "A" * 43]),
+        ("at", MAX_SECONDS + 1),
+        ("expires", MAX_SECONDS + 1),
+        ("expires", 1796169600),  # the second in which it was signed
         ("pausers", ["AA"]),
     ],
 )
