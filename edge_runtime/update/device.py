@@ -310,6 +310,8 @@ class Device:
         parent, target = patch.header.parent, patch.header.target
         kept = self.store.state.slot(target)
         if kept:
+            # It is not applied then; what breaks the format is refused all the same.
+            patch.check(self.store.layout)
             try:
                 return self.store.check_slot(target)
             except StoreError:

@@ -21,6 +21,7 @@ from edge_runtime.errors import (
     BundleError,
     ContractError,
     DpuError,
+    PatchFormatError,
     PatchIntegrityError,
     RoundNotFoundError,
     StoreError,
@@ -31,7 +32,8 @@ from edge_runtime.errors import (
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract
-from edge_runtime.formats.header import PatchHeader
+from edge_runtime.formats.header import PatchHeader, encode_header
+from edge_runtime.formats.sections import COUNTS, FORMS, encode_body
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.golden import check_outputs
@@ -193,6 +195,20 @@ def test_a_damaged_patch_is_refused(run, refused):
     data = bytearray(patch_of(run.path / "round_01"))
     data[-3] ^= 4
     refused(bytes(data), PatchIntegrityError, "fetch it again")
+
+
+@pytest.mark.parametrize("which", ["active", "kept"])
+def test_a_malformed_patch_to_weights_that_are_here_is_refused(
+    device, run, refused, which
+):
+    device.update(patch_of(run.path / "round_01"))
+    state = device.store.state
+    (kept,) = (slot.target for slot in state.slots if slot.target != state.active)
+    target = {"active": state.active, "kept": kept}[which]
+    size = device.store.layout.file_size
+    header = PatchHeader(state.model, "77" * 32, target, 9, state.floor + 1, size)
+    body = encode_body({COUNTS: [b"\xff\x01" * 3], FORMS: [b"\x7f"]}, 3)
+    refused(encode_header(header, body) + b"\0\0" + body, PatchFormatError)
 
 
 def damage(path):
