@@ -33,7 +33,8 @@ class Limits:
         key_list_bytes: A key list; TUF's own client takes as much.
         head_bytes: The head of a channel, with a way for each patch that it offers.
         tuf_bytes: TUF metadata but roots and timestamps, which are less.
-        list_keys: Keys in a key list: the signature block of a patch has room for all.
+        list_keys: Keys in a key list, or that a bundle carries: the signature block of
+            a patch has room for all.
         list_signatures: Signatures of a key list.
         weight_header_bytes: The header of a weight file, as safetensors has it.
         tensors: Tensors of a weight file or init recipe.

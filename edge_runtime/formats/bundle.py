@@ -150,10 +150,13 @@ def _carried(
     archive: zipfile.ZipFile, manifest: Record, threshold: int
 ) -> signing.Trust:
     digests = manifest.record("files")
+    names = sorted(name for name in digests.values if name.startswith(KEYS_FOLDER))
+    if problem := limits().problem("list_keys", len(names), "the bundle"):
+        raise BundleError(problem)
+    _check_room(archive, names)
     pems = {
         name: read_member(archive, name, "key_bytes", digests.digest(name))
-        for name in sorted(digests.values)
-        if name.startswith(KEYS_FOLDER)
+        for name in names
     }
     if not pems:
         raise TrustError(

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle carries is bounded before it is read."""
+
+import hashlib
+import io
+import json
+import zipfile
+from copy import copy
+
+import pytest
+
+from edge_runtime.errors import BundleError, KeyFileError
+from edge_runtime.formats.bundle import carried_trust
+from edge_runtime.limits import limits
+from packager.zip_file import encode_bundle
+
+PEM = b"x" * limits().key_bytes
+MOST = limits().list_keys
+
+
+def test_a_bundle_with_more_keys_than_a_list_may_have_is_refused_before_one_is_read():
+    keys = {f"keys/{n}.pem": b"" for n in range(MOST + 1)}
+    with pytest.raises(BundleError, match=rf"{MOST + 1} keys, {MOST} are accepted"):
+        carried_trust(encode_bundle({}, keys))
+    del keys["keys/0.pem"]
+    with pytest.raises(KeyFileError):
+        carried_trust(encode_bundle({}, keys))
+
+
+def test_keys_that_lie_in_the_same_bytes_are_refused_before_one_is_read():
+    names = [f"keys/{n}.pem" for n in range(MOST)]
+    files = dict.fromkeys(names, hashlib.sha256(PEM).hexdigest())
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("bundle.json", json.dumps({"schema": 1, "files": files}))
+        archive.writestr(names[0], PEM)
+        for name in names[1:]:
+            entry = copy(archive.filelist[-1])
+            entry.filename = name
+            archive.filelist.append(entry)
+    with pytest.raises(BundleError, match="more bytes than the"):
+        carried_trust(out.getvalue())
