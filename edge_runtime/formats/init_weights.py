@@ -205,7 +205,8 @@ def read_init_spec(folder: str | PathLike[str]) -> InitSpec:
 
 def _check(recipe: InitSpec, stored: Weights | None, kinds: Sequence[str]) -> None:
     for name, init in recipe.tensors.items():
-        if init.kind not in kinds or init.dtype not in DTYPES:
+        known = init.kind in kinds and init.dtype in DTYPES
+        if not (known and (init.kind == "file" or _is_in_range(init))):
             raise WeightsError(f"init recipe: tensor {name!r} is not valid ({init})")
         if init.kind == "uniform" and init.dtype != "F32":
             raise WeightsError(f"init recipe: uniform tensor {name!r} must be F32")
@@ -218,6 +219,18 @@ def _check(recipe: InitSpec, stored: Weights | None, kinds: Sequence[str]) -> No
                     f"init recipe: tensor {name!r} ({init.dtype} {list(init.shape)}) "
                     f"is missing from {INIT_TENSORS_NAME} or differs there"
                 )
+
+
+def _is_in_range(init: TensorInit) -> bool:
+    """Return whether a value is of its type: what others become differs by CPU."""
+    is_drawn = init.kind != "constant"
+    dtype = DTYPES["F32" if is_drawn else init.dtype]
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        return math.isfinite(init.value) and info.min <= int(init.value) <= info.max
+    if not math.isfinite(init.value):
+        return not is_drawn and dtype.kind in "fc"
+    return dtype.kind == "b" or abs(init.value) <= float(np.finfo(dtype).max)
 
 
 def _check_quantised(

@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.formats.header import read_exactly
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.sections import (
     MAX_COUNTED_BYTES,
@@ -170,16 +169,16 @@ def check_terms(terms: Sequence[Term], layout: Layout) -> None:
 
 def _read_term(file: io.BytesIO, tensors: int, most: int) -> Term:
     seed, count = _varint(file), WORD * _varint(file)
-    bits, taps = read_exactly(file, 2)
+    bits, taps = _take(file, 2)
     if not (1 <= bits <= MAX_BITS and 1 <= taps <= MAX_TAPS and 0 < count <= most):
         raise PatchFormatError(
             f"a subspace of the patch has {count} coefficients of {bits} bits, {taps} "
             f"for each weight; at most {most} more, {MAX_BITS} and {MAX_TAPS} are "
             "possible"
         )
-    moved = _unpack(read_exactly(file, -(-tensors // 8)))
+    moved = _unpack(_take(file, -(-tensors // 8)))
     numbers = np.flatnonzero(moved)
-    upper = np.frombuffer(read_exactly(file, 2 * len(numbers)), "<u2").astype("<u4")
+    upper = np.frombuffer(_take(file, 2 * len(numbers)), "<u2").astype("<u4")
     scales = (upper << np.uint32(16)).view("<f4")
     good = (scales >= LEAST_SCALE) & (scales <= MOST_SCALE)
     if not len(numbers) or numbers[-1] >= tensors or not good.all():
@@ -187,11 +186,18 @@ def _read_term(file: io.BytesIO, tensors: int, most: int) -> Term:
             "a subspace of the patch moves no tensor, one that is not there, or one by "
             "a scale that is out of range"
         )
-    each = _unpack(read_exactly(file, count * bits // 8)).reshape(count, bits)
+    each = _unpack(_take(file, count * bits // 8)).reshape(count, bits)
     codes = each @ (2 << np.arange(bits, dtype=np.int16))
     scale_of = dict(zip(numbers.tolist(), scales.tolist(), strict=True))
     coefficients = (codes - ((1 << bits) - 1)).astype(np.int16)
     return Term(seed, bits, taps, scale_of, coefficients)
+
+
+def _take(file: io.BytesIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise PatchFormatError("the subspaces of the patch end early; pack it again")
+    return data
 
 
 def _varint(file: io.BytesIO) -> int:

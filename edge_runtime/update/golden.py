@@ -93,7 +93,8 @@ def read_golden(data: bytes) -> Golden:
     """Read ``golden.npz``, within the limit for it.
 
     Raises:
-        ContractError: It is no such file, lacks inputs, or is over the limit.
+        ContractError: It is no such file, lacks inputs, holds outputs that are no
+            numbers, or is over the limit.
     """
     takes = [input_name(n) for n in range(MAX_INPUTS)]
     gives = [output_name(n) for n in range(MAX_OUTPUTS)]
@@ -110,6 +111,12 @@ def read_golden(data: bytes) -> Golden:
         )
     last = max((n for n in range(MAX_OUTPUTS) if gives[n] in found), default=-1)
     outputs = tuple(found.get(name) for name in gives[: last + 1])
+    for number, values in enumerate(outputs):
+        if values is not None and not is_tensor(values):
+            raise ContractError(
+                f"{GOLDEN_NAME}: {output_name(number)!r} is {_kind_of(values)}, "
+                "expected numbers; make the bundle anew"
+            )
     return Golden(inputs, found.get("labels"), outputs)
 
 

@@ -83,7 +83,9 @@ def test_any_flipped_bit_of_a_subspace_is_refused_also_with_good_checksums():
 
 def test_a_subspace_cut_short_or_too_long_is_refused():
     for cut in range(1, len(GOOD)):
-        refused(forged(GOOD[:cut]))
+        # The file is whole: to fetch it again would be of no use.
+        assert "fetch it again" not in refused(forged(GOOD[:cut]))
+    assert "end early" in refused(forged(GOOD[:-1]))
     assert "1 bytes too many" in refused(forged(GOOD + b"\0"))
 
 

@@ -90,6 +90,42 @@ def test_a_malformed_recipe_is_refused(tmp_path, change, message):
         read_init_spec(tmp_path)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "value"),
+    [
+        ("I8", "constant", NAN),
+        ("I8", "constant", INF),
+        ("I8", "constant", 128.0),
+        ("I64", "constant", 2.0**63),
+        ("U64", "constant", -1.0),
+        ("BF16", "constant", NAN),  # its bits are whole numbers here
+        ("F16", "constant", 65536.0),
+        ("F32", "constant", 1e39),
+        ("F32", "uniform", NAN),
+        ("F32", "uniform", INF),
+        ("F32", "uniform", 1e39),
+    ],
+)
+def test_a_value_that_is_none_of_its_type_is_refused(tmp_path, dtype, kind, value):
+    recipe = InitSpec(1, {"w": TensorInit(dtype, (3,), kind, value)}, {})
+    write_init_spec(recipe, tmp_path)
+    with pytest.raises(WeightsError, match="'w' is not valid"):
+        read_init_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("I8", -128.0), ("U8", 255.0), ("BOOL", 1.0), ("F16", 65504.0), ("F32", -INF)],
+)
+def test_a_value_at_the_end_of_its_type_is_taken(tmp_path, dtype, value):
+    init = TensorInit(dtype, (3,), "constant", value)
+    write_init_spec(InitSpec(1, {"w": init}, {}), tmp_path)
+    assert read_init_spec(tmp_path).generate()["w"].tolist() == [value] * 3
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff"])
 def test_text_that_is_no_recipe_is_refused(tmp_path, text):
     (tmp_path / "init.json").write_text(text, "latin-1")

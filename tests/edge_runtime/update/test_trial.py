@@ -21,11 +21,13 @@ from edge_runtime import Device, UpdateResult
 from edge_runtime.cli.main import main
 from edge_runtime.errors import (
     BlockedError,
+    ContractError,
     StoreError,
     TrialCutOffError,
     TrialError,
     TrustError,
 )
+from edge_runtime.formats.arrays import encode_npz
 from edge_runtime.formats.contract import Contract, OutputSpec
 from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.store.state import MAX_TRIES
@@ -521,6 +523,14 @@ def test_golden_outputs_of_any_type_and_shape_are_compared(found, wanted, words)
     check_outputs([wanted], None, free, [wanted])
     with pytest.raises(TrialError, match=words):
         check_outputs([found], None, free, [wanted])
+
+
+@pytest.mark.parametrize("dtype", ["<U8", "S8", "c8", "M8[s]"])
+def test_golden_outputs_that_are_no_numbers_are_refused_by_name(dtype):
+    outputs = np.zeros(3, "i8").astype(dtype)
+    arrays = {"inputs": np.zeros((3, 2), "f4"), "outputs": outputs}
+    with pytest.raises(ContractError, match=r"golden\.npz: 'outputs' is .*of shape"):
+        read_golden(encode_npz(arrays))
 
 
 def test_outputs_that_are_random_by_design_must_only_be_finite():
