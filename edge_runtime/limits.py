@@ -37,7 +37,7 @@ class Limits:
             a patch has room for all.
         list_signatures: Signatures of a key list.
         weight_header_bytes: The header of a weight file, as safetensors has it.
-        tensors: Tensors of a weight file or init recipe.
+        tensors: Tensors of a weight file, an init recipe, or that a patch counts.
         checkpoint_header_bytes: The header of a file that is packed or compared.
         checkpoint_tensors: Tensors of such a file.
         metadata_values: What its header holds beside the usual of its tensors.

@@ -95,7 +95,7 @@ class Patch:
         header: PatchHeader,
         signatures: Sequence[signing.Signature],
         body: Body,
-        size: int,
+        limits: Limits,
     ) -> None:
         self._file, self._body = file, body
         self.header = replace(header, signed_at=body.signed_at())
@@ -106,8 +106,10 @@ class Patch:
             )
         self.signatures = tuple(signatures)
         self.sections = body.sections
-        self.size = size
+        self.size = body.size
         self.counts = body.numbers(COUNTS)
+        if problem := limits.problem("tensors", len(self.counts), "the patch"):
+            raise PatchFormatError(problem)
         self.terms = decode_terms(body.whole(SUBSPACES), len(self.counts))
         if bool(self.terms) != bool(header.critical & SUBSPACE):
             raise PatchFormatError(
@@ -300,7 +302,7 @@ def _open(file: BinaryIO, limits: Limits, trust: signing.Trust) -> Patch:
             expected=found.body_digest.hex(),
             actual=digest.hexdigest(),
         )
-    return Patch(body, found.header, found.signatures, Body(body, size), size)
+    return Patch(body, found.header, found.signatures, Body(body, size), limits)
 
 
 def _check_size(size: int, header: PatchHeader, limits: Limits) -> None:

@@ -128,6 +128,7 @@ class Body:
 
     Attributes:
         sections: The section table.
+        size: Bytes of the whole patch.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -141,7 +142,7 @@ class Body:
             PatchFormatError: The table or a frame is malformed, or sections and file do
                 not end together.
         """
-        self._file = file
+        self._file, self.size = file, size
         entries = [_read_entry(file) for _ in range(read_exactly(file, 1)[0])]
         kinds = [kind for kind, _, _ in entries]
         if kinds != sorted(set(kinds)) or len(kinds) > MAX_SECTIONS:
@@ -186,15 +187,15 @@ class Body:
         """Read the expected outputs: float32 values, none where none are there.
 
         Raises:
-            PatchFormatError: They are too many, or the last one is cut off.
+            PatchFormatError: They are too many, or the last one is cut off; nothing
+                was unpacked.
         """
-        data = self.whole(OUTPUTS)
-        if len(data) % 4:
+        if (size := self._raw_size(OUTPUTS)) % 4:
             raise PatchFormatError(
-                f"the expected outputs of the patch have {len(data)} bytes, which is "
-                "not a whole number of float32 values"
+                f"the expected outputs of the patch have {size} bytes, which is not a "
+                "whole number of float32 values"
             )
-        return data
+        return self.whole(OUTPUTS)
 
     def signed_at(self) -> int | None:
         """Read when the patch was signed, in seconds since 1970; None where not said.
@@ -216,10 +217,12 @@ class Body:
         Raises:
             PatchFormatError: It is larger; nothing was unpacked.
         """
-        size = self._by_kind[kind].raw_size if kind in self._by_kind else 0
-        if size > MAX_COUNTED_BYTES:
+        if (size := self._raw_size(kind)) > MAX_COUNTED_BYTES:
             raise PatchFormatError(f"section {kind:#x} is too large: {size} bytes")
         return self.reader(kind).take(size)
+
+    def _raw_size(self, kind: int) -> int:
+        return self._by_kind[kind].raw_size if kind in self._by_kind else 0
 
     def check_values(self, expected: Mapping[int, int]) -> None:
         """Insist on the raw sizes of the sections of values.

@@ -13,7 +13,7 @@ coefficients is PRANC (Nooralinejad et al., 2023).
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -188,9 +188,28 @@ def _read_term(file: io.BytesIO, tensors: int, most: int) -> Term:
         )
     each = _unpack(_take(file, count * bits // 8)).reshape(count, bits)
     codes = each @ (2 << np.arange(bits, dtype=np.int16))
-    scale_of = dict(zip(numbers.tolist(), scales.tolist(), strict=True))
+    scale_of = _Scales(numbers, scales)
     coefficients = (codes - ((1 << bits) - 1)).astype(np.int16)
     return Term(seed, bits, taps, scale_of, coefficients)
+
+
+class _Scales(Mapping[int, float]):
+    """Scales of a term that was read: a dict would take 20 times the memory."""
+
+    def __init__(self, numbers: NDArray[np.intp], scales: NDArray[Any]) -> None:
+        self._numbers, self._scales = numbers, scales
+
+    def __getitem__(self, number: int) -> float:
+        at = int(self._numbers.searchsorted(number))
+        if at == len(self._numbers) or self._numbers[at] != number:
+            raise KeyError(number)
+        return float(self._scales[at])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers.tolist())
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def _take(file: io.BytesIO, count: int) -> bytes:

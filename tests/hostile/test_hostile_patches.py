@@ -5,6 +5,7 @@ import hashlib
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,12 @@ from edge_runtime.errors import (
 from edge_runtime.formats import positions, sections
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.frames import ZSTD, pack_section
-from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
+from edge_runtime.formats.header import (
+    HEADER_BYTES,
+    SUBSPACE,
+    PatchHeader,
+    encode_header,
+)
 from edge_runtime.formats.numbers import encode_bits, encode_unary
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
@@ -34,11 +40,14 @@ from edge_runtime.formats.sections import (
     OUTPUTS,
     PLANES,
     REST,
+    SUBSPACES,
     SYMBOLS,
     UNARY,
+    Body,
     encode_varint,
     group_kind,
 )
+from edge_runtime.formats.subspace import decode_terms
 from edge_runtime.formats.weights import pack_weights
 
 # One tensor of every kind: listed in one of its columns, a bitmap, those that stay
@@ -346,10 +355,51 @@ def test_forms_that_do_not_fit_are_refused(at, value):
         refused(forged)
 
 
+def test_more_tensors_than_a_weight_file_may_have_are_refused_before_any_takes_memory():
+    count = 400_000
+    term = b"\1\1\1\1\1" + b"\xff" * (count // 8) + b"\x80\x3f" * count + bytes(8)
+    many = {COUNTS: [bytes(count)], SUBSPACES: [term]}
+    body = sections.encode_body(many, 3)
+    header = replace(open_patch(PATCH).header, critical=SUBSPACE)
+    forged = encode_header(header, body) + b"\0\0" + body
+    assert len(forged) < 1000
+    tracemalloc.start()
+    assert "has 400000 tensors, 100000 are accepted" in str(refused(forged))
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_scales_of_many_tensors_take_little_memory():
+    count, terms = 8000, 61
+    term = b"\1\1\1\1" + b"\xff" * (count // 8) + b"\x80\x3f" * count + bytes(8)
+    data = encode_varint(terms) + term * terms
+    assert len(data) < 1 << 20
+    tracemalloc.start()
+    found = decode_terms(data, count)
+    assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    tracemalloc.stop()
+    assert len(found) == terms
+    assert found[9].scales == dict.fromkeys(range(count), 1.0)
+    assert 0 in found[9].scales
+    assert -1 not in found[9].scales
+    assert count not in found[9].scales
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, (1 << 20) - 1])
-def test_expected_outputs_that_end_within_a_value_are_refused(size):
+def test_expected_outputs_that_end_within_a_value_are_refused(monkeypatch, size):
     forged = with_sections({OUTPUTS: RNG.bytes(size)})
+    monkeypatch.setattr(Body, "whole", but_outputs(Body.whole))
     assert "not a whole number of float32" in str(refused(forged))
+
+
+def but_outputs(whole):
+    """Unpack any section but the expected outputs."""
+
+    def unpack(body, kind):
+        assert kind != OUTPUTS, "unpacked before its size was looked at"
+        return whole(body, kind)
+
+    return unpack
 
 
 def test_as_many_expected_outputs_as_a_patch_can_carry_are_read():
