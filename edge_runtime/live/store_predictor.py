@@ -123,7 +123,12 @@ def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:
         try:
             predictor.refresh()
             wait = every
-        except (DpuError, OSError) as err:
+        except Exception as err:  # noqa: BLE001 - no fault may end this thread
+            # The old weights would answer from then on, and nobody would know. Memory
+            # that ran out may come back.
             wait = min(2 * wait, max(every, MAX_LOOK_S))
-            _log.warning("still at %s: %s", predictor.folder.name, printable(err))
+            words = printable(err) or type(err).__name__
+            is_odd = not isinstance(err, DpuError | OSError | MemoryError)
+            at = predictor.folder.name
+            _log.warning("still at %s: %s", at, words, exc_info=is_odd)
         del predictor  # else it would be held during the wait

@@ -383,6 +383,21 @@ def test_following_says_what_went_wrong_and_goes_on(device, run, caplog):
     wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
 
 
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("odd")], ids=repr)
+def test_no_fault_of_a_look_ends_following(device, run, caplog, monkeypatch, fault):
+    predictor = device.predictor(follow=0.02)
+    with monkeypatch.context() as patched:
+
+        def fail(*_):
+            raise fault
+
+        patched.setattr(Predictor, "_load", fail)
+        update(device, run, 1)
+        words = str(fault) or "MemoryError"
+        wait_until(lambda: f": {words}" in caplog.text)
+    wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
+
+
 def test_a_predictor_that_nobody_holds_ends_its_thread(device):
     before = set(threading.enumerate())  # of earlier tests, and may end at any time
     predictor = device.predictor(follow=0.02)
