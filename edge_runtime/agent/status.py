@@ -169,6 +169,30 @@ def sd_notify(*lines: str) -> None:
         out.sendall("\n".join(lines).encode())
 
 
+class PingingFiles(Files):
+    """The disk, where each piece that is written is progress.
+
+    Applying a large patch may take a slow board longer than the watchdog waits.
+    """
+
+    def write(
+        self,
+        path: Path,
+        chunks: Iterable[bytes | memoryview],
+        *,
+        mode: int = 0o666,
+        durable: bool = True,
+    ) -> None:
+        """Write a new file, as :meth:`Files.write` does."""
+
+        def told() -> Iterator[bytes | memoryview]:
+            for chunk in chunks:
+                ping()
+                yield chunk
+
+        super().write(path, told(), mode=mode, durable=durable)
+
+
 def ping() -> None:
     """Tell systemd's watchdog that the agent makes progress."""
     sd_notify("WATCHDOG=1")

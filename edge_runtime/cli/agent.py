@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.agent.status import forget_left, ping, sd_notify
+from edge_runtime.agent.status import PingingFiles, forget_left, ping, sd_notify
 from edge_runtime.commandline import SCHEMA, say
 from edge_runtime.store.state import utc
 
@@ -64,7 +64,12 @@ def agent(
     problem = f"another agent is at work for {root}; stop it first"
     with exclusive_lock(open(root / "agent.lock", "ab"), problem):
         forget_left(root, metrics)
-        watcher = Agent(partial(Device.open, root), folder, log, metrics=metrics)
+        watcher = Agent(
+            partial(Device.open, root, files=PingingFiles()),
+            folder,
+            log,
+            metrics=metrics,
+        )
         if once:
             watcher.look()
         else:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from edge_runtime import Device
-from edge_runtime.agent.status import sd_notify
+from edge_runtime.agent.status import PingingFiles, sd_notify
 from edge_runtime.cli.main import main
 from edge_runtime.errors import TrialError
 from edge_runtime.store.state import MAX_TRIES
@@ -202,7 +202,9 @@ def test_systemd_hears_when_the_agent_is_ready_alive_and_stopping(site, start, m
     heard = manager.hear_until("READY=1")
     assert heard == ["READY=1"]
     heard = manager.hear_until("STATUS=at round 2")
-    assert heard.count("WATCHDOG=1") >= 1 + 2 * 2  # the look; each file read, applied
+    # The look; each file read, applied; and what is written for it: its try, its slot,
+    # its state, each state with its copy.
+    assert heard.count("WATCHDOG=1") >= 1 + 2 * (2 + 5)
     assert {manager.hear() for _ in range(2)} == {"WATCHDOG=1"}
     agent.send_signal(signal.SIGTERM)
     assert set(manager.hear_until("STOPPING=1")) <= {"WATCHDOG=1", "STOPPING=1"}
@@ -219,6 +221,18 @@ def test_an_update_that_hangs_stops_the_pings(site, blocking_hook, start, manage
         manager.hear(timeout=0.3)
     (site / "go-on").write_text("\n")
     assert manager.hear() == "WATCHDOG=1"
+
+
+def test_each_piece_of_a_large_file_is_a_ping(tmp_path, manager, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+
+    def pieces():
+        for n in range(3):
+            yield bytes([n])
+            assert manager.hear(timeout=0) == "WATCHDOG=1"
+
+    PingingFiles().write(tmp_path / "file", pieces())
+    assert (tmp_path / "file").read_bytes() == b"\0\1\2"
 
 
 @pytest.mark.parametrize("sign", ["/", "@"])
