@@ -22,14 +22,13 @@ from edge_runtime.formats.frames import (
     frame_size,
     pack_section,
 )
-from edge_runtime.formats.header import read_exactly
+from edge_runtime.formats.header import MAX_SECONDS, read_exactly
 
 MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else
 
 COUNTS, FORMS, INDEX, INDEX_BITS, COLUMNS, OUTPUTS, UNARY = range(0x01, 0x08)
 SIGNED_AT, SUBSPACES = 0x08, 0x09
-MAX_SECONDS = 253402300799  # the end of the year 9999
 VALUES, DENSE = 0x40, 0x10  # the first group, and a bit of its kind
 # Within a group of values, beside its kind.
 SYMBOLS, BITS, REST, PLANES = 0, 1, 2, 8

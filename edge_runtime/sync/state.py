@@ -14,9 +14,9 @@ from typing import Self
 
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
+from edge_runtime.formats.header import MAX_SECONDS
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.sections import MAX_SECONDS
 from edge_runtime.sync.head import SignedHead
 
 SLIP_S = 90 * 86_400  # more than the clocks of two honest publishers are apart

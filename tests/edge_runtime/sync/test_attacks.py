@@ -18,7 +18,7 @@ from tuf.api.metadata import Metadata
 
 from edge_runtime.errors import HeadError, SyncError, TrustError
 from edge_runtime.files import Files
-from edge_runtime.formats.sections import MAX_SECONDS
+from edge_runtime.formats.header import MAX_SECONDS
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.desk import insist_on_trust
