@@ -22,7 +22,7 @@ BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full r
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
     *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010", "dpu_lean_int8"),
-    *("subspace", "subspace_4k"),
+    *("subspace", "subspace_4k", "subspace_taught_4k"),
     *BASELINES,
     # Fair references: full updating distilled from itself, more samples by moving them,
     # and a pruning that does not cut layers off.
