@@ -383,17 +383,20 @@ def test_following_says_what_went_wrong_and_goes_on(device, run, caplog):
     wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
 
 
-@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("odd")], ids=repr)
-def test_no_fault_of_a_look_ends_following(device, run, caplog, monkeypatch, fault):
+@pytest.mark.parametrize(
+    ("fault", "words"), [(MemoryError, "MemoryError"), (RuntimeError, "odd")]
+)
+def test_no_fault_of_a_look_ends_following(
+    device, run, caplog, monkeypatch, fault, words
+):
     predictor = device.predictor(follow=0.02)
     with monkeypatch.context() as patched:
 
-        def fail(*_):
-            raise fault
+        def fail(*_):  # an exception of its own: it holds what it went through
+            raise fault("odd") if words == "odd" else fault
 
         patched.setattr(Predictor, "_load", fail)
         update(device, run, 1)
-        words = str(fault) or "MemoryError"
         wait_until(lambda: f": {words}" in caplog.text)
     wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
 
