@@ -135,7 +135,7 @@ def test_no_other_code_of_the_project_renames_a_file_over_another():
                     found.add((path.name, ast.unparse(node)))
     assert found == {
         ("files.py", "source.replace(target)"),
-        ("write.py", "part.rename(folder)"),  # a round's folder, where none may be
+        ("once.py", "part.rename(folder)"),  # a round's folder, where none may be
         ("staged.py", "new.rename(path)"),  # a folder of shards, the same
         ("staged.py", "self.path.rename(path)"),  # where nothing is, without links
     }
