@@ -180,13 +180,17 @@ def test_a_budget_without_room_is_refused(tmp_path):
         rounds_of(tmp_path, config_of({"budget": "250"}))
 
 
-def test_what_trains_unseen_is_sent_with_all_of_its_subspaces(tmp_path):
-    config = config_of(
+def trained_unseen():
+    return config_of(
         {"dense": "freeze", "chain": "shadow", "reinit": 3, "coefficients": 512},
         run={"name": "t", "rounds": 5, "seed": 6, "id": "same"},
         data={"set": "digits", "initial": 40, "growth": 150, "validation": 60},
         train={"epochs": 3, "batch": 16, "lr": 3e-3},
     )
+
+
+def test_what_trains_unseen_is_sent_with_all_of_its_subspaces(tmp_path):
+    config = trained_unseen()
     rounds = rounds_of(tmp_path, config)
     assert any((r.path / SHADOW_SUBSPACES_NAME).exists() for r in rounds)
     sent = [r for r in rounds if len(r.terms) > 1]
@@ -200,12 +204,7 @@ def test_what_trains_unseen_is_sent_with_all_of_its_subspaces(tmp_path):
 
 def test_more_subspaces_unseen_than_a_patch_may_have_begin_again(tmp_path, monkeypatch):
     monkeypatch.setattr(subspace, "MAX_TERMS", 1)
-    config = config_of(
-        {"dense": "freeze", "chain": "shadow", "reinit": 3, "coefficients": 512},
-        run={"name": "t", "rounds": 5, "seed": 6, "id": "same"},
-        data={"set": "digits", "initial": 40, "growth": 150, "validation": 60},
-        train={"epochs": 3, "batch": 16, "lr": 3e-3},
-    )
+    config = trained_unseen()
     rounds = rounds_of(tmp_path, config)
     assert len(rounds) == 5
     assert all(len(round_.terms) <= 1 for round_ in rounds)
