@@ -111,7 +111,8 @@ def parents_behind(
 def parents_ahead(round_: RoundFolder, ledger: "Ledger") -> Iterator[Parent]:
     """Yield the weights from which a channel goes back to an older round."""
     folders = list_rounds(round_.path.parent)
-    ahead = [folder.name for folder in folders if folder.name > round_.name]
+    number = round_.record.round  # as text, round_100 would lie before round_99
+    ahead = [folder.name for folder in folders if int(folder.name[6:]) > number]
     yield from released(round_, ledger, reversed(ahead))
 
 
