@@ -263,7 +263,7 @@ class Files:
         try:
             yield part
             self.rename(part, path)
-        except Exception as err:
+        except BaseException as err:  # an interrupt must leave nothing either
             with suppress(OSError):
                 self.unlink(part)
             # The name that the caller knows; the other one is gone.
@@ -282,13 +282,15 @@ class Files:
 
         To be called only where no other process replaces it.
         """
+        for left in self.left_of(path):
+            self.unlink(left)
+
+    def left_of(self, path: Path) -> list[Path]:
+        """Return the temporary files that are there for a file."""
         pattern = rf"\.{re.escape(path.name[:_SHOWN])}\.[0-9a-f]{{16}}\.new"
         with os.scandir(path.parent) as entries:
-            left = [
-                entry.name for entry in entries if re.fullmatch(pattern, entry.name)
-            ]
-        for name in left:
-            self.unlink(path.parent / name)
+            names = [e.name for e in entries if re.fullmatch(pattern, e.name)]
+        return [path.parent / name for name in names]
 
     def make_folder(self, path: Path) -> None:
         """Create a folder and its parents, durably; an existing one is kept."""

@@ -8,7 +8,7 @@ it is complete and on the disk.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -324,7 +324,11 @@ def prefix_errors(name: str | PathLike[str]) -> Iterator[None]:
         raise
 
 
-def write_file(data: bytes | Weights, path: str | PathLike[str]) -> None:
+def write_file(
+    data: bytes | Weights,
+    path: str | PathLike[str],
+    before_named: Callable[[], None] = lambda: None,
+) -> None:
     """Write a finished file: complete, on the disk and read back, or absent.
 
     An earlier file of that name stays as it is until then. Folders on the way to it
@@ -333,6 +337,7 @@ def write_file(data: bytes | Weights, path: str | PathLike[str]) -> None:
     Args:
         data: All of it; weights need not be in memory.
         path: Its name.
+        before_named: Called when all of it is on the disk and nobody can see it yet.
 
     Raises:
         OSError: It cannot be written, or something other than a file has that name.
@@ -359,3 +364,4 @@ def write_file(data: bytes | Weights, path: str | PathLike[str]) -> None:
                 expected=expected,
                 actual=actual,
             )
+        before_named()

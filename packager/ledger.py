@@ -30,7 +30,13 @@ from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.store.state import utc
 from packager.build import check_counter, write_file
 from packager.packed_file import Facts, keep_signed, read_facts
-from packager.release import Release, decode_release, encode_release, not_readable
+from packager.release import (
+    Release,
+    as_text,
+    decode_release,
+    encode_release,
+    not_readable,
+)
 from packager.rounds.record import RoundRecord
 
 LEDGER_NAME = "releases.jsonl"
@@ -146,14 +152,21 @@ class Ledger:
         if note := _kept(data, path, force=force):
             self.notes.append(note)
             return False
-        before = self._end
-        self.record(self._describe(path, read_facts(data), data))
+        before, release = self._end, self._describe(path, read_facts(data), data)
+        if release.to == HERE:
+            Files().forget(path)  # what a killed packer left
         try:
-            write_file(data, path)
-        except (OSError, DpuError):
+            write_file(data, path, lambda: self.record(release))
+        except BaseException:
             self._truncate(before)  # there is no such file, so no such release
             raise
         return True
+
+    def is_cut(self, release: Release) -> bool:
+        """Return whether a release's packer was killed before its file had its name."""
+        path = self.run / release.file
+        lacks = release.to == HERE and not os.path.lexists(path)
+        return lacks and bool(Files().left_of(path))
 
     def record(self, release: Release) -> None:
         """Append a line, after those for files that the ledger lacks; durably."""
@@ -167,7 +180,6 @@ class Ledger:
             )
             return
         found = [r for r in self.found if (r.file, r.to) != (release.file, release.to)]
-        is_new = self._end == 0
         lines = b"".join(map(encode_release, [*found, release]))
         self._truncate(self._end)
         self._file.seek(self._end)
@@ -176,8 +188,7 @@ class Ledger:
             while rest:
                 rest = rest[self._file.write(rest) :]
             Files().sync(self._file.fileno())
-            if is_new:
-                Files().sync_folder(self.run)
+            Files().sync_folder(self.run)  # the file's temporary name too
         except OSError as err:
             self._truncate(self._end)
             err.filename = err.filename or str(self.path)
@@ -202,8 +213,8 @@ class Ledger:
             parent=header.parent,
             target=header.target,
             signers=facts.signers,
-            file=_as_text(path.name),
-            to=HERE if here else _as_text(folder),
+            file=as_text(path.name),
+            to=HERE if here else as_text(folder),
             bytes=len(data) if data is not None else path.stat().st_size,
             sha256=(
                 hashlib.sha256(data).hexdigest()
@@ -229,9 +240,7 @@ class Ledger:
             try:
                 record = parse_record(line[:-1], "record_bytes", what, RoundError)
             except RoundError as err:
-                if self._end + len(line) < len(data):
-                    raise not_readable(err) from err
-                break
+                raise not_readable(err) from err
             yield decode_release(record)
             self._end += len(line)
         if self._end < len(data):
@@ -250,7 +259,12 @@ class Ledger:
                 try:
                     facts = read_facts(path)
                     header = facts.header
-                    key = (path.name, header.counter, header.target, header.parent)
+                    key = (
+                        as_text(path.name),
+                        header.counter,
+                        header.target,
+                        header.parent,
+                    )
                     if (*key, facts.signers) not in listed:
                         yield self._describe(path, facts)
                 except (DpuError, OSError) as err:
@@ -385,8 +399,3 @@ def _is_named(file: FileIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _as_text(name: object) -> str:
-    # Names on a disk may be no text at all.
-    return str(name).encode(errors="backslashreplace").decode()

@@ -3,6 +3,7 @@
 
 import io
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +50,8 @@ def read_facts(source: Path | bytes) -> Facts:
         PatchError: It is neither a patch nor a bundle, or it is damaged.
         BundleError: A damaged bundle.
     """
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise OSError(EINVAL, "no ordinary file", str(source))  # a pipe never ends
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         start = file.read(len(MAGIC))
         if not start.startswith(b"PK"):

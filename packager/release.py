@@ -3,11 +3,13 @@
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.json_record import Record
 
 SCHEMA = 1
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,16 @@ class Release:
     sha256: str
     at: str
 
+    @property
+    def second(self) -> int:
+        """When it was recorded, in seconds since 1970."""
+        return int(datetime.strptime(self.at, _TIME).replace(tzinfo=UTC).timestamp())
+
+
+def as_text(name: object) -> str:
+    """Return a name as text; those on a disk may be none."""
+    return str(name).encode(errors="backslashreplace").decode()
+
 
 def encode_release(release: Release) -> bytes:
     """Return the line of the ledger for a release."""
@@ -56,7 +68,7 @@ def decode_release(record: Record) -> Release:
     """
     record.schema(SCHEMA)
     try:
-        return Release(
+        release = Release(
             counter=record.integer("counter"),
             round=record.integer("round", most=(1 << 32) - 1),
             kind=record.text("kind"),
@@ -70,8 +82,19 @@ def decode_release(record: Record) -> Release:
             sha256=record.digest("sha256"),
             at=record.text("at"),
         )
+        if not _is_time(release):
+            raise record.problem("at", "a time such as 2026-01-31T23:59:00Z")
     except RoundError as err:
         raise not_readable(err) from err
+    return release
+
+
+def _is_time(release: Release) -> bool:
+    try:
+        release.second  # noqa: B018 - whether it can be told
+    except ValueError:
+        return False
+    return True
 
 
 def not_readable(error: RoundError) -> RoundError:

@@ -95,7 +95,8 @@ def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
             f"{name} is a run, and a bundle is of one round: give {name}/round_00"
         )
     ledger = read_ledger(run)
-    released = {(r.model, r.target) for r in ledger.releases}
+    kept = [r for r in ledger.releases if not ledger.is_cut(r)]
+    released = {(r.model, r.target) for r in kept}
     found = new_rounds(run, released)
     if not found:
         say(f"{name}: every round is released already ('dpu-patch releases {name}')")

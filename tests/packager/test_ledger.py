@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.errors import RoundError
+from edge_runtime.files import Files
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
@@ -210,6 +211,40 @@ def test_damage_within_is_named_and_nothing_is_packed(run, runs, command, line):
     assert not (run.path / "round_02.dpu").exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: b"\xef\xbb\xbf" + line,
+        lambda line: line.replace(b'"round"', b'"rund"'),
+        lambda line: b"\0" * (len(line) - 1) + b"\n",
+        lambda line: line.replace(b'Z"}', b'"}'),
+    ],
+)
+def test_a_damaged_last_line_that_has_its_end_is_no_line_that_was_cut_off(
+    run, runs, command, damage
+):
+    command(pack, "round_01", "--counter", 7, "-q")
+    path = run.path / "releases.jsonl"
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    code, _, err = command(pack, "round_02")
+    assert (code, "releases.jsonl, line 1," in err) == (3, True)
+    assert path.read_bytes() == damaged
+
+
+def test_a_file_whose_name_is_no_text_is_recorded_once(run, runs, command):
+    command(pack, "round_01", "-q", "-o", os.fsdecode(bytes(run.path) + b"/a\xff.dpu"))
+    for name in ("round_02", "round_03"):
+        command(pack, name, "-q")
+    assert len(lines_of(run)) == 3
+
+
+def test_a_pipe_beside_the_rounds_is_not_waited_for(run, runs, command):
+    os.mkfifo(run.path / "pipe.dpu")
+    os.mkfifo(run.path / "pipe.bundle.zip")
+    code, _, err = command(patch, "releases", "tiny")
+    assert (code, err.count("is not counted")) == (0, 2)
+
+
 def test_what_is_no_patch_beside_the_rounds_is_not_counted(run, runs, command):
     (run.path / "notes.dpu").write_bytes(b"mine")
     (run.path / "x.bundle.zip").write_bytes(b"PK\x03\x04 mine")
@@ -237,6 +272,41 @@ def test_a_release_that_could_not_be_written_leaves_no_line(run, runs, command):
     assert not (run.path / "releases.jsonl").exists()
     command(pack, "round_02", "-q")
     assert [line["round"] for line in lines_of(run)] == [2]
+
+
+def test_an_interrupt_leaves_neither_a_line_nor_a_part_of_a_file(
+    run, runs, command, monkeypatch
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, "rename", interrupted)
+        assert command(pack, "round_01")[0] == 130
+    assert [path.name for path in run.path.iterdir() if path.is_file()] == []
+    command(pack, "tiny", "-q")
+    assert [line["round"] for line in lines_of(run)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("last", ["write", "rename"])
+def test_what_a_killed_packer_left_is_packed_with_what_is_new(run, runs, command, last):
+    child = os.fork()
+    if child == 0:
+        setattr(Files, last, lambda *_, **__: os._exit(9))
+        command(pack, "round_01")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert command(pack, "tiny", "-q")[0] == 0
+    assert sorted(line["round"] for line in lines_of(run)) == [0, 1, 2, 3, 4]
+    names = [f"round_0{n}.dpu" for n in range(5)]
+    found = {path.name for path in run.path.iterdir() if path.is_file()}
+    assert found == {"releases.jsonl", *names}
+
+
+def test_a_file_that_somebody_moved_away_is_not_packed_again(run, runs, command):
+    command(pack, "tiny", "-q")
+    (run.path / "round_02.dpu").unlink()
+    assert "released already" in command(pack, "tiny")[2]
 
 
 @contextlib.contextmanager
