@@ -13,6 +13,7 @@ from packager.cli.options import runs_option
 if TYPE_CHECKING:
     from packager.release import Release
 
+CHANNEL_FOLDERS = "patches", "bundles"  # where dpu-fleet publish puts them
 HEADS = ("counter", "round", "from", "file", "signed by", "state", "recorded", "to")
 
 
@@ -63,8 +64,9 @@ def _state(run: Path, release: "Release") -> str:
 
     if "://" in release.to:
         return "remote"
-    path = run / release.to / release.file
-    if not path.is_file():
+    folders = (run / release.to / below for below in ("", *CHANNEL_FOLDERS))
+    found = (f / release.file for f in folders if (f / release.file).is_file())
+    if (path := next(found, None)) is None:
         return "gone"
     # Another size is another file; only equal ones are worth reading.
     same = path.stat().st_size == release.bytes

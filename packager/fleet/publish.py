@@ -29,7 +29,7 @@ from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
 from packager.ledger import open_ledger
 from packager.packed_file import BUNDLE, PATCH, read_facts
-from packager.release import Release
+from packager.release import Release, as_text
 from packager.rounds.folder import RoundFolder
 
 
@@ -147,6 +147,12 @@ def _insist_not_halted(
         )
 
 
+def _where(place: Place) -> str:
+    """Return a place as the ledger names it, whoever reads that from wherever."""
+    is_folder = "://" not in place.name
+    return as_text(Path(place.name).absolute()) if is_folder else place.name
+
+
 def _release(place: Place, path: str, data: bytes, now: int) -> Release:
     facts = read_facts(data)
     header = facts.header
@@ -159,7 +165,7 @@ def _release(place: Place, path: str, data: bytes, now: int) -> Release:
         target=header.target,
         signers=facts.signers,
         file=Path(path).name,
-        to=place.name,
+        to=_where(place),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         at=utc(now),

@@ -16,9 +16,11 @@ from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.update.device import Device
 from packager.cli.fleet import fleet
+from packager.cli.pack import pack, patch
 from packager.fleet.channel import Channel
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
+from packager.fleet.ways import parents_ahead
 from packager.keys import encode_private, generate_key
 from packager.ledger import read_ledger
 from packager.rounds.folder import read_round
@@ -362,3 +364,54 @@ def test_shares_that_make_no_sense_are_refused(long_run, command, tmp_path, shar
     words = ("round_01", "--runs", long_run.path.parent, "--to", tmp_path / "fleet")
     code, _, err = command(fleet, "publish", *words, "--rollout", shares)
     assert (code, "error" in err) == (2, True)
+
+
+def test_the_ledger_finds_what_was_published_from_anywhere(
+    long_run, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert command(fleet, "publish", long_run.path / "round_01", "--to", "www")[0] == 0
+    monkeypatch.chdir("/")
+    out = command(patch, "releases", long_run.path, "--json")[1]
+    releases = json.loads(out)["releases"]
+    assert {release["state"] for release in releases} == {"there"}
+    assert {release["to"] for release in releases} == {str(tmp_path / "www")}
+    shutil.rmtree(tmp_path / "www" / "patches")
+    out = command(patch, "releases", long_run.path, "--json")[1]
+    states = {r["kind"]: r["state"] for r in json.loads(out)["releases"]}
+    assert states == {"patch": "gone", "bundle": "there"}
+
+
+def test_a_folder_whose_name_is_no_text_leaves_the_ledger_readable(
+    long_run, command, tmp_path
+):
+    to = os.fsdecode(bytes(tmp_path) + b"/www\xff")
+    assert command(fleet, "publish", long_run.path / "round_01", "--to", to)[0] == 0
+    assert len(read_ledger(long_run.path).listed) > 1
+
+
+def test_a_counter_that_no_watcher_can_keep_is_not_published(long_run, place):
+    path = long_run.path / "round_01" / "round.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"counter": 1 << 63}))
+    with pytest.raises(RoundError, match="expected at most"):
+        release(long_run, place, 1)
+    assert not place.root.exists()
+
+
+# Which rounds there are ---------------------------------------------------------------
+
+
+def test_rounds_beyond_a_hundred_lie_ahead_by_their_numbers(run, command):
+    for number in (9, 98, 99, 100, 101):
+        run.add(number)
+    assert command(pack, run.path, "-q")[0] == 0
+    ledger = read_ledger(run.path)
+
+    def ahead(number):
+        round_ = read_round(run.path / f"round_{number:02d}")
+        return [parent.name for parent in parents_ahead(round_, ledger)]
+
+    assert ahead(99) == ["round_101", "round_100"]
+    assert ahead(100) == ["round_101"]
+    assert ahead(9) == ["round_101", "round_100", "round_99", "round_98"]
