@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-fleet watch``, ``resume`` and ``revert``: how a release does, and what then."""
 
+import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.commandline import SCHEMA, emit, json_option, say
 from edge_runtime.errors import DpuError, KeyFileError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.signing import Trust
+from edge_runtime.text import printable_lines
 from packager.cli.fleet_options import Span, channel_option, sign_option
 from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
@@ -170,26 +172,33 @@ def watch(  # noqa: PLR0913 - one argument for each option
     if not trusted:
         say("nobody's signature is asked of the head: give --trust release.pub.pem")
     if once:
-        _tell(_look(watched), as_json=as_json)
+        record = _look(watched)
+        emit(record, as_json=as_json, text=_words(record))
     else:
-        _go_on(watched, every, lambda record: _tell(record, as_json=as_json))
+        _go_on(watched, every, as_json=as_json)
 
 
-def _go_on(watched: _Watch, every: int, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Look for ever; what fails is said once, and tried again."""
+def _go_on(watched: _Watch, every: int, *, as_json: bool) -> None:
+    """Look for ever, until nobody reads it; what fails is said once, and tried again.
+
+    Each time something is new, one line of JSON or a few of text.
+    """
     told: object = None
     while True:
         try:
             record = _look(watched)
-            state = [record[key] for key in ("version", "tried", "failed", "paused")]
-            new = [record[key] for key in ("proved", "unproved", "refused")]
-            if state != told or any(new):
-                tell(record)
-            told = state
         except (DpuError, OSError) as err:
             if (words := str(err)) != told:
                 say(words)
             told = words
+        else:
+            state = [record[key] for key in ("version", "tried", "failed", "paused")]
+            new = [record[key] for key in ("proved", "unproved", "refused")]
+            if state != told or any(new):
+                line = json.dumps({"schema": SCHEMA} | record)
+                text = line if as_json else printable_lines(_words(record))
+                print(text, flush=True)
+            told = state
         time.sleep(every)
 
 
@@ -234,7 +243,7 @@ def _look(watched: _Watch) -> dict[str, Any]:
     }
 
 
-def _tell(record: Mapping[str, Any], *, as_json: bool) -> None:
+def _words(record: Mapping[str, Any]) -> str:
     tried, failed = record["tried"], record["failed"]
     share = f" ({failed / tried:.1%})" if tried else ""
     state = ", paused" * (record["paused"] and not record["halted"])
@@ -246,7 +255,7 @@ def _tell(record: Mapping[str, Any], *, as_json: bool) -> None:
         f"{record['unproved']} of nobody known, {record['refused']} refused",
         *(f"  {path}: {reason}" for path, reason in record["reasons"].items()),
     ]
-    emit(dict(record), as_json=as_json, text="\n".join(lines))
+    return "\n".join(lines)
 
 
 @click.command()

@@ -10,11 +10,11 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from datetime import datetime
 from pathlib import Path
 
 from edge_runtime.errors import StoreError
 from edge_runtime.sync.head import SHORT, SignedHead
+from packager.fleet.head import insist_countable
 from packager.packed_file import BUNDLE
 from packager.release import Release
 
@@ -223,11 +223,17 @@ def _count_days(connection: sqlite3.Connection, first: int, today: int) -> None:
 
 
 def add_head(connection: sqlite3.Connection, signed: SignedHead) -> None:
-    """Add the release that a channel's head names, and the head that reports answer."""
+    """Add the release that a channel's head names, and the head that reports answer.
+
+    Raises:
+        RoundError: A number in it is larger than a database holds.
+    """
     head = signed.head
     sizes = [way.size for way in head.ways if way.target == head.target[:SHORT]]
     full = head.bundle[0] if head.bundle else 0
     size = sizes[0] if sizes else 0  # the first one leads from the release before
+    numbers = (head.counter, head.version, head.round, size, full)
+    insist_countable(f"the head of {head.channel!r}", *numbers)
     row = (head.counter, head.version, head.round, head.target, head.at, size, full)
     with connection:
         known = (signed.sha256, head.channel, head.version, head.counter, head.at)
@@ -239,13 +245,20 @@ def add_head(connection: sqlite3.Connection, signed: SignedHead) -> None:
 def add_releases(
     connection: sqlite3.Connection, releases: Iterable[Release], model: str
 ) -> None:
-    """Add the releases of a model that a run's ledger lists."""
+    """Add the releases of a model that a run's ledger lists.
+
+    Raises:
+        RoundError: A number in it is larger than a database holds.
+    """
     with connection:
         for release in releases:
             if release.model != model:
                 continue
-            at = int(datetime.fromisoformat(release.at).timestamp())
-            sizes = (0, release.bytes) if release.kind == BUNDLE else (release.bytes, 0)
+            at, size = release.second, release.bytes
+            insist_countable(
+                f"the ledger's release of {release.file}", release.counter, size
+            )
+            sizes = (0, size) if release.kind == BUNDLE else (size, 0)
             row = (release.counter, 0, release.round, release.target, at, *sizes)
             connection.execute(_RELEASE, row)
         connection.execute(_WITHDRAW)

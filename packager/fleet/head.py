@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from edge_runtime.errors import RoundError
 from edge_runtime.formats.signing import Signature
 from edge_runtime.sync.head import (
     HEAD_CONTEXT,
@@ -21,6 +22,21 @@ from edge_runtime.sync.head import (
     read_head,
 )
 from packager.signing import add_signature
+
+MOST = (1 << 63) - 1  # the largest number that a fleet's database can hold
+
+
+def insist_countable(what: str, *numbers: int) -> None:
+    """Insist on numbers that whoever watches a fleet can keep.
+
+    Raises:
+        RoundError: One is larger.
+    """
+    if (largest := max(numbers)) > MOST:
+        raise RoundError(
+            f"{what} has the number {largest}, expected at most {MOST}: no fleet can "
+            "be watched beyond that; publish under a smaller release counter"
+        )
 
 
 def head_path(channel: str) -> str:
@@ -49,12 +65,14 @@ def sign_head(head: Head, keys: Iterable[Ed25519PrivateKey]) -> bytes:
 
     Raises:
         HeadError: No device could read it.
+        RoundError: Nobody could watch it.
     """
     message, signatures = head_message(head), tuple[Signature, ...]()
     for key in keys:
         signatures = add_signature(signatures, HEAD_CONTEXT, message, key)
     data = encode_head(head, signatures)
     read_head(data)  # nobody's name goes on what no device would take
+    insist_countable("the new head", head.counter, head.version, head.round)
     return data
 
 

@@ -29,9 +29,10 @@ from edge_runtime.live.report import (
 from edge_runtime.text import printable
 from packager.check_proof import check_origin, read_proof
 from packager.fleet.database import Row
+from packager.fleet.head import MOST
+from packager.release import as_text
 
 _WHAT = "the report"
-_MOST = (1 << 63) - 1  # what the database can hold
 _LAST_SECOND = 253402300799  # of the year 9999
 _KEY_SUFFIX = ".pub.pem"
 DeviceKeys = Mapping[str, tuple[str, str]]
@@ -77,8 +78,8 @@ def read_keys(folder: Path) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob(f"*{_KEY_SUFFIX}")):
         data = read_bounded(path, "key_bytes", str(path), KeyFileError)
-        public, name = load_public(data, str(path)), path.name.removesuffix(_KEY_SUFFIX)
-        found.setdefault(key_id(public), (public, name))
+        public, name = load_public(data, str(path)), as_text(path.name)
+        found.setdefault(key_id(public), (public, name.removesuffix(_KEY_SUFFIX)))
     if not found:
         raise KeyFileError(
             f"{folder} holds no keys of devices: put what 'dpu-edge device-key' prints "
@@ -100,10 +101,10 @@ def read_report(data: bytes) -> Reported:
     proof = record.values.get("proof")
     fields = {
         "device": record.matching("device", DEVICE_FORM, "a name"),
-        "n": record.integer("n", least=1, most=_MOST),
+        "n": record.integer("n", least=1, most=MOST),
         "at": record.integer("at", most=_LAST_SECOND),
         "outcome": record.one_of("outcome", list(Outcome)),
-        "month_bytes": record.integer("month_bytes", most=_MOST),
+        "month_bytes": record.integer("month_bytes", most=MOST),
         **{name: _text(record, name) for name in ("reason", "name", "group")},
         "runtime": _text(record, "runtime"),
         **_read_head(record),
@@ -119,12 +120,12 @@ def _read_head(record: Record) -> dict[str, Any]:
     if record.values.get("head") is None:
         return {"head": "", "head_version": 0}
     head = record.record("head")
-    version = head.integer("version", most=_MOST)
+    version = head.integer("version", most=MOST)
     return {"head": head.digest("sha256"), "head_version": version}
 
 
 def _read_release(release: Record) -> dict[str, Any]:
-    numbers = {n: release.integer(n, most=_MOST) for n in ("counter", "round")}
+    numbers = {n: release.integer(n, most=MOST) for n in ("counter", "round")}
     return numbers | {"target": release.digest("target")}
 
 
@@ -223,7 +224,7 @@ def runs(proof: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def _number(value: object) -> int:
-    return value if type(value) is int and 0 <= value <= _MOST else 0
+    return value if type(value) is int and 0 <= value <= MOST else 0
 
 
 def device_of(path: str) -> str:

@@ -4,6 +4,9 @@
 import json
 import os
 import pathlib
+import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -14,7 +17,8 @@ from edge_runtime.errors import RoundError, TrustError
 from edge_runtime.formats.signing import Trust, framed, key_id
 from edge_runtime.live.proof import canonical, encode_public, public_key
 from edge_runtime.live.report import CONTEXT, Outcome
-from edge_runtime.sync.head import Rollout, read_head
+from edge_runtime.sync.head import Rollout, encode_head, read_head
+from packager.cli.fleet import fleet as cli
 from packager.fleet import watch as module
 from packager.fleet.after_halt import resume
 from packager.fleet.channel import Channel, pause
@@ -542,3 +546,68 @@ def test_a_flood_of_reports_of_nobody_known_is_bounded(fleet, monkeypatch):
     assert (found.proved, found.unproved) == (1, 9)
     assert len(fleet.rows()) == 6
     assert key_id(public_key(device.key)) == fleet.rows("key_id", "device")[0][0]
+
+
+# The command --------------------------------------------------------------------------
+
+
+def watching(fleet, *words):
+    fixed = [fleet.place.root, "--devices", fleet.keys_folder, *words]
+    return ["watch", *map(str, fixed), "--db", str(fleet.path / "w.db")]
+
+
+def write_head(fleet, **changes):
+    """Write a head as somebody does who has no key and no scruples."""
+    head = replace(fleet.signed.head, **changes)
+    (fleet.place.root / "stable.head").write_bytes(encode_head(head, ()))
+
+
+@pytest.mark.parametrize("field", ["counter", "version", "round"])
+def test_a_number_that_no_database_holds_is_told_and_ends_nothing(
+    fleet, command, field
+):
+    fleet.devices(1)
+    write_head(fleet, **{field: 1 << 63})
+    code, _, err = command(cli, *watching(fleet, "--once"))
+    assert (code, "the head of 'stable' has the number" in err) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (r'"at": "[^"]*"', '"at": "yesterday"', "'at' is 'yesterday', expected a time"),
+        (r'"at": "[^"]*"', '"at": "2026-02-30T00:00:00Z"', "expected a time"),
+        (r'"counter": \d+', f'"counter": {1 << 63}', "expected at most"),
+        (r'"bytes": \d+', f'"bytes": {1 << 63}', "expected at most"),
+    ],
+)
+def test_a_ledger_that_no_database_holds_is_told(fleet, command, old, new, words):
+    fleet.devices(1)
+    path = fleet.run.path / "releases.jsonl"
+    path.write_text(re.sub(old, new, path.read_text()))
+    code, _, err = command(cli, *watching(fleet, "--once", "--run", fleet.run.path))
+    assert (code, words in err) == (3, True), err
+
+
+def test_a_device_whose_file_has_no_text_for_a_name_is_counted(fleet):
+    device = Fake("board", fleet.place)
+    name = os.fsdecode(bytes(fleet.keys_folder) + b"/b\xff.pub.pem")
+    pathlib.Path(name).write_bytes(encode_public(device.key))
+    device.send(fleet.signed)
+    assert fleet.collect().proved == 1
+    assert fleet.rows("device") == [(r"b\udcff",)]
+
+
+def test_who_watches_for_ever_is_read_line_by_line_until_nobody_reads(fleet):
+    fleet.devices(1)
+    script = "from packager.cli.fleet import fleet; fleet()"
+    words = [sys.executable, "-c", script, *watching(fleet, "--every", "1s", "--json")]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=env) as process:
+        first = json.loads(process.stdout.readline())
+        assert (first["schema"], first["version"]) == (1, 1)
+        fleet.publish(2)
+        assert json.loads(process.stdout.readline())["version"] == 2
+        process.stdout.close()
+        fleet.publish(2, lifetime_s=86_400 * 90)
+        assert process.wait(60) == 0
