@@ -2,12 +2,15 @@
 """What every command of this project shares: exit codes, ``--json``, error messages.
 
 Data goes to standard output, everything else to standard error. With ``--json`` a
-command prints exactly one object with a ``schema`` number; an error is one JSON object
-on standard error. New exit codes may be added: treat an unknown one as a failure.
+command prints exactly one object with a ``schema`` number (one that goes on for ever
+one a line, each time), where a number that is not finite is null; an error is one JSON
+object on standard error. New exit codes may be added: treat an unknown one as a
+failure.
 """
 
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -154,11 +157,21 @@ def emit(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
     """
     if as_json:
         # In pieces: the text of a large record takes several times its memory.
-        encoder = json.JSONEncoder(indent=2)
-        sys.stdout.writelines(encoder.iterencode({"schema": SCHEMA, **record}))
+        encoder = json.JSONEncoder(indent=2, allow_nan=False)
+        pieces = encoder.iterencode(finite({"schema": SCHEMA, **record}))
+        sys.stdout.writelines(pieces)
         print()
     else:
         print(printable_lines(text))
+
+
+def finite(value: Any) -> Any:
+    """Return data with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(finite, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def on_device(command: Callable[..., Answer]) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
 from edge_runtime.errors import ConfigError, KeyFileError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
@@ -65,7 +65,7 @@ def show(
     from packager.report.html import to_html
 
     if as_json or output.suffix == ".json":
-        text = json.dumps({"schema": SCHEMA, **record}, indent=2) + "\n"
+        text = json.dumps(finite({"schema": SCHEMA, **record}), indent=2) + "\n"
     elif as_markdown or output.suffix == ".md":
         text = to_markdown(document) + "\n"
     else:

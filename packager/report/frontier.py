@@ -216,7 +216,7 @@ def _words(point: FrontierPoint, factor: float) -> str:
 def frontier_rows(
     points: Sequence[FrontierPoint], factor: float = 1
 ) -> Iterator[list[str]]:
-    """Yield the rows of a table: name, runs, points, bytes behind the first, first."""
+    """Yield the rows of a table: name, runs, points, bytes behind, first, all."""
     for point in points:
         error = point["error"]
         yield [

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run's rounds came to: accuracy, bytes, and where the changes were.
 
-Plain data for ``--json``; :mod:`packager.report.patch_document` puts it into words and
+Plain data for ``--json``; :mod:`packager.report.run_document` puts it into words and
 pictures.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,8 @@ from packager.report.records import (
 from packager.rounds.folder import RoundFolder, read_round
 from packager.rounds.record import RoundRecord, read_record
 
+T = TypeVar("T")
+BEYOND = 1e100  # differences and squares of what is smaller are finite
 Masks = Mapping[str, NDArray[np.uint8]]
 
 
@@ -155,7 +158,7 @@ def _round_record(folder: Path) -> RoundEntry:
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     sent = _sent(folder, stated, full=extra.get("ratio", 0) is None)
-    metric = str(extra.get("metric", "accuracy"))
+    metric = _stated(extra.get("metric"), str) or "accuracy"
     return {
         "round": stated.round,
         "outcome": stated.outcome,
@@ -163,13 +166,13 @@ def _round_record(folder: Path) -> RoundEntry:
         "counter": stated.counter,
         "full_bytes": (folder / WEIGHTS_NAME).stat().st_size,
         # What a trainer may state beside what packing needs: without it no curves.
-        "method": extra.get("method"),
-        "ratio": extra.get("ratio"),
+        "method": _stated(extra.get("method"), str),
+        "ratio": _number(extra.get("ratio")),
         "seed": _seed(extra.get("seeds")),
-        "samples": extra.get("samples"),
-        "reinitialised": extra.get("reinitialised"),
+        "samples": _stated(extra.get("samples"), int),
+        "reinitialised": _stated(extra.get("reinitialised"), bool),
         "metric": metric,
-        "better": str(extra.get("better", "higher")),
+        "better": _stated(extra.get("better"), str) or "higher",
         "val_metric": _number(metrics.get(f"val_{metric}")),
         "test_metric": _number(metrics.get(f"test_{metric}")),
         "val_accuracy": _number(metrics.get("val_accuracy")),
@@ -182,12 +185,19 @@ def _round_record(folder: Path) -> RoundEntry:
 
 
 def _seed(stated: object) -> int | None:
-    seed = stated.get("run") if isinstance(stated, dict) else None
-    return seed if isinstance(seed, int) else None
+    return _stated(stated.get("run"), int) if isinstance(stated, dict) else None
+
+
+def _stated(value: object, kind: type[T]) -> T | None:
+    """Return what a trainer states if it is of its type, which nobody has checked."""
+    return value if type(value) is kind else None
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    """Return a number that can be drawn: no NaN, nothing beyond all measure."""
+    if type(value) not in (int, float) or not abs(value) < BEYOND:  # type: ignore[arg-type]
+        return None
+    return float(value) if abs(value) > 1 / BEYOND else 0.0  # type: ignore[arg-type]
 
 
 def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> SentRecord:

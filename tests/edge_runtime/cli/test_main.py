@@ -4,6 +4,7 @@
 import errno
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import onnx
 import pytest
 
 from edge_runtime.cli.main import main
+from edge_runtime.commandline import emit
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
 from packager.build import write_file
@@ -89,6 +91,13 @@ def test_no_line_of_status_comes_from_inside_a_history(edge, installed, tmp_path
     lines = edge("status")[1].splitlines()
     assert lines[-2] == "history"
     assert "round 9" in lines[-1]
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(capsys):
+    record = {"a": [math.nan, {"b": -math.inf}], "c": (1.5, "x", None)}
+    emit(record, as_json=True, text="")
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"schema": 1, "a": [None, {"b": None}], "c": [1.5, "x", None]}
 
 
 def test_status_as_json_is_one_object_with_a_schema(edge, installed):

@@ -7,6 +7,7 @@ import pytest
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import list_rounds
 from packager.build import pack_round
+from packager.cli.pack import patch
 from packager.report.document import to_text
 from packager.report.run_document import run_document
 from packager.report.run_record import overlap_record, run_record
@@ -221,3 +222,35 @@ def test_a_report_says_what_it_means_in_plain_words(history):
     for riddle in ("beside", "packed now", "kept its base", "re-init"):
         assert riddle not in text
     assert "a patch packed for this report" in text
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"metrics": {"test_accuracy": float("nan"), "val_accuracy": float("inf")}},
+        {"metrics": {"test_accuracy": 10**400, "val_accuracy": True}},
+        {"metrics": {"test_accuracy": 1e308, "val_accuracy": -1e308}},
+        {"metrics": {"test_accuracy": 5e-324, "val_accuracy": 0}},
+        {"ratio": "4 %", "method": 7, "samples": "many", "reinitialised": {}},
+        {"ratio": float("nan"), "samples": [1], "seeds": {"run": 1.5}},
+        {"metric": "", "better": None},
+        {"metric": ["loss"], "metrics": [0.5]},
+    ],
+)
+def test_what_a_trainer_states_wrongly_is_not_shown_and_breaks_nothing(
+    run, command, wrong, number
+):
+    run.add(2)
+    path = run.path / f"round_{number:02d}" / "round.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | stated(0.5) | wrong))
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    code, out, err = command(patch, "report", run.path, "--json")
+    assert code == 0, err
+    json.loads(out, parse_constant=refuse)
+    for words in (["--md"], ["-o", run.path / "report.html"]):
+        code, _, err = command(patch, "report", run.path, *words)
+        assert code == 0, err
