@@ -60,7 +60,7 @@ from packager.build import (
     encode_changes,
     prefix_errors,
 )
-from packager.bundles.from_round import PackedBundle
+from packager.bundles.from_round import PackedBundle, finished
 from packager.bundles.golden_inputs import (
     candidates,
     made_up,
@@ -68,7 +68,9 @@ from packager.bundles.golden_inputs import (
     read_golden_file,
 )
 from packager.diff import diff
+from packager.models.onnx_words import type_name
 from packager.models.read import Model, header_between
+from packager.release import as_text
 from packager.rounds.golden import (
     answers,
     check_labels,
@@ -76,8 +78,6 @@ from packager.rounds.golden import (
     judged,
     loaded,
 )
-from packager.signing import carried_keys, sign
-from packager.zip_file import encode_bundle
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -140,13 +140,12 @@ def adopt_model(
     patch = _nothing_to_patch(model, counter, level)
     files[layout.PATCH_NAME] = patch.data
     manifest = {
-        "run": model.run.name if model.run else model.name,
+        "run": as_text(model.run.name if model.run else model.name),
         "round": patch.header.round,
         "model": model.model,
         "target": patch.header.target,
     }
-    files |= carried_keys(signers)
-    data = sign(encode_bundle(manifest, files), signers)
+    data = finished(manifest, files, signers)
     check_budget(f"the bundle of {model.path.name}", len(data), max_size)
     return PackedBundle(data, patch, tuple(unserved(found)))
 
@@ -303,10 +302,9 @@ def _check_known(stated: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    stated = dict(read_record(path, "contract_bytes", str(path), ContractError).values)
-    if not isinstance(stated.get("inputs", []), list):
-        raise ContractError(f"{path} is no contract: an object with a list of inputs")
-    return stated
+    stated = read_record(path, "contract_bytes", str(path), ContractError)
+    stated.records("inputs", ())  # each is an object
+    return dict(stated.values)
 
 
 def _merge(derived: list[dict[str, Any]], stated: list[Any]) -> list[dict[str, Any]]:
@@ -333,6 +331,11 @@ def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
         # Some exporters write -1 where any size goes.
         sizes = [(d.HasField("dim_value"), d.dim_value) for d in kind.shape.dim]
         shape = [size if given and size >= 0 else None for given, size in sizes]
+    if kind.elem_type not in onnx.TensorProto.DataType.values()[1:]:
+        raise ContractError(
+            f"the type of {value.name!r} is {type_name(kind.elem_type)}, expected one "
+            "of ONNX's; export the model again"
+        )
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return {"name": value.name, "dtype": dtype, "shape": shape}
 

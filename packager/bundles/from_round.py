@@ -7,13 +7,14 @@ ONNX Runtime here, so that a device can tell whether its own runtime computes th
 The layout of the file is in :mod:`edge_runtime.formats.bundle`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats import bundle as layout
+from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.model_folder import GOLDEN_NAME, GRAPH_NAME
 from packager.build import PackedPatch, check_budget, pack_round, write_file
@@ -21,7 +22,7 @@ from packager.models.onnx_check import check_graph
 from packager.rounds.folder import RoundFolder, read_init, read_model_file
 from packager.rounds.golden import with_outputs
 from packager.signing import carried_keys, sign
-from packager.zip_file import encode_bundle
+from packager.zip_file import Content, encode_bundle
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -85,10 +86,24 @@ def build_bundle(
         "model": round_.record.model,
         "target": round_.record.target,
     }
-    files |= carried_keys(signers)
-    data = sign(encode_bundle(manifest, files), signers)
+    data = finished(manifest, files, signers)
     check_budget(f"the bundle of {round_.name}", len(data), max_size)
     return PackedBundle(data, patch)
+
+
+def finished(
+    manifest: Mapping[str, Any],
+    files: Mapping[str, Content],
+    signers: Sequence["Ed25519PrivateKey"],
+) -> bytes:
+    """Return the bytes of a bundle, signed, that devices can read.
+
+    Raises:
+        BundleError: None could read it.
+    """
+    data = encode_bundle(manifest, {**files, **carried_keys(signers)})
+    read_bundle(data)
+    return sign(data, signers)
 
 
 def write_bundle(

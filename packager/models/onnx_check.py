@@ -5,12 +5,16 @@ A wrong offset gives a network that runs and is wrong, on every device; so the g
 held against the weight file before it travels, which is once, in the bundle.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from edge_runtime.errors import BackendError, RoundError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from packager.models.onnx_words import type_name
 
 OWN = ("", "ai.onnx")  # the domain of ONNX's own operators
 # ONNX names of the types that a weight file can hold.
@@ -104,9 +108,16 @@ def check_valid(model: onnx.ModelProto, path: object) -> None:
         onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
         for t in model.graph.initializer
     )
-    try:
+    with refused(path):
         onnx.checker.check_model(bare)
-    except onnx.checker.ValidationError as err:
+
+
+@contextmanager
+def refused(path: object) -> Iterator[None]:
+    """Let what ONNX's own code says of a model be an error about its file."""
+    try:
+        yield
+    except (onnx.checker.ValidationError, RuntimeError) as err:
         reason = " ".join(str(err).split())
         raise RoundError(
             f"{path} is not valid ONNX: {reason[:300]}; export it again"
@@ -150,7 +161,7 @@ def _expected(layout: Layout, name: str) -> dict[str, object]:
 def _found(initializer: onnx.TensorProto) -> dict[str, object]:
     keys = {entry.key: entry.value for entry in initializer.external_data}
     return {
-        "type": onnx.TensorProto.DataType.Name(initializer.data_type),
+        "type": type_name(initializer.data_type),
         "shape": tuple(initializer.dims),
         "location": keys.get("location"),
         "offset": keys.get("offset", "0"),

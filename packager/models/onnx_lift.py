@@ -115,6 +115,8 @@ def _weight_in(node: onnx.NodeProto, kinds: Collection[int]) -> TensorProto | No
     """Return the weight that a node is, if it is one."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
+    if not node.output:
+        return None  # the checker says what is wrong with it
     for attribute in node.attribute:
         tensor: TensorProto = attribute.t
         if attribute.name == "value_floats":

@@ -22,7 +22,7 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.session import Backend, RunOptions, open_session
-from packager.models.onnx_check import ONNX_TYPES, check_valid
+from packager.models.onnx_check import ONNX_TYPES, check_valid, refused
 from packager.models.onnx_file import Values, is_external, read_onnx
 from packager.models.onnx_lift import lift, shaping
 from packager.models.onnx_words import without_weights
@@ -58,7 +58,8 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
         RoundError: The ONNX checker calls the model invalid.
     """
     model, values = read_onnx(path)
-    model = lift(model, CODES.keys())
+    with refused(path):
+        model = lift(model, CODES.keys())
     names = _weights(model.graph)
     if not names:
         raise WeightsError(f"{path} holds no weights: {without_weights(model)}")

@@ -19,6 +19,12 @@ STAYING = {
 LINEAR = {"LinearClassifier", "LinearRegressor"}  # which skl2onnx can write otherwise
 
 
+def type_name(number: int) -> str:
+    """Return what ONNX calls a type, of which a file may have any number."""
+    known = onnx.TensorProto.DataType
+    return known.Name(number) if number in known.values() else f"unknown ({number})"
+
+
 def without_weights(model: onnx.ModelProto) -> str:
     """Say why a model has no weights that a patch could change."""
     if words := _learned(model.graph):
@@ -45,8 +51,7 @@ def what_stays(graph: bytes) -> list[str]:
 
 
 def _staying(graph: onnx.GraphProto) -> str:
-    name = onnx.TensorProto.DataType.Name
-    kinds = Counter(name(tensor.data_type) for tensor in graph.initializer)
+    kinds = Counter(type_name(tensor.data_type) for tensor in graph.initializer)
     found = [f"{n} of type {kind}" for kind, n in kinds.items() if kind in STAYING]
     words = f"tensors stay in the graph ({', '.join(found)}), and no patch changes one"
     return words if found else ""
@@ -153,10 +158,11 @@ def _in_attributes(a: Any, b: Any) -> str:
 
 
 def _type(tensor: onnx.TensorProto) -> str:
-    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    name = type_name(tensor.data_type)
     return f"numbers of type {name}" if math.prod(tensor.dims) > 1 else "single numbers"
 
 
 def _name(part: Any) -> str:
     kind = getattr(part, "op_type", "")
-    return f"{kind} {part.name or (part.output[0] if kind else '')!r}".strip()
+    name = part.name or next(iter(part.output if kind else ()), "")
+    return f"{kind} {name!r}".strip()

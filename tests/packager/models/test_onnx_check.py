@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.errors import RoundError
+from packager.cli.pack import pack, patch
 from packager.models.onnx_check import check_valid
 from packager.models.read import read_model
 
@@ -37,7 +38,34 @@ def inner(name):
     return helper.make_graph([node], "branch", [], values)
 
 
+def with_functions(*bodies):
+    """A model that calls ``F``, a function of these nodes, each time it is given."""
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("F", ["h"], ["y"], domain="own"),
+    ]
+    made = model(nodes)
+    made.opset_import.append(opsets[1])
+    learned = helper.make_node("Constant", [], ["c"], value=weight("c", 1))
+    for body in bodies:
+        names = "own", "F", ["a"], ["b"]
+        made.functions.append(helper.make_function(*names, [learned, *body], opsets))
+    return made
+
+
+ADD = helper.make_node("Add", ["a", "c"], ["b"])
 BROKEN = {
+    "a constant that gives nothing": model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+            helper.make_node("Constant", [], [], value=weight("c", 1)),
+        ]
+    ),
+    "a function that calls itself": with_functions(
+        [helper.make_node("F", ["a"], ["b"], domain="own")]
+    ),
+    "a function that is there twice": with_functions([ADD], [ADD]),
     "two initializers of one name": model(weights=[weight("w", 1), weight("w", 2)]),
     "an initializer that a node writes too": model(
         weights=[weight("w", 1), weight("y", 2)]
@@ -66,6 +94,32 @@ def test_a_model_that_is_not_valid_is_refused(case, tmp_path):
     path.write_bytes(BROKEN[case].SerializeToString())
     with pytest.raises(RoundError, match=r"model\.onnx is not valid ONNX"):
         read_model(path)
+
+
+@pytest.mark.parametrize("which", ["input", "output"])
+@pytest.mark.parametrize("number", [0, -1, 99])
+def test_a_type_that_onnx_does_not_know_is_named(which, number, tmp_path, command):
+    good, bad = model(), model(weights=[weight("w", 2)])
+    for made in (good, bad):
+        getattr(made.graph, which)[0].type.tensor_type.elem_type = number
+    for name, made in (("good", good), ("bad", bad)):
+        (tmp_path / f"{name}.onnx").write_bytes(made.SerializeToString())
+    code, _, err = command(pack, "--base", tmp_path / "bad.onnx", "--bundle")
+    assert (code, f"({number})" in err or "UNDEFINED" in err) == (2, True), err
+    files = "--base", tmp_path / "bad.onnx", "--target", tmp_path / "good.onnx"
+    code, _, err = command(pack, *files)
+    assert (code, "its answers were not looked at" in err) == (0, True), err
+
+
+def test_a_given_graph_of_unknown_types_is_refused_by_name(tmp_path, command):
+    (tmp_path / "m.onnx").write_bytes(model().SerializeToString())
+    assert command(patch, "extract", tmp_path / "m.onnx", "-o", tmp_path)[0] == 0
+    graph = onnx.load(tmp_path / "graph.onnx", load_external_data=False)
+    graph.graph.initializer[0].data_type = 99
+    (tmp_path / "graph.onnx").write_bytes(graph.SerializeToString())
+    files = tmp_path / "weights.safetensors", "--graph", tmp_path / "graph.onnx"
+    code, _, err = command(pack, "--base", *files, "--bundle")
+    assert (code, "reads 'w' with type unknown (99)" in err) == (3, True), err
 
 
 def test_a_valid_model_passes_with_weights_as_inputs_of_old():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import json
+import os
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.errors import (
     BudgetError,
+    BundleError,
     ContractError,
     RoundError,
     TrialError,
@@ -27,10 +30,12 @@ from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import trust_keys
 from edge_runtime.formats.weights import fingerprint_file, read_weights
+from edge_runtime.limits import limits
 from edge_runtime.update.device import Device
 from packager.bundles.from_model import adopt_model, make_contract
 from packager.bundles.golden_inputs import candidates
 from packager.cli.pack import pack, patch
+from packager.keys import encode_private, generate_key
 from packager.models.onnx_check import check_graph
 from packager.models.onnx_split import split_onnx
 from packager.models.read import pack_models, read_model
@@ -383,6 +388,29 @@ def test_a_named_model_is_one_of_its_own_whatever_its_weights(
         assert opened.header.model == network
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_bundle_of_a_name_that_is_no_text_can_be_read(old, tmp_path, command, signed):
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/m\xff.onnx"))
+    odd.write_bytes(old.read_bytes())
+    key = tmp_path / "key.pem"
+    key.write_bytes(encode_private(generate_key()))
+    sign = ["--sign", key] if signed else []
+    for words in (["--base", odd], ["--base", old, "--name", "a\udcff"]):
+        path = tmp_path / "b.zip"
+        made = command(pack, *words, *sign, "--bundle", "-o", path, "--force")
+        assert made[0] == 0, made
+        assert command(patch, "verify", path)[0] == 0
+
+
+def test_a_bundle_that_no_device_could_read_is_not_written(old, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPU_LIMITS", "manifest_bytes=64")
+    limits.cache_clear()
+    with pytest.raises(BundleError, match="manifest_bytes"):
+        adopt_model(read_model(old))
+    monkeypatch.undo()
+    limits.cache_clear()
+
+
 def test_the_contract_is_derived_from_the_graph(old):
     contract = parse_contract(make_contract(read_model(old)))
     assert contract.inputs == (InputSpec("x", "float32", (None, 6)),)
@@ -408,6 +436,11 @@ def test_what_is_stated_replaces_what_is_derived(old, tmp_path):
         ('{"schema": 9}', "c.json: .*schema 9"),
         ('{"clases": []}', "c.json: 'clases' is no field; there are .*classes"),
         ('{"inputs": [{"sclae": 1}]}', "'sclae' is no field; there are .*scale"),
+        ('{"inputs": [5]}', "c.json is malformed: 'inputs' .* a list of objects"),
+        ('{"inputs": [{}, null]}', "a list of objects"),
+        ('{"inputs": [""]}', "a list of objects"),
+        ('{"inputs": {"name": "x"}}', "a list of objects"),
+        ('{"inputs": [{"name": []}]}', r"an input \[\], the graph takes x"),
     ],
 )
 def test_a_contract_that_does_not_fit_is_refused(old, tmp_path, text, words):
