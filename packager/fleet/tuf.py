@@ -23,6 +23,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from securesystemslib.signer import CryptoSigner
@@ -115,6 +116,7 @@ def mirror(
     """
     folder.insist_outside(place.name)
     with folder.locked():
+        folder = TufFolder.open(folder.path)  # it may have been rotated meanwhile
         for attempt in range(RACES):
             made = _Repository(place, folder, now, lifetime_s, ask)
             # After a race everything is signed anew: a number may be somebody else's.
@@ -156,7 +158,8 @@ class _Repository:
     ) -> None:
         self._place, self._folder, self._ask = place, folder, ask
         self._now, self._lifetime_s = now, lifetime_s
-        self._root = Metadata[Root].from_bytes(folder.data).signed
+        newest = folder.path / f"{folder.number}.root.json"
+        self._root = _parse(folder.data, newest, Root).signed
         self._is_new = place.read(f"{FOLDER}{folder.number}.root.json") is None
         self._tag: str | None = None
         # What was signed here counts if it is newer than what the place has.
@@ -173,7 +176,7 @@ class _Repository:
         if not path.exists():
             return None
         data = path.read_bytes()
-        return _File(Metadata.from_bytes(data), data)
+        return _File(_parse(data, path, _KINDS[role]), data)
 
     def _remote(self) -> Iterator[tuple[str, _File]]:
         """Yield what the place has, as far as these keys signed it."""
@@ -292,6 +295,26 @@ class _Repository:
         version = self._files["timestamp"].version
         stamp = int(first.timestamp())
         return Mirrored(changed, self._folder.number, version, stamp, size)
+
+
+def _parse(data: bytes, path: Path, kind: type[Signed]) -> Metadata[Any]:
+    """Return the metadata in a file of the folder of keys.
+
+    Raises:
+        StoreError: It is damaged.
+    """
+    try:
+        found = Metadata[Any].from_bytes(data)
+        is_right = _is(found.signed, kind)
+        problem = "" if is_right else f"it is of type {found.signed.type}"
+    except RepositoryError as err:
+        problem = str(err)
+    if problem:
+        raise StoreError(
+            f"{path} is damaged ({problem}); copy it back, or take it away: then what "
+            "was published last counts"
+        )
+    return found
 
 
 def _is(signed: Any, kind: type) -> bool:

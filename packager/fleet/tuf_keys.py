@@ -22,14 +22,23 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.files import Files, lock_file, read_bounded
 from edge_runtime.formats.signing import load_public
 from edge_runtime.store.state import utc
-from edge_runtime.trust import first_root, list_number, load_list, next_root, tuf_key_id
+from edge_runtime.trust import (
+    first_root,
+    list_number,
+    load_list,
+    next_root,
+    read_root,
+    tuf_key_id,
+)
+from packager.build import prefix_errors
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import load_private, write_key_pair
 
@@ -113,29 +122,42 @@ def rotate(
         OSError: A file cannot be written, or is there.
         KeyListError: The newest root is no key list.
     """
-    folder = TufFolder.open(path, signed=False)
-    number = folder.number + 1
-    roles_now = json.loads(folder.data)["signed"]["roles"]
-    old = {
-        role: [
-            public
-            for public in folder.publics
-            if tuf_key_id(public) in roles_now[role]["keyids"]
-        ]
-        for role in roles
-    }
-    for role in roles:
-        if len(old[role]) != len(roles_now[role]["keyids"]):
-            raise KeyFileError(
-                f"{path} lacks public keys of role {role}: {role}*.pub.pem of each"
-            )
-    made = {role: [_new_key(path, f"{role}.{number}", passphrase)] for role in roles}
-    times = utc(now), utc(now + ROOT_S)
-    data = change_list(folder.data, times, add=made, remove=old)
-    target = path / f"{number}.root.json"
-    Files().write(target, [sign_list(data, owners)])
-    Files().sync_folder(path)
+    with TufFolder.open(path, signed=False).locked():
+        folder = TufFolder.open(path, signed=False)  # as it is now
+        number, roles_now = folder.number + 1, _roles(folder.data)
+        old = {
+            role: [
+                public
+                for public in folder.publics
+                if tuf_key_id(public) in roles_now[role]["keyids"]
+            ]
+            for role in roles
+        }
+        for role in roles:
+            if len(old[role]) != len(roles_now[role]["keyids"]):
+                raise KeyFileError(
+                    f"{path} lacks public keys of role {role}: {role}*.pub.pem of each"
+                )
+        made = {
+            role: [_new_key(path, _free_name(path, f"{role}.{number}"), passphrase)]
+            for role in roles
+        }
+        times = utc(now), utc(now + ROOT_S)
+        data = change_list(folder.data, times, add=made, remove=old)
+        target = path / f"{number}.root.json"
+        Files().replace(target, sign_list(data, owners))
     return target
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """Return a name for keys; a rotation that was cut left some that no root names."""
+    names = chain([name], (f"{name}.{n}" for n in count(1)))
+    return next(n for n in names if not any(folder.glob(f"{n}*.pem")))
+
+
+def _roles(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(data)["signed"]["roles"]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +189,18 @@ class TufFolder:
             OSError: A file cannot be read.
         """
         found = {n: p for p in path.iterdir() if (n := list_number(p.name))}
-        lists = {number: load_list(found[number]) for number in sorted(found)}
+        lists = {number: _read(found[number]) for number in sorted(found)}
         if not lists or max(lists) - min(lists) + 1 != len(lists):
             raise StoreError(
                 f"{path} holds root {', '.join(map(str, lists)) or 'none'}, expected "
                 "N.root.json without a gap; copy back what is missing"
             )
         if signed:
-            root = first_root(lists[min(lists)])
+            with prefix_errors(found[min(lists)]):
+                root = first_root(lists[min(lists)])
             for number in list(lists)[1:]:
-                root = next_root(root, lists[number], lapsed=True)
+                with prefix_errors(found[number]):
+                    root = next_root(root, lists[number], lapsed=True)
         publics = {}
         for pub in sorted(path.glob("*.pub.pem")):
             key = load_public(
@@ -199,7 +223,7 @@ class TufFolder:
         self, role: str, number: int, ask: Ask
     ) -> Iterator["Ed25519PrivateKey"]:
         """Yield the keys of a role, as a root names them, that lie here."""
-        named = json.loads(self.lists[number])["signed"]["roles"][role]["keyids"]
+        named = _roles(self.lists[number])[role]["keyids"]
         for public, path in self.publics.items():
             if tuf_key_id(public) in named and path.exists():
                 pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
@@ -226,3 +250,10 @@ class TufFolder:
             raise KeyFileError(
                 f"{self.path} lies in {place}, which is given out: keys stay outside"
             )
+
+
+def _read(path: Path) -> bytes:
+    with prefix_errors(path):
+        data = load_list(path)
+        read_root(data)
+    return data

@@ -2,6 +2,7 @@
 """dpu-fleet publish --tuf: killed, raced, rotated, and read by python-tuf as it is."""
 
 import json
+import os
 import shutil
 import stat
 import time
@@ -12,6 +13,7 @@ from tuf.api.metadata import Metadata
 from tuf.ngclient import Updater, UpdaterConfig
 
 from edge_runtime.errors import KeyFileError, RoundError, TrustError
+from edge_runtime.files import Files
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import read_head
 from edge_runtime.sync.http import HttpSource
@@ -181,6 +183,41 @@ def test_devices_follow_a_new_root(world, roles):
     world.publish(2)
     assert all(len(world.at(role).signatures) == 1 for role in ONLINE)
     assert world.look(root=None).result is SyncResult.FETCHED
+
+
+def test_a_rotation_that_was_cut_is_done_again_with_other_keys(world):
+    """Killed as it writes the root: its keys are there, and no root names them."""
+    (child := os.fork()) or _die_rotating(world.keys)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = {path: path.read_bytes() for path in world.keys.glob("timestamp.2*")}
+    assert len(left) == 2
+    assert not (world.keys / "2.root.json").exists()
+    rotate(world.keys, ("timestamp",), now=NOW, owners=[owner(world)])
+    assert {path: path.read_bytes() for path in left} == left
+    world.publish(1)
+    assert world.look().result is SyncResult.FETCHED
+
+
+def _die_rotating(keys):
+    Files.replace = lambda *_, **__: os._exit(9)
+    rotate(keys, ("timestamp",), now=NOW)
+
+
+def test_a_damaged_file_among_the_keys_is_named(world, command):
+    world.publish(1)
+    renew = ("renew", world.place.root, "--tuf", world.keys)
+    other = (world.keys / "timestamp.json").read_bytes()
+    for name in ("1.root.json", "targets.json", "snapshot.json"):
+        path = world.keys / name
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], other):
+            path.write_bytes(damaged)
+            for words in (renew, ("rotate", world.keys)):
+                if words == renew or name == "1.root.json":
+                    code, _, err = command(fleet, *words)
+                    assert (code in (3, 7), str(path) in err) == (True, True), err
+        path.write_bytes(whole)
+    assert command(fleet, *renew)[0] == 0
 
 
 # Kills and races ----------------------------------------------------------------------
