@@ -242,7 +242,7 @@ def test_a_disk_without_room_is_named_by_the_file(run, runs, command):
         code, _, err = command(pack, "round_01")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    path = run.path / "releases.jsonl"
+    path = run.path / "round_01.dpu"
     assert (code, err.splitlines()[-1]) == (10, f"error: {path}: File too large")
     assert files_of(run) == []
 
