@@ -165,6 +165,18 @@ def emit(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
         print(printable_lines(text))
 
 
+def emit_line(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
+    """Print one result of a command that goes on for ever, at once.
+
+    Args:
+        record: As for :func:`emit`; it becomes one line.
+        as_json: Print the record; otherwise the text.
+        text: The result for people.
+    """
+    line = json.dumps(finite({"schema": SCHEMA, **record}), allow_nan=False)
+    print(line if as_json else printable_lines(text), flush=True)
+
+
 def finite(value: Any) -> Any:
     """Return data with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):

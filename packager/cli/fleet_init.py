@@ -10,6 +10,7 @@ import click
 from edge_runtime.commandline import json_option, say
 from edge_runtime.errors import StoreError
 from packager.cli.fleet_options import channel_option, sign_option
+from packager.cli.fleet_publish import publish
 from packager.cli.options import runs_option, single_publisher_option
 
 if TYPE_CHECKING:
@@ -51,10 +52,8 @@ def init(
         raise click.BadParameter(words, context, param_hint="'RUN'")
     place = open_place(to, single_publisher=single_publisher, say=say)
     _insist_new(place, channel)
-    publish = context.find_root().command
-    assert isinstance(publish, click.Group)
     context.invoke(
-        publish.commands["publish"],
+        publish,
         name=str(run / FIRST),
         runs=runs,
         to=to,

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-fleet watch``, ``resume`` and ``revert``: how a release does, and what then."""
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -11,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import SCHEMA, emit, json_option, say
+from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, KeyFileError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.signing import Trust
-from edge_runtime.text import printable_lines
 from packager.cli.fleet_options import Span, channel_option, sign_option
+from packager.cli.fleet_publish import publish
 from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
 from packager.cli.options import (
     PRIVATE_KEY,
     PUBLIC_KEY,
+    insist_apart,
     runs_option,
     single_publisher_option,
 )
@@ -154,6 +154,7 @@ def watch(  # noqa: PLR0913 - one argument for each option
     from packager.fleet.address import open_place
     from packager.fleet.watch import Limit
 
+    insist_apart(page, database)
     if (share is None) != (pause_key is None):
         raise click.UsageError("--halt-at and --pause-key go together")
     pems = {str(p): read_bounded(p, "key_bytes", str(p), KeyFileError) for p in trusted}
@@ -195,9 +196,7 @@ def _go_on(watched: _Watch, every: int, *, as_json: bool) -> None:
             state = [record[key] for key in ("version", "tried", "failed", "paused")]
             new = [record[key] for key in ("proved", "unproved", "refused")]
             if state != told or any(new):
-                line = json.dumps({"schema": SCHEMA} | record)
-                text = line if as_json else printable_lines(_words(record))
-                print(text, flush=True)
+                emit_line(record, as_json=as_json, text=_words(record))
             told = state
         time.sleep(every)
 
@@ -334,7 +333,6 @@ def revert(
     head = read_head(found[0]).head  # whose it is, is for publish to insist on
     name = name or release_before(runs, head)
     say(f"round {head.round} is taken back: {name} becomes the newest release")
-    publish = context.find_root().command.commands["publish"]  # type: ignore[attr-defined]
     context.invoke(
         publish,
         name=name,

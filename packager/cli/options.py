@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import FileOf
+from edge_runtime.errors import ConfigError
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.sizes import parse_size
@@ -61,6 +62,21 @@ level_option = click.option(
     show_default=True,
     help="zstd level.",
 )
+
+
+def insist_apart(output: Path | None, *inputs: Path | None) -> None:
+    """Insist that a command does not write over what it reads.
+
+    Raises:
+        ConfigError: It would.
+    """
+    if output is None or not output.exists():
+        return
+    if any(p and p.exists() and output.samefile(p) for p in inputs):
+        raise ConfigError(
+            f"{output} is what this command reads, and the result would replace it; "
+            "give another name with -o"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from edge_runtime.errors import RoundError, StoreError, TrustError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import SignedHead, read_head
-from edge_runtime.trust.root import list_number, read_root
+from edge_runtime.trust.root import list_number, load_list, read_root
+from edge_runtime.trust.rules import first_root, next_root
+from packager.build import prefix_errors
 from packager.fleet.head import head_path, pause_head
 from packager.fleet.place import Place
 
@@ -140,6 +142,35 @@ def newest_list(place: Place) -> int:
     return max(filter(None, map(list_number, names)), default=0)
 
 
+def read_lists(place: Place, paths: Sequence[Path]) -> list[bytes]:
+    """Read key lists that devices shall be given, and write nothing yet.
+
+    Each must follow the one before it, where that is among them or in the place.
+
+    Raises:
+        KeyListError: One is no key list.
+        TrustError: One lacks signatures, so that no device would take it.
+        OSError: It cannot be read.
+    """
+    found: dict[int, bytes] = {}
+    for path in sorted(paths, key=lambda path: list_number(path.name) or 0):
+        with prefix_errors(path):
+            data = load_list(path)
+            number = read_root(data).root.version
+            there = place.read(_list_path(number - 1))
+            before = found.get(number - 1) or (there and there[0])
+            if before:
+                next_root(read_root(before).root, data, lapsed=True)
+            else:
+                first_root(data)
+            found[number] = data
+    return list(found.values())
+
+
+def _list_path(number: int) -> str:
+    return f"keys/{number}.root.json"
+
+
 def add_list(place: Place, data: bytes) -> str:
     """Put a key list where devices fetch it; the next publication names it.
 
@@ -151,6 +182,6 @@ def add_list(place: Place, data: bytes) -> str:
         StoreError: Another list has its number.
         OSError: It cannot be written.
     """
-    path = f"keys/{read_root(data).root.version}.root.json"
+    path = _list_path(read_root(data).root.version)
     place.create(path, data)
     return path

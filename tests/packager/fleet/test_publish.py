@@ -312,7 +312,13 @@ def test_the_command_says_what_it_published(long_run, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [("--expires", "30"), ("--skip", "2,x"), ("--channel", "../x")]
+    "words",
+    [
+        ("--expires", "30"),
+        ("--expires", "3000000d"),
+        ("--skip", "2,x"),
+        ("--channel", "../x"),
+    ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(
     long_run, command, tmp_path, words
@@ -397,6 +403,43 @@ def test_a_counter_that_no_watcher_can_keep_is_not_published(long_run, place):
     with pytest.raises(RoundError, match="expected at most"):
         release(long_run, place, 1)
     assert not place.root.exists()
+
+
+@pytest.fixture
+def lists(tmp_path, command, monkeypatch):
+    """Owner and stranger, and ``1.root.json`` that nobody signed yet, in one folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner", "stranger"):
+        command(patch, "keygen", f"{name}.pem")
+    keys = ("--root", "owner.pub.pem", "--release", "owner.pub.pem")
+    assert command(patch, "trust", "init", *keys)[0] == 0
+    return tmp_path
+
+
+def test_a_key_list_that_no_device_would_take_is_not_published(
+    long_run, command, lists
+):
+    words = ("--to", "www", "--runs", long_run.path.parent, "--key-list")
+    code, _, err = command(fleet, "publish", "round_01", *words, "1.root.json")
+    assert (code, "1.root.json: key list 1 is signed by nobody" in err) == (8, True)
+    command(patch, "trust", "sign", "1.root.json", "--key", "owner.pem")
+    code, _, _ = command(fleet, "publish", "round_77", *words, "1.root.json")
+    assert (code, (lists / "www").exists()) == (2, False)
+    assert command(fleet, "publish", "round_01", *words, "1.root.json")[0] == 0
+    command(patch, "trust", "rotate", "1.root.json", "--sign", "stranger.pem")
+    code, _, err = command(fleet, "publish", "round_02", *words, "2.root.json")
+    assert (code, "2.root.json: key list 2 is signed by nobody" in err) == (8, True)
+    command(patch, "trust", "sign", "2.root.json", "--key", "owner.pem")
+    assert command(fleet, "publish", "round_02", *words, "2.root.json")[0] == 0
+    kept = sorted(path.name for path in (lists / "www" / "keys").iterdir())
+    assert kept == ["1.root.json", "2.root.json"]
+
+
+@pytest.mark.parametrize("option", ["--pauser", "--former"])
+def test_a_private_key_is_given_to_nobody(long_run, command, lists, option):
+    words = ("--to", "www", option, "owner.pem")
+    code, _, err = command(fleet, "publish", long_run.path / "round_01", *words)
+    assert (code, "private key" in err, (lists / "www").exists()) == (2, True, False)
 
 
 # Which rounds there are ---------------------------------------------------------------
