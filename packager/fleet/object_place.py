@@ -23,7 +23,7 @@ from obstore.exceptions import (
 )
 
 from edge_runtime.errors import StoreError, SyncError
-from packager.fleet.place import Entry, insist_same, visible
+from packager.fleet.place import Entry, insist_same, most_of, visible
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -61,12 +61,16 @@ class ObjectPlace:
         self.name, self._store, self._say = name, store, say
         self._single, self._conditional = single_publisher, None  # type: bool, bool | None
 
-    def read(self, path: str) -> tuple[bytes, str] | None:
+    def read(self, path: str, most: int = -1) -> tuple[bytes, str] | None:
         """Return a file and the tag of its content; None if there is none."""
+        most = most if most >= 0 else most_of(path)
         with self._errors("read", path):
             try:
                 found = obstore.get(self._store, path)
-                return bytes(found.bytes()), _tag(found.meta)
+                if found.meta["size"] <= most:
+                    return bytes(found.bytes()), _tag(found.meta)
+                part = obstore.get_range(self._store, path, start=0, end=most + 1)
+                return bytes(part), _tag(found.meta)
             except FileNotFoundError as err:
                 if _no_container(err):
                     raise
@@ -81,7 +85,7 @@ class ObjectPlace:
                 self._put(path, data, "overwrite", _KEPT)
             if written:
                 return True
-            found = self.read(path)
+            found = self.read(path, len(data))
             if found is not None:  # else somebody pruned it just now
                 return insist_same(f"{self.name}/{path}", found[0], data)
         raise StoreError(f"{self.name}/{path} comes and goes; is it pruned in a loop?")

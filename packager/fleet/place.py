@@ -14,11 +14,13 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EINVAL
 from pathlib import Path
 from typing import Protocol
 
 from edge_runtime.errors import StoreError
 from edge_runtime.files import Files, lock_file
+from edge_runtime.limits import limits
 from packager.build import write_file
 
 LOCK_NAME = ".publish.lock"
@@ -50,8 +52,14 @@ class Place(Protocol):
 
     name: str
 
-    def read(self, path: str) -> tuple[bytes, str] | None:
-        """Return a file and the tag of its content; None if there is none."""
+    def read(self, path: str, most: int = -1) -> tuple[bytes, str] | None:
+        """Return a file and the tag of its content; None if there is none.
+
+        Args:
+            path: The file.
+            most: How many bytes of it are wanted, by default as many as
+                :func:`most_of` says; of a larger one there is one more.
+        """
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that is not there yet; False if it is there, with this content.
@@ -84,6 +92,13 @@ class Place(Protocol):
         """Remove a file, where there is one; nothing may need it any more."""
 
 
+def most_of(path: str) -> int:
+    """Return how many bytes a file of a place may have, by its name."""
+    if path.endswith(".head"):
+        return limits().head_bytes
+    return limits().tuf_bytes if path.endswith(".json") else limits().member_bytes
+
+
 def visible(entries: Iterator[Entry]) -> Iterator[tuple[str, int]]:
     """Yield the files that are no publisher's own, with their sizes."""
     for entry in entries:
@@ -98,10 +113,14 @@ class FolderPlace:
         """Use a folder; it is made when something is written."""
         self.root, self.name, self._files = root, str(root), files or Files()
 
-    def read(self, path: str) -> tuple[bytes, str] | None:
+    def read(self, path: str, most: int = -1) -> tuple[bytes, str] | None:
         """Return a file and the tag of its content; None if there is none."""
+        found, most = self.root / path, most if most >= 0 else most_of(path)
+        if found.exists() and not found.is_file():  # a pipe would wait for ever
+            raise OSError(EINVAL, "no ordinary file; remove it", str(found))
         try:
-            data = (self.root / path).read_bytes()
+            with found.open("rb") as file:
+                data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
         except FileNotFoundError:
             return None
         return data, hashlib.sha256(data).hexdigest()
@@ -109,7 +128,7 @@ class FolderPlace:
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that is not there yet; False if it is there."""
         with self._locked():
-            found = self.read(path)
+            found = self.read(path, len(data))
             if found is None:
                 write_file(data, self.root / path)
         return found is None or insist_same(f"{self.name}/{path}", found[0], data)

@@ -38,8 +38,8 @@ def open_reader(url: str) -> Reader:
         return Reader(source.name, lambda path, most: _read_web(source, path, most))
     place = open_place(url)
 
-    def read(path: str, _most: int) -> bytes | None:
-        found = place.read(path)
+    def read(path: str, most: int) -> bytes | None:
+        found = place.read(path, most)
         return found[0] if found else None
 
     return Reader(place.name, read, channels(place))

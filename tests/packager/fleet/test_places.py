@@ -2,6 +2,7 @@
 """Places: what a folder and an object store have in common, and how they are named."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -65,6 +66,25 @@ def test_the_tag_of_a_listing_changes_with_the_content(place):
     after = {entry.path: entry for entry in place.entries("")}
     assert after["x.head"].tag != {e.path: e for e in before}["x.head"].tag
     assert after["x.head"].modified > 1_700_000_000
+
+
+def test_of_a_file_that_is_too_large_no_more_is_read_than_tells_it(place):
+    data = bytes(range(256)) * 300
+    place.create("x.head", data)
+    assert place.read("x.head")[0] == data[: 65536 + 1]
+    assert place.read("x.head", 9)[0] == data[:10]
+    assert place.read("x.head", len(data))[0] == data
+    place.create("empty.head", b"")
+    assert place.read("empty.head")[0] == b""
+
+
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.head")
+    place = FolderPlace(tmp_path)
+    with pytest.raises(OSError, match="no ordinary file"):
+        place.read("x.head")
+    with pytest.raises(OSError, match="no ordinary file"):
+        place.create("x.head", b"")
 
 
 def test_what_was_removed_is_gone_and_may_be_removed_again(place):

@@ -202,9 +202,9 @@ class Meeting(ObjectPlace):
         self._meet("remove", path)
         super().remove(path)
 
-    def read(self, path):
+    def read(self, path, *most):
         self._meet("read", path)
-        return super().read(path)
+        return super().read(path, *most)
 
     def entries(self, folder, *, deep=True):
         self._meet("entries", folder)
