@@ -19,6 +19,7 @@ from edge_runtime.formats.signing import (
 )
 from edge_runtime.live.proof import public_key
 
+MAX_PASSPHRASE = 1023  # bytes that OpenSSL takes
 PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
 # Those that the OpenSSF Model Signing tool takes.
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
@@ -37,10 +38,20 @@ def generate_key() -> Ed25519PrivateKey:
 
 
 def encode_private(key: PrivateKey, passphrase: str | None = None) -> bytes:
-    """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase."""
+    """Encode a private key as PEM (PKCS#8), encrypted if there is a passphrase.
+
+    Raises:
+        KeyFileError: The passphrase is too long.
+    """
     lock: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:
-        lock = serialization.BestAvailableEncryption(_bytes_of(passphrase))
+        secret = passphrase_bytes(passphrase)
+        if len(secret) > MAX_PASSPHRASE:
+            raise KeyFileError(
+                f"the passphrase has {len(secret)} bytes, expected at most "
+                f"{MAX_PASSPHRASE}; choose a shorter one"
+            )
+        lock = serialization.BestAvailableEncryption(secret)
     return key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
 
 
@@ -49,7 +60,8 @@ def is_encrypted(pem: bytes) -> bool:
     return b"ENCRYPTED" in pem
 
 
-def _bytes_of(passphrase: str) -> bytes:
+def passphrase_bytes(passphrase: str) -> bytes:
+    """Return the bytes of a passphrase, whatever is in them."""
     # The same bytes in every locale: ASCII alone keeps others as surrogates.
     return passphrase.encode("utf-8", "surrogateescape")
 
@@ -101,7 +113,7 @@ def load_any_private(
         )
     try:
         key = serialization.load_pem_private_key(
-            pem, _bytes_of(passphrase) if passphrase else None
+            pem, passphrase_bytes(passphrase) if passphrase else None
         )
     except (ValueError, TypeError, UnsupportedAlgorithm) as err:
         if passphrase:
@@ -141,8 +153,14 @@ def write_key_pair(
         The path of the public key, and its id.
 
     Raises:
+        KeyFileError: The name is one of a public key, or the passphrase is too long.
         OSError: A file of either name exists, or cannot be written.
     """
+    if path.name.endswith(".pub.pem"):  # whose files are given away
+        raise KeyFileError(
+            f"{path} is the name of a public key; give KEY.pem, and KEY.pub.pem is "
+            "written beside it"
+        )
     public = path.with_name(path.name.removesuffix(".pem") + ".pub.pem")
     for place in (path, public):
         if place.exists():

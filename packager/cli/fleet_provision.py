@@ -12,6 +12,7 @@ from edge_runtime.errors import KeyFileError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.text import printable
+from packager.cli.fleet_options import channel_option
 
 
 def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -19,6 +20,14 @@ def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
     if not re.fullmatch(PREFIX_FORM, value):
         words = f"found {value!r}, expected letters, digits, '.', '_' and '-'"
+        raise click.BadParameter(words, ctx, param)
+    return value
+
+
+def _address(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Insist on an address that means the same from wherever a device is started."""
+    if value and not re.match(r"(https?|file)://.|/", value):
+        words = f"found {value!r}, expected https://, http://, file:// or /FOLDER"
         raise click.BadParameter(words, ctx, param)
     return value
 
@@ -35,11 +44,20 @@ def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     help="Where to; never below a folder that is published.",
 )
 @click.option("--prefix", default="board", show_default=True, callback=_prefix)
-@click.option("--url", required=True, help="Where the devices look for releases.")
-@click.option("--channel", default="stable", show_default=True)
+@click.option(
+    "--url",
+    required=True,
+    callback=_address,
+    help="Where the devices look for releases.",
+)
+@channel_option
 @click.option("--group", default="", show_default=False, help="Their group.")
 @click.option(
-    "--report", default="", show_default=False, help="Where they put their reports."
+    "--report",
+    default="",
+    show_default=False,
+    callback=_address,
+    help="Where they put their reports.",
 )
 @click.option(
     "--trust",

@@ -75,6 +75,7 @@ def provision(
             f"a file to be trusted is called {min(taken)}, as one that each device "
             "gets of its own: rename it, for example to release.pub.pem"
         )
+    config_text(order.prefix, order)  # refused before anything is made
     files.make_folder(folder / KEYS)
     made = []
     with _locked(folder, files):

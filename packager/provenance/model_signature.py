@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from cryptography.exceptions import InvalidSignature
 
 from edge_runtime.errors import TrustError
+from packager.keys import passphrase_bytes
 
 
 def sign_model(path: Path, key: Path, passphrase: str | None) -> bytes:
@@ -34,7 +35,7 @@ def sign_model(path: Path, key: Path, passphrase: str | None) -> bytes:
     from model_signing.signing import Config
 
     # The library hands it to cryptography as it is, which wants bytes.
-    secret = passphrase.encode() if passphrase else None
+    secret = passphrase_bytes(passphrase) if passphrase else None
     config = Config().use_elliptic_key_signer(private_key=key, password=secret)
     with TemporaryDirectory() as folder:
         place = Path(folder, "model.sig")

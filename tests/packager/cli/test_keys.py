@@ -158,6 +158,20 @@ def test_the_public_half_keeps_the_whole_name(command, tmp_path):
     assert names == ["fleet.v2", "fleet.v2.pub.pem"]
 
 
+def test_no_private_key_gets_the_name_of_a_public_one(command, tmp_path):
+    code, _, err = command(patch, "keygen", tmp_path / "rel.pub.pem")
+    assert (code, "give KEY.pem" in err, list(tmp_path.iterdir())) == (2, True, [])
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "p256"])
+def test_a_passphrase_that_is_too_long_is_refused(command, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("DPU_PASSPHRASE", 512 * "é")
+    words = ("keygen", tmp_path / "k.pem", "--encrypt", "--kind", kind)
+    code, _, err = command(patch, *words)
+    assert (code, "has 1024 bytes, expected at most 1023" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_key_that_the_disk_has_no_room_for_leaves_no_half(command, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))

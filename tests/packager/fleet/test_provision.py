@@ -168,6 +168,31 @@ def test_the_card_is_put_into_an_empty_store_and_its_device_signs(
     assert (store / "device.key").read_bytes() == key
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--url", "http://x/ y"), "cannot stand in an environment file"),
+        (("--url", URL, "--group", "a b"), "cannot stand in an environment file"),
+        (("--url", "releases.example.org"), "expected https://"),
+        (("--url", "http://"), "expected https://"),
+        (("--url", URL, "--report", "box"), "expected https://"),
+        (("--url", URL, "--channel", "Stable"), "expected a to z"),
+    ],
+)
+def test_a_card_that_could_not_work_is_not_begun(tmp_path, command, words, said):
+    cards = tmp_path / "cards"
+    code, _, err = command(fleet, "provision", 2, "-o", cards, *words)
+    assert (code, said in err, cards.exists()) == (2, True, False), err
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:80/x", "file:///media/stick", "/media/stick"]
+)
+def test_a_card_may_name_a_server_or_a_folder(tmp_path, command, url):
+    assert command(fleet, "provision", 1, "-o", tmp_path, "--url", url)[0] == 0
+    assert f'DPU_URL="{url}"' in (tmp_path / "board-0001/device.env").read_text()
+
+
 def test_json_says_what_was_made(tmp_path, command):
     words = ["provision", 2, "-o", tmp_path, "--url", URL, "--json"]
     code, out, _ = command(fleet, *words)

@@ -342,8 +342,9 @@ def test_a_p256_key_signs_no_release_and_no_device_trusts_it(
     assert command(edge, *store, "init", bundle, "--trust", public)[0] == 2
 
 
-def test_an_encrypted_p256_key_signs(command, release, tmp_path, monkeypatch):
-    monkeypatch.setenv("DPU_PASSPHRASE", "correct horse")
+@pytest.mark.parametrize("secret", ["correct horse", "p\udcff"])
+def test_an_encrypted_p256_key_signs(command, release, tmp_path, monkeypatch, secret):
+    monkeypatch.setenv("DPU_PASSPHRASE", secret)
     key = tmp_path / "locked.pem"
     command(patch, "keygen", key, "--kind", "p256", "--encrypt")
     assert b"ENCRYPTED" in key.read_bytes()
