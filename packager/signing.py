@@ -225,6 +225,3 @@ def stated_seconds() -> int | None:
             f"SOURCE_DATE_EPOCH is {given!r}, expected seconds since 1970"
         )
     return int(given) if given else None
-
-
-# Keys ---------------------------------------------------------------------------------

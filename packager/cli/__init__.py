@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines ``dpu-pack`` and ``dpu-patch``."""
+"""The command lines ``dpu-pack``, ``dpu-patch`` and ``dpu-fleet``."""

@@ -9,7 +9,7 @@ import click
 from edge_runtime.commandline import FileOf, emit, json_option, say
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.text import printable
-from packager.cli.options import PATCH
+from packager.cli.options import PATCH, insist_apart
 
 if TYPE_CHECKING:
     from edge_runtime.formats.patch import Patch
@@ -71,6 +71,7 @@ def apply(
     from packager.build import prefix_errors
     from packager.models.apply import apply_to_files
 
+    insist_apart(output, path)
     trusted = read_trust(keys, threshold)
     root = trusted if isinstance(trusted, Root) else None
     trust = trusted.releases if isinstance(trusted, Root) else trusted

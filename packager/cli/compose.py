@@ -8,7 +8,7 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from packager.cli.files import read_any
-from packager.cli.options import MODEL, PATCH, level_option
+from packager.cli.options import MODEL, PATCH, insist_apart, level_option
 
 
 @click.command()
@@ -53,7 +53,9 @@ def compose(
     from packager.ledger import publish_file
     from packager.report.words import percent, spaced
 
-    weights = read_any(base).weights
+    model = read_any(base)
+    insist_apart(output, *model.files)  # a patch, --force or not, may be replaced
+    weights = model.weights
     with ExitStack() as stack:
         opened = []
         for path in paths:

@@ -11,7 +11,7 @@ import click
 
 from edge_runtime.commandline import FileOf, say
 from edge_runtime.formats.kinds import Kind
-from packager.cli.options import MODEL, PackOptions
+from packager.cli.options import MODEL, PackOptions, insist_apart
 
 if TYPE_CHECKING:
     from edge_runtime.formats.identity import Run
@@ -118,6 +118,8 @@ def pack_files(
     else:
         packed, data = _patch(model, newer, options)
     path = _place(newer, output, ".bundle.zip" if options.bundle else ".dpu")
+    given = files.graph, files.contract, files.golden
+    insist_apart(path, *model.files, *newer.files, *given)
     record = files_record((model, newer), packed, path, len(data), options.signed_by)
     record["golden"] = "given" if files.golden else "made up"
     write = partial(_write, force=options.force)

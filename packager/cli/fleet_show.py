@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from packager.cli.options import insist_apart
 
 if TYPE_CHECKING:
     from packager.report.document import Document
@@ -48,11 +49,13 @@ def show(
 ) -> None:
     """Show how a fleet is, or what DEVICE reported."""
     from packager.fleet.database import open_database
+    from packager.release import as_text
     from packager.report.document import to_text
 
+    insist_apart(output, path)
     with open_database(path) as connection:
         tell = _fleet if device is None else _device
-        document, record = tell(connection, device or "", most)
+        document, record = tell(connection, as_text(device or ""), most)
     if output:
         from packager.build import write_file
         from packager.report.html import to_html

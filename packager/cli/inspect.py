@@ -21,7 +21,13 @@ from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.streams import utf8
 from edge_runtime.text import printable
 from packager.cli.files import read_any
-from packager.cli.options import MODEL, PUBLIC_KEY, RELEASE, runs_option
+from packager.cli.options import (
+    MODEL,
+    PUBLIC_KEY,
+    RELEASE,
+    insist_apart,
+    runs_option,
+)
 
 if TYPE_CHECKING:
     from edge_runtime.formats.patch import Patch
@@ -86,6 +92,7 @@ def info(path: Path, *, base: Path | None, **how: Any) -> None:
     Names of tensors and the floor need a weight file of the network: --base, or the
     run in whose folder the patch lies.
     """
+    insist_apart(how["output"], path, base)
     show(_look_into(path, base), **how)
 
 
@@ -102,9 +109,11 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     from packager.report.patch_document import diff_document
     from packager.report.patch_record import check_shown, diff_record
 
-    a = read_any(base).weights
-    check_shown(a.layout)
-    b = read_any(target).weights
+    one = read_any(base)
+    check_shown(one.weights.layout)
+    other = read_any(target)
+    insist_apart(how["output"], *one.files, *other.files)
+    a, b = one.weights, other.weights
     record = diff_record(a, b, compare(a, b))
     show((record, diff_document(record, (str(base), str(target)))), **how)
 
@@ -129,6 +138,7 @@ def report(
     folder; --md and --json print the same numbers instead.
     """
     found = Path(path)
+    insist_apart(how["output"], found, base)
     refuse_others(found, (Kind.PATCH, Kind.BUNDLE, Kind.RUN))
     if found.is_file():
         if beside:

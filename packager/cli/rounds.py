@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import say
-from packager.cli.options import PackOptions
+from packager.cli.options import PackOptions, insist_apart
 
 if TYPE_CHECKING:
     from packager.build import PackedPatch
@@ -62,6 +62,7 @@ def pack_rounds(
     make = _bundle if bundle else _patch
     for folder, path in zip(folders, paths, strict=True):
         round_ = read_round(folder)
+        insist_apart(path, *folder.iterdir(), *round_.model_folder.iterdir())
         base = _parent(round_, asked.parent, asked.runs)
         # Until the file is written: two packers must not give out one counter.
         with opened(folder.absolute().parent) as ledger:

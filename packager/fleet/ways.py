@@ -84,7 +84,8 @@ def pack_again(
     )
     changes = diff(weights, weights)
     data = encode_changes(weights, weights, header, changes, signers=signers)
-    packed = PackedPatch(data, header, round_.name, {})
+    counts = {change.name: len(change) for change in changes}
+    packed = PackedPatch(data, header, round_.name, counts)
     return Offered(round_.name, packed, way_of(packed))
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that others made: ONNX and safetensors files."""
+"""Models that others made: ONNX, safetensors and PyTorch files."""

@@ -11,9 +11,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import ENOSPC
+from os.path import realpath
 from pathlib import Path
 
-from edge_runtime.errors import VerificationError, WeightsError, WrongParentError
+from edge_runtime.errors import (
+    ConfigError,
+    VerificationError,
+    WeightsError,
+    WrongParentError,
+)
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.patch import Patch
 from packager.models.checkpoint import Checkpoint, find_checkpoint
@@ -62,6 +68,13 @@ def apply_to_files(
     is_folder = checkpoint.is_folder
     if not is_folder and output.is_dir():
         output = output / checkpoint.files[0].name
+    if output.is_symlink() or output.name in ("", ".."):
+        output = Path(realpath(output))  # of what a link leads to the name is free
+    if is_folder and output.exists() and output.samefile("."):
+        raise ConfigError(
+            f"{output} is the current folder, which cannot be replaced as a whole; "
+            "give another name"
+        )
     names = {path.name: path for path in checkpoint.files}
     if checkpoint.index:
         names[checkpoint.index.name] = checkpoint.index

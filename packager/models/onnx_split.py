@@ -42,7 +42,7 @@ REMARKS = {"doc_string", "metadata_props", "producer_name", "producer_version"}
 SMALL = 1 << 16  # bytes: what is larger is no shape, and never stays inside
 
 
-def split_onnx(path: str | PathLike[str]) -> tuple[bytes, Weights]:
+def split_onnx(path: str | PathLike[str]) -> tuple[bytes, ViewedWeights]:
     """Split an ONNX file; the same network always gives the same graph.
 
     Args:

@@ -9,7 +9,7 @@ network have the same graph and a patch between them is a patch like any other.
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ class Model:
         canonical: Whether the file itself is that weight file, byte for byte.
         run: Tells it from other models of the same network, where it was given a name.
         notes: What is to be said of how it was read.
+        files: All files that it was read from.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Model:
     canonical: bool
     run: Run | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,19 +92,23 @@ def read_model(
         ModuleNotFoundError: It is an ONNX file and ``onnx`` is not installed.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise WeightsError(f"{path} is no ordinary file, and a model is read from one")
     if (checkpoint := find_checkpoint(path)) is not None:
         found, notes = read_views(checkpoint)
         weights: Weights = ViewedWeights(found)
         graph_bytes = _read_graph(graph, weights) if graph is not None else b""
         one = checkpoint.files[0]
         canonical = not checkpoint.is_folder and _is_canonical(one, weights)
-        return Model(path, weights, graph_bytes, canonical, notes=tuple(notes))
+        made = Model(path, weights, graph_bytes, canonical)
+        return replace(made, notes=tuple(notes), files=checkpoint.files)
     if graph is not None:
         raise WeightsError(f"{path} is not a safetensors file and needs no other graph")
     from packager.models.onnx_split import split_onnx
 
     graph_bytes, weights = split_onnx(path)
-    return Model(path, weights, graph_bytes, canonical=False)
+    files = path, *weights.files
+    return Model(path, weights, graph_bytes, canonical=False, files=files)
 
 
 def _is_canonical(path: Path, weights: Weights) -> bool:

@@ -7,6 +7,7 @@ pages that are looked at, and those the system may take back at any time.
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,11 @@ class ViewedWeights(Weights):
         """
         self.layout = make_layout({n: (v.dtype, v.shape) for n, v in views.items()})
         self._views = views
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that tensors lie in."""
+        return {view.file.path for view in self._views.values() if view.file}
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self.layout.by_name[name]

@@ -300,20 +300,22 @@ def find_weights(run: Path, header: PatchHeader) -> Weights | None:
     for folder in list_rounds(run):
         try:
             record = read_record(folder)
-        except RoundError:
+            is_parent = record.target == header.parent
+            if is_parent or (record.model == header.model and found is None):
+                weights = _read(folder / WEIGHTS_NAME)
+                _check_equal(folder, "target", record.target, weights.fingerprint)
+                found = weights
+        except (RoundError, OSError):
             continue  # a patch can be looked at beside a damaged round
-        if record.model == header.model and found is None:
-            found = folder
-        if record.target == header.parent:
-            return _read(folder / WEIGHTS_NAME)
+        if is_parent:
+            return found
     if found is None:
         return None
-    weights = _read(found / WEIGHTS_NAME)
     try:
         init = read_init_spec(run / "model").generate()
-    except OSError:
-        return weights
-    return init if init.fingerprint == header.parent else weights
+    except (WeightsError, OSError):
+        return found
+    return init if init.fingerprint == header.parent else found
 
 
 def list_runs(runs: Path) -> list[Path]:

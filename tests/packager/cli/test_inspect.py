@@ -68,6 +68,35 @@ def test_info_finds_the_weights_in_the_run_that_the_patch_lies_in(run, packed, c
     assert "relative_change" not in record["tensors"][0]
 
 
+def damage(path, how):
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.write_bytes(b"mine")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "other"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["round_00/weights.safetensors"],
+        ["round_00/weights.safetensors", "round_01/weights.safetensors"],
+        ["model/init.json", "round_00/weights.safetensors"],
+        ["round_00/round.json"],
+    ],
+)
+def test_info_tells_of_a_patch_whatever_lies_beside_it(
+    run, packed, command, names, how
+):
+    for name in names:
+        damage(run.path / name, how)
+    code, out, err = command(patch, "info", packed[0], "--json")
+    assert code == 0, err
+    assert json.loads(out)["round"] == 1
+
+
 def test_info_takes_the_weights_of_any_file(packed, alone, command, tmp_path):
     arrays = safetensors.numpy.load_file(packed[1])
     odd = tmp_path / "odd.safetensors"
@@ -205,3 +234,29 @@ def test_extract_writes_over_nobodys_weights(packed, command, tmp_path):
     assert code == 2
     assert "holds something else" in err
     assert mine.read_bytes() == b"mine"
+
+
+# What is read is not written over -----------------------------------------------------
+
+
+def test_no_output_replaces_what_a_command_reads(run, packed, command, tmp_path):
+    made, base, target = packed
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(target)
+    before = {path: path.read_bytes() for path in packed}
+    for words in (
+        (pack, "--base", base, "--target", target, "-o", target),
+        (pack, "--base", base, "--target", target, "-o", other),
+        (pack, "--base", base, "--target", target, "-o", base),
+        (pack, "round_01", "--force", "-o", target),
+        (pack, "round_01", "--force", "-o", run.path / "model" / "golden.npz"),
+        (patch, "info", made, "-o", made),
+        (patch, "info", made, "--base", base, "-o", base),
+        (patch, "diff", base, target, "-o", other),
+        (patch, "report", made, "-o", made),
+        (patch, "compose", made, "--base", base, "-o", base),
+        (patch, "apply", base, made, "--force", "-o", made),
+    ):
+        code, _, err = command(*words)
+        assert (code, "is what this command reads" in err) == (2, True), words
+    assert {path: path.read_bytes() for path in packed} == before

@@ -366,6 +366,10 @@ def test_show_refuses_an_unknown_device_and_a_file_that_is_no_database(
         pass
     code, _, err = command(fleet, "show", "nobody", "--db", path)
     assert (code, "no device 'nobody'" in err) == (2, True)
+    assert command(fleet, "show", "n\udcff", "--db", path)[0] == 2
+    assert command(fleet, "show", "--db", path, "-o", path)[0] == 2
+    with open_database(path):
+        pass
     path.write_bytes(b"no database at all, and long enough to be looked at" * 30)
     assert command(fleet, "show", "--db", path)[0] == 7
     assert command(fleet, "show", "--db", tmp_path / "none.db")[0] == 2

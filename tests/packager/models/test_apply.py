@@ -111,7 +111,7 @@ def test_nothing_is_replaced_unasked_and_never_what_is_not_ours(release, command
 @pytest.mark.parametrize(
     ("base", "out", "words"),
     [
-        ("old-shards", "up.dpu", "is a file, expected a name for a folder"),
+        ("old-shards", "new.safetensors", "is a file, expected a name for a folder"),
         ("old.safetensors", "/dev/null", "is no ordinary file"),
     ],
 )
@@ -122,6 +122,29 @@ def test_a_name_of_another_kind_is_refused(release, command, base, out, words):
     assert (code, words in err) == (2, True), err
     assert tree(release) == before
     assert Path("/dev/null").is_char_device()
+
+
+def test_the_current_folder_is_no_place_for_shards(release, command, monkeypatch):
+    (release / "empty").mkdir()
+    monkeypatch.chdir(release / "empty")
+    for out in (".", release / "empty", "../empty"):
+        words = (release / "old-shards", release / "up.dpu", "-o", out)
+        code, _, err = command(patch, "apply", *words)
+        assert (code, "is the current folder" in err) == (2, True), err
+    assert list((release / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("base", ["old-shards", "old.safetensors"])
+def test_what_a_link_leads_to_is_written(release, command, base):
+    aim, link = release / "aim", release / "link"
+    link.symlink_to("aim")
+    for force in ([], ["--force"]):
+        words = (release / base, release / "up.dpu", "-o", link, *force)
+        code, _, err = command(patch, "apply", *words)
+        assert code == 0, err
+        assert link.readlink() == Path("aim")
+        assert aim.is_dir() == (base == "old-shards")
+        assert not list(release.glob(".*"))
 
 
 def test_the_base_may_be_replaced_by_the_result(release, command):

@@ -238,6 +238,12 @@ def test_what_is_neither_onnx_nor_safetensors_is_refused(tmp_path, data):
         read_model(tmp_path / "file")
 
 
+def test_a_pipe_is_no_model_and_not_waited_for(tmp_path, command):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = command(pack, "--base", tmp_path / "pipe", "--bundle")
+    assert (code, "is no ordinary file" in err) == (3, True)
+
+
 def test_a_network_without_weights_is_refused(tmp_path):
     model = make_model()
     del model.graph.initializer[:-1]
