@@ -74,7 +74,7 @@ def first_before_others() -> Iterator[None]:
 
 def by_first(action: Callable[[], T]) -> T:
     """Do something in the first process only, and return its result in all of them."""
-    if _count() == 1:
+    if is_alone():
         return action()
     result = [action() if is_first() else None]
     distributed.broadcast_object_list(result)
@@ -94,7 +94,7 @@ def told_by_first(what: str, action: Callable[[], str]) -> str:
     Raises:
         TrainingError: The first process failed, or no process group is there yet.
     """
-    if _count() == 1:
+    if is_alone():
         if not is_first():
             raise TrainingError(
                 f"process {os.environ['RANK']} would write what the first one writes: "
@@ -122,7 +122,7 @@ def told_by_first(what: str, action: Callable[[], str]) -> str:
 
 def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap a network so that its gradients are those of the whole global batch."""
-    if _count() == 1:
+    if is_alone():
         return model
     # Buffers are copied once an epoch, by copy_buffers().
     return DistributedDataParallel(model, broadcast_buffers=False)
@@ -154,14 +154,14 @@ def mean(value: Tensor) -> Tensor:
 
 def total(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes."""
-    if _count() > 1:
+    if not is_alone():
         distributed.all_reduce(value)
     return value
 
 
 def gathered(value: T) -> list[T]:
     """Return what each process has, in the same order everywhere."""
-    if _count() == 1:
+    if is_alone():
         return [value]
     found: list[Any] = [None] * _count()
     distributed.all_gather_object(found, value)
@@ -170,12 +170,12 @@ def gathered(value: T) -> list[T]:
 
 def is_mine(index: int) -> bool:
     """Tell whether this process is the one to do the piece of work with an index."""
-    return _count() == 1 or index % _count() == distributed.get_rank()
+    return is_alone() or index % _count() == distributed.get_rank()
 
 
 def copy_buffers(model: nn.Module) -> None:
     """Give all processes the buffers (BatchNorm statistics) of the first."""
-    if _count() > 1:
+    if not is_alone():
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
@@ -185,7 +185,7 @@ def masks_of_first(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
     Scores that differ in their last bits would otherwise part the processes for good.
     """
-    if _count() == 1:
+    if is_alone():
         return masks
     sent = {name: mask.to(torch.uint8) for name, mask in masks.items()}
     for mask in sent.values():
@@ -195,7 +195,7 @@ def masks_of_first(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def of_first(value: Tensor) -> Tensor:
     """Return the first process' tensor in all of them."""
-    if _count() > 1:
+    if not is_alone():
         value = value.clone()
         distributed.broadcast(value, 0)
     return value
@@ -216,5 +216,5 @@ def _count() -> int:
 
 
 def _wait() -> None:
-    if _count() > 1:
+    if not is_alone():
         distributed.barrier()

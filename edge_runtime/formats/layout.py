@@ -72,6 +72,11 @@ class Tensor(NamedTuple):
         """The shape of the elements: of packed numbers, a row of bytes."""
         return (self.size,) if self.dtype in PACKED_BITS else self.shape
 
+    def external_data(self, file: str) -> dict[str, str]:
+        """Return the entries by which an ONNX graph finds the tensor in a file."""
+        length = self.stop - self.start
+        return {"location": file, "offset": str(self.start), "length": str(length)}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -90,6 +95,11 @@ class Layout:
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by name, in file order."""
         return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def types(self) -> Mapping[str, str]:
+        """The type codes by name, in file order."""
+        return {tensor.name: tensor.dtype for tensor in self.tensors}
 
     @property
     def file_size(self) -> int:

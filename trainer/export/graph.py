@@ -94,9 +94,8 @@ def export_graph(
             f"the contract has {len(takes)} inputs, the example {len(inputs)}"
         )
     axes = open_axes(inputs, takes)
-    if any(x.dim() <= max(a, default=-1) for x, a in zip(inputs, axes, strict=True)):
-        raise ExportError("the example needs a batch axis with at least one row")
-    if not all(x.numel() for x in inputs):
+    pairs = zip(inputs, axes, strict=True)
+    if not all(x.numel() and x.dim() > max(a, default=-1) for x, a in pairs):
         raise ExportError("the example needs a batch axis with at least one row")
     pair = resized(inputs, axes, 2)
     # A copy that shares the weights: what forward keeps to itself is not traced.

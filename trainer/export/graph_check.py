@@ -148,11 +148,7 @@ def _check_initializers(
         expected = (
             onnx.TensorProto.DataType.Value(TYPES[tensor.dtype][1]),
             list(place.shape),
-            {
-                "location": WEIGHTS_NAME,
-                "offset": str(place.start),
-                "length": str(place.stop - place.start),
-            },
+            place.external_data(WEIGHTS_NAME),
         )
         if actual != expected:
             raise ExportError(

@@ -37,7 +37,7 @@ HEADROOM = 2.0  # times how far weights moved in the training that said the scal
 SCALE_BITS = 8  # significant ones; the product with 7 bits of int8 is exact
 
 Scales = Mapping[str, NDArray[np.float32]]  # by tensor: one for each slice of axis 0
-_Arrays = tuple[dict[str, NDArray[Any]], dict[str, str]]  # and their types
+_Arrays = tuple[dict[str, NDArray[Any]], Mapping[str, str]]  # and their types
 _NONE: Scales = MappingProxyType({})
 _REMEMBERED = 8  # weight files
 
@@ -97,7 +97,7 @@ class DeviceForm:
         """Return the float32 weights that a device's weight file stands for."""
         if not self.scales:
             return device
-        weights = self._steps_as_weights((dict(device), _types(device)))
+        weights = self._steps_as_weights((dict(device), device.layout.types))
         self._remember(weights, device)
         return weights
 
@@ -117,12 +117,11 @@ class DeviceForm:
         return bytes(found.SerializeToString(deterministic=True))
 
     def _as_steps(self, weights: Weights) -> _Arrays:
-        arrays, types = dict(weights), _types(weights)
+        arrays = dict(weights)
         for name, scales in self.scales.items():
             array = arrays[name]
             arrays[name] = to_int8(array, by_slice(scales, array.ndim))
-            types[name] = "I8"
-        return arrays, types
+        return arrays, {**weights.layout.types, **dict.fromkeys(self.scales, "I8")}
 
     def _steps_as_weights(self, device: _Arrays) -> Weights:
         arrays, types = device
@@ -131,8 +130,7 @@ class DeviceForm:
         for name, scales in self.scales.items():
             array = arrays[name]
             arrays[name] = to_float32(array, by_slice(scales, array.ndim))
-            types[name] = "F32"
-        return pack_weights(arrays, {name: types[name] for name in arrays})
+        return pack_weights(arrays, {**types, **dict.fromkeys(self.scales, "F32")})
 
     def _network(self) -> Any:
         import onnx
@@ -154,10 +152,6 @@ class DeviceForm:
         while len(self._known) >= _REMEMBERED:
             del self._known[next(iter(self._known))]
         self._known[weights.fingerprint] = device
-
-
-def _types(weights: Weights) -> dict[str, str]:
-    return {tensor.name: tensor.dtype for tensor in weights.layout.tensors}
 
 
 def weight_scales(names: Iterable[str], start: Weights, trained: Weights) -> Scales:

@@ -19,7 +19,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.errors import ExportError
 from edge_runtime.formats.layout import NATIVE_CODES, Layout, make_layout
@@ -32,9 +31,8 @@ from trainer.export.int8_network import (
     find_layers,
 )
 from trainer.export.int8_nodes import Writer, grid_names
-from trainer.export.int8_ranges import measure
+from trainer.export.int8_ranges import Array, measure
 
-Array = NDArray[Any]
 _NONE: Mapping[str, Array] = MappingProxyType({})
 
 
@@ -203,11 +201,6 @@ def _place(graph: Any, layout: Layout) -> None:
         if not tensor.external_data:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
-        where = {
-            "location": WEIGHTS_NAME,
-            "offset": str(place.start),
-            "length": str(place.stop - place.start),
-        }
         del tensor.external_data[:]
-        for key, value in where.items():
+        for key, value in place.external_data(WEIGHTS_NAME).items():
             tensor.external_data.add(key=key, value=value)

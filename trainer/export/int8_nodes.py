@@ -4,11 +4,11 @@
 What depends on weights alone is computed once, while a runtime loads the graph.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.export.int8_network import (
     MOVES,
@@ -18,8 +18,7 @@ from trainer.export.int8_network import (
     attributes,
     keeps_range,
 )
-
-Array = NDArray[Any]
+from trainer.export.int8_ranges import Array
 
 # Biases are integers of 32 bits in steps of activation times weight. Where a channel's
 # weights are so small that its bias does not fit, its steps become larger.
@@ -49,7 +48,7 @@ class Writer:
         self._norms = {id(layer.norm) for layer in layers if layer.norm is not None}
         self._nodes: list[Any] = []
         self._constants: dict[str, Array] = {}
-        self._numbers: list[str] = []
+        self._numbers = itertools.count()
 
     def rewrite(self) -> None:
         """Replace the graph's nodes, and add the constants that they need."""
@@ -161,8 +160,7 @@ class Writer:
 
     def _layer(self, layer: Layer) -> None:
         node, weight = layer.node, layer.weight
-        key = f"layer/{len(self._numbers)}"
-        self._numbers.append(key)
+        key = f"layer/{next(self._numbers)}"
         steps = self._constant(f"{weight}/steps", self._scales[weight])
         bias = node.input[2] if len(node.input) > 2 else ""
         if layer.norm is not None:

@@ -54,6 +54,11 @@ def unwrap(optimizer: Any) -> Optimizer:
     return found
 
 
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer steps."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def to_evaluation(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """Put the weights of evaluation into the model; return what was at training."""
     training = [

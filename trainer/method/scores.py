@@ -106,24 +106,6 @@ def magnitude_scores(named: Named) -> dict[str, Tensor]:
     return {name: tensor.detach().abs() for name, tensor in dict(named).items()}
 
 
-def random_scores(
-    named: Named, generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """Return independent uniform scores: a random selection over all tensors.
-
-    Args:
-        named: The tensors to score, such as ``updater.base``.
-        generator: Where the numbers come from; a CPU one gives the same on any device.
-    """
-    where = generator.device if generator else None
-    return {
-        name: torch.rand(tensor.shape, generator=generator, device=where).to(
-            tensor.device
-        )
-        for name, tensor in dict(named).items()
-    }
-
-
 def _wide(tensor: Tensor) -> Tensor:
     """Return the values in float32, or float64 where they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

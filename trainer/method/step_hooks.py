@@ -8,7 +8,7 @@ Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both 
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import FrameType
 
 import torch
@@ -255,10 +255,17 @@ class Still:
     Their bytes are hashed, not copied: they may be most of a network.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]) -> None:
-        """Take the present values."""
-        self._params = params
-        self._digests = {name: _digest(p) for name, p in params.items()}
+    def __init__(self, named: Mapping[str, Tensor], free: Collection[str]) -> None:
+        """Take the present values.
+
+        Args:
+            named: All parameters of the network.
+            free: Those that may change, beside the ones of a single axis.
+        """
+        self._params = {
+            name: p for name, p in named.items() if p.dim() > 1 and name not in free
+        }
+        self._digests = {name: _digest(p) for name, p in self._params.items()}
 
     def verify(self) -> None:
         """Compare with the values at construction.

@@ -51,10 +51,15 @@ from edge_runtime.formats.weights import pack_weights
 from trainer.method.carriers import Latents
 from trainer.method.int8_steps import Int8Steps
 from trainer.method.movement import Movement, best_scale, quantise, relative_scales
-from trainer.method.optimizers import check_elementwise, unwrap
+from trainer.method.optimizers import (
+    check_elementwise,
+    parameter_ids,
+    unwrap,
+    with_closure,
+)
 from trainer.method.signs import SignTable
 from trainer.method.step_hooks import Running, Still, check_parameter
-from trainer.method.updater import Phase, is_weight
+from trainer.method.updater import Phase, expect_phase, is_weight
 from trainer.parallel import of_first
 
 MOST_BITS = 7 << 20  # of all coefficients: what a patch has room for
@@ -110,13 +115,7 @@ class SubspaceUpdater:
         names = sorted(named, key=lambda name: (name in int8_scales, plain[name]))
         self._params = {n: named[n] for n in names if selectable(n, named[n])}
         self._check(coefficients, bits, taps)
-        self._still = Still(
-            {
-                name: parameter
-                for name, parameter in named.items()
-                if parameter.dim() > 1 and name not in {*self._params, *dense}
-            }
-        )
+        self._still = Still(named, free={*self._params, *dense})
         self.bits, self.taps, self.seed = bits, taps, seed
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
         self._signs = SignTable(self._base, coefficients, taps, seed)
@@ -160,7 +159,7 @@ class SubspaceUpdater:
         wanted = {id(p) for p in self._params.values()}
         owning: list[Optimizer] = []
         for optimizer in map(unwrap, optimizers):
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            held = parameter_ids(optimizer)
             if wanted <= held:
                 owning.append(optimizer)
         if not owning:
@@ -190,7 +189,9 @@ class SubspaceUpdater:
             StepNotObservedError: Nothing has moved yet.
             TrainingError: Not in the first phase.
         """
-        self._expect(Phase.FULL, "select() comes once, after the first phase")
+        expect_phase(
+            self._phase, Phase.FULL, "select() comes once, after the first phase"
+        )
         self._latent.copy_(of_first(self._latent))
         if not self._steps or not self._latent.any():
             raise StepNotObservedError(
@@ -213,7 +214,7 @@ class SubspaceUpdater:
             FrozenWeightChangedError: They differ: something else wrote them.
             TrainingError: The scales are not settled, or a coefficient is no number.
         """
-        self._expect(Phase.SPARSE, "finish() comes once, after select()")
+        expect_phase(self._phase, Phase.SPARSE, "finish() comes once, after select()")
         self.detach()
         self._forget()
         movement = self.movement()
@@ -330,24 +331,20 @@ class SubspaceUpdater:
                 "what it left behind; now the weights are as they were before it: "
                 "compute gradients again, and step"
             )
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._enter()
-            return None
 
-        def then_enter() -> Any:  # gradients are computed inside of the step
+        def once(_count: int) -> None:
             if self._latents.are_lent:
                 self._give_up()
                 raise TrainingError(
                     f"{type(optimizer).__name__} evaluates its closure twice a step, "
                     "which coefficients do not allow: choose another optimizer"
                 )
-            loss = closure()
-            with torch.no_grad():
-                self._enter()
-            return loss
 
-        return (args[0],), kwargs | {"closure": then_enter}
+        # Where there is a closure, gradients are computed inside of the step.
+        arguments = with_closure(args, kwargs, before=once, after=self._enter)
+        if arguments is None:
+            self._enter()
+        return arguments
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -424,9 +421,3 @@ class SubspaceUpdater:
                     f"that move are torch.float32 on one device, here {first.device}: "
                     "train under autocast rather than in half precision"
                 )
-
-    def _expect(self, phase: Phase, rule: str) -> None:
-        if self._phase is not phase:
-            raise TrainingError(
-                f"expected to be in the {phase} phase, found {self._phase}: {rule}"
-            )

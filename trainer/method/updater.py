@@ -40,6 +40,7 @@ from trainer.method.optimizers import (
     at_evaluation,
     has_two_sets,
     is_coupled,
+    parameter_ids,
     second_weights,
     to_evaluation,
     unwrap,
@@ -57,6 +58,18 @@ class Phase(StrEnum):
     FULL = "full"  # every weight trains and is measured
     SPARSE = "sparse"  # only the selected weights train
     DONE = "done"  # verified and detached
+
+
+def expect_phase(found: Phase, wanted: Phase, rule: str) -> None:
+    """Refuse a call that belongs to another phase.
+
+    Raises:
+        TrainingError: It does; the message says the rule.
+    """
+    if found is not wanted:
+        raise TrainingError(
+            f"expected to be in the {wanted} phase, found {found}: {rule}"
+        )
 
 
 def is_weight(name: str, parameter: Tensor) -> bool:  # noqa: ARG001 - see `selectable`
@@ -107,13 +120,7 @@ class PartialUpdater:
         for name, parameter in named.items():
             check_parameter(name, parameter)
         self._params = {n: p for n, p in named.items() if selectable(n, p)}
-        self._still = Still(
-            {
-                name: parameter
-                for name, parameter in named.items()
-                if parameter.dim() > 1 and name not in {*self._params, *dense}
-            }
-        )
+        self._still = Still(named, free={*self._params, *dense})
         self._total = sum(p.numel() for p in self._params.values())
         if not self._total:
             raise TrainingError(
@@ -165,7 +172,7 @@ class PartialUpdater:
         """
         owned = dict(self._owned)
         for optimizer in map(unwrap, optimizers):
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            held = parameter_ids(optimizer)
             owned[optimizer] = [n for n, p in self._params.items() if id(p) in held]
         missing = self._params.keys() - {n for names in owned.values() for n in names}
         if missing:
@@ -210,7 +217,9 @@ class PartialUpdater:
             TrainingError: Not in the full phase, no ratio given, ``keep`` below 1, or
                 scores or masks that do not fit the selectable tensors.
         """
-        self._expect(Phase.FULL, "select() comes once, after the full phase")
+        expect_phase(
+            self._phase, Phase.FULL, "select() comes once, after the full phase"
+        )
         if keep < 1 or (keep > 1 and masks is not None):
             raise TrainingError(
                 f"keep is {keep}: expected at least 1, and no masks beside it"
@@ -238,7 +247,9 @@ class PartialUpdater:
             TrainingError: ``select(keep=...)`` did not come before, or scores that do
                 not fit.
         """
-        self._expect(Phase.SPARSE, "narrow() comes once, after select(keep=...)")
+        expect_phase(
+            self._phase, Phase.SPARSE, "narrow() comes once, after select(keep=...)"
+        )
         if not self._wide:
             raise TrainingError(
                 "narrow() comes once, after select(keep=...) with more than 1: there "
@@ -294,7 +305,7 @@ class PartialUpdater:
                 mask.
             TrainingError: Nothing has been selected, or a selected weight is no number.
         """
-        self._expect(Phase.SPARSE, "finish() comes once, after select()")
+        expect_phase(self._phase, Phase.SPARSE, "finish() comes once, after select()")
         if self._wide:
             raise TrainingError(
                 "more weights are selected than the ratio allows, as select(keep=...) "
@@ -472,9 +483,3 @@ class PartialUpdater:
         self._freeze.switched = {
             n for o, names in self._owned.items() if has_two_sets(o) for n in names
         }
-
-    def _expect(self, phase: Phase, rule: str) -> None:
-        if self._phase is not phase:
-            raise TrainingError(
-                f"expected to be in the {phase} phase, found {self._phase}: {rule}"
-            )

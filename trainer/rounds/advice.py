@@ -173,7 +173,9 @@ def advise(
     return Advice(network, budget, tuple(found), refused)
 
 
-def _lean(config: Config, _model: nn.Module, network: Network, budget: int) -> Any:
+def _lean(
+    config: Config, _model: nn.Module, network: Network, budget: int
+) -> Candidate:
     share = share_within(network, budget, lean=True)
     least = patch_bytes(network, LEAST_SHARE, lean=True)
     if share < LEAST_SHARE:
@@ -208,7 +210,9 @@ def _lean(config: Config, _model: nn.Module, network: Network, budget: int) -> A
     )
 
 
-def _subspace(config: Config, model: nn.Module, network: Network, budget: int) -> Any:
+def _subspace(
+    config: Config, model: nn.Module, network: Network, budget: int
+) -> Candidate:
     still = set() if network.normed else _dense_names(model)
     try:
         count = coefficients_within(str(budget), model, still=still)
@@ -246,7 +250,9 @@ def _subspace(config: Config, model: nn.Module, network: Network, budget: int) -
     )
 
 
-def _plain(_config: Config, _model: nn.Module, network: Network, budget: int) -> Any:
+def _plain(
+    _config: Config, _model: nn.Module, network: Network, budget: int
+) -> Candidate:
     share = share_within(network, budget, lean=False)
     if share < LEAST_SHARE:
         raise ConfigError(

@@ -176,8 +176,7 @@ class _RewoundSizes:
             for name, mask in masks.items():
                 chosen = mask.cpu().numpy()
                 arrays[name] = np.where(chosen, full[name], start[name])
-            types = {tensor.name: tensor.dtype for tensor in full.layout.tensors}
-            weights = pack_weights(arrays, types)
+            weights = pack_weights(arrays, full.layout.types)
             self._training.form.settle(weights, start, masks)
             rewound = self._training.rounded(weights)
             self._known[k] = self._pack(start, rewound)

@@ -50,7 +50,7 @@ def train_round(
         TrainingError: The loss is not finite any more.
     """
     epochs, update = config.train.epochs, config.update
-    if update.method == "fu" or is_full(config, training.number):
+    if is_full(config, training.number):
         return _full(training, epochs)
     if update.method == "pruning":
         return _pruned(training, epochs, update.ratio, gradual=update.gradual)

@@ -115,8 +115,8 @@ class Run:
             self._values.know(deployed, validation=before, test=test)
         fresh = init if reinitialise else self._shadow(folder)
         tensors = len(self._encode(init))
-        self._unseen = read_shadow_terms(folder, tensors) if fresh is not init else ()
-        attempts = list(self._attempts(number, deployed, before, fresh))
+        unseen = read_shadow_terms(folder, tensors) if fresh is not init else ()
+        attempts = list(self._attempts(number, deployed, before, fresh, unseen))
         attempt = attempts[-1]
         target = attempt.new or deployed
         start = attempt.parent if attempt.new else deployed
@@ -182,12 +182,12 @@ class Run:
         return numbers(metrics)
 
     def _ratio(self, attempt: Attempt, metrics: Mapping[str, Any]) -> float | None:
-        """Return the share of weights that were selected; None where all of them are.
+        """Return the share of weights that were selected; None where all of them move.
 
         It is counted where the recipe does not say it.
         """
         update = self.config.update
-        if update.method in ("fu", "subspace"):
+        if update.method == "subspace":
             return None
         several = attempt.start is not attempt.parent
         if update.budget or several or update.method == "named":
@@ -213,7 +213,12 @@ class Run:
         )
 
     def _attempts(
-        self, number: int, deployed: Weights, before: float, fresh: Weights | None
+        self,
+        number: int,
+        deployed: Weights,
+        before: float,
+        fresh: Weights | None,
+        unseen: tuple[Term, ...],
     ) -> Iterator[Attempt]:
         """Train on from fresh weights, and from deployed ones where that falls short.
 
@@ -222,23 +227,37 @@ class Run:
             deployed: The deployed weights.
             before: How good they are on validation.
             fresh: The init weights, or what earlier rounds made of them unseen.
+            unseen: The subspaces that lead there.
         """
         update = self.config.update
         if fresh is not None:
             floor = self._judge.worst if update.chain == "paper" else before
-            attempt = self._try(number, fresh, floor, parent=self._init)
+            attempt = self._try(number, fresh, floor, parent=self._init, terms=unseen)
             yield attempt
             if attempt.new is not None or update.method not in PARTIAL_METHODS:
                 return
         yield self._try(number, deployed, before, parent=deployed)
 
     def _try(
-        self, number: int, start: Weights, floor: float, *, parent: Weights
+        self,
+        number: int,
+        start: Weights,
+        floor: float,
+        *,
+        parent: Weights,
+        terms: tuple[Term, ...] = (),
     ) -> Attempt:
         """Train from some weights; the result counts where it is no worse than floor.
 
         Where the best weights equal the start or the parent, ``new`` is None: there
         is nothing to send.
+
+        Args:
+            number: Of the round.
+            start: The weights.
+            floor: Of the judge's metric on validation.
+            parent: What devices would update from.
+            terms: The subspaces that lead from there to the start.
         """
         from_init = parent is self._init
         training = self._setup.training(
@@ -248,12 +267,8 @@ class Run:
             from_init=from_init,
             on_epoch=partial(self._report, number, itertools.count(1)),
         )
-        training.start = start
         masks = train_round(training, self.config, self._pack)
-        best, terms = (
-            training.best or start,
-            self._unseen if start is not parent else (),
-        )
+        best = training.best or start
         if training.kept:
             device = self._encode(best)
             terms = (*terms, training.kept.term(device.layout))

@@ -67,7 +67,7 @@ class Form:
         if self.is_exact:
             return weights
         arrays = {name: np.array(array) for name, array in weights.items()}
-        types = {tensor.name: tensor.dtype for tensor in weights.layout.tensors}
+        types = weights.layout.types
         for name, array in arrays.items():
             if types[name] == "F32":
                 changed = array.view("<u4") != base[name].view("<u4")

@@ -18,7 +18,7 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
 from edge_runtime.update.metrics import Metric, Sums
-from trainer.data.samples import Samples, batch_sizes, batches, generator
+from trainer.data.samples import Augment, Samples, batch_sizes, batches, generator
 from trainer.export.int8 import Scales
 from trainer.export.tensors import load_weights, weights_of
 from trainer.method.batchnorm import FoldedBatchNorm
@@ -45,7 +45,6 @@ MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
 CHANCE = 2  # a cost below so many standard errors may be chance: ignored
 MEASURED_BATCHES = 20  # that the error is estimated from
 
-Augment = Callable[[Tensor], Tensor]
 Masks = Mapping[str, Tensor]
 _Measured = tuple[float, Sequence[Sums]]  # the judge's metric, and its batches' sums
 Pack = Callable[..., int]  # base, target and the terms between them -> patch bytes
@@ -116,12 +115,11 @@ class RoundTraining:
         self.update, self.fresh = config.update, fresh
         self.teacher: nn.Module | None = None
         self._taught_by: Teacher | None = None
-        whole = config.update.method == "fu" or is_full(config, number)
         self.form = RoundForm(
             model,
             config.update,
             self.dense.is_selectable,
-            grid=not whole,
+            grid=not is_full(config, number),
             scales=scales,
         )
         self.device_layout = device_layout
@@ -309,8 +307,7 @@ class RoundTraining:
     def _folded(self, weights: Weights) -> Weights:
         if self._norms is None:
             return weights
-        types = {tensor.name: tensor.dtype for tensor in weights.layout.tensors}
-        return pack_weights(self._norms.folded(weights), types)
+        return pack_weights(self._norms.folded(weights), weights.layout.types)
 
     def _unfold(self, norms: FoldedBatchNorm, *, fresh: bool) -> None:
         """Make a model trainable whose BatchNorm is folded, or is going to be."""
@@ -373,8 +370,9 @@ class RoundTraining:
 
 
 def is_full(config: Config, number: int) -> bool:
-    """Tell whether a round trains every weight because the recipe says so."""
-    return number == 0 and config.update.first == "full"
+    """Tell whether a round trains every weight: by its method, or as the first."""
+    update = config.update
+    return update.method == "fu" or (number == 0 and update.first == "full")
 
 
 def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:

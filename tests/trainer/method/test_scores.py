@@ -10,7 +10,6 @@ from trainer.method.scores import (
     DPUScore,
     Evidence,
     magnitude_scores,
-    random_scores,
 )
 
 torch.set_num_threads(1)
@@ -108,12 +107,3 @@ def test_rejects_a_share_outside_of_0_to_1(lam):
 
 def test_magnitude_ignores_the_sign():
     assert magnitude_scores({"w": torch.tensor([-2.0, 1])})["w"].tolist() == [2, 1]
-
-
-def test_random_scores_depend_on_the_generator_alone():
-    first = random_scores(MLP, torch.Generator().manual_seed(3))
-    torch.manual_seed(0)
-    again = random_scores(list(MLP.items()), torch.Generator().manual_seed(3))
-    other = random_scores(MLP, torch.Generator().manual_seed(4))
-    assert same(first, again)
-    assert not same(first, other)

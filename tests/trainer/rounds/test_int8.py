@@ -97,7 +97,7 @@ def test_a_round_deploys_int8_weights_and_floats_for_the_rest(finished):
     runs, records = finished
     assert len(updated(records)) > 2
     weights = read_weights(runs / "tiny" / "round_01" / "weights.safetensors")
-    types = {t.name: t.dtype for t in weights.layout.tensors}
+    types = weights.layout.types
     assert {n for n, t in types.items() if t == "I8"} == {
         n for n in types if n.endswith("weight") and weights[n].ndim > 1
     }
