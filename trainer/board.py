@@ -20,7 +20,7 @@ ROUND = ("changed", "selected", "patch_bytes")
 
 
 class BoardLog:
-    """Writes events for TensorBoard: a curve a phase, and one point a round.
+    """Logs a run to TensorBoard: one curve for each phase, one point for each round.
 
     A run that goes on is appended to what is there; a round that was cut off and is
     trained again is drawn over.

@@ -72,7 +72,7 @@ class _Round:
                 self.updater.rewind(one.named_parameters())
 
     def end(self) -> None:
-        """Verify and give the masks.
+        """Check that frozen weights are unchanged, and keep the masks.
 
         Raises:
             FrozenWeightChangedError: Something else wrote weights.
@@ -97,7 +97,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 def _averages(callbacks: Iterable[Any]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield what Lightning's callbacks average, and how many weights went into it."""
+    """Yield each average of Lightning's callbacks, and how many models it is of."""
     for callback in callbacks:
         average = getattr(callback, "_average_model", None)
         count = getattr(average, "n_averaged", getattr(callback, "n_averaged", None))

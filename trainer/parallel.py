@@ -73,7 +73,7 @@ def first_before_others() -> Iterator[None]:
 
 
 def by_first(action: Callable[[], T]) -> T:
-    """Do something in the first process only, and return its result in all of them."""
+    """Run an action in the first process; return its result in every process."""
     if is_alone():
         return action()
     result = [action() if is_first() else None]
@@ -82,7 +82,7 @@ def by_first(action: Callable[[], T]) -> T:
 
 
 def told_by_first(what: str, action: Callable[[], str]) -> str:
-    """Do something in the first process, and wait for what it says in the others.
+    """Run an action in the first process; return its text in every process.
 
     Unlike :func:`by_first` the first process waits for nobody, so that loops which call
     this in all processes are right, and those which call it in the first one alone.
@@ -129,7 +129,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def share(inputs: Tensor, labels: Any) -> tuple[Tensor, Any, float]:
-    """Return this process' share of a global batch, and what its mean loss weighs.
+    """Return this process' part of a global batch, and the weight of its mean loss.
 
     The average of the weighted losses over all processes is the global mean. A batch
     too small for two samples a process goes to all of them whole, as BatchNorm cannot

@@ -26,11 +26,11 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def joined(values: Sequence[Any]) -> Any:
-    """Return values of the same form as one: their tensors one after the other."""
+def concatenated(values: Sequence[Any]) -> Any:
+    """Concatenate equally nested values along the first axis."""
     first = values[0]
     if isinstance(first, Mapping):
-        return {key: joined([value[key] for value in values]) for key in first}
+        return {key: concatenated([value[key] for value in values]) for key in first}
     if isinstance(first, tuple | list):
-        return tuple(joined(parts) for parts in zip(*values, strict=True))
+        return tuple(concatenated(parts) for parts in zip(*values, strict=True))
     return torch.cat([*values])

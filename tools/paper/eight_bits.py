@@ -23,7 +23,7 @@ from trainer.folder.record import RoundRecord
 from trainer.networks.models import build_model
 from trainer.recipe.schema import Config
 from trainer.rounds.loop import choose_device, cpu_settings, evaluate
-from trainer.rounds.rounding import FALLBACK_BITS, Form
+from trainer.rounds.rounding import FALLBACK_BITS, Rounding
 
 LARGEST = 127  # of a signed byte
 
@@ -35,7 +35,7 @@ def eight_bits(weights: Weights, init: Weights) -> Weights:
         largest = float(np.abs(weights[tensor.name]).max())
         if len(tensor.shape) > 1 and tensor.dtype == "F32" and largest:
             steps[tensor.name] = 2.0 ** math.ceil(math.log2(largest / LARGEST))
-    return Form(FALLBACK_BITS, steps).round(weights, init)
+    return Rounding(FALLBACK_BITS, steps).round(weights, init)
 
 
 def eight_bit_rows(

@@ -43,7 +43,9 @@ _REMEMBERED = 8  # weight files
 
 
 class DeviceForm:
-    """How the weights of one run lie on a device; as they train, where it has floats.
+    """Converts weights between their form in training (float32) and on the device.
+
+    There they are int8, or as they train.
 
     In int8 the file holds steps in place of weights, and the ranges of activations,
     measured with these weights on samples that stay the same: what the network computes

@@ -26,7 +26,7 @@ from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
 from trainer.export.int8_network import (
     Floats,
-    Network,
+    GraphIndex,
     find_activations,
     find_layers,
 )
@@ -91,7 +91,7 @@ def quantised_graph(
     _check_scales(weights.layout, scales)
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    net = Network(model.graph)
+    net = GraphIndex(model.graph)
     layers = find_layers(net, scales)
     activations = find_activations(net, layers)
     ranges = measure(graph, weights, activations, inputs)
@@ -121,7 +121,7 @@ def activation_ranges(
     Raises:
         ExportError: As there.
     """
-    net = Network(graph.graph)
+    net = GraphIndex(graph.graph)
     activations = find_activations(net, find_layers(net, scales))
     roots = {name: activation.root for name, activation in activations.items()}
     ranges = measure(graph, weights, activations, inputs)
@@ -135,7 +135,7 @@ def range_names(graph: Any, scales: Mapping[str, Floats]) -> list[str]:
         graph: The float32 graph, an ``onnx.ModelProto``.
         scales: Of the tensors that are int8.
     """
-    net = Network(graph.graph)
+    net = GraphIndex(graph.graph)
     roots = {a.root for a in find_activations(net, find_layers(net, scales)).values()}
     outside = {value.name for value in graph.graph.input}
     return [name for root in sorted(roots - outside) for name in grid_names(root)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a float32 graph runs in integers: its layers, and what lies between them.
+"""Finds the layers and activations of a float32 graph that can run in int8.
 
 Layers are what ONNX Runtime has kernels in integers for. 8 bits get the inputs of all
 layers, what convolutions make, and backward from there what an operator that works on
@@ -28,8 +28,8 @@ _SAME_RANGE = {*MOVES, "MaxPool"}
 _ALSO = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "ReduceMean"}
 
 
-class Network:
-    """A graph by what its nodes make and take."""
+class GraphIndex:
+    """Producer and consumers of every tensor in an ONNX graph."""
 
     def __init__(self, graph: Any) -> None:
         self.graph = graph
@@ -108,7 +108,7 @@ def attributes(node: Any) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
-def find_layers(net: Network, scales: Mapping[str, Floats]) -> list[Layer]:
+def find_layers(net: GraphIndex, scales: Mapping[str, Floats]) -> list[Layer]:
     """Return the layers that ONNX Runtime has kernels in integers for."""
     found = []
     for node in net.graph.node:
@@ -119,7 +119,7 @@ def find_layers(net: Network, scales: Mapping[str, Floats]) -> list[Layer]:
     return found
 
 
-def _as_layer(net: Network, node: Any, scales: Mapping[str, Floats]) -> Layer | None:
+def _as_layer(net: GraphIndex, node: Any, scales: Mapping[str, Floats]) -> Layer | None:
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
     weight, options = node.input[1], attributes(node)
@@ -147,12 +147,12 @@ def _as_layer(net: Network, node: Any, scales: Mapping[str, Floats]) -> Layer | 
     return Layer(node, weight, 0)
 
 
-def _is_vector(net: Network, name: str) -> bool:
+def _is_vector(net: GraphIndex, name: str) -> bool:
     found = net.constants.get(name)
     return found is not None and len(getattr(found, "dims", ())) == 1
 
 
-def find_activations(net: Network, layers: list[Layer]) -> dict[str, Activation]:
+def find_activations(net: GraphIndex, layers: list[Layer]) -> dict[str, Activation]:
     """Return the tensors that get 8 bits, and whose range each of them has."""
     bounds: dict[str, tuple[float, float]] = {}
     for node in net.graph.node:  # the chain's first tensor comes first
@@ -184,7 +184,7 @@ def keeps_range(node: Any) -> bool:
     return node.op_type in _SAME_RANGE and not padded
 
 
-def _also(net: Network, name: str) -> list[str]:
+def _also(net: GraphIndex, name: str) -> list[str]:
     """Return what should have 8 bits because a tensor has."""
     maker = net.makers.get(name)
     if maker is not None and keeps_range(maker):

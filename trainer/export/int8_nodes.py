@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes of an int8 graph, from those of the float32 graph.
+"""Rewrites the nodes of a float32 graph as those of an int8 graph.
 
 What depends on weights alone is computed once, while a runtime loads the graph.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from trainer.export.int8_network import (
     MOVES,
     Floats,
+    GraphIndex,
     Layer,
-    Network,
     attributes,
     keeps_range,
 )
@@ -32,11 +32,11 @@ def grid_names(root: str) -> tuple[str, str]:
 
 
 class Writer:
-    """Writes the nodes anew."""
+    """Rewrites a float32 graph's nodes as those of a QDQ int8 graph."""
 
     def __init__(
         self,
-        net: Network,
+        net: GraphIndex,
         layers: list[Layer],
         scales: Mapping[str, Floats],
         ranges: Mapping[str, tuple[np.float32, np.integer[Any]]],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the network of a run inside of what somebody's loop has made of it.
+"""Finds a run's network inside a wrapper (Lightning, DataParallel, torch.compile).
 
 A LightningModule keeps it as ``self.net``, ``torch.compile`` as ``_orig_mod``,
 DataParallel as ``module``. The state-dict names differ by a common prefix then.

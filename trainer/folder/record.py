@@ -34,8 +34,9 @@ class RoundRecord:
         tried_reinit: Whether a re-initialised model was trained, deployed or not.
         packable: False if devices were never meant to get these weights.
         samples: Number of training samples.
-        metrics: Numbers by name, ``val_accuracy`` and ``test_accuracy`` among them.
-        metric: What they are called instead, if not accuracy: ``val_mae`` for ``mae``.
+        metrics: Numbers by name. A recipe's run has ``val_METRIC`` and ``test_METRIC``
+            among them, a loop of your own what it gave.
+        metric: The name of METRIC.
         better: Which values of it are better, ``"higher"`` or ``"lower"`` ones.
         seeds: Every seed that decided the round, by purpose.
         versions: Of Python and the libraries; filled in by :func:`write_round`.

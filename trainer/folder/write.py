@@ -6,8 +6,8 @@
     runs/NAME/model/      once: graph.onnx, init.json, contract.json, golden.npz,
                           run.json (the run's id)
     runs/NAME/round_05/   round.json, weights.safetensors, selection.safetensors,
-                          metrics.jsonl; shadow.safetensors and subspaces.bin where
-                          there are any
+                          metrics.jsonl; subspaces.bin, shadow.safetensors and
+                          shadow_subspaces.bin where there are any
 
 A folder is written under a temporary name and renamed: it is complete or absent.
 Fingerprints and the network's identity are computed here, from the bytes written. One

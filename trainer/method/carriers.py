@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coefficients that an optimizer steps, in the place of the weights that it knows."""
+"""Lets an optimizer step the coefficients of a subspace, in its weights' memory."""
 
 from collections.abc import Mapping
 
@@ -89,7 +89,7 @@ def room(tensor: Tensor) -> int:
 
 
 def with_room(sizes: Mapping[str, int], count: int) -> list[str]:
-    """Return the tensors that have room for so many values: small ones, and few."""
+    """Return few, small tensors that together hold ``count`` values."""
     enough = [name for name in sizes if sizes[name] >= count]
     if enough:
         return [min(enough, key=lambda name: sizes[name])]

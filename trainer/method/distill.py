@@ -18,7 +18,7 @@ def distill_loss(
     weight: float = WEIGHT,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """Return a loss that asks for the labels and for a teacher's answers.
+    """Return the distillation loss: cross entropy, and divergence from a teacher.
 
     Cross entropy with the labels, and the divergence from the teacher's probabilities,
     both softened by the temperature; times its square, which keeps the gradients of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are int8 on the device: whole steps there, floats where they train."""
+"""Weights of int8 tensors, as float32 in training and whole steps on the device."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from edge_runtime.formats.int8_grid import MOST, by_slice, to_float32, to_int8
 
 
 class Int8Steps:
-    """What one step of each int8 tensor is worth, and its base counted in steps.
+    """Converts weights between float32 (training) and whole int8 steps (device).
 
     All other tensors pass as they are.
     """
@@ -46,7 +46,7 @@ class Int8Steps:
         return gradient * self.scales[name]
 
     def out(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return where moved tensors are written, before :meth:`write`."""
+        """Return the output buffers: steps for int8 tensors, the weights for others."""
         return {**weights, **self._moved}
 
     def write(self, weights: Mapping[str, Tensor], *, whole: bool) -> None:

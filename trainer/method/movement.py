@@ -73,7 +73,7 @@ def best_scale(values: Tensor, bits: int) -> float:
 
 
 def relative_scales(base: Mapping[str, Tensor]) -> dict[str, float]:
-    """Say how far the tensors move beside each other: as their own weights do.
+    """Return how far each tensor moves: the RMS of its weights over that of all.
 
     Normalisation and biases move as far as all weights on average.
     """

@@ -26,7 +26,7 @@ from trainer.networks.linear import Linear
 from trainer.recipe.factory import call_factory
 from trainer.recipe.schema import ModelConfig
 
-Shape = tuple[int, ...]  # of one input, (C, H, W)
+Shape = tuple[int, ...]  # of one input, such as (C, H, W)
 
 
 def mlp(
@@ -153,7 +153,7 @@ def build_model(config: ModelConfig, input_shape: Shape, classes: int) -> nn.Mod
 
     Args:
         config: Name and options.
-        input_shape: Shape of one input, (C, H, W).
+        input_shape: Shape of one input, such as (C, H, W).
         classes: Number of classes.
 
     Raises:

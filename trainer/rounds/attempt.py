@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training of a round came to, and what it changed."""
+"""The result of one training attempt of a round, and what it changed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from trainer.rounds.training import Masks
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A training, and what came of it.
+    """Result of one training attempt of a round.
 
     The training itself, with its model and optimizer, is not kept.
 

@@ -28,8 +28,8 @@ MAX_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What a patch may take.
+class PatchBudget:
+    """Limit of a patch's size, and the function that measures it.
 
     Attributes:
         pack: From base and target to the size of their patch in bytes.
@@ -43,7 +43,7 @@ class Room:
 
 
 def train_within(
-    training: RoundTraining, epochs: int, score: Score, room: Room
+    training: RoundTraining, epochs: int, score: Score, budget: PatchBudget
 ) -> Masks:
     """Train as Algorithm 1 does, with as many weights as a patch of a size can carry.
 
@@ -56,7 +56,7 @@ def train_within(
         training: Its ``best`` weights are the result.
         epochs: Of one phase.
         score: What weights are ranked by.
-        room: What the patch may take.
+        budget: What the patch may take.
 
     Raises:
         TrainingError: The dense part alone is over the limit, or no number of weights
@@ -71,15 +71,15 @@ def train_within(
         training.checkpoint(), copy.deepcopy(updater.state_dict()), scores, score
     )
     updater.detach()
-    sizes = _RewoundSizes(training, scores, room.pack)
+    sizes = _RewoundSizes(training, scores, budget.pack)
     total = sum(score.numel() for score in scores.values())
-    if sizes(1) > room.limit:
+    if sizes(1) > budget.limit:
         raise TrainingError(
-            f"update.budget is {room.limit} bytes, but {sizes(1)} are needed for the "
+            f"update.budget is {budget.limit} bytes, but {sizes(1)} are needed for the "
             'dense part alone; choose update.dense = "freeze", or a larger budget'
         )
-    k = find_k(sizes, max(1, int(room.ratio * total)), total, room.limit)
-    return _fit(training, epochs, full, k, room, sizes(1))
+    k = find_k(sizes, max(1, int(budget.ratio * total)), total, budget.limit)
+    return _fit(training, epochs, full, k, budget, sizes(1))
 
 
 def _fit(
@@ -87,11 +87,11 @@ def _fit(
     epochs: int,
     full: "_Full",
     k: int,
-    room: Room,
+    budget: PatchBudget,
     dense_bytes: int,
 ) -> Masks:
     """Fine-tune the best ``k`` weights, and more or fewer until the patch fits."""
-    total, limit = full.total, room.limit
+    total, limit = full.total, budget.limit
     low, high = 0, total + 1  # known to fit, known to be over
     fitting: tuple[Masks, Callable[[], None]] | None = None
     for _ in range(MAX_ATTEMPTS):
@@ -100,7 +100,7 @@ def _fit(
             return masks  # nothing was better than the start: nothing to send
         if training.best is None:
             break
-        size = room.pack(training.start, training.best)
+        size = budget.pack(training.start, training.best)
         if size > limit:
             high = k
         else:

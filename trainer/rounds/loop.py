@@ -19,7 +19,7 @@ from trainer.data.samples import Samples, batches
 from trainer.recipe.schema import TrainConfig
 from trainer.rounds.objective import ACCURACY, Judge, Loss
 from trainer.rounds.speed import Autocast, arranger
-from trainer.trees import joined, leaves
+from trainer.trees import concatenated, leaves
 
 # Of one evaluation batch: at most 27 images of 224x224 pixels. What the network holds
 # on its way is a multiple of its input; on a CPU it should stay in the cache, which
@@ -56,7 +56,7 @@ def train_epoch(
     Args:
         model: Returns what ``loss_of`` takes, such as logits (B, classes).
         optimizer: Of the model's parameters.
-        epoch: Batches of inputs (B, C, H, W) float32 and labels, such as (B,) int64.
+        epoch: Batches of inputs (B, ...) and labels, such as (B,) int64.
         loss_of: From what the model returns and the labels to the mean loss.
         autocast: Gives what a forward pass and its loss are computed in.
     """
@@ -128,7 +128,7 @@ def _own_score(
     model: nn.Module, samples: Samples, size: int, own: Callable[[Any, Any], Any]
 ) -> float:
     pairs = [(model(inputs), labels) for inputs, labels in batches(samples, size)]
-    return float(own(*joined(pairs)))
+    return float(own(*concatenated(pairs)))
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

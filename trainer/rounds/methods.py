@@ -17,7 +17,7 @@ from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater, is_weight
 from trainer.parallel import is_alone
 from trainer.recipe.schema import Config, UpdateConfig
-from trainer.rounds.budget import Room, train_within
+from trainer.rounds.budget import PatchBudget, train_within
 from trainer.rounds.dense import DensePart
 from trainer.rounds.sparse import fine_tune
 from trainer.rounds.subspace import move_within
@@ -62,8 +62,8 @@ def train_round(
     if update.budget:
         if pack is None:
             raise ConfigError("update.budget needs a function that packs: pass pack=")
-        room = Room(pack, training.limit, training.ratio)
-        return train_within(training, epochs, score, room)
+        budget = PatchBudget(pack, training.limit, training.ratio)
+        return train_within(training, epochs, score, budget)
     return _partial(training, epochs, score)
 
 

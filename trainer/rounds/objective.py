@@ -113,8 +113,8 @@ class Judge:
         return -math.inf if self.higher else math.inf
 
 
-def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values without those that are NaN or infinite, which no record has.
+def finite_only(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without NaN and infinity, which JSON cannot hold.
 
     A metric may have no value yet: precision, before anything was found.
     """

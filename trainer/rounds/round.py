@@ -26,7 +26,7 @@ from trainer.recipe.task import device_metric
 from trainer.rounds.attempt import Attempt, counts, with_changes
 from trainer.rounds.deployment import GOLDEN_SAMPLES, bound_of
 from trainer.rounds.methods import train_round
-from trainer.rounds.objective import numbers
+from trainer.rounds.objective import finite_only
 from trainer.rounds.setup import Setup
 from trainer.rounds.subspace import regenerated
 from trainer.rounds.training import Pack, is_full
@@ -105,17 +105,13 @@ class Run:
         """
         init, update = self._init, self.config.update
         folder = self.run_dir / round_name(number - 1)
-        deployed = init
+        deployed, before, name = init, self._judge.worst, self._judge.name
         if records:
             deployed = self._decode(read_weights(folder / WEIGHTS_NAME))
-        before, name = self._judge.worst, self._judge.name
-        if records:
             before = records[-1].metrics.get(f"val_{name}", math.nan)
             test = records[-1].metrics.get(f"test_{name}", math.nan)
             self._values.know(deployed, validation=before, test=test)
-        fresh = init if reinitialise else self._shadow(folder)
-        tensors = len(self._encode(init))
-        unseen = read_shadow_terms(folder, tensors) if fresh is not init else ()
+        fresh, unseen = (init, ()) if reinitialise else self._shadow(folder)
         attempts = list(self._attempts(number, deployed, before, fresh, unseen))
         attempt = attempts[-1]
         target = attempt.new or deployed
@@ -165,7 +161,7 @@ class Run:
             **{f"val_{k}": value for k, value in attempt.values.items()},
             **counts(start, target, attempt.masks),
             **{f"grid_{name}": step for name, step in attempt.steps.items()},
-            **(values.on_the_other_side(target) if self._setup.form.is_int8 else {}),
+            **(values.int8_cost(target) if self._setup.form.is_int8 else {}),
         }
         if len(attempts) > 1:
             metrics["val_reinit"] = attempts[0].values["best"]
@@ -179,7 +175,7 @@ class Run:
             metrics["patch_bytes"] = self._size(start, target, attempt.terms)
         for term in attempt.terms[-1:]:
             metrics["coefficients"] = len(term.coefficients)
-        return numbers(metrics)
+        return finite_only(metrics)
 
     def _ratio(self, attempt: Attempt, metrics: Mapping[str, Any]) -> float | None:
         """Return the share of weights that were selected; None where all of them move.
@@ -291,7 +287,7 @@ class Run:
             waits = self._too_large(parent, best, terms) if good else 0
         return Attempt(
             values=training.values,
-            steps=training.form.form.steps,
+            steps=training.form.rounding.steps,
             ratio=training.ratio,
             start=start,
             still=training.dense.masks(),
@@ -336,10 +332,12 @@ class Run:
         size = self._size(parent, new, terms)
         return size if size > parse_size(update.first_budget or update.budget) else 0
 
-    def _shadow(self, folder: Path) -> Weights | None:
-        """Return the weights that a round trained unseen, as they train."""
+    def _shadow(self, folder: Path) -> tuple[Weights | None, tuple[Term, ...]]:
+        """Return the weights that a round trained unseen, and the subspaces to them."""
         shadow = read_shadow(folder)
-        return shadow and self._decode(shadow)
+        if shadow is None:
+            return None, ()
+        return self._decode(shadow), read_shadow_terms(folder, len(shadow))
 
     def _report(
         self,

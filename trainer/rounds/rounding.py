@@ -34,8 +34,8 @@ FINEST_STEP = 2.0**-24  # finer ones round nothing that matters
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How the values of each tensor are rounded.
+class Rounding:
+    """Rounding of each tensor: to a grid's step, or to mantissa bits.
 
     Attributes:
         bits: Mantissa bits, of tensors without a step.
@@ -94,7 +94,7 @@ class RoundForm:
     ``update.grid`` is one of int8 steps: tensors that stay floats have the dense grid.
 
     Attributes:
-        form: As it is now.
+        rounding: As it is now.
         automatic: Whether steps are found in the round.
     """
 
@@ -130,7 +130,7 @@ class RoundForm:
         fixed = {n: step for n, step in self._grids.items() if isinstance(step, float)}
         self._fixed, self._bits = fixed, update.mantissa_bits
         self.automatic = len(fixed) < len(self._grids)
-        self.form = Form(self._bits, fixed, scales)
+        self.rounding = Rounding(self._bits, fixed, scales)
 
     def settle(
         self, weights: Weights, start: Weights, masks: Mapping[str, Tensor]
@@ -154,16 +154,16 @@ class RoundForm:
                 moved = moved[masks[name].cpu().numpy().ravel()]
             if step := step_for(moved):
                 steps[name] = self._possible(name, step)
-        self.form = Form(self._bits, dict(sorted(steps.items())), self._scales)
+        self.rounding = Rounding(self._bits, dict(sorted(steps.items())), self._scales)
 
-    def finer(self) -> Iterator[Form]:
+    def finer(self) -> Iterator[Rounding]:
         """Yield what to try where the form costs too much: finer, then no grid."""
-        found = self.form.steps.items()
+        found = self.rounding.steps.items()
         halved = {
             n: s if n in self._fixed else self._possible(n, s / 2) for n, s in found
         }
-        yield Form(self._bits, halved, self._scales)
-        yield Form(min(self._bits, FALLBACK_BITS), self._fixed, self._scales)
+        yield Rounding(self._bits, halved, self._scales)
+        yield Rounding(min(self._bits, FALLBACK_BITS), self._fixed, self._scales)
 
     def _possible(self, name: str, step: float) -> float:
         """Return a step that the tensor can have: int8 has whole ones, up to 64."""

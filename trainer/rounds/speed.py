@@ -69,7 +69,7 @@ def arranged(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 
 def arranger(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what gives inputs the memory layout that a network's images have."""
+    """Return a function that brings inputs to the network's memory layout."""
     if not _is_channels_last(model):
         return lambda inputs: inputs
 

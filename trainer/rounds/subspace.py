@@ -47,7 +47,7 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
         taps=update.taps,
         seed=training.random_seed("subspace") % _SEEDS,
         selectable=selectable,
-        int8_scales=training.form.form.scales,
+        int8_scales=training.form.rounding.scales,
     )
     updater.attach(training.optimizer)
     if training.teacher:

@@ -35,7 +35,7 @@ from trainer.rounds.loop import (
     recompute_batchnorm,
     train_epoch,
 )
-from trainer.rounds.objective import Loss, judge_of, loss_of, numbers
+from trainer.rounds.objective import Loss, finite_only, judge_of, loss_of
 from trainer.rounds.rounding import RoundForm
 from trainer.rounds.speed import arranged, autocast, compiled
 from trainer.rounds.teacher import Teacher, taught_loss
@@ -193,7 +193,9 @@ class RoundTraining:
                     kept = keep and self.judge.better(value, self.values["best"])
                     if kept:
                         self._keep(value, exact)
-                record |= numbers({f"val_{self.judge.name}": value}) | {"kept": kept}
+                record |= finite_only({f"val_{self.judge.name}": value}) | {
+                    "kept": kept
+                }
                 self.values[phase] = value
             self.epochs.append(record)
             self._on_epoch(record)
@@ -231,7 +233,7 @@ class RoundTraining:
 
         On validation, beside the same weights before rounding; at the end of a round.
         """
-        if not self.form.automatic or not self.form.form.steps:
+        if not self.form.automatic or not self.form.rounding.steps:
             return
         exact = self._unrounded
         if exact is None:
@@ -239,10 +241,10 @@ class RoundTraining:
         fine = self._measure(self._folded(exact))
         self.values["unrounded"] = fine[0]
         coarse = self._measure(self.rounded(exact))
-        for form in self.form.finer():
+        for rounding in self.form.finer():
             if not self._costs_too_much(fine, coarse):
                 break
-            self.form.form = form
+            self.form.rounding = rounding
             coarse = self._measure(self.rounded(exact))
             if self.judge.better(coarse[0], self.values["best"]):
                 self._keep(coarse[0], exact)
@@ -283,7 +285,7 @@ class RoundTraining:
         model = copy.deepcopy(self.model.state_dict())
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         epochs, values = [*self.epochs], {**self.values}
-        best, form = (self.best, self._unrounded), self.form.form
+        best, rounding = (self.best, self._unrounded), self.form.rounding
         kept, taught_by = self.kept, self._taught_by
 
         def go_back() -> None:
@@ -291,7 +293,7 @@ class RoundTraining:
             # A copy: the optimizer goes on with the very tensors that it is given.
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
             self.epochs, self.values = [*epochs], {**values}
-            (self.best, self._unrounded), self.form.form = best, form
+            (self.best, self._unrounded), self.form.rounding = best, rounding
             self.kept, self._taught_by = kept, taught_by
 
         return go_back
@@ -302,7 +304,7 @@ class RoundTraining:
 
     def rounded(self, weights: Weights) -> Weights:
         """Return what a device would get of these weights."""
-        return self.form.form.round(self._folded(weights), self.start)
+        return self.form.rounding.round(self._folded(weights), self.start)
 
     def _folded(self, weights: Weights) -> Weights:
         if self._norms is None:
@@ -320,7 +322,7 @@ class RoundTraining:
     @contextmanager
     def _as_deployed(self) -> Iterator[Weights | None]:
         """Give the model the values that a device would get, and then its own back."""
-        if self.form.form.is_exact and self._norms is None:
+        if self.form.rounding.is_exact and self._norms is None:
             yield None
             return
         exact = weights_of(self.model)

@@ -55,8 +55,8 @@ class Values:
         """Return the value that is reported: as a device answers."""
         return self._of(weights, "test", self._on_device, self._test)
 
-    def on_the_other_side(self, weights: Weights) -> dict[str, float]:
-        """Return validation of a device and test as trained: what int8 costs."""
+    def int8_cost(self, weights: Weights) -> dict[str, float]:
+        """Return what shows int8's cost: validation on the device, test as trained."""
         device, network = self._on_device(weights), self._network(weights)
         name, judge = self._judge.name, self._judge
         return {

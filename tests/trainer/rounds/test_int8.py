@@ -25,7 +25,7 @@ from trainer.export.tensors import load_weights, weights_of
 from trainer.networks.models import build_model
 from trainer.recipe.schema import METHODS, PARTIAL_METHODS
 from trainer.rounds.methods import train_round
-from trainer.rounds.rounding import Form
+from trainer.rounds.rounding import Rounding
 from trainer.rounds.schedule import run_rounds
 from trainer.rounds.training import RoundTraining
 
@@ -259,7 +259,7 @@ def test_a_grid_counts_int8_steps_and_other_tensors_have_the_dense_grid():
 
 def test_an_automatic_grid_counts_whole_int8_steps():
     training, *_ = one_round("dpu", grid="auto")
-    steps = training.form.form.steps
+    steps = training.form.rounding.steps
     assert steps.keys() == set(NAMES)
     assert all(1 <= step <= 64 and step == int(step) for step in steps.values())
     for form in training.form.finer():
@@ -270,7 +270,7 @@ def test_values_beyond_the_last_step_become_the_last_one():
     scales = {"w": np.array([0.5, 1.0], np.float32)}
     base = pack_weights({"w": np.zeros((2, 2), np.float32)})
     new = pack_weights({"w": np.array([[63.6, -1e9], [0, np.nan]], np.float32)})
-    found = Form(scales=scales).round(new, base)["w"]
+    found = Rounding(scales=scales).round(new, base)["w"]
     assert found[0].tolist() == [63.5, -63.5]
     assert np.isnan(found[1, 1])  # for others to refuse
 

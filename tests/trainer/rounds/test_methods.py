@@ -324,7 +324,7 @@ def on_grid(array, step):
 def test_an_automatic_grid_has_a_step_for_each_tensor_and_is_judged_beside_none():
     config = config_of("dpu", "small_cnn", 0.1, LEAN, lr=1e-2)
     training, start, masks = trained(config)
-    steps = training.form.form.steps
+    steps = training.form.rounding.steps
     assert {name for name, mask in masks.items() if mask.any()} <= steps.keys()
     for name, array in training.best.items():
         new = array[array.view("u4") != start[name].view("u4")]
@@ -344,8 +344,8 @@ def test_a_grid_that_costs_too_much_gives_way_to_mantissa_bits(monkeypatch):
     monkeypatch.setattr("trainer.rounds.rounding.step_for", lambda _moved: 64.0)
     config = config_of("dpu", ratio=0.2, update={"grid": "auto"})
     training, start, _ = trained(config)
-    assert training.form.form.bits == 7
-    assert training.form.form.steps == {}
+    assert training.form.rounding.bits == 7
+    assert training.form.rounding.steps == {}
     assert training.best is not None
     assert training.values["best"] >= training.values["unrounded"] - MAX_COST
     words = training.best["1.weight"].view("u4")

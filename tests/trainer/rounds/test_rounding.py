@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.formats.weights import pack_weights
-from trainer.rounds.rounding import Form, round_mantissa, round_to, step_for
+from trainer.rounds.rounding import Rounding, round_mantissa, round_to, step_for
 
 words = st.integers(0, 2**32 - 1)
 
@@ -46,12 +46,12 @@ def test_what_equals_the_base_keeps_its_bits_and_other_types_stay():
     counts = np.array([3, 4])
     base = pack_weights({"w": odd, "same": odd, "n": counts})
     weights = pack_weights({"w": new, "same": odd, "n": counts + 1})
-    rounded = Form(7).round(weights, base)
+    rounded = Rounding(7).round(weights, base)
     assert rounded["w"][0] == np.float32(0.30078125)
     assert rounded["w"][1:].tobytes() == odd[1:].tobytes()
     assert rounded["same"].tobytes() == odd.tobytes()
     assert rounded["n"].tolist() == [4, 5]
-    assert Form().round(weights, base) is weights
+    assert Rounding().round(weights, base) is weights
 
 
 # On a grid ----------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_a_value_goes_to_the_nearest_multiple_of_a_power_of_two(values, step):
 def test_only_what_differs_from_the_base_is_put_on_a_grid():
     base = pack_weights({"w": np.array([0.1, 0.2, 0.3], "f4"), "b": np.ones(2, "f4")})
     new = {"w": np.array([0.1, 0.33, -0.9], "f4"), "b": np.array([1.01, 1], "f4")}
-    found = Form(7, {"w": 0.25}).round(pack_weights(new), base)
+    found = Rounding(7, {"w": 0.25}).round(pack_weights(new), base)
     assert found["w"].tolist() == [np.float32(0.1), 0.25, -1.0]
     assert found["b"].tolist() == [1.0078125, 1.0]
 
