@@ -28,7 +28,7 @@ def network(shape, classes, *, channels=8):
 
 def data():
     """Return training samples, test samples and the names of the classes."""
-    return _recordings(900, seed=1), _recordings(300, seed=2), CLASSES
+    return _recordings(6000, seed=1), _recordings(1000, seed=2), CLASSES
 
 
 def _recordings(count, seed):

@@ -33,7 +33,7 @@ def _about(candidate: Candidate) -> Iterator[str]:
     yield f"patch    {candidate.patch:,} bytes at most; from init {candidate.first:,}"
     if candidate.links:
         times = (
-            f"{link['name']} {_duration(link['seconds'])}" for link in candidate.links
+            f"{link['name']} {duration(link['seconds'])}" for link in candidate.links
         )
         yield "takes    " + ", ".join(times)
     yield f"known    {candidate.known}"
@@ -43,8 +43,16 @@ def _about(candidate: Candidate) -> Iterator[str]:
     yield "         " + " ".join(f"--set {shlex.quote(s)}" for s in candidate.sets)
 
 
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
+def duration(seconds: float) -> str:
+    """Write a time in one or two units, as ``dpu-patch info`` does."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    size, step, unit, part = 60, 1, "min", "s"
+    if seconds >= 3599.5:
+        size, step, unit, part = 60, 60, "h", "min"
+    if seconds >= 86_370:
+        size, step, unit, part = 24, 3600, "d", "h"
+    whole, rest = divmod(round(seconds / step), size)
+    return f"{whole} {unit}" + (f" {rest} {part}" if rest else "")

@@ -233,10 +233,18 @@ def _next_steps(
 def init(folder: Path, as_json: bool) -> None:
     """Write a recipe and a module with network and data to start from, into DIR.
 
-    They train as they are, on handwritten digits. Nothing is overwritten.
+    They train as they are, on handwritten digits. Nothing is overwritten. The run is
+    called as DIR is.
     """
+    from trainer.config import as_toml
+
     source = Path(str(files("trainer") / "starter"))
     wanted = {folder / name: (source / name).read_bytes() for name in STARTER}
+    if name := folder.resolve().name:
+        named = wanted[folder / STARTER[0]].replace(
+            b'name = "mine"', f"name = {as_toml(name)}".encode()
+        )
+        wanted[folder / STARTER[0]] = named
     for target in wanted:
         if target.exists() or target.is_symlink():
             raise ConfigError(f"{target} exists; choose another DIR, or move it away")
@@ -293,18 +301,23 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
 def check(
     recipe: str | None, overrides: tuple[str, ...], as_json: bool, **own: str
 ) -> None:
-    """Check RECIPE and print all its keys, defaults included; train nothing."""
-    config = _load(recipe, overrides, **own)
-    from trainer.config import as_dict, as_toml
+    """Check RECIPE and print all its keys, defaults included; train nothing.
 
-    tables = as_dict(config)
-    lines = [
-        f"{section}.{key} = {as_toml(value)}"
-        for section, table in tables.items()
-        for key, value in table.items()
-        if value is not None
-    ]
-    emit({"recipe": recipe, "config": tables}, as_json=as_json, text="\n".join(lines))
+    Functions of your own are imported, and none is called.
+    """
+    config = _load(recipe, overrides, functions=True, **own)
+    from trainer.config import as_dict, as_lines
+
+    emit(
+        {"recipe": recipe, "config": as_dict(config)},
+        as_json=as_json,
+        text="\n".join(as_lines(config)),
+    )
+    if config.data.factory and not as_json:
+        say(
+            f"{config.data.factory} was not called, as that may take long: what it "
+            "returns is checked at the start of a run"
+        )
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
@@ -373,6 +386,7 @@ def _load(
     model: str,
     data: str,
     name: str = "",
+    functions: bool = False,
 ) -> "Config":
     """Read the recipe that a command's arguments describe."""
     if recipe is None and not (model and data):
@@ -381,7 +395,9 @@ def _load(
     _extend_import_path([Path.cwd(), *([path.resolve().parent] if path else [])])
     from trainer.config import load_config
 
-    return load_config(path or OWN, overrides, name=name, model=model, data=data)
+    return load_config(
+        path or OWN, overrides, name=name, model=model, data=data, functions=functions
+    )
 
 
 @contextmanager

@@ -13,14 +13,17 @@ included, in every round folder.
 
 import copy
 import difflib
+import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.formats.kinds import kind_of
+from trainer.recipe.factory import function_problems
 from trainer.recipe.schema import (
     AUTO,
     METHODS,
@@ -43,6 +46,7 @@ def load_config(
     name: str = "",
     model: str = "",
     data: str = "",
+    functions: bool = False,
 ) -> Config:
     """Read a recipe from a file.
 
@@ -52,6 +56,8 @@ def load_config(
         name: Name of the run; default: the recipe's ``run.name``, or its file name.
         model: ``package.module:function``, in place of the section ``[model]``.
         data: ``package.module:function``, in place of ``data.set``.
+        functions: Whether to look at the functions of your own that it names: they are
+            imported, and none is called.
 
     Raises:
         ConfigError: Not TOML, or with problems; the error lists all of them.
@@ -70,18 +76,26 @@ def load_config(
     run = tables.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = name or run.get("name", Path(source).stem)
-    return make_config(tables, problems, source=source)
+    return make_config(tables, problems, source=source, functions=functions)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        if kind := kind_of(path):
+            raise ConfigError(
+                f"{path} is {kind.words}, expected a recipe (TOML); {kind.taker}"
+            ) from err
         raise ConfigError(f"{path} is not a TOML file: {err}") from err
 
 
 def make_config(
-    tables: Mapping[str, Any], problems: Sequence[str] = (), *, source: str = "recipe"
+    tables: Mapping[str, Any],
+    problems: Sequence[str] = (),
+    *,
+    source: str = "recipe",
+    functions: bool = False,
 ) -> Config:
     """Check the tables of a recipe and put them into dataclasses.
 
@@ -89,6 +103,7 @@ def make_config(
         tables: Sections as :func:`tomllib.load` or :func:`as_dict` give them.
         problems: Problems found before; reported together with the new ones.
         source: What to call the recipe in the error.
+        functions: As for :func:`load_config`.
 
     Raises:
         ConfigError: With problems; the error lists all of them.
@@ -109,6 +124,8 @@ def make_config(
         problems += _teacher_problems(made["update"], made["train"], made["data"])
     if made["model"] and made["update"] and made["model"].deploy == "int8":
         problems += _int8_problems(made["update"])
+    if functions:
+        problems += function_problems(made["model"], made["data"], made["train"])
     if problems:
         raise ConfigError(f"{source}, {len(problems)} to mend:", problems=problems)
     return Config(**made)
@@ -125,11 +142,36 @@ def as_dict(config: Config) -> dict[str, dict[str, Any]]:
     return tables
 
 
+def as_lines(config: Config) -> Iterator[str]:
+    """Yield the resolved recipe as lines of TOML, with what its defaults stand for."""
+    for name, table in as_dict(config).items():
+        keys = _keys(type(getattr(config, name)))
+        for key, value in table.items():
+            words = ""
+            if key in keys and value == keys[key].default:
+                words = keys[key].metadata["help"].partition("default: ")[2]
+            if other := table.get(words):  # another key, and it says something
+                words = f"{words}, here {as_toml(other)}"
+            line = f"{name}.{key} = {as_toml(value)}"
+            if value is None:  # which TOML lacks
+                yield f"# {name}.{key}, default: {words}"
+            else:
+                yield f"{line}  # default: {words}" if words else line
+
+
 def as_toml(value: Any) -> str:
     """Return a value of a recipe as TOML has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case list():
+            return f"[{', '.join(map(as_toml, value))}]"
+        case dict():
+            pairs = (f"{as_toml(k)} = {as_toml(v)}" for k, v in value.items())
+            return f"{{{', '.join(pairs)}}}"
+    return str(value)
 
 
 def _keys(section: type) -> dict[str, Any]:

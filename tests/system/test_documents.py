@@ -118,7 +118,7 @@ def start(commands, folder):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, commands + "\n" + done.stdout + done.stderr
 

@@ -14,8 +14,11 @@ from click.testing import CliRunner
 
 import trainer
 from trainer.cli import main
+from trainer.config import load_config
 
 torch.set_num_threads(1)
+
+BUILT_IN = Path(trainer.__file__).parent / "recipes"
 
 QUICK = [
     f"--set={change}"
@@ -84,6 +87,7 @@ def test_run_refuses_another_recipe_under_the_same_name(command, runs):
     code, out, err = command(*args)
     assert (code, out) == (2, "")
     assert "[model] name was 'mlp', is now 'small_cnn'" in err
+    assert "choose another run.name (--name)" in err
 
 
 def test_problems_of_a_recipe_are_listed_and_exit_with_2(command, tmp_path):
@@ -127,18 +131,24 @@ def test_run_takes_your_own_network_and_data_without_a_recipe(
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch, command):
-    """Run with functions of a module ``mine``: ``mine(text, "--model", "mine:f")``."""
+def module(tmp_path, monkeypatch):
+    """Write a module ``mine`` that can be imported: ``module(text)``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield (tmp_path / "mine.py").write_text
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def mine(module, command):
+    """Run with functions of a module ``mine``: ``mine(text, "--model", "mine:f")``."""
 
     def start(text, *args):
-        (tmp_path / "mine.py").write_text(text)
+        module(text)
         return command("run", "digits", *QUICK[:4], *QUICK[5:], *args)
 
-    yield start
-    sys.modules.pop("mine", None)
+    return start
 
 
 FORWARD = """
@@ -276,6 +286,7 @@ def test_what_init_writes_trains_and_the_next_steps_work_as_they_are_typed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert command("init", "new")[0] == 0
+    assert 'name = "new"' in (tmp_path / "new" / "recipe.toml").read_text()
     quick = ("--set=run.rounds=3", "--set=train.epochs=2")
     code, _, err = command("run", "new/recipe.toml", *quick)
     assert code == 0, err
@@ -353,8 +364,111 @@ def test_check_prints_every_key_as_set_takes_it(command):
     assert code == 0
     assert "update.lambda = 0.5" in out
     assert 'data.validation_from = "train"' in out
-    changes = [f"--set={line}" for line in out.splitlines()]
+    lines = [line for line in out.splitlines() if not line.startswith("#")]
+    changes = [f"--set={line}" for line in lines]
     assert command("check", "digits", *changes)[1] == out
+
+
+@pytest.mark.parametrize("recipe", ["digits", "mine"])
+def test_what_check_prints_is_a_recipe_for_the_same(module, command, tmp_path, recipe):
+    module("def network(**options): ...")
+    own = tmp_path / "mine.toml"
+    own.write_text(
+        '[run]\nrounds = 2\n[data]\nset = "digits"\ninitial = 100\ngrowth = 0\n'
+        'root = "a \\"b\\" \\\\ c"\n[train]\nepochs = 1\n'
+        '[model]\nfactory = "mine:network"\nflags = [true, "x"]\nat = {of = 1}\n'
+    )
+    out = command("check", own if recipe == "mine" else recipe)[1]
+    printed = tmp_path / "printed.toml"
+    printed.write_text(out)
+    before = load_config(own if recipe == "mine" else BUILT_IN / f"{recipe}.toml")
+    assert load_config(printed) == before
+
+
+def test_check_says_what_defaults_stand_for(command):
+    lines = command("check", "digits", "--set=update.ratio=0.02")[1].splitlines()
+    assert "update.first_ratio = 0.0  # default: ratio, here 0.02" in lines
+    assert 'update.first_budget = ""  # default: budget' in lines
+    assert 'update.budget = ""  # default: none' in lines
+    assert 'update.tensors = ""  # default: none, the dense part alone' in lines
+    floor = "# run.accuracy_floor, default: halfway between chance and round_00's share"
+    assert floor in lines
+    assert any(line.startswith("# run.bound, default: halfway") for line in lines)
+    assert "update.ratio = 0.02" in lines
+
+
+OWN = """
+def network(shape, classes, *, width=3):
+    raise RuntimeError
+def data():
+    raise RuntimeError
+def loss(outputs, targets):
+    raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("--model", "nosuch:network"), "No module named 'nosuch'"),
+        (("--data", "nosuch:data"), "No module named 'nosuch'"),
+        (("--model", "mine:netwrok"), "no function 'netwrok'; did you mean network?"),
+        (("--data", "mine:loss"), "mine:loss takes (outputs, targets)"),
+        (("--set", "model.widht=3"), "mine:network takes (shape, classes, *, width=3)"),
+        (("--set", "train.loss=mine:los"), "no function 'los'; did you mean loss?"),
+        (
+            ("--set", "train.metric=mine:no", "--set=train.better=lower"),
+            "function 'no'",
+        ),
+    ],
+)
+def test_check_looks_at_your_functions_beside_all_other_keys(
+    module, command, change, problem
+):
+    functions = ("--model", "mine:network", "--data", "mine:data")
+    module(OWN)
+    changes = (*functions, *change, "--set=update.ratio=-1")
+    code, out, err = command("check", "digits", *changes)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert "[update] ratio should be above 0" in err
+
+
+def test_check_calls_none_of_your_functions_and_says_so(module, command):
+    module(OWN)
+    own = ("--model", "mine:network", "--data", "mine:data")
+    code, out, err = command("check", *own, "--set=train.loss=mine:loss")
+    assert code == 0
+    assert 'model.factory = "mine:network"' in out
+    assert err.startswith("mine:data was not called")
+    assert command("check", *own, "--json")[2] == ""
+
+
+def test_a_module_that_raises_is_a_problem_with_its_file_and_line(module, command):
+    module("x = absent")
+    code, _, err = command("check", "digits", "--model", "mine:network")
+    assert code == 2
+    assert "mine.py, line 1, in <module>: NameError" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("columns.dpu", "is a patch, expected a recipe"), ("columns.base", "weight file")],
+)
+def test_a_file_that_is_no_recipe_is_named_by_what_it_is(command, name, words):
+    code, _, err = command("check", Path("tests/golden/v1", name))
+    assert code == 2
+    assert words in err
+    assert "expected a recipe (TOML)" in err
+    assert "codec" not in err
+
+
+def test_a_recipe_that_is_no_toml_is_told_where(command, tmp_path):
+    (tmp_path / "odd.toml").write_text("[run\n")
+    code, _, err = command("check", tmp_path / "odd.toml")
+    assert code == 2
+    assert "odd.toml is not a TOML file: " in err
+    assert "line 1" in err
 
 
 def test_help_does_not_wait_for_torch():

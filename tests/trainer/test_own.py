@@ -13,7 +13,7 @@ from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
 from trainer.config import load_config
-from trainer.data.samples import Stored
+from trainer.data.samples import LazyInputs
 from trainer.data.sources import as_source, load_source
 from trainer.export.tensors import load_weights
 from trainer.recipe.factory import call_factory, load_factory
@@ -90,7 +90,7 @@ def test_what_is_larger_than_memory_is_read_batch_by_batch(tmp_path):
         TABLES, ["data.memory=1KB"], model="own:small", data="own:dataset"
     )
     source = load_source(config.data)
-    assert isinstance(source.train.inputs, Stored)
+    assert isinstance(source.train.inputs, LazyInputs)
     rows = call_factory("own:dataset")[0]
     picked = source.prepared(source.train[torch.tensor([5, 2])])
     expected = (rows.inputs[[5, 2]] - 0.1) / 2

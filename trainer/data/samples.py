@@ -7,6 +7,7 @@ purpose, so that two methods with one seed see the same samples in the same orde
 every round, however many epochs either of them trains.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,8 +34,8 @@ READERS = 8  # threads; decoding an image lets others run
 Augment = Callable[[Tensor], Tensor]
 
 
-class Stored:
-    """Inputs that stay where they are until a batch needs them.
+class LazyInputs:
+    """Inputs of a dataset, read batch by batch.
 
     Indexing gives another selection and reads nothing; :meth:`read` reads.
     """
@@ -54,10 +55,10 @@ class Stored:
         """Shape of all inputs together, (N, ...)."""
         return (len(self._which), *self._one)
 
-    def __getitem__(self, which: slice | Tensor) -> "Stored":
+    def __getitem__(self, which: slice | Tensor) -> "LazyInputs":
         if isinstance(which, Tensor):
             which = which.cpu()  # what reads them is
-        return Stored(self._dataset, self._one, self._which[which])
+        return LazyInputs(self._dataset, self._one, self._which[which])
 
     def read(self) -> Tensor:
         """Return the inputs, (N, ...).
@@ -84,13 +85,14 @@ class Samples:
     """Labelled inputs.
 
     Attributes:
-        inputs: (N, C, H, W), raw (uint8) or normalised (float32); or what reads them.
+        inputs: (N, ...), such as (N, C, H, W): raw, or as the network takes them; or
+            what reads them.
         labels: (N, ...): classes are int64, values float32. For a loss of your own also
             several such tensors, in dicts and tuples.
         prepare: What a batch of ``inputs`` still has to go through before the network.
     """
 
-    inputs: Tensor | Stored
+    inputs: Tensor | LazyInputs
     labels: Any
     prepare: Callable[[Any], Tensor] = lambda inputs: inputs
 
@@ -100,13 +102,15 @@ class Samples:
     def __getitem__(self, which: slice | Tensor) -> "Samples":
         labels = each(partial(_rows, which=which), self.labels)
         inputs = self.inputs
-        chosen = inputs[which] if isinstance(inputs, Stored) else _rows(inputs, which)
+        chosen = (
+            inputs[which] if isinstance(inputs, LazyInputs) else _rows(inputs, which)
+        )
         return replace(self, inputs=chosen, labels=labels)
 
     def read(self) -> Tensor:
         """Return the inputs as they are stored, as a tensor."""
         inputs = self.inputs
-        return inputs.read() if isinstance(inputs, Stored) else inputs
+        return inputs.read() if isinstance(inputs, LazyInputs) else inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,8 +121,8 @@ class DataSource:
     tokens of a text) as they are.
 
     Attributes:
-        train: Raw training samples, uint8.
-        test: Raw test samples, uint8.
+        train: Raw training samples: uint8, floats, or int32 and int64 (tokens).
+        test: Raw test samples, likewise.
         classes: Names of the network's outputs: of the classes, by label, or of values.
         scale: Factor of a raw value.
         mean: Per channel, of scaled values; empty for none.
@@ -136,11 +140,11 @@ class DataSource:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, (C, H, W)."""
+        """Shape of one input, such as (C, H, W)."""
         return tuple(self.train.inputs.shape[1:])
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Turn raw inputs (N, C, ...) into network inputs, of :attr:`dtype`."""
+        """Turn raw inputs (N, ...) into network inputs, of :attr:`dtype`."""
         if self.dtype != FLOAT:
             return raw.to(getattr(torch, self.dtype))
         scaled = raw.float().mul(self.scale)
@@ -159,7 +163,7 @@ class DataSource:
         Batches come to be on the device; so do all samples, where they are in memory.
         """
         labels = each(lambda part: part.to(device), samples.labels)
-        if isinstance(samples.inputs, Stored):
+        if isinstance(samples.inputs, LazyInputs):
             return Samples(
                 samples.inputs, labels, lambda s: self.normalise(s.read().to(device))
             )
@@ -258,7 +262,9 @@ def split_source(
     Raises:
         ConfigError: The data set is too small for the recipe.
     """
-    from_test, name = config.validation_from == "test", config.set or config.factory
+    if problems := [*_missing(source, config, rounds), *_untested(source, config)]:
+        raise ConfigError("the data set is too small:", problems=problems)
+    from_test = config.validation_from == "test"
     held = source.test if from_test else source.train
     order = torch.from_numpy(generator(seed, "split").permutation(len(held)))
     chosen, left = order[: config.validation], order[config.validation :]
@@ -268,22 +274,47 @@ def split_source(
         pool, test = source.train[torch.from_numpy(arrival)], rest
     else:
         pool, test = rest, source.test
-    split = Split(pool, validation, test, config.initial, config.growth)
-    problems = []
-    if split.size_at(rounds - 1) > len(pool):
-        problems.append(
-            f"{rounds} rounds need {split.size_at(rounds - 1)} training samples, "
-            f"{name} has {len(pool)} beside validation; lower run.rounds, "
-            "data.initial, data.growth or data.validation"
+    return Split(pool, validation, test, config.initial, config.growth)
+
+
+def _missing(source: DataSource, config: DataConfig, rounds: int) -> Iterator[str]:
+    """Yield how many training samples are missing, and what to set to need no more."""
+    found, growth = len(source.train), config.growth
+    keys = {"initial": (config.initial, 2), "growth": (growth, 0)}  # and the least
+    if config.validation_from == "train":
+        keys["validation"] = (config.validation, 1)
+    needed = sum(size for size, _ in keys.values()) + (rounds - 2) * growth
+    least = sum(smallest for _, smallest in keys.values())
+    if found >= needed:
+        return
+    ways = []
+    if growth and (fewer := rounds - math.ceil((needed - found) / growth)) > 0:
+        ways.append(f"run.rounds = {fewer}")
+    if found >= least:
+        fitting = {
+            key: low + (size - low) * (found - least) // (needed - least)
+            for key, (size, low) in keys.items()
+        }
+        ways.append(", ".join(f"data.{key} = {size}" for key, size in fitting.items()))
+    yield (
+        f"{rounds} rounds need {needed} training samples, "
+        + ("those for validation included, " if "validation" in keys else "")
+        + f"{config.set or config.factory} has {found}; "
+        + ("set " + ", or ".join(ways) if ways else "bring more")
+    )
+
+
+def _untested(source: DataSource, config: DataConfig) -> Iterator[str]:
+    """Yield how many test samples are missing."""
+    name, found = config.set or config.factory, len(source.test)
+    if config.validation_from == "train" and not found:
+        yield f"expected at least one test sample, {name} has none"
+    elif config.validation_from == "test" and found <= config.validation:
+        yield (
+            f"expected more than {config.validation} test samples, as many as "
+            f"data.validation takes of them, {name} has {found}; "
+            + (f"set data.validation = {found // 2}" if found > 1 else "bring more")
         )
-    if len(validation) < config.validation or not len(test):
-        problems.append(
-            f"[data] validation = {config.validation} leaves no test samples: "
-            f"{name} has {len(held)} in its {config.validation_from} set"
-        )
-    if problems:
-        raise ConfigError("the data set is too small:", problems=problems)
-    return split
 
 
 def batches(
@@ -292,7 +323,7 @@ def batches(
     order: Tensor | None = None,
     augment: Augment | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Yield batches of network inputs (B, C, H, W) and labels (B, ...).
+    """Yield batches of network inputs (B, ...) and labels (B, ...).
 
     Args:
         samples: Prepared samples.

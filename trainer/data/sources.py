@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from edge_runtime.errors import MALFORMED, ConfigError, TrainingError
 from edge_runtime.sizes import parse_size
-from trainer.data.samples import FLOAT, DataSource, Samples, Stored, generator
+from trainer.data.samples import FLOAT, DataSource, LazyInputs, Samples, generator
 from trainer.data.targets import as_targets, check_length, check_targets
 from trainer.recipe.factory import call_factory, own_place
 from trainer.recipe.schema import DataConfig
@@ -189,13 +189,13 @@ def as_source(found: Any, memory: int, task: str = "classification") -> DataSour
     return DataSource(train, test, classes, scale, mean, std, dtype)
 
 
-def _input_type(inputs: Tensor | Stored, about: Mapping[str, Any]) -> str:
+def _input_type(inputs: Tensor | LazyInputs, about: Mapping[str, Any]) -> str:
     """Return what the network takes: whole numbers that nobody scales are tokens.
 
     Raises:
         ConfigError: The data function asks for a type that no network here takes.
     """
-    found = inputs[:1].read() if isinstance(inputs, Stored) else inputs
+    found = inputs[:1].read() if isinstance(inputs, LazyInputs) else inputs
     name = str(found.dtype).removeprefix("torch.")
     scaled = {"scale", "mean", "std"} & about.keys()
     wanted = str(about.get("dtype", name if name in TOKENS and not scaled else FLOAT))
@@ -219,7 +219,7 @@ def _own_samples(half: Any, memory: int, task: str) -> Samples:
 def _samples(dataset: Any, memory: int, task: str = "classification") -> Samples:
     """Take a map-style dataset of (input, label) into memory, if it fits."""
     first = torch.as_tensor(dataset[0][0])
-    inputs = Stored(dataset, tuple(first.shape), torch.arange(len(dataset)))
+    inputs = LazyInputs(dataset, tuple(first.shape), torch.arange(len(dataset)))
     # Most data sets know their classes without decoding their images.
     labels = getattr(dataset, "targets", None) if task == "classification" else None
     if labels is None:

@@ -5,6 +5,7 @@ What your code raises is told with your file and line (:func:`own_code_named`): 
 bug of this project.
 """
 
+import difflib
 import importlib
 import inspect
 import linecache
@@ -13,12 +14,14 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import edge_runtime
 from edge_runtime.errors import ConfigError, DpuError, TrainingError
+from trainer.recipe.schema import DataConfig, ModelConfig, TrainConfig
 
 _PROJECT = Path(edge_runtime.__file__).parents[1]
 _LIBRARIES = {"site-packages", "dist-packages"}
@@ -56,7 +59,9 @@ def load_factory(text: str) -> Callable[..., Any]:
         ) from err
     function = getattr(found, name, None)
     if not callable(function):
-        raise ConfigError(f"{module} has no function {name!r}; check {text!r}")
+        near = difflib.get_close_matches(name, dir(found), 1)
+        hint = f"did you mean {near[0]}?" if near else f"check {text!r}"
+        raise ConfigError(f"{module} has no function {name!r}; {hint}")
     return function  # type: ignore[no-any-return]
 
 
@@ -65,6 +70,15 @@ def call_factory(text: str, *arguments: Any, **options: Any) -> Any:
 
     Raises:
         ConfigError: There is no such function, or it takes neither.
+    """
+    return bind_factory(text, *arguments, **options)()
+
+
+def bind_factory(text: str, *arguments: Any, **options: Any) -> Callable[[], Any]:
+    """Return the call that :func:`call_factory` makes, without making it.
+
+    Raises:
+        ConfigError: As there.
     """
     function = load_factory(text)
     try:
@@ -76,11 +90,32 @@ def call_factory(text: str, *arguments: Any, **options: Any) -> Any:
             signature.bind(*positional, **options)
         except TypeError:
             continue
-        return function(*positional, **options)
+        return partial(function, *positional, **options)
     raise ConfigError(
         f"{text} takes {signature}; expected to call it with {len(arguments)} "
         f"arguments or none, and the options {sorted(options)}"
     )
+
+
+def function_problems(
+    model: ModelConfig | None, data: DataConfig | None, train: TrainConfig | None
+) -> Iterator[str]:
+    """Yield what is wrong with functions of your own; they are imported, not called."""
+    calls: dict[str, Callable[[], Any]] = {}
+    if model and (own := model.factory):
+        # Whatever shape and number of classes the data will have.
+        calls[own] = partial(bind_factory, own, (), 0, **model.options)
+    if data and (own := data.factory):
+        calls[own] = partial(bind_factory, own)
+    for own in (train.loss, train.metric) if train else ():
+        if ":" in own:
+            calls[own] = partial(load_factory, own)
+    for own, call in calls.items():
+        try:
+            with own_code_named(own):
+                call()
+        except (ConfigError, TrainingError) as err:
+            yield str(err)
 
 
 @contextmanager

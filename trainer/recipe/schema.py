@@ -166,7 +166,8 @@ class ModelConfig:
     """Section ``[model]``: a name, and that model's own options."""
 
     name: str = _key(
-        "mlp, small_cnn, vgg, resnet56 or a torchvision classifier", default=""
+        "mlp, small_cnn, vgg, resnet20, resnet56 or a torchvision classifier",
+        default="",
     )
     factory: str = _key(
         "in place of name: package.module:function that builds your own network, given "
@@ -194,7 +195,7 @@ class UpdateConfig:
     ratio: float = _key("share of the weights that may change", _SHARE, default=0.01)
     tensors: str = _key(
         "named only: which tensors train, whole: names or shell patterns, with commas "
-        "between; none: the dense part alone",
+        "between; default: none, the dense part alone",
         default="",
     )
     coefficients: int = _key(
@@ -258,7 +259,7 @@ class UpdateConfig:
     )
     budget: str = _key(
         "largest patch, such as 64KB; how many weights that allows is found by "
-        "packing, and ratio is only where the search starts",
+        "packing, and ratio is only where the search starts; default: none",
         _SIZE,
         default="",
     )
@@ -290,12 +291,12 @@ class UpdateConfig:
     grid: float | str = _key(
         "new values of selected weights are multiples of this power of two; auto: of "
         "one for each tensor and round, half of how far its selected weights moved. "
-        "With deploy int8 of int8 steps, from 1 to 64",
+        "With deploy int8 of int8 steps, from 1 to 64; default: none",
         _GRID,
         default="",
     )
     dense_grid: float | str = _key(
-        "likewise for biases, scales and shifts", _GRID, default=""
+        "likewise for biases, scales and shifts; default: none", _GRID, default=""
     )
     fold_batchnorm: bool = _key(
         "deploy BatchNorm as scale and shift, with statistics that stay as they are",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which method and which knobs suit a link: said before anything is trained.
+"""Recommends a method and settings for a byte budget, before anything is trained.
 
 What a patch takes is known by formulas that were held against committed results: 15 %
 of error where values are rounded or not, none for a subspace. A recipe with a budget
@@ -45,8 +45,8 @@ _KEPT = ("lambda", "reinit", "chain")
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
-    """What of a network decides about its patches.
+class NetworkSizes:
+    """The sizes of a network that decide how large its patches are.
 
     Attributes:
         weights: How many are selected from, or moved.
@@ -61,7 +61,7 @@ class Network:
     normed: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Network":
+    def of(cls, model: nn.Module) -> "NetworkSizes":
         """Measure a network."""
         tensors = deployed_tensors(model)
         named = dict(model.named_parameters())
@@ -106,28 +106,28 @@ class Candidate:
 class Advice:
     """What suits a budget, best first, and why the rest does not."""
 
-    network: Network
+    network: NetworkSizes
     budget: int
     candidates: tuple[Candidate, ...]
     refused: Mapping[str, str]
 
 
 def place_bits(share: float) -> float:
-    """Return the bits that it takes to say which weight it is, at random places."""
+    """Return the bits a selected weight's place takes: the entropy of a random mask."""
     if not 0 < share < 1:
         return 0.0
     rest = 1 - share
     return -math.log2(share) - rest / share * math.log2(rest)
 
 
-def patch_bytes(network: Network, share: float, *, lean: bool) -> int:
+def patch_bytes(network: NetworkSizes, share: float, *, lean: bool) -> int:
     """Estimate the bytes of a patch in which a share of the weights is selected."""
     each = place_bits(share) + (GRID_BITS if lean else FLOAT_BITS)
     rest = network.folded * DENSE_BITS / 8 if lean else network.dense
     return round(HEADER_BYTES + rest + network.weights * share * each / 8)
 
 
-def share_within(network: Network, budget: int, *, lean: bool) -> float:
+def share_within(network: NetworkSizes, budget: int, *, lean: bool) -> float:
     """Return the share of the weights whose patch has about a size; 0 for no room."""
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -155,14 +155,17 @@ def advise(
     Raises:
         ConfigError: Nothing fits; the message says what each method needs.
     """
-    network, found, refused = Network.of(model), [], {}
+    network, found, refused = NetworkSizes.of(model), [], {}
     # Best first, as far as was measured: where there is BatchNorm, lean updates.
     order = ("lean", "subspace") if network.normed else ("subspace", "lean")
-    makers = {"lean": _lean, "subspace": _subspace, "dpu": _plain}
+    makers = {
+        "lean": lambda: _lean(config, network, budget),
+        "subspace": lambda: _subspace(config, model, network, budget),
+        "dpu": lambda: _plain(network, budget),
+    }
     for name in (*order, "dpu"):
         try:
-            candidate = makers[name](config, model, network, budget)
-            found.append(_complete(candidate, config, network, links))
+            found.append(_complete(makers[name](), config, network, links))
         except (ConfigError, TrainingError) as err:
             refused[name] = str(err)
     if not found:
@@ -173,9 +176,7 @@ def advise(
     return Advice(network, budget, tuple(found), refused)
 
 
-def _lean(
-    config: Config, _model: nn.Module, network: Network, budget: int
-) -> Candidate:
+def _lean(config: Config, network: NetworkSizes, budget: int) -> Candidate:
     share = share_within(network, budget, lean=True)
     least = patch_bytes(network, LEAST_SHARE, lean=True)
     if share < LEAST_SHARE:
@@ -211,7 +212,7 @@ def _lean(
 
 
 def _subspace(
-    config: Config, model: nn.Module, network: Network, budget: int
+    config: Config, model: nn.Module, network: NetworkSizes, budget: int
 ) -> Candidate:
     still = set() if network.normed else _dense_names(model)
     try:
@@ -250,9 +251,7 @@ def _subspace(
     )
 
 
-def _plain(
-    _config: Config, _model: nn.Module, network: Network, budget: int
-) -> Candidate:
+def _plain(network: NetworkSizes, budget: int) -> Candidate:
     share = share_within(network, budget, lean=False)
     if share < LEAST_SHARE:
         raise ConfigError(
@@ -276,7 +275,7 @@ def _plain(
 def _complete(
     candidate: Candidate,
     config: Config,
-    network: Network,
+    network: NetworkSizes,
     links: Callable[[int, int], list[Any]] | None,
 ) -> Candidate:
     """Check a candidate as a recipe, and say how to take the given one there."""
@@ -307,9 +306,10 @@ def _complete(
 
 def block(candidate: Candidate) -> list[str]:
     """Return the lines of a recipe that a candidate is."""
-    lines = ["[update]", *(f"{k} = {as_toml(v)}" for k, v in candidate.update.items())]
+    lines = ["[update]  # in place of the recipe's own section"]
+    lines += [*(f"{k} = {as_toml(v)}" for k, v in candidate.update.items())]
     if candidate.train:
-        lines += ["", "[train]  # the recipe's other keys stay"]
+        lines += ["", "[train]  # set these keys in the recipe's own; its others stay"]
         lines += [f"{k} = {as_toml(v)}" for k, v in candidate.train.items()]
     return lines
 

@@ -274,6 +274,6 @@ def write_deployment(
     same &= found.fingerprint == deployment.recipe.generate().fingerprint
     if not same or parse_contract((folder / CONTRACT_NAME).read_bytes()) != contract:
         raise ConfigError(
-            f"{folder} was written for another recipe; choose another run.name, or "
-            f"remove {run_dir}"
+            f"{folder} was written for another recipe; choose another run.name "
+            f"(--name), or remove {run_dir}"
         )

@@ -164,7 +164,7 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
     if not resume:
         raise ConfigError(
             f"{run_dir} has {len(records)} rounds already; continue it (resume), or "
-            "choose another run.name"
+            "choose another run.name (--name)"
         )
     if [record.round for record in records] != list(range(len(records))):
         numbers = [record.round for record in records]
@@ -177,8 +177,8 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
     problems = list(_differences(made_with, as_dict(config)))
     if problems:
         raise ConfigError(
-            f"{run_dir} was made with another recipe; choose another run.name, or "
-            "undo these changes:",
+            f"{run_dir} was made with another recipe; choose another run.name "
+            "(--name), or undo these changes:",
             problems=problems,
         )
     return records

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,8 @@ from PIL import Image
 from edge_runtime.errors import ConfigError
 from trainer.data.samples import (
     DataSource,
+    LazyInputs,
     Samples,
-    Stored,
     batch_sizes,
     batches,
     generator,
@@ -102,13 +105,35 @@ def test_the_papers_protocol_takes_validation_from_the_test_set(digits):
 
 
 def test_refuses_more_rounds_than_there_are_samples(digits):
-    with pytest.raises(ConfigError, match="8 rounds need 1250 training samples"):
-        split_of(digits, rounds=8)
+    with pytest.raises(ConfigError) as caught:
+        split_of(digits, rounds=9)
+    (problem,) = caught.value.problems
+    assert problem == (
+        "9 rounds need 1650 training samples, those for validation included, digits "
+        "has 1397; set run.rounds = 7, or data.initial = 169, data.growth = 126, "
+        "data.validation = 211"
+    )
 
 
-def test_refuses_validation_that_leaves_no_test_samples(digits):
-    with pytest.raises(ConfigError, match="leaves no test samples"):
-        split_of(digits, validation_from="test", validation=400)
+@pytest.mark.parametrize("found", [3, 4, 10, 100, 399])
+@pytest.mark.parametrize("half", ["train", "test"])
+def test_what_a_small_data_set_is_told_to_set_fits_it(digits, half, found):
+    small = replace(digits, train=digits.train[:found], test=digits.test[:found])
+    asked = {"validation": 1000, "initial": 1000, "growth": 1000}
+    with pytest.raises(ConfigError) as caught:
+        split_of(small, rounds=5, validation_from=half, **asked)
+    told = re.findall(r"data\.(\w+) = (\d+)", str(caught.value.problems))
+    assert {key for key, _ in told} == asked.keys()
+    fitting = {key: int(size) for key, size in told}
+    split = split_of(small, rounds=5, validation_from=half, **fitting)
+    assert split.size_at(4) <= len(split.pool)
+
+
+def test_a_data_set_without_test_samples_is_refused_as_that(digits):
+    with pytest.raises(ConfigError) as caught:
+        split_of(replace(digits, test=digits.test[:0]))
+    (problem,) = caught.value.problems
+    assert problem == "expected at least one test sample, digits has none"
 
 
 def test_batches_follow_the_order_and_cover_it_once(digits):
@@ -234,7 +259,7 @@ def test_a_folder_too_large_for_memory_gives_the_same_batches(tmp_path):
     write_images(tmp_path / "val", 2)
     whole = load_source(folder_config(tmp_path))
     source = load_source(folder_config(tmp_path, memory="1KB"))
-    assert isinstance(source.train.inputs, Stored)
+    assert isinstance(source.train.inputs, LazyInputs)
     assert (source.mean, source.std) == (whole.mean, whole.std)
     order = torch.from_numpy(generator(0, "order").permutation(12))
     found, expected = [

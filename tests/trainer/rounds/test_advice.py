@@ -10,12 +10,14 @@ from click.testing import CliRunner
 
 from edge_runtime.errors import ConfigError
 from packager import pack_round, read_round
+from packager.report import words
 from packager.report.links import link_records
 from packager.size import patch_size
+from trainer.advice_text import duration
 from trainer.cli import main
 from trainer.config import as_dict, load_config, make_config
 from trainer.networks.models import build_model
-from trainer.rounds.advice import ERROR, Network, advise, block, patch_bytes
+from trainer.rounds.advice import ERROR, NetworkSizes, advise, block, patch_bytes
 from trainer.rounds.schedule import run_rounds
 
 ROOT = Path(__file__).parents[3]
@@ -47,7 +49,7 @@ def advice_for(recipe, shape, budget, *overrides):
 def test_estimates_are_as_near_as_they_say_to_committed_patches(network, run, shape):
     method = run.rpartition("_")[0]
     config = load_config(RECIPES / network / f"{method}.toml")
-    size = Network.of(build_model(config.model, shape, 10))
+    size = NetworkSizes.of(build_model(config.model, shape, 10))
     lean, share = method == "dpu_lean", config.update.ratio
     rounds = json.loads((RESULTS / network / f"{run}.json").read_text())["rounds"]
     usual = 1.2 * share * size.weights  # others lead from the init weights
@@ -99,6 +101,18 @@ def test_a_digits_run_by_the_advice_packs_to_no_more_than_the_budget(name, tmp_p
         assert size <= (candidate.first if anew else candidate.patch)
         later += [] if anew else [size]
     assert any(later)
+
+
+def test_pasted_keys_say_which_of_the_recipe_s_own_stay():
+    _, advice = advice_for(BUILT_IN / "digits.toml", DIGITS, 2000)
+    lines = [line for candidate in advice.candidates for line in block(candidate)]
+    assert "[update]  # in place of the recipe's own section" in lines
+    assert "[train]  # set these keys in the recipe's own; its others stay" in lines
+
+
+def test_durations_are_those_of_patch_info():
+    for seconds in (0.004, 0.2, 1, 59.96, 1176, 3599.6, 5280, 86_369, 86_371, 9e5):
+        assert duration(seconds) == words.duration(seconds)
 
 
 def test_a_budget_below_the_dense_part_names_what_each_method_needs():
