@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -157,7 +157,7 @@ def run(
         _kept_interrupts(),
         shown_progress(quiet=quiet or not is_first) as progress,
     ):
-        config = _load(recipe, overrides, name=name or "", **own)
+        config = _load(recipe, overrides, own, name=name or "")
         records = _run(config, runs, progress, size, board if is_first else None)
     if not is_first:
         return
@@ -305,7 +305,7 @@ def check(
 
     Functions of your own are imported, and none is called.
     """
-    config = _load(recipe, overrides, functions=True, **own)
+    config = _load(recipe, overrides, own, functions=True)
     from trainer.config import as_dict, as_lines
 
     emit(
@@ -352,7 +352,7 @@ def advise(
     Nothing is trained. Best first: what changes, how large a patch is and how long it
     takes, what is known of the accuracy and of which network, and the lines to paste.
     """
-    config = _load(recipe, overrides, **own)
+    config = _load(recipe, overrides, own)
     if not is_size(budget):
         raise ConfigError(f"--budget is {budget!r}, expected {SIZE_WORDS}")
     from trainer.data.sources import load_source
@@ -382,22 +382,19 @@ def _extend_import_path(places: Sequence[Path]) -> None:
 def _load(
     recipe: str | None,
     overrides: tuple[str, ...],
+    own: Mapping[str, str],
     *,
-    model: str,
-    data: str,
     name: str = "",
     functions: bool = False,
 ) -> "Config":
-    """Read the recipe that a command's arguments describe."""
-    if recipe is None and not (model and data):
+    """Read the recipe that a command describes; own are its --model and --data."""
+    if recipe is None and not all(own.values()):
         raise ConfigError("name a RECIPE, or give both --model and --data")
     path = _recipe(recipe) if recipe else None
     _extend_import_path([Path.cwd(), *([path.resolve().parent] if path else [])])
     from trainer.config import load_config
 
-    return load_config(
-        path or OWN, overrides, name=name, model=model, data=data, functions=functions
-    )
+    return load_config(path or OWN, overrides, name=name, functions=functions, **own)
 
 
 @contextmanager
