@@ -29,12 +29,14 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EINVAL, EOVERFLOW
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
 from edge_runtime.formats import signing
+from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.model_folder import (
@@ -56,7 +58,8 @@ PATCH_NAME = "patch.dpu"
 REQUIRED = (GRAPH_NAME, INIT_NAME, CONTRACT_NAME, GOLDEN_NAME, PATCH_NAME)
 OPTIONAL = (INIT_TENSORS_NAME, RUN_NAME)
 _INDEX = "bundle_index_bytes"
-Source = str | PathLike[str] | bytes
+_NO_PLACE = (EINVAL, EOVERFLOW)
+Source = str | PathLike[str] | bytes | BinaryIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,15 @@ class Bundle:
     files: dict[str, bytes]
     trust: signing.Trust
 
+    def check(self, header: PatchHeader) -> None:
+        """Insist that this is the header of the patch that it says it holds.
+
+        Raises:
+            BundleError: The patch is for another model, or leads to other weights.
+        """
+        if (header.model, header.target) != (self.model, self.target):
+            raise BundleError("the bundle's patch is not for the bundle's weights")
+
 
 def read_bundle(
     source: Source, trust: signing.Trust | signing.FirstUse | None = None
@@ -84,7 +96,7 @@ def read_bundle(
     """Read a bundle and check every member against the manifest.
 
     Args:
-        source: A path, or the bytes of the file.
+        source: A path, the bytes of the file, or the open file, which is closed then.
         trust: Whose signatures it needs, or how many of the keys that it carries; by
             default nobody's.
 
@@ -194,7 +206,11 @@ def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
         OSError: The file cannot be read.
         BundleError: Not a bundle, or damaged: also while it is used.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    if isinstance(source, bytes):
+        file: BinaryIO = io.BytesIO(source)
+    else:
+        is_path = isinstance(source, str | PathLike)
+        file = Path(source).open("rb") if is_path else source
     try:
         with file, zipfile.ZipFile(index := cast(BinaryIO, _Index(file))) as archive:
             members = len(archive.infolist())
@@ -205,7 +221,10 @@ def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
     except PatchError as err:
         raise BundleError(f"the bundle's {SIGNATURES_NAME}: {err}") from err
     # RuntimeError: an encrypted member, or one of an unknown kind.
-    except (zipfile.BadZipFile, EOFError, RuntimeError, *MALFORMED) as err:
+    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, *MALFORMED) as err:
+        # A member is said to begin where no file has a place: no fault of the disk.
+        if isinstance(err, OSError) and err.errno not in _NO_PLACE:
+            raise
         raise BundleError(
             f"not an installation bundle, or damaged ({err}); fetch it again"
         ) from err
@@ -252,7 +271,9 @@ def read_member(
         BundleError: Compressed, too large or damaged.
     """
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED:
+    # Else as many bytes are read as it has in the file, and cut off afterwards.
+    is_plain = info.compress_size == info.file_size
+    if info.compress_type != zipfile.ZIP_STORED or not is_plain:
         raise BundleError(
             f"the bundle's {name} is compressed; make it with dpu-pack --bundle"
         )

@@ -23,6 +23,7 @@ MAX_WINDOW_LOG = 18  # zstd window of 256 KiB: bounds what a device must hold a 
 _BLOCK_BYTES = 1 << 17  # of zstd; longer runs are split by it anyway
 _SEARCH_BYTES = 1 << 20  # sections up to this size are compressed in several ways
 READ_BYTES = 1 << 16
+_MAGIC = b"\x28\xb5\x2f\xfd"  # a skippable frame begins with another
 LEVEL = 19  # of zstd, 1 to 22: a patch is packed once and sent often
 # Each block of a frame is looked at. Ours have kilobytes; small tensors' have less.
 MAX_BLOCKS, BYTES_A_BLOCK = 1 << 16, 128
@@ -225,6 +226,11 @@ def frame_size(file: BinaryIO, start: int, packed: int) -> int:
     stop = start + packed
     file.seek(start)
     head = file.read(min(18, packed))  # the longest frame header
+    if not head.startswith(_MAGIC):
+        raise PatchFormatError(
+            f"a section is not a zstd frame: it begins with {head[:4].hex(' ')}, "
+            f"expected {_MAGIC.hex(' ')}"
+        )
     try:
         frame = zstandard.get_frame_parameters(head)
         offset = start + zstandard.frame_header_size(head)

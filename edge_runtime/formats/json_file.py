@@ -12,6 +12,7 @@ Fields that no reader asks for are left alone: a newer writer may have added the
 import json
 import math
 import re
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,8 @@ def parse_values(text: str, *, finite: bool = True, encodable: bool = True) -> A
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"{twice[:MAX_SHOWN]!r} is given twice")
     return found
 

@@ -5,6 +5,7 @@ import io
 import struct
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -75,6 +76,28 @@ def test_a_directory_that_states_too_little_gives_no_more_than_it_states():
     size = struct.pack("<I", (8 << 20) + 128)
     with pytest.raises(ContractError, match="damaged"):
         read_npz(data.replace(size, struct.pack("<I", 1000)), ["inputs"], limit=2000)
+
+
+@pytest.mark.parametrize("more", [0, 1])  # bytes that the checksum covers
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_what_unpacks_to_more_than_it_states_is_refused_and_not_unpacked(kind, more):
+    good, file = npy(ARRAYS[0]), io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        archive.writestr("inputs.npy", good + bytes(8 << 20))
+        info = archive.infolist()[0]
+    stated = struct.pack("<LLL", info.CRC, info.compress_size, info.file_size)
+    false = struct.pack(
+        "<LLL", zlib.crc32(good + bytes(more)), info.compress_size, len(good)
+    )
+    data = file.getvalue()
+    assert data.count(stated) == 2
+    data = data.replace(stated, false)
+    tracemalloc.start()
+    with pytest.raises(ContractError, match="damaged"):
+        read_npz(data, ["inputs"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_many_files_in_one_are_counted_before_they_are_looked_at():

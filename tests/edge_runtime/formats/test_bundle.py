@@ -10,7 +10,7 @@ from copy import copy
 import pytest
 
 from edge_runtime.errors import BundleError, KeyFileError
-from edge_runtime.formats.bundle import carried_trust
+from edge_runtime.formats.bundle import carried_trust, read_bundle
 from edge_runtime.limits import limits
 from packager.zip_file import encode_bundle
 
@@ -40,3 +40,25 @@ def test_keys_that_lie_in_the_same_bytes_are_refused_before_one_is_read():
             archive.filelist.append(entry)
     with pytest.raises(BundleError, match="more bytes than the"):
         carried_trust(out.getvalue())
+
+
+def bundle_whose_manifest(path, **facts):
+    """A zip file whose index says what is not so of its only member."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("bundle.json", "{}" + " " * 1000)
+        for name, value in facts.items():
+            setattr(archive.filelist[0], name, value)
+    return path
+
+
+@pytest.mark.parametrize("place", [1 << 50, (1 << 63) - 1])
+def test_a_member_that_begins_where_no_file_has_a_place_is_no_fault_of_the_disk(
+    tmp_path, place
+):
+    with pytest.raises(BundleError, match="damaged"):
+        read_bundle(bundle_whose_manifest(tmp_path / "b.zip", header_offset=place))
+
+
+def test_a_member_that_has_more_bytes_than_it_states_is_refused_unread(tmp_path):
+    with pytest.raises(BundleError, match=r"bundle\.json is compressed"):
+        read_bundle(bundle_whose_manifest(tmp_path / "b.zip", file_size=2))

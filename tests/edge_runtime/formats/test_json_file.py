@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+import time
 import tracemalloc
 
 import pytest
@@ -67,6 +68,15 @@ def test_a_field_of_another_type_is_refused_by_its_name(name):
     assert refused >= len(WRONG) - 3
     with pytest.raises(ContractError, match="is nothing, expected"):
         READERS[name](parse(json.dumps({})))
+
+
+def test_a_name_given_twice_behind_many_others_is_found_in_no_time():
+    names = [*map(str, range(60_000)), "59999"]
+    text = "{" + ",".join(f'"{name}":0' for name in names) + "}"
+    begin = time.process_time()
+    with pytest.raises(ContractError, match="'59999' is given twice"):
+        parse(text)
+    assert time.process_time() - begin < 5
 
 
 def test_a_field_inside_is_named_with_what_is_around_it():

@@ -97,6 +97,15 @@ def skippable():
     return b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 
 
+def disguised():
+    """A skippable frame that seems to end where junk behind a real frame ends."""
+    size = 0xC0  # as the descriptor of a header it asks for 14 bytes
+    behind = zstd() + b"junk"
+    block = (8 + size + len(behind) - 14 - 3) << 3 | 1
+    skipped = (bytes(6) + block.to_bytes(3, "little")).ljust(size, b"\0")
+    return b"\x50\x2a\x4d\x18" + size.to_bytes(4, "little") + skipped + behind
+
+
 def large_window():
     parameters = zstandard.ZstdCompressionParameters(window_log=20)
     compressor = zstandard.ZstdCompressor(compression_params=parameters)
@@ -127,6 +136,7 @@ def test_the_window_of_a_single_segment_is_its_content():
         zstd() + zstd(),
         zstd() + skippable(),
         skippable() + zstd(),
+        disguised(),
         zstd()[:-1],
         zstd()[:12],
         zstd(write_checksum=True)[:-4],
@@ -142,6 +152,7 @@ def test_the_window_of_a_single_segment_is_its_content():
         "two frames",
         "skippable behind",
         "skippable before",
+        "skippable before, with junk behind",
         "cut",
         "cut early",
         "cut checksum",
