@@ -28,7 +28,7 @@ from click.exceptions import NoArgsIsHelpError
 
 from edge_runtime import errors
 from edge_runtime.formats.kinds import Kind, refuse_others
-from edge_runtime.streams import prepare_streams, read_by_nobody
+from edge_runtime.streams import give_up_rest, prepare_streams, read_by_nobody, unheard
 from edge_runtime.text import printable_lines, printable_message
 
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
@@ -204,11 +204,12 @@ def on_device(command: Callable[..., Answer]) -> Any:
 
 
 def progress(text: str) -> None:
-    """Print what is done so far; the work goes on if nobody reads it any more."""
-    try:
+    """Print what is done so far; the work goes on though it cannot be written.
+
+    What a full disk does not take is tried again, and told as a failure in the end.
+    """
+    with unheard(sys.stdout):
         print(printable_lines(text), flush=True)
-    except BrokenPipeError:
-        read_by_nobody(sys.stdout)
 
 
 def say(message: str, *, label: str = "") -> None:
@@ -220,8 +221,9 @@ def say(message: str, *, label: str = "") -> None:
     """
     if label and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = click.style(label, "red", bold=True)
-    # Not click.echo: that would choose an encoding of its own.
-    print(label + printable_message(message), file=sys.stderr, flush=True)
+    with unheard(sys.stderr):  # the work counts, and the exit code tells
+        # Not click.echo: that would choose an encoding of its own.
+        print(label + printable_message(message), file=sys.stderr, flush=True)
 
 
 def release_interrupts() -> None:
@@ -248,15 +250,21 @@ class _CatchErrors:
             result = super().main(args, *more, **kwargs)  # type: ignore[misc]
         # The one place where a bug becomes a message.
         except (Exception, KeyboardInterrupt) as err:  # noqa: BLE001
-            try:
+            with unheard(sys.stderr):
                 _report(err, as_json="--json" in args)
-            except OSError:  # nobody hears it, at exit neither; the exit code tells
-                read_by_nobody(sys.stdout)
-                read_by_nobody(sys.stderr)
-            sys.exit(exit_code(err))
+            result = exit_code(err)
+        for stream in (sys.stdout, sys.stderr):
+            give_up_rest(stream)
         # Without standalone mode, click hands back the code of ctx.exit(), or what
         # the command returned.
         sys.exit(result if isinstance(result, int) else OK)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        except BrokenPipeError:  # of --help and --version; click would end with 1
+            read_by_nobody(sys.stdout)
+            raise click.exceptions.Exit(OK) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -346,6 +354,23 @@ class FileOf(click.Path):
         if named or not (self.dir_okay and path.is_dir()):
             refuse_others(path, self.kinds)
         return super().convert(value, param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds within bounds, by default up to a year."""
+
+    def __init__(self, least: float, most: float = 366 * 86_400.0) -> None:
+        """Accept what is in between."""
+        super().__init__(least, most)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the number; NaN is within no bounds, though no comparison says so."""
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return found
 
 
 class Command(_CatchErrors, click.Command):

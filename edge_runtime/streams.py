@@ -8,6 +8,8 @@ a sign or a file name cannot be written (``LC_ALL=C``).
 import codecs
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -23,7 +25,9 @@ def prepare_streams() -> None:
     codecs.register_error(_HANDLER, _write_somehow)
     # Closed streams (``>&-``) are None; no other file may get their numbers.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:  # whoever asked for data must not take silence for it
+        nowhere = os.open(os.devnull, os.O_RDONLY)
+        sys.stdout = open(nowhere, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors in _DEFAULTS:
@@ -44,6 +48,28 @@ def _write_somehow(error: UnicodeError) -> tuple[bytes, int]:
 def read_by_nobody(stream: TextIO) -> None:
     """Send what else is written to a stream nowhere: its reader is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def unheard(stream: TextIO) -> Iterator[None]:
+    """Go on though a stream takes nothing; if its reader is gone, nothing comes back.
+
+    What a full disk did not take stays there, and is tried again with the next line.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        read_by_nobody(stream)
+    except OSError:
+        pass
+
+
+def give_up_rest(stream: TextIO) -> None:
+    """Write what is left of a stream, or drop it: else Python changes the exit code."""
+    try:
+        stream.flush()
+    except OSError:
+        read_by_nobody(stream)
 
 
 def utf8(text: str) -> bytes:

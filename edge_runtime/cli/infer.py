@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import Answer, FileOf, emit, json_option, on_device, say
+from edge_runtime.commandline import (
+    Answer,
+    FileOf,
+    Seconds,
+    emit,
+    json_option,
+    on_device,
+    say,
+)
 from edge_runtime.errors import ContractError, DpuError
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from edge_runtime.formats.contract import Contract
@@ -157,7 +164,9 @@ def _golden(device: "Device") -> "Golden":
     from edge_runtime.update.golden import read_golden
 
     path = device.store.root / "model" / GOLDEN_NAME
-    return read_golden(read_bounded(path, "golden_bytes", GOLDEN_NAME, ContractError))
+    with device.store.own():
+        data = read_bounded(path, "golden_bytes", GOLDEN_NAME, ContractError)
+        return read_golden(data)
 
 
 def _in_turn(
@@ -295,7 +304,7 @@ def _score(
 @_run_options
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.01, 3600),
+    type=Seconds(0.01, 3600),
     default=3.0,
     help="How long to measure.",
 )
@@ -339,9 +348,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"beside it    {overhead_us:+.1f} us a call, {ratio:.3f}x"
 
 
-def _answer(
-    row: "NDArray[np.float32]", contract: "Contract", count: int
-) -> dict[str, Any]:
+def _answer(row: "NDArray[Any]", contract: "Contract", count: int) -> dict[str, Any]:
     """Return the likeliest classes, or which labels are true; else the plain output."""
     import numpy as np
 
@@ -351,9 +358,10 @@ def _answer(
         return {"labels": true, "output": row.tolist()}
     if contract.task != "classification" or len(classes) != len(row):
         return {"output": row.tolist()}
-    # A softmax: the outputs of a classifier are logits.
-    shares = np.exp(row - row.max())
+    # A softmax: the outputs of a classifier are logits, of whatever type.
+    logits = row.astype(np.float64)
+    shares = np.exp(logits - logits.max())
     shares /= shares.sum()
-    best = np.argsort(-row, kind="stable")[:count]
+    best = np.argsort(-logits, kind="stable")[:count]
     likely = [(classes[i], round(float(shares[i]), 6)) for i in best]
     return {"top": [{"class": name, "probability": share} for name, share in likely]}

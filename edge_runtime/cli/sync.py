@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli.network import network_options
-from edge_runtime.commandline import emit, json_option, message_of, say
+from edge_runtime.commandline import Seconds, emit, json_option, message_of, say
 from edge_runtime.errors import DpuError, SyncError
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
@@ -47,7 +47,7 @@ def _budgets(
     "--every",
     envvar="DPU_EVERY",
     metavar="SECONDS",
-    type=click.FloatRange(1),
+    type=Seconds(1),
     help="Look again so often, with some jitter; by default once.",
 )
 @click.option(
