@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 import time
-from calendar import timegm
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from edge_runtime.store.store import Store
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.story import QUIET_S, Known, age, read_known, span, tell
 from edge_runtime.sync.sync import FAILED
+from edge_runtime.times import seconds_of
 from edge_runtime.update.device import Device
 from edge_runtime.update.repair import find_damage
 
@@ -133,7 +133,7 @@ def _clock(store: Store, known: Known) -> Findings:
 
 def _seconds(text: str) -> int:
     with suppress(ValueError):
-        return timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+        return seconds_of(text)
     return 0
 
 
@@ -323,22 +323,30 @@ def _agent(root: Path, status: Mapping[str, Any]) -> Findings:
     quiet = time.time() - status["last_success"]
     if status["failing"]:
         yield Finding("agent", Health.WRONG, status["failing"])
-    elif _is_running(root):
-        yield Finding("agent", Health.OK, f"it runs; all was well {age(quiet)}")
-    elif quiet > QUIET_S:
-        words = f"none runs, and none has looked for {span(quiet)}"
-        yield Finding("agent", Health.WRONG, words, "start its unit")
+        return
+    runs = _is_running(root)
+    words = {
+        True: "it runs",
+        False: "none runs now",
+        None: "whether it runs only its own user sees",
+    }
+    if quiet > QUIET_S and not runs:
+        problem = f"{words[runs]}, and none has looked for {span(quiet)}"
+        yield Finding("agent", Health.WRONG, problem, "start its unit")
     else:
-        yield Finding("agent", Health.OK, f"none runs now; all was well {age(quiet)}")
+        known = f"{words[runs]}; all was well {age(quiet)}"
+        yield Finding("agent", Health.OK, known)
 
 
-def _is_running(root: Path) -> bool:
-    """Return whether somebody holds the agent's lock."""
+def _is_running(root: Path) -> bool | None:
+    """Return whether somebody holds the agent's lock; None for another user's."""
     try:
         with (root / "agent.lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except PermissionError:
+        return None
     except OSError:
         pass
     return False

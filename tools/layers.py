@@ -27,6 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "errors",
             "sizes",
             "text",
+            "times",
             "streams",
             "limits",
             "files",

@@ -18,10 +18,11 @@ from edge_runtime.formats.json_record import Record
 from edge_runtime.limits import limits
 from edge_runtime.store.state import utc
 from edge_runtime.text import printable
+from edge_runtime.times import MAX_SECONDS
 
 SCHEMA = 3
-_TOLD = {Decision.WAITING, Decision.HELD, Decision.BLOCKED, Decision.REFUSED}
-_LAST_SECOND = 253402300799  # of the year 9999, the last one that can be written
+# What is to be told of a file as long as it lasts.
+TOLD = {Decision.WAITING, Decision.HELD, Decision.BLOCKED, Decision.REFUSED}
 
 
 def _status_path(root: Path) -> Path:
@@ -61,7 +62,7 @@ def _parse(record: Record) -> dict[str, Any]:
             "pinned": installed.flag("pinned"),
             **({"name": installed.text("name")} if "name" in installed else {}),
         },
-        "last_success": record.integer("last_success", most=_LAST_SECOND),
+        "last_success": record.integer("last_success", most=MAX_SECONDS),
         "failing": record.text("failing"),
         "basis": record.items("basis", (str, int)),
         "files": {name: _file(entry) for name, entry in files.members()},
@@ -117,7 +118,7 @@ def status_lines(record: Mapping[str, Any]) -> Iterator[str]:
     if record["failing"]:
         yield f"failing        {printable(record['failing'])}"
     for name, file in record["files"].items():
-        if file["verdict"] in _TOLD:
+        if file["verdict"] in TOLD:
             by = "by this device: " if file["verdict"] == Decision.BLOCKED else ""
             yield (
                 f"{file['verdict']:<13}  {printable(name)}: {by}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-edge doctor``: what is wrong with this device, and what to do."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -36,18 +37,7 @@ def doctor(context: click.Context, folder: Path | None, *, as_json: bool) -> Non
         )
         if finding.todo:
             lines.append(f"{'':<20}-> {printable(finding.todo)}")
-    record = {
-        "well": not wrong,
-        "findings": [
-            {
-                "check": finding.check,
-                "health": finding.health,
-                "words": finding.words,
-                "todo": finding.todo,
-            }
-            for finding in found
-        ],
-    }
+    record = {"well": not wrong, "findings": [*map(asdict, found)]}
     emit(record, as_json=as_json, text="\n".join(lines))
     if wrong:
         context.exit(UNWELL)

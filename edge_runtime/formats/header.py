@@ -19,7 +19,6 @@ VERSION = 1
 # ahead is a slip of the hand; and no release could follow the highest number of all.
 MAX_JUMP = 1 << 20
 RESERVED_COUNTER = (1 << 64) - 1
-MAX_SECONDS = 253402300799  # the end of the year 9999
 # Bits of critical features: what a reader has to know of a body.
 DATED = 0x1  # it says when the patch was signed
 SUBSPACE = 0x2  # it moves whole tensors by subspaces

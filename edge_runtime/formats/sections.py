@@ -22,7 +22,8 @@ from edge_runtime.formats.frames import (
     frame_size,
     pack_section,
 )
-from edge_runtime.formats.header import MAX_SECONDS, read_exactly
+from edge_runtime.formats.header import read_exactly
+from edge_runtime.times import MAX_SECONDS
 
 MAX_SECTIONS = 64
 MAX_COUNTED_BYTES = 1 << 20  # a section whose size follows from nothing else

@@ -58,7 +58,7 @@ def bench(
     memory = peak_memory()
     if predictor.backend is Backend.ONNXRUNTIME:
         # The predictor's own: two sessions of one model differ by more than we add.
-        session, feed = predictor._session, contract.prepare(inputs)
+        session, feed = predictor.session, contract.prepare(inputs)
         calls.append(lambda: session.run(predictor.asked, feed))
     ours, *raw = _in_turn(calls, seconds)
     return {

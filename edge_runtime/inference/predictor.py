@@ -79,6 +79,11 @@ class Predictor:
         # Every slot of a model is of one size.
         self._needed = LOAD_FACTOR * (folder / WEIGHTS_NAME).stat().st_size
 
+    @property
+    def session(self) -> Any:
+        """The session that answers now; None while there is none."""
+        return self._session
+
     def predict(self, raw: ArrayLike | Mapping[str, ArrayLike]) -> NDArray[Any]:
         """Return the first output for raw inputs: the first that is a tensor.
 

@@ -5,7 +5,7 @@ Each function takes what the store knows (:class:`edge_runtime.store.state.State
 what the patch says of itself (its header) and returns why it may not be applied, or
 None. The rules, in the order in which a device asks them:
 
-1. The trusted keys signed it (:func:`signers`), before a byte of its body is read.
+1. The trusted keys signed it (:attr:`.State.trust`), before a byte of its body is read.
 2. It is for this network and this run.
 3. The device is not pinned.
 4. Its release counter is above the floor, or equal to it with the same target; not by
@@ -30,13 +30,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
 from edge_runtime.formats.identity import Identity, wrong_model
-from edge_runtime.formats.signing import Trust
 from edge_runtime.store.state import MAX_TRIES, State
-
-
-def signers(state: State) -> Trust:
-    """Return whose signatures a patch needs here."""
-    return state.trust
 
 
 def is_current(state: State, header: PatchHeader) -> bool:

@@ -6,7 +6,6 @@ No I/O but a look at the clock, for the history.
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust
+from edge_runtime.times import utc as utc
 from edge_runtime.trust.keylist import KeyList
 
 SCHEMA, WITH_LIST = 1, 2  # of a state without and with a key list
@@ -22,11 +22,7 @@ MAX_HISTORY = 100  # events kept, and targets whose tries are counted
 MAX_TRIES = 3  # trials of one release that may be cut off before it is refused
 MAX_FORMER = 8  # reverse patches kept
 MAX_REASON = 1000  # characters of why something was refused
-
-
-def utc(seconds: float | None = None) -> str:
-    """Return a time, or this moment, by the device's own clock, for people."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+_MAX_BYTES = 4 * MAX_REASON  # of it in the file, where one may take twelve
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,8 +229,7 @@ class State:
 
     def noted(self, event: str, slot: Slot, reason: str = "") -> "State":
         """Return the state with one more event, of now, in its history."""
-        reason = reason[:MAX_REASON]  # a hook may say a lot
-        entry = Event(utc(), event, slot.round, slot.target, reason)
+        entry = Event(utc(), event, slot.round, slot.target, _cut(reason))
         return replace(self, history=(*self.history, entry)[-MAX_HISTORY:])
 
     def noted_once(self, event: str, slot: Slot, reason: str) -> "State":
@@ -242,6 +237,7 @@ class State:
 
         What is tried again and again must not push the rest out of the history.
         """
+        reason = _cut(reason)
         last = self.history[-1] if self.history else None
         if last and (last.event, last.target) == (event, slot.target):
             if last.reason == reason:
@@ -260,6 +256,14 @@ class State:
         state = replace(self, slots=slots, former=(*filter(None, [link]), *self.former))
         useful = [s for s in state.former if state.slot(state.way_back(s.target)[0])]
         return replace(state, former=tuple(useful[:MAX_FORMER]))
+
+
+def _cut(reason: str) -> str:
+    """Cut what a hook or a trial said: what is written has to be read again."""
+    reason = reason[:MAX_REASON]
+    while len(json.dumps(reason)) > _MAX_BYTES:
+        reason = reason[: len(reason) * 3 // 4]
+    return reason
 
 
 def encode_state(state: State) -> bytes:
@@ -306,6 +310,7 @@ def decode_state(data: bytes) -> State:
             if schema == WITH_LIST
             else None,
         )
+        # Both raise for what no state of a device says: no such slot, no keys.
         _ = state.active_slot, state.trust.ids
     except (StopIteration, ValueError, KeyFileError) as err:
         raise _DamagedError(repr(err)) from err

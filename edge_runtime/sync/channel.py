@@ -11,7 +11,7 @@ from edge_runtime.store.state import State, utc
 from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
 from edge_runtime.sync.http import read_all
-from edge_runtime.sync.state import HEAD_NAME
+from edge_runtime.sync.state import HEAD_NAME, read_kept
 from edge_runtime.trust.root import load_list
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Channel(Downloads):
     def _kept_head(self) -> bytes:
         """Return the head that was taken; nothing if its file is damaged or gone."""
         with suppress(OSError, HeadError):
-            data = (self._folder / HEAD_NAME).read_bytes()
+            data = read_kept(self._folder)
             if read_head(data).sha256 == self._state.digest:
                 return data
         return b""
@@ -160,7 +160,7 @@ class Channel(Downloads):
         ever reaches, and the key list that revokes it would not help.
         """
         with suppress(OSError, HeadError):
-            kept = read_head((self._folder / HEAD_NAME).read_bytes())
+            kept = read_head(read_kept(self._folder))
             if kept.signatures and kept.sha256 == self._state.digest:
                 try:
                     kept.check(device.trust)
@@ -178,7 +178,7 @@ class Channel(Downloads):
             name = f"{number}.root.json"
             path, present = self._folder / name, b""
             with suppress(FileNotFoundError, KeyListError):
-                present = load_list(path)
+                present = load_list(path, regular=True)
             data = present
             if not data:
                 with self._source.get(f"keys/{name}") as answer:

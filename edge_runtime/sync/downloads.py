@@ -18,7 +18,7 @@ from edge_runtime.limits import limits
 from edge_runtime.sync.desk import Desk
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
 from edge_runtime.sync.http import CHUNK, EXCHANGE_S, Answer
-from edge_runtime.sync.state import HEAD_NAME
+from edge_runtime.sync.state import read_kept
 
 
 class Downloads(Desk):
@@ -131,7 +131,7 @@ class Downloads(Desk):
         """Remove parts of files that no head asks for any more."""
         wanted = set[str]()
         with suppress(OSError, DpuError):
-            head = read_head((self._folder / HEAD_NAME).read_bytes()).head
+            head = read_head(read_kept(self._folder)).head
             wanted = {way.sha256 for way in head.ways}
             wanted |= {head.bundle[1]} if head.bundle else set()
         for path in self._folder.glob(".*.part"):

@@ -31,10 +31,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.errors import HeadError
-from edge_runtime.formats.header import MAX_SECONDS
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record, is_whole
 from edge_runtime.formats.signing import Signature, Trust, framed, is_signed, key_id
+from edge_runtime.times import MAX_SECONDS
 from edge_runtime.trust.canonical import encode_canonical
 
 HEAD_CONTEXT = b"dpu channel head"

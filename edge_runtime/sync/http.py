@@ -26,6 +26,7 @@ TIMEOUT_S = 60.0  # without a byte
 EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth
 SHORT_BODY = 1 << 10  # of an error page: to read it costs less than a new connection
 REDIRECTS = 3
+_MAX_TAG = 200  # characters; those that are known have up to a hundred
 
 
 @dataclass(slots=True)
@@ -260,6 +261,8 @@ class HttpSource:
     def _answer(self, where: str, found: Any, offset: int) -> Answer:
         size = _number(found.headers.get("Content-Length", ""))
         tag = found.headers.get("ETag", "")
+        if len(tag) > _MAX_TAG or not tag.isascii():
+            tag = ""  # the state keeps one for each file
         start = 0
         if found.status == 206:
             start = _start_of(found.headers.get("Content-Range", ""))

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from edge_runtime.errors import StoreError
-from edge_runtime.files import Files
-from edge_runtime.formats.header import MAX_SECONDS
+from edge_runtime.errors import HeadError, StoreError
+from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.sync.head import SignedHead
+from edge_runtime.times import MAX_SECONDS
 
 SLIP_S = 90 * 86_400  # more than the clocks of two honest publishers are apart
 SCHEMA, TUF_SCHEMA = 1, 2  # the second only with what it is for
@@ -141,6 +141,17 @@ def read_sync_state(folder: Path) -> SyncState:
         record.text("tuf_keys") if with_tuf else "",
         record.integer("tuf_expires") if with_tuf else 0,
     )
+
+
+def read_kept(folder: Path) -> bytes:
+    """Return the file of the newest head that was taken.
+
+    Raises:
+        OSError: It cannot be read.
+        HeadError: It is larger than any head.
+    """
+    path = folder / HEAD_NAME
+    return read_bounded(path, "head_bytes", str(path), HeadError, regular=True)
 
 
 def _budget(record: Record, name: str) -> int | None:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.agent.plan import Decision
+from edge_runtime.agent.status import TOLD
 from edge_runtime.errors import HeadError, StoreError
-from edge_runtime.files import read_bounded
 from edge_runtime.store.state import State, utc
 from edge_runtime.store.store import Store
 from edge_runtime.sync.head import Head, read_head
@@ -22,6 +21,7 @@ from edge_runtime.sync.state import (
     HEAD_NAME,
     STATE_NAME,
     SyncState,
+    read_kept,
     read_sync_state,
 )
 from edge_runtime.sync.sync import FAILED
@@ -29,7 +29,6 @@ from edge_runtime.text import printable
 
 QUIET_S = 1800  # an agent writes its status every ten minutes
 _UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
-_TOLD = {Decision.WAITING, Decision.HELD, Decision.BLOCKED, Decision.REFUSED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,7 @@ def read_known(folder: Path | None) -> Known:
         state = read_sync_state(folder)
         if not state.digest:
             return Known(folder, state)
-        path = folder / HEAD_NAME
-        data = read_bounded(path, "head_bytes", str(path), HeadError, regular=True)
-        signed = read_head(data)
+        signed = read_head(read_kept(folder))
     except (OSError, StoreError, HeadError) as err:
         return Known(folder, problem=str(err))
     if signed.sha256 != state.digest:
@@ -99,7 +96,7 @@ def tell(
             "channel": sync.channel,
             "checked": utc(sync.checked) if sync.checked else None,
             "age_s": int(now) - sync.checked if sync.checked else None,
-            "stale": bool(known.head and max(now, sync.seen) >= _expires(known)),
+            "stale": bool(known.head and max(now, sync.seen) >= known.head.expires),
             "last_look": {"result": sync.result, "reason": sync.reason},
             "bytes": {"day": sync.spent_in(day), "month": sync.spent_in(day[:7])},
             "budget": {"day": sync.day_bytes, "month": sync.month_bytes},
@@ -110,12 +107,6 @@ def tell(
 def _release(head: Head) -> dict[str, Any]:
     names = ("version", "counter", "round", "target", "at", "expires")
     return {name: getattr(head, name) for name in names}
-
-
-def _expires(known: Known) -> int:
-    """Return from when on nobody knows what is newest; TUF has a time of its own."""
-    of_tuf = known.state.tuf_expires if known.state else 0
-    return of_tuf or (known.head.expires if known.head else 0)
 
 
 def _missing(
@@ -161,7 +152,7 @@ def _why_not_applied(agent: Mapping[str, Any], files: list[str], now: float) -> 
         return "it lies here, and no agent has looked yet: is one running?"
     for name in files:
         found = agent["files"].get(name)
-        if found and found["verdict"] in _TOLD:
+        if found and found["verdict"] in TOLD:
             return f"it lies here, and the agent says: {found['reason']}"
     if agent["failing"]:
         return f"it lies here, and the agent fails: {agent['failing']}"

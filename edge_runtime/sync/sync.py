@@ -21,14 +21,13 @@ from edge_runtime.errors import (
     TrustError,
     WrongModelError,
 )
-from edge_runtime.files import Files, lock_file
+from edge_runtime.files import Files, lock_file, open_regular
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.signed_header import read_signed_header
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
-from edge_runtime.store.admission import signers
 from edge_runtime.store.state import MAX_REASON, State, utc
 from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.channel import Channel
@@ -228,7 +227,7 @@ class Sync(Channel):
         """
         known = device.key_list.root.version if device.key_list else head.keys
         # With a newer list others may be trusted, so signatures are for later then.
-        trust = signers(device) if known >= head.keys else Trust()
+        trust = device.trust if known >= head.keys else Trust()
         for way in way_there:
             if not self._path(way).exists() and not self._fetch(way):
                 return False
@@ -241,11 +240,9 @@ class Sync(Channel):
         return True
 
     def _header(self, way: Way, trust: Trust) -> PatchHeader:
-        file: BinaryIO
-        if way.parent:
-            file = self._path(way).open("rb")
-        else:  # the bundle is signed, not the patch in it
-            file, trust = BytesIO(read_bundle(self._path(way), trust).patch), Trust()
+        file: BinaryIO = open_regular(self._path(way))
+        if not way.parent:  # the bundle is signed, not the patch in it
+            file, trust = BytesIO(read_bundle(file, trust).patch), Trust()
         with file:
             return read_signed_header(file, limits(), trust).header
 

@@ -8,7 +8,6 @@ times are judged by the newest signed time as well. The first root comes from a 
 (``--tuf-root``) and stays. python-tuf (the extra ``tuf``) is imported when it is asked.
 """
 
-import calendar
 import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,6 +24,7 @@ from edge_runtime.limits import limits
 from edge_runtime.sync.head import SignedHead, read_signed
 from edge_runtime.sync.http import Source, read_all
 from edge_runtime.sync.plan import TufStaleError
+from edge_runtime.times import seconds_of
 from edge_runtime.trust.canonical import encode_canonical
 from edge_runtime.trust.root import load_list
 
@@ -35,7 +35,7 @@ FOLDER = ".sync.tuf"  # in the agent's folder, which leaves hidden names alone
 PINNED = "pinned.root.json"
 ROLES = ("root", "timestamp", "snapshot", "targets")
 ROTATIONS = 64  # roots that are taken at one look
-_LIMIT, _TIME = "tuf_bytes", "%Y-%m-%dT%H:%M:%SZ"
+_LIMIT = "tuf_bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def _said(targets: Record, channel: str) -> SignedHead:
 
 def _expiry(signed: Record) -> int:
     """Return when metadata expires; python-tuf has looked at the form."""
-    return calendar.timegm(time.strptime(signed.text("expires"), _TIME))
+    return seconds_of(signed.text("expires"))
 
 
 def _keys(root: Record) -> str:

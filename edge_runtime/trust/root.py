@@ -21,7 +21,6 @@ are counted; which list may follow which is in :mod:`edge_runtime.trust.rules`.
 
 import hashlib
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -34,6 +33,7 @@ from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust, is_signed
 from edge_runtime.limits import limits
+from edge_runtime.times import seconds_of
 from edge_runtime.trust.canonical import encode_canonical
 
 _WHAT = "the key list"
@@ -116,14 +116,18 @@ def list_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def load_list(path: str | PathLike[str]) -> bytes:
+def load_list(path: str | PathLike[str], *, regular: bool = False) -> bytes:
     """Read the file of a key list, and no more of it than a list may have.
+
+    Args:
+        path: The file.
+        regular: Whether it must be an ordinary file, as others may put things there.
 
     Raises:
         OSError: It cannot be read.
         KeyListError: It is larger.
     """
-    return read_bounded(Path(path), _LIMIT, _WHAT, KeyListError)
+    return read_bounded(Path(path), _LIMIT, _WHAT, KeyListError, regular=regular)
 
 
 def read_root(data: bytes) -> SignedRoot:
@@ -217,7 +221,7 @@ def _role(name: str, role: Record, keys: Mapping[str, str]) -> Trust:
 def _time(record: Record, name: str) -> str:
     text = record.text(name)
     try:
-        time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")  # no 30 February
+        seconds_of(text)  # no 30 February
         is_time = _TIME.fullmatch(text)
     except ValueError:
         is_time = None

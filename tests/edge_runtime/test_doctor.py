@@ -167,6 +167,16 @@ def test_what_is_wrong_is_found(world, monkeypatch, damage, check, words):
     assert words in found[check], found
 
 
+def test_of_a_lock_that_is_another_users_nothing_is_said(world, monkeypatch):
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (world.root / "agent.lock").touch()
+    monkeypatch.setattr("edge_runtime.doctor.fcntl.flock", deny)
+    (found,) = (f for f in examine(world.root) if f.check == "agent")
+    assert (found.health, "its own user sees" in found.words) == (Health.OK, True)
+
+
 def test_a_disk_without_room_for_a_slot_is_wrong_unless_an_old_slot_may_go(
     world, monkeypatch
 ):

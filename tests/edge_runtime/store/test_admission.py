@@ -12,12 +12,10 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
-from edge_runtime.formats.signing import Trust
 from edge_runtime.store.admission import (
     is_current,
     parent_refusal,
     refusal,
-    signers,
     unknown_parent,
     was_left,
 )
@@ -135,8 +133,3 @@ def test_the_active_weights_are_current_until_a_higher_counter_names_them():
 def test_the_release_that_was_left_is_known():
     assert was_left(moved(STATE, B, A), header(B))
     assert not was_left(moved(STATE, B), header(B))
-
-
-def test_whose_signature_is_needed_is_part_of_the_state():
-    trust = Trust(("key",), 1)
-    assert signers(dataclasses.replace(STATE, trust=trust)) is trust

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from edge_runtime.errors import StoreError
+from edge_runtime.limits import limits
 from edge_runtime.store.state import (
     MAX_HISTORY,
     MAX_TRIES,
@@ -43,6 +44,16 @@ def test_history_is_bounded():
     for number in range(MAX_HISTORY + 5):
         state = state.noted("updated", A).tried(f"w{number}")
     assert len(state.history) == len(state.tries) == MAX_HISTORY
+
+
+def test_a_history_of_reasons_in_any_script_comes_back_from_its_file():
+    state = replace(STATE, model="d" * 64, init="e" * 64)
+    for _ in range(MAX_HISTORY):
+        state = state.noted("refused", A, "\U0001f600" * 2000)
+    data = encode_state(state)
+    assert len(data) < limits().state_bytes // 2
+    assert decode_state(data) == state
+    assert state.noted_once("refused", A, "\U0001f600" * 3000) is state
 
 
 def test_a_state_comes_back_from_its_file():
