@@ -205,8 +205,17 @@ class Files:
         os.fsync(handle)
 
     def open_lock(self, path: Path) -> BinaryIO:
-        """Open a file to lock it."""
-        return open(path, "ab")
+        """Open a file to lock it.
+
+        Who can read it can hold its lock for ever: so only who may write its folder.
+        """
+        group = 0o060 if path.parent.stat().st_mode & stat.S_IWGRP else 0
+        mode = 0o600 | group
+        file = open(path, "ab", opener=lambda name, flags: os.open(name, flags, mode))
+        if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~mode:  # of before
+            with suppress(PermissionError):  # another user's
+                os.fchmod(file.fileno(), mode)
+        return file
 
     # Made of them ------------------------------------------------------------------
 

@@ -26,13 +26,13 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1065,
+        ".": 1100,
         "agent": 695,
         "cli": 1380,
         "formats": 3790,
         "inference": 825,
         "live": 520,
-        "store": 885,
+        "store": 895,
         "sync": 1860,
         "trust": 320,
         "update": 1190,

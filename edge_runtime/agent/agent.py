@@ -23,28 +23,36 @@ from edge_runtime.agent.status import ping, read_status, write_status
 from edge_runtime.errors import (
     BackendError,
     BlockedError,
+    BundleError,
     DpuError,
     HeldError,
     KeyListError,
     ListExpiredError,
     PatchError,
-    StoreError,
     TrialCutOffError,
+    TrialError,
     TrustError,
+    VerificationError,
+    WrongModelError,
+    WrongParentError,
 )
 from edge_runtime.files import open_regular
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.patch import Patch, open_patch
-from edge_runtime.store.admission import signers
-from edge_runtime.store.state import State
+from edge_runtime.store.state import MAX_REASON, State
 from edge_runtime.trust import list_number, load_list
 from edge_runtime.update.device import Device, UpdateResult
 
 HEARTBEAT_S = 600.0  # the status is written at least this often
 # The device is at fault, or nobody: what failed so is tried again.
 BLOCKED = (BackendError, BlockedError, TrialCutOffError)
-FAILURES = (StoreError, *BLOCKED, OSError)
+FAILURES = (DpuError, OSError)
+# What a file itself may be at fault for: it alone is refused for good.
+_OF_THE_FILE = (
+    *(BundleError, PatchError, WrongModelError, WrongParentError),
+    *(TrustError, VerificationError, TrialError),
+)
 
 
 class Outcome(StrEnum):
@@ -116,10 +124,7 @@ class Agent:
         """Look once, do what there is to do, and report.
 
         Raises:
-            StoreError: The device's own files are at fault.
-            BackendError: No runtime here can try new weights.
-            BlockedError: This device cannot try them now.
-            TrialCutOffError: A trial was cut off.
+            DpuError: The device is at fault, or nobody; it is tried again.
             OSError: The folder cannot be read, or the status file not be written.
         """
         ping()
@@ -164,8 +169,9 @@ class Agent:
             self._publish()
 
     def _report_failure(self, error: Exception) -> None:
-        if self._failing != str(error):  # else it goes on, and was told
-            self._failing = str(error)
+        reason = str(error)[:MAX_REASON]  # it stands in the status file
+        if self._failing != reason:  # else it goes on, and was told
+            self._failing = reason
             self._log("failed", error=type(error).__name__, reason=self._failing)
         with suppress(OSError):
             self._publish()
@@ -211,7 +217,7 @@ class Agent:
         ping()
         try:
             try:
-                data = load_list(self._folder.path / name)
+                data = load_list(self._folder.path / name, regular=True)
             except OSError as err:
                 self._decide(name, Decision.WAITING, str(err))
                 return Step.UNREADABLE
@@ -244,7 +250,7 @@ class Agent:
         except OSError as err:
             self._decide(name, Decision.WAITING, str(err))
             return Step.UNREADABLE
-        except DpuError as err:
+        except _OF_THE_FILE as err:
             if isinstance(err, PatchError) and is_new:
                 self._decide(name, Decision.WAITING, "not a whole patch, or not yet")
                 return Step.UNFINISHED
@@ -252,12 +258,11 @@ class Agent:
         return Step.NOTHING
 
     def _open_file(self, name: str) -> Patch:
-        path, trust = self._folder.path / name, signers(self.state)
-        # Not by its name alone: a pipe put there meanwhile would never end.
-        file = open_regular(path)
+        trust = self.state.trust
+        # Opened once: a pipe that gets the name meanwhile would never end.
+        file = open_regular(self._folder.path / name)
         if is_full(name):  # signed as a whole
-            with file:
-                return open_patch(read_bundle(path, trust).patch)
+            return open_patch(read_bundle(file, trust).patch)
         return open_patch(file, trust=trust)
 
     # Deciding and applying ----------------------------------------------------------
@@ -279,10 +284,9 @@ class Agent:
         ping()
         start = time.monotonic()
         try:
-            path = self._folder.path / offer.name
-            with open_regular(path) as file:
+            with open_regular(self._folder.path / offer.name) as file:
                 if is_full(offer.name):
-                    result = self._device.take_bundle(path)
+                    result = self._device.take_bundle(file)
                 else:
                     result = self._device.update(file)
         except BLOCKED as err:
@@ -290,9 +294,9 @@ class Agent:
             if self._view:  # our own note of it is no news
                 self._view = (self._view[0], self._device.store.stamp())
             raise
-        except (HeldError, ListExpiredError, *FAILURES):
+        except (HeldError, ListExpiredError):
             raise
-        except DpuError as err:
+        except _OF_THE_FILE as err:
             self._decide(offer.name, Decision.REFUSED, str(err), err)
         else:
             if result is UpdateResult.APPLIED:

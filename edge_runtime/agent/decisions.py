@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was decided about each file, remembered over restarts in the status file."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from edge_runtime.agent.plan import Decision
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
+from edge_runtime.limits import VARIABLE
 from edge_runtime.store.state import State
 
 
@@ -57,6 +59,7 @@ class Decisions:
         basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
         basis += [state.key_list.root.sha256] if state.key_list else []
+        basis += filter(None, [os.environ.get(VARIABLE)])  # what readers accept at most
         if basis != self._basis:
             self._basis, self._files = basis, {}
         former, self._files, new = self._files, {}, set()

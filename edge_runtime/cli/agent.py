@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.agent.status import PingingFiles, forget_left, ping, sd_notify
-from edge_runtime.commandline import SCHEMA, say
+from edge_runtime.commandline import SCHEMA, Seconds, progress, say
 from edge_runtime.store.state import utc
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ LONGEST_SLEEP_S = 1.0  # a signal waits no longer, and systemd's watchdog neithe
 @click.option("--once", is_flag=True, help="Look once, for cron and timers.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1),
+    type=Seconds(0.1),
     default=10.0,
     help="Seconds between two looks.",
 )
@@ -54,6 +54,7 @@ def agent(
     Refused patches are logged and are no failure of this command.
     """
     from edge_runtime.agent.agent import Agent
+    from edge_runtime.files import Files
     from edge_runtime.store.store import exclusive_lock
     from edge_runtime.update.device import Device
 
@@ -62,7 +63,7 @@ def agent(
     if name := device.store.summary().get("name"):
         log = partial(log, name=name)  # several models may share one journal
     problem = f"another agent is at work for {root}; stop it first"
-    with exclusive_lock(open(root / "agent.lock", "ab"), problem):
+    with exclusive_lock(Files().open_lock(root / "agent.lock"), problem):
         forget_left(root, metrics)
         watcher = Agent(
             partial(Device.open, root, files=PingingFiles()),
@@ -108,7 +109,7 @@ def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
 
 def _log_json(event: str, **facts: Any) -> None:
     record = {"schema": SCHEMA, "at": utc(), "event": event} | facts
-    print(json.dumps(record), flush=True)
+    progress(json.dumps(record))
 
 
 def _log(event: str, **facts: Any) -> None:

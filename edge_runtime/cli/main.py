@@ -2,6 +2,7 @@
 """``dpu-edge``: the device's command line."""
 
 from collections.abc import Iterator
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from edge_runtime.commandline import (
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError, add_details
+from edge_runtime.formats.json_record import MAX_SHOWN, is_digest
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.formats.model_folder import round_number
 from edge_runtime.text import printable
@@ -238,25 +240,38 @@ def status(device: "Device", folder: Path | None) -> Answer:
 @on_device
 def verify(device: "Device", expect: str | None) -> Answer:
     """Check by SHA-256 that the weights on disk are the right ones."""
-    from edge_runtime import fingerprint_file
-
+    wanted = _fingerprint(expect) if expect is not None else None
     found, number = device.verify(), device.store.state.active_slot.round
-    if expect is not None:
-        refuse_others(Path(expect), [Kind.WEIGHTS])
-        wanted = fingerprint_file(expect) if Path(expect).is_file() else expect.lower()
-        if len(wanted) != 64:
-            raise click.BadParameter(
-                f"{expect!r} is neither a weight file nor a SHA-256 in 64 hex digits",
-                param_hint="--expect",
-            )
-        if wanted != found:
-            raise VerificationError(
-                f"this device runs {found}, expected {wanted}",
-                expected=wanted,
-                actual=found,
-            )
+    if wanted is not None and wanted != found:
+        raise VerificationError(
+            f"this device runs {found}, expected {wanted}",
+            expected=wanted,
+            actual=found,
+        )
     record = {"fingerprint": found, "round": number}
     return record, f"{found}  round {number}  verified"
+
+
+def _fingerprint(expect: str) -> str:
+    """Return a fingerprint that was given, or that of a weight file."""
+    from edge_runtime import fingerprint_file
+
+    if is_digest(expect.lower()):
+        return expect.lower()
+    try:
+        refuse_others(Path(expect), [Kind.WEIGHTS])
+        is_file = Path(expect).is_file()
+    except OSError as err:
+        if err.errno != ENAMETOOLONG:  # of such a name there is no file
+            raise
+        is_file = False
+    if not is_file:
+        raise click.BadParameter(
+            f"{expect[:MAX_SHOWN]!r} is neither a weight file nor a SHA-256 in 64 hex "
+            "digits",
+            param_hint="--expect",
+        )
+    return fingerprint_file(expect)
 
 
 @main.command()

@@ -2,6 +2,7 @@
 """What proofs, reports and the network side share; it needs no NumPy."""
 
 import json
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +18,10 @@ MACHINE_ID = Path("/etc/machine-id")
 def device_id() -> str:
     """Return what this machine is called where nobody gave it a name."""
     with suppress(OSError, ValueError):
-        return MACHINE_ID.read_text("ascii").strip()
+        found = MACHINE_ID.read_text("ascii").strip()
+        # Empty, or "uninitialized", on every board of an image: one place for all.
+        if re.fullmatch("[0-9a-f]{32}", found):
+            return found
     return socket.gethostname()
 
 

@@ -2,7 +2,7 @@
 """What a store holds, and where: paths, state, model files, slots; all read-only."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -91,27 +91,51 @@ class StoreContents:
         slots = {self.slot_folder(slot.target) for slot in self.state.slots}
         return slots | {self.reverse_path(link.target) for link in self.state.former}
 
+    # What lies in model/ --------------------------------------------------------------
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Blame this device for what is wrong with its ``model`` folder, and no patch.
+
+        Raises:
+            StoreError: A file there is malformed, or is not there.
+        """
+        try:
+            yield
+        except (ContractError, WeightsError, FileNotFoundError) as err:
+            raise self._damaged(f" ({err})") from err
+
+    def _damaged(self, reason: str = "") -> StoreError:
+        return StoreError(
+            f"{self.root / 'model'} is damaged{reason}; 'dpu-edge repair BUNDLE' makes "
+            "it whole again"
+        )
+
     @cached_property
     def recipe(self) -> InitSpec:
         """What regenerates the init weights."""
-        return read_init_spec(self.root / "model")
+        with self.own():
+            return read_init_spec(self.root / "model")
 
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        path = self.root / "model" / CONTRACT_NAME
-        what = "the contract"
-        return parse_contract(read_bounded(path, "contract_bytes", what, ContractError))
+        path, what = self.root / "model" / CONTRACT_NAME, "the contract"
+        with self.own():
+            data = read_bounded(path, "contract_bytes", what, ContractError)
+            return parse_contract(data)
 
     @cached_property
     def layout(self) -> Layout:
         """The layout of every weight file of this model."""
-        return self.recipe.layout()
+        with self.own():
+            return self.recipe.layout()
 
     @property
     def run(self) -> Run | None:
         """Which run this device was installed from; None where it has no id."""
-        return read_run(self.root / "model")
+        with self.own():
+            return read_run(self.root / "model")
 
     def summary(self) -> dict[str, Any]:
         """Return what statuses, logs, metrics and reports say of it, as plain data.
@@ -119,7 +143,7 @@ class StoreContents:
         The state's own summary, and ``name`` where the run has one. The name is for
         people: where it cannot be read, there is none.
         """
-        with suppress(OSError, WeightsError):
+        with suppress(OSError, StoreError):
             if (run := self.run) and run.name:
                 return self.state.summary() | {"name": run.name}
         return self.state.summary()
@@ -129,11 +153,24 @@ class StoreContents:
 
         Raises:
             OSError: A file cannot be read.
-            WeightsError: One is malformed.
+            StoreError: One is malformed, or is not there.
         """
         folder = self.root / "model"
-        graph = (folder / GRAPH_NAME).read_bytes()
-        return identify(self.layout.header, graph, folder)
+        with self.own():
+            graph = (folder / GRAPH_NAME).read_bytes()
+            return identify(self.layout.header, graph, folder)
+
+    def check_model(self) -> None:
+        """Insist that the ``model`` folder is of the network and run of the state.
+
+        Raises:
+            OSError: A file cannot be read.
+            StoreError: It is not.
+        """
+        if self.read_identity().model != self.state.model:
+            raise self._damaged()
+
+    # Weights --------------------------------------------------------------------------
 
     def base(self, parent: str) -> Iterable[bytes | memoryview]:
         """Return the bytes of weights that a patch may lead from, in pieces.
@@ -179,7 +216,9 @@ class StoreContents:
                 f"{path} is damaged: its SHA-256 is {actual}, expected {target}; run "
                 "'dpu-edge repair BUNDLE', or 'dpu-edge rollback'"
             )
-        if identify(header, graph, self.root / "model").model != self.state.model:
+        with self.own():
+            found = identify(header, graph, self.root / "model")
+        if found.model != self.state.model:
             raise StoreError(
                 f"{folder / GRAPH_NAME} or model/{RUN_NAME} is damaged or was "
                 "exchanged; 'dpu-edge repair BUNDLE' makes it whole again"

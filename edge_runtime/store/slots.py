@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.errors import StoreError, VerificationError, WeightsError
+from edge_runtime.errors import PatchError, StoreError, VerificationError, WeightsError
 from edge_runtime.files import FULL
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
@@ -123,7 +123,7 @@ class _NewSlot:
         """Say which of the two is at fault: the patch, or the parent on this disk."""
         try:
             yield
-        except VerificationError as err:
+        except (PatchError, VerificationError) as err:
             actual = fingerprint_chunks(self._store.base(self._parent))
             if actual == self._parent:
                 raise

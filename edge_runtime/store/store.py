@@ -34,6 +34,8 @@ from typing import BinaryIO
 
 from edge_runtime.errors import StoreError, WeightsError
 from edge_runtime.files import FULL, Files, lock_file, strangers
+from edge_runtime.formats.identity import identify
+from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     MODEL_FILES,
@@ -130,9 +132,11 @@ class Store(StoreContents):
         for name, data in model.items():
             self.files.write(folder / name, [data])
         self.files.sync_folder(folder)
+        self.recipe = read_init_spec(folder)  # malformed: the bundle is at fault
         self._check_size(size)
         init = fingerprint_chunks(self.recipe.chunks())
-        self.state = State(self.read_identity().model, init, trust=trust)
+        identity = identify(self.layout.header, model[GRAPH_NAME], folder)
+        self.state = State(identity.model, init, trust=trust)
 
     def insist_free(self) -> None:
         """Insist that a store may be laid out here: nobody's things are in the way.

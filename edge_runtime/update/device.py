@@ -18,7 +18,6 @@ from typing import Any
 from edge_runtime.errors import (
     BackendError,
     BlockedError,
-    BundleError,
     DpuError,
     HeldError,
     ListExpiredError,
@@ -30,6 +29,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.files import Files
 from edge_runtime.formats.bundle import Bundle, read_bundle
+from edge_runtime.formats.bundle import Source as BundleSource
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch, Source, open_patch
 from edge_runtime.formats.signing import FirstUse, Trust
@@ -130,7 +130,7 @@ class Device:
 
     def _install(self, content: Bundle, patch: Patch) -> None:
         state, header = self.store.state, patch.header
-        _insist_consistent(content, header)
+        content.check(header)
         if error := self._refusal(header):
             raise error
         folder = build_slot(self.store, header.parent, [patch], header.target)
@@ -166,14 +166,17 @@ class Device:
         # The lock first: whom to trust is part of the state.
         with (
             self.store.lock(),
-            open_patch(source, trust=admission.signers(self.store.state)) as patch,
+            open_patch(source, trust=self.store.state.trust) as patch,
         ):
             return self._update(patch, force=force)
 
-    def take_bundle(self, source: StrPath | bytes) -> UpdateResult:
+    def take_bundle(self, source: BundleSource) -> UpdateResult:
         """Move to the round of a bundle, from the init weights: full weights.
 
         By the same rules as :meth:`update`; the bundle is signed as a whole.
+
+        Args:
+            source: A bundle file, its bytes, or the open file.
 
         Raises:
             BundleError: The bundle is damaged or contradicts itself.
@@ -181,15 +184,17 @@ class Device:
             OSError: As :meth:`update`.
         """
         with self.store.lock():
-            content = read_bundle(source, admission.signers(self.store.state))
+            content = read_bundle(source, self.store.state.trust)
             with open_patch(content.patch) as patch:
-                _insist_consistent(content, patch.header)
+                content.check(patch.header)
                 return self._update(patch)
 
     def _update(self, patch: Patch, *, force: bool = False) -> UpdateResult:
         header = patch.header
         if admission.is_current(self.store.state, header):
             return UpdateResult.ALREADY_CURRENT
+        # No release is judged by files of this device that are damaged.
+        self.store.check_model()
         if error := self._refusal(header, force=force):
             raise error
         slot = Slot(header.target, header.round, header.counter)
@@ -390,11 +395,7 @@ class Device:
         state = self.store.state
         self.store.check_slot(state.active)
         self.store.check_current()
-        if self.store.read_identity().model != state.model:
-            raise StoreError(
-                f"{self.store.root / 'model'} is damaged; 'dpu-edge repair BUNDLE' "
-                "makes it whole again"
-            )
+        self.store.check_model()
         return state.active
 
     def status(self) -> dict[str, Any]:
@@ -414,8 +415,3 @@ class Device:
             "blocked": asdict(state.blocked) if state.blocked else None,
             "history": [asdict(event) for event in state.history],
         }
-
-
-def _insist_consistent(content: Bundle, header: PatchHeader) -> None:
-    if (header.model, header.target) != (content.model, content.target):
-        raise BundleError("the bundle's patch is not for the bundle's weights")

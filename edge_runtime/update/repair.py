@@ -149,8 +149,7 @@ def repair(device: Device, source: Source, *, newer: bool = False) -> Repaired:
 def _insist_fits(store: Store, content: Bundle, patch: Patch) -> None:
     """Insist that a bundle is what it says, and of this store's run."""
     header, state = patch.header, store.state
-    if (header.model, header.target) != (content.model, content.target):
-        raise BundleError("the bundle's patch is not for the bundle's weights")
+    content.check(header)
     if error := wrong_model(header, state.model):
         raise WrongModelError(
             f"the bundle is of another network or run ({header.model[:12]}) than this "

@@ -100,6 +100,21 @@ def test_a_new_file_is_as_the_umask_says_and_a_private_one_stays_private(target)
         os.umask(former)
 
 
+def test_who_may_not_write_a_folder_can_hold_no_lock_in_it(target):
+    target.write_bytes(b"")
+    target.chmod(0o644)  # as earlier runtimes made it
+    for name in (target, target.with_name("new")):
+        Files().open_lock(name).close()
+        assert mode(name) == 0o600
+    target.parent.chmod(0o775)
+    former = os.umask(0o002)
+    try:
+        Files().open_lock(target.with_name("shared")).close()
+    finally:
+        os.umask(former)
+    assert mode(target.with_name("shared")) == 0o660
+
+
 def test_what_fails_leaves_the_old_file_and_nothing_beside_it(target, monkeypatch):
     Files().replace(target, b"old")
     monkeypatch.setattr(Files, "rename", lambda *_: (_ for _ in ()).throw(OSError(28)))

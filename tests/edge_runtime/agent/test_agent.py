@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from edge_runtime import Device
 from edge_runtime.agent import agent as module
 from edge_runtime.agent.agent import Agent
 from edge_runtime.agent.backoff import BACKOFF_S, MAX_BACKOFF_S, MAX_BLOCKED_BACKOFF_S
+from edge_runtime.agent.folder import PatchFolder
 from edge_runtime.agent.status import metric_lines, read_status, status_lines
 from edge_runtime.cli.main import main
 from edge_runtime.errors import (
@@ -27,7 +29,9 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.formats.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.formats.signing import trust_keys
+from edge_runtime.limits import limits
 from edge_runtime.store.state import MAX_TRIES
+from edge_runtime.update.repair import repair
 from edge_runtime.update.trial import run_trial
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -217,6 +221,104 @@ def test_a_patch_for_another_network_is_refused(watch, new_run):
     assert watch.look() == [("refused", name(1))]
     assert "another network" in watch.reason
     assert watch.errors == {name(1): "WrongModelError"}
+
+
+def zero_recipe(root):
+    path = root / "model" / "init.json"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def exchange_recipe(root):
+    path = root / "model" / "init.json"
+    path.write_text(path.read_text().replace("[64, 32]", "[32, 64]"))
+
+
+def lose_recipe(root):
+    (root / "model" / "init.json").unlink()
+
+
+def exchange_graph(root):
+    (root / "model" / "graph.onnx").unlink()
+    (root / "model" / "graph.onnx").write_bytes(b"another")
+
+
+def break_run(root):
+    (root / "model" / "run.json").write_bytes(b"{")
+
+
+def cut_weights(root):
+    path = root / "current" / "weights.safetensors"
+    os.truncate(path, path.stat().st_size - 8)
+
+
+DAMAGE = [zero_recipe, exchange_recipe, lose_recipe, exchange_graph, break_run]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, cut_weights])
+def test_no_release_is_refused_for_what_is_damaged_on_this_device(watch, damage):
+    damage(watch.root)
+    watch.put(name(1), world.patch(0, 1))
+    watch.put("other.dpu", with_other_model(world.patch(0, 1)))
+    with pytest.raises(StoreError, match="'dpu-edge repair BUNDLE'"):
+        watch.look()
+    assert name(1) not in watch.errors
+    (watch.root / "model" / "run.json").unlink(missing_ok=True)
+    repair(watch.device, world.bundle())
+    watch.start()
+    assert ("applied", name(1)) in watch.look()
+    assert watch.errors == {"other.dpu": "WrongModelError"}
+
+
+def test_a_pipe_that_takes_the_name_of_an_opened_file_is_never_read(watch, monkeypatch):
+    opened = module.open_regular
+
+    def exchange(path):
+        file = opened(path)
+        path.unlink()
+        os.mkfifo(path)
+        return file
+
+    monkeypatch.setattr(module, "open_regular", exchange)
+    watch.put(f"{'ab' * 32}.zip", world.bundle())
+    watch.look()
+    assert watch.errors == {}
+
+
+def test_a_pipe_that_takes_the_name_of_a_key_list_is_never_read(watch, monkeypatch):
+    scan, path = PatchFolder.scan, watch.folder / "1.root.json"
+
+    def exchange(folder):
+        seen = scan(folder)
+        path.unlink()
+        os.mkfifo(path)
+        return seen
+
+    monkeypatch.setattr(PatchFolder, "scan", exchange)
+    path.write_bytes(b"{}")
+    assert watch.look() == [("waiting", path.name)]
+    assert "no ordinary file" in watch.reason
+
+
+def test_what_was_over_a_limit_is_looked_at_again_where_more_is_accepted(
+    watch, monkeypatch
+):
+    watch.put(name(1), world.patch(0, 1))
+    try:
+        for accepted, verdicts in (
+            ("100", ["waiting", "refused"]),
+            ("100", []),
+            ("1MB", ["applied"]),
+        ):
+            monkeypatch.setenv("DPU_LIMITS", f"patch_bytes={accepted}")
+            limits.cache_clear()
+            found = watch.start().look() + watch.look()
+            assert [verdict for verdict, _ in found] == verdicts
+    finally:
+        limits.cache_clear()
+
+
+def with_other_model(data):
+    return world.with_header(data, replace(world.header_of(data), model="a" * 64))
 
 
 # Trust and releases ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import json
 import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ from edge_runtime.agent.reporter import DAY_S, RETRY_S, Reporter
 from edge_runtime.errors import BlockedError, TrialCutOffError, TrialError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import framed, key_id
+from edge_runtime.live import shared
 from edge_runtime.live.outbox import (
     MOST_BYTES,
     MOST_FILES,
@@ -404,3 +406,15 @@ def test_a_pipe_in_the_folder_holds_no_agent(board):
     board.look()
     assert board.device.store.state.active_slot.round == 1
     assert "no ordinary file" in board.reason
+
+
+@pytest.mark.parametrize("text", ["", "uninitialized\n", "A" * 32, "ab" * 16 + "cd"])
+def test_a_machine_id_that_every_board_of_an_image_has_names_none(
+    tmp_path, monkeypatch, text
+):
+    path = tmp_path / "machine-id"
+    path.write_text(text)
+    monkeypatch.setattr(shared, "MACHINE_ID", path)
+    assert shared.device_id() == socket.gethostname()
+    path.write_text("ab" * 16 + "\n")
+    assert shared.device_id() == "ab" * 16

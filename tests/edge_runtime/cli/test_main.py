@@ -18,12 +18,15 @@ import numpy as np
 import onnx
 import pytest
 
+from edge_runtime.cli import infer as cli_infer
 from edge_runtime.cli.main import main
 from edge_runtime.commandline import emit
+from edge_runtime.formats.contract import Contract
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
 from packager.build import write_file
 from packager.cli.pack import pack
+from tests.crash import world
 
 
 @pytest.fixture
@@ -127,6 +130,22 @@ def test_infer_names_classes_with_probabilities(edge, installed, tmp_path):
     assert {line["round"] for line in lines} == {0}
 
 
+@pytest.mark.parametrize(
+    ("dtype", "row", "best"),
+    [
+        ("uint8", [0, 10, 7], ["b", "c", "a"]),
+        ("int8", [-128, 127, 0], ["b", "c", "a"]),
+        ("bool", [False, False, True], ["c", "a", "b"]),
+        ("float16", [1.0, 3.0, 2.0], ["b", "c", "a"]),
+    ],
+)
+def test_infer_names_the_likeliest_classes_whatever_type_answers_have(dtype, row, best):
+    contract = Contract((), classes=("a", "b", "c"))
+    found = cli_infer._answer(np.array(row, dtype), contract, 3)["top"]
+    assert [entry["class"] for entry in found] == best
+    assert sum(entry["probability"] for entry in found) == pytest.approx(1, abs=1e-5)
+
+
 def test_infer_names_a_model_that_does_not_answer_sample_by_sample(
     edge, new_run, reload_graph, command, tmp_path
 ):
@@ -223,7 +242,8 @@ def test_exit_2_for_wrong_use(edge, installed, command, tmp_path, monkeypatch):
     assert edge("infer", tmp_path / "wrong.npy")[0] == 2
     (tmp_path / "text.npy").write_text("no array")
     assert edge("infer", tmp_path / "text.npy")[0] == 2
-    assert edge("verify", "--expect", "abc")[0] == 2
+    for odd in ("abc", "a" * 300, "z" * 64, str(tmp_path)):
+        assert edge("verify", "--expect", odd)[0] == 2
     assert edge("unknown")[0] == 2
     monkeypatch.delenv("DPU_STORE", raising=False)
     code, _, err = command(main, "status")
@@ -255,6 +275,23 @@ def test_exit_7_for_a_store_that_is_not_there_or_damaged(edge, installed, tmp_pa
     assert edge("status")[0] == 7
     state.unlink()
     assert edge("status")[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("init.json", ["status"]),
+        ("init.json", ["verify"]),
+        ("contract.json", ["infer", "--golden"]),
+        ("golden.npz", ["infer", "--golden"]),
+    ],
+)
+def test_exit_7_for_a_damaged_model_and_what_mends_it(edge, tmp_path, name, words):
+    world.install(tmp_path / "store")
+    path = tmp_path / "store" / "model" / name
+    path.write_bytes(bytes(path.stat().st_size))
+    code, _, err = edge(*words)
+    assert (code, "'dpu-edge repair BUNDLE'" in err) == (7, True)
 
 
 def test_exit_8_for_an_older_release(edge, installed):
@@ -415,6 +452,54 @@ def test_a_message_that_cannot_be_written_keeps_the_exit_code(tmp_path, monkeypa
             [sys.executable, "-m", "edge_runtime", *words], stderr=full, check=False
         )
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered", "code"),
+    [
+        ("status >/dev/full", "", 10),
+        ("status >&-", "", 10),
+        ("device-key --json 2>/dev/full", "", 0),
+        ("device-key --json 2>&{gone}", "", 0),
+        ("device-key --json 2>&{gone}", "1", 0),
+        ("nothing 2>&{gone}", "", 2),
+        ("--help >&{gone}", "", 0),
+    ],
+)
+def test_what_a_stream_does_not_take_changes_no_documented_exit_code(
+    tmp_path, monkeypatch, words, unbuffered, code
+):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    store = tmp_path / "store"
+    world.install(store)
+    reader, gone = os.pipe()
+    os.close(reader)
+    program = f"{sys.executable} -m edge_runtime --store {store}"
+    done = subprocess.run(
+        ["bash", "-c", f"{program} {words.format(gone=gone)}"],
+        capture_output=True,
+        pass_fds=[gone],
+        check=False,
+    )
+    os.close(gone)
+    assert done.returncode == code, done.stderr
+    assert b"Exception ignored" not in done.stderr
+    if "2>" in words and not code:
+        assert json.loads(done.stdout)["key_id"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["agent", "folder", "--interval"],
+        ["sync", "folder", "folder", "--every"],
+        ["bench", "--seconds"],
+    ],
+)
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e300", "0"])
+def test_seconds_are_a_number_within_bounds(edge, words, number):
+    code, _, err = edge(*words, number)
+    assert (code, words[-1] in err) == (2, True)
 
 
 def test_too_little_memory_is_no_bug(edge, installed, monkeypatch):
