@@ -206,11 +206,13 @@ def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
         OSError: The file cannot be read.
         BundleError: Not a bundle, or damaged: also while it is used.
     """
+    file: BinaryIO
     if isinstance(source, bytes):
-        file: BinaryIO = io.BytesIO(source)
+        file = io.BytesIO(source)
+    elif isinstance(source, str | PathLike):
+        file = Path(source).open("rb")
     else:
-        is_path = isinstance(source, str | PathLike)
-        file = Path(source).open("rb") if is_path else source
+        file = source
     try:
         with file, zipfile.ZipFile(index := cast(BinaryIO, _Index(file))) as archive:
             members = len(archive.infolist())

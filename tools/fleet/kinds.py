@@ -13,7 +13,7 @@ from edge_runtime.agent.plan import Offer, find_chain
 from edge_runtime.errors import DpuError, TrustError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
-from edge_runtime.store.admission import parent_refusal, refusal, signers
+from edge_runtime.store.admission import parent_refusal, refusal
 from edge_runtime.store.state import MAX_TRIES, Slot, State, utc
 from edge_runtime.sync.head import Way
 from edge_runtime.sync.plan import SyncResult, passed, route, standing
@@ -109,7 +109,7 @@ class Kinds:
         if state.key_list and head.keys > state.key_list.root.version:
             return self._take_lists(state, issue)
         try:
-            signed.check(signers(state))
+            signed.check(state.trust)
         except TrustError:
             return Plan(UNTRUSTED)
         everybody = replace(head, rollout=None)
@@ -152,7 +152,7 @@ class Kinds:
 
     def _offer(self, state: State, way: Way) -> Offer:
         data, _ = self._publisher.place.read(f"patches/{way.sha256}.dpu") or (b"", "")
-        with open_patch(data, trust=signers(state)) as patch:
+        with open_patch(data, trust=state.trust) as patch:
             return Offer(way.sha256, patch.size, patch.header)
 
     def _apply(self, state: State, offers: list[Offer]) -> "list[Step]":

@@ -79,6 +79,19 @@ def test_every_byte_of_an_answer_is_counted():
 
 
 @pytest.mark.parametrize(
+    ("tag", "kept"),
+    [(b'"a"', '"a"'), (b'"' + b"x" * 10_000 + b'"', ""), (b'"\xe9"', "")],
+    ids=["short", "long", "odd"],
+)
+def test_a_tag_is_kept_only_where_the_state_has_room_for_it(tag, kept):
+    answer = OK.replace(b"\r\n\r\n", b"\r\nETag: %b\r\n\r\n" % tag)
+    with serving(lambda: [answer]) as server:
+        source = HttpSource(f"http://{server.address}")
+        with source.get("x") as found:
+            assert (found.tag, found.body.read(9)) == (kept, b"hi")
+
+
+@pytest.mark.parametrize(
     "piece", [b"HTTP/1.1 100 X\r\n\r\n", b"HTTP/1.1 100 X\r\nA: %b\r\n" % (b"x" * 9999)]
 )
 def test_headers_without_an_end_are_cut(piece):
