@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import edge_runtime
 from edge_runtime.agent.plan import Decision
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.header import KNOWN_CRITICAL, VERSION
@@ -56,7 +57,8 @@ class Decisions:
             state: Of the store: whom it trusts, and for which model.
         """
         # What a refusal depends on beside the file.
-        basis = [VERSION, KNOWN_CRITICAL, state.model, state.init]
+        basis = [edge_runtime.__version__, VERSION, KNOWN_CRITICAL]
+        basis += [state.model, state.init]
         basis += [state.trust.threshold, *state.trust.keys]
         basis += [state.key_list.root.sha256] if state.key_list else []
         basis += filter(None, [os.environ.get(VARIABLE)])  # what readers accept at most

@@ -133,6 +133,7 @@ class Store(StoreContents):
             self.files.write(folder / name, [data])
         self.files.sync_folder(folder)
         self.recipe = read_init_spec(folder)  # malformed: the bundle is at fault
+        self.layout = self.recipe.layout()
         self._check_size(size)
         init = fingerprint_chunks(self.recipe.chunks())
         identity = identify(self.layout.header, model[GRAPH_NAME], folder)

@@ -62,6 +62,15 @@ def test_an_init_recipe_that_would_be_hashed_for_ever_is_refused_first(tmp_path)
     assert not (tmp_path / "s" / "state.json").exists()
 
 
+def test_an_init_recipe_without_a_layout_is_the_bundles_fault(tmp_path):
+    write_init_spec(
+        InitSpec(0, {"w": TensorInit("U8", (1 << 60, 8), "constant")}, {}), tmp_path
+    )
+    recipe = {"init.json": (tmp_path / "init.json").read_bytes()}
+    with pytest.raises(WeightsError, match="too large"):
+        Device.install(tmp_path / "s", bundle_of(tmp_path, **recipe), trial=no_trial)
+
+
 def test_more_tensors_than_any_network_has_are_refused():
     specs = {f"t{n}": ("U8", (1,)) for n in range(limits().tensors + 1)}
     with pytest.raises(WeightsError, match="DPU_LIMITS=tensors=100001"):

@@ -317,6 +317,17 @@ def test_what_was_over_a_limit_is_looked_at_again_where_more_is_accepted(
         limits.cache_clear()
 
 
+def test_another_runtime_judges_anew(watch, monkeypatch):
+    watch.put("bad.dpu", b"bad")
+    watch.look(), watch.look()
+    assert watch.start().look() == []
+    monkeypatch.setattr("edge_runtime.__version__", "0.0.1")
+    assert watch.start().look() + watch.look() == [
+        ("waiting", "bad.dpu"),
+        ("refused", "bad.dpu"),
+    ]
+
+
 def with_other_model(data):
     return world.with_header(data, replace(world.header_of(data), model="a" * 64))
 
