@@ -46,7 +46,8 @@ retries are normal on bad links. The library knows nothing of exit codes; they a
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # What JSON of an unexpected shape raises where it is parsed.
@@ -95,6 +96,16 @@ def details_of(error: BaseException) -> dict[str, Any]:
 def add_details(error: Exception, **details: Any) -> None:
     """Add facts to an exception of ours or of the operating system."""
     error.__dict__["details"] = details_of(error) | details
+
+
+@contextmanager
+def prefix_errors(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Let errors begin with the file that they are about."""
+    try:
+        yield
+    except DpuError as err:
+        err.args = (f"{os.fspath(name)}: {err}",)
+        raise
 
 
 class PatchError(DpuError):

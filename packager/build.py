@@ -8,12 +8,11 @@ it is complete and on the disk.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENOTDIR
-from os import PathLike, fspath
+from os import PathLike
 from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +21,11 @@ import numpy as np
 
 from edge_runtime.errors import (
     BudgetError,
-    DpuError,
     RoundError,
     VerificationError,
     WrongModelError,
 )
+from edge_runtime.errors import prefix_errors as prefix_errors
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.frames import LEVEL
@@ -312,16 +311,6 @@ def check_budget(what: str, size: int, limit: int | None) -> None:
             limit=limit,
             actual=size,
         )
-
-
-@contextmanager
-def prefix_errors(name: str | PathLike[str]) -> Iterator[None]:
-    """Let errors begin with the file that they are about."""
-    try:
-        yield
-    except DpuError as err:
-        err.args = (f"{fspath(name)}: {err}",)
-        raise
 
 
 def write_file(

@@ -26,8 +26,8 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1100,
-        "agent": 695,
+        ".": 1115,
+        "agent": 700,
         "cli": 1380,
         "formats": 3790,
         "inference": 825,

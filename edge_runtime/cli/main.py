@@ -34,7 +34,7 @@ from edge_runtime.commandline import (
     say,
     shared,
 )
-from edge_runtime.errors import DpuError, VerificationError, add_details
+from edge_runtime.errors import DpuError, VerificationError, add_details, prefix_errors
 from edge_runtime.formats.json_record import MAX_SHOWN, is_digest
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.formats.model_folder import round_number
@@ -167,10 +167,9 @@ def apply(root: Path, patches: tuple[Path, ...], *, force: bool, as_json: bool) 
     results: list[dict[str, Any]] = []
     for patch in patches:
         try:
-            result = device.update(patch, force=force)
+            with prefix_errors(patch.name):
+                result = device.update(patch, force=force)
         except (DpuError, OSError) as err:
-            if isinstance(err, DpuError):
-                err.args = (f"{patch.name}: {err}",)
             add_details(err, patches=results)  # these stay applied
             raise
         slot = device.store.state.active_slot

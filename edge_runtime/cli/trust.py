@@ -110,18 +110,15 @@ def add(
     From then on the device takes what the keys of the newest list signed, and nothing
     that only other keys signed. 'dpu-patch trust' makes lists.
     """
-    from edge_runtime.errors import DpuError
+    from edge_runtime.errors import prefix_errors
     from edge_runtime.trust import load_list
 
     results, lines = [], []
     for path in paths:
-        try:
+        with prefix_errors(path.name):
             result = device.add_list(
                 load_list(path), lapsed=lapsed, first_use=first_use
             )
-        except DpuError as err:
-            err.args = (f"{path.name}: {err}",)
-            raise
         results.append({"file": str(path), "result": result})
         lines.append(f"{path.name}: {result}")
     record, text = _shown(device)
@@ -137,7 +134,7 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
         KeyListError: A key list is damaged.
         TrustError: A key list is not signed by its own keys.
     """
-    from edge_runtime.errors import DpuError, KeyFileError
+    from edge_runtime.errors import KeyFileError, prefix_errors
     from edge_runtime.files import read_bounded
     from edge_runtime.formats.kinds import kind_of
     from edge_runtime.formats.signing import trust_keys
@@ -160,8 +157,5 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
             "a key list says itself which keys and how many of them: give it alone, "
             "without --threshold"
         )
-    try:
+    with prefix_errors(listed[0]):
         return first_root(files[listed[0]])
-    except DpuError as err:
-        err.args = (f"{listed[0]}: {err}",)
-        raise
