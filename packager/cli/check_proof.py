@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, FileOf, emit, exit_code, json_option
+from edge_runtime.commandline import OK, FileOf, Seconds, emit, exit_code, json_option
 from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
@@ -59,7 +59,7 @@ DIFFERENT = 5  # as for any verification that failed
 @click.option(
     "--max-age",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=Seconds(0, 1e12),
     help="Refuse an older proof, by the device's own clock.",
 )
 @json_option

@@ -513,6 +513,7 @@ def test_a_proof_that_is_too_old_is_refused(device, run, command, tmp_path):
     words = ("check-proof", path, "--nonce", NONCE, "--runs", run.path.parent)
     assert command(patch, *words, "--max-age", 60)[0] == 0
     assert command(patch, *words, "--max-age", 0)[0] == 8
+    assert command(patch, *words, "--max-age", "nan")[0] == 2  # no age is above it
 
 
 def test_no_byte_of_a_signed_proof_can_be_changed(device):
