@@ -41,7 +41,7 @@ format: $(STAMPS)/dev  ## Sources in the project's form.
 docs: $(STAMPS)/docs  ## The site, in dist/docs; a warning is an error.
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs dist/docs
 
-wheel: $(STAMPS)/train  ## The wheel that devices install, in dist/.
+wheel: $(BIN)/python  ## The wheel that devices install, in dist/.
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
 
 wheelhouse: $(STAMPS)/pack  ## All wheels of a 64-bit Pi without a network, in dist/.
@@ -59,8 +59,10 @@ release: $(STAMPS)/release  ## Source distribution and wheel in dist/, checked a
 clean:  ## Remove .venv and everything else that make has made.
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-$(STAMPS)/%: pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+$(STAMPS)/%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m tools.install $(PIP_ARGS) --constraint constraints.txt --editable '.[$*]'
 	mkdir -p $(STAMPS) && touch $@

@@ -54,6 +54,7 @@ REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
 # The first code that matches is an exception's; any other exception is a bug.
 EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     2: click.ClickException
+    | FileExistsError
     | errors.AddressError
     | errors.ConfigError
     | errors.ContractError
@@ -83,13 +84,13 @@ EXIT_CODE_HELP = """\b
 Exit codes (new ones may be added; treat an unknown one as a failure):
   0  done, or nothing to do
   1  unexpected: a bug, please report it
-  2  usage: wrong arguments, recipe, input or key, unknown round, missing package
-  3  not a valid patch, bundle, weight file, round, proof or key list
+  2  usage: wrong use, recipe, input or key; unknown round, name taken, missing package
+  3  no valid patch, bundle, weight file, round, head, proof or key list; a halted round
   4  the patch is for other weights or for another model
   5  verification or trial failed, nothing changed
   6  the patch is over its size limit
-  7  the store is damaged, full or locked
-  8  not trusted: unsigned, wrongly signed or replayed release
+  7  the store or published place is absent, taken, damaged, full, locked or changing
+  8  not trusted: unsigned, wrongly signed, replayed or expired
   9  training or export failed
  10  the system or a server failed: full disk, no permission, memory or answer
  11  no runtime on this device can run the model
@@ -115,8 +116,10 @@ def _missing_package(error: BaseException) -> str:
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS and package not in REQUIRED:
         return ""
-    what = f"dpu-edge[{EXTRAS[package]}]" if package in EXTRAS else "dpu-edge"
-    return f"this needs {package}, which is not installed: pip install '{what}'"
+    words = f"this needs {package}, which is not installed"
+    if package in REQUIRED:
+        return f"{words}: pip install {package}"
+    return f"{words}; {errors.how_to_install(EXTRAS[package])}"
 
 
 def _beyond_locale(error: BaseException) -> str:

@@ -247,7 +247,9 @@ def _keys(store: Store) -> Findings:
     state, path = store.state, store.root / KEY_NAME
     if not state.trust.keys:
         words = "no keys are trusted: anybody's patches are taken"
-        yield Finding("trust", Health.NOTE, words, "'dpu-edge trust add' takes a list")
+        todo = "'dpu-edge trust add --trust-on-first-use N.root.json', if you know "
+        todo += "whose list it is; or install anew with --trust KEY.pub.pem"
+        yield Finding("trust", Health.NOTE, words, todo)
     elif (key_list := state.key_list) is None:
         yield Finding("trust", Health.OK, f"{len(state.trust.keys)} keys are trusted")
     elif problem := state.expired():

@@ -16,7 +16,7 @@ One tree, so that a caller can catch as much or as little as needed::
      + VerificationError            result is not the promised one; nothing installed
      + TrialError                   new weights failed their trial; nothing installed
      |  + TrialCutOffError          their trial crashed or hung: one try
-     + StoreError                   the device's own files are damaged, full or locked
+     + StoreError                   the device's own files, or the place published to
      + BackendError                 no runtime here can run the graph
      + BlockedError                 this device cannot try a release now: no memory, ...
      + TrustError                   unsigned, wrongly signed or replayed release
@@ -73,6 +73,14 @@ _SYSTEM_WORDS = (
 def tells_of_the_system(text: str) -> bool:
     """Return whether a library's message says that the system lacks something."""
     return any(words in text for words in _SYSTEM_WORDS)
+
+
+def how_to_install(extra: str) -> str:
+    """Say how an extra of this project is installed; nothing is on PyPI yet."""
+    return (
+        f"it is in the extra '{extra}': pip install -e '.[{extra}]' in a checkout, "
+        f'else pip install "$(echo dpu_edge-*.whl)[{extra}]" (docs/installing.md)'
+    )
 
 
 class DpuError(Exception):
@@ -179,7 +187,7 @@ class BackendError(DpuError):
 
 
 class StoreError(DpuError):
-    """The device's own files are damaged, missing, full or locked."""
+    """The store, or the place published to: absent, damaged, full, locked, changing."""
 
 
 class TrustError(DpuError):

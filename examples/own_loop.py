@@ -3,8 +3,8 @@
 
     python examples/own_loop.py --runs runs
 
-Writes ``runs/mine`` with a first deployment and two updates, and says after each round
-what devices will get. Then ``dpu-pack mine/round_00 --bundle`` and so on.
+Writes ``runs/own_loop`` with a first deployment and two updates, and says after each
+round what devices will get. Then ``dpu-pack own_loop/round_00 --bundle`` and so on.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main():
     torch.set_num_threads(1)
 
     model = start_run(
-        options.runs / "mine",
+        options.runs / "own_loop",
         build,
         contract=make_contract((1, 8, 8), list("0123456789"), scale=1 / 16),
         golden_inputs=images[held_out][:64],

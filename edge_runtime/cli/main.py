@@ -66,7 +66,7 @@ def main() -> None:
 @click.option(
     "--trust",
     "keys",
-    metavar="KEY.pem|N.root.json",
+    metavar="KEY.pub.pem|N.root.json",
     multiple=True,
     type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
     help="Accept only what this key signed (repeatable), or what a key list says.",
@@ -107,7 +107,9 @@ def init(
     from edge_runtime.formats.signing import FirstUse
 
     if carried and keys:
-        raise click.UsageError("give --trust KEY.pem or --trust-on-first-use, not both")
+        raise click.UsageError(
+            "give --trust KEY.pub.pem or --trust-on-first-use, not both"
+        )
     trust = FirstUse(threshold) if carried else cli_trust.read_trust(keys, threshold)
     if isinstance(bundle, str):
         Store(root).insist_free()  # before anything is fetched
@@ -127,7 +129,7 @@ def _keys(status: dict[str, Any]) -> str:
     """Name whom a device trusts, in words."""
     keys, needed = status["trusted_keys"], status["signatures_needed"]
     if not keys:
-        return "none: patches need no signature (install with --trust KEY.pem)"
+        return "none: patches need no signature (install with --trust KEY.pub.pem)"
     text = ", ".join(keys) + (f" ({needed} of them must sign)" if needed > 1 else "")
     if listed := status["key_list"]:
         verb = "EXPIRED" if listed["expired"] else "expires"

@@ -172,7 +172,7 @@ def _carried(
     }
     if not pems:
         raise TrustError(
-            "the bundle carries no keys; give the key with --trust KEY.pem"
+            "the bundle carries no keys; give the key with --trust KEY.pub.pem"
         )
     return signing.trust_keys(pems, threshold)
 

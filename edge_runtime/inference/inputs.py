@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.errors import MALFORMED, ContractError
+from edge_runtime.errors import MALFORMED, ContractError, how_to_install
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npy, read_npz
 from edge_runtime.formats.contract import Contract, InputSpec
@@ -236,7 +236,7 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
         from PIL import Image, ImageOps
     except ImportError as err:
         raise ContractError(
-            f"reading {name} needs Pillow: pip install 'dpu-edge[image]'"
+            f"reading {name} needs Pillow; {how_to_install('image')}"
         ) from err
     mode = "L" if channels == 1 else "RGB"
     try:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--trust",
     "keys",
-    metavar="KEY.pem|N.root.json",
+    metavar="KEY.pub.pem|N.root.json",
     multiple=True,
     type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
     help="Apply only what this key signed (repeatable), or what a key list says.",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import json_option, say
-from edge_runtime.errors import StoreError
 from packager.cli.fleet_options import channel_option, sign_option
 from packager.cli.fleet_publish import publish
 from packager.cli.options import runs_option, single_publisher_option
@@ -71,7 +70,7 @@ def _insist_new(place: "Place", channel: str) -> None:
 
     if (found := place.read(head_path(channel))) is not None:
         head = read_head(found[0]).head
-        raise StoreError(
+        raise FileExistsError(
             f"{place.name} has the channel {channel} already, at version "
             f"{head.version} (round {head.round}): 'dpu-fleet publish' makes the next "
             "one, another --channel begins anew"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import OK, FileOf, emit, json_option
-from edge_runtime.errors import KeyFileError
+from edge_runtime.errors import KeyFileError, how_to_install
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
@@ -57,18 +57,18 @@ def provenance(
     check: bool,
     as_json: bool,
 ) -> int:
-    r"""Write a release's provenance for public tools, or check it.
+    """Write a release's provenance for public tools, or check it.
 
     \b
     NAME.cdx.json     bill of materials (CycloneDX 1.6)
     NAME.intoto.json  in-toto statement (SLSA provenance), signed by Ed25519 keys
     NAME.sig          signature of the OpenSSF Model Signing tool, by a P-256 key
-                      (dpu-patch keygen --kind p256; pip install 'dpu-edge[provenance]')
+                      (dpu-patch keygen --kind p256; the extra 'provenance')
 
     All speak of the same SHA-256. They hold a time only where SOURCE_DATE_EPOCH gives
     one. With --check exit code 5 says that something differs or was not checked, 8
     that a signature is not trusted.
-    """
+    """  # noqa: D301 - click looks for this very character
     from packager.provenance import Paths, read_facts
     from packager.rounds.folder import find_round
 
@@ -174,5 +174,5 @@ def _extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as err:
         raise click.ClickException(
-            f"the model signature needs {err.name}: pip install 'dpu-edge[provenance]'"
+            f"the model signature needs {err.name}; {how_to_install('provenance')}"
         ) from err

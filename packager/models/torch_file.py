@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.errors import MALFORMED, ConfigError, WeightsError
+from edge_runtime.errors import MALFORMED, ConfigError, WeightsError, how_to_install
 from edge_runtime.formats.layout import PACKED_BITS
 from edge_runtime.formats.weights import CHUNK_BYTES
 from packager.models.views import View
@@ -141,8 +141,8 @@ def _load(path: Path, *, maps: bool) -> Any:
         import torch  # noqa: TID251
     except ModuleNotFoundError as err:
         raise ConfigError(
-            f"{path} is a PyTorch file, and torch, which reads it, is not installed: "
-            "pip install 'dpu-edge[checkpoints]', or give the weights as safetensors"
+            f"{path} is a PyTorch file, and torch, which reads it, is not installed; "
+            f"{how_to_install('checkpoints')}. Or give the weights as safetensors"
         ) from err
     try:
         with warnings.catch_warnings():

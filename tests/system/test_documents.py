@@ -3,8 +3,8 @@
 
 A block of ``sh`` is run: all of a page in order, in a folder of its own with a
 trained run in it. A block that cannot run says why: ``sh no-run: REASON``. What a page
-takes for granted stands in a comment at its beginning: ``<!-- before ... -->``. A
-command that ends with another code than 0 says so: ``# ... (exit 5)``.
+takes for granted it shows too: nothing is run that a reader does not see. A command
+that ends with another code than 0 says so: ``# ... (exit 5)``.
 """
 
 import os
@@ -56,7 +56,6 @@ COMMANDS = {
     "dpu-train": trainer.cli.main,
 }
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BEFORE = re.compile(r"^<!-- before\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(text, language):
@@ -64,8 +63,8 @@ def blocks(text, language):
 
 
 def script(text):
-    """The commands of a page, and what it takes for granted, as one script."""
-    lines = "".join(BEFORE.findall(text) + blocks(text, "sh")).splitlines()
+    """The commands of a page, as one script."""
+    lines = "".join(blocks(text, "sh")).splitlines()
     for at, line in enumerate(lines):
         if refused := re.search(r"\(exit (\d+)\)$", line):
             lines[at] = f"expect {refused[1]} {line}"
@@ -195,7 +194,7 @@ def test_the_example_trains_rounds_that_a_device_takes(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 6, "it is silent while it works"
-    rounds = [read_round(tmp_path / f"runs/mine/round_0{n}") for n in range(3)]
+    rounds = [read_round(tmp_path / f"runs/loop/round_0{n}") for n in range(3)]
     device = Device.install(tmp_path / "device", build_bundle(rounds[0]).data)
     for round_ in rounds[1:]:
         patch = pack_round(round_)

@@ -43,7 +43,7 @@ def update_a_device(run, store):
 def test_own_loop(tmp_path):
     out = start(EXAMPLES / "own_loop.py", "--epochs", "2", cwd=tmp_path)
     assert out.count("right") == 3
-    _, sizes = update_a_device(tmp_path / "runs" / "mine", tmp_path / "device")
+    _, sizes = update_a_device(tmp_path / "runs" / "own_loop", tmp_path / "device")
     assert len(sizes) == 2
 
 

@@ -3,18 +3,35 @@
 
 import re
 
+import click
 import pytest
 
 import edge_runtime.cli.main
+import packager.cli.fleet
 import packager.cli.pack
 import trainer.cli
+from edge_runtime.commandline import FileOf
+from edge_runtime.formats.kinds import Kind
 
 SCRIPTS = {
     "dpu-train": trainer.cli.main,
     "dpu-pack": packager.cli.pack.pack,
     "dpu-patch": packager.cli.pack.patch,
+    "dpu-fleet": packager.cli.fleet.fleet,
     "dpu-edge": edge_runtime.cli.main.main,
 }
+
+
+def commands(command, name):
+    """Every command below one, with the words that call it."""
+    yield name, command
+    for word, below in getattr(command, "commands", {}).items():
+        yield from commands(below, f"{name} {word}")
+
+
+EVERY = dict(
+    pair for name, command in SCRIPTS.items() for pair in commands(command, name)
+)
 
 
 @pytest.fixture
@@ -81,6 +98,20 @@ def test_a_command_without_arguments_shows_its_help(type_in):
         assert (code, out) == (2, "")
         assert err.startswith("Usage: ")
         assert "Exit codes" in err
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_help_shows_no_signs_that_are_meant_for_the_program(name):
+    command = EVERY[name]
+    assert "\\" not in command.get_help(click.Context(command, info_name=name))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_option_for_public_keys_does_not_ask_for_the_private_file(name):
+    for option in EVERY[name].params:
+        kinds = option.type.kinds if isinstance(option.type, FileOf) else ()
+        if Kind.PUBLIC_KEY in kinds and Kind.PRIVATE_KEY not in kinds:
+            assert "KEY.pem" not in option.metavar, option.opts
 
 
 def test_colour_is_for_terminals_alone(type_in):

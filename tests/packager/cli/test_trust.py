@@ -2,6 +2,7 @@
 """Key lists on the command lines: made by several people, taken by devices."""
 
 import json
+import re
 import stat
 
 import pytest
@@ -140,10 +141,10 @@ def test_the_last_key_of_a_role_cannot_be_revoked(here, first, trust):
 def test_a_list_is_never_overwritten_and_a_key_neither(here, first, trust, command):
     before = (here / "1.root.json").read_bytes()
     again = ("init", "--root", "bob.pub.pem", "--release", "new.pub.pem")
-    assert trust(*again)["exit_code"] == 10
+    assert trust(*again)["exit_code"] == 2
     assert (here / "1.root.json").read_bytes() == before
     private = (here / "ann.pem").read_bytes()
-    assert command(patch, "keygen", "ann.pem")[0] == 10
+    assert command(patch, "keygen", "ann.pem")[0] == 2
     assert (here / "ann.pem").read_bytes() == private
     assert stat.S_IMODE((here / "ann.pem").stat().st_mode) == 0o600
 
@@ -198,6 +199,15 @@ def test_whoever_renews_too_late_is_told_what_that_costs(
 def test_every_command_of_the_group_has_help(command, words):
     code, out, _ = command(patch, "trust", *words, "--help")
     assert (code, "Usage: " in out) == (0, True)
+
+
+def test_what_doctor_advises_a_device_without_keys_works(here, first, command, run):
+    command(pack, "round_00", "--bundle", "--runs", run.path.parent)
+    store = ("--store", here / "store")
+    assert command(edge, *store, "init", run.path / "round_00.bundle.zip")[0] == 0
+    out = command(edge, *store, "doctor")[1]
+    (advice,) = re.findall(r"'dpu-edge (trust add .+)N\.root\.json'", out)
+    assert command(edge, *store, *advice.split(), "1.root.json")[0] == 0
 
 
 def test_a_key_list_stands_alone(here, first, command, run):

@@ -194,5 +194,5 @@ def test_without_the_library_the_error_names_the_extra(new_run, command, monkeyp
     monkeypatch.delitem(sys.modules, "obstore.exceptions", raising=False)
     words = ("round_01", "--runs", run.path.parent, "--to", "s3://bucket/digits")
     code, _, err = command(fleet, "publish", *words, "--json")
-    assert (code, "pip install 'dpu-edge[fleet]'" in err) == (2, True)
+    assert (code, "pip install -e '.[fleet]'" in err) == (2, True)
     assert json.loads(err.splitlines()[-1])["exit_code"] == 2

@@ -384,7 +384,7 @@ def test_torch_is_imported_for_its_own_files_alone_and_asked_for_by_its_extra(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "pip install 'dpu-edge[checkpoints]'" in done.stderr
+    assert "pip install -e '.[checkpoints]'" in done.stderr
 
 
 def test_a_files_own_bytes_are_mapped_not_copied(tmp_path):
