@@ -16,7 +16,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from errno import EACCES, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from types import UnionType
@@ -158,14 +159,25 @@ def emit(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
         as_json: Print the record; otherwise the text.
         text: The result for people.
     """
-    if as_json:
-        # In pieces: the text of a large record takes several times its memory.
-        encoder = json.JSONEncoder(indent=2, allow_nan=False)
-        pieces = encoder.iterencode(finite({"schema": SCHEMA, **record}))
-        sys.stdout.writelines(pieces)
-        print()
-    else:
-        print(printable_lines(text))
+    with _naming_output():
+        if as_json:
+            # In pieces: the text of a large record takes several times its memory.
+            encoder = json.JSONEncoder(indent=2, allow_nan=False)
+            pieces = encoder.iterencode(finite({"schema": SCHEMA, **record}))
+            sys.stdout.writelines(pieces)
+            print()
+        else:
+            print(printable_lines(text))
+
+
+@contextmanager
+def _naming_output() -> Iterator[None]:
+    """Name standard output in errors of the system: no other disk is to be searched."""
+    try:
+        yield
+    except OSError as err:
+        err.filename = err.filename or "standard output"
+        raise
 
 
 def emit_line(record: Mapping[str, object], *, as_json: bool, text: str) -> None:
@@ -177,7 +189,8 @@ def emit_line(record: Mapping[str, object], *, as_json: bool, text: str) -> None
         text: The result for people.
     """
     line = json.dumps(finite({"schema": SCHEMA, **record}), allow_nan=False)
-    print(line if as_json else printable_lines(text), flush=True)
+    with _naming_output():
+        print(line if as_json else printable_lines(text), flush=True)
 
 
 def finite(value: Any) -> Any:
@@ -272,7 +285,8 @@ class _CatchErrors:
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)  # type: ignore[misc]
-            sys.stdout.flush()
+            with _naming_output():
+                sys.stdout.flush()
         except BrokenPipeError:
             # The reader went away (``dpu-edge infer ... | head``): not our failure.
             read_by_nobody(sys.stdout)
@@ -360,7 +374,7 @@ class FileOf(click.Path):
 
 
 class Seconds(click.FloatRange):
-    """A number of seconds within bounds, by default up to a year."""
+    """A span of time within bounds, by default up to a year: 90, 90s, 10m, 12h, 30d."""
 
     def __init__(self, least: float, most: float = 366 * 86_400.0) -> None:
         """Accept what is in between."""
@@ -369,11 +383,21 @@ class Seconds(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
-        """Return the number; NaN is within no bounds, though no comparison says so."""
+        """Return seconds; NaN is within no bounds, though no comparison says so."""
+        if span := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", str(value)):
+            value = float(span[1]) * UNITS[span[2]]
         found = super().convert(value, param, ctx)
         if math.isnan(found):
             self.fail(f"{value} is no number of seconds", param, ctx)
         return found
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_JSON = "dpu_edge.json"
+
+
+def _note_json(context: click.Context, _: click.Parameter, given: bool) -> None:
+    context.meta[_JSON] = given or context.meta.get(_JSON)
 
 
 class Command(_CatchErrors, click.Command):
@@ -397,7 +421,26 @@ def shared(context: click.Context, option: click.Parameter, value: Any) -> None:
 
 
 class Group(_CatchErrors, click.Group):
-    """A click group with this project's errors and exit codes."""
+    """A click group with this project's errors and exit codes.
+
+    ``--json`` may stand before a command's name too, as the options that are shared.
+    """
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        hidden = {"is_flag": True, "hidden": True, "expose_value": False}
+        self.params.append(click.Option(["--json"], callback=_note_json, **hidden))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return a command and its arguments, with what stood before its name."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is None or not ctx.meta.get(_JSON):
+            return name, command, rest
+        if not any("--json" in option.opts for option in command.params):
+            raise click.NoSuchOption("--json", ctx=ctx)
+        return name, command, ["--json", *rest]
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Add a command, with the options that the group shares."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error this project raises on purpose.
+"""Every error of this project that a caller may catch.
 
 One tree, so that a caller can catch as much or as little as needed::
 
@@ -10,7 +10,7 @@ One tree, so that a caller can catch as much or as little as needed::
      |  + PatchIntegrityError       a checksum does not match    .expected .actual
      + WeightsError                 a weight file or init recipe is malformed
      + BundleError                  an installation bundle is malformed
-     + ContractError                an input does not fit the model's contract
+     + ContractError                malformed contract or arrays, or an unfit input
      + WrongParentError             patch is for other weights   .expected .actual
      + WrongModelError              patch is for another network .expected .actual
      + VerificationError            result is not the promised one; nothing installed
@@ -155,7 +155,7 @@ class BundleError(DpuError):
 
 
 class ContractError(DpuError):
-    """An input does not fit the model's contract."""
+    """A contract or an array file is malformed, or an input does not fit the model."""
 
 
 class WrongParentError(_MismatchError):

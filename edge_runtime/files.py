@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one seam between a store and the disk.
+"""All file operations of a store, in one class that tests can replace.
 
 Every change that a store makes to its files goes through the primitive operations
 below, so that a test can record them, fail any one of them, and enumerate what a power

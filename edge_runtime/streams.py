@@ -46,7 +46,7 @@ def _write_somehow(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def read_by_nobody(stream: TextIO) -> None:
-    """Send what else is written to a stream nowhere: its reader is gone."""
+    """Redirect a stream to /dev/null: its reader is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

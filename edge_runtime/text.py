@@ -4,8 +4,8 @@
 File names, names in a graph or a weight file, what a program said: whoever chose them
 must not move the cursor of a terminal, forge a line, or turn what follows around. So
 each character that is not printed as itself is spelled out, as Python spells it.
-Commands print everything through here (:mod:`edge_runtime.command`); what a table or a
-list of lines is made of goes through :func:`printable` piece by piece.
+Commands print everything through here (:mod:`edge_runtime.commandline`); what a table
+or a list of lines is made of goes through :func:`printable` piece by piece.
 """
 
 from contextlib import suppress

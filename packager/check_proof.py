@@ -130,7 +130,7 @@ def _check(record: Mapping[str, Any], **fields: Any) -> None:
 
 
 class Doubt(StrEnum):
-    """Why a proof is not even compared with anything."""
+    """Reason why a proof is rejected before weights are compared."""
 
     UNREADABLE = "unreadable"  # no proof, or a file that cannot be read
     OLD_NONCE = "old nonce"  # answers an earlier question

@@ -64,7 +64,7 @@ class Outcome(StrEnum):
 
 
 class Step(Flag):
-    """What opening files came to, beside the decision about each of them."""
+    """What opening the new files led to, beside the decision about each of them."""
 
     NOTHING = 0
     LIST_TAKEN = auto()  # others may sign now: what was refused may be right

@@ -28,9 +28,12 @@ LONGEST_SLEEP_S = 1.0  # a signal waits no longer, and systemd's watchdog neithe
 @click.option("--once", is_flag=True, help="Look once, for cron and timers.")
 @click.option(
     "--interval",
+    "--every",
+    "interval",
+    metavar="SPAN",
     type=Seconds(0.1),
-    default=10.0,
-    help="Seconds between two looks.",
+    default="10s",
+    help="Time between two looks, such as 1m or 60 (seconds).",
 )
 @click.option(
     "--metrics",

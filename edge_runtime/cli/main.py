@@ -330,7 +330,7 @@ def proof(root: Path, *, nonce: str, tensors: bool) -> None:
 @main.command("device-key")
 @on_device
 def device_key(device: "Device") -> Answer:
-    """Print the public half of this device's key, which is made at first.
+    """Print the public half of this device's key, which is created on first use.
 
     The server keeps it and checks proofs with it. The private half stays in
     STORE/device.key; a card that is copied copies it too.

@@ -28,19 +28,25 @@ def _channel(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-_OPTIONS = (
-    ("ca", "DPU_CA", "Certificates of the servers to trust."),
-    ("cert", "DPU_CERT", "This device's own certificate."),
-    ("key", "DPU_CERT_KEY", "The key of --cert, where it is apart."),
-    ("proxy", "DPU_PROXY", "Proxy; by default as the environment says."),
+_OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("ca",), "DPU_CA", "PEM file of CAs that may sign the server's certificate."),
+    (("cert",), "DPU_CERT", "PEM file of this device's own certificate."),
+    (("key", "cert-key"), "DPU_CERT_KEY", "PEM file of its key, where it is apart."),
+    (("proxy",), "DPU_PROXY", "Proxy; by default as the environment says."),
 )
 
 
 def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--channel``, and how its server is reached, to a command."""
-    for name, variable, words in reversed(_OPTIONS):
+    for names, variable, words in reversed(_OPTIONS):
         command = click.option(
-            f"--{name}", envvar=variable, default="", show_default=False, help=words
+            *(f"--{name}" for name in names),
+            names[0],
+            envvar=variable,
+            metavar="URL" if names == ("proxy",) else "FILE",
+            default="",
+            show_default=False,
+            help=words,
         )(command)
     return click.option(
         "--channel",

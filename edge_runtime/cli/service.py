@@ -82,7 +82,7 @@ class _Half:
     help="Print the unit of 'dpu-edge sync' instead. ${DPU_URL} takes the address from "
     "/etc/dpu-edge/NAME.env.",
 )
-@click.argument("arguments", metavar="[FOLDER] [OPTIONS OF IT]...", nargs=-1)
+@click.argument("arguments", metavar="[FOLDER] [AGENT OR SYNC OPTIONS]...", nargs=-1)
 @click.pass_context
 def service(
     context: click.Context,

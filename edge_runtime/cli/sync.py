@@ -46,9 +46,10 @@ def _budgets(
 @click.option(
     "--every",
     envvar="DPU_EVERY",
-    metavar="SECONDS",
+    metavar="SPAN",
     type=Seconds(1),
-    help="Look again so often, with some jitter; by default once.",
+    help="Look again so often, such as 1h or 3600 (seconds), with some jitter; by "
+    "default once.",
 )
 @click.option(
     "--device",

@@ -70,7 +70,8 @@ def apply_weights(
     if base.fingerprint != patch.header.parent:
         raise WrongParentError(
             f"the patch leads from weights {patch.header.parent[:12]}, here are "
-            f"{base.fingerprint[:12]}; apply the rounds between them first",
+            f"{base.fingerprint[:12]}; give the weights {patch.header.parent[:12]}, or "
+            "apply the rounds between them first if these are older",
             expected=patch.header.parent,
             actual=base.fingerprint,
         )

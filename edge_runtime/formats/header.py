@@ -83,8 +83,9 @@ def read_header(file: BinaryIO) -> bytes:
     start = file.read(len(MAGIC))
     if start != MAGIC:
         raise PatchFormatError(
-            f"not a patch: it begins with {start!r}, expected {MAGIC!r}; give a .dpu "
-            "file, or fetch it again, whole and as binary data"
+            f"not a patch: it {f'begins with {start!r}' if start else 'is empty'}, "
+            f"expected {MAGIC!r}; give a .dpu file, or fetch it again, whole and as "
+            "binary data"
         )
     start += read_exactly(file, 4)
     version, size = struct.unpack_from("<HH", start, len(MAGIC))

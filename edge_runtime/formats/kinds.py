@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ class Kind(Enum):
     )
     PROOF = "a device's proof", "'dpu-patch check-proof' takes it"
     CONTRACT = "a contract", "'dpu-pack --base --bundle --contract' takes it"
-    ROUND = "a round folder", "'dpu-pack' takes it"
+    ROUND = (
+        "a round folder",
+        "'dpu-pack' takes it, and 'dpu-patch' its run, or its weights.safetensors",
+    )
     RUN = "a run's folder", "'dpu-pack' and 'dpu-patch report' take it"
     STORE = "a device's store", "give it with --store"
     INDEX = (
@@ -184,6 +188,13 @@ def _folder(path: Path) -> Kind | None:
     return Kind.SHARDS if found else None
 
 
+def _is_empty(path: Path) -> bool:
+    with suppress(OSError, ValueError):  # its reader says why
+        status = path.stat()
+        return stat.S_ISREG(status.st_mode) and not status.st_size
+    return False
+
+
 def refuse_others(path: Path, wanted: Sequence[Kind]) -> None:
     """Refuse a file that is known to be of another kind than the wanted ones.
 
@@ -195,10 +206,12 @@ def refuse_others(path: Path, wanted: Sequence[Kind]) -> None:
         DpuError: It says what the file is, and which command takes it.
     """
     found = kind_of(path)
+    expected = " or ".join(kind.words.partition(",")[0] for kind in wanted)
+    error = _ERRORS.get(wanted[0], ContractError)
+    if found is None and _is_empty(path):
+        raise error(f"{path} is empty (0 bytes), expected {expected}; fetch it again")
     if found is None or found in wanted:
         return
     if found is Kind.ZIP and Kind.BUNDLE in wanted:
         return  # in whatever order its members are
-    expected = " or ".join(kind.words.partition(",")[0] for kind in wanted)
-    error = _ERRORS.get(wanted[0], ContractError)
     raise error(f"{path} is {found.words}, expected {expected}; {found.taker}")

@@ -64,7 +64,7 @@ def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
 
 
 class Found(Protocol):
-    """Positions that need not be in memory; an array of them is as good."""
+    """Increasing flat positions, delivered in pieces; an array of them is as good."""
 
     def __len__(self) -> int:
         """Return how many there are."""

@@ -101,8 +101,8 @@ class Trust:
         if len(found) < self.threshold:
             signers = ", ".join(signature.key_id for signature in given) or "nobody"
             raise TrustError(
-                f"not trusted: signed by {signers}, expected {self.threshold} of "
-                f"{', '.join(keys)}; have it signed with 'dpu-patch sign'"
+                f"not trusted: signed by {signers}, expected {self.threshold} of the "
+                f"keys {', '.join(keys)}; have it signed with 'dpu-patch sign'"
             )
         for signature in ours:
             _verify(keys[signature.key_id], signature, framed(context, message))

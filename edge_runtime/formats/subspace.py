@@ -133,7 +133,7 @@ def decode_terms(data: bytes, tensors: int) -> tuple[Term, ...]:
 
 
 def together(terms: Iterable[Sequence[Term]], tensors: int) -> tuple[Term, ...]:
-    """Put the terms of several patches one behind the other.
+    """Concatenate the terms of several patches; empty if one patch cannot hold them.
 
     Args:
         terms: Of each patch.

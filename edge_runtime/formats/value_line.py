@@ -86,7 +86,7 @@ class Form:
 
 
 class Line:
-    """The integers that stand for the elements of one type, and the way back.
+    """Maps elements of one type to integers and back, without loss.
 
     Attributes:
         width: Bits of an element that are on the line; integers are of that width too.

@@ -251,7 +251,10 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
     except (*_DAMAGED, Image.DecompressionBombError) as err:
         # Pillow names the buffer that it was given, not the file.
         reason = str(err).partition(" <")[0]
-        raise ContractError(f"{name} is no image that can be read ({reason})") from err
+        raise ContractError(
+            f"{name} is no image that can be read ({reason}); inputs are images, .npy, "
+            ".npz, .json or .jsonl"
+        ) from err
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(fitted).reshape(height, width, channels)
     return pixels.transpose(2, 0, 1) if spec.channel_axis == 1 else pixels

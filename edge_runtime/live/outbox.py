@@ -30,7 +30,7 @@ _NAME = re.compile(r"([1-9][0-9]{0,17})\.([012])\.json")
 
 
 class Kind(IntEnum):
-    """How long a report is kept; more matters longer."""
+    """Priority of a report; lower ones are dropped first."""
 
     DAILY = 0
     CHANGE = 1
@@ -118,7 +118,7 @@ class Outbox:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the network side tells the agent, for its reports; nothing rests on it.
+    """Facts that dpu-edge sync gives the agent for its reports; never used to decide.
 
     Attributes:
         device: The device's id.

@@ -78,7 +78,7 @@ class Change:
     reason: str = ""
 
     def is_as(self, other: "Change") -> bool:
-        """Return whether it is the same happening; one that goes on is one."""
+        """Tell whether two changes are the same event; a lasting block is one event."""
         same = (self.outcome, self.target) == (other.outcome, other.target)
         return same and (self.outcome is Outcome.BLOCKED or self.since == other.since)
 

@@ -12,10 +12,10 @@
       slots/<fingerprint>/    graph.onnx (a second name of the one in model/)
                               weights.safetensors
       reverse/<fingerprint>.dpu  the way back to weights that have no slot any more
-      hooks/                  the owner's programs, see hooks.py
-      live/                   what live predictors were made from, see live.py
-      outbox/                 reports that wait to be sent, see outbox.py
-      device.key              signs proofs, if there is one, see proof.py
+      hooks/                  the owner's programs, see update/hooks.py
+      live/                   what live predictors were made from, see live/entries.py
+      outbox/                 reports that wait to be sent, see live/outbox.py
+      device.key              signs proofs, if there is one, see live/proof.py
       current -> slots/...    for people; derived from state.json, never read
 
 ONNX Runtime maps the weight file into memory, so a slot is never written to once it
@@ -104,6 +104,8 @@ class Store(StoreContents):
             StoreError: Nothing is installed there, or the state is damaged.
         """
         store = cls(root, files)
+        if store.root.is_dir() and not store._state_path.exists():
+            store.insist_free()  # else 'init' is advised, which would refuse it
         store.reload()
         return store
 

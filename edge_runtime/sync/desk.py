@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a look at a channel works with: its folder, its source, and what it may spend.
+"""Base of the sync client: its folder, source, saved state and byte budgets.
 
 Two floors stand in the state, on the disk before anything is fetched: the version of
 the newest head, and the newest signed time.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a store keeps of its key lists, as plain data, and what time it is there.
+"""A store's record of its key lists, and its trusted clock.
 
 A small board may have no clock that runs without power. So two things together say what
 time it is: the newest time that somebody trusted has signed, which the store keeps and

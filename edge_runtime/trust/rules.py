@@ -91,6 +91,6 @@ def _insist(given: SignedRoot, trust: Trust, whose: str) -> None:
         found = ", ".join(map(key_id, given.signers(trust))) or "nobody"
         raise TrustError(
             f"key list {given.root.version} is signed by {found} of {whose}, expected "
-            f"{trust.threshold} of {', '.join(trust.ids)}; have it signed with "
-            "'dpu-patch trust sign'"
+            f"{trust.threshold} of the keys {', '.join(trust.ids)}; have it signed "
+            "with 'dpu-patch trust sign'"
         )

@@ -38,6 +38,8 @@ def fleet() -> None:
 @channel_option
 @click.option(
     "--key",
+    "--sign",
+    "key",
     metavar="KEY.pem",
     required=True,
     type=PRIVATE_KEY,

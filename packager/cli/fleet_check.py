@@ -37,7 +37,13 @@ WRONG, UNTRUSTED = 5, 8  # as for any verification that failed
     type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
     help="What devices trust: public keys, or a key list; else no signature is judged.",
 )
-@click.option("--threshold", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--threshold",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many of these keys must sign.",
+)
 @click.option(
     "--tuf-root",
     metavar="N.root.json",

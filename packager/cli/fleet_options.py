@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -88,8 +89,32 @@ class Name(click.ParamType[str]):
 
 
 channel_option = click.option(
-    "--channel", type=Name(), default="stable", show_default=True
+    "--channel",
+    type=Name(),
+    default="stable",
+    show_default=True,
+    help="Which channel of the place.",
 )
+
+
+def named_run(name: str, runs: Path) -> Path:
+    """Return the folder of a run, by its path or its name; a ledger alone is enough.
+
+    Raises:
+        RoundNotFoundError: There is none.
+    """
+    from edge_runtime.errors import RoundNotFoundError
+    from packager.ledger import LEDGER_NAME
+    from packager.rounds.folder import find_run
+
+    alone = Path(name) if (Path(name) / LEDGER_NAME).is_file() else None
+    run = find_run(name, runs) or alone
+    if run is None:
+        raise RoundNotFoundError(
+            f"no run {name}, neither here nor in {runs}; give its folder, or another "
+            "--runs"
+        )
+    return run
 
 
 def sign_option(words: str) -> Callable[[Command], Command]:

@@ -43,17 +43,28 @@ def _address(ctx: click.Context, param: click.Parameter, value: str) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where to; never below a folder that is published.",
 )
-@click.option("--prefix", default="board", show_default=True, callback=_prefix)
+@click.option(
+    "--prefix",
+    metavar="NAME",
+    default="board",
+    show_default=True,
+    callback=_prefix,
+    help="What their names begin with: board-0001 and so on.",
+)
 @click.option(
     "--url",
+    metavar="URL",
     required=True,
     callback=_address,
-    help="Where the devices look for releases.",
+    help="Where they look for releases.",
 )
 @channel_option
-@click.option("--group", default="", show_default=False, help="Their group.")
+@click.option(
+    "--group", metavar="NAME", default="", show_default=False, help="Their group."
+)
 @click.option(
     "--report",
+    metavar="URL|DIR|@FILE",
     default="",
     show_default=False,
     callback=_address,

@@ -4,17 +4,13 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.text import printable
-from packager.cli.fleet_options import Span
+from packager.cli.fleet_options import Span, named_run
 from packager.cli.options import runs_option
-
-if TYPE_CHECKING:
-    from packager.release import Release
 
 
 @click.command()
@@ -35,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--fleet-db",
+    "--db",
     "database",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -66,6 +63,7 @@ def prune(  # noqa: PLR0913 - one argument for each option
     """
     from packager.fleet.address import open_place
     from packager.fleet.prune import prune as prune_place
+    from packager.ledger import read_ledger
 
     place = open_place(url)
     running = _reported(database) if database else {}
@@ -73,7 +71,7 @@ def prune(  # noqa: PLR0913 - one argument for each option
         place,
         now=time.time(),
         grace_s=grace,
-        releases=_releases(name, runs) if name else (),
+        releases=read_ledger(named_run(name, runs)).releases if name else (),
         newest=keep,
         reported=running,
         dry_run=dry_run,
@@ -99,20 +97,6 @@ def prune(  # noqa: PLR0913 - one argument for each option
     count = f"{len(done.removed)} file{'s' * (len(done.removed) != 1)}"
     lines.append(f"{count}, {size:,} B {verb}; {done.kept:,} B stay")
     emit(record, as_json=as_json, text="\n".join(lines))
-
-
-def _releases(name: str, runs: Path) -> "list[Release]":
-    from edge_runtime.errors import RoundNotFoundError
-    from packager.ledger import read_ledger
-    from packager.rounds.folder import find_run
-
-    run = find_run(name, runs)
-    if run is None:
-        raise RoundNotFoundError(
-            f"no run {name}, neither here nor in {runs}; give its folder, or another "
-            "--runs"
-        )
-    return read_ledger(run).releases
 
 
 def _reported(database: Path) -> dict[str, int]:

@@ -62,7 +62,11 @@ if TYPE_CHECKING:
     help="Shares of the devices, and when: 1%,10%@24h,100%@48h.  [default: all, now]",
 )
 @click.option(
-    "--group", "groups", multiple=True, help="For this group alone (repeatable)."
+    "--group",
+    "groups",
+    metavar="NAME",
+    multiple=True,
+    help="For this group alone (repeatable).",
 )
 @click.option(
     "--pauser",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from packager.cli.options import insist_apart
+from packager.cli.options import insist_apart, insist_ending
 
 if TYPE_CHECKING:
     from packager.report.document import Document
@@ -26,7 +26,7 @@ URGENT = 3  # sections that a terminal is told; a page has all of them
     metavar="FILE",
     default="fleet.db",
     show_default=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="What 'dpu-fleet watch' collects into.",
 )
 @click.option(
@@ -52,7 +52,13 @@ def show(
     from packager.release import as_text
     from packager.report.document import to_text
 
+    if not path.exists():
+        raise click.BadParameter(
+            f"{path} is not there; 'dpu-fleet watch' makes it", param_hint="--db"
+        )
     insist_apart(output, path)
+    if output:
+        insist_ending(output, ".html")
     with open_database(path) as connection:
         tell = _fleet if device is None else _device
         document, record = tell(connection, as_text(device or ""), most)

@@ -123,6 +123,7 @@ def renew(
 )
 @click.option(
     "--key",
+    "--sign",
     "keys",
     metavar="ROOT.pem",
     multiple=True,

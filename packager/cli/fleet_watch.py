@@ -14,7 +14,7 @@ from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, KeyFileError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.signing import Trust
-from packager.cli.fleet_options import Span, channel_option, sign_option
+from packager.cli.fleet_options import Span, channel_option, named_run, sign_option
 from packager.cli.fleet_publish import publish
 from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
@@ -22,6 +22,7 @@ from packager.cli.options import (
     PRIVATE_KEY,
     PUBLIC_KEY,
     insist_apart,
+    insist_ending,
     runs_option,
     single_publisher_option,
 )
@@ -98,10 +99,11 @@ class _Watch:
 )
 @click.option(
     "--run",
-    metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The run's folder: its ledger knows the earlier releases.",
+    "name",
+    metavar="RUN",
+    help="The run whose ledger knows the earlier releases.",
 )
+@runs_option
 @click.option(
     "--halt-at",
     "share",
@@ -136,7 +138,8 @@ def watch(  # noqa: PLR0913 - one argument for each option
     trusted: tuple[Path, ...],
     database: Path,
     page: Path | None,
-    run: Path | None,
+    name: str | None,
+    runs: Path,
     share: float | None,
     least: int,
     pause_key: Path | None,
@@ -155,6 +158,8 @@ def watch(  # noqa: PLR0913 - one argument for each option
     from packager.fleet.watch import Limit
 
     insist_apart(page, database)
+    if page:
+        insist_ending(page, ".html")
     if (share is None) != (pause_key is None):
         raise click.UsageError("--halt-at and --pause-key go together")
     pems = {str(p): read_bounded(p, "key_bytes", str(p), KeyFileError) for p in trusted}
@@ -166,7 +171,7 @@ def watch(  # noqa: PLR0913 - one argument for each option
         devices,
         database,
         page,
-        run,
+        named_run(name, runs) if name else None,
         None if share is None else Limit(share, least),
         signers[0] if signers else None,
     )

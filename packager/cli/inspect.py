@@ -26,6 +26,7 @@ from packager.cli.options import (
     PUBLIC_KEY,
     RELEASE,
     insist_apart,
+    insist_ending,
     runs_option,
 )
 
@@ -48,7 +49,7 @@ def shown(command: Callable[..., Any]) -> Callable[..., Any]:
         "--output",
         metavar="FILE",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Write to a file: a page with pictures, or what .md, .json, .txt say.",
+        help="Write to a file: .html, a page with pictures, or .md, .json, .txt.",
     )(command)
     command = click.option(
         "--md", "as_markdown", is_flag=True, help="Print Markdown, for a pull request."
@@ -62,6 +63,8 @@ def show(
     """Print what was found, or write it to a file."""
     from packager.report.document import to_markdown, to_text
 
+    if output and not (as_json or as_markdown):
+        insist_ending(output, ".html", ".md", ".json", ".txt")
     record, document = look
     if output is None:
         text = to_markdown(document) if as_markdown else to_text(document)
@@ -318,6 +321,7 @@ def _find_run(name: str, runs: Path) -> Path:
 
     for folder in (Path(name), runs / name):
         if folder.is_dir():
+            refuse_others(folder, (Kind.RUN,))
             return folder
     known = sorted(p.parent.name for p in runs.glob("*/model"))
     raise RoundNotFoundError(

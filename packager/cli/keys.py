@@ -65,6 +65,7 @@ def keygen(path: Path, *, encrypt: bool, kind: str, as_json: bool) -> None:
 )
 @click.option(
     "--key",
+    "--sign",
     "keys",
     metavar="KEY.pem",
     multiple=True,

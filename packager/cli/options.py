@@ -79,6 +79,15 @@ def insist_apart(output: Path | None, *inputs: Path | None) -> None:
         )
 
 
+def insist_ending(path: Path, *known: str) -> None:
+    """Insist that a page's name ends as what is written; without an ending it may."""
+    if path.suffix and path.suffix not in known:
+        raise click.BadParameter(
+            f"found {path.name!r}, expected a name that ends with {', '.join(known)}",
+            param_hint="'-o'",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PackOptions:
     """How ``dpu-pack`` is to pack, whatever it packs.

@@ -64,7 +64,8 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
     "-o",
     "--output",
     metavar="FILE|DIR",
-    help="Where to write.  [default: beside the round folder]",
+    help="Where to write: one round to this file, unless it is a folder or ends with "
+    "/; several into this folder.  [default: beside the round folder]",
 )
 @runs_option
 @click.option(

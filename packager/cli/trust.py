@@ -39,7 +39,11 @@ _expires = click.option(
     help="From when on devices take nothing that was signed later.",
 )
 _output = click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path)
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write.  [default: N.root.json, N being its number]",
 )
 
 
@@ -57,8 +61,22 @@ def _thresholds(command: Callable[..., Any]) -> Any:
         command = click.option(
             f"--{name}-threshold",
             type=click.IntRange(1, 32),
-            help=f"How many {name} keys have to sign.",
+            help=f"How many {name} keys have to sign.  [default: 1, or as before]",
         )(command)
+    return command
+
+
+def _changes(command: Callable[..., Any]) -> Any:
+    for role, what in (("release", "releases"), ("root", "lists")):
+        for verb, end, key in (("remove", "out", "KEY.pub.pem|ID"), ("add", "in", "")):
+            words = f"{'Let this key sign' if end == 'in' else 'Take no more'} {what}"
+            command = click.option(
+                f"--{verb}-{role}",
+                f"{role}_{end}",
+                metavar=key or "KEY.pub.pem",
+                multiple=True,
+                help=f"{words}{'' if end == 'in' else ' of this key'} (repeatable).",
+            )(command)
     return command
 
 
@@ -111,12 +129,7 @@ def init(  # noqa: PLR0913 - one parameter an option
 
 @trust.command()
 @click.argument("old", metavar="N.root.json", type=KEY_LIST)
-@click.option("--add-root", "root_in", metavar="KEY.pub.pem", multiple=True)
-@click.option("--remove-root", "root_out", metavar="KEY.pub.pem|ID", multiple=True)
-@click.option("--add-release", "release_in", metavar="KEY.pub.pem", multiple=True)
-@click.option(
-    "--remove-release", "release_out", metavar="KEY.pub.pem|ID", multiple=True
-)
+@_changes
 @_thresholds
 @_expires
 @_sign
@@ -193,6 +206,7 @@ def revoke(
 @click.argument("path", metavar="N.root.json", type=KEY_LIST)
 @click.option(
     "--key",
+    "--sign",
     "signers",
     metavar="KEY.pem",
     multiple=True,

@@ -107,11 +107,30 @@ def test_help_shows_no_signs_that_are_meant_for_the_program(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_every_option_says_what_it_is_for(name):
+    options = [p for p in EVERY[name].params if isinstance(p, click.Option)]
+    assert [o.opts for o in options if not (o.hidden or o.help)] == []
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_an_option_for_public_keys_does_not_ask_for_the_private_file(name):
     for option in EVERY[name].params:
         kinds = option.type.kinds if isinstance(option.type, FileOf) else ()
         if Kind.PUBLIC_KEY in kinds and Kind.PRIVATE_KEY not in kinds:
             assert "KEY.pem" not in option.metavar, option.opts
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((f"dpu-edge {name}", "--cert-key") for name in ("init", "sync", "repair")),
+        *(("dpu-patch sign", "--sign"), ("dpu-patch trust sign", "--sign")),
+        *(("dpu-fleet pause", "--sign"), ("dpu-fleet rotate", "--sign")),
+        *(("dpu-fleet prune", "--db"), ("dpu-edge agent", "--every")),
+    ],
+)
+def test_what_other_commands_call_an_option_it_is_called_here_too(name, option):
+    assert option in {word for p in EVERY[name].params for word in p.opts}
 
 
 def test_colour_is_for_terminals_alone(type_in):

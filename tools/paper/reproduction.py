@@ -205,15 +205,16 @@ def table(network: str, comparisons: Sequence[Comparison]) -> Iterator[str]:
         yield ""
     yield (
         f"| method | seed | rounds | raw | post-processed | {heading} | last test % "
-        "| mean patch bytes |"
+        "| mean bytes a round, 0 where nothing was sent |"
     )
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
     for row in comparisons:
         paper = PAPER[column].get(row.method.partition("_")[0])
+        sent = f"{row.mean_bytes:,.0f}" if row.mean_bytes else "-"  # cannot be packed
         yield (
             f"| {row.method} | {row.seed} | 0-{row.rounds - 1} | {row.raw:+.2f} "
             f"| {row.monotone:+.2f} | {'-' if paper is None else f'{paper:+.2f}'} "
-            f"| {row.last:.2f} | {row.mean_bytes:,.0f} |"
+            f"| {row.last:.2f} | {sent} |"
         )
 
 

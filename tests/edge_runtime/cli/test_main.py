@@ -344,6 +344,48 @@ def test_the_store_may_stand_before_or_after_the_command(
     assert (code, "elsewhere" in err) == (7, True)
 
 
+def test_json_may_stand_before_the_command_too(edge, installed):
+    for words in (("status",), ("trust", "show"), ("proof", "--nonce", "n")):
+        code, out, _ = edge("--json", *words)
+        assert (code, json.loads(out).keys()) == (
+            0,
+            json.loads(edge(*words, "--json")[1]).keys(),
+        )
+    assert json.loads(edge("--json", "rollback", "--to", "7")[2])["exit_code"] == 2
+    code, _, err = edge("--json", "service", "/srv/patches")
+    assert (code, json.loads(err)["message"]) == (2, "no such option '--json'")
+
+
+def test_a_full_disk_behind_standard_output_is_not_the_stores(installed, tmp_path):
+    words = ["--store", str(tmp_path / "store"), "status"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_runtime", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 10
+    assert done.stderr.startswith("error: standard output: No space left on device")
+
+
+def test_a_folder_of_other_things_is_not_told_to_be_installed_into(edge, tmp_path):
+    (tmp_path / "store").mkdir()
+    assert "run 'dpu-edge --store" in edge("status")[2]
+    (tmp_path / "store" / "digits").mkdir()
+    code, _, err = edge("status")
+    assert (code, "holds no store: found digits" in err) == (7, True)
+
+
+@pytest.mark.parametrize("given", ["3600", "3600s", "60m", "1h", "3600.0"])
+def test_a_span_of_time_may_have_a_unit(given):
+    for name, option in (("sync", "--every"), ("agent", "--interval")):
+        words = ["x"] * (1 + (name == "sync"))
+        context = main.commands[name].make_context(name, [*words, option, given])
+        assert 3600 in context.params.values()
+
+
 def test_wrong_use_is_told_as_json_too(command, monkeypatch):
     monkeypatch.delenv("DPU_STORE", raising=False)
     code, out, err = command(main, "status", "--json")

@@ -138,6 +138,20 @@ def test_an_output_is_what_its_name_says(packed, command, tmp_path, name, begins
     assert path.read_text().startswith(begins)
 
 
+@pytest.mark.parametrize("name", ["x.pdf", "x.csv"])
+def test_an_output_of_another_name_is_not_written(packed, command, tmp_path, name):
+    for words in (("info", packed[0]), ("report", "tiny")):
+        code, _, err = command(patch, *words, "-o", tmp_path / name)
+        assert (code, "ends with .html, .md, .json, .txt" in err) == (2, True)
+    assert not (tmp_path / name).exists()
+
+
+def test_verify_names_the_weights_that_it_needs(packed, command):
+    code, _, err = command(patch, "verify", packed[0], "--base", packed[2])
+    parent = fingerprint_file(packed[1])[:12]
+    assert (code, f"give the weights {parent}" in err) == (4, True)
+
+
 # diff --------------------------------------------------------------------------------
 
 

@@ -199,6 +199,34 @@ def test_a_wrong_file_is_called_by_its_name(
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.parametrize("name", ["init", "apply", "trust", "sign --key", "diff"])
+def test_an_empty_file_is_called_empty(name, files, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    group, given, _ = COMMANDS[name]
+    (tmp_path / "empty").touch()
+    names = {"FILE": "empty", "BUNDLE": files[Kind.BUNDLE]}
+    names |= {"PATCH": files[Kind.PATCH], "WEIGHTS": files[Kind.WEIGHTS]}
+    words = ["--store", "new"] if group is main else []
+    code, _, err = command(group, *words, *(names.get(word, word) for word in given))
+    assert (code, "empty is empty (0 bytes), expected a" in err) == (
+        2 if name in INPUT_OR_KEY else 3,
+        True,
+    )
+
+
+def test_a_round_below_runs_is_no_run_to_report_on(files, command, run, monkeypatch):
+    monkeypatch.setenv("DPU_RUNS", str(run.path.parent))
+    for words in (["tiny/round_01"], ["tiny", "--beside", "tiny/round_01"]):
+        err = command(patch, "report", *words)[2]
+        assert "is a round folder, expected a run's folder" in err
+
+
+def test_what_is_no_input_is_told_what_inputs_are(files, command, tmp_path):
+    (tmp_path / "mine.toml").write_text("[run]\n")
+    err = command(main, "--store", tmp_path / "store", "infer", tmp_path / "mine.toml")
+    assert "inputs are images, .npy, .npz, .json or .jsonl" in err[2]
+
+
 def test_a_bundle_is_shown_with_its_members_and_its_patch(files, command, run):
     command(patch, "sign", files[Kind.BUNDLE], "--key", plain_key(run.path))
     code, out, _ = command(patch, "info", files[Kind.BUNDLE])

@@ -356,6 +356,7 @@ def test_show_tells_of_one_device_and_of_the_fleet(tmp_path, command):
     page = tmp_path / "page.html"
     assert command(fleet, "show", "--db", path, "-o", page)[0] == 0
     assert "<h1" in page.read_text()
+    assert command(fleet, "show", "--db", path, "-o", tmp_path / "page.pdf")[0] == 2
 
 
 def test_show_refuses_an_unknown_device_and_a_file_that_is_no_database(
@@ -372,4 +373,5 @@ def test_show_refuses_an_unknown_device_and_a_file_that_is_no_database(
         pass
     path.write_bytes(b"no database at all, and long enough to be looked at" * 30)
     assert command(fleet, "show", "--db", path)[0] == 7
-    assert command(fleet, "show", "--db", tmp_path / "none.db")[0] == 2
+    code, _, err = command(fleet, "show", "--db", tmp_path / "none.db")
+    assert (code, "'dpu-fleet watch' makes it" in err) == (2, True)
