@@ -609,9 +609,9 @@ def test_no_sample_is_no_answer(edge, installed, tmp_path):
 
 
 def test_what_is_no_patch_is_told_what_one_begins_with(edge, installed, tmp_path):
-    (tmp_path / "empty").touch()
-    code, _, err = edge("apply", tmp_path / "empty")
-    assert (code, "begins with b'', expected b'\\x89DPU" in err) == (3, True)
+    (tmp_path / "page").write_bytes(b"<html>")
+    code, _, err = edge("apply", tmp_path / "page")
+    assert (code, "begins with b'<html', expected b'\\x89DPU" in err) == (3, True)
     assert "fetch it again" in err
 
 

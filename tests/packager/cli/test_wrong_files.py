@@ -221,12 +221,6 @@ def test_a_round_below_runs_is_no_run_to_report_on(files, command, run, monkeypa
         assert "is a round folder, expected a run's folder" in err
 
 
-def test_what_is_no_input_is_told_what_inputs_are(files, command, tmp_path):
-    (tmp_path / "mine.toml").write_text("[run]\n")
-    err = command(main, "--store", tmp_path / "store", "infer", tmp_path / "mine.toml")
-    assert "inputs are images, .npy, .npz, .json or .jsonl" in err[2]
-
-
 def test_a_bundle_is_shown_with_its_members_and_its_patch(files, command, run):
     command(patch, "sign", files[Kind.BUNDLE], "--key", plain_key(run.path))
     code, out, _ = command(patch, "info", files[Kind.BUNDLE])
