@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1115,
+        ".": 1160,
         "agent": 700,
         "cli": 1380,
         "formats": 3790,
