@@ -428,8 +428,15 @@ class Group(_CatchErrors, click.Group):
 
     def __init__(self, *args: Any, **how: Any) -> None:
         super().__init__(*args, **how)
-        hidden = {"is_flag": True, "hidden": True, "expose_value": False}
-        self.params.append(click.Option(["--json"], callback=_note_json, **hidden))
+        self.params.append(
+            click.Option(
+                ["--json"],
+                is_flag=True,
+                hidden=True,
+                expose_value=False,
+                callback=_note_json,
+            )
+        )
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
