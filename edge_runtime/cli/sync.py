@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli.network import network_options
-from edge_runtime.commandline import Seconds, emit, json_option, message_of, say
+from edge_runtime.commandline import (
+    Seconds,
+    emit,
+    emit_line,
+    json_option,
+    message_of,
+    say,
+)
 from edge_runtime.errors import DpuError, SyncError
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
@@ -161,7 +168,8 @@ def sync(  # noqa: PLR0913 - one argument for each option
     client = _tuf_client(folder, tuf_root) if tuf or tuf_root else None
     looking = Sync(root, folder, source, options, uploads=uploads, tuf=client)
     if every is None:
-        _tell(looking.look(), as_json=as_json)
+        record, text = _told(looking.look())
+        emit(record, as_json=as_json, text=text)
     else:
         _go_on(looking, every, as_json=as_json)
 
@@ -184,14 +192,15 @@ def _uploads(report: str, device: str, given: dict[str, str]) -> "Uploads":
     return Uploads(open_outlet(report, **given), say)
 
 
-def _tell(found: "Synced", *, as_json: bool) -> None:
+def _told(found: "Synced") -> tuple[dict[str, Any], str]:
+    """Return what a look came to, as data and in words."""
     head = found.head
     record: dict[str, Any] = asdict(found) | {"head": head and _summary(head)}
     where = f"{head.channel}: round {head.round}" if head else "nothing known"
     text = f"{where}, {found.result}"
     text += f" ({found.reason})" if found.reason else ""
     text += "".join(f"\n  {name}" for name in found.fetched)
-    emit(record, as_json=as_json, text=f"{text}\n  {found.spent} bytes on the wire")
+    return record, f"{text}\n  {found.spent} bytes on the wire"
 
 
 def _summary(head: Any) -> dict[str, Any]:
@@ -200,15 +209,11 @@ def _summary(head: Any) -> dict[str, Any]:
 
 
 def _go_on(looking: "Sync", every: float, *, as_json: bool) -> None:
-    """Look for ever; failures wait longer each time, and are told once."""
+    """Look until nobody reads it; failures wait longer each time, and are told once."""
     wait, told = _FIRST_WAIT_S, ""
     while True:
-        pause = every
         try:
             found = looking.look()
-            if (line := f"{found.result} {found.fetched}") != told:
-                _tell(found, as_json=as_json)
-            told, wait = line, _FIRST_WAIT_S
         # A full disk, a head that is not trusted or a locked folder too: whoever
         # starts this command again at once would only spend bytes.
         except (DpuError, OSError) as err:
@@ -219,5 +224,10 @@ def _go_on(looking: "Sync", every: float, *, as_json: bool) -> None:
             is_network = isinstance(err, SyncError) and not err.permanent
             longest = _LONGEST_S if is_network else _LONGEST_PERMANENT_S
             pause, wait = wait, min(2 * wait, longest)
+        else:
+            if (line := f"{found.result} {found.fetched}") != told:
+                record, text = _told(found)
+                emit_line(record, as_json=as_json, text=text)
+            told, pause, wait = line, every, _FIRST_WAIT_S
         # Many devices that lost their server at once must not come back at once.
         time.sleep(pause * random.uniform(0.8, 1.2))

@@ -2,6 +2,10 @@
 """dpu-edge sync on a live board: halts, metered links, full disks, services."""
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -108,6 +112,19 @@ def test_a_head_that_is_not_trusted_ends_no_service(world, command, monkeypatch)
     call = ("sync", world.place.root, world.folder, "--every", 60)
     code, _, err = command(main, "--store", world.root, *call)
     assert (code, "not trusted" in err) == (130, True)
+
+
+def test_who_reads_a_service_has_a_line_at_once_until_nobody_reads(world):
+    words = [sys.executable, "-m", "edge_runtime", "--store", str(world.root), "sync"]
+    words += [str(world.place.root), str(world.folder), "--every", "1s", "--json"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    world.publish(1, lifetime_s=1 << 33)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=env) as process:
+        first = json.loads(process.stdout.readline())
+        assert (first["schema"], first["result"]) == (1, "fetched")
+        process.stdout.close()
+        world.publish(2, lifetime_s=1 << 33)
+        assert process.wait(60) == 0
 
 
 # Full weights, by policy --------------------------------------------------------------
