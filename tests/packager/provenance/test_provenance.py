@@ -327,7 +327,7 @@ def test_a_p256_pair_is_private_and_never_overwritten(command, keys):
     private = keys[1]
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
     before = private.read_bytes()
-    assert command(patch, "keygen", private, "--kind", "p256")[0] == 10
+    assert command(patch, "keygen", private, "--kind", "p256")[0] == 2
     assert private.read_bytes() == before
 
 
