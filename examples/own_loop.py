@@ -77,7 +77,7 @@ def main():
         updater.select()  # keep the best 2 %, rewind the rest
         train(model, optimizer, samples, options.epochs)  # only those move
         masks = updater.finish()  # raises if any other weight changed
-        record = publish_round(options.runs / "mine", model, masks, samples=samples)
+        record = publish_round(options.runs / "own_loop", model, masks, samples=samples)
         print(f"round {record.round}: {record.outcome}, {accuracy(model):.1%} right")
 
 
