@@ -20,7 +20,7 @@ from errno import EDQUOT, EINVAL, ENOLCK, ENOSPC, ENOSYS, ENOTSUP
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_runtime.errors import DpuError
+from edge_runtime.errors import DpuError, KeyFileError
 from edge_runtime.limits import limits
 from edge_runtime.text import printable
 
@@ -128,6 +128,16 @@ def read_bounded(
     if data.tell() > most:
         raise error(limits().problem(limit, size, what))
     return data.getvalue()
+
+
+def read_key_file(path: Path) -> bytes:
+    """Read a file that should hold a key, as far as keys go.
+
+    Raises:
+        OSError: It cannot be read.
+        KeyFileError: It is larger than any key.
+    """
+    return read_bounded(path, "key_bytes", str(path), KeyFileError)
 
 
 class Files:

@@ -16,6 +16,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import (
@@ -24,6 +25,7 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     TrustError,
 )
+from edge_runtime.files import read_key_file
 from edge_runtime.formats.header import read_exactly
 
 PATCH_CONTEXT = b"dpu patch header"
@@ -253,6 +255,16 @@ def load_public(pem: bytes, name: str = "the key") -> str:
     if not isinstance(key, Ed25519PublicKey):
         raise KeyFileError(f"{name}: expected Ed25519, found {type(key).__name__}")
     return key.public_bytes_raw().hex()
+
+
+def read_public(path: Path) -> str:
+    """Read a public key file; return its 32 raw bytes in hex.
+
+    Raises:
+        KeyFileError: It is none.
+        OSError: It cannot be read.
+    """
+    return load_public(read_key_file(path), str(path))
 
 
 def trust_keys(pems: Mapping[str, bytes], threshold: int = 1) -> Trust:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import read_bounded
+from edge_runtime.files import read_key_file
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.entries import measure, read_entries, undeclared_processes
 from edge_runtime.live.shared import canonical as canonical
@@ -125,7 +125,7 @@ def read_key(path: Path) -> "Ed25519PrivateKey | None":
 
 
 def _key_bytes(path: Path) -> bytes:
-    data = read_bounded(path, "key_bytes", str(path), KeyFileError)
+    data = read_key_file(path)
     return bytes.fromhex(data.decode("ascii"))
 
 

@@ -109,7 +109,7 @@ def check_proof(  # noqa: PLR0913 - one for each option
 
 def _read_keys(paths: Iterable[Path]) -> dict[str, str]:
     """Return public keys in hex, with the file of each."""
-    from edge_runtime.formats.signing import load_public
+    from edge_runtime.formats.signing import read_public
 
     files: list[Path] = []
     for path in paths:
@@ -119,12 +119,7 @@ def _read_keys(paths: Iterable[Path]) -> dict[str, str]:
                 f"{path} has no *.pub.pem: 'dpu-edge device-key' prints a device's"
             )
         files += found
-    return {
-        load_public(read_bounded(key, "key_bytes", str(key), KeyFileError), str(key)): (
-            str(key)
-        )
-        for key in files
-    }
+    return {read_public(key): str(key) for key in files}
 
 
 def _one(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.formats.signing import read_public
 from packager.cli.fleet_options import (
     Shares,
     Skips,
@@ -23,7 +24,6 @@ from packager.cli.options import (
     runs_option,
     single_publisher_option,
 )
-from packager.cli.trust_words import read_public
 
 if TYPE_CHECKING:
     from packager.fleet.publish import Published

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, emit_line, json_option, say
-from edge_runtime.errors import DpuError, KeyFileError, RoundError
-from edge_runtime.files import Files, read_bounded
+from edge_runtime.errors import DpuError, RoundError
+from edge_runtime.files import Files, read_key_file
 from edge_runtime.formats.signing import Trust
 from packager.cli.fleet_options import Span, channel_option, named_run, sign_option
 from packager.cli.fleet_publish import publish
@@ -162,7 +162,7 @@ def watch(  # noqa: PLR0913 - one argument for each option
         insist_ending(page, ".html")
     if (share is None) != (pause_key is None):
         raise click.UsageError("--halt-at and --pause-key go together")
-    pems = {str(p): read_bounded(p, "key_bytes", str(p), KeyFileError) for p in trusted}
+    pems = {str(p): read_key_file(p) for p in trusted}
     signers, _ = read_signers([pause_key] if pause_key else [])
     watched = _Watch(
         open_place(url, single_publisher=single_publisher, say=say),

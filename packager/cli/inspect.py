@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
-from edge_runtime.errors import ConfigError, KeyFileError
-from edge_runtime.files import read_bounded
+from edge_runtime.errors import ConfigError
+from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.streams import utf8
@@ -184,9 +184,7 @@ def verify(
     from edge_runtime.formats.signing import trust_keys
     from packager.build import prefix_errors
 
-    trust = trust_keys(
-        {str(k): read_bounded(k, "key_bytes", str(k), KeyFileError) for k in keys}
-    )
+    trust = trust_keys({str(k): read_key_file(k) for k in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
     weights = read_any(base).weights if base is not None else None
     with prefix_errors(path), _open_trusted(path, trust) as opened:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from edge_runtime.errors import KeyFileError
-from edge_runtime.files import read_bounded
+from edge_runtime.files import read_key_file
 from edge_runtime.text import printable
 from packager.cli.options import PRIVATE_KEY, RELEASE
 
@@ -132,7 +131,7 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
 
     keys = []
     for path in paths:
-        pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
+        pem = read_key_file(path)
         passphrase = ask_passphrase(path) if is_encrypted(pem) else None
         keys.append(load_private(pem, passphrase, str(path)))
     return keys, sorted({key_id(public_key(key)) for key in keys})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import OK, FileOf, emit, json_option
-from edge_runtime.errors import KeyFileError, how_to_install
-from edge_runtime.files import read_bounded
+from edge_runtime.errors import how_to_install
+from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
 from packager.cli.keys import ask_passphrase
@@ -116,9 +116,7 @@ def _check(
     from packager.provenance import check_provenance
     from packager.provenance.check import Found
 
-    pems = {
-        path: read_bounded(path, "key_bytes", str(path), KeyFileError) for path in keys
-    }
+    pems = {path: read_key_file(path) for path in keys}
     model = [path for path, pem in pems.items() if is_model_key(pem)]
     public = [
         load_public(p, str(path)) for path, p in pems.items() if path not in model
@@ -143,7 +141,7 @@ def _private_keys(
 
     signers, model = [], []
     for path in paths:
-        pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
+        pem = read_key_file(path)
         passphrase = ask_passphrase(path) if is_encrypted(pem) else None
         key = load_any_private(pem, passphrase, str(path))
         if isinstance(key, Ed25519PrivateKey):

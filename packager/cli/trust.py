@@ -10,6 +10,7 @@ import click
 
 from edge_runtime.commandline import CONTEXT, Group, emit, json_option, say
 from edge_runtime.errors import KeyFileError
+from edge_runtime.formats.signing import read_public
 from packager.cli.keys import read_signers
 from packager.cli.options import KEY_LIST, PRIVATE_KEY, PUBLIC_KEY
 from packager.cli.trust_words import (
@@ -17,7 +18,6 @@ from packager.cli.trust_words import (
     key_ids,
     list_before,
     read_list,
-    read_public,
 )
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.commandline import Answer
-from edge_runtime.errors import KeyFileError
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import Trust
@@ -70,20 +69,6 @@ def read_list(path: Path) -> "SignedRoot":
 
     with prefix_errors(path):
         return read_root(load_list(path))
-
-
-def read_public(path: Path) -> str:
-    """Read a public key file; return its 32 raw bytes in hex.
-
-    Raises:
-        KeyFileError: It is none.
-        OSError: It cannot be read.
-    """
-    from edge_runtime.files import read_bounded
-    from edge_runtime.formats.signing import load_public
-
-    pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
-    return load_public(pem, str(path))
 
 
 def key_ids(keys: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import Files, lock_file, read_bounded
+from edge_runtime.files import Files, lock_file, read_key_file
 from edge_runtime.live.proof import KEY_NAME, encode_public, read_key
 from packager.fleet.certificates import (
     Authority,
@@ -169,7 +169,7 @@ def _publish_key(folder: Path, name: str, files: Files) -> None:
     wanted = encode_public(key)
     if not public.exists():
         files.replace(public, wanted)
-    elif read_bounded(public, "key_bytes", str(public), KeyFileError) != wanted:
+    elif read_key_file(public) != wanted:
         raise KeyFileError(f"{public} is not the public half of {private}")
 
 
@@ -189,8 +189,8 @@ def _authority(folder: Path, files: Files) -> Authority:
         files.rename(part, folder)
         files.sync_folder(folder.parent)
     return read_authority(
-        read_bounded(public, "key_bytes", str(public), KeyFileError),
-        read_bounded(private, "key_bytes", str(private), KeyFileError),
+        read_key_file(public),
+        read_key_file(private),
         str(folder),
     )
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import KeyFileError, ProofError, TrustError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.signing import framed, is_signed, key_id, load_public
+from edge_runtime.formats.signing import framed, is_signed, key_id, read_public
 from edge_runtime.live.proof import canonical
 from edge_runtime.live.report import (
     CONTEXT,
@@ -77,8 +76,7 @@ def read_keys(folder: Path) -> dict[str, tuple[str, str]]:
     """
     found: dict[str, tuple[str, str]] = {}
     for path in sorted(folder.glob(f"*{_KEY_SUFFIX}")):
-        data = read_bounded(path, "key_bytes", str(path), KeyFileError)
-        public, name = load_public(data, str(path)), as_text(path.name)
+        public, name = read_public(path), as_text(path.name)
         found.setdefault(key_id(public), (public, name.removesuffix(_KEY_SUFFIX)))
     if not found:
         raise KeyFileError(

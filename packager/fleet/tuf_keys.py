@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import Files, lock_file, read_bounded
-from edge_runtime.formats.signing import load_public
+from edge_runtime.files import Files, lock_file, read_key_file
+from edge_runtime.formats.signing import load_public, read_public
 from edge_runtime.store.state import utc
 from edge_runtime.trust import (
     first_root,
@@ -203,9 +203,7 @@ class TufFolder:
                     root = next_root(root, lists[number], lapsed=True)
         publics = {}
         for pub in sorted(path.glob("*.pub.pem")):
-            key = load_public(
-                read_bounded(pub, "key_bytes", str(pub), KeyFileError), str(pub)
-            )
+            key = read_public(pub)
             publics[key] = pub.with_name(pub.name.removesuffix(".pub.pem") + ".pem")
         return cls(path, lists, publics)
 
@@ -226,7 +224,7 @@ class TufFolder:
         named = _roles(self.lists[number])[role]["keyids"]
         for public, path in self.publics.items():
             if tuf_key_id(public) in named and path.exists():
-                pem = read_bounded(path, "key_bytes", str(path), KeyFileError)
+                pem = read_key_file(path)
                 secret = ask(path) if b"ENCRYPTED" in pem else None
                 yield load_private(pem, secret, str(path))
 
