@@ -2,14 +2,9 @@
 """Weights that subspaces have moved, without a second copy of them in memory."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.formats.apply import windows
-from edge_runtime.formats.layout import DTYPES, Tensor
+from edge_runtime.formats.layout import Tensor
 from edge_runtime.formats.spool import Spool
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.subspace_moves import Mover
@@ -36,21 +31,8 @@ class _Moved(Weights):
             mover.move(window, self._spool.size)
             self._spool.write(bytes(window))
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        tensor = self.layout.by_name[name]
-        raw = np.frombuffer(self._spool.read(tensor.start, tensor.stop), np.uint8)
-        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
-
-    def bits(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
-        """Return elements of a tensor, in C order, as unsigned integers."""
-        size, first = tensor.item_size, tensor.start
-        raw = self._spool.read(first + start * size, first + stop * size)
-        return np.frombuffer(raw, f"<u{size}")
-
-    @cached_property
-    def data(self) -> memoryview:  # type: ignore[override]
-        """The whole file in memory, for whoever cannot do with less."""
-        return memoryview(b"".join(self.chunks()))
+    def _read(self, tensor: Tensor, start: int, stop: int) -> bytes:
+        return self._spool.read(tensor.start + start, tensor.start + stop)
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file's bytes in order, in pieces of bounded size."""

@@ -55,7 +55,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         tensor = self.layout.by_name[name]
-        raw = np.frombuffer(self.data[tensor.start : tensor.stop], np.uint8)
+        raw = np.frombuffer(self._read(tensor, 0, tensor.stop - tensor.start), np.uint8)
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
 
     def __iter__(self) -> Iterator[str]:
@@ -72,9 +72,19 @@ class Weights(Mapping[str, NDArray[Any]]):
             start: The first one.
             stop: The one behind the last.
         """
-        size, first = tensor.item_size, tensor.start
-        raw = self.data[first + start * size : first + stop * size]
-        return np.frombuffer(raw, f"<u{size}")
+        size = tensor.item_size
+        return np.frombuffer(self._read(tensor, start * size, stop * size), f"<u{size}")
+
+    def _read(
+        self, tensor: Tensor, start: int, stop: int
+    ) -> bytes | memoryview | NDArray[np.uint8]:
+        """Return bytes of a tensor; a subclass has them elsewhere."""
+        return self.data[tensor.start + start : tensor.start + stop]
+
+    @cached_property
+    def data(self) -> memoryview:
+        """The whole file in memory, for whoever cannot do with less."""
+        return memoryview(b"".join(self.chunks()))
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file's bytes in order, in pieces of bounded size."""

@@ -6,14 +6,13 @@ pages that are looked at, and those the system may take back at any time.
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.formats.layout import DTYPES, Tensor, make_layout
+from edge_runtime.formats.layout import Tensor, make_layout
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
 from packager.mapped import MappedFile as MappedFile
 
@@ -56,22 +55,15 @@ class ViewedWeights(Weights):
         """The files that tensors lie in."""
         return {view.file.path for view in self._views.values() if view.file}
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        tensor = self.layout.by_name[name]
-        return self._views[name].raw.view(DTYPES[tensor.dtype]).reshape(tensor.axes)
+    def _read(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.uint8]:
+        return self._views[tensor.name].raw[start:stop]
 
     def bits(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
         """Return elements of a tensor, in C order, as unsigned integers."""
-        view = self._views[tensor.name]
-        found = view.raw[start * tensor.item_size : stop * tensor.item_size]
-        if view.file:  # of what was returned before
-            view.file.saw(found.size)
-        return found.view(f"<u{tensor.item_size}")
-
-    @cached_property
-    def data(self) -> memoryview:  # type: ignore[override]
-        """The whole file in memory, for whoever cannot do with less."""
-        return memoryview(b"".join(self.chunks()))
+        found = super().bits(tensor, start, stop)
+        if file := self._views[tensor.name].file:  # of what was returned before
+            file.saw(found.nbytes)
+        return found
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file's bytes in order, in pieces of bounded size."""
