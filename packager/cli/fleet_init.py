@@ -43,12 +43,9 @@ def init(
     What 'dpu-fleet publish RUN/round_00' does, in a place that has no such channel yet.
     """
     from packager.fleet.address import open_place
-    from packager.rounds.folder import find_run
+    from packager.rounds.folder import named_run
 
-    run = find_run(name, runs)
-    if run is None:
-        words = f"no run folder {name}, and none below {runs}: one holds {FIRST}"
-        raise click.BadParameter(words, context, param_hint="'RUN'")
+    run = named_run(name, runs)
     place = open_place(to, single_publisher=single_publisher, say=say)
     _insist_new(place, channel)
     context.invoke(

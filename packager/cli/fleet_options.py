@@ -97,24 +97,18 @@ channel_option = click.option(
 )
 
 
-def named_run(name: str, runs: Path) -> Path:
+def run_or_ledger(name: str, runs: Path) -> Path:
     """Return the folder of a run, by its path or its name; a ledger alone is enough.
 
     Raises:
         RoundNotFoundError: There is none.
     """
-    from edge_runtime.errors import RoundNotFoundError
     from packager.ledger import LEDGER_NAME
-    from packager.rounds.folder import find_run
+    from packager.rounds.folder import find_run, named_run
 
-    alone = Path(name) if (Path(name) / LEDGER_NAME).is_file() else None
-    run = find_run(name, runs) or alone
-    if run is None:
-        raise RoundNotFoundError(
-            f"no run {name}, neither here nor in {runs}; give its folder, or another "
-            "--runs"
-        )
-    return run
+    if (Path(name) / LEDGER_NAME).is_file():
+        return find_run(name, runs) or Path(name)
+    return named_run(name, runs)
 
 
 def sign_option(words: str) -> Callable[[Command], Command]:

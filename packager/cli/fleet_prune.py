@@ -9,7 +9,7 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.text import printable
-from packager.cli.fleet_options import Span, named_run
+from packager.cli.fleet_options import Span, run_or_ledger
 from packager.cli.options import runs_option
 
 
@@ -71,7 +71,7 @@ def prune(  # noqa: PLR0913 - one argument for each option
         place,
         now=time.time(),
         grace_s=grace,
-        releases=read_ledger(named_run(name, runs)).releases if name else (),
+        releases=read_ledger(run_or_ledger(name, runs)).releases if name else (),
         newest=keep,
         reported=running,
         dry_run=dry_run,

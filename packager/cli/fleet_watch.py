@@ -14,7 +14,7 @@ from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files, read_key_file
 from edge_runtime.formats.signing import Trust
-from packager.cli.fleet_options import Span, channel_option, named_run, sign_option
+from packager.cli.fleet_options import Span, channel_option, run_or_ledger, sign_option
 from packager.cli.fleet_publish import publish
 from packager.cli.fleet_tuf import follow_head, tuf_option
 from packager.cli.keys import read_signers
@@ -171,7 +171,7 @@ def watch(  # noqa: PLR0913 - one argument for each option
         devices,
         database,
         page,
-        named_run(name, runs) if name else None,
+        run_or_ledger(name, runs) if name else None,
         None if share is None else Limit(share, least),
         signers[0] if signers else None,
     )

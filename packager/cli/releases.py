@@ -27,16 +27,10 @@ def releases(name: str, *, runs: Path, as_json: bool) -> None:
     RUN is a folder, or a name below --runs. What the ledger lacks is told by the files
     beside the rounds.
     """
-    from edge_runtime.errors import RoundNotFoundError
     from packager.ledger import read_ledger
-    from packager.rounds.folder import find_run
+    from packager.rounds.folder import named_run
 
-    run = find_run(name, runs)
-    if run is None:
-        raise RoundNotFoundError(
-            f"no run {name}, neither here nor in {runs}; give its folder, or another "
-            "--runs"
-        )
+    run = named_run(name, runs)
     ledger = read_ledger(run)
     for note in ledger.notes:
         say(note)

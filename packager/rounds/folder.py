@@ -333,6 +333,20 @@ def find_run(
     return None
 
 
+def named_run(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> Path:
+    """Find a run's folder, as :func:`find_run` does.
+
+    Raises:
+        RoundNotFoundError: There is none.
+    """
+    if (run := find_run(name_or_path, runs)) is None:
+        raise RoundNotFoundError(
+            f"no run {name_or_path}, neither here nor in {runs}; give its folder, or "
+            "another --runs"
+        )
+    return run
+
+
 def new_rounds(run: Path, released: Collection[tuple[str, str]]) -> list[Path]:
     """Return a run's rounds that devices should have and that were not released yet.
 

@@ -59,5 +59,5 @@ def test_a_run_is_found_by_its_name_and_what_is_none_is_named(run, tmp_path, com
     assert (code, json.loads(out)["round"]) == (0, 0)
     code, _, err = command(fleet, "init", tmp_path / "other", "nothing", *runs)
     assert code == 2
-    assert f"no run folder nothing, and none below {run.path.parent}" in err
+    assert f"no run nothing, neither here nor in {run.path.parent}" in err
     assert not (tmp_path / "other").exists()
