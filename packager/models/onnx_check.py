@@ -152,9 +152,7 @@ def _expected(layout: Layout, name: str) -> dict[str, object]:
     return {
         "type": ONNX_TYPES.get(tensor.dtype, f"no ONNX type ({tensor.dtype})"),
         "shape": tensor.shape,
-        "location": WEIGHTS_NAME,
-        "offset": str(tensor.start),
-        "length": str(tensor.stop - tensor.start),
+        **tensor.external_data(WEIGHTS_NAME),
     }
 
 

@@ -134,13 +134,9 @@ def _graph(
             tensor.ClearField("data_location")
             tensor.raw_data = inside[tensor.name]
         elif is_external(tensor):
-            place = layout.by_name[tensor.name]
-            for key, value in {
-                "location": WEIGHTS_NAME,
-                "offset": place.start,
-                "length": place.stop - place.start,
-            }.items():
-                tensor.external_data.add(key=key, value=str(value))
+            place = layout.by_name[tensor.name].external_data(WEIGHTS_NAME)
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
     return bytes(whole.SerializeToString(deterministic=True))
 
 
