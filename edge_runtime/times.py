@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times as text: UTC in one form, which compares as text and can be written down."""
+"""Times as text: UTC in one form, which compares as text; and how long, in words."""
 
 import time
 from calendar import timegm
@@ -20,3 +20,22 @@ def seconds_of(text: str) -> int:
         ValueError: It has another form, or there is no such day.
     """
     return timegm(time.strptime(text, FORM))
+
+
+def duration(seconds: float) -> str:
+    """Write a time in one or two units, for example ``23 min 17 s``."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        return _two(round(seconds), 60, "min", "s")
+    if seconds < 86_370:
+        return _two(round(seconds / 60), 60, "h", "min")
+    return _two(round(seconds / 3600), 24, "d", "h")
+
+
+def _two(parts: int, size: int, unit: str, part: str) -> str:
+    whole, rest = divmod(parts, size)
+    spaced = f"{whole:,}".replace(",", " ")
+    return f"{spaced} {unit}" + (f" {rest} {part}" if rest else "")

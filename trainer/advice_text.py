@@ -4,6 +4,7 @@
 import shlex
 from collections.abc import Iterator
 
+from edge_runtime.times import duration
 from trainer.rounds.advice import ERROR, Advice, Candidate, block
 
 
@@ -41,18 +42,3 @@ def _about(candidate: Candidate) -> Iterator[str]:
     yield from (f"         {line}".rstrip() for line in block(candidate))
     yield "or"
     yield "         " + " ".join(f"--set {shlex.quote(s)}" for s in candidate.sets)
-
-
-def duration(seconds: float) -> str:
-    """Write a time in one or two units, as ``dpu-patch info`` does."""
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    size, step, unit, part = 60, 1, "min", "s"
-    if seconds >= 3599.5:
-        size, step, unit, part = 60, 60, "h", "min"
-    if seconds >= 86_370:
-        size, step, unit, part = 24, 3600, "d", "h"
-    whole, rest = divmod(round(seconds / step), size)
-    return f"{whole} {unit}" + (f" {rest} {part}" if rest else "")

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from edge_runtime.commandline import say
+from edge_runtime.formats.model_folder import SHARES
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
     from trainer.rounds.schedule import Progress
 
 WIDTH = 24  # of the bar
-SHARES = ("accuracy", "element_accuracy", "iou")  # metrics that read as per cent
 WINDOW = 40  # epochs whose pace the estimate follows: later rounds are longer
 CLEAR = "\r\x1b[K"
 

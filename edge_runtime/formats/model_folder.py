@@ -28,6 +28,7 @@ RECORD_NAME = "round.json"
 WEIGHTS_NAME = "weights.safetensors"
 SELECTION_NAME = "selection.safetensors"
 METRICS_NAME = "metrics.jsonl"
+SHARES = ("accuracy", "element_accuracy", "iou")  # metrics that read as per cent
 SHADOW_NAME = "shadow.safetensors"
 # The subspaces that lead from the parent to the weights, and from init to the shadow.
 SUBSPACES_NAME, SHADOW_SUBSPACES_NAME = "subspaces.bin", "shadow_subspaces.bin"

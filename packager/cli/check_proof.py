@@ -13,9 +13,9 @@ from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
+from edge_runtime.times import duration
 from packager.cli.files import read_any
 from packager.cli.options import MODEL, runs_option
-from packager.report.words import duration
 
 if TYPE_CHECKING:
     from packager.check_proof import Expected, Part, Question

@@ -15,11 +15,11 @@ from edge_runtime.limits import limits
 from edge_runtime.store.state import utc
 from edge_runtime.sync.head import SHORT, SignedHead, Way, read_head
 from edge_runtime.sync.route import cheapest
+from edge_runtime.times import duration
 from edge_runtime.trust.keylist import KeyList
 from edge_runtime.trust.root import Root
 from edge_runtime.trust.rules import first_root
 from packager.fleet.head import bundle_path, head_path, patch_path
-from packager.report.words import duration
 
 # Returns a file of at most so many bytes; None where there is none.
 Read = Callable[[str, int], bytes | None]

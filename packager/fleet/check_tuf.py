@@ -13,8 +13,8 @@ from edge_runtime.sync.head import SignedHead
 from edge_runtime.sync.http import EXCHANGE_S, Answer
 from edge_runtime.sync.plan import TufStaleError
 from edge_runtime.sync.tuf import TufClient, limit
+from edge_runtime.times import duration
 from packager.fleet.check import SOON, Finding, Read, State
-from packager.report.words import duration
 
 MONTH_S = 30 * 86_400  # how long a timestamp is valid, unless somebody says otherwise
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 
+from edge_runtime.times import duration
 from packager.fleet.picture import (
     BLOCKED,
     DAY,
@@ -14,7 +15,6 @@ from packager.fleet.picture import (
 )
 from packager.report.words import (
     counted,
-    duration,
     moment,
     percent,
     short_bytes,

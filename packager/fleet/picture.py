@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from edge_runtime.live.report import FAILURES, Outcome
-from packager.report.words import duration
+from edge_runtime.times import duration
 
 DAY = 86_400
 STALE = 3 * DAY  # a device reports once a day; three times in a row it did not

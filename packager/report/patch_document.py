@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from edge_runtime.times import duration
 from packager.report.document import Document, Section, Table
 from packager.report.records import (
     DiffRecord,
@@ -13,7 +14,7 @@ from packager.report.records import (
     TensorRecord,
 )
 from packager.report.svg import dumbbells, heat_map, stacked_bars
-from packager.report.words import duration, natural, percent, short_bytes, spaced, times
+from packager.report.words import natural, percent, short_bytes, spaced, times
 
 # Parts of a patch with their colours, in the order of the file.
 PARTS = {"header": 5, "signatures": 4, "index": 1, "values": 2, "dense": 3}

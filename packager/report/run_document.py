@@ -4,6 +4,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 
+from edge_runtime.formats.model_folder import SHARES
 from packager.report.curves import Series, column_chart, line_chart
 from packager.report.document import Document, Section, Table
 from packager.report.frontier import frontier_chart, frontier_rows
@@ -14,7 +15,6 @@ from packager.report.words import natural, percent, short_bytes, spaced, times
 
 DENSE = "dense part"
 ROUNDS = "round"
-SHARES = ("accuracy", "element_accuracy", "iou")  # metrics that read as per cent
 # What the bytes of a round are the size of.
 SOURCES = {
     "patch file": "its patch file",

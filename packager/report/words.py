@@ -29,19 +29,6 @@ def short_bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def duration(seconds: float) -> str:
-    """Write a time in one or two units, for example ``23 min 17 s``."""
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    if seconds < 3599.5:
-        return _two(round(seconds), 60, "min", "s")
-    if seconds < 86_370:
-        return _two(round(seconds / 60), 60, "h", "min")
-    return _two(round(seconds / 3600), 24, "d", "h")
-
-
 def counted(number: int, word: str) -> str:
     """Write how many there are of something that takes an s: ``3 devices``."""
     return f"{spaced(number)} {word}{'s' * (number != 1)}"
@@ -61,8 +48,3 @@ def natural(name: str) -> list[tuple[int, str]]:
     """Return a sorting key by which ``4.weight`` stands before ``11.weight``."""
     parts = re.split(r"(\d+)", name)
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
-
-
-def _two(parts: int, size: int, unit: str, part: str) -> str:
-    whole, rest = divmod(parts, size)
-    return f"{spaced(whole)} {unit}" + (f" {rest} {part}" if rest else "")

@@ -10,10 +10,8 @@ from click.testing import CliRunner
 
 from edge_runtime.errors import ConfigError
 from packager import pack_round, read_round
-from packager.report import words
 from packager.report.links import link_records
 from packager.size import patch_size
-from trainer.advice_text import duration
 from trainer.cli import main
 from trainer.config import as_dict, load_config, make_config
 from trainer.networks.models import build_model
@@ -108,11 +106,6 @@ def test_pasted_keys_say_which_of_the_recipe_s_own_stay():
     lines = [line for candidate in advice.candidates for line in block(candidate)]
     assert "[update]  # in place of the recipe's own section" in lines
     assert "[train]  # set these keys in the recipe's own; its others stay" in lines
-
-
-def test_durations_are_those_of_patch_info():
-    for seconds in (0.004, 0.2, 1, 59.96, 1176, 3599.6, 5280, 86_369, 86_371, 9e5):
-        assert duration(seconds) == words.duration(seconds)
 
 
 def test_a_budget_below_the_dense_part_names_what_each_method_needs():
