@@ -22,6 +22,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -41,13 +42,14 @@ from edge_runtime.formats.header import (
     parse_header,
     read_header,
 )
-from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.sections import SIGNED_AT, encode_varint
 from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     MAX_BLOCK_BYTES,
     PATCH_CONTEXT,
     Signature,
+    Trust,
     decode_signatures,
     encode_signatures,
     framed,
@@ -82,6 +84,27 @@ def sign(
 def is_bundle(data: bytes) -> bool:
     """Whether this is the beginning of a bundle, which is a zip file."""
     return data.startswith(b"PK")
+
+
+def open_release(path: Path, trust: Trust | None = None) -> Patch:
+    """Open a patch, or the patch in a bundle.
+
+    Args:
+        path: The file.
+        trust: Whose signatures it needs, by default nobody's. Of a bundle it is what is
+            signed: the patch in it needs no signature.
+
+    Raises:
+        OSError: It cannot be read.
+        BundleError: The bundle is damaged.
+        PatchError: The patch is damaged.
+        TrustError: The trusted keys did not sign it.
+    """
+    with path.open("rb") as file:
+        bundle = is_bundle(file.read(4))
+    if bundle:
+        return open_patch(read_bundle(path, trust).patch)
+    return open_patch(path, trust=trust)
 
 
 def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:

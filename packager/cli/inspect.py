@@ -32,7 +32,6 @@ from packager.cli.options import (
 
 if TYPE_CHECKING:
     from edge_runtime.formats.patch import Patch
-    from edge_runtime.formats.signing import Trust
     from edge_runtime.formats.weights import Weights
     from packager.report.document import Document
 
@@ -183,11 +182,12 @@ def verify(
     from edge_runtime.formats.apply import apply_weights
     from edge_runtime.formats.signing import trust_keys
     from packager.build import prefix_errors
+    from packager.signing import open_release
 
     trust = trust_keys({str(k): read_key_file(k) for k in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
     weights = read_any(base).weights if base is not None else None
-    with prefix_errors(path), _open_trusted(path, trust) as opened:
+    with prefix_errors(path), open_release(path, trust) as opened:
         if weights is not None:
             deque(apply_weights(weights, opened), maxlen=0)  # proves the target
         header = opened.header
@@ -213,19 +213,6 @@ def verify(
             f"\n  applied to {printable(base)}: result is {header.target}, as promised"
         )
     emit(record, as_json=as_json, text=text)
-
-
-def _open_trusted(path: Path, trust: "Trust") -> "Patch":
-    from edge_runtime.formats.bundle import read_bundle
-    from edge_runtime.formats.patch import open_patch
-    from packager.signing import is_bundle
-
-    with path.open("rb") as file:
-        bundle = is_bundle(file.read(4))
-    if bundle:
-        # What is signed is the bundle; the patch in it needs no signature.
-        return open_patch(read_bundle(path, trust).patch)
-    return open_patch(path, trust=trust)
 
 
 @click.command()
@@ -282,9 +269,10 @@ def _look_into(path: Path, base: Path | None) -> "Look":
     from packager.build import prefix_errors
     from packager.report.patch_document import patch_document
     from packager.report.patch_record import patch_record
+    from packager.signing import open_release
 
     is_bundle = kind_of(path) in (Kind.BUNDLE, Kind.ZIP)
-    with prefix_errors(path), _open(path, is_bundle=is_bundle) as patch:
+    with prefix_errors(path), open_release(path) as patch:
         weights = _weights_for(path, patch, base)
         layout = weights.layout if weights else None
         if layout is not None:
@@ -297,13 +285,6 @@ def _look_into(path: Path, base: Path | None) -> "Look":
             whole = bundle_record(path, record)
             return whole, bundle_document(whole)
     return record, patch_document(record)
-
-
-def _open(path: Path, *, is_bundle: bool) -> "Patch":
-    from edge_runtime.formats.bundle import read_bundle
-    from edge_runtime.formats.patch import open_patch
-
-    return open_patch(read_bundle(path).patch if is_bundle else path)
 
 
 def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | None":

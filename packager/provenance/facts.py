@@ -37,7 +37,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import fingerprint_file
 from packager.rounds.folder import read_round
-from packager.signing import is_bundle
+from packager.signing import is_bundle, open_release
 
 _T = TypeVar("_T")
 MODEL_FILES = (
@@ -108,7 +108,9 @@ def read_facts(path: str | PathLike[str]) -> Facts:
     path = Path(path).resolve()
     if path.is_dir():
         return _round_facts(path)
-    facts, digest = _steady(path, _bundle_facts if _is_bundle(path) else _patch_facts)
+    with path.open("rb") as file:
+        bundle = is_bundle(file.read(4))
+    facts, digest = _steady(path, _bundle_facts if bundle else _patch_facts)
     return replace(facts, files={path.name: digest})
 
 
@@ -173,13 +175,8 @@ def _released(folder: Path, target: str) -> Iterator[tuple[str, str]]:
                 yield path.name, digest
 
 
-def _is_bundle(path: Path) -> bool:
-    with path.open("rb") as file:
-        return is_bundle(file.read(4))
-
-
 def _headers(path: Path) -> PatchHeader:
-    with open_patch(read_bundle(path).patch if _is_bundle(path) else path) as patch:
+    with open_release(path) as patch:
         return patch.header
 
 
