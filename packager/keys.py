@@ -11,13 +11,11 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_runtime.errors import KeyFileError
-from edge_runtime.formats.signing import (
-    key_id,
-)
-from edge_runtime.live.proof import public_key
+from edge_runtime.formats.signing import key_id
+from edge_runtime.live.proof import encode_public, public_key
 
 MAX_PASSPHRASE = 1023  # bytes that OpenSSL takes
 PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey
@@ -168,7 +166,7 @@ def write_key_pair(
     key: PrivateKey = generate_key()
     if kind is KeyKind.P256:
         key = ec.generate_private_key(ec.SECP256R1())
-    private, pem = encode_private(key, passphrase), _public_pem(key)
+    private, pem = encode_private(key, passphrase), encode_public(key)
     with ExitStack() as undo:  # both or none: half of a pair would block the next try
         for place, mode, data in (
             (path, 0o600, private),
@@ -184,8 +182,3 @@ def write_key_pair(
         return public, key_id(public_key(key))
     # As the Model Signing tool calls it: the hint in its signatures begins so.
     return public, hashlib.sha256(pem).hexdigest()[:16]
-
-
-def _public_pem(key: PrivateKey) -> bytes:
-    form = PublicFormat.SubjectPublicKeyInfo
-    return key.public_key().public_bytes(Encoding.PEM, form)

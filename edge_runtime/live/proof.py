@@ -20,6 +20,7 @@ from edge_runtime.store.store import KEY_NAME as KEY_NAME
 from edge_runtime.store.store import Store
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SCHEMA = 1
@@ -129,7 +130,7 @@ def _key_bytes(path: Path) -> bytes:
     return bytes.fromhex(data.decode("ascii"))
 
 
-def encode_public(key: "Ed25519PrivateKey") -> bytes:
+def encode_public(key: "Ed25519PrivateKey | EllipticCurvePrivateKey") -> bytes:
     """Encode the public half of a key as PEM (SubjectPublicKeyInfo)."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 

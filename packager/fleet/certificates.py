@@ -12,15 +12,11 @@ from datetime import UTC, datetime, timedelta
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from edge_runtime.errors import KeyFileError
+from packager.keys import encode_private
 
 # A device that hangs on a wall for ten years must not fall silent before.
 LIFETIME, AHEAD = timedelta(days=3650), timedelta(days=1)
@@ -46,7 +42,7 @@ class Authority:
     @property
     def private_pem(self) -> bytes:
         """The private key."""
-        return _private_pem(self.key)
+        return encode_private(self.key)
 
 
 def make_authority(name: str) -> Authority:
@@ -92,7 +88,7 @@ def make_client(authority: Authority, device: str) -> bytes:
         .add_extension(client, critical=False)
         .sign(authority.key, hashes.SHA256())
     )
-    return certificate.public_bytes(Encoding.PEM) + _private_pem(key)
+    return certificate.public_bytes(Encoding.PEM) + encode_private(key)
 
 
 def _named(name: str) -> x509.Name:
@@ -129,8 +125,3 @@ def _usage(*, signs_others: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    form = PrivateFormat.PKCS8
-    return key.private_bytes(Encoding.PEM, form, NoEncryption())

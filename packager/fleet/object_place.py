@@ -23,12 +23,11 @@ from obstore.exceptions import (
 )
 
 from edge_runtime.errors import StoreError, SyncError
-from packager.fleet.place import Entry, insist_same, most_of, visible
+from packager.fleet.place import PROBES, Entry, Place, insist_same, most_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-PROBES = ".probe/"  # what a killed one leaves there is removed by prune
 RACES = 20  # how often a file may be removed between two looks at it
 RETRIES: Final[Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 CLIENT: Final[Any] = {"timeout": "10 min", "connect_timeout": "10 s"}
@@ -39,7 +38,7 @@ _TYPES |= {"zip": "application/zip"}
 _REASON = 300  # characters of what a store says
 
 
-class ObjectPlace:
+class ObjectPlace(Place):
     """A prefix in an object store."""
 
     def __init__(
@@ -118,10 +117,6 @@ class ObjectPlace:
         for meta in sorted(found, key=lambda meta: meta["path"]):
             changed = meta["last_modified"].timestamp()
             yield Entry(meta["path"], meta["size"], changed, _tag(meta))
-
-    def names(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Yield those of them that devices may read, with their sizes."""
-        return visible(self.entries(folder))
 
     def remove(self, path: str) -> None:
         """Remove a file, where there is one."""

@@ -24,6 +24,7 @@ from edge_runtime.limits import limits
 from packager.build import write_file
 
 LOCK_NAME = ".publish.lock"
+PROBES = ".probe/"  # what a killed publisher leaves there is removed by prune
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,10 @@ class Place(Protocol):
         """
 
     def names(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Yield those of them that devices may read, with their sizes."""
+        """Yield those that are no publisher's own, with their sizes."""
+        for entry in self.entries(folder):
+            if not any(part.startswith(".") for part in entry.path.split("/")):
+                yield entry.path, entry.size
 
     def remove(self, path: str) -> None:
         """Remove a file, where there is one; nothing may need it any more."""
@@ -99,14 +103,7 @@ def most_of(path: str) -> int:
     return limits().tuf_bytes if path.endswith(".json") else limits().member_bytes
 
 
-def visible(entries: Iterator[Entry]) -> Iterator[tuple[str, int]]:
-    """Yield the files that are no publisher's own, with their sizes."""
-    for entry in entries:
-        if not any(part.startswith(".") for part in entry.path.split("/")):
-            yield entry.path, entry.size
-
-
-class FolderPlace:
+class FolderPlace(Place):
     """A folder, from which a web server, rsync or a stick takes it to devices."""
 
     def __init__(self, root: Path, files: Files | None = None) -> None:
@@ -146,10 +143,6 @@ class FolderPlace:
         """Yield the files below a folder, by path."""
         prefix = folder.rstrip("/") + "/" * bool(folder)
         yield from sorted(_walk(self.root, prefix, deep), key=lambda e: e.path)
-
-    def names(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Yield those of them that devices may read, with their sizes."""
-        return visible(self.entries(folder))
 
     def remove(self, path: str) -> None:
         """Remove a file, where there is one."""

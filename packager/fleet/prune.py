@@ -17,14 +17,13 @@ from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
 from edge_runtime.sync.route import cheapest
 from packager.fleet.head import head_path, named_files, patch_path
-from packager.fleet.place import Entry, Place
+from packager.fleet.place import PROBES, Entry, Place
 from packager.fleet.reader import channels
 from packager.fleet.tuf_files import old_metadata, told_heads
 from packager.packed_file import PATCH
 from packager.release import Release
 
 FOLDERS = ("patches/", "bundles/")
-PROBES = ".probe/"
 # A file of ours, by its hash; and the parts that killed publishers leave in folders.
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.new")
 _OURS = re.compile(rf"[0-9a-f]{{64}}\.(dpu|zip)|{_PART.pattern}")

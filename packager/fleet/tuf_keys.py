@@ -40,7 +40,7 @@ from edge_runtime.trust import (
 )
 from packager.build import prefix_errors
 from packager.key_lists import change_list, make_list, sign_list
-from packager.keys import load_private, write_key_pair
+from packager.keys import is_encrypted, load_private, write_key_pair
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -225,7 +225,7 @@ class TufFolder:
         for public, path in self.publics.items():
             if tuf_key_id(public) in named and path.exists():
                 pem = read_key_file(path)
-                secret = ask(path) if b"ENCRYPTED" in pem else None
+                secret = ask(path) if is_encrypted(pem) else None
                 yield load_private(pem, secret, str(path))
 
     @contextmanager

@@ -21,9 +21,8 @@ from edge_runtime.formats.layout import (
     PACKED_BITS,
     gc_paused,
 )
-from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
-from packager.models.views import MappedFile, View, ViewedWeights
+from packager.models.views import MappedFile, View
 
 METADATA = "__metadata__"
 _VALUES = 10  # commas and brackets of a tensor of four dimensions
@@ -35,11 +34,6 @@ def is_safetensors(path: str | PathLike[str]) -> bool:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
     return start[8:] == b"{" and length <= limits().weight_header_bytes
-
-
-def parse_safetensors(data: bytes, path: Path) -> Weights:
-    """Bring the bytes of a safetensors file into canonical form; as :func:`views`."""
-    return ViewedWeights(views(memoryview(data), path))
 
 
 def views(

@@ -11,17 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-    Ed25519PrivateKey,
-    Ed25519PublicKey,
-)
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.errors import TrustError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.signing import key_id
+from edge_runtime.formats.signing import is_signed, key_id
 from edge_runtime.live.proof import public_key
 from packager.provenance.facts import Facts
 
@@ -125,13 +121,10 @@ def open_statement(data: bytes, keys: Iterable[str]) -> tuple[Record, list[str]]
         name = signature.text("keyid", "")
         if name not in trusted:
             continue  # someone else's, which says nothing to us
-        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(trusted[name]))
-        try:
-            public.verify(_bytes(signature, "sig"), _framed(payload))
-        except InvalidSignature as err:
+        if not is_signed(trusted[name], _bytes(signature, "sig"), _framed(payload)):
             raise TrustError(
                 f"the signature of key {name} is wrong: the statement was altered"
-            ) from err
+            )
         signers.append(name)
     if not signers:
         raise TrustError(
