@@ -35,6 +35,7 @@ from edge_runtime.text import printable_lines, printable_message
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
 OK, BUG, USAGE, SYSTEM = 0, 1, 2, 10
+DIFFERENT, UNTRUSTED, UNWELL = 5, 8, 13  # what a check found
 HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
 HINTS[ENOSPC] = "; make room and try again"
 HINTS[EROFS] = "; mount it for writing, or choose another place"
@@ -54,7 +55,7 @@ REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
 
 # The first code that matches is an exception's; any other exception is a bug.
 EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
-    2: click.ClickException
+    USAGE: click.ClickException
     | FileExistsError
     | errors.AddressError
     | errors.ConfigError
@@ -70,10 +71,10 @@ EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
     | errors.RoundError
     | errors.WeightsError,
     4: errors.WrongParentError | errors.WrongModelError,
-    5: errors.VerificationError | errors.TrialError,
+    DIFFERENT: errors.VerificationError | errors.TrialError,
     6: errors.BudgetError,
     7: errors.StoreError,
-    8: errors.TrustError,
+    UNTRUSTED: errors.TrustError,
     9: errors.TrainingError,
     SYSTEM: OSError | MemoryError | errors.BlockedError | errors.SyncError,
     11: errors.BackendError,

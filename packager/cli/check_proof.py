@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, FileOf, Seconds, emit, exit_code, json_option
+from edge_runtime.commandline import (
+    DIFFERENT,
+    OK,
+    FileOf,
+    Seconds,
+    emit,
+    exit_code,
+    json_option,
+)
 from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
@@ -20,8 +28,6 @@ from packager.cli.options import MODEL, runs_option
 if TYPE_CHECKING:
     from packager.check_proof import Expected, Part, Question
     from packager.check_proofs import Standard
-
-DIFFERENT = 5  # as for any verification that failed
 
 
 @click.command("check-proof")

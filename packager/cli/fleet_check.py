@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, FileOf, emit, json_option
+from edge_runtime.commandline import DIFFERENT, OK, UNTRUSTED, FileOf, emit, json_option
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.text import printable
 from packager.cli.fleet_options import Name
 
 if TYPE_CHECKING:
     from packager.fleet.check import Finding
-
-WRONG, UNTRUSTED = 5, 8  # as for any verification that failed
 
 
 @click.command()
@@ -97,7 +95,7 @@ def check(
     emit(record, as_json=as_json, text=text)
     if State.UNTRUSTED in states:
         return UNTRUSTED
-    return WRONG if State.WRONG in states else OK
+    return DIFFERENT if State.WRONG in states else OK
 
 
 def _table(channel: str, findings: "Sequence[Finding]") -> str:

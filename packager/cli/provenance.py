@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import OK, FileOf, emit, json_option
+from edge_runtime.commandline import DIFFERENT, OK, FileOf, emit, json_option
 from edge_runtime.errors import how_to_install
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, refuse_others
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from packager.provenance import Facts, Paths
-
-DIFFERENT = 5  # as for any verification that failed
 
 
 @click.command()
