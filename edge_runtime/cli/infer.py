@@ -153,7 +153,7 @@ def _name_what_is_not_shown(predictor: "Predictor") -> None:
 
 def _golden_calls(device: "Device") -> "Iterator[Sample]":
     """Yield the golden inputs, as one call."""
-    path = device.store.root / "model" / GOLDEN_NAME
+    path = device.store.model_folder / GOLDEN_NAME
     contract = device.store.contract
     given = _golden(device).by_name(contract)
     yield str(path), {s.name: s.batch(given[s.name]) for s in contract.inputs}
@@ -163,7 +163,7 @@ def _golden(device: "Device") -> "Golden":
     from edge_runtime.files import read_bounded
     from edge_runtime.update.golden import read_golden
 
-    path = device.store.root / "model" / GOLDEN_NAME
+    path = device.store.model_folder / GOLDEN_NAME
     with device.store.own():
         data = read_bounded(path, "golden_bytes", GOLDEN_NAME, ContractError)
         return read_golden(data)

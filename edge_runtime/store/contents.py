@@ -17,6 +17,7 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GRAPH_NAME,
+    MODEL_NAME,
     RUN_NAME,
     WEIGHTS_NAME,
 )
@@ -39,6 +40,7 @@ class StoreContents:
 
     Attributes:
         root: The directory.
+        model_folder: What all rounds share, as it came in the bundle.
         files: The seam to the disk.
         state: What ``state.json`` said when it was last read or written.
     """
@@ -48,6 +50,7 @@ class StoreContents:
     def __init__(self, root: str | PathLike[str], files: Files | None = None) -> None:
         """Name a store, which need not be there yet; nothing is read."""
         self.root, self.files = Path(root), files or Files()
+        self.model_folder = self.root / MODEL_NAME
         self._state_path = self.root / STATE_NAME
         self._copy_path = self.root / COPY_NAME
 
@@ -115,12 +118,12 @@ class StoreContents:
     def recipe(self) -> InitSpec:
         """What regenerates the init weights."""
         with self.own():
-            return read_init_spec(self.root / "model")
+            return read_init_spec(self.model_folder)
 
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        path, what = self.root / "model" / CONTRACT_NAME, "the contract"
+        path, what = self.model_folder / CONTRACT_NAME, "the contract"
         with self.own():
             data = read_bounded(path, "contract_bytes", what, ContractError)
             return parse_contract(data)
@@ -135,7 +138,7 @@ class StoreContents:
     def run(self) -> Run | None:
         """Which run this device was installed from; None where it has no id."""
         with self.own():
-            return read_run(self.root / "model")
+            return read_run(self.model_folder)
 
     def summary(self) -> dict[str, Any]:
         """Return what statuses, logs, metrics and reports say of it, as plain data.
@@ -155,7 +158,7 @@ class StoreContents:
             OSError: A file cannot be read.
             StoreError: One is malformed, or is not there.
         """
-        folder = self.root / "model"
+        folder = self.model_folder
         with self.own():
             graph = (folder / GRAPH_NAME).read_bytes()
             return identify(self.layout.header, graph, folder)
@@ -217,7 +220,7 @@ class StoreContents:
                 "'dpu-edge repair BUNDLE', or 'dpu-edge rollback'"
             )
         with self.own():
-            found = identify(header, graph, self.root / "model")
+            found = identify(header, graph, self.model_folder)
         if found.model != self.state.model:
             raise StoreError(
                 f"{folder / GRAPH_NAME} or model/{RUN_NAME} is damaged or was "

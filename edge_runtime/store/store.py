@@ -39,6 +39,7 @@ from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     MODEL_FILES,
+    MODEL_NAME,
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.signing import Trust
@@ -65,7 +66,7 @@ _OLD_CURRENT = "current.old.part"
 # An installation begins with this file, so that what it leaves unfinished is known.
 _MARK, _MARK_TEXT = "init.unfinished", b"dpu-edge init was begun here\n"
 KEY_NAME = "device.key"
-_LAID_OUT = ("model", "slots", "reverse", "current", "state.copy")
+_LAID_OUT = (MODEL_NAME, "slots", "reverse", "current", "state.copy")
 
 
 @contextmanager
@@ -127,7 +128,7 @@ class Store(StoreContents):
                 self.files.remove(self.root / name)
         else:
             self.files.replace(self.root / _MARK, _MARK_TEXT, suffix=".part")
-        folder = self.root / "model"
+        folder = self.model_folder
         # The first commit makes the names of these durable.
         for path in (folder, self.root / "slots", self.root / "reverse"):
             self.files.mkdir(path)
@@ -211,7 +212,7 @@ class Store(StoreContents):
             for name in ("slots", "reverse")
         )
         known: dict[str, Collection[str]] = {
-            "model": MODEL_FILES,
+            MODEL_NAME: MODEL_FILES,
             "slots": slots,
             "reverse": ways,
             **{f"slots/{name}": (GRAPH_NAME, WEIGHTS_NAME) for name in sorted(slots)},
@@ -281,7 +282,7 @@ class Store(StoreContents):
         self.files.remove(folder)
         self.files.remove(part)
         self.files.mkdir(part)
-        self.files.link(self.root / "model" / GRAPH_NAME, part / GRAPH_NAME)
+        self.files.link(self.model_folder / GRAPH_NAME, part / GRAPH_NAME)
         self.files.write(part / WEIGHTS_NAME, chunks)
         self.files.sync_folder(part)
         self.files.rename(part, folder)

@@ -134,7 +134,7 @@ class Device:
         if error := self._refusal(header):
             raise error
         folder = build_slot(self.store, header.parent, [patch], header.target)
-        self._trial(folder, self.store.root / "model", expected=Expected(golden=True))
+        self._trial(folder, self.store.model_folder, expected=Expected(golden=True))
         slot = Slot(header.target, header.round, header.counter)
         self.store.commit(state.activated(slot, "installed"))
 
@@ -331,7 +331,7 @@ class Device:
         self.store.commit(before.tried(slot.target))
         try:
             expected = Expected(values=outputs)
-            self._trial(folder, self.store.root / "model", expected=expected)
+            self._trial(folder, self.store.model_folder, expected=expected)
         except (BackendError, BlockedError) as err:
             # The device is at fault: no try of the release, however often it happens.
             self.store.commit(before.noted_once("blocked", slot, str(err)))

@@ -72,10 +72,10 @@ def find_damage(store: Store) -> dict[str, str]:
         with the reason.
     """
     found = {}
-    if problem := _model_problem(store, store.root / "model"):
+    if problem := _model_problem(store, store.model_folder):
         found["model"] = problem
     for name, path in (("contract", CONTRACT_NAME), ("golden", GOLDEN_NAME)):
-        if problem := _unreadable(store.root / "model" / path):
+        if problem := _unreadable(store.model_folder / path):
             found[name] = problem
     for slot in store.state.slots:
         try:
@@ -200,7 +200,7 @@ def _mend_model(store: Store, content: Bundle, damage: dict[str, str]) -> Iterat
     names += [CONTRACT_NAME] if "contract" in damage else []
     # Its outputs may be of another round: so it is taken only where there is none.
     names += [GOLDEN_NAME] if "golden" in damage else []
-    folder = store.root / "model"
+    folder = store.model_folder
     store.files.mkdir(folder)
     for name in names:
         data = content.files.get(name)
@@ -270,7 +270,7 @@ def _write_slot(store: Store, slot: Slot, patch: Patch | None) -> None:
         files.remove(folder)
         files.mkdir(folder)
         files.sync_folder(folder.parent)
-    graph = store.root / "model" / GRAPH_NAME
+    graph = store.model_folder / GRAPH_NAME
     if not _is_same(graph, folder / GRAPH_NAME):
         with _exchanging(store, folder / GRAPH_NAME) as part:
             files.link(graph, part)
@@ -290,7 +290,7 @@ def _is_same(one: Path, other: Path) -> bool:
 def _sweep(store: Store) -> None:
     """Remove what a repair left that was killed; the names are no store's own."""
     slots = (store.slot_folder(slot.target) for slot in store.state.slots)
-    for folder in (store.root / "model", *slots):
+    for folder in (store.model_folder, *slots):
         for left in folder.glob("*.part"):
             store.files.unlink(left)
 

@@ -17,7 +17,7 @@ from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
-from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
 from edge_runtime.streams import utf8
 from edge_runtime.text import printable
 from packager.cli.files import read_any
@@ -302,7 +302,7 @@ def _find_run(name: str, runs: Path) -> Path:
         if folder.is_dir():
             refuse_others(folder, (Kind.RUN,))
             return folder
-    known = sorted(p.parent.name for p in runs.glob("*/model"))
+    known = sorted(p.parent.name for p in runs.glob(f"*/{MODEL_NAME}"))
     raise RoundNotFoundError(
         f"{name} is neither a patch nor a run; below {runs} there are: "
         f"{', '.join(known) or 'none'}"

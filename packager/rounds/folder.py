@@ -28,6 +28,7 @@ from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
+    MODEL_NAME,
     RECORD_NAME,
     SELECTION_NAME,
     SUBSPACES_NAME,
@@ -71,7 +72,7 @@ class RoundFolder:
     @property
     def model_folder(self) -> Path:
         """The run's model folder: graph, init recipe, contract, golden inputs."""
-        return self.path.parent / "model"
+        return self.path.parent / MODEL_NAME
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -312,7 +313,7 @@ def find_weights(run: Path, header: PatchHeader) -> Weights | None:
     if found is None:
         return None
     try:
-        init = read_init_spec(run / "model").generate()
+        init = read_init_spec(run / MODEL_NAME).generate()
     except (WeightsError, OSError):
         return found
     return init if init.fingerprint == header.parent else found
