@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from edge_runtime.errors import DpuError, KeyFileError
 from edge_runtime.limits import limits
-from edge_runtime.text import printable
+from edge_runtime.text import listed, printable
 
 READ_BYTES = 1 << 20
 _SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
@@ -47,9 +47,7 @@ def strangers(folder: Path, own: Collection[str] = ()) -> str:
             found = sorted(entry.name for entry in entries if entry.name not in own)
     except FileNotFoundError:
         return ""
-    more = len(found) - _NAMED
-    names = ", ".join(map(printable, found[:_NAMED]))
-    return names + (f" and {more} more" if more > 0 else "")
+    return listed([printable(name) for name in found], _NAMED)
 
 
 def lock_file(file: int | BinaryIO, path: Path, *, wait: bool = False) -> None:

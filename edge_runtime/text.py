@@ -8,6 +8,7 @@ Commands print everything through here (:mod:`edge_runtime.commandline`); what a
 or a list of lines is made of goes through :func:`printable` piece by piece.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 MAX_SHOWN = 4096  # characters of a single name or reason
@@ -38,6 +39,12 @@ def printable_message(text: str) -> str:
     """
     first, *rest = printable_lines(text).split("\n")
     return "\n".join([first, *("  " + line.removeprefix("  ") for line in rest)])
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first few of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _line(text: str) -> str:

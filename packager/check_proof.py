@@ -21,6 +21,7 @@ from edge_runtime.formats.signing import Signature, Trust, key_id
 from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
 from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
+from edge_runtime.text import listed
 from packager.rounds.folder import list_runs, read_model_file, read_round
 from packager.rounds.record import read_record
 
@@ -216,9 +217,7 @@ def doubt(proof: Mapping[str, Any], question: Question) -> tuple[Doubt, str] | N
         )
     signature = proof["signature"]
     if signature["key_id"] not in question.signers:
-        known = ", ".join(list(question.signers)[:_TOLD_KEYS])
-        more = len(question.signers) - _TOLD_KEYS
-        known += f" and {more} others" if more > 0 else ""
+        known = listed(list(question.signers), _TOLD_KEYS)
         return Doubt.UNKNOWN_KEY, (
             f"the proof is signed by key {signature['key_id']}, expected one of "
             f"{known}: it comes from another device"

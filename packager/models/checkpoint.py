@@ -14,6 +14,7 @@ from pathlib import Path
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
+from edge_runtime.text import listed
 from packager.models.safetensors_file import is_safetensors, views
 from packager.models.views import MappedFile, View
 
@@ -187,9 +188,7 @@ def _check_there(file: Path, why: str) -> None:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    more = len(paths) - _SHOWN
-    names = ", ".join(p.name for p in paths[:_SHOWN])
-    return names + (f" and {more} more" if more > 0 else "")
+    return listed([path.name for path in paths], _SHOWN)
 
 
 def read_views(checkpoint: Checkpoint) -> tuple[dict[str, View], list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from edge_runtime.formats.layout import Layout
+from edge_runtime.text import listed
 
 FLOATING = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16}
 # Types of weights that so far do not travel.
@@ -65,9 +66,8 @@ def _learned(graph: onnx.GraphProto) -> str:
     ]
     if not found:
         return ""
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return (
-        f"what was learned is in attributes of {', '.join(found[:3])}{more}, which are "
+        f"what was learned is in attributes of {listed(found, 3)}, which are "
         "part of the graph, and no patch changes a graph"
     )
 

@@ -22,6 +22,7 @@ import numpy as np
 from edge_runtime.errors import MALFORMED, ConfigError, WeightsError, how_to_install
 from edge_runtime.formats.layout import PACKED_BITS
 from edge_runtime.formats.weights import CHUNK_BYTES
+from edge_runtime.text import listed
 from packager.models.views import View
 
 if TYPE_CHECKING:
@@ -219,9 +220,7 @@ def _is_training(key: Any) -> bool:
 
 
 def _words(keys: Any) -> str:
-    names = [repr(key)[:80] for key in keys]
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return listed([repr(key)[:80] for key in keys], _SHOWN)
 
 
 def _view(name: str, tensor: "torch.Tensor", path: Path, size: int) -> View:

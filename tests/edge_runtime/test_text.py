@@ -14,6 +14,7 @@ from edge_runtime.commandline import Command, emit, progress, say
 from edge_runtime.errors import ContractError
 from edge_runtime.text import (
     MAX_SHOWN,
+    listed,
     printable,
     printable_lines,
     printable_message,
@@ -114,3 +115,9 @@ def test_a_hostile_file_name_is_printed_safely_by_the_real_command(tmp_path):
     assert done.returncode == 7
     assert rb"\x1b[2J" in done.stderr
     assert not set(done.stderr) & set(b"\x1b\x9b\r")
+
+
+def test_of_many_names_the_first_are_listed_and_the_others_counted():
+    assert listed([], 2) == ""
+    assert listed(["a", "b"], 2) == "a, b"
+    assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
