@@ -36,12 +36,7 @@ from edge_runtime.formats.bundle import (
     read_member,
 )
 from edge_runtime.formats.frames import STORED
-from edge_runtime.formats.header import (
-    DATED,
-    encode_header,
-    parse_header,
-    read_header,
-)
+from edge_runtime.formats.header import DATED, encode_header, parse_header, read_header
 from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.sections import SIGNED_AT, encode_varint
 from edge_runtime.formats.signing import (

@@ -43,9 +43,7 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.signing import Trust
-from edge_runtime.formats.weights import (
-    fingerprint_chunks,
-)
+from edge_runtime.formats.weights import fingerprint_chunks
 from edge_runtime.store.contents import StoreContents
 from edge_runtime.store.state import State, decode_state, encode_state
 from edge_runtime.store.state_file import state_bytes

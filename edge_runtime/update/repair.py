@@ -16,12 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_runtime.errors import (
-    BundleError,
-    DpuError,
-    WrongModelError,
-    WrongParentError,
-)
+from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongParentError
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.bundle import Bundle, Source, read_bundle
 from edge_runtime.formats.contract import parse_contract

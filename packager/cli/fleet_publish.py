@@ -9,13 +9,7 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.formats.signing import read_public
-from packager.cli.fleet_options import (
-    Shares,
-    Skips,
-    Span,
-    channel_option,
-    sign_option,
-)
+from packager.cli.fleet_options import Shares, Skips, Span, channel_option, sign_option
 from packager.cli.fleet_tuf import follow_head, tuf_option, tuf_text
 from packager.cli.keys import read_signers
 from packager.cli.options import (

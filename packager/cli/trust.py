@@ -13,12 +13,7 @@ from edge_runtime.errors import KeyFileError
 from edge_runtime.formats.signing import read_public
 from packager.cli.keys import read_signers
 from packager.cli.options import KEY_LIST, PRIVATE_KEY, PUBLIC_KEY
-from packager.cli.trust_words import (
-    describe_list,
-    key_ids,
-    list_before,
-    read_list,
-)
+from packager.cli.trust_words import describe_list, key_ids, list_before, read_list
 
 if TYPE_CHECKING:
     from edge_runtime.trust import SignedRoot

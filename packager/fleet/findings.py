@@ -13,13 +13,7 @@ from packager.fleet.picture import (
     UNDER_WAY,
     Picture,
 )
-from packager.report.words import (
-    counted,
-    moment,
-    percent,
-    short_bytes,
-    spaced,
-)
+from packager.report.words import counted, moment, percent, short_bytes, spaced
 
 STATES = {"well": "All is well", "look": "Worth a look", "act": "Act now"}
 TOO_MANY = 0.02  # of the devices that tried a release failed, and

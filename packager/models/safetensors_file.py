@@ -15,12 +15,7 @@ import numpy as np
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.formats.layout import (
-    DTYPES,
-    MAX_DIMENSIONS,
-    PACKED_BITS,
-    gc_paused,
-)
+from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS, PACKED_BITS, gc_paused
 from edge_runtime.limits import limits
 from packager.models.views import MappedFile, View
 
