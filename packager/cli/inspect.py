@@ -296,6 +296,7 @@ def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | No
 
 
 def _find_run(name: str, runs: Path) -> Path:
+    """Find a folder; what it lacks to be a run is told by who reads it."""
     from edge_runtime.errors import RoundNotFoundError
 
     for folder in (Path(name), runs / name):
