@@ -25,9 +25,7 @@ def prepare_streams() -> None:
     codecs.register_error(_HANDLER, _write_somehow)
     # Closed streams (``>&-``) are None; no other file may get their numbers.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
-    if sys.stdout is None:  # whoever asked for data must not take silence for it
-        nowhere = os.open(os.devnull, os.O_RDONLY)
-        sys.stdout = open(nowhere, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors in _DEFAULTS:

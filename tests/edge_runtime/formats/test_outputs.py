@@ -165,6 +165,6 @@ def test_the_command_line_packs_and_shows_them(command, run, tmp_path):
     "more", [("--bundle",), ("--from", "init", "--bundle"), ("--base", "x.onnx")]
 )
 def test_only_patches_of_rounds_take_outputs(command, run, tmp_path, more):
-    (tmp_path / "x.onnx").write_bytes(b"")
+    (tmp_path / "x.onnx").write_bytes(b"\x08")
     more = [tmp_path / word if word == "x.onnx" else word for word in more]
     assert command(pack, run.path / "round_01", *more, "--expect-outputs")[0] == 2
