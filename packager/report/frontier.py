@@ -187,20 +187,20 @@ class _ByteAxis:
 
 
 def _label(name: str, x: float, y: float, taken: list[_Box]) -> str:
-    """Write a name beside its mark, where no other stands if there is such a place."""
+    """Write a name beside its mark: in the picture, and where no other stands."""
     width = LETTER * len(name)
     places = [(x + 9, y + 4), (x - 9 - width, y + 4)]
     places += [(x - width / 2, y + down) for down in (-11, 19, -24, 32)]
-    boxes = [_Box(left, y - 11, left + width, y + 3) for left, y in places]
-    free = (
+    boxes = [_Box(left, y - 10, left + width, y + 3) for left, y in places]
+    inside = [
         box
         for box in boxes
         if box.left >= LEFT
         and box.right <= WIDTH
         and box.bottom <= HEIGHT - BOTTOM + 8  # the axis has words of its own
-        and not any(box.meets(other) for other in taken)
-    )
-    box = next(free, boxes[0])
+    ] or boxes
+    free = (box for box in inside if not any(map(box.meets, taken)))
+    box = next(free, inside[0])
     taken.append(box)
     return write(box.left, box.bottom - 3, name, "start")
 

@@ -6,12 +6,14 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from packager.report.frontier import (
+    LETTER,
     Measured,
     frontier_chart,
     frontier_points,
     on_the_frontier,
 )
 from packager.report.html import to_svg
+from packager.report.svg import WIDTH
 
 FULL = [
     Measured(f"fu_seed{seed}", "fu", seed, {0: 0.90, 1: 0.95, 2: level}, [900] * 3)
@@ -112,3 +114,16 @@ def test_a_name_at_the_lower_edge_stays_out_of_the_axis_words():
     axis = float(texts["2 kB"].get("y"))
     for name in ("pruning -12.0", "random -9.0"):
         assert float(texts[name].get("y")) < axis - 11
+
+
+def test_a_name_with_no_place_of_its_own_stays_in_the_picture():
+    near = [point(f"a_method_{k}", 20_000, -1 + k / 100) for k in range(20)]
+    chart = frontier_chart("t", [point("small", 1000, -0.5), *near], unit="points")
+    names = [
+        text
+        for text in ET.fromstring(to_svg(chart)).iter()
+        if "method" in str(text.text)
+    ]
+    names = [text for text in names if text.get("text-anchor") == "start"]
+    assert len(names) == 20
+    assert all(float(t.get("x")) + LETTER * len(t.text) <= WIDTH for t in names)
