@@ -17,6 +17,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EINVAL, ENOLCK, ENOSPC, ENOSYS, ENOTSUP
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ from edge_runtime.limits import limits
 from edge_runtime.text import listed, printable
 
 READ_BYTES = 1 << 20
+Source = str | PathLike[str] | bytes | BinaryIO
 _SHOWN = 40  # characters of a name that its temporary one repeats: names are bounded
 FULL = frozenset({ENOSPC, EDQUOT})  # no block, no inode, or a quota is used up
 _LAST_BYTES, _LAST_INODES = 1 << 16, 4  # less is as good as nothing
@@ -126,6 +128,17 @@ def read_bounded(
     if data.tell() > most:
         raise error(limits().problem(limit, size, what))
     return data.getvalue()
+
+
+def open_source(source: Source) -> BinaryIO:
+    """Open what is to be read: a file by its path, bytes, or a file that is open.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return Path(source).open("rb") if isinstance(source, str | PathLike) else source
 
 
 def read_key_file(path: Path) -> bytes:

@@ -22,13 +22,13 @@ from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
 from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
 from edge_runtime.text import listed
+from edge_runtime.times import FORM
 from packager.rounds.folder import list_runs, read_model_file, read_round
 from packager.rounds.record import read_record
 
 _HEX = re.compile(r"[0-9a-f]{64}|")
 _KEY_ID, _SIGNATURE = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{128}")
 _TOLD_KEYS = 8  # of the known ones, in a message
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class Verdict(StrEnum):
@@ -92,7 +92,7 @@ def read_proof(data: bytes) -> dict[str, Any]:
         if proof["schema"] != SCHEMA:
             raise ValueError(f"schema {proof['schema']}, known is {SCHEMA}")
         _check(proof, nonce=str, round=int, fingerprint=_HEX, live=list, untold=list)
-        datetime.strptime(proof["time"], _TIME)
+        datetime.strptime(proof["time"], FORM)
         _check_parts(proof)
         if "signature" in proof:
             _check(proof["signature"], key_id=_KEY_ID, value=_SIGNATURE)
@@ -113,7 +113,7 @@ def _check_parts(proof: Mapping[str, Any]) -> None:
         _check(entry, pid=int, status=str, file_now=_HEX)
         if entry["status"] == "loaded":
             _check(entry, fingerprint=_HEX, graph=_HEX)
-            datetime.strptime(entry["loaded"], _TIME)
+            datetime.strptime(entry["loaded"], FORM)
     for pid in proof["untold"]:
         _check({"pid": pid}, pid=int)
 
@@ -234,7 +234,7 @@ def doubt(proof: Mapping[str, Any], question: Question) -> tuple[Doubt, str] | N
 
 def age_s(proof: Mapping[str, Any]) -> float:
     """Return how old a proof is by the device's clock; negative if that is ahead."""
-    made = datetime.strptime(proof["time"], _TIME).replace(tzinfo=UTC)
+    made = datetime.strptime(proof["time"], FORM).replace(tzinfo=UTC)
     return time.time() - made.timestamp()
 
 

@@ -30,6 +30,7 @@ from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.signing import key_id
 from edge_runtime.live.proof import public_key
 from edge_runtime.store.state import utc
+from edge_runtime.times import FORM
 from edge_runtime.trust import read_root, tuf_key, tuf_key_id
 from edge_runtime.trust.root import ISSUED
 from packager.signing import seconds_now
@@ -38,7 +39,6 @@ SPEC_VERSION = "1.0.31"  # of TUF, as python-tuf 5 to 7 write it
 OWNERS, RELEASES = "root", "targets"
 _MIRRORS = ("snapshot", "timestamp")  # TUF wants them; they follow the release keys
 _DAYS = {"d": 1, "w": 7, "m": 30, "y": 365}
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?", re.ASCII)
 
 Times = tuple[str, str]  # when a list is made, when it expires
@@ -183,9 +183,9 @@ def expiry(text: str, issued: str) -> str:
     if span := re.fullmatch(r"([1-9][0-9]{0,3})([dwmy])", text):
         with suppress(OverflowError):  # beyond the year 9999
             days = timedelta(int(span[1]) * _DAYS[span[2]])
-            return (datetime.strptime(issued, _TIME) + days).strftime(_TIME)
+            return (datetime.strptime(issued, FORM) + days).strftime(FORM)
     if _DATE.fullmatch(text):
         full = text if "T" in text else f"{text}T00:00:00Z"
         with suppress(ValueError):
-            return datetime.strptime(full, _TIME).strftime(_TIME)
+            return datetime.strptime(full, FORM).strftime(FORM)
     raise ValueError(f"{text!r} is neither a span such as 90d or 2y nor a date")

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.json_record import Record
+from edge_runtime.times import FORM
 
 SCHEMA = 1
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Release:
     @property
     def second(self) -> int:
         """When it was recorded, in seconds since 1970."""
-        return int(datetime.strptime(self.at, _TIME).replace(tzinfo=UTC).timestamp())
+        return int(datetime.strptime(self.at, FORM).replace(tzinfo=UTC).timestamp())
 
 
 def as_text(name: object) -> str:

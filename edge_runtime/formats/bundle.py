@@ -30,11 +30,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EINVAL, EOVERFLOW
-from os import PathLike
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
+from edge_runtime.files import Source, open_source
 from edge_runtime.formats import signing
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_file import parse_record
@@ -59,7 +58,6 @@ REQUIRED = (GRAPH_NAME, INIT_NAME, CONTRACT_NAME, GOLDEN_NAME, PATCH_NAME)
 OPTIONAL = (INIT_TENSORS_NAME, RUN_NAME)
 _INDEX = "bundle_index_bytes"
 _NO_PLACE = (EINVAL, EOVERFLOW)
-Source = str | PathLike[str] | bytes | BinaryIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +204,7 @@ def open_archive(source: Source) -> Iterator[zipfile.ZipFile]:
         OSError: The file cannot be read.
         BundleError: Not a bundle, or damaged: also while it is used.
     """
-    file: BinaryIO
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif isinstance(source, str | PathLike):
-        file = Path(source).open("rb")
-    else:
-        file = source
+    file = open_source(source)
     try:
         with file, zipfile.ZipFile(index := cast(BinaryIO, _Index(file))) as archive:
             members = len(archive.infolist())

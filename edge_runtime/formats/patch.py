@@ -10,18 +10,16 @@ a patch into weights.
 """
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, starmap
-from os import PathLike
-from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
+from edge_runtime.files import Source, open_source
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
 from edge_runtime.formats.header import DATED, SUBSPACE, PatchHeader
@@ -47,7 +45,6 @@ from edge_runtime.formats.values import ValueReader
 from edge_runtime.limits import MIB, Limits
 from edge_runtime.limits import limits as current_limits
 
-Source = str | PathLike[str] | bytes | BinaryIO
 KEPT_BYTES = 16 << 20  # of positions that are decoded once only
 
 
@@ -274,13 +271,7 @@ def open_patch(
         PatchIntegrityError: A checksum does not match.
         TrustError: The trusted keys did not sign it.
     """
-    file: BinaryIO
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif isinstance(source, str | PathLike):
-        file = Path(source).open("rb")
-    else:
-        file = source
+    file = open_source(source)
     with ExitStack() as opened:
         opened.enter_context(file)
         patch = _open(file, limits or current_limits(), trust or signing.Trust())

@@ -110,7 +110,7 @@ class StoreContents:
 
     def _damaged(self, reason: str = "") -> StoreError:
         return StoreError(
-            f"{self.root / 'model'} is damaged{reason}; 'dpu-edge repair BUNDLE' makes "
+            f"{self.model_folder} is damaged{reason}; 'dpu-edge repair BUNDLE' makes "
             "it whole again"
         )
 

@@ -27,11 +27,10 @@ from edge_runtime.errors import (
     TrialError,
     TrustError,
 )
-from edge_runtime.files import Files
+from edge_runtime.files import Files, Source
 from edge_runtime.formats.bundle import Bundle, read_bundle
-from edge_runtime.formats.bundle import Source as BundleSource
 from edge_runtime.formats.header import PatchHeader
-from edge_runtime.formats.patch import Patch, Source, open_patch
+from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.signing import FirstUse, Trust
 from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
@@ -170,7 +169,7 @@ class Device:
         ):
             return self._update(patch, force=force)
 
-    def take_bundle(self, source: BundleSource) -> UpdateResult:
+    def take_bundle(self, source: Source) -> UpdateResult:
         """Move to the round of a bundle, from the init weights: full weights.
 
         By the same rules as :meth:`update`; the bundle is signed as a whole.

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongParentError
+from edge_runtime.files import Source
 from edge_runtime.formats.apply import apply_chunks
-from edge_runtime.formats.bundle import Bundle, Source, read_bundle
+from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.identity import identify, wrong_model
 from edge_runtime.formats.init_weights import read_init_spec

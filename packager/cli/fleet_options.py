@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
+from edge_runtime.commandline import UNITS
 from packager.cli.options import PRIVATE_KEY
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _LONGEST_S = 36_500 * 86_400  # ends in a year that can be written
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class Span(click.ParamType[int]):
@@ -28,7 +28,7 @@ class Span(click.ParamType[int]):
         found = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", str(value))
         if found is None:
             self.fail(f"found {value!r}, expected 30d, 12h, 10m or 90s", param, ctx)
-        seconds = int(found[1]) * _SECONDS[found[2]]
+        seconds = int(found[1]) * UNITS[found[2]]
         if seconds > _LONGEST_S:
             self.fail(f"found {value}, expected at most 36500d", param, ctx)
         return seconds

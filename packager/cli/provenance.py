@@ -15,6 +15,7 @@ from edge_runtime.errors import how_to_install
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
+from edge_runtime.times import FORM
 from packager.cli.keys import ask_passphrase
 from packager.cli.options import runs_option
 
@@ -160,7 +161,7 @@ def _time() -> str:
     seconds = stated_seconds()
     if seconds is None:
         return ""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(seconds, UTC).strftime(FORM)
 
 
 @contextmanager

@@ -26,13 +26,13 @@ from edge_runtime.live.report import (
     Outcome,
 )
 from edge_runtime.text import printable
+from edge_runtime.times import MAX_SECONDS
 from packager.check_proof import check_origin, read_proof
 from packager.fleet.database import Row
 from packager.fleet.head import MOST
 from packager.release import as_text
 
 _WHAT = "the report"
-_LAST_SECOND = 253402300799  # of the year 9999
 _KEY_SUFFIX = ".pub.pem"
 DeviceKeys = Mapping[str, tuple[str, str]]
 
@@ -100,7 +100,7 @@ def read_report(data: bytes) -> Reported:
     fields = {
         "device": record.matching("device", DEVICE_FORM, "a name"),
         "n": record.integer("n", least=1, most=MOST),
-        "at": record.integer("at", most=_LAST_SECOND),
+        "at": record.integer("at", most=MAX_SECONDS),
         "outcome": record.one_of("outcome", list(Outcome)),
         "month_bytes": record.integer("month_bytes", most=MOST),
         **{name: _text(record, name) for name in ("reason", "name", "group")},
