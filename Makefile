@@ -41,8 +41,8 @@ format: $(STAMPS)/dev  ## Sources in the project's form.
 docs: $(STAMPS)/docs  ## The site, in dist/docs; a warning is an error.
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs dist/docs
 
-wheel: $(BIN)/python  ## The wheel that devices install, in dist/.
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+wheel: $(STAMPS)/pack  ## The wheel that devices install, in dist/.
+	$(BIN)/python -m tools.wheels --ours
 
 wheelhouse: $(STAMPS)/pack  ## All wheels of a 64-bit Pi without a network, in dist/.
 	$(BIN)/python -m tools.wheels

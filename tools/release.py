@@ -8,8 +8,6 @@ each in a fresh environment, and starts every command there. Nothing is uploaded
 nothing is tagged.
 """
 
-import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -19,23 +17,7 @@ from typing import Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from tools.wheels import CHECKOUT
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a program and return what it wrote to standard output.
-
-    Raises:
-        click.ClickException: It failed; with all that it wrote.
-    """
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise click.ClickException(
-            f"{' '.join(words)} ended with {done.returncode}:\n"
-            f"{done.stdout}{done.stderr}"
-        )
-    return done.stdout
+from tools.wheels import CHECKOUT, run
 
 
 def project() -> dict[str, Any]:
@@ -73,12 +55,11 @@ def main(*, as_json: bool) -> None:
     version, dist = str(project()["version"]), CHECKOUT / "dist"
     for old in (*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")):
         old.unlink()
-    # setuptools would pack again what an earlier build left here.
-    shutil.rmtree(CHECKOUT / "build", ignore_errors=True)
     say(f"building {version}")
-    run(sys.executable, "-m", "build", "--outdir", dist, CHECKOUT, cwd=CHECKOUT)
+    # Its wheel is built from the source distribution, so of nothing that lies here.
+    run(sys.executable, "-m", "build", "--outdir", dist, CHECKOUT)
     made = sorted([*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")])
-    run(sys.executable, "-m", "twine", "check", "--strict", *made, cwd=CHECKOUT)
+    run(sys.executable, "-m", "twine", "check", "--strict", *made)
     for archive in made:
         say(f"installing {archive.name} in a fresh environment")
         try_out(archive, version)

@@ -5,8 +5,9 @@
 
 fills ``dist/wheelhouse-aarch64`` with the wheel of this checkout and the aarch64 wheels
 of what it and the extras of a device depend on, for the Python versions of Raspberry Pi
-OS, and then lets pip resolve an installation from that folder alone. ``tools.deb``
-makes Debian packages from such folders.
+OS, and then lets pip resolve an installation from that folder alone. With ``--ours`` it
+builds our wheel into ``dist`` and no more. ``tools.deb`` makes Debian packages from
+such folders.
 """
 
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ import click
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PACKAGES = ("edge_runtime", "packager", "trainer")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", *PACKAGES)  # of the wheel
 PYTHONS = {"3.11": "Raspberry Pi OS Bookworm", "3.13": "Raspberry Pi OS Trixie"}
 MACHINES = ("aarch64", "x86_64")
 EXTRAS = ("sync", "tuf", "image")  # what a device may need beside the runtime itself
@@ -31,11 +35,13 @@ EXTRAS = ("sync", "tuf", "image")  # what a device may need beside the runtime i
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")
 
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel of this checkout.
+def build_wheel(folder: Path, *how: str, source: Path = CHECKOUT) -> Path:
+    """Build the wheel of a checkout; its version ends with the commit.
 
     Args:
         folder: Where to; wheels of ours that are there are removed.
+        how: More arguments for pip.
+        source: The checkout.
 
     Returns:
         The wheel.
@@ -45,11 +51,60 @@ def build_wheel(folder: Path) -> Path:
     """
     for old in folder.glob("dpu_edge-*.whl"):
         old.unlink()
-    # setuptools would pack again what an earlier build left here, deleted modules too.
-    shutil.rmtree(CHECKOUT / "build", ignore_errors=True)
-    run_pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(CHECKOUT))
+    with tempfile.TemporaryDirectory() as name:
+        # Elsewhere: in the checkout setuptools packs again what an earlier build left,
+        # deleted modules too, and would leave this version there for all that ask.
+        apart = Path(name)
+        for part in SOURCES:
+            (apart / part).symlink_to(source / part)
+        settings = f"[egg_info]\ntag_build = {commit_tag(source)}\n"
+        (apart / "setup.cfg").write_text(settings)
+        run_pip("wheel", "--no-deps", *how, "--wheel-dir", str(folder), name)
     (wheel,) = folder.glob("dpu_edge-*.whl")
     return wheel
+
+
+def commit_tag(source: Path = CHECKOUT) -> str:
+    """Return what tells builds of one version apart: the commit, behind its time.
+
+    Returns:
+        For instance ``+20261129140928.gc040d69``, with ``.changed`` where something is
+        in no commit; nothing outside of a clone. pip and dpkg put it in the order of
+        time. It counts no commits: a shallow clone has one.
+
+    Raises:
+        click.ClickException: git failed.
+    """
+    if not (source / ".git").exists():
+        return ""
+    when = "--date=format-local:%Y%m%d%H%M%S"
+    git, utc = ("git", "-C", source), os.environ | {"TZ": "UTC"}
+    commit = run(*git, "log", "-1", "--format=%cd.g%h", when, env=utc).strip()
+    changed = run(*git, "status", "--porcelain")
+    return f"+{commit}.changed" if changed else f"+{commit}"
+
+
+def run(
+    *command: str | Path, cwd: Path = CHECKOUT, env: dict[str, str] | None = None
+) -> str:
+    """Run a program and return what it wrote to standard output.
+
+    Raises:
+        click.ClickException: It is not here, or failed; with all that it wrote.
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, cwd=cwd, capture_output=True, text=True, check=False, env=env
+        )
+    except FileNotFoundError as err:
+        raise click.ClickException(f"{words[0]} is missing here: {err}") from err
+    if done.returncode:
+        raise click.ClickException(
+            f"{' '.join(words)} ended with {done.returncode}:\n"
+            f"{done.stdout}{done.stderr}"
+        )
+    return done.stdout
 
 
 def dependencies(*extras: str) -> list[str]:
@@ -157,9 +212,14 @@ def fill(folder: Path, machine: str) -> Path:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where to.  [default: dist/wheelhouse-MACHINE]",
 )
+@click.option("--ours", is_flag=True, help="Our own wheel alone, in dist.")
 @json_option
-def main(machine: str, folder: Path | None, *, as_json: bool) -> None:
+def main(machine: str, folder: Path | None, *, ours: bool, as_json: bool) -> None:
     """Collect the wheels that install dpu-edge on a board without a network."""
+    if ours:
+        wheel = build_wheel(folder or CHECKOUT / "dist")
+        emit({"wheel": str(wheel)}, as_json=as_json, text=str(wheel))
+        return
     folder = folder or CHECKOUT / "dist" / f"wheelhouse-{machine}"
     wheel = fill(folder, machine)
     files = sorted(folder.glob("*.whl"))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The built wheel, outside of the checkout: its commands, and its types."""
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tools.wheels import PACKAGES, SOURCES, build_wheel, commit_tag
+
 ROOT = Path(__file__).parents[2]
+NO_NETWORK = "--no-build-isolation"
 PROGRAM = """
 from edge_runtime import Device, Predictor, StorePredictor, UpdateResult
 from packager import PackedPatch, pack_round, read_round
@@ -29,24 +34,44 @@ device.no_such_method()
 def installed(tmp_path_factory):
     """The wheel, built without a network and unpacked, as pip would."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("edge_runtime", "packager", "trainer"):
-        (source / name).symlink_to(ROOT / name)
-    code = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
+    wheel = build_wheel(folder, NO_NETWORK)
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A clone of a project like this one, with next to no code."""
+    source = tmp_path / "checkout"
+    for name in PACKAGES:
+        (source / name).mkdir(parents=True)
+        (source / name / "__init__.py").write_text("")
+    for name in set(SOURCES) - set(PACKAGES):
+        shutil.copy(ROOT / name, source)
+    subprocess.run(["git", "init", "--quiet", source], check=True)
+    return source
+
+
+def commit(source, code, date):
+    (source / "edge_runtime" / "__init__.py").write_text(code)
+    who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    dated = os.environ | {"GIT_COMMITTER_DATE": date, "GIT_AUTHOR_DATE": date}
+    for words in (["add", "--all"], [*who, "commit", "--quiet", "--message", "code"]):
+        subprocess.run(["git", "-C", source, *words], check=True, env=dated)
+
+
+def upgrade(folder, environment):
+    """Install what is newest in a folder, as docs/installing.md has it."""
+    python = environment / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    only = ["--no-index", "--no-deps", "--find-links", folder]
+    subprocess.run([*pip, "--upgrade", *only, "dpu-edge"], check=True, cwd=folder)
+    code = (
+        "import edge_runtime, importlib.metadata as found; "
+        "print(edge_runtime.CODE, found.version('dpu-edge'))"
+    )
+    told = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True)
+    return told.stdout.split()
 
 
 def test_what_travels_and_what_does_not(installed):
@@ -130,3 +155,38 @@ def test_type_checkers_know_every_name_from_outside(installed, tmp_path):
     assert len(errors) == 2, done.stdout
     assert "[arg-type]" in errors[0]
     assert "[attr-defined]" in errors[1]
+
+
+def test_a_wheel_of_a_later_commit_replaces_the_one_that_is_installed(
+    checkout, tmp_path
+):
+    environment, folder = tmp_path / "env", tmp_path / "dist"
+    venv = [sys.executable, "-m", "venv", "--without-pip", environment]
+    subprocess.run(venv, check=True)
+    assert commit_tag(tmp_path) == "", "no clone"
+    commit(checkout, "CODE = 1", "2026-11-29T09:00:00 +0000")
+    build_wheel(folder, NO_NETWORK, source=checkout)
+    code, first = upgrade(folder, environment)
+    assert (code, first.split(".g")[0]) == ("1", "0.1.0+20261129090000")
+    # Earlier on the clock of its author, later in time.
+    commit(checkout, "CODE = 2", "2026-11-29T08:30:00 -0100")
+    wheel = build_wheel(folder, NO_NETWORK, source=checkout)
+    assert list(folder.iterdir()) == [wheel], "the older one is gone"
+    code, second = upgrade(folder, environment)
+    assert (code, second.split(".g")[0]) == ("2", "0.1.0+20261129093000")
+    (checkout / "edge_runtime" / "__init__.py").write_text("CODE = 3")
+    build_wheel(folder, NO_NETWORK, source=checkout)
+    assert upgrade(folder, environment) == ["3", f"{second}.changed"]
+
+
+def test_no_target_packs_what_an_earlier_build_left(checkout, tmp_path):
+    commit(checkout, "CODE = 1", "2026-11-29T09:00:00 +0000")
+    left = checkout / "build" / "lib" / "edge_runtime"
+    left.mkdir(parents=True)
+    (left / "gone.py").write_text("")
+    wheel = build_wheel(tmp_path / "dist", NO_NETWORK, source=checkout)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "edge_runtime/__init__.py" in names
+    assert "edge_runtime/gone.py" not in names
+    assert not list(checkout.glob("*.egg-info")), "of this version, for all that ask"
+    assert "pip wheel" not in (ROOT / "Makefile").read_text(), "python -m tools.wheels"

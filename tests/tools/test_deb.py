@@ -10,12 +10,20 @@ import stat
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import pytest
 
-from tools.deb.package import SCRIPT_NAMES, SCRIPTS, build, check_host, depends
+from tools.deb.package import (
+    SCRIPT_NAMES,
+    SCRIPTS,
+    build,
+    check_host,
+    depends,
+    our_version,
+)
 from tools.deb.tree import oldest_glibc, unpack, wheels_for
 
 DATE = 1_700_000_000
@@ -190,6 +198,24 @@ def test_no_wheel_writes_outside_of_its_folder(tmp_path):
 def test_a_folder_without_wheels_is_named(tmp_path):
     with pytest.raises(click.ClickException, match=r"no wheels.*make wheelhouse"):
         build(tmp_path, "amd64", "1.0", tmp_path / "out", DATE)
+
+
+def test_a_package_has_the_version_of_our_wheel_in_it(tmp_path):
+    version = "0.1.0+20261129140928.gc040d69.changed"
+    (tmp_path / f"dpu_edge-{version}-py3-none-any.whl").touch()
+    assert our_version(tmp_path) == version
+    (tmp_path / "dpu_edge-0.1.0-py3-none-any.whl").touch()
+    with pytest.raises(click.ClickException, match=r"2 wheels.*make wheelhouse"):
+        our_version(tmp_path)
+
+
+@needs_dpkg
+def test_a_package_of_a_later_commit_is_newer_for_apt():
+    commit = "0.1.0+20261129140928.gc040d69"
+    ordered = ["0.1.0", commit, f"{commit}.changed", "0.1.0+20261130000000.g0000000"]
+    for older, newer in pairwise(ordered):
+        words = ["dpkg", "--compare-versions", older, "lt", newer]
+        subprocess.run(words, check=True)
 
 
 def test_a_missing_dpkg_deb_is_named(monkeypatch, tmp_path):

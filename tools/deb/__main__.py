@@ -21,17 +21,18 @@ from tools.deb.package import (
     VERSION_FORM,
     build,
     check_host,
+    our_version,
     source_date,
 )
-from tools.release import project
 from tools.wheels import CHECKOUT, fill
 
 
-def _version(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str:
-    version = value or str(project()["version"])
-    if not re.fullmatch(VERSION_FORM, version):
+def _version(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> str | None:
+    if value and not re.fullmatch(VERSION_FORM, value):
         raise click.BadParameter(f"found {value!r}, expected 0.1.0 or 0.1.0+1")
-    return version
+    return value
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -45,7 +46,7 @@ def _version(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     help="For which machines (repeatable).",
 )
 @click.option(
-    "--version", callback=_version, help="Of the package.  [default: the project's]"
+    "--version", callback=_version, help="Of the package.  [default: that of our wheel]"
 )
 @click.option(
     "--folder",
@@ -57,7 +58,7 @@ def _version(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 @json_option
 def main(
     arches: tuple[str, ...],
-    version: str,
+    version: str | None,
     folder: Path,
     *,
     keep_wheels: bool,
@@ -72,7 +73,9 @@ def main(
         if not keep_wheels:
             fill(wheels, MACHINES[arch])
         say(f"building the package for {arch} ...")
-        made = build(wheels, arch, version, folder, seconds)
+        for old in folder.glob(f"dpu-edge_*_{arch}.deb"):
+            old.unlink()
+        made = build(wheels, arch, version or our_version(wheels), folder, seconds)
         digest = hashlib.sha256(made.path.read_bytes()).hexdigest()
         records.append(
             {

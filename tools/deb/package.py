@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 import click
 
 from tools.deb import tree
-from tools.wheels import CHECKOUT, PYTHONS
+from tools.wheels import CHECKOUT, PYTHONS, run
 
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 SCRIPTS = Path(__file__).parent / "debian"
@@ -100,7 +99,22 @@ def source_date() -> int:
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
     if given.isdecimal():
         return int(given)
-    return int(_run("git", "-C", CHECKOUT, "log", "-1", "--format=%ct"))
+    return int(run("git", "-C", CHECKOUT, "log", "-1", "--format=%ct"))
+
+
+def our_version(wheels: Path) -> str:
+    """Return the version of our wheel in a folder, which has the commit in it.
+
+    Raises:
+        click.ClickException: None is there, or several.
+    """
+    found = [path.name for path in wheels.glob("dpu_edge-*.whl")]
+    if len(found) != 1:
+        raise click.ClickException(
+            f"{wheels} has {len(found)} wheels of dpu-edge, expected one: "
+            "make wheelhouse"
+        )
+    return found[0].split("-")[1]
 
 
 def build(
@@ -145,8 +159,8 @@ def build(
         target = folder / f"dpu-edge_{version}_{arch}.deb"
         # One thread: what several write depends on how many there are.
         how = (f"-Z{compression}", "--threads-max=1", "--root-owner-group")
-        environment = {"SOURCE_DATE_EPOCH": str(seconds)}
-        _run("dpkg-deb", *how, "--build", root, target, env=environment)
+        environment = os.environ | {"SOURCE_DATE_EPOCH": str(seconds)}
+        run("dpkg-deb", *how, "--build", root, target, env=environment)
         return Built(target, target.stat().st_size, size, shared)
 
 
@@ -168,7 +182,7 @@ def depends(pythons: list[str], glibc: str) -> str:
 def unit_text(kind: str) -> str:
     """Return a unit of many instances, as ``dpu-edge service --name %i`` writes it."""
     command = (sys.executable, "-m", "edge_runtime", "service", "--name", "%i")
-    text = _run(*command, *UNITS[kind])
+    text = run(*command, *UNITS[kind])
     own = re.compile(r"^ExecStart=.* -- edge_runtime\.__main__ ", re.MULTILINE)
     text, found = own.subn("ExecStart=/usr/bin/dpu-edge ", text)
     if found != 1:
@@ -219,16 +233,3 @@ def _write_control(
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-
-
-def _run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    words = [str(word) for word in command]
-    environment = os.environ | (env or {})
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise click.ClickException(
-            f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr.strip()}"
-        )
-    return done.stdout
