@@ -21,6 +21,7 @@ import click
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -140,18 +141,46 @@ def test_every_block_says_what_it_is_and_why_it_is_not_run(page):
             assert re.fullmatch(r"no-run: \S.{5,}", rest), info
 
 
+def shown(text):
+    """Every line that a page has in blocks of commands."""
+    for info, body in FENCE.findall(text):
+        if info.startswith("sh"):
+            yield from body.splitlines()
+
+
+def our_commands(text):
+    """Of those the ones that start a command of ours, without what stands before."""
+    for line in shown(text):
+        if found := re.match(r"(?:sudo (?:-u \S+ )?)?(?:[\w./]*/)?(dpu-\w+ .*)", line):
+            yield found[1]
+
+
+def units(text):
+    """User, store, half and folder of every unit that a page has somebody write."""
+    written = r"dpu-edge (.*) (?:\| sudo tee|>) (?:\S*/)?(\S+)\.service"
+    start = r"^User=(\S+)$.* --store (\S+) (agent|sync \S+) (\S+)"
+    for line in our_commands(text):
+        if found := re.fullmatch(written, line):
+            runner = CliRunner(catch_exceptions=False)
+            unit = runner.invoke(COMMANDS["dpu-edge"], shlex.split(found[1])).stdout
+            assert f"systemctl edit {found[2].rstrip('@')}" in unit, line
+            yield re.search(start, unit, re.M | re.S).groups()
+
+
+def test_the_units_of_a_page_share_one_folder():
+    pages = {page: set(units(text)) for page, text in TEXTS.items()}
+    both = {page for page, found in pages.items() if len({u[2] for u in found}) == 2}
+    assert both
+    for page in both:
+        assert len({folder for *_, folder in pages[page]}) == 1, page
+        for user, store, _, folder in pages[page]:
+            assert f"useradd --system {user}\n" in TEXTS[page]
+            # No user reads what lies in the home of another.
+            assert not [path for path in (store, folder) if path.startswith("/home")]
+
+
 @pytest.mark.parametrize(
-    "line",
-    sorted(
-        {
-            line
-            for text in TEXTS.values()
-            for info, body in FENCE.findall(text)
-            if info.startswith("sh")
-            for line in body.splitlines()
-            if line.startswith("dpu-")
-        }
-    ),
+    "line", sorted({line for text in TEXTS.values() for line in our_commands(text)})
 )
 def test_every_command_that_is_shown_exists(line):
     words = shlex.split(line, comments=True)
@@ -160,7 +189,8 @@ def test_every_command_that_is_shown_exists(line):
     while isinstance(command, click.Group):
         word = next(w for w in words[1:] if w in command.commands)
         command = command.commands[word]
-    words = words[: words.index(">")] if ">" in words else words
+    ends = [at for at, word in enumerate(words) if word in (">", "|")]
+    words = words[: min(ends, default=len(words))]
     known |= {option for p in command.params for option in p.opts}
     assert {word for word in words if word.startswith("--")} <= known
 
