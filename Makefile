@@ -57,7 +57,7 @@ release: $(STAMPS)/release  ## Source distribution and wheel in dist/, checked a
 	$(BIN)/python -m tools.release
 
 clean:  ## Remove .venv and everything else that make has made.
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build demo dist *.egg-info .hypothesis .mypy_cache .ruff_cache .pytest_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'

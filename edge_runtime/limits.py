@@ -6,7 +6,7 @@ above what real models need. Whoever needs more says so in the environment::
 
     DPU_LIMITS="tensors=300000 weight_header_bytes=200MB" dpu-edge apply ...
 
-CRASH.md has the same table in words.
+CRASH.md has the same table, and what else is looked at.
 """
 
 import os

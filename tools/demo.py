@@ -197,7 +197,7 @@ def _run(folder: Path, *, kept: bool, as_json: bool) -> None:
         for record in records:
             rows.append(demo.deliver(record))
     page = (folder if kept else BUILT) / PAGE
-    with _step("three devices follow a channel, one of them misses two rounds"):
+    with _step("three devices follow a channel, one of them misses a round"):
         rounds = [row.round for row in rows if row.patch_bytes]
         fleet = follow(folder, demo.run, rounds, page)
     steps = _next_steps(demo, rows) if kept else [REMOVED]
@@ -279,8 +279,8 @@ def _of_boards(fleet: Fleet) -> Iterator[str]:
             others = fleet.fetched[0]
             both = sum(others[number - 1] or []) + sum(others[number] or [])
             yield (
-                f"board {count} missed rounds {number - 1} and {number}, and caught up "
-                f"by {what} of {sum(sizes)} bytes instead of {both}"
+                f"board {count} missed round {number - 1}, and caught up in round "
+                f"{number} by {what} of {sum(sizes)} bytes instead of {both}"
             )
     yield f"{fleet.proved} of {count} boards prove that they run the newest release"
     yield f"the fleet's page: {fleet.page}"

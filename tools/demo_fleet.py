@@ -2,8 +2,8 @@
 """Three devices of the demo follow a channel, each by the commands of a real one.
 
 Nobody touches a device: ``dpu-fleet publish`` fills a folder, and on each device
-``dpu-edge sync`` and ``dpu-edge agent`` do the rest. One of them is away for two
-rounds and catches up by one patch. What they report goes onto the fleet's page.
+``dpu-edge sync`` and ``dpu-edge agent`` do the rest. One of them is away for a
+round and catches up by one patch. What they report goes onto the fleet's page.
 """
 
 import json

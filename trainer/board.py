@@ -6,7 +6,7 @@
     with BoardLog("logs/digits") as log:
         run_rounds(config, "runs", on_epoch=log.epoch, on_round=log.round)
 
-Needs the package ``tensorboard``: ``pip install 'dpu-edge[tensorboard]'``.
+Needs the package ``tensorboard``, of the extra of that name (docs/installing.md).
 """
 
 from os import PathLike

@@ -43,6 +43,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
             *(f"--{name}" for name in names),
             names[0],
             envvar=variable,
+            show_envvar=True,
             metavar="URL" if names == ("proxy",) else "FILE",
             default="",
             show_default=False,
@@ -51,6 +52,7 @@ def network_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--channel",
         envvar="DPU_CHANNEL",
+        show_envvar=True,
         default="stable",
         show_default=True,
         callback=_channel,

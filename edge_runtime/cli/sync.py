@@ -53,6 +53,7 @@ def _budgets(
 @click.option(
     "--every",
     envvar="DPU_EVERY",
+    show_envvar=True,
     metavar="SPAN",
     type=Seconds(1),
     help="Look again so often, such as 1h or 3600 (seconds), with some jitter; by "
@@ -61,11 +62,13 @@ def _budgets(
 @click.option(
     "--device",
     envvar="DPU_DEVICE",
+    show_envvar=True,
     help="This device's id.  [default: /etc/machine-id]",
 )
 @click.option(
     "--group",
     envvar="DPU_GROUP",
+    show_envvar=True,
     default="",
     show_default=False,
     help="The group that this device belongs to.",
@@ -74,6 +77,7 @@ def _budgets(
     "--budget",
     "budgets",
     envvar="DPU_BUDGET",
+    show_envvar=True,
     multiple=True,
     metavar="SIZE/day|SIZE/month",
     callback=_budgets,
@@ -82,12 +86,14 @@ def _budgets(
 @click.option(
     "--metered",
     envvar="DPU_METERED",
+    show_envvar=True,
     is_flag=True,
     help="Only poll: tell of a newer release, fetch nothing.",
 )
 @click.option(
     "--full",
     envvar="DPU_FULL",
+    show_envvar=True,
     type=click.Choice(["never", "ask", "yes"]),
     default="never",
     show_default=True,
@@ -96,6 +102,7 @@ def _budgets(
 @click.option(
     "--report",
     envvar="DPU_REPORT",
+    show_envvar=True,
     default="",
     show_default=False,
     metavar="URL|DIR|@FILE",
@@ -105,12 +112,14 @@ def _budgets(
 @click.option(
     "--tuf",
     envvar="DPU_TUF",
+    show_envvar=True,
     is_flag=True,
     help="Believe the place's TUF repository, not its head.",
 )
 @click.option(
     "--tuf-root",
     envvar="DPU_TUF_ROOT",
+    show_envvar=True,
     metavar="N.root.json",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Its first root, from whom you trust; once, it is kept.  [implies --tuf]",
@@ -141,8 +150,7 @@ def sync(  # noqa: PLR0913 - one argument for each option
     URL is the model's own folder, as dpu-fleet publishes it. Fetched are the patches
     with the fewest bytes from where this device is; what is cut goes on later. It
     applies nothing: that is the agent's part. Options may also come from the
-    environment: DPU_CHANNEL, _DEVICE, _GROUP, _EVERY, _BUDGET, _METERED, _FULL,
-    _REPORT, _CA, _CERT, _CERT_KEY and _PROXY; dpu-fleet provision writes such files.
+    environment, as dpu-fleet provision writes it.
     """
     from edge_runtime.live.shared import device_id
     from edge_runtime.sync.desk import Full, SyncOptions, insist_on_trust

@@ -30,7 +30,9 @@ def summary(picture: Picture) -> str:
         return "no device has reported yet"
     if current is None:
         return f"{known} heard of, no release known"
-    return f"{spaced(picture.progress[THERE])} of {known} prove {current.name}"
+    there = picture.progress[THERE]
+    verb = "proves" if there == 1 else "prove"
+    return f"{spaced(there)} of {known} {verb} {current.name}"
 
 
 def findings(picture: Picture) -> tuple[str, list[str]]:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -31,6 +32,8 @@ import packager.cli.pack
 import trainer.cli
 from edge_runtime import Device, fingerprint_file
 from edge_runtime.commandline import EXIT_CODE_HELP
+from edge_runtime.limits import Limits
+from edge_runtime.store.slots import MAX_CHANGES
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
@@ -56,6 +59,7 @@ COMMANDS = {
     "dpu-fleet": packager.cli.fleet.fleet,
     "dpu-train": trainer.cli.main,
 }
+OURS = re.compile(r"(?:sudo (?:-u \S+ )?)?(?:[\w./]*/)?(dpu-\w+ .*)")
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -150,9 +154,7 @@ def shown(text):
 
 def our_commands(text):
     """Of those the ones that start a command of ours, without what stands before."""
-    for line in shown(text):
-        if found := re.match(r"(?:sudo (?:-u \S+ )?)?(?:[\w./]*/)?(dpu-\w+ .*)", line):
-            yield found[1]
+    yield from (found[1] for found in map(OURS.match, shown(text)) if found)
 
 
 def units(text):
@@ -193,6 +195,63 @@ def test_every_command_that_is_shown_exists(line):
     words = words[: min(ends, default=len(words))]
     known |= {option for p in command.params for option in p.opts}
     assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_command_that_is_shown_is_given_what_it_needs(page):
+    lines, exported = our_commands(TEXTS[page]), set()
+    for line in shown(TEXTS[page]):
+        exported |= set(re.findall(r"^export (\w+)=", line))
+        if OURS.match(line):
+            words = shlex.split(next(lines), comments=True)
+            given = set(words)
+            for option in needed(words):
+                options = {*option.opts, *(["--name"] if "service" in words else [])}
+                assert option.envvar in exported or given & options, line
+
+
+def needed(words):
+    """The options that a command does not work without; a device's store is one."""
+    command = COMMANDS[words[0]]
+    while isinstance(command, click.Group):
+        inner = [word for word in words[1:] if word in command.commands]
+        if not inner:  # dpu-edge --version
+            return []
+        command = command.commands[inner[0]]
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    return [option for option in options if option.required or option.name == "store"]
+
+
+def test_no_text_installs_this_project_by_its_name_from_an_index():
+    sources = {
+        str(path.relative_to(ROOT)): path.read_text()
+        for folder in ("docs", "edge_runtime", "packager", "trainer", "tools", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    by_name = re.compile(r"""pip3? install\b(.*?)['" ]dpu[-_]edge(?=[\['"`\s]|$)""")
+    for name, text in (TEXTS | sources).items():
+        for line in text.splitlines():
+            found = by_name.search(line)
+            asks_an_index = found and "--no-index" not in found[1]
+            assert not asks_an_index or "finds nothing" in line, (name, line)
+
+
+def test_crash_md_names_every_limit():
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6}
+    named = {
+        name: int(number.replace(",", "")) * units.get(unit, 1)
+        for number, unit, name in re.findall(
+            r"(\d[\d,]*) ([\w ]+?) \(`([a-z_]+)`\)", TEXTS["edge_runtime/CRASH.md"]
+        )
+    }
+    assert named == asdict(Limits())
+
+
+@pytest.mark.parametrize(
+    "page", ["edge_runtime/CRASH.md", "docs/device.md", "docs/subspace.md"]
+)
+def test_pages_that_promise_ways_back_say_where_there_are_none(page):
+    assert f"more than {MAX_CHANGES:,} elements" in TEXTS[page]
 
 
 def test_these_commands_are_installed_and_no_others():

@@ -47,6 +47,6 @@ def test_the_fleet_runs_as_its_page_says(tmp_path, path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n403\n" in done.stdout
-    assert "1 of 1 device prove round 1" in done.stdout
+    assert "1 of 1 device proves round 1" in done.stdout
     assert "1 of 1 device" in (copy / "fleet.html").read_text()
     assert "stable, version 1" in done.stdout

@@ -52,7 +52,7 @@ def test_a_board_that_was_away_is_shown_with_what_it_took():
         ["110", "away"],
         ["120", "170"],
     ]
-    told = "board 2 missed rounds 1 and 2, and caught up by one patch of 170 bytes"
+    told = "board 2 missed round 1, and caught up in round 2 by one patch of 170 bytes"
     assert f"{told} instead of 230" in lines
 
 

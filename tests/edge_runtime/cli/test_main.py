@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -466,6 +467,9 @@ def test_a_reader_that_goes_away_is_no_failure(installed, edge):
 def test_every_command_has_help(command, name):
     code, out, _ = command(main, *([name] if name else []), "--help")
     assert (code, "Usage:" in out) == (0, True)
+    options = (main.commands[name] if name else main).params
+    variables = {p.envvar for p in options if isinstance(p, click.Option) and p.envvar}
+    assert {v for v in variables if not re.search(rf"\b{v}\b", out)} == set()
 
 
 def test_a_patch_is_readable_from_a_read_only_folder(edge, installed, tmp_path):

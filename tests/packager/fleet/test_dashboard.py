@@ -93,7 +93,7 @@ def test_what_is_only_claimed_is_worth_a_look_and_counts_nowhere(database):
         [row("a", 1, NOW, 1), row("b", 1, NOW, 1, proved=False)],
         now=NOW,
     )
-    assert first_line(database)[1] == "Worth a look: 1 of 1 device prove round 1"
+    assert first_line(database)[1] == "Worth a look: 1 of 1 device proves round 1"
     assert "1 device are signed by no key" in told(database)
     assert take_picture(database, NOW).running == [(target(1), 1, 1.0, 1.0)]
 
@@ -134,7 +134,7 @@ def test_a_failure_that_was_mended_is_none(database):
     add_reports(database, [failed], now=NOW)
     assert first_line(database)[0] == "act"
     add_reports(database, [row("a", 2, NOW, 1)], now=NOW)
-    assert first_line(database) == ("well", "All is well: 1 of 1 device prove round 1")
+    assert first_line(database) == ("well", "All is well: 1 of 1 device proves round 1")
 
 
 def test_a_fleet_that_nobody_heard_of_for_days_is_no_healthy_one(database):

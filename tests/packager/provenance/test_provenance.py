@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.cli.main import main as edge
-from edge_runtime.errors import BundleError
+from edge_runtime.errors import BundleError, how_to_install
 from packager.cli.pack import pack, patch
 from packager.provenance import facts
 
-pytest.importorskip("model_signing", reason="pip install 'dpu-edge[provenance]'")
-pytest.importorskip("cyclonedx", reason="pip install 'dpu-edge[dev]'")
-pytest.importorskip("in_toto_attestation", reason="pip install 'dpu-edge[dev]'")
-pytest.importorskip("securesystemslib", reason="pip install 'dpu-edge[dev]'")
+DEV = how_to_install("dev")
+pytest.importorskip("model_signing", reason=how_to_install("provenance"))
+pytest.importorskip("cyclonedx", reason=DEV)
+pytest.importorskip("in_toto_attestation", reason=DEV)
+pytest.importorskip("securesystemslib", reason=DEV)
 
 WEIGHTS = "weights.safetensors"
 STATED = {
