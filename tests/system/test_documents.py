@@ -260,8 +260,41 @@ def test_these_commands_are_installed_and_no_others():
 
 
 def test_the_exit_codes_are_those_of_the_commands():
-    table = re.findall(r"^\| (\d+) \| (.*) \|$", TEXTS["docs/exit-codes.md"], re.M)
-    assert table == re.findall(r"^ *(\d+)  (.*)$", EXIT_CODE_HELP, re.M)
+    row = re.compile(r"^\| (\d+) \| ([^|]*) \| ([^|]*)\|$", re.M)
+    table = row.findall(TEXTS["docs/exit-codes.md"])
+    listed = re.findall(r"^ *(\d+)  (.*)$", EXIT_CODE_HELP, re.M)
+    assert [(code, meaning) for code, meaning, _ in table] == listed
+    assert [code for code, _, what_to_do in table if not what_to_do] == ["0"]
+
+
+def test_a_page_that_includes_a_text_leads_there_without_the_site_too():
+    included = r"^```{include} (\S+)\n"
+    found = {page: re.findall(included, text, re.M) for page, text in TEXTS.items()}
+    assert len([page for page, texts in found.items() if texts]) >= 5
+    for page, texts in found.items():
+        for text in texts:  # what begins with % is a comment on the site
+            assert re.search(rf"^% .*\]\({re.escape(text)}\)", TEXTS[page], re.M), page
+
+
+def test_the_page_of_places_names_all_that_is_in_a_store(new_run, command, tmp_path):
+    run, store = new_run(), tmp_path / "store"
+    rounds = [run.add(number) for number in range(4)]
+    edge = ("--store", store)
+    bundle, patches = tmp_path / "bundle.zip", tmp_path / "patches"
+    assert command(COMMANDS["dpu-pack"], rounds[0], "--bundle", "-o", bundle)[0] == 0
+    assert command(COMMANDS["dpu-pack"], *rounds[1:], "-o", patches)[0] == 0
+    for words in (
+        ("init", bundle),
+        ("device-key",),
+        ("agent", patches, "--once"),
+        ("rollback",),
+    ):
+        code, _, err = command(COMMANDS["dpu-edge"], *edge, *words)
+        assert code == 0, err
+    names = {f"`{p.name}/`" if p.is_dir() else f"`{p.name}`" for p in store.iterdir()}
+    names.discard("`current/`")
+    assert {"`state.copy`", "`reverse/`", "`agent.json`", "`outbox/`"} <= names
+    assert {name for name in names if name not in TEXTS["docs/places.md"]} == set()
 
 
 @pytest.mark.parametrize("package", FLOORS)

@@ -58,3 +58,5 @@ def test_every_error_is_described(site):
 def test_the_formats_own_text_is_in_the_site(site):
     assert "2-byte length L" in (site / "format.html").read_text()
     assert "What survives what" in (site / "crash.html").read_text()
+    for name in ("crash", "format", "results", "security", "trust"):
+        assert "The text is in" not in (site / f"{name}.html").read_text()
