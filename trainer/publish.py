@@ -5,28 +5,31 @@
 each training that devices should get. ``dpu-pack`` does the rest.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from edge_runtime.errors import TrainingError
 from edge_runtime.formats.contract import RawInputs, parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,
     MODEL_NAME,
-    WEIGHTS_NAME,
     Outcome,
     list_rounds,
     round_name,
 )
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.subspace_moves import move_weights
-from edge_runtime.formats.weights import Weights, read_weights
+from edge_runtime.formats.weights import Weights
 from edge_runtime.update.golden import read_golden
 from edge_runtime.update.metrics import METRICS
 from trainer.export.deployed_check import check_deployed
@@ -35,10 +38,11 @@ from trainer.export.init_recipe import make_init_spec
 from trainer.export.label_check import check_labels
 from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
-from trainer.folder.changes import check_changes, check_masks
+from trainer.folder.changes import check_changes, check_masks, way_back
 from trainer.folder.contract import GivenContract, as_contract
 from trainer.folder.golden import golden_of
-from trainer.folder.record import RoundRecord, read_round_record
+from trainer.folder.once import only_writer
+from trainer.folder.record import RoundRecord, read_deployed, read_round_record
 from trainer.folder.write import write_model, write_round
 from trainer.method.movement import Movement
 from trainer.parallel import told_by_first
@@ -80,6 +84,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
     Raises:
         ExportError: The network cannot be deployed weight for weight.
         TrainingError: The run exists already, or the golden samples do not fit.
+        ConfigError: Another process is training or publishing it.
         OSError: The files cannot be written.
     """
     contract = as_contract(contract)
@@ -87,6 +92,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
     folder = Path(run_dir, MODEL_NAME).absolute()
 
     def write() -> str:
+        _insist_on_new(folder)
         golden = golden_of(contract, golden_inputs, golden_labels)
         # Not zeros: they hide what is multiplied with, such as random numbers.
         feed = contract.prepare(golden.by_name(contract))
@@ -104,7 +110,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
         )
         return str(folder)
 
-    told_by_first(f"start_run {folder}", write)
+    told_by_first(f"start_run {folder}", partial(_alone, folder.parent, write))
     load_weights(model, read_init_spec(folder).generate())
     return model
 
@@ -138,19 +144,23 @@ def publish_round(
             they changed.
         from_init: This training started from the init weights, not from the last round.
         samples: How many samples it used, for the record.
-        metrics: Whatever you measured, for the record.
+        metrics: Whatever you measured, for the record: numbers, also as tensors.
 
     Returns:
         The record of the round.
 
     Raises:
-        TrainingError: Weights or masks do not fit the run.
+        TrainingError: Weights or masks do not fit the run, or a metric is no number.
+        RoundError: The last round's folder is damaged.
+        ConfigError: Another process is training or publishing the run.
         FrozenWeightChangedError: Something changed that was not selected.
         ExportError: The device would answer otherwise than the model.
         OSError: The files cannot be written.
     """
 
     def write() -> str:
+        numbers = {n: _number(f"metric {n!r}", v) for n, v in (metrics or {}).items()}
+        count_of_samples = int(_number("samples", samples))
         done = list_rounds(run_dir)
         parent, weights, selected, terms = _proved(
             run_dir, model, masks, from_init=from_init or not done, dense=dense
@@ -170,8 +180,8 @@ def publish_round(
             ratio=count / total if total else None,
             reinitialised=from_init and bool(done),
             packable=True,
-            samples=samples,
-            metrics=metrics or {},
+            samples=count_of_samples,
+            metrics=numbers,
             metric=metric.title,
             better=metric.better,
             seeds={},
@@ -180,8 +190,42 @@ def publish_round(
         write_round(run_dir, record, weights, selected, [], terms=terms)
         return round_name(record.round)
 
-    written = told_by_first(f"publish_round {Path(run_dir).absolute()}", write)
+    run = Path(run_dir).absolute()
+    written = told_by_first(f"publish_round {run}", partial(_alone, run, write))
     return read_round_record(Path(run_dir, written))
+
+
+def _alone(run: Path, write: Callable[[], str]) -> str:
+    """Write while no other process writes the run."""
+    with only_writer(run):
+        return write()
+
+
+def _insist_on_new(folder: Path) -> None:
+    """Refuse to start a run again; say how it goes on."""
+    if folder.exists():
+        last = [folder, *list_rounds(folder.parent)][-1]
+        raise TrainingError(
+            f"{folder} exists already: the run was started before. To go on with it "
+            "after its last round, build the network and put that round's weights into "
+            f"it in place of start_run: {way_back(last)}. To begin anew, choose "
+            "another folder"
+        )
+
+
+def _number(what: str, value: Any) -> float:
+    """Return a number to be recorded, whatever holds it: a tensor, one of NumPy's."""
+    try:
+        found = value.item() if hasattr(value, "item") else value
+        if math.isfinite(found):
+            return found if isinstance(found, int | float) else float(found)
+        reason = "it is not finite"
+    except (TypeError, ValueError, OverflowError, RuntimeError) as err:
+        reason = str(err)
+    raise TrainingError(
+        f"{what} is {value!r}, expected one finite number ({reason}); nothing was "
+        "written: call publish_round again without it, or with its mean"
+    )
 
 
 def _proved(
@@ -203,7 +247,7 @@ def _proved(
     base, source = init.generate(), folder
     if not from_init:
         source = list_rounds(run_dir)[-1]
-        base = read_weights(source / WEIGHTS_NAME)
+        base = read_deployed(source)
     check_masks(weights.layout, masks)
     terms: list[Term] = []
     is_new = weights.fingerprint != base.fingerprint

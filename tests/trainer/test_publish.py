@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 import trainer
-from edge_runtime.errors import ExportError, FrozenWeightChangedError, TrainingError
+from edge_runtime.errors import (
+    ConfigError,
+    ExportError,
+    FrozenWeightChangedError,
+    RoundError,
+    TrainingError,
+)
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights
@@ -20,11 +26,13 @@ from packager.build import pack_round
 from packager.rounds.folder import read_round
 from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.contract import make_contract
+from trainer.folder.once import run_lock
 from trainer.method.updater import PartialUpdater
 from trainer.publish import publish_round, start_run
 
 INPUTS = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
 LABELS = INPUTS[:, :3].argmax(1)
+CONTRACT = make_contract((6,), ["a", "b", "c"])
 
 
 def net():
@@ -38,7 +46,7 @@ def start(tmp_path, build=net):
         start_run(
             kept,
             build,
-            contract=make_contract((6,), ["a", "b", "c"]),
+            contract=CONTRACT,
             golden_inputs=INPUTS,
             golden_labels=LABELS,
         )
@@ -223,8 +231,8 @@ def test_weights_outside_of_the_masks_are_refused_and_the_chain_goes_on(tmp_path
 
 
 def as_it_says(refused, model):
-    """Put weights back with the line of Python that a refusal ends with."""
-    (line,) = re.findall(r"train again: (.*), read_\w+ from", str(refused.value))
+    """Put weights back with the line of Python that a refusal says."""
+    (line,) = re.findall(r"(trainer\.load_\w+\(.*), read_\w+ from", str(refused.value))
     names = {"read_weights": read_weights, "read_init_spec": read_init_spec}
     eval(line, names | {"trainer": trainer, "model": model, "Path": Path})
 
@@ -407,3 +415,88 @@ def test_a_mask_of_an_unknown_tensor_is_named(tmp_path):
     masks = {"9.weight": torch.ones(2, 2, dtype=torch.bool), **one_round(model)}
     with pytest.raises(TrainingError, match=r"'9\.weight', which the run's network"):
         publish_round(tmp_path / "run", model, masks)
+
+
+# A run that goes on, and one that others write --------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_start_run_on_a_run_that_exists_says_how_to_go_on_and_its_line_works(
+    tmp_path, rounds
+):
+    run = tmp_path / "run"
+    model = start(tmp_path)
+    for _ in range(rounds):
+        publish_round(run, model, one_round(model))
+    with pytest.raises(TrainingError, match="was started before") as told:
+        start_run(run, net, contract=CONTRACT, golden_inputs=INPUTS)
+    again = net()
+    as_it_says(told, again)
+    assert weights_of(again).data == weights_of(model).data
+    assert publish_round(run, again, one_round(again)).round == rounds
+
+
+def test_while_a_run_is_being_trained_publish_round_refuses_and_writes_nothing(
+    tmp_path,
+):
+    run = tmp_path / "run"
+    model = start(tmp_path)
+    masks = one_round(model)
+    (part := run / ".round_00.part").mkdir()  # what the other process writes
+    with (
+        run_lock(run),
+        pytest.raises(ConfigError, match="another process is training or publishing"),
+    ):
+        publish_round(run, model, masks)
+    assert not list_rounds(run)
+    assert part.exists()
+    assert publish_round(run, model, masks).round == 0
+    assert not part.exists()
+
+
+def test_a_run_that_another_process_starts_is_not_started_again(tmp_path):
+    with (
+        run_lock(tmp_path / "run"),
+        pytest.raises(ConfigError, match="another process is training or publishing"),
+    ):
+        start_run(tmp_path / "run", net, contract=CONTRACT, golden_inputs=INPUTS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_round_is_not_published_after_weights_of_another_round(tmp_path):
+    run = tmp_path / "run"
+    model = start(tmp_path)
+    publish_round(run, model, one_round(model))
+    publish_round(run, model, one_round(model))
+    shutil.copy(run / "round_00" / "weights.safetensors", run / "round_01")
+    with pytest.raises(RoundError, match=r"round_01/weights\.safetensors is damaged"):
+        publish_round(run, model, one_round(model))
+
+
+def test_metrics_may_be_tensors_and_numpy_numbers(tmp_path):
+    model = start(tmp_path)
+    metrics = {
+        "a": torch.tensor(0.5, requires_grad=True),
+        "b": np.float32(0.25),
+        "c": torch.tensor([3]),
+        "d": 4,
+    }
+    record = publish_round(
+        tmp_path / "run",
+        model,
+        one_round(model),
+        samples=torch.tensor(64),
+        metrics=metrics,
+    )
+    assert record.metrics == {"a": 0.5, "b": 0.25, "c": 3, "d": 4}
+    assert record.samples == 64
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), torch.tensor(np.inf), torch.ones(2), None, "0.5", 1j]
+)
+def test_a_metric_that_is_no_number_is_named_before_anything_is_proved(tmp_path, value):
+    with pytest.raises(TrainingError, match=r"metric 'iou' is .* expected one finite"):
+        publish_round(tmp_path, nn.Module(), {}, metrics={"iou": value})
+    with pytest.raises(TrainingError, match="samples is"):
+        publish_round(tmp_path, nn.Module(), {}, samples=value)

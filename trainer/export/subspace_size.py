@@ -64,7 +64,8 @@ def coefficients_within(
             return count
     raise TrainingError(
         f"a patch of {limit} bytes has no room for coefficients: {taken} are needed "
-        "beside them; freeze biases and normalisation, or allow more"
+        f"beside them; {'freeze biases and normalisation, or ' if dense else ''}allow "
+        "more"
     )
 
 

@@ -55,7 +55,7 @@ def check_changes(
                     "were copied into it (begin them after select(), and rewind() them "
                     "before they are published), or it was not at the last round's "
                     "weights when the updater was made. To go on, put the last good "
-                    f"weights back and train again: {_way_back(source)}",
+                    f"weights back and train again: {way_back(source)}",
                     tensor=name,
                     count=count,
                 )
@@ -71,7 +71,12 @@ def check_changes(
             )
 
 
-def _way_back(source: Path) -> str:
+def way_back(source: Path) -> str:
+    """Return the line of code that gives a model the weights of a round, or the init.
+
+    Args:
+        source: The round's folder, or the run's model folder.
+    """
     if source.name == MODEL_NAME:
         return (
             "trainer.load_weights(model, "

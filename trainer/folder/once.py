@@ -18,10 +18,23 @@ _ABANDONED = re.compile(rf"\.(?:{MODEL_NAME}|round_\d{{2,}})\.part")
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training the same run; the kernel lets go if we die.
+    """Keep a run to this process, as :func:`only_writer`, and insist that it is one.
 
     Raises:
         ConfigError: Another process is training it, or something else lies there.
+        OSError: The folder cannot be made or opened.
+    """
+    with only_writer(run_dir):
+        _insist_on_run(run_dir)
+        yield
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from writing a run; the kernel lets go if we die.
+
+    Raises:
+        ConfigError: Another process is training or publishing it.
         OSError: The folder cannot be made or opened.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,13 +45,12 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             lock_file(handle, run_dir)
         except BlockingIOError as err:
             raise ConfigError(
-                f"another process is training {run_dir}; wait for it, or choose "
-                "another run.name"
+                f"another process is training or publishing {run_dir}; wait for it, or "
+                "choose another run"
             ) from err
         # Only once we hold the lock: before, an empty folder may be another process's,
         # which is about to write its first round.
         stack.callback(_remove_if_empty, run_dir)
-        _insist_on_run(run_dir)
         yield
 
 

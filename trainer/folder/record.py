@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a round folder states about its round: ``round.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import PatchFormatError, RoundError, WeightsError
 from edge_runtime.formats.json_file import read_record
-from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
+from edge_runtime.formats.model_folder import RECORD_NAME, WEIGHTS_NAME, Outcome
+from edge_runtime.formats.weights import Weights, read_weights
 
 SCHEMA, RUN_SCHEMA = 1, 2  # 2: of a run with an id
 ACCURACY, HIGHER = "accuracy", "higher"
@@ -105,3 +107,37 @@ def read_round_record(folder: str | PathLike[str]) -> RoundRecord:
         return record_of(raw)
     except (ValueError, KeyError, TypeError) as err:
         raise RoundError(f"{path} is malformed ({err!r})") from err
+
+
+def read_deployed(folder: Path) -> Weights:
+    """Read the weights that a round deployed, held against its record.
+
+    Raises:
+        RoundError: They are damaged, or not those that the record states.
+        OSError: They cannot be read.
+    """
+    path, stated = folder / WEIGHTS_NAME, read_round_record(folder).target
+    with telling_of(path):
+        weights = read_weights(path)
+        if weights.fingerprint != stated:
+            raise WeightsError(
+                f"its fingerprint is {weights.fingerprint}, {RECORD_NAME} states "
+                f"{stated}"
+            )
+    return weights
+
+
+@contextmanager
+def telling_of(path: Path) -> Iterator[None]:
+    """Let what is wrong with a file of a round name it, and say what to do.
+
+    Raises:
+        RoundError: Something is.
+    """
+    try:
+        yield
+    except (WeightsError, PatchFormatError) as err:
+        raise RoundError(
+            f"{path} is damaged, or of another round: {err}; restore {path.parent} "
+            "from a copy, or remove it and train the round again"
+        ) from err

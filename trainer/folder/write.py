@@ -68,6 +68,7 @@ from trainer.folder.record import (
     RoundRecord,
     as_json,
     read_round_record,
+    telling_of,
 )
 
 
@@ -195,10 +196,11 @@ def read_shadow(folder: Path) -> Weights | None:
 
     Raises:
         OSError: They cannot be read.
-        WeightsError: They are malformed.
+        RoundError: They are damaged.
     """
     path = folder / SHADOW_NAME
-    return read_weights(path) if path.exists() else None
+    with telling_of(path):
+        return read_weights(path) if path.exists() else None
 
 
 def read_shadow_terms(folder: Path, tensors: int) -> tuple[Term, ...]:
@@ -210,10 +212,11 @@ def read_shadow_terms(folder: Path, tensors: int) -> tuple[Term, ...]:
 
     Raises:
         OSError: They cannot be read.
-        PatchFormatError: They are malformed.
+        RoundError: They are damaged.
     """
     path = folder / SHADOW_SUBSPACES_NAME
-    return decode_terms(path.read_bytes(), tensors) if path.exists() else ()
+    with telling_of(path):
+        return decode_terms(path.read_bytes(), tensors) if path.exists() else ()
 
 
 def _check_parent(run_dir: Path, record: RoundRecord, recipe: InitSpec) -> None:
@@ -254,5 +257,7 @@ def _versions() -> dict[str, str]:
 def _to_json(value: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError as err:
-        raise TrainingError(f"a number to be recorded is not finite: {value}") from err
+    except (TypeError, ValueError) as err:
+        raise TrainingError(
+            f"something to be recorded is not finite, or not JSON ({err}): {value}"
+        ) from err

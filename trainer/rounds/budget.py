@@ -75,8 +75,9 @@ def train_within(
     total = sum(score.numel() for score in scores.values())
     if sizes(1) > budget.limit:
         raise TrainingError(
-            f"update.budget is {budget.limit} bytes, but {sizes(1)} are needed for the "
-            'dense part alone; choose update.dense = "freeze", or a larger budget'
+            f"the budget is {budget.limit} bytes, but {sizes(1)} are needed for the "
+            f"dense part alone; choose {_smaller_dense(training)}a larger "
+            f"update.{_limit_key(training)}"
         )
     k = find_k(sizes, max(1, int(budget.ratio * total)), total, budget.limit)
     return _fit(training, epochs, full, k, budget, sizes(1))
@@ -118,11 +119,24 @@ def _fit(
     if fitting is None:
         raise TrainingError(
             f"no number of weights gave a patch within {limit} bytes; choose a larger "
-            "update.budget"
+            f"update.{_limit_key(training)}"
         )
     masks, as_it_was = fitting
     as_it_was()
     return masks
+
+
+def _limit_key(training: RoundTraining) -> str:
+    """Return the key that allows this round a larger patch."""
+    return "budget" if training.number else "first_budget"
+
+
+def _smaller_dense(training: RoundTraining) -> str:
+    """Return what would make the dense part smaller, where that is not set already."""
+    # From the init weights the dense part trains also where the recipe freezes it.
+    policy = "budget" if training.from_init else "freeze"
+    is_set = training.update.dense in (policy, "budget")
+    return "" if is_set else f'update.dense = "{policy}", or '
 
 
 @dataclass(frozen=True, slots=True)

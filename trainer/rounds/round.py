@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.formats.model_folder import WEIGHTS_NAME, Outcome, round_name
+from edge_runtime.formats.model_folder import Outcome, round_name
 from edge_runtime.formats.subspace import Term, together
-from edge_runtime.formats.weights import Weights, read_weights
+from edge_runtime.formats.weights import Weights
 from edge_runtime.sizes import parse_size
 from trainer.config import as_dict
 from trainer.export.tensors import load_weights
-from trainer.folder.record import RoundRecord
+from trainer.folder.record import RoundRecord, read_deployed
 from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.parallel import by_first
 from trainer.recipe.schema import PARTIAL_METHODS, trains_unseen
@@ -107,7 +107,7 @@ class Run:
         folder = self.run_dir / round_name(number - 1)
         deployed, before, name = init, self._judge.worst, self._judge.name
         if records:
-            deployed = self._decode(read_weights(folder / WEIGHTS_NAME))
+            deployed = self._decode(read_deployed(folder))
             before = records[-1].metrics.get(f"val_{name}", math.nan)
             test = records[-1].metrics.get(f"test_{name}", math.nan)
             self._values.know(deployed, validation=before, test=test)

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.formats.model_folder import MODEL_NAME, list_rounds
+from edge_runtime.formats.model_folder import (
+    MODEL_NAME,
+    RECORD_NAME,
+    list_rounds,
+    round_name,
+)
 from trainer.config import as_dict, make_config
 from trainer.data.samples import DataSource
 from trainer.folder.once import run_lock
@@ -172,8 +177,7 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
             f"{run_dir} has the rounds {numbers}, without gaps they would be "
             f"0 to {len(records) - 1}; put the missing folders back"
         )
-    # Through make_config: a key that is newer than the run has its default there.
-    made_with = as_dict(make_config(records[0].config))
+    made_with = as_dict(_made_with(run_dir, records[0]))
     problems = list(_differences(made_with, as_dict(config)))
     if problems:
         raise ConfigError(
@@ -182,6 +186,25 @@ def _finished(run_dir: Path, config: Config, *, resume: bool) -> list[RoundRecor
             problems=problems,
         )
     return records
+
+
+def _made_with(run_dir: Path, record: RoundRecord) -> Config:
+    """Return the recipe that a run was made with."""
+    if not record.config:
+        raise ConfigError(
+            f"{run_dir} was published by a loop of your own, which has no recipe; "
+            "choose another run.name (--name)"
+        )
+    try:
+        # A key that is newer than the run has its default there.
+        return make_config(record.config)
+    except ConfigError as err:
+        raise ConfigError(
+            f"{run_dir / round_name(record.round) / RECORD_NAME} states a recipe that "
+            "this version does not take: it was written by another one, or changed; "
+            "go on with that version, or choose another run.name (--name):",
+            problems=err.problems,
+        ) from err
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

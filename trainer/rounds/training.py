@@ -57,6 +57,7 @@ class RoundTraining:
         model: Holds the start weights at first; trained in place.
         start: The start weights.
         update: The recipe's section of that name.
+        from_init: Whether devices update from the init weights.
         fresh: Whether the start weights are the init weights.
         teacher: What full updating gives, where the recipe wants it as a teacher.
         dense: What is not selected weight by weight.
@@ -112,7 +113,8 @@ class RoundTraining:
         self.dense = DensePart(
             model, config.update.dense, from_init=from_init and not still
         )
-        self.update, self.fresh = config.update, fresh
+        self.update = config.update
+        self.from_init, self.fresh = from_init, fresh
         self.teacher: nn.Module | None = None
         self._taught_by: Teacher | None = None
         self.form = RoundForm(

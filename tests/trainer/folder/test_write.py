@@ -20,7 +20,12 @@ from edge_runtime.formats.weights import pack_weights, read_weights
 from edge_runtime.update.golden import read_golden
 from trainer.folder.contract import make_contract
 from trainer.folder.record import RoundRecord, read_round_record
-from trainer.folder.write import write_model, write_round
+from trainer.folder.write import (
+    read_shadow,
+    read_shadow_terms,
+    write_model,
+    write_round,
+)
 
 GRAPH = b"a graph"
 RECIPE = InitSpec(
@@ -182,6 +187,25 @@ def test_an_interrupted_write_leaves_no_round_and_is_cleared_by_the_next(run):
     assert list_rounds(run) == []
     write_round(run, record(0, INIT), changed(INIT), {}, [])
     assert names(run) == ["model", "round_00"]
+
+
+def test_what_was_trained_unseen_is_named_where_it_is_damaged(run):
+    write_round(run, record(0, INIT), changed(INIT), {"fc.weight": MASK}, [], INIT)
+    folder = run / "round_00"
+    assert read_shadow(folder) is not None
+    (folder / "shadow.safetensors").write_bytes(b"nothing")
+    (folder / "shadow_subspaces.bin").write_bytes(b"nothing")
+    with pytest.raises(RoundError, match=r"round_00/shadow\.safetensors is damaged"):
+        read_shadow(folder)
+    with pytest.raises(RoundError, match=r"shadow_subspaces\.bin is damaged"):
+        read_shadow_terms(folder, 2)
+
+
+def test_what_json_has_no_word_for_is_refused_before_writing(run):
+    odd = record(0, INIT, metrics={"iou": np.float32(0.5)})
+    with pytest.raises(TrainingError, match="or not JSON"):
+        write_round(run, odd, changed(INIT), {"fc.weight": MASK}, [])
+    assert not list_rounds(run)
 
 
 def test_folders_are_never_written_twice(run):

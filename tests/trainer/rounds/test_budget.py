@@ -72,6 +72,17 @@ def test_a_budget_below_the_dense_part_is_refused(tmp_path):
         run_rounds(config_of("300"), tmp_path, pack=patch_size)
 
 
+def test_a_first_round_over_its_budget_is_told_of_first_budget_not_of_what_is_set(
+    tmp_path,
+):
+    words = r'choose update\.dense = "budget", or a larger update\.first_budget$'
+    with pytest.raises(TrainingError, match=words):
+        run_rounds(config_of("300", dense="freeze"), tmp_path, pack=patch_size)
+    words = r"choose a larger update\.first_budget$"
+    with pytest.raises(TrainingError, match=words):
+        run_rounds(config_of("9", dense="budget"), tmp_path, pack=patch_size)
+
+
 def test_a_budget_for_everything_selects_everything(tmp_path):
     record = run_rounds(config_of("1MB"), tmp_path, pack=patch_size)[0]
     assert record.metrics["selected"] == record.metrics["weights"]

@@ -406,6 +406,40 @@ def test_a_run_from_before_a_key_existed_goes_on(finished, copied):
         run_rounds(config_of(update={"mantissa_bits": 7}), copied)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, r"tiny was published by a loop of your own"),
+        ({"newer": {}}, r"round_00/round\.json states a recipe .* written by another"),
+    ],
+)
+def test_another_kind_of_run_is_named_and_the_recipe_is_not_blamed(
+    copied, config, words
+):
+    path = copied / "tiny" / "round_00" / "round.json"
+    record = json.loads(path.read_text())
+    kept = record["config"] if config else {}
+    path.write_text(json.dumps(record | {"config": kept | config}))
+    with pytest.raises(ConfigError, match=words):
+        run_rounds(config_of(), copied)
+
+
+def test_a_round_whose_weights_are_not_those_of_its_record_is_named_before_training(
+    copied,
+):
+    weights = copied / "tiny" / "round_02" / "weights.safetensors"
+    damaged, reports = bytearray(weights.read_bytes()), []
+    damaged[-1] ^= 1
+    other = (copied / "tiny" / "round_00" / "weights.safetensors").read_bytes()
+    for found in (damaged, damaged[:-4], other):
+        weights.write_bytes(found)
+        with pytest.raises(
+            RoundError, match=r"round_02/weights\.safetensors is damage"
+        ):
+            run_rounds(config_of(run={"rounds": 4}), copied, progress=reports.append)
+    assert not reports
+
+
 def test_refuses_to_continue_when_told_not_to(copied):
     with pytest.raises(ConfigError, match="has 3 rounds already"):
         run_rounds(config_of(), copied, resume=False)
