@@ -312,11 +312,8 @@ def publish_file(
             return False
         write_file(data, path)
         return True
-    with open_ledger(run, say) as ledger:
-        written = ledger.publish(data, path, force=force)
-        for note in ledger.notes:
-            say(note)
-        return written
+    with open_ledger(run, say) as ledger, telling(ledger, say):
+        return ledger.publish(data, path, force=force)
 
 
 def _kept(data: bytes, path: Path, *, force: bool) -> str:
@@ -358,6 +355,16 @@ def open_ledger(
         finally:
             if not file.seek(0, os.SEEK_END):
                 path.unlink()  # nothing was released: no trace of it either
+
+
+@contextmanager
+def telling(ledger: Ledger, say: Callable[[str], None]) -> Iterator[None]:
+    """Tell a ledger's notes in the end, each once, however that ends."""
+    try:
+        yield
+    finally:
+        for note in dict.fromkeys(ledger.notes):
+            say(note)
 
 
 def _insist_file(path: Path) -> None:

@@ -46,14 +46,17 @@ if TYPE_CHECKING:
     type=Span(),
     default="30d",
     show_default=True,
-    help="How long devices take the head for the newest; publish again before that.",
+    help="How long devices take the head for the newest; publish again before that, "
+    "or to shorten it.",
 )
 @click.option(
     "--rollout",
     "shares",
     type=Shares(),
     default=None,
-    help="Shares of the devices, and when: 1%,10%@24h,100%@48h.  [default: all, now]",
+    help="Shares of the devices, and when: 1%,10%@24h,100%@48h. A release that is "
+    "published again with neither this nor --group keeps both; 100% ends both.  "
+    "[default: all, now]",
 )
 @click.option(
     "--group",
@@ -61,6 +64,15 @@ if TYPE_CHECKING:
     metavar="NAME",
     multiple=True,
     help="For this group alone (repeatable).",
+)
+@click.option(
+    "--version-after",
+    "above",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    show_default=False,
+    help="Where a place was lost: the head's version that devices have seen.",
 )
 @click.option(
     "--pauser",
@@ -101,6 +113,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     expires: int,
     shares: tuple[tuple[int, int], ...] | None,
     groups: tuple[str, ...],
+    above: int,
     pausers: tuple[Path, ...],
     former: tuple[Path, ...],
     lists: tuple[Path, ...],
@@ -138,6 +151,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
             skips=skip,
             shares=shares or (),
             groups=groups,
+            above=above,
             pausers=tuple(map(read_public, pausers)),
             former=tuple(map(read_public, former)),
         ),

@@ -103,8 +103,8 @@ def renew(
 ) -> None:
     """Renew a TUF repository, and send a new root; what it offers stays as it is.
 
-    Only what is past half of its time is signed again. The key of releases is not
-    needed: put it into a timer.
+    Only what is past half of its time, or holds for longer than --expires, is signed
+    again. The key of releases is not needed: put it into a timer.
     """
     from packager.fleet.address import open_place
 

@@ -330,6 +330,7 @@ def revert(
     from packager.fleet.address import open_place
     from packager.fleet.after_halt import release_before
     from packager.fleet.head import head_path
+    from packager.fleet.successor import ALL_NOW
 
     place = open_place(to, single_publisher=single_publisher, say=say)
     found = place.read(head_path(channel))
@@ -345,6 +346,7 @@ def revert(
         to=to,
         channel=channel,
         revert=True,
+        shares=ALL_NOW,
         groups=head.rollout.groups if head.rollout else (),
         single_publisher=single_publisher,
         **options,

@@ -32,8 +32,10 @@ class Channel:
         lifetime_s: How long the head is valid.
         skips: From how many rounds back there are patches beside the recorded one.
         shares: When which share of the devices takes part: permille, and seconds from
-            the publication on. Empty: all, at once.
+            the publication on. Empty, as the groups are too: as it was where this
+            release is being rolled out; else all, at once.
         groups: Devices of these groups only; empty: all.
+        above: Version that devices have seen, where the place was lost.
         pausers: Public keys, hex, that may pause the head.
         former: Public keys, hex, that signed the channel's head instead, before the
             signers were exchanged.
@@ -45,6 +47,7 @@ class Channel:
     skips: tuple[int, ...] = (2, 4, 8)
     shares: tuple[tuple[int, int], ...] = ()
     groups: tuple[str, ...] = ()
+    above: int = 0
     pausers: tuple[str, ...] = ()
     former: tuple[str, ...] = ()
 

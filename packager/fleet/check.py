@@ -19,7 +19,7 @@ from edge_runtime.times import duration
 from edge_runtime.trust.keylist import KeyList
 from edge_runtime.trust.root import Root
 from edge_runtime.trust.rules import first_root
-from packager.fleet.head import bundle_path, head_path, patch_path
+from packager.fleet.head import AHEAD_S, bundle_path, head_path, patch_path
 
 # Returns a file of at most so many bytes; None where there is none.
 Read = Callable[[str, int], bytes | None]
@@ -125,6 +125,11 @@ class _Channel:
             )
         if left < (head.expires - head.at) / SOON:
             return State.NOTE, f"in {duration(left)}: publish the same round again"
+        if (ahead := head.at - self._now) > AHEAD_S:
+            return State.NOTE, (
+                f"in {duration(left)}: the head is dated {duration(ahead)} from now; "
+                "set the clocks, and publish the same round again"
+            )
         return State.OK, f"in {duration(left)}"
 
     def patches(self) -> Iterator[Finding]:

@@ -24,6 +24,7 @@ from edge_runtime.sync.head import (
 from packager.signing import add_signature
 
 MOST = (1 << 63) - 1  # the largest number that a fleet's database can hold
+AHEAD_S = 3600  # the clocks of two publishers are closer together than this
 
 
 def insist_countable(what: str, *numbers: int) -> None:
@@ -37,6 +38,15 @@ def insist_countable(what: str, *numbers: int) -> None:
             f"{what} has the number {largest}, expected at most {MOST}: no fleet can "
             "be watched beyond that; publish under a smaller release counter"
         )
+
+
+def is_fresh(left: float, lifetime_s: int) -> bool:
+    """Tell whether something signed holds for long enough yet, and not for too long.
+
+    What holds for longer than its lifetime was signed under a clock that was ahead, or
+    was to hold for longer than it is now.
+    """
+    return lifetime_s // 2 < left <= lifetime_s + AHEAD_S
 
 
 def head_path(channel: str) -> str:

@@ -27,7 +27,7 @@ from packager.fleet.head import (
 from packager.fleet.place import Place
 from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
-from packager.ledger import open_ledger
+from packager.ledger import open_ledger, telling
 from packager.packed_file import BUNDLE, PATCH, read_facts
 from packager.release import Release, as_text
 from packager.rounds.folder import RoundFolder
@@ -86,7 +86,8 @@ def publish(
             f"{round_.name} kept its base: devices have its weights already, there is "
             "nothing to publish"
         )
-    with open_ledger(round_.path.absolute().parent, say) as ledger:
+    run = round_.path.absolute().parent
+    with open_ledger(run, say) as ledger, telling(ledger, say):
         for _ in range(RACES):
             old, tag = read_channel(place, channel)
             release = Successor(round_, channel, ledger, old, revert=revert)

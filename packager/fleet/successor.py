@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from edge_runtime.errors import RoundError
-from edge_runtime.sync.head import SHORT, Head, Rollout, SignedHead, Way
+from edge_runtime.sync.head import PERMILLE, SHORT, Head, Rollout, SignedHead, Way
 from packager.build import check_counter
 from packager.fleet.channel import Channel
+from packager.fleet.head import AHEAD_S, is_fresh
 from packager.fleet.ways import (
     Offered,
     pack_again,
@@ -20,6 +21,7 @@ from packager.fleet.ways import (
 from packager.ledger import Ledger
 from packager.rounds.folder import Parent, RoundFolder, read_init
 
+ALL_NOW = ((PERMILLE, 0),)
 REACH = 8  # releases back, from which the head still lists the cheapest ways
 
 
@@ -89,7 +91,7 @@ class Successor:
         return Head(
             model=record.model,
             channel=channel.name,
-            version=before.version + 1 if before else 1,
+            version=max(before.version if before else 0, channel.above) + 1,
             at=now,
             expires=now + channel.lifetime_s,
             counter=self.counter,
@@ -103,12 +105,19 @@ class Successor:
         )
 
     def is_news(self, head: Head) -> bool:
-        """Tell whether a head says something new, or the old one is half over."""
+        """Tell whether a head says something new, or the old one is not fresh.
+
+        Nor is it once a share has begun: a device without a clock knows no later time
+        than that of the head.
+        """
         old = self._old
-        if old is None:
+        if old is None or old.version <= self._channel.above:
             return True
         dated = replace(head, version=old.version, at=old.at, expires=old.expires)
-        return dated != old or old.expires - head.at <= self._channel.lifetime_s // 2
+        steps = head.rollout.steps if head.rollout else ()
+        has_begun = any(old.at < start <= head.at for _, start in steps)
+        left = old.expires - head.at
+        return dated != old or has_begun or not is_fresh(left, self._channel.lifetime_s)
 
     def _next_counter(self, *, revert: bool) -> int:
         """Return the ledger's counter, or what the channel makes of it."""
@@ -178,13 +187,29 @@ class Successor:
     def _rollout(self, now: int) -> Rollout | None:
         """Return the rollout; of a release published once more, with its old times."""
         shares, groups = self._channel.shares, self._channel.groups
+        old = self._rollout_until_now(now)
+        if not shares and not groups:
+            return old
+        shares = () if shares == ALL_NOW else shares
         if not shares and not groups:
             return None
-        steps = tuple((share, now + delay) for share, delay in shares)
-        new = Rollout(str(self.counter), steps, groups)
-        old = self._old.rollout if self._old else None
-        if old and (old.id, old.groups) == (new.id, new.groups):
+        if old and old.groups == groups:
             begun = [share for share, _ in old.steps]
-            if begun == [share for share, _ in steps]:
+            if begun == [share for share, _ in shares]:
                 return old
-        return new
+        steps = tuple((share, now + delay) for share, delay in shares)
+        return Rollout(str(self.counter), steps, groups)
+
+    def _rollout_until_now(self, now: int) -> Rollout | None:
+        """Return the rollout of this very release until now, if it is being rolled out.
+
+        One that began under a clock that was far ahead begins now.
+        """
+        old = self._old
+        if old is None or old.rollout is None or old.counter != self.counter:
+            return None
+        steps = old.rollout.steps
+        ahead = old.at - now
+        if ahead > AHEAD_S and all(start >= old.at for _, start in steps):
+            steps = tuple((share, start - ahead) for share, start in steps)
+        return replace(old.rollout, steps=steps)

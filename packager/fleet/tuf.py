@@ -50,7 +50,7 @@ from edge_runtime.sync.head import (
     read_signed,
 )
 from packager.build import write_file
-from packager.fleet.head import head_path
+from packager.fleet.head import head_path, is_fresh
 from packager.fleet.place import Place
 from packager.fleet.tuf_files import FOLDER
 from packager.fleet.tuf_keys import ONLINE, Ask, TufFolder
@@ -97,7 +97,8 @@ def mirror(
 ) -> Mirrored:
     """Bring a place's repository to what a channel says; other channels stay.
 
-    Doing it again changes nothing, until half of a file's time is over.
+    Doing it again changes nothing, until half of a file's time is over, or
+    it holds for longer than it should.
 
     Args:
         place: Where the channel's files lie already.
@@ -238,7 +239,7 @@ class _Repository:
         lifetime = TARGETS_S if role == "targets" else self._lifetime_s
         if known and not has_changed and self._counts(role, known):
             left = known.metadata.signed.expires.timestamp() - self._now
-            if left > lifetime // 2:
+            if is_fresh(left, lifetime):
                 return
         signed.version = known.version + 1 if known else 1
         signed.expires = datetime.fromtimestamp(self._now + lifetime, UTC)

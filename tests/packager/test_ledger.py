@@ -18,6 +18,7 @@ from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
 from packager.build import pack_round
+from packager.cli.fleet import fleet
 from packager.cli.pack import pack, patch
 from packager.keys import encode_private, generate_key
 from packager.ledger import open_ledger, read_ledger
@@ -321,7 +322,9 @@ def somebody_else():
         os.seteuid(before)
 
 
-def test_a_run_that_cannot_be_written_is_packed_elsewhere_and_says_so(run, command):
+@pytest.fixture
+def closed(run):
+    """Somebody else's run as ``tiny``, beside a folder ``out`` that may be written."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         shutil.copytree(run.path, place / "tiny")
@@ -330,11 +333,22 @@ def test_a_run_that_cannot_be_written_is_packed_elsewhere_and_says_so(run, comma
             folder.chmod(0o777)
         (place / "tiny").chmod(0o555)
         with somebody_else():
-            words = (pack, place / "tiny" / "round_01", "-o", place / "out" / "p.dpu")
-            code, _, err = command(*words)
+            yield place
         (place / "tiny").chmod(0o755)
-        assert (code, counter_of(place / "out" / "p.dpu")) == (0, 1)
-        assert "cannot be written: this release is not recorded" in err
+
+
+def test_a_run_that_cannot_be_written_is_packed_elsewhere_and_says_so(closed, command):
+    file = closed / "out" / "p.dpu"
+    code, _, err = command(pack, closed / "tiny" / "round_01", "-o", file)
+    assert (code, counter_of(file)) == (0, 1)
+    assert "cannot be written: this release is not recorded" in err
+
+
+def test_a_release_that_could_not_be_recorded_is_said_by_publish_too(closed, command):
+    words = ("publish", closed / "tiny" / "round_01", "--to", closed / "out")
+    code, _, err = command(fleet, *words)
+    assert code == 0
+    assert err.count("cannot be written: this release is not recorded") == 1
 
 
 def test_two_packers_at_once_never_give_out_one_counter_twice(run, runs):

@@ -267,6 +267,49 @@ def test_a_device_waits_for_its_turn(world):
     assert world.look().result is SyncResult.FETCHED
 
 
+def test_after_the_last_step_publishing_again_reaches_a_board_without_a_clock(
+    world,
+):
+    day = 86_400
+    world.publish(1, shares=((0, 0), (PERMILLE, day)))
+    world.now = 100  # as at each of its boots
+    assert world.look().result is SyncResult.LATER
+    assert world.publish(1, now=NOW + day - 1).version == world.head.version == 2
+    world.publish(1, now=NOW + day)
+    assert world.look().result is SyncResult.FETCHED
+    assert world.publish(1, now=NOW + day + 1).version == 3
+
+
+def test_a_head_that_was_dated_far_ahead_is_mended_by_publishing_again(world):
+    """So is its rollout, which began then; a device that took it follows."""
+    far, shares = NOW + 20 * 365 * 86_400, ((0, 0), (PERMILLE, 3600))
+    world.publish(1, now=far, shares=shares)
+    assert world.look().result is SyncResult.LATER
+    head = world.publish(1)
+    assert head.expires == NOW + 30 * 86_400
+    assert head.rollout.steps == ((0, NOW), (PERMILLE, NOW + 3600))
+    assert world.look().result is SyncResult.LATER
+    world.now += 3600
+    assert world.look().result is SyncResult.FETCHED
+
+
+def test_a_place_that_was_lost_goes_on_above_the_version_that_devices_have_seen(world):
+    for number in (1, 2):
+        world.publish(number)
+    world.look()
+    shutil.rmtree(world.place.root)
+    world.publish(3)
+    with pytest.raises(TrustError, match="this device has seen 3"):
+        world.look()
+    assert world.publish(3, above=3).version == 4
+    assert world.look().result is SyncResult.FETCHED
+    shutil.rmtree(world.place.root)
+    world.place.root.mkdir()
+    world.head_bytes = (world.folder / HEAD_NAME).read_bytes()
+    assert world.publish(4).version == 5
+    assert world.look().result is SyncResult.FETCHED
+
+
 def test_a_pause_stands_though_somebody_takes_it_away(world):
     world.publish(1, pausers=(public_key(PAUSER),))
     good = world.head_bytes

@@ -343,6 +343,15 @@ def test_what_is_renewed_is_believed_for_longer_than_the_head(world):
     assert (known.problem, known.head.expires) == ("", NOW + 59 * DAY)
 
 
+def test_what_a_clock_dated_too_late_is_signed_anew(world):
+    world.publish(1)
+    world.mirror(now=NOW + 20 * 365 * DAY)
+    world.mirror()
+    expiry = [world.at(role).signed.expires.timestamp() for role in ONLINE]
+    assert max(expiry) == NOW + 365 * DAY
+    assert min(expiry) == NOW + 30 * DAY
+
+
 def test_a_pause_holds_for_tuf_too(world):
     world.publish(1, pausers=(public_key(PAUSER),))
     good = world.head_bytes

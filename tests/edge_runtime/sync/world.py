@@ -42,11 +42,11 @@ class World:
         self.folder.mkdir(exist_ok=True)
         self.now, self.options, self.files = NOW, OPTIONS, Files()
 
-    def publish(self, number, *, revert=False, **changes):
+    def publish(self, number, *, revert=False, now=NOW, **changes):
         fields = {"name": "stable", "signers": [KEY]} | changes
         path = self.run / f"round_{number:02d}"
         channel = Channel(**fields)
-        found = publish(read_round(path), self.place, channel, now=NOW, revert=revert)
+        found = publish(read_round(path), self.place, channel, now=now, revert=revert)
         return found.head
 
     def install(self, trust=TRUST):

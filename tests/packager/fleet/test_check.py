@@ -154,6 +154,12 @@ def test_when_a_head_expires_is_said_before_it_does(place, at, state, words):
     assert found["expiry"].words.startswith(words)
 
 
+def test_a_head_from_the_future_is_noted(place):
+    assert "expiry" not in faults(place, now=NOW - 3600)
+    state, words = faults(place, now=NOW - 20 * DAY)["expiry"]
+    assert (state, "dated 20 d from now" in words) == (State.NOTE, True)
+
+
 def test_each_missing_and_each_damaged_file_is_named(place):
     for path in named_files(head_of(place)):
         whole = (place.root / path).read_bytes()

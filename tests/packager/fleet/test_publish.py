@@ -20,6 +20,7 @@ from packager.cli.pack import pack, patch
 from packager.fleet.channel import Channel
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
+from packager.fleet.successor import ALL_NOW
 from packager.fleet.ways import parents_ahead
 from packager.keys import encode_private, generate_key
 from packager.ledger import read_ledger
@@ -338,8 +339,34 @@ def test_a_rollout_keeps_its_times_when_it_is_published_again(long_run, place):
     assert head_of(place).rollout.steps == steps
     again = publish(path, place, Channel(**options), now=NOW + 60)
     assert (again.changed, head_of(place).rollout.steps) == (False, steps)
-    assert publish(path, place, Channel(**options | {"shares": ()}), now=NOW).changed
-    assert head_of(place).rollout is None
+
+
+@pytest.mark.parametrize("shares", [(), ((10, 0), (1000, 3600))])
+@pytest.mark.parametrize("groups", [(), ("lab",)])
+def test_a_timer_that_publishes_a_round_again_ends_no_rollout_and_leaves_no_group(
+    long_run, place, shares, groups
+):
+    path = read_round(long_run.path / "round_01")
+
+    def go(now, **options):
+        channel = Channel(name="stable", signers=[KEY], **options)
+        return publish(path, place, channel, now=now).head.rollout
+
+    first = go(NOW, shares=shares, groups=groups)
+    assert (first is None) == (not shares and not groups)
+    assert go(NOW + 20 * 86_400) == first
+    assert head_of(place).version == 2
+    assert go(NOW, shares=ALL_NOW) is None
+    assert go(NOW) is None
+
+
+def test_an_expiry_that_is_given_shorter_counts(long_run, place):
+    path = read_round(long_run.path / "round_01")
+    for days in (3650, 30, 1):
+        channel = Channel(name="stable", signers=[KEY], lifetime_s=days * 86_400)
+        assert publish(path, place, channel, now=NOW).changed
+        assert head_of(place).expires == NOW + days * 86_400
+        assert not publish(path, place, channel, now=NOW - 60).changed
 
 
 def test_a_key_that_may_only_pause_halts_a_rollout(long_run, command, tmp_path):
