@@ -2,6 +2,7 @@
 """Your own network, your own data."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from trainer.export.tensors import load_weights
 from trainer.recipe.factory import call_factory, load_factory
 from trainer.rounds.schedule import run_rounds
 
-sys.path.insert(0, "tests/trainer")
+sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 TABLES = {
