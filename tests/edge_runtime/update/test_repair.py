@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged stores are made whole again with a bundle; nothing else changes."""
 
+import io
 import json
 import shutil
+import zipfile
+from dataclasses import replace
 
 import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.errors import (
     BundleError,
+    DpuError,
     StoreError,
     TrustError,
     WrongModelError,
     WrongParentError,
 )
 from edge_runtime.files import Files
+from edge_runtime.formats.header import RESERVED_COUNTER
+from edge_runtime.formats.identity import Run, encode_run
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import public_key
 from edge_runtime.update.device import Device
@@ -23,7 +29,8 @@ from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.keys import generate_key
 from packager.rounds.folder import find_parent, read_round
-from tests.crash.world import no_trial
+from packager.zip_file import encode_bundle
+from tests.crash.world import header_of, no_trial, with_header
 
 KEY = generate_key()
 
@@ -31,20 +38,20 @@ KEY = generate_key()
 class Board:
     """A store at round 2, installed from round 0, and the bundles of its run."""
 
-    def __init__(self, run, root):
-        self.run, self.root = run, root
-        trust = Trust((public_key(KEY),))
+    def __init__(self, run, root, signers=(KEY,)):
+        self.run, self.root, self.signers = run, root, signers
+        trust = Trust(tuple(map(public_key, signers)))
         Device.install(root, self.bundle(0), trust=trust, trial=no_trial)
         for number in (1, 2):
             round_ = read_round(run.path / f"round_{number:02d}")
-            patch = pack_round(round_, find_parent(round_), signers=[KEY])
+            patch = pack_round(round_, find_parent(round_), signers=signers)
             self.device.update(patch.data)
         self.device.pin()
         self.before = self.device.store.state
 
     def bundle(self, number, **options):
         round_ = read_round(self.run.path / f"round_{number:02d}")
-        return build_bundle(round_, **{"signers": [KEY]} | options).data
+        return build_bundle(round_, **{"signers": self.signers} | options).data
 
     @property
     def device(self):
@@ -75,11 +82,16 @@ class Board:
 
 
 @pytest.fixture
-def board(new_run, tmp_path):
+def rounds(new_run):
     run = new_run(run_id="ab" * 16)
     for number in range(4):
         run.add(number)
-    return Board(run, tmp_path / "store")
+    return run
+
+
+@pytest.fixture
+def board(rounds, tmp_path):
+    return Board(rounds, tmp_path / "store")
 
 
 def tree(root):
@@ -193,6 +205,84 @@ def test_a_damaged_bundle_touches_nothing(board):
     with pytest.raises(BundleError):
         repair(board.device, bytes(data))
     assert tree(board.root) == before
+
+
+# Bundles whose digests are right, and whose parts do not belong together --------------
+
+
+def exchange_target(board, manifest, members):
+    manifest["target"] = "f" * 64
+
+
+def exchange_model(board, manifest, members):
+    manifest["model"] = "f" * 64
+
+
+def exchange_run(board, manifest, members):
+    members["run.json"] = encode_run(Run("cd" * 16))
+
+
+def exchange_init(board, manifest, members):
+    recipe = json.loads(members["init.json"])
+    members["init.json"] = json.dumps(recipe | {"seed": recipe["seed"] + 1}).encode()
+
+
+def exchange_patch(board, manifest, members):
+    round_ = read_round(board.run.path / "round_03")
+    members["patch.dpu"] = pack_round(round_, find_parent(round_)).data
+
+
+def exchange_counter(board, manifest, members):
+    header = replace(header_of(members["patch.dpu"]), counter=RESERVED_COUNTER)
+    members["patch.dpu"] = with_header(members["patch.dpu"], header)
+
+
+def install(board, bundle):
+    Device.install(board.root.with_name("new"), bundle, trial=no_trial)
+
+
+def take(board, bundle):
+    board.device.take_bundle(bundle)
+
+
+def mend(board, bundle):
+    rot_weights(board)
+    repair(board.device, bundle, newer=True)
+
+
+OTHERS = "patch is not for the bundle's weights"
+# A device that is installed takes nothing of a bundle but its patch.
+REFUSALS = [
+    *(
+        (edit, how, OTHERS)
+        for edit in (exchange_target, exchange_model)
+        for how in (install, take, mend)
+    ),
+    (exchange_run, install, "another run of this network"),
+    (exchange_run, mend, "contradicts itself: graph, recipe and run are of model"),
+    (exchange_init, install, "its init recipe gives"),
+    (exchange_init, mend, "contradicts itself: the recipe gives init weights"),
+    (exchange_patch, install, "its init recipe gives"),
+    (exchange_patch, mend, "does not lead from its init weights"),
+    *((exchange_counter, how, "is reserved") for how in (install, take, mend)),
+]
+
+
+@pytest.mark.parametrize(("edit", "how", "words"), REFUSALS)
+def test_a_whole_bundle_whose_parts_do_not_belong_together_is_refused_everywhere(
+    rounds, tmp_path, edit, how, words
+):
+    board = Board(rounds, tmp_path / "store", signers=())
+    board.device.pin(held=False)
+    with zipfile.ZipFile(io.BytesIO(board.bundle(3))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(members.pop("bundle.json"))
+    edit(board, manifest, members)
+    state = (board.root / "state.json").read_bytes()
+    with pytest.raises(DpuError, match=words):
+        how(board, encode_bundle(manifest, members))
+    assert (board.root / "state.json").read_bytes() == state
+    assert not (board.root.with_name("new") / "state.json").exists()
 
 
 def test_weights_of_another_round_are_not_put_in_their_place(board):
