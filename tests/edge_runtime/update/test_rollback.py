@@ -2,6 +2,7 @@
 """The way back: kept slots, and reverse patches that the device wrote itself."""
 
 import dataclasses
+import itertools
 import os
 
 import numpy as np
@@ -16,6 +17,7 @@ from edge_runtime.formats.weights import write_weights
 from edge_runtime.store import slots
 from edge_runtime.store.slots import MAX_CHANGES, SPARE_BYTES, encode_reverse
 from edge_runtime.store.state import MAX_FORMER
+from packager.build import build_patch
 from tests.crash import world
 
 
@@ -76,6 +78,21 @@ def test_together_they_never_take_more_than_one_slot(device):
     advance(device, MAX_FORMER + 4)
     sizes = [p.stat().st_size for p in (device.store.root / "reverse").iterdir()]
     assert sum(sizes) <= device.store.layout.file_size
+
+
+def test_a_way_back_larger_than_an_eighth_of_a_slot_is_not_kept(device):
+    advance(device, 1)
+    rng = np.random.default_rng(1)
+    arrays = {n: rng.normal(size=a.shape).astype("f4") for n, a in world.INIT.items()}
+    others, size = pack_weights(arrays), world.INIT.layout.file_size
+    chain = (world.weights(1), others, world.weights(3))
+    for number, (base, target) in enumerate(itertools.pairwise(chain), start=2):
+        prints = base.fingerprint, target.fingerprint
+        header = PatchHeader(world.MODEL, *prints, number, number, size)
+        device.update(build_patch(base, target, header))
+    # From round 2 to 1 every weight changes; round 0 lies behind round 1.
+    assert device.status()["reachable_rounds"] == [2]
+    assert list((device.store.root / "reverse").iterdir()) == []
 
 
 def test_a_damaged_way_back_is_refused_and_changes_nothing(device):
