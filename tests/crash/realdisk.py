@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from tests.crash import world
 from tests.crash.kills import Worker, is_good, promises, spawn
 
 PAGE = 4096
+ROOT = Path(__file__).parents[2]
+NAMESPACE = ["unshare", "--mount"] + ["--map-root-user"] * (os.geteuid() != 0)
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, struct.pack("I", 2)  # FS_IOC_SHUTDOWN
 
 
@@ -270,26 +273,33 @@ def main():
     print(json.dumps(results))
 
 
+def obstacle():
+    """Say why nothing can be mounted where it harms nobody; empty if it can."""
+    if shutil.which("unshare") is None:
+        return "unshare is not installed"
+    probe = [*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
+    done = subprocess.run(probe, capture_output=True, text=True)
+    return f"nothing can be mounted: {done.stderr.strip()}" * bool(done.returncode)
+
+
+def run_in_namespace(word):
+    """Run this module where mounting harms nobody, and return what it prints."""
+    command = [*NAMESPACE, sys.executable, "-m", "tests.crash.realdisk", word]
+    try:
+        return json.loads(subprocess.check_output(command, cwd=ROOT))
+    finally:
+        world.sweep()
+
+
 def in_namespace(cuts):
-    """Run this module where mounting harms nobody.
+    """Run all of it.
 
     Returns:
         The results by name; what could not run says ``not run``.
     """
-    unshare = ["unshare", "--mount"]
-    if os.geteuid() != 0:
-        unshare.append("--map-root-user")
-    command = [*unshare, sys.executable, "-m", "tests.crash.realdisk", str(cuts)]
-    if shutil.which("unshare") is None:
-        return {"real disks": {"not run": "unshare is not installed"}}
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    finally:
-        world.sweep()
-    if done.returncode:
-        return {"real disks": {"not run": done.stderr.strip()[-300:]}}
-    return json.loads(done.stdout)
+    if why := obstacle():
+        return {"real disks": {"not run": why}}
+    return run_in_namespace(str(cuts))
 
 
 if __name__ == "__main__":

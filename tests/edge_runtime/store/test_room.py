@@ -3,10 +3,8 @@
 
 import dataclasses
 import errno
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,8 @@ from tests.crash import world
 from tests.crash.disk import read_tree
 from tests.crash.examine import insist
 from tests.crash.explore import Count, fail_everywhere
+from tests.crash.realdisk import obstacle, run_in_namespace
 from tests.crash.recording import Recording, install, update
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -214,15 +211,10 @@ def test_one_failure_for_want_of_room_survives_a_power_cut_anywhere(monkeypatch,
 
 def test_real_file_systems_that_are_really_small():
     """Bytes, then inodes: garbage costs nothing, and the next patch applies."""
-    command = ["unshare", "--mount"] + ["--map-root-user"] * (os.geteuid() != 0)
-    command += [sys.executable, "-m", "tests.crash.realdisk", "--small"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
-        pytest.skip("unshare is not installed")
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()[-100:]}")
-    assert json.loads(done.stdout) == 2 * [{"attempts": 6, "refused": 3, "bad": 0}]
+    if why := obstacle():
+        pytest.skip(why)
+    counts = {"attempts": 6, "refused": 3, "bad": 0}
+    assert run_in_namespace("--small") == [counts, counts]
 
 
 # 'current' ---------------------------------------------------------------------------
