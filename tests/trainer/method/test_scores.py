@@ -14,18 +14,6 @@ from trainer.method.scores import (
 
 torch.set_num_threads(1)
 
-MLP = {
-    "1.weight": torch.zeros(512, 784),
-    "2.weight": torch.zeros(512, 512),
-    "3.weight": torch.zeros(10, 512),
-}
-
-
-def same(masks, expected):
-    return masks.keys() == expected.keys() and all(
-        torch.equal(masks[name], expected[name]) for name in expected
-    )
-
 
 def evidence(base, current, loss_drop):
     named = [{"w": torch.tensor(values)} for values in (base, current, loss_drop)]

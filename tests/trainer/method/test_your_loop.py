@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from edge_runtime.errors import TrainingError
-from trainer.method.scores import magnitude_scores
+from trainer.method.scores import fisher_scores, magnitude_scores
 from trainer.method.updater import PartialUpdater
 
 torch.set_num_threads(1)
@@ -180,7 +180,8 @@ def test_a_layer_that_is_thawed_later_is_refused():
         updater.attach(torch.optim.Adam(model[2].parameters()))
 
 
-def test_magnitude_and_fisher_are_one_line_each():
+@pytest.mark.parametrize("kind", ["magnitude", "fisher"])
+def test_magnitude_and_fisher_are_one_line_each(kind):
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     updater = PartialUpdater(model.named_parameters(), ratio=0.1).attach(optimizer)
@@ -189,10 +190,11 @@ def test_magnitude_and_fisher_are_one_line_each():
         functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
     named = {n: p for n, p in model.named_parameters() if n in updater.base}
-    largest = magnitude_scores(named)
-    # Adam's second moment is a running mean of squared gradients.
-    fisher = {name: optimizer.state[p]["exp_avg_sq"] for name, p in named.items()}
-    masks = updater.select(fisher)
-    floor = min(float(fisher[name][mask].min()) for name, mask in masks.items())
-    assert all(float(fisher[n][~m].max()) <= floor for n, m in masks.items())
-    assert set(largest) == set(masks)
+    if kind == "magnitude":
+        scores = magnitude_scores(named)
+    else:
+        scores = fisher_scores(model, batches(), updater.base)
+    masks = updater.select(scores)
+    assert set(scores) == set(masks)
+    floor = min(float(scores[name][mask].min()) for name, mask in masks.items())
+    assert all(float(scores[n][~m].max()) <= floor for n, m in masks.items())

@@ -163,6 +163,12 @@ def test_re_initialises_when_the_data_grew_more_than_twofold(finished):
     assert [record.tried_reinit for record in records] == [False, True, False]
 
 
+def test_data_that_grew_exactly_twofold_is_not_yet_a_reason_to_begin_again(tmp_path):
+    records = run_rounds(config_of(data={"growth": 60}, train={"epochs": 1}), tmp_path)
+    assert [record.samples for record in records] == [60, 120, 180]
+    assert [record.tried_reinit for record in records] == [False, False, True]
+
+
 def test_the_contract_says_how_raw_samples_become_inputs(finished):
     model = finished[0] / "tiny" / "model"
     contract = json.loads((model / "contract.json").read_text())
