@@ -5,7 +5,8 @@
     python -m tests.golden.make FOLDER    # all of them, to compare
 
 Golden files are made once and never again: what a released writer wrote must decode for
-ever. A new version has a folder of its own; new cases come last.
+ever. A new version has a folder of its own; new cases come last, and in ``SHA256SUMS``
+(``sha256sum report_v1.json stores/* v1/*``).
 """
 
 import sys

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a released version wrote decodes for ever, by two independent decoders."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from edge_runtime.formats.weights import read_weights
 from tests.golden import independent
 from tests.golden.make import OUTPUTS, SECONDS
 
-PATCHES = sorted(Path(__file__).parent.glob("v*/*.dpu"))
+GOLDEN = Path(__file__).parent
+PATCHES = sorted(GOLDEN.glob("v*/*.dpu"))
 
 
 def weights_beside(path):
@@ -24,6 +26,17 @@ def weights_beside(path):
 
 def names(path):
     return f"{path.parent.name}/{path.stem}"
+
+
+def test_every_golden_file_is_there_and_unchanged():
+    lines = (GOLDEN / "SHA256SUMS").read_text().splitlines()
+    expected = {name: digest for digest, name in map(str.split, lines)}
+    files = [path for path in GOLDEN.rglob("*.*") if not path.suffix.startswith(".py")]
+    found = {
+        str(path.relative_to(GOLDEN)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+    assert found == expected
 
 
 def test_every_version_has_golden_files():
