@@ -10,6 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from edge_runtime.agent import status
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.bundle import read_bundle
@@ -22,9 +24,10 @@ from edge_runtime.formats.init_weights import (
 )
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.formats.weights import read_weights
-from edge_runtime.live import entries
-from edge_runtime.live.proof import canonical
+from edge_runtime.live import entries, proof, report
+from edge_runtime.live.proof import canonical, public_key
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
 from edge_runtime.sync.head import encode_head, read_head
@@ -37,6 +40,8 @@ from tests.fuzz.target import BASE, seal
 
 _WORK = Path(tempfile.mkdtemp(prefix="dpu-fuzz-readers-"))
 _HEX = "5f" * 32
+_KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+_KEY_ID = key_id(public_key(_KEY))
 SLOTS = tuple(Slot(digit * 64, number, number) for number, digit in enumerate("ab"))
 STATE = State(_HEX, _HEX, SLOTS[0].target, 1, SLOTS[1].target, SLOTS)
 STATE = STATE.tried("c" * 64).noted("refused", SLOTS[1], "why")
@@ -203,22 +208,36 @@ def _parse_head(file):
 
 def _proof(data):
     edits = Edits(data)
-    proof = edits.record(PROOF)
-    file = canonical(proof) if edits.pick(4) else edits.bytes(canonical(proof))
+    record = edits.record(PROOF)
+    file = canonical(record) if edits.pick(4) else edits.bytes(canonical(record))
     check_origin(read_proof(file), "n", {})
 
 
 def _report(data):
     edits = Edits(data)
     record = edits.record(REPORT)
-    _judge_report(canonical(record) if edits.pick(4) else edits.bytes(dump(record)))
+    if edits.pick(4):
+        if isinstance(record.get("proof"), dict):
+            record["proof"] = _signed(proof.CONTEXT, record["proof"])
+        record = _signed(report.CONTEXT, record)
+    file = canonical(record) if edits.pick(4) else edits.bytes(dump(record))
+    return _judge_report(file)
+
+
+def _signed(context, record):
+    """Mend the signature, so that what lies behind it is reached."""
+    message = {name: value for name, value in record.items() if name != "signature"}
+    value = _KEY.sign(framed(context, canonical(message))).hex()
+    return message | {"signature": {"key_id": _KEY_ID, "value": value}}
 
 
 def _judge_report(data):
-    report = read_report(data)
-    signer(report, {"5f" * 8: ("00" * 32, "board7")})
+    found = read_report(data)
     heads, counters = {_HEX: Known(17, 1796169600)}, {_HEX: [(5, 17)]}
-    row_of(report, "", heads=heads, counters=counters, now=1796169700)
+    for keys in ({}, {_KEY_ID: (public_key(_KEY), "board7")}):
+        name = signer(found, keys)
+        row = row_of(found, name, heads=heads, counters=counters, now=1796169700)
+    return row
 
 
 def _weights(data):
