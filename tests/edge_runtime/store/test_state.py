@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a store knows, and that it comes back from its file."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -72,12 +73,16 @@ def test_a_torn_state_file_is_refused(cut):
     ("edit", "message"),
     [
         ({"schema": 99}, "newer dpu-edge"),
-        ({"active": "nowhere"}, "damaged"),
-        ({"slots": [{"target": 1}]}, "damaged"),
-        ({"more": 1}, "damaged"),
+        ({"active": "nowhere"}, "damaged.*active"),
+        ({"active": B.target}, "damaged.*StopIteration"),
+        ({"slots": [{"target": 1}]}, "damaged.*target"),
+        ({"trust": {"keys": ["5f"], "threshold": 1}}, "damaged.*key"),
     ],
 )
-def test_a_state_that_makes_no_sense_is_refused(edit, message):
-    record = json.loads(encode_state(STATE)) | edit
+def test_a_sealed_state_that_makes_no_sense_is_refused(edit, message):
+    state = replace(STATE, model="d" * 64, init="e" * 64)
+    record = json.loads(encode_state(state)) | edit
+    record.pop("sha256")
+    seal = hashlib.sha256(json.dumps(record).encode()).hexdigest()
     with pytest.raises(StoreError, match=message):
-        decode_state(json.dumps(record).encode())
+        decode_state(json.dumps(record | {"sha256": seal}).encode())
