@@ -11,6 +11,7 @@ from edge_runtime.errors import (
     WrongModelError,
     WrongParentError,
 )
+from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
@@ -208,3 +209,26 @@ def test_a_file_that_cannot_get_its_name_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError, match="no ordinary file"):
         write_file(b"patch", tmp_path / "round_00.dpu")
     assert [path.name for path in tmp_path.iterdir()] == ["round_00.dpu"]
+
+
+class Forgetful(Files):
+    """A disk that gives the last byte back otherwise."""
+
+    def write(self, path, chunks, **options):
+        data = bytearray(b"".join(chunks))
+        data[-1] ^= 1
+        super().write(path, [data], **options)
+
+
+@pytest.mark.parametrize("data", [b"patch", pack_weights({"w": np.ones(3, "f4")})])
+def test_a_file_that_the_disk_gives_back_otherwise_never_gets_its_name(
+    tmp_path, monkeypatch, data
+):
+    monkeypatch.setattr("packager.build.Files", Forgetful)
+    path = tmp_path / "round_00"
+    path.write_bytes(b"before")
+    with pytest.raises(VerificationError, match="check the disk"):
+        write_file(data, path, lambda: pytest.fail("nobody may hear of it"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "round_00": b"before"
+    }
