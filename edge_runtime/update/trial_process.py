@@ -82,7 +82,7 @@ def limit_memory(weights_bytes: int) -> None:
     from edge_runtime.inference.predictor import available_memory
 
     wanted = limits().trial_bytes + WEIGHTS_FACTOR * weights_bytes
-    for free in filter(None, (available_memory(), _left_to_the_group())):
+    for free in filter(None, (available_memory(), left_to_the_group())):
         wanted = min(wanted, free - free // 8)
     sizes = _sizes()
     _lower(resource.RLIMIT_DATA, sizes.get("VmData", 1 << 30) + wanted)
@@ -96,11 +96,12 @@ def limit_time(timeout_s: float) -> None:
     _lower(resource.RLIMIT_CORE, 0)
 
 
-def _left_to_the_group() -> int:
+def left_to_the_group(
+    own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")
+) -> int:
     """Return what ``MemoryMax=`` of a service leaves; 0 where there is no limit."""
     try:
-        groups = Path("/proc/self/cgroup").read_text("ascii")
-        folder = Path("/sys/fs/cgroup", groups.rpartition("0::/")[2].strip())
+        folder = groups / own.read_text("ascii").rpartition("0::/")[2].strip()
         most = int((folder / "memory.max").read_text("ascii"))
         taken = int((folder / "memory.current").read_text("ascii"))
         lines = (folder / "memory.stat").read_text("ascii").splitlines()
