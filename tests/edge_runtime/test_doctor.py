@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import device_key
 from edge_runtime.sync.state import STATE_NAME
 from edge_runtime.update.device import Device
+from tests.crash.world import scratch
 from tests.edge_runtime.sync.conftest import template  # noqa: F401 - a fixture
 from tests.edge_runtime.sync.world import World
 
@@ -33,15 +35,15 @@ class Settled(World):
 def world(template, tmp_path, monkeypatch):  # noqa: F811
     world = template(Settled, tmp_path / "world")
     monkeypatch.setattr(module, "_SYSTEMD", tmp_path / "no systemd here")
-    at = world.clock = world.head.at + 60  # in years to come
+    at = world.clock = world.head.at + 60
     monkeypatch.setattr(module.time, "time", lambda: world.clock)
     change(world.folder / STATE_NAME, checked=at)
     change(world.root / "agent.json", last_success=at, folder=str(world.folder))
     return world
 
 
-def wrong(world):
-    found = examine(world.root)
+def wrong(world, root=None):
+    found = examine(root or world.root)
     return {f.check: f.words for f in found if f.health is Health.WRONG}
 
 
@@ -80,10 +82,6 @@ def forbid_locks(world):
         raise OSError(95, "Operation not supported")
 
     world.patch.setattr(module, "lock_file", refuse)
-
-
-def live_in_memory(world):
-    world.patch.setattr(module, "_kind_of", lambda _path: "tmpfs")
 
 
 def break_runtime(world):
@@ -146,7 +144,6 @@ def break_sync(world):
         (set_clock_far_ahead, "clock", "years after all"),
         (mount_read_only, "file system", "read-only"),
         (forbid_locks, "file system", "not supported"),
-        (live_in_memory, "file system", "a power cut takes all"),
         (break_runtime, "runtime", "contract"),
         (open_key, "key", "mode 0644"),
         (break_key, "key", "private key"),
@@ -165,6 +162,14 @@ def test_what_is_wrong_is_found(world, monkeypatch, damage, check, words):
     damage(world)
     found = wrong(world)
     assert words in found[check], found
+
+
+def test_a_store_in_memory_is_wrong(world):
+    with scratch() as folder:
+        if not folder.is_relative_to("/dev/shm"):
+            pytest.skip("there is no file system in memory here")
+        root = shutil.copytree(world.root, folder / "store", symlinks=True)
+        assert "a power cut takes all" in wrong(world, root)["file system"]
 
 
 def test_of_a_lock_that_is_another_users_nothing_is_said(world, monkeypatch):

@@ -8,7 +8,6 @@ tests/hostile/test_attacks.py.
 """
 
 import shutil
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -407,10 +406,8 @@ def test_slow_retrieval_ends_at_the_lowest_rate(way, server, monkeypatch, part):
     server.slow = "patches/" if part == "patch" else ""
     server.pause_s, server.drip_s = (0.05, 0) if part != "headers" else (0, 0.05)
     way.options = replace(OPTIONS, slowest=1e9)
-    begin = time.monotonic()
     with pytest.raises(SyncError, match="did not come within"):
         way.look(source)
-    assert time.monotonic() - begin < 10
     assert not list(way.folder.glob("*.dpu"))
 
 

@@ -10,7 +10,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +33,11 @@ from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update import programs, trial_ends
 from edge_runtime.update.golden import check_outputs, first_tensor, read_golden
 from edge_runtime.update.trial import PROCESS, Expected, run_trial
+from edge_runtime.update.trial_process import left_to_the_group
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
+from tests.processes import is_running, wait_for
 
 LONG_S = 60
 
@@ -334,14 +335,15 @@ def test_the_limits_of_a_trial_follow_the_weights_and_the_memory_that_is_free():
     code = (
         "import resource as r; from edge_runtime.update import trial_process as t; "
         "from edge_runtime.inference import predictor as p; "
-        "p.available_memory = lambda: {free}; before = t._sizes()['VmData']; "
+        "p.available_memory = lambda: {free}; t.left_to_the_group = lambda: {group}; "
+        "before = t._sizes()['VmData']; "
         "t.limit_memory({weights}); t.limit_time(100.5); "
         "print(r.getrlimit(r.RLIMIT_DATA)[0] - before, r.getrlimit(r.RLIMIT_AS)[0] > 0,"
         " r.getrlimit(r.RLIMIT_CPU)[0], r.getrlimit(r.RLIMIT_CORE)[0])"
     )
 
-    def given(weights, free):
-        text = code.format(weights=weights, free=free)
+    def given(weights, free, group=0):
+        text = code.format(weights=weights, free=free, group=group)
         done = subprocess.run(
             [sys.executable, "-c", text], capture_output=True, text=True, check=True
         )
@@ -353,6 +355,26 @@ def test_the_limits_of_a_trial_follow_the_weights_and_the_memory_that_is_free():
     assert abs(given(10 << 20, 0) - base - (80 << 20)) < slack
     assert abs(given(10 << 20, 64 << 30) - base - (80 << 20)) < slack
     assert abs(given(10 << 20, 800 << 20) - (700 << 20)) < slack
+    assert abs(given(10 << 20, 64 << 30, 800 << 20) - (700 << 20)) < slack
+
+
+@pytest.mark.parametrize(
+    ("most", "taken", "left"),
+    [("1000", "700", 900), ("100", "900", 1), ("max", "700", 0), (None, "700", 0)],
+)
+def test_what_a_group_leaves_is_its_limit_without_what_is_taken_and_not_cached(
+    tmp_path, most, taken, left
+):
+    own, group = tmp_path / "cgroup", tmp_path / "groups" / "system.slice" / "dpu"
+    own.write_text("1:cpu:/\n0::/system.slice/dpu\n")
+    group.mkdir(parents=True)
+    if most:
+        (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{taken}\n")
+    stat = "anon 100\ninactive_file 400\nactive_file 200\nunevictable 7\n"
+    (group / "memory.stat").write_text(stat)
+    assert left_to_the_group(own, tmp_path / "groups") == left
+    assert left_to_the_group(tmp_path / "hidden", tmp_path / "groups") == 0
 
 
 def test_a_limit_of_the_callers_is_not_raised():
@@ -409,21 +431,6 @@ def test_a_trial_ends_with_its_parent(device, tmp_path):
     parent.wait()
     child = int(whole.read_text())
     wait_for(lambda: not is_running(child))
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_trial_whose_parent_has_ended_already_does_not_begin(device):
