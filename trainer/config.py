@@ -115,8 +115,9 @@ def make_config(
         name: _section(name, kind, tables.get(name, {}), problems)
         for name, kind in sections.items()
     }
-    for section in made.values():
+    for name, section in made.items():
         problems += _disagreements(section)
+        problems += _unrecordable(name, section)
     parts = made["run"], made["data"], made["train"]
     if all(parts):
         problems += task_problems(*parts)
@@ -133,13 +134,7 @@ def make_config(
 
 def as_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the resolved recipe, defaults included, as JSON-able tables."""
-    tables: dict[str, dict[str, Any]] = {}
-    for name in get_type_hints(Config):
-        section = getattr(config, name)
-        keys = _keys(type(section)).items()
-        tables[name] = {key: getattr(section, f.name) for key, f in keys}
-    tables["model"] |= config.model.options
-    return tables
+    return {name: _table(getattr(config, name)) for name in get_type_hints(Config)}
 
 
 def as_lines(config: Config) -> Iterator[str]:
@@ -172,6 +167,13 @@ def as_toml(value: Any) -> str:
             pairs = (f"{as_toml(k)} = {as_toml(v)}" for k, v in value.items())
             return f"{{{', '.join(pairs)}}}"
     return str(value)
+
+
+def _table(section: Any) -> dict[str, Any]:
+    """Return a section as a recipe has it, defaults included."""
+    keys = _keys(type(section)).items()
+    found = {key: getattr(section, f.name) for key, f in keys}
+    return found | getattr(section, "options", {})
 
 
 def _keys(section: type) -> dict[str, Any]:
@@ -230,6 +232,18 @@ def _disagreements(section: Any) -> Iterable[str]:
             yield from option_problems(section.name, section.options)
 
 
+def _unrecordable(name: str, section: Any | None) -> Iterable[str]:
+    """Yield which keys hold what the record of a round, which is JSON, cannot hold."""
+    for key, value in _table(section).items() if section else ():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            yield (
+                f"[{name}] {key} should be what a round's record (JSON) can hold: "
+                f"texts, finite numbers and lists of them, found {value!r}"
+            )
+
+
 def _update_disagreements(section: UpdateConfig) -> Iterable[str]:
     if section.method == "subspace":
         if section.mantissa_bits != 23:
@@ -270,6 +284,8 @@ def _lean_disagreements(section: UpdateConfig) -> Iterable[str]:
     selects = section.method in PARTIAL_METHODS and section.method != "subspace"
     if not selects and (section.grid or section.first_ratio):
         yield "[update] grid and first_ratio are for methods that select weights only"
+    if section.dense_grid and section.method == "fu":
+        yield "[update] dense_grid is for methods other than fu, which has no grid"
     if section.fold_batchnorm and section.dense != "train":
         yield (
             "[update] fold_batchnorm needs dense train: otherwise statistics stay, and "

@@ -86,6 +86,14 @@ def test_reports_every_problem_at_once():
         ("data", {"size": 32}, "[data] size is for set folder only"),
         ("model", {"hidden": [0]}, "[model] hidden should be a list of integers"),
         ("model", {"name": "resnet"}, "name 'resnet' is unknown; did you mean resnet"),
+        ("update", {"reinit_growth": float("inf")}, "[update] reinit_growth should be"),
+        (
+            "train",
+            {"weight_decay": float("inf")},
+            "[train] weight_decay should be",
+        ),
+        ("train", {"teacher_mix": float("inf")}, "[train] teacher_mix should be what"),
+        ("run", {"bound": float("nan")}, "[run] bound should be what a round's record"),
     ],
 )
 def test_says_what_is_wrong(section, keys, expected):
@@ -102,6 +110,7 @@ def test_says_what_is_wrong(section, keys, expected):
         ("update", {"grid": 0.3}, "auto, or a power of two"),
         ("update", {"grid": "fine"}, "auto, or a power of two"),
         ("update", {"grid": 0.5, "method": "fu"}, "grid and first_ratio are for"),
+        ("update", {"dense_grid": 0.25, "method": "fu"}, "methods other than fu"),
         ("update", {"grid": "auto", "method": "rpu"}, "grid auto is for methods dpu, "),
         ("update", {"narrow": True, "method": "fisher"}, "narrow is for methods dpu, "),
         (
@@ -142,6 +151,16 @@ def test_your_own_functions_take_the_place_of_names(recipe):
     assert (config.model.name, config.model.factory) == ("", "a.b:net")
     assert config.model.options == {"width": 3}
     assert (config.data.set, config.data.factory) == ("", "c:load")
+
+
+def test_what_a_rounds_record_cannot_hold_is_a_problem_of_the_recipe(recipe):
+    text = MINIMAL.replace('name = "mlp"', 'factory = "a:b"\nbegan = 2026-11-29')
+    recipe.write_text(text.replace("[train]", "scales = [1.0, inf]\n[train]"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe)
+    began, scales = caught.value.problems
+    assert began.startswith("[model] began should be what a round's record (JSON) can")
+    assert scales.endswith("found [1.0, inf]")
 
 
 def test_a_section_that_is_no_table_is_a_problem(recipe):

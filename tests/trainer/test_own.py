@@ -4,6 +4,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
 from trainer.config import load_config
-from trainer.data.samples import LazyInputs
+from trainer.data.samples import DataSource, LazyInputs, Samples
 from trainer.data.sources import as_source, load_source
 from trainer.export.tensors import load_weights
 from trainer.recipe.factory import call_factory, load_factory
@@ -126,6 +127,23 @@ def test_refuses_samples_that_do_not_fit_each_other():
         as_source(((inputs, labels[:3]), (inputs, labels), ["a"]), 0)
     with pytest.raises(ConfigError, match=r"training inputs are \(2,\), test inputs"):
         as_source(((inputs, labels), (inputs[:, :1], labels), ["a"]), 0)
+
+
+def test_labels_of_a_data_source_are_taken_and_refused_as_those_of_pairs():
+    def source(labels, task="classification"):
+        halves = (Samples(np.zeros((4, 2), np.float32), labels),) * 2
+        return as_source(DataSource(*halves, ("a", "b"), 1.0, (), ()), 0, task)
+
+    for labels in (np.zeros(4, np.int32), torch.ones(4), [0, 1, 1, 0]):
+        found = source(labels)
+        assert found.train.labels.dtype == found.test.labels.dtype == torch.int64
+        assert isinstance(found.train.inputs, torch.Tensor)
+    with pytest.raises(ConfigError, match="4 inputs have 3 labels"):
+        source(torch.zeros(3))
+    with pytest.raises(ConfigError, match="with fractions"):
+        source(torch.full((4,), 0.5))
+    values = source(np.zeros((4, 2)), "regression").train.labels
+    assert values.dtype == torch.float32
 
 
 def test_functions_are_called_with_what_they_take():

@@ -159,9 +159,9 @@ def as_source(found: Any, memory: int, task: str = "classification") -> DataSour
         ConfigError: It is something else.
     """
     if isinstance(found, DataSource):
-        for half in (found.train, found.test):
-            check_targets(half.labels, task, found.classes)
-        return found
+        train, test = (_taken(half, task) for half in (found.train, found.test))
+        _check_halves(train, test, task, found.classes)
+        return replace(found, train=train, test=test)
     if not isinstance(found, tuple) or len(found) not in (3, 4):
         raise ConfigError(
             "a data function returns (train, test, class names) or a DataSource, found "
@@ -169,13 +169,7 @@ def as_source(found: Any, memory: int, task: str = "classification") -> DataSour
         )
     train, test = (_own_samples(half, memory, task) for half in found[:2])
     classes = tuple(map(str, found[2]))
-    for half in (train, test):
-        check_targets(half.labels, task, classes)
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
-        raise ConfigError(
-            f"training inputs are {tuple(train.inputs.shape[1:])}, test inputs "
-            f"{tuple(test.inputs.shape[1:])}"
-        )
+    _check_halves(train, test, task, classes)
     about = found[3] if len(found) == 4 else {}
     dtype = _input_type(train.inputs, about)
     mean, std = (tuple(map(float, about.get(key, ()))) for key in ("mean", "std"))
@@ -187,6 +181,19 @@ def as_source(found: Any, memory: int, task: str = "classification") -> DataSour
         )
     scale = float(about.get("scale", 1))
     return DataSource(train, test, classes, scale, mean, std, dtype)
+
+
+def _check_halves(
+    train: Samples, test: Samples, task: str, classes: tuple[str, ...]
+) -> None:
+    """Insist on targets that fit the task, and on inputs of one shape."""
+    for half in (train, test):
+        check_targets(half.labels, task, classes)
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise ConfigError(
+            f"training inputs are {tuple(train.inputs.shape[1:])}, test inputs "
+            f"{tuple(test.inputs.shape[1:])}"
+        )
 
 
 def _input_type(inputs: Tensor | LazyInputs, about: Mapping[str, Any]) -> str:
@@ -210,10 +217,18 @@ def _input_type(inputs: Tensor | LazyInputs, about: Mapping[str, Any]) -> str:
 def _own_samples(half: Any, memory: int, task: str) -> Samples:
     if not isinstance(half, tuple | list):
         return _samples(half, memory, task)
-    raw, targets = half
-    inputs, labels = torch.as_tensor(raw), as_targets(targets, task)
-    check_length(len(inputs), labels)
-    return Samples(inputs, labels)
+    inputs, labels = half
+    return _taken(Samples(inputs, labels), task)
+
+
+def _taken(half: Samples, task: str) -> Samples:
+    """Return samples with their labels as the task trains with them."""
+    inputs = half.inputs
+    if not isinstance(inputs, LazyInputs):
+        inputs = torch.as_tensor(inputs)
+    labels = as_targets(half.labels, task)
+    check_length(inputs.shape[0], labels)
+    return replace(half, inputs=inputs, labels=labels)
 
 
 def _samples(dataset: Any, memory: int, task: str = "classification") -> Samples:

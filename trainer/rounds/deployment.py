@@ -19,8 +19,14 @@ from edge_runtime.formats.contract import (
     tolerance_between_cpus,
 )
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
-from edge_runtime.formats.model_folder import CONTRACT_NAME, GRAPH_NAME, MODEL_NAME
+from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
+    GOLDEN_NAME,
+    GRAPH_NAME,
+    MODEL_NAME,
+)
 from edge_runtime.formats.weights import Weights
+from edge_runtime.update.golden import read_golden
 from edge_runtime.update.metrics import Metric
 from trainer.data.samples import DataSource, Samples
 from trainer.export.graph import export_graph
@@ -39,6 +45,7 @@ from trainer.recipe.schema import Config
 from trainer.recipe.task import device_metric
 
 GOLDEN_SAMPLES = 64
+DECODED_APART = 0.02  # of how far samples differ: two of the 64 may not be others
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,45 @@ def check_run_id(run_dir: Path, wanted: str) -> None:
             f"the recipe gives run.id {wanted!r}; leave it out, or choose another "
             "run.name"
         )
+
+
+def check_golden(folder: Path, golden: Samples) -> None:
+    """Insist that a run goes on with the samples that it was started with.
+
+    Args:
+        folder: Its model folder.
+        golden: Raw samples that would travel with the model now.
+
+    Raises:
+        ConfigError: Those in the folder are others.
+        ContractError: ``golden.npz`` is malformed.
+        OSError: It cannot be read.
+    """
+    found = read_golden((folder / GOLDEN_NAME).read_bytes())
+    same = _are_alike(found.inputs[0], golden.read().numpy())
+    if found.labels is not None:
+        same &= np.array_equal(found.labels, golden.labels.numpy())
+    if not same:
+        raise ConfigError(
+            f"the data set is not the one that {folder.parent} was started with: its "
+            f"validation samples are others than those in {folder / GOLDEN_NAME}, and "
+            "some would be samples that trained; give the run its own data (data.root, "
+            "or what your data function reads, without chance), or choose another "
+            "run.name (--name)"
+        )
+
+
+def _are_alike(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
+    """Tell whether inputs are the same, but for what another image decoder makes."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if found.tobytes() == wanted.tobytes():
+        return True
+    if found.dtype.kind not in "fu":
+        return False
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    spread = np.abs(wanted - wanted.mean()).mean()
+    return bool(np.abs(found - wanted).mean() <= DECODED_APART * spread)
 
 
 def contract_of(
@@ -277,3 +323,4 @@ def write_deployment(
             f"{folder} was written for another recipe; choose another run.name "
             f"(--name), or remove {run_dir}"
         )
+    check_golden(folder, golden)

@@ -32,7 +32,7 @@ from trainer.folder.once import run_lock
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.parallel import is_first, processes
 from trainer.recipe.schema import PARTIAL_METHODS, Config, trains_unseen
-from trainer.rounds.deployment import check_run_id
+from trainer.rounds.deployment import GOLDEN_SAMPLES, check_golden, check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
 from trainer.rounds.setup import Setup
@@ -79,8 +79,8 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
         The records of all the run's rounds, those found included.
 
     Raises:
-        ConfigError: The run folder was made with another recipe, another process is
-            training it, or the data set is too small for this one.
+        ConfigError: The run folder was made with another recipe or other data, another
+            process is training it, or the data set is too small for this one.
         ExportError: The network cannot be deployed weight for weight.
         TrainingError: The loss is not finite, or the data set cannot be had.
         OSError: Files cannot be read or written.
@@ -109,6 +109,8 @@ def run_rounds(  # noqa: PLR0913 - all but two have defaults
         report = _calling(progress, on_epoch, on_round)
         model = run_dir / MODEL_NAME if records else None
         setup = Setup(config, source, model)
+        if model:
+            check_golden(model, setup.split.validation[:GOLDEN_SAMPLES])
         run = Run(setup, run_dir, report, pack=pack)
         for number in range(len(records), config.run.rounds):
             samples = setup.split.size_at(number)

@@ -25,6 +25,7 @@ from trainer.export.tensors import load_weights, weights_of
 from trainer.folder.once import run_lock
 from trainer.networks.models import build_model
 from trainer.progress import round_line
+from trainer.rounds.deployment import check_golden
 from trainer.rounds.loop import evaluate
 from trainer.rounds.round import Run
 from trainer.rounds.schedule import as_reported, run_rounds
@@ -444,6 +445,49 @@ def test_a_round_whose_weights_are_not_those_of_its_record_is_named_before_train
         ):
             run_rounds(config_of(run={"rounds": 4}), copied, progress=reports.append)
     assert not reports
+
+
+def cut(source, count):
+    """Return a data set without its last training samples."""
+    return replace(source, train=source.train[:count])
+
+
+def test_a_run_does_not_go_on_with_other_samples_than_it_was_started_with(
+    copied, tmp_path
+):
+    source, reports = load_source(config_of().data), []
+    for found in (cut(source, 900), replace(source, train=other_labels(source.train))):
+        with pytest.raises(ConfigError, match=r"is not the one that .*tiny was"):
+            run_rounds(
+                config_of(run={"rounds": 4}),
+                copied,
+                source=found,
+                progress=reports.append,
+            )
+    assert not reports
+    # Nor one that was cut off in its first round, with a bound of its own.
+    options = {"run": {"rounds": 1, "accuracy_floor": 0.2}, "train": {"epochs": 1}}
+    run_rounds(config_of(**options), tmp_path / "one", source=source)
+    shutil.rmtree(tmp_path / "one" / "tiny" / "round_00")
+    with pytest.raises(ConfigError, match=r"is not the one that .*tiny was"):
+        run_rounds(config_of(**options), tmp_path / "one", source=cut(source, 900))
+
+
+def other_labels(samples):
+    return replace(samples, labels=samples.labels.roll(1))
+
+
+def test_what_another_decoder_makes_of_images_is_the_same_data(finished):
+    source = load_source(config_of().data)
+    model = finished[0] / "tiny" / "model"
+    split = split_source(source, config_of().data, seed=1, rounds=3)
+    golden = split.validation[:64]
+    one_more = golden.inputs.clone()
+    one_more[::3, :, 0, 0] += 1  # of 16
+    check_golden(model, replace(golden, inputs=one_more))
+    one_more[:3] = golden.inputs[3:6]
+    with pytest.raises(ConfigError, match="is not the one"):
+        check_golden(model, replace(golden, inputs=one_more))
 
 
 def test_refuses_to_continue_when_told_not_to(copied):
