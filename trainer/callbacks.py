@@ -168,8 +168,10 @@ def lightning_callback(*, full_epochs: int, **options: Any) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             updater = self.start(pl_module, trainer.optimizers)
-            if self._resumed is not None:
-                updater.load_state_dict(self._resumed)
+            # The next fit is another round.
+            resumed, self._resumed = self._resumed, None
+            if resumed is not None:
+                updater.load_state_dict(resumed)
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if self.start_epoch(trainer.current_epoch):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real Lightning and a real Hugging Face Trainer."""
 
+import copy
 import os
 import warnings
 
@@ -158,6 +159,29 @@ def test_a_lightning_checkpoint_goes_on_within_the_round(tmp_path, stop):
     for name, mask in update.masks.items():
         assert torch.equal(again.masks[name], mask)
     expected, found = state_of(whole), state_of(resumed)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_callback_that_went_on_from_a_checkpoint_begins_the_next_fit_as_a_new_round(
+    tmp_path,
+):
+    class Keep(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:  # of the sparse phase
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def callback():
+        return lightning_callback(full_epochs=1, ratio=0.1)
+
+    fit(tmp_path, Module(net()), callback(), Keep(), epochs=3)
+    module, update, other = Module(net()), callback(), callback()
+    fit(tmp_path, module, update, epochs=3, resume=tmp_path / "half.ckpt")
+    twin = copy.deepcopy(module)
+    fit(tmp_path, module, update, epochs=2)
+    fit(tmp_path, twin, other, epochs=2)
+    for name, mask in other.masks.items():
+        assert torch.equal(update.masks[name], mask)
+    expected, found = state_of(twin), state_of(module)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

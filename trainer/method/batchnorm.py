@@ -20,7 +20,6 @@ unfolded. A model that is loaded from a file cannot know it: unfold it as well.
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,8 +33,6 @@ Values = NDArray[np.float64]  # one for each channel
 
 MAX_SAMPLES = 2000  # of training samples that statistics are measured on
 _FOLDABLE = (torch.float32, torch.float64)
-# A guard of every module that is folded; taken away when it is unfolded.
-_guards: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class FoldedBatchNorm:
@@ -70,6 +67,9 @@ class FoldedBatchNorm:
         Args:
             batches: Training samples without augmentation, and whatever comes with
                 them; the first 2000 are used.
+
+        Raises:
+            TrainingError: There are none.
         """
         moments = {name: _Moments() for name in self.modules}
         hooks = [
@@ -86,19 +86,24 @@ class FoldedBatchNorm:
         for hook in hooks:
             hook.remove()
         self._model.train(mode)
+        if self.modules and not seen:
+            raise TrainingError(
+                "expected batches of training samples to unfold with, found none: give "
+                "a DataLoader, or a list, that nothing has used up before"
+            )
         for name, module in self.modules.items():
             if moments[name].count:  # else this part of the network is never used
                 _express(module, moments[name].statistics())
-            if guard := _guards.pop(module, None):
-                guard.remove()
+            for key in _guards(module):
+                del module._forward_pre_hooks[key]
 
     @torch.no_grad()
     def fold(self) -> None:
         """Put the statistics back as deployed, with scale and shift to fit them."""
         for name, module in self.modules.items():
             _express(module, self._deployed[name])
-            if module not in _guards:
-                _guards[module] = module.register_forward_pre_hook(_refuse_to_train)
+            if not _guards(module):
+                module.register_forward_pre_hook(_refuse_to_train)
 
     def folded(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return a weight file's arrays with every module folded.
@@ -205,6 +210,12 @@ def _expressed(
 
 def _wide(tensor: Tensor) -> Values:
     return tensor.detach().cpu().double().numpy().copy()
+
+
+def _guards(module: nn.Module) -> list[int]:
+    """Return where a module keeps its guards, as copies and pickles of it do too."""
+    hooks = module._forward_pre_hooks
+    return [key for key, hook in hooks.items() if hook is _refuse_to_train]
 
 
 def _refuse_to_train(module: nn.Module, _inputs: Any) -> None:

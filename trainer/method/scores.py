@@ -152,8 +152,12 @@ def fisher_scores(
     scores = {name: torch.zeros_like(p) for name, p in chosen.items()}
     for inputs, labels in batches:
         gradients = torch.autograd.grad(
-            loss(model(inputs), labels), list(chosen.values())
+            loss(model(inputs), labels),
+            list(chosen.values()),
+            allow_unused=True,
+            materialize_grads=True,
         )
         for name, gradient in zip(chosen, gradients, strict=True):
-            scores[name].addcmul_(gradient, gradient)
+            dense = gradient.to_dense()
+            scores[name].addcmul_(dense, dense)
     return scores

@@ -226,6 +226,25 @@ def _few(mask: Tensor, parameter: Tensor) -> Tensor | None:
     return mask.reshape(-1).nonzero()[:, 0] if few else None
 
 
+def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return parameters by name, each of them fit to be selected from, and there once.
+
+    Raises:
+        TrainingError: One is not; it is named.
+    """
+    named = dict(named_parameters)
+    names: dict[int, str] = {}
+    for name, parameter in named.items():
+        check_parameter(name, parameter)
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise TrainingError(
+                f"{first!r} and {name!r} are one parameter, which would be selected "
+                "from twice; give each once, as model.named_parameters() does without "
+                "remove_duplicate=False"
+            )
+    return named
+
+
 def check_parameter(name: str, parameter: Tensor) -> None:
     """Refuse parameters that cannot be selected from weight by weight.
 

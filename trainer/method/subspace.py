@@ -48,7 +48,7 @@ from edge_runtime.formats.subspace import (
 )
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import pack_weights
-from trainer.method.carriers import Latents
+from trainer.method.carriers import Latents, room
 from trainer.method.int8_steps import Int8Steps
 from trainer.method.movement import Movement, best_scale, quantise, relative_scales
 from trainer.method.optimizers import (
@@ -58,7 +58,7 @@ from trainer.method.optimizers import (
     with_closure,
 )
 from trainer.method.signs import SignTable
-from trainer.method.step_hooks import Running, Still, check_parameter
+from trainer.method.step_hooks import Running, Still, by_name
 from trainer.method.updater import Phase, expect_phase, is_weight
 from trainer.parallel import of_first
 
@@ -106,9 +106,7 @@ class SubspaceUpdater:
             TrainingError: No weight moves, there are no fewer weights than
                 coefficients, or a parameter is of a kind that cannot move.
         """
-        named = dict(named_parameters)
-        for name, parameter in named.items():
-            check_parameter(name, parameter)
+        named = by_name(named_parameters)
         # The weight file's order, on which signs depend: large types first, then names,
         # which have nothing that torch.compile adds.
         plain = {name: name.replace("_orig_mod.", "") for name in named}
@@ -117,6 +115,7 @@ class SubspaceUpdater:
         self._check(coefficients, bits, taps)
         self._still = Still(named, free={*self._params, *dense})
         self.bits, self.taps, self.seed = bits, taps, seed
+        self._kind = {"seed": int(seed), "bits": bits, "taps": taps}
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
         self._signs = SignTable(self._base, coefficients, taps, seed)
         self._int8_scales = int8_scales
@@ -187,7 +186,7 @@ class SubspaceUpdater:
 
         Raises:
             StepNotObservedError: Nothing has moved yet.
-            TrainingError: Not in the first phase.
+            TrainingError: Not in the first phase, or a coefficient is no number.
         """
         expect_phase(
             self._phase, Phase.FULL, "select() comes once, after the first phase"
@@ -199,6 +198,7 @@ class SubspaceUpdater:
                 "found none that moved anything: attach the optimizer that the loop "
                 "really steps"
             )
+        self._insist_on_numbers()
         unit = best_scale(self._latent, self.bits)
         scales = {n: round_scale(unit * r) for n, r in self._relative.items()}
         self._settle(unit, scales)
@@ -247,15 +247,17 @@ class SubspaceUpdater:
         """
         if not self._scales:
             raise TrainingError("nothing has moved for good before select()")
+        self._insist_on_numbers()
+        masks = {n: torch.zeros_like(b).bool() for n, b in self._base.items()}
+        codes = self._codes().cpu().numpy().astype(np.int16)
+        return Movement(masks, self._scales, codes, **self._kind)
+
+    def _insist_on_numbers(self) -> None:
         if not self._latent.isfinite().all():
             raise TrainingError(
                 "coefficients are no numbers any more (NaN or infinite); lower the "
                 "learning rate, or look for broken samples"
             )
-        masks = {n: torch.zeros_like(b).bool() for n, b in self._base.items()}
-        codes = self._codes().cpu().numpy().astype(np.int16)
-        options = {"bits": self.bits, "taps": self.taps, "seed": self.seed}
-        return Movement(masks, self._scales, codes, **options)
 
     def detach(self) -> None:
         """Let go of the optimizer, as :meth:`PartialUpdater.detach`."""
@@ -279,6 +281,7 @@ class SubspaceUpdater:
         Tensors are not copies; save it before the next step.
         """
         return {
+            **self._kind,
             "phase": self._phase.value,
             "steps": self._steps,
             "base": dict(self._base),
@@ -291,9 +294,17 @@ class SubspaceUpdater:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; attach to the optimizer before.
 
+        The optimizer's own state is loaded after :meth:`attach`, which forgets moments.
+
         Raises:
-            TrainingError: The state belongs to other tensors or coefficients.
+            TrainingError: The state belongs to other tensors, coefficients or signs.
         """
+        for name, value in self._kind.items():  # earlier versions did not keep it
+            if (found := state.get(name, value)) != value:
+                raise TrainingError(
+                    f"the state is of {name}={found}, this updater has {name}={value}: "
+                    "make it with the same"
+                )
         shapes = {n: tuple(t.shape) for n, t in state["base"].items()}
         mine = {n: tuple(t.shape) for n, t in self._base.items()}
         if shapes != mine or len(state["latent"]) != len(self._latent):
@@ -363,7 +374,8 @@ class SubspaceUpdater:
 
     def _enter(self) -> None:
         """Put the coefficients and their gradients where the optimizer steps."""
-        gradients = [p.grad for p in self._params.values()]
+        found = [p.grad for p in self._params.values()]
+        gradients = [None if g is None else g.to_dense() for g in found]
         if all(gradient is None for gradient in gradients):
             return
         self._steps += 1
@@ -412,6 +424,13 @@ class SubspaceUpdater:
             raise TrainingError(
                 f"expected 1 to {MAX_BITS} bits and 1 to {MAX_TAPS} taps, found {bits} "
                 f"and {taps}"
+            )
+        if sum(map(room, self._params.values())) < coefficients:
+            holes = [name for name, p in self._params.items() if not room(p)]
+            raise TrainingError(
+                f"{', '.join(holes)} have holes between their elements in memory, and "
+                f"{coefficients} coefficients find no room in the others: make them "
+                "contiguous (p.data = p.data.contiguous()) before the updater is made"
             )
         for name, parameter in self._params.items():
             first = next(iter(self._params.values()))

@@ -48,7 +48,7 @@ from trainer.method.optimizers import (
 )
 from trainer.method.scores import DPU, Evidence, Score
 from trainer.method.selection import check_fit, count_of, select_top_k
-from trainer.method.step_hooks import Freeze, LossDrop, Running, Still, check_parameter
+from trainer.method.step_hooks import Freeze, LossDrop, Running, Still, by_name
 from trainer.parallel import masks_of_first
 
 
@@ -116,9 +116,7 @@ class PartialUpdater:
                 parameter is of a kind that cannot be selected from (complex, lazy,
                 without data, sharded over processes).
         """
-        named = dict(named_parameters)
-        for name, parameter in named.items():
-            check_parameter(name, parameter)
+        named = by_name(named_parameters)
         self._params = {n: p for n, p in named.items() if selectable(n, p)}
         self._still = Still(named, free={*self._params, *dense})
         self._total = sum(p.numel() for p in self._params.values())
@@ -220,7 +218,7 @@ class PartialUpdater:
         expect_phase(
             self._phase, Phase.FULL, "select() comes once, after the full phase"
         )
-        if keep < 1 or (keep > 1 and masks is not None):
+        if not keep >= 1 or (keep > 1 and masks is not None):
             raise TrainingError(
                 f"keep is {keep}: expected at least 1, and no masks beside it"
             )
@@ -276,8 +274,8 @@ class PartialUpdater:
         check_fit(scores, self._params)
         # Our order of tensors, as it decides between equal scores.
         scores = {name: scores[name] for name in self._params}
-        count = int(keep * count_of(self.ratio, self._total))
-        return select_top_k(scores, min(count, self._total))
+        count = min(keep * count_of(self.ratio, self._total), self._total)
+        return select_top_k(scores, int(count))
 
     def _enter_sparse(self, masks: Mapping[str, Tensor], *, wide: bool) -> None:
         """Let only these weights move, and rewind all others."""

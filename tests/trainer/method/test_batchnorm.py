@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import pickle
 
 import pytest
 import torch
@@ -124,3 +125,30 @@ def test_modules_without_scale_or_statistics_are_left_alone():
     assert norms.modules == {}
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_of_a_folded_model_trains_once_it_is_unfolded(again):
+    model, batches = trained(steps=1)
+    FoldedBatchNorm(model).fold()
+    other = again(model)
+    FoldedBatchNorm(other).fold()  # no second guard
+    with pytest.raises(TrainingError, match=r"unfold\(batches\) before training"):
+        other.train()(batches[0][0])
+    FoldedBatchNorm(other).unfold(batches)
+    other.train()(batches[0][0])
+    with pytest.raises(TrainingError, match=r"unfold\(batches\) before training"):
+        model.train()(batches[0][0])
+
+
+def test_unfold_without_a_batch_is_refused():
+    model, batches = trained(steps=1)
+    FoldedBatchNorm(model).fold()
+    used_up = iter(batches)
+    list(used_up)
+    with pytest.raises(TrainingError, match="found none"):
+        FoldedBatchNorm(model).unfold(used_up)
+    with pytest.raises(TrainingError, match=r"unfold\(batches\) before training"):
+        model.train()(batches[0][0])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch import nn
 
 from edge_runtime.errors import TrainingError
 from trainer.method.scores import (
@@ -9,6 +10,7 @@ from trainer.method.scores import (
     LCPU,
     DPUScore,
     Evidence,
+    fisher_scores,
     magnitude_scores,
 )
 
@@ -95,3 +97,21 @@ def test_rejects_a_share_outside_of_0_to_1(lam):
 
 def test_magnitude_ignores_the_sign():
     assert magnitude_scores({"w": torch.tensor([-2.0, 1])})["w"].tolist() == [2, 1]
+
+
+class Apart(nn.Module):
+    """One of its layers has no part in the loss, another has sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.unused = nn.Embedding(5, 4, sparse=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.words(x)
+
+
+def test_parameters_without_a_part_in_the_loss_have_no_fisher_information():
+    batches = [(torch.tensor([1, 1, 2]), torch.tensor([0, 1, 2]))]
+    scores = fisher_scores(Apart(), batches, ["words.weight", "unused.weight"])
+    assert not scores["unused.weight"].any()
+    assert scores["words.weight"].any(1).tolist() == [False, True, True, False, False]

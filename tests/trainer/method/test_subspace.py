@@ -360,7 +360,93 @@ def test_training_goes_on_from_a_saved_state_to_the_same_bits():
     assert after("full") == after("sparse") == after("")
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_training_goes_on_with_adams_moments_to_the_same_bits(settled):
+    def after(*, resumed):
+        model, optimizer, updater = started()
+        train(model, optimizer)
+        if settled:
+            updater.select()
+            train(model, optimizer)
+        if resumed:
+            saved = [copy.deepcopy(o.state_dict()) for o in (model, updater, optimizer)]
+            model, optimizer, updater = started()
+            for one, state in zip((model, updater, optimizer), saved, strict=True):
+                one.load_state_dict(state)
+        train(model, optimizer)
+        return weights_of(model).fingerprint
+
+    assert after(resumed=True) == after(resumed=False)
+
+
+@pytest.mark.parametrize("option", ["seed", "bits", "taps"])
+def test_a_state_of_another_seed_other_taps_or_bits_is_refused(option):
+    model, optimizer, updater = started()
+    train(model, optimizer)
+    state, before = updater.state_dict(), weights_of(net()).fingerprint
+    model, _, other = started(**{option: 1 if option == "taps" else 2})
+    with pytest.raises(TrainingError, match=f"the state is of {option}="):
+        other.load_state_dict(state)
+    assert weights_of(model).fingerprint == before
+    del state[option]  # as earlier versions saved it
+    other.load_state_dict(state)
+
+
 # What is refused ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_coefficients_that_are_no_numbers_are_refused_at_select_with_any_bits(bits):
+    model, optimizer, updater = started(bits=bits)
+    train(model, optimizer, 1)
+    model[0].weight.grad.fill_(torch.nan)
+    optimizer.step()
+    with pytest.raises(TrainingError, match="no numbers any more"):
+        updater.select()
+
+
+class Words(nn.Module):
+    """A network whose embedding may have sparse gradients."""
+
+    def __init__(self, *, sparse):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(40, 8, sparse=sparse), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.words(x))
+
+
+def test_sparse_gradients_move_weights_as_dense_ones_do():
+    def after(*, sparse):
+        model = Words(sparse=sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        updater = SubspaceUpdater(model.named_parameters(), coefficients=64)
+        updater.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(LABELS), LABELS).backward()
+            optimizer.step()
+        updater.select()
+        updater.finish()
+        return weights_of(model)["words.weight"]
+
+    np.testing.assert_allclose(after(sparse=True), after(sparse=False), rtol=1e-5)
+
+
+def test_parameters_with_holes_are_taken_where_others_have_room_or_refused_by_name():
+    holes = nn.Parameter(torch.randn(20, 40)[:, ::2])
+    with pytest.raises(TrainingError, match="w have holes between their elements"):
+        SubspaceUpdater([("w", holes)], coefficients=64)
+    whole = nn.Parameter(torch.randn(8, 8))
+    SubspaceUpdater([("w", holes), ("v", whole)], coefficients=64)
+
+
+def test_a_parameter_that_is_given_twice_is_refused_by_both_of_its_names():
+    model = net()
+    pairs = [("a", model[0].weight), ("b", model[0].weight)]
+    with pytest.raises(TrainingError, match="'a' and 'b' are one parameter"):
+        SubspaceUpdater(pairs, coefficients=64)
 
 
 class Sam(torch.optim.SGD):

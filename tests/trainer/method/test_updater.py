@@ -847,7 +847,10 @@ def test_a_wide_selection_is_not_finished_before_it_is_narrowed():
     updater.finish()
 
 
-@pytest.mark.parametrize("options", [{"keep": 0.5}, {"keep": 2, "masks": {}}])
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": 0.5}, {"keep": math.nan}, {"keep": 2, "masks": {}}],
+)
 def test_keep_is_at_least_one_and_chosen_by_scores(options):
     model, optimizer, updater = started(0.1)
     train(model, optimizer)
@@ -858,6 +861,15 @@ def test_keep_is_at_least_one_and_chosen_by_scores(options):
 def test_everything_is_kept_where_there_is_no_more():
     model, optimizer, updater = started(0.4)
     train(model, optimizer)
-    assert count(updater.select(keep=10)) == 192
+    assert count(updater.select(keep=math.inf)) == 192
     train(model, optimizer)
     assert count(updater.narrow()) == int(0.4 * 192)
+
+
+def test_a_weight_that_is_given_twice_is_refused_by_both_of_its_names():
+    model = small_model()
+    model.register_module("tied", model[0])
+    pairs = model.named_parameters(remove_duplicate=False)
+    with pytest.raises(TrainingError, match=r"'0.weight' and 'tied.weight' are one"):
+        PartialUpdater(pairs, ratio=0.1)
+    PartialUpdater(model.named_parameters(), ratio=0.1)
