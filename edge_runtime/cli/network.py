@@ -32,7 +32,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("ca",), "DPU_CA", "PEM file of CAs that may sign the server's certificate."),
     (("cert",), "DPU_CERT", "PEM file of this device's own certificate."),
     (("key", "cert-key"), "DPU_CERT_KEY", "PEM file of its key, where it is apart."),
-    (("proxy",), "DPU_PROXY", "Proxy; by default as the environment says."),
+    (
+        ("proxy",),
+        "DPU_PROXY",
+        "Proxy, http://[USER:PASSWORD@]HOST:PORT; by default as the environment says.",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from edge_runtime.limits import limits
 from edge_runtime.store.state import State, utc
 from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
-from edge_runtime.sync.http import read_all
+from edge_runtime.sync.http import BARRED, read_all
 from edge_runtime.sync.state import HEAD_NAME, read_kept
 from edge_runtime.trust.root import load_list
 
@@ -38,11 +38,13 @@ class Channel(Downloads):
                 tag = answer.tag
                 data = read_all(answer, limits().head_bytes, path, HEAD_DEADLINE_S)
             else:
-                raise SyncError(
-                    f"{answer.refusal}; is the address that of the model's own folder, "
-                    "and the channel's name right?",
-                    permanent=True,
-                )
+                words = answer.refusal
+                if answer.status not in BARRED:
+                    words += (
+                        "; is the address that of the model's own folder, and the "
+                        "channel's name right?"
+                    )
+                raise SyncError(words, permanent=True)
         signed = read_head(data)
         self._admit(device, signed)
         self._take(signed, data, tag)

@@ -7,20 +7,20 @@ the newest head, and the newest signed time.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from edge_runtime.errors import SyncError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
-from edge_runtime.store.state import utc
 from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.http import Source
 from edge_runtime.sync.state import SyncState, write_sync_state
 from edge_runtime.sync.uploads import Uploads
 
 SLOWEST = 16  # bytes a second that a file must come with, over all of it
+WAITS = 24  # looks that are over budget, to one that polls under a wrong clock
 SPARE_BYTES = 1 << 16  # left free beside what is fetched, for the state
 LOCK_NAME = ".sync.lock"
 
@@ -88,17 +88,31 @@ class Desk:
         self._state = SyncState()
         self._fetched: list[str] = []
         self._counted = 0  # bytes of the source that the state has
+        self._polls_anyway = False
 
     @property
     def _spent(self) -> int:
         return self._source.spent + (self._uploads.spent if self._uploads else 0)
 
     def _allow(self, needed: int) -> None:
-        if reason := self._over_budget(needed):
+        if (reason := self._over_budget(needed)) and not self._polls_anyway:
             raise OverBudgetError(reason)
 
+    def _may_poll(self, over: str) -> bool:
+        """Tell whether this look asks what is newest, as far as budgets go.
+
+        Under a clock that begins anew at each boot no day ends, and with it no budget,
+        before there is a newer head: so now and then that is asked for all the same.
+        """
+        self._polls_anyway = False
+        if over and not 0 < self._state.seen <= self._clock():
+            waits = (self._state.waits + 1) % WAITS
+            self._state = replace(self._state, waits=waits)
+            self._polls_anyway = waits == 0
+        return not over or self._polls_anyway
+
     def _over_budget(self, needed: int) -> str:
-        day = utc(self._clock())[:10]
+        day = self._state.day(self._clock())
         for words, begin, budget in (
             ("today", day, self._options.day_bytes),
             ("this month", day[:7], self._options.month_bytes),
@@ -125,7 +139,7 @@ class Desk:
         """Write the state, with what was spent since the last time."""
         fresh = self._spent - self._counted
         if fresh:
-            self._state = self._state.spending(utc(self._clock())[:10], fresh)
+            self._state = self._state.spending(self._state.day(self._clock()), fresh)
             self._counted = self._spent
         write_sync_state(self._folder, self._state, self._files)
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urljoin, urlsplit
 
 from edge_runtime.errors import SyncError
+from edge_runtime.sync.address import origin, part_login, plain_address, proxy_for
 from edge_runtime.sync.wire import Meter, metered_pools
 
 CHUNK = 16 << 10
@@ -26,6 +27,12 @@ TIMEOUT_S = 60.0  # without a byte
 EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth
 SHORT_BODY = 1 << 10  # of an error page: to read it costs less than a new connection
 REDIRECTS = 3
+BARRED = {
+    401: "give user and password (https://USER:PASSWORD@HOST/...), or --cert",
+    403: "this device may not read there (user and password, or --cert?), or nothing "
+    "is there",
+    407: "the proxy wants user and password: http://USER:PASSWORD@HOST:PORT",
+}
 _MAX_TAG = 200  # characters; those that are known have up to a hundred
 
 
@@ -52,9 +59,10 @@ class Answer:
     @property
     def refusal(self) -> str:
         """What to say of a status that brings nothing."""
-        if "://" in self.where:
-            return f"{self.where}: the server says {self.status}"
-        return f"{self.where} is not there"
+        if "://" not in self.where:
+            return f"{self.where} is not there"
+        words = f"{self.where}: the server says {self.status}"
+        return f"{words}; {BARRED[self.status]}" if self.status in BARRED else words
 
 
 class Source(Protocol):
@@ -136,11 +144,15 @@ class HttpSource:
             cert: File with this device's own certificate.
             key: File with its key.
             proxy: Address of a proxy; by default as the environment says.
+
+        Raises:
+            SyncError: An address is none, or of a kind that nothing is read by.
         """
         import urllib3
 
         try:
-            self.url, self.name = url.rstrip("/"), plain_address(url)
+            self.url, self._login = part_login(url.rstrip("/"))
+            self.name = plain_address(url)
         except ValueError as err:  # it may be a secret
             raise SyncError(f"this is no address: {err}", permanent=True) from None
         self._meter = Meter()
@@ -152,7 +164,9 @@ class HttpSource:
             options["ca_certs"] = ca
         if cert:
             options |= {"cert_file": cert, "key_file": key or cert}
-        proxy = proxy or _proxy_for(self.url)
+        proxy, login = part_login(proxy_for(self.url, proxy))
+        if login:
+            options["proxy_headers"] = {"Proxy-Authorization": login}
         self._pool: Any = (
             urllib3.ProxyManager(proxy, **options)
             if proxy
@@ -176,6 +190,8 @@ class HttpSource:
         # Unasked no server packs, and every poll of every device pays for a header.
         skip = urllib3.util.SKIP_HEADER
         headers = {"Accept-Encoding": skip, "User-Agent": "dpu-edge"}
+        if self._login:
+            headers["Authorization"] = self._login
         if offset:
             headers["Range"] = f"bytes={offset}-"
             # A weak tag never matches there: each cut would begin anew. The file's
@@ -248,8 +264,11 @@ class HttpSource:
         request = {"headers": headers, "preload_content": False, "redirect": False}
         try:
             name = str(urlsplit(where).hostname)  # the rest may be a secret
+            where, login = part_login(where)
         except ValueError as err:
             raise SyncError(f"this is no address: {err}") from None
+        if login:
+            headers["Authorization"] = login
         with self._deadline(name, EXCHANGE_S):
             try:
                 found = self._pool.request("PUT", where, body=data, **request)
@@ -317,12 +336,14 @@ class HttpSource:
                 raise SyncError(
                     f"{where}: the server sends on to what is no address ({err})"
                 ) from err
-            if url.startswith("https:") and not onward.startswith("https:"):
+            if origin(url)[0] == "https" != origin(onward)[0]:
                 raise SyncError(
                     f"{where}: the server sends on to {shown}, which anybody on the "
                     "way can change; give the address where the files are",
                     permanent=True,
                 )
+            if origin(onward) != origin(url):
+                headers = {k: v for k, v in headers.items() if k != "Authorization"}
             url = onward
         raise SyncError(
             f"{where}: the {REDIRECTS + 1}th redirection in a row; give the address "
@@ -353,20 +374,18 @@ def open_source(url: str, **options: str) -> Source:
     except ValueError as err:
         raise SyncError(f"this is no address: {err}", permanent=True) from None
     if parts.scheme in ("http", "https") and parts.netloc:
+        if "?" in url or "#" in url:
+            raise SyncError(
+                f"{plain_address(url)} goes on with '?' or '#', expected a folder's "
+                f"address; {BARRED[401]}",
+                permanent=True,
+            )
         return HttpSource(url, **options)
     if parts.scheme == "file":
         return FolderSource(Path(unquote(parts.path)))
     if "://" not in url:
         return FolderSource(Path(url))
     raise SyncError(f"{url!r} is no address: expected http://, https:// or a folder")
-
-
-def plain_address(url: str) -> str:
-    """Return an address without credentials: no user, no password, no query."""
-    parts = urlsplit(url)
-    if not parts.netloc:
-        return url
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def read_all(answer: Answer, limit: int, what: str, deadline_s: float) -> bytes:
@@ -401,15 +420,6 @@ def _start_of(text: str) -> int:
 def _number(text: str) -> int | None:
     # Of thousands of digits Python makes no number.
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
-
-
-def _proxy_for(url: str) -> str:
-    from urllib.request import getproxies, proxy_bypass
-
-    parts = urlsplit(url)
-    if proxy_bypass(parts.hostname or ""):
-        return ""
-    return getproxies().get(parts.scheme, "")
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.sync.head import SignedHead
-from edge_runtime.times import MAX_SECONDS
+from edge_runtime.times import MAX_SECONDS, utc
 
 SLIP_S = 90 * 86_400  # more than the clocks of two honest publishers are apart
 SCHEMA, TUF_SCHEMA = 1, 2  # the second only with what it is for
@@ -47,6 +47,7 @@ class SyncState:
         source: Where the channel lies, without credentials.
         day_bytes: What may be spent a day; None for any.
         month_bytes: The same a month.
+        waits: Looks since a poll that were over budget under a clock that is wrong.
         tuf: Newest version of each role's TUF metadata; empty without TUF.
         tuf_keys: A digest of whose keys counted then.
         tuf_expires: Until when TUF vouches for the head; 0 where its own date holds.
@@ -67,6 +68,7 @@ class SyncState:
     source: str = ""
     day_bytes: int | None = None
     month_bytes: int | None = None
+    waits: int = 0
     tuf: Mapping[str, int] = field(default_factory=dict)
     tuf_keys: str = ""
     tuf_expires: int = 0
@@ -91,6 +93,15 @@ class SyncState:
         """Return the state without the floors of heads."""
         empty = type(self)(spent=self.spent, seen=seen)
         return replace(empty, tuf=self.tuf, tuf_keys=self.tuf_keys)
+
+    def day(self, clock: float) -> str:
+        """Return the day that bytes are counted to, such as 2026-11-28.
+
+        A clock that stands before a signed time is wrong, and may begin anew at each
+        boot: then it counts on from that time.
+        """
+        begin = self.seen if clock < self.seen else 0
+        return utc(min(begin + int(clock), MAX_SECONDS))[:10]
 
     def spending(self, day: str, count: int) -> Self:
         """Return the state once so many bytes went over the wire on a day."""
@@ -137,6 +148,7 @@ def read_sync_state(folder: Path) -> SyncState:
         record.text("source", ""),
         _budget(record, "day_bytes"),
         _budget(record, "month_bytes"),
+        record.integer("waits", 0),
         {role: tuf.integer(role) for role in tuf.values} if tuf else {},
         record.text("tuf_keys") if with_tuf else "",
         record.integer("tuf_expires") if with_tuf else 0,

@@ -90,7 +90,7 @@ def tell(
         "newest": known.head and _release(known.head),
     }
     if sync:
-        day = utc(now)[:10]
+        day = sync.day(now)
         record |= {
             "source": sync.source,
             "channel": sync.channel,

@@ -28,7 +28,7 @@ from edge_runtime.formats.signed_header import read_signed_header
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
-from edge_runtime.store.state import MAX_REASON, State, utc
+from edge_runtime.store.state import MAX_REASON, State
 from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, Full, OverBudgetError, SyncOptions
@@ -45,6 +45,7 @@ from edge_runtime.sync.plan import (
 )
 from edge_runtime.sync.state import read_sync_state
 from edge_runtime.sync.uploads import Uploads
+from edge_runtime.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.sync.tuf import TufClient
@@ -132,15 +133,15 @@ class Sync(Channel):
         self._state = replace(
             self._state,
             result=result,
-            reason=reason[:MAX_REASON],
-            source=self._source.name,
+            reason=printable(reason)[:MAX_REASON],
+            source=printable(self._source.name),
             day_bytes=self._options.day_bytes,
             month_bytes=self._options.month_bytes,
         )
 
     def _look(self) -> tuple[SyncResult, Head | None, str]:
         device = read_state(self._store)
-        if reason := self._over_budget(0):
+        if not self._may_poll(reason := self._over_budget(0)):
             return SyncResult.OVER_BUDGET, None, reason
         if self._tuf is None:
             signed = self._head(device)
@@ -269,9 +270,9 @@ class Sync(Channel):
         state, head = self._state, self._taken
         told = replace(
             told.having_sent(sent, {report.n for report in waiting}),
-            device=self._options.device,
-            group=self._options.group,
-            month_bytes=state.spent_in(utc(self._clock())[:7]),
+            device=printable(self._options.device),
+            group=printable(self._options.group),
+            month_bytes=state.spent_in(state.day(self._clock())[:7]),
         )
         if head:
             told = replace(

@@ -41,6 +41,9 @@ class Outlet(Protocol):
     def spent(self) -> int:
         """Bytes that went over the wire so far, in both directions."""
 
+    def keeps_one(self) -> bool:
+        """Tell whether each report replaces the one that was sent before."""
+
     def put(self, device: str, n: int, data: bytes) -> int:
         """Send a report; return what the server says, as HTTP has it.
 
@@ -56,6 +59,10 @@ class FolderOutlet:
     def __init__(self, root: Path, files: Files | None = None) -> None:
         """Write below a folder, which has to be there."""
         self.root, self._files, self.spent = root, files or Files(), 0
+
+    def keeps_one(self) -> bool:
+        """Tell that each report has a file of its own."""
+        return False
 
     def put(self, device: str, n: int, data: bytes) -> int:
         """Write a report; the same one again is no other."""
@@ -84,6 +91,14 @@ class HttpOutlet:
     def spent(self) -> int:
         """Bytes that went over the wire so far, in both directions."""
         return self._client.spent if self._client else 0
+
+    def keeps_one(self) -> bool:
+        """Tell whether the address is the same for each report of a device."""
+        try:
+            address = self._address()
+        except (SyncError, OSError):  # then nothing is sent, which says why
+            return False
+        return target_of(address, "", 1) == target_of(address, "", 2)
 
     def put(self, device: str, n: int, data: bytes) -> int:
         """Send a report; return what the server says."""
@@ -142,9 +157,10 @@ def open_outlet(address: str, **options: str) -> Outlet:
 def _address_in(path: Path) -> str:
     data = read_bounded(path, "key_bytes", str(path), SyncError)
     address = data.decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"https?://[^\s/]+[^\s]*", address):
-        raise SyncError(f"{path} holds no address: expected one line, https://...")
-    return address
+    with suppress(ValueError):
+        if re.fullmatch(r"https?://[^\s]+", address) and urlsplit(address).hostname:
+            return address
+    raise SyncError(f"{path} holds no address: expected one line, https://...")
 
 
 class Uploads:
@@ -178,6 +194,8 @@ class Uploads:
     ) -> set[int]:
         """Send reports, failures first; whatever goes wrong, they wait.
 
+        Where each one replaces the one before, only the newest is sent, for all.
+
         Args:
             device: The device's id.
             waiting: The reports.
@@ -189,7 +207,8 @@ class Uploads:
         begin, refused, before = self._clock(), 0, len(self._sent)
         if begin < self._not_before:
             return self._sent
-        for report in sorted(waiting, key=lambda r: (-r.kind, r.n)):
+        kept, replaced = self._kept(list(waiting))
+        for report in sorted(kept, key=lambda r: (-r.kind, r.n)):
             if report.n in self._sent or self._refused.get(report.n, 0.0) > begin:
                 continue
             if self._clock() - begin > TURN_S or refused == MOST_REFUSED:
@@ -208,7 +227,16 @@ class Uploads:
                 break
         if refused and len(self._sent) == before:
             self._not_before = begin + REFUSED_S
+        if {report.n for report in kept} <= self._sent:
+            self._sent |= replaced
         return self._sent
+
+    def _kept(self, waiting: list[Waiting]) -> tuple[list[Waiting], set[int]]:
+        """Return what to send, and the numbers of what that replaces."""
+        if not self._outlet.keeps_one():
+            return waiting, set()
+        waiting.sort(key=lambda r: r.n)
+        return waiting[-1:], {report.n for report in waiting[:-1]}
 
     def _send(self, device: str, report: Waiting) -> bool:
         """Send one report; return whether it was taken, or will never be.

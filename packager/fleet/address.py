@@ -95,7 +95,7 @@ def _object_place(
     from packager.fleet.object_place import CLIENT, RETRIES, ObjectPlace, plain
 
     known = [endpoint, *(os.environ.get(name, "") for name in _S3_ENDPOINTS)]
-    plain_http = next(filter(None, known), "").startswith("http://")
+    plain_http = next(filter(None, known), "").lower().startswith("http://")
     is_memory = url.startswith("memory:")
     options = {"client_options": CLIENT | {"allow_http": plain_http}}
     options |= {"retry_config": RETRIES}

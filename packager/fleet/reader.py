@@ -33,7 +33,7 @@ def open_reader(url: str) -> Reader:
         DpuError: It is no address, or the place gives no answer.
         OSError: It cannot be read.
     """
-    if url.startswith(("http://", "https://")):
+    if url.lower().startswith(("http://", "https://")):
         source = open_source(url)
         return Reader(source.name, lambda path, most: _read_web(source, path, most))
     place = open_place(url)
@@ -60,7 +60,7 @@ def _read_web(source: Source, path: str, most: int) -> bytes | None:
         if answer.status in (404, 410):
             return None
         if answer.status != 200:
-            raise SyncError(f"{path}: the server says {answer.status}")
+            raise SyncError(answer.refusal)
         parts, left = [], most + 1  # one byte more tells a file that is too large
         while left and (data := answer.body.read(min(CHUNK, left))):
             parts.append(data)

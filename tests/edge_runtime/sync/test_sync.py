@@ -2,6 +2,7 @@
 """dpu-edge sync, against real files and a real server: whole, cut, and attacked."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -10,11 +11,13 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
+from edge_runtime.live.outbox import read_told
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
+from edge_runtime.times import MAX_SECONDS
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.channel import add_list
@@ -402,7 +405,45 @@ def test_a_budget_is_kept_and_the_next_day_goes_on(world, server):
     assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
 
 
+def test_a_board_whose_clock_begins_anew_polls_again_though_its_months_bytes_are_spent(
+    world, server
+):
+    world.options = replace(OPTIONS, month_bytes=2400)
+    looks = []
+    for look in range(60):
+        if len(looks) == 20:
+            world.publish(1, now=NOW + 31 * 86_400)
+        world.now = 100 + 3600 * (look % 3)  # three hours, and a boot
+        looks.append(world.look(HttpSource(server.url)).result)
+    assert looks[15:20] == [SyncResult.OVER_BUDGET] * 5
+    assert SyncResult.FETCHED in looks
+
+
+def test_a_clock_that_stands_back_counts_days_on_from_the_newest_signed_time():
+    state = SyncState(seen=NOW)
+    assert [state.day(clock) for clock in (NOW, NOW + 86_400, 0, 86_400)] == 2 * [
+        "2027-01-15",
+        "2027-01-16",
+    ]
+    assert SyncState(seen=MAX_SECONDS).day(86_400) == "9999-12-31"
+
+
 # State --------------------------------------------------------------------------------
+
+
+def test_a_stick_whose_name_is_no_text_leaves_the_state_readable(world):
+    world.publish(1)
+    stick = world.place.root.with_name(os.fsdecode(b"st\xffck"))
+    world.place.root.rename(stick)
+    world.options = replace(OPTIONS, device=stick.name, group=stick.name)
+    for _ in range(2):
+        world.look(FolderSource(stick))
+        assert read_sync_state(world.folder).source.endswith("st\\udcffck")
+        assert read_told(world.folder).device == "st\\udcffck"
+    (stick / "stable.head").unlink()
+    with pytest.raises(SyncError):
+        world.look(FolderSource(stick))
+    assert "st\\udcffck" in read_sync_state(world.folder).reason
 
 
 def test_a_damaged_state_is_refused_by_name(world):

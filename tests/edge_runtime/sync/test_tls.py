@@ -58,9 +58,11 @@ def test_a_device_without_its_certificate_is_refused(world, server, authority):
 
 class Proxy(BaseHTTPRequestHandler):
     seen: ClassVar = []
+    logins: ClassVar = []
 
     def do_GET(self):
         self.seen.append(self.path)
+        self.logins.append(self.headers["Proxy-Authorization"])
         with build_opener(ProxyHandler({})).open(self.path) as answer:
             data = answer.read()
         self.send_response(200)
@@ -72,7 +74,7 @@ class Proxy(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("said", ["option", "environment"])
+@pytest.mark.parametrize("said", ["option", "environment", "no scheme"])
 def test_a_proxy_is_asked_where_one_is_given(world, monkeypatch, said):
     world.publish(1)
     with (
@@ -81,6 +83,9 @@ def test_a_proxy_is_asked_where_one_is_given(world, monkeypatch, said):
     ):
         Thread(target=proxy.serve_forever, daemon=True).start()
         address, Proxy.seen = f"http://127.0.0.1:{proxy.server_port}", []
+        if said == "no scheme":
+            address = address.replace("http://", "ann:secret@")
+        Proxy.logins = []
         if said == "option":
             source = HttpSource(server.url, proxy=address)
         else:
@@ -89,4 +94,19 @@ def test_a_proxy_is_asked_where_one_is_given(world, monkeypatch, said):
             source = HttpSource(server.url)
         assert world.look(source).result is SyncResult.FETCHED
         assert Proxy.seen[0] == f"{server.url}/stable.head"
+        has_login = Proxy.logins[0] == "Basic YW5uOnNlY3JldA=="
+        assert has_login == (said == "no scheme")
         proxy.shutdown(), server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["socks5://ann:secret@127.0.0.1:1", "http://", "http://[x", "http://secret@h:x"],
+)
+def test_a_proxy_of_another_kind_is_refused_in_words(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(SyncError, match="expected http://HOST:PORT") as caught:
+        HttpSource("http://127.0.0.1:9/digits")
+    assert caught.value.permanent
+    assert "secret" not in str(caught.value)

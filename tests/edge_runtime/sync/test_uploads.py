@@ -266,11 +266,27 @@ def test_a_secret_that_is_no_address_is_in_the_way_of_nothing(board, tmp_path):
     board.publish(1)
     assert board.look().result is SyncResult.FETCHED
     assert "no address" in board.said[0]
-    assert "secret" not in board.said[0]
+    assert "sig=" not in board.said[0]
 
 
 def test_an_address_that_was_signed_beforehand_is_used_as_it_is():
     assert target_of("https://s3/r/b.json?sig=x", "b", 1) == "https://s3/r/b.json?sig=x"
+
+
+@pytest.mark.parametrize("path", ["/r?sig=x", "/{device}.json"])
+def test_at_one_address_the_newest_report_stays(board, box, path):
+    board.prepare(open_outlet(box.url + path))
+    Outbox(board.root).add(4, Kind.CHANGE, b"newest")
+    box.status = 503
+    board.look()
+    assert read_told(board.folder).sent == ()
+    box.status, board.time = 201, 1000.0
+    board.look()
+    assert list(box.got.values()) == [b"newest"]
+    assert read_told(board.folder).sent == (1, 2, 3, 4)
+    Outbox(board.root).add(5, Kind.DAILY, b"newer")
+    board.look()
+    assert list(box.got.values()) == [b"newer"]
 
 
 @pytest.mark.parametrize("address", ["ftp://x/y", "s3://bucket/x"])

@@ -21,7 +21,7 @@ class Raw:
     """A server on loopback that sends what a test yields, and counts it."""
 
     def __init__(self, answer, context=None):
-        self.answer, self.context, self.bytes = answer, context, 0
+        self.answer, self.context, self.bytes, self.asked = answer, context, 0, b""
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.serve, daemon=True).start()
@@ -38,7 +38,9 @@ class Raw:
                         connection = self.context.wrap_socket(
                             connection, server_side=True
                         )
-                    self.bytes += len(connection.recv(4096))
+                    request = connection.recv(4096)
+                    self.bytes += len(request)
+                    self.asked += request
                     for piece in self.answer():
                         self.bytes += len(piece)  # before anybody has it
                         connection.sendall(piece)
@@ -136,9 +138,12 @@ def test_no_redirection_leads_out_of_tls(tmp_path):
     with serving(lambda: [OK]) as plain:
         there = redirect(f"http://{plain.address}/x")
         with serving(lambda: [there], context) as server:
-            source = HttpSource(f"https://{server.address}", ca=str(authority.ca))
-            with pytest.raises(SyncError, match="anybody on the way"):
-                read(source)
+            for scheme in ("https", "HTTPS"):
+                source = HttpSource(
+                    f"{scheme}://{server.address}", ca=str(authority.ca)
+                )
+                with pytest.raises(SyncError, match="anybody on the way"):
+                    read(source)
         assert plain.bytes == 0
     # A second connection is a second handshake, which budgets count.
     with serving(lambda: [OK], context) as server:
@@ -179,6 +184,39 @@ def test_no_message_tells_the_credentials_of_an_address():
         read(source)
     assert str(caught.value).startswith("http://127.0.0.1:9/digits/x: no answer")
     assert "secret" not in str(caught.value)
+
+
+def test_an_address_with_a_password_sends_it_to_that_server_alone():
+    login = b"Authorization: Basic YW5uOnNlY3JldA==\r\n"
+    with serving(lambda: [OK]) as other:
+        there = redirect(f"http://{other.address}/y")
+        with serving(lambda: [there]) as server:
+            read(source := open_source(f"http://ann:s%65cret@{server.address}/digits"))
+            source.put(f"http://ann:secret@{server.address}/r/1.json", b"{}")
+    assert server.asked.count(login) == 2
+    assert b"GET /digits/x " in server.asked
+    assert b"Authorization" not in other.asked
+
+
+@pytest.mark.parametrize("rest", ["?sig=secret", "#secret", "?"])
+def test_an_address_that_no_file_can_be_below_is_refused(rest):
+    with pytest.raises(SyncError, match="expected a folder's address") as caught:
+        open_source(f"https://ann:secret@example.org/digits{rest}")
+    assert caught.value.permanent
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "USER:PASSWORD"), (403, "may not"), (407, "the proxy")]
+)
+def test_who_may_not_read_is_told_so(world, status, words):
+    answer = f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n".encode()
+    with (
+        serving(lambda: [answer]) as server,
+        pytest.raises(SyncError, match=f"says {status}; .*{words}") as caught,
+    ):
+        world.look(HttpSource(f"http://{server.address}"))
+    assert "folder" not in str(caught.value)
 
 
 def test_a_server_that_is_away_is_told_in_words():
