@@ -83,7 +83,7 @@ def _naming(path: Path, done: str) -> Iterator[None]:
         raise OSError(err.errno, reason, err.filename or str(path)) from err
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open an ordinary file to read it; refuse pipes, devices and links.
 
     A pipe would wait for ever, a device never end, and a link lead anywhere.

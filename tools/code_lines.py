@@ -33,7 +33,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "inference": 825,
         "live": 520,
         "store": 895,
-        "sync": 1945,
+        "sync": 2000,
         "trust": 320,
         "update": 1160,
     },

@@ -105,6 +105,7 @@ def init(
     """
     from edge_runtime import Device, Store
     from edge_runtime.formats.signing import FirstUse
+    from edge_runtime.trust import first_root
 
     if carried and keys:
         raise click.UsageError(
@@ -114,7 +115,9 @@ def init(
     if isinstance(bundle, str):
         Store(root).insist_free()  # before anything is fetched
     given = bundle_file(bundle, root, channel, newcomer(trust), **network)
-    with given as (path, _):
+    with given as (path, _, lists):
+        if lists:  # each follows the one before it, and the first what was given
+            trust = first_root(lists[-1])
         status = Device.install(root, path, trust=trust).status()
     emit(
         status,

@@ -88,8 +88,10 @@ class BundleOrChannel(FileOf):
 @contextmanager
 def bundle_file(
     source: Path | str, store: Path, channel: str, device: "State", **network: str
-) -> Iterator[tuple[Path, "Source | None"]]:
+) -> Iterator[tuple[Path, "Source | None", list[bytes]]]:
     """Give a bundle's file: as it is, or fetched from a channel and then removed.
+
+    With it come the source, and the key lists that the device has to take first.
 
     What was cut is kept beside the store, in ``STORE.download``, and goes on when the
     same command is given again.
@@ -102,7 +104,7 @@ def bundle_file(
         network: As :func:`edge_runtime.sync.http.open_source` takes it.
     """
     if isinstance(source, Path):
-        yield source, None
+        yield source, None, []
         return
     from edge_runtime.files import Files
     from edge_runtime.sync.bundle import BundleSync, download_folder
@@ -112,9 +114,10 @@ def bundle_file(
     refuse_plain(source, device.trust)
     place = open_source(source, **{k: v for k, v in network.items() if v})
     with download_folder(store, Files()) as folder:
-        path, signed = BundleSync(folder, place, channel, device).fetch()
+        sync = BundleSync(folder, place, channel, device)
+        path, signed = sync.fetch()
         say(f"round {signed.head.round} of {channel}: {place.spent} bytes on the wire")
-        yield path, place
+        yield path, place, sync.lists
 
 
 def newcomer(trust: "Trust | FirstUse | Root") -> "State":

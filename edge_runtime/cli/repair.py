@@ -29,7 +29,8 @@ def repair(
     """Make damaged files of the store whole again, with a bundle of its own run.
 
     Weights are brought back to the very ones that ran. Release floor, keys, pin and
-    history stay. Whole files are not touched, and nothing is fetched for them.
+    history stay; key lists that a channel has are taken first. Whole files are not
+    touched, and nothing is fetched for them.
     """
     from edge_runtime.update.repair import Repaired, find_damage
     from edge_runtime.update.repair import repair as mend
@@ -40,7 +41,9 @@ def repair(
     done = Repaired(())
     if damage:
         given = bundle_file(source, store.root, channel, store.state, **network)
-        with given as (path, place):
+        with given as (path, place, lists):
+            for data in lists:
+                device.add_list(data)
             done = mend(device, path, newer=newer)
         spent = place.spent if place else 0
     slot = store.state.active_slot

@@ -17,7 +17,11 @@ from edge_runtime.sync.state import read_sync_state
 
 
 class BundleSync(Channel):
-    """One channel, and a folder beside a store that its bundle comes into."""
+    """One channel, and a folder beside a store that its bundle comes into.
+
+    Attributes:
+        lists: The key lists that the device has to take before the bundle.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class BundleSync(Channel):
         """
         options = SyncOptions(channel=channel, device="")
         super().__init__(folder, source, options, files)
-        self._device = device
+        self._device, self.lists = device, list[bytes]()
 
     def fetch(self) -> tuple[Path, SignedHead]:
         """Fetch the bundle; what was cut goes on later.
@@ -62,6 +66,14 @@ class BundleSync(Channel):
                 self._save()
         return self._path(self._way), signed
 
+    def _admit(self, device: State, signed: SignedHead) -> None:
+        """The same by the newest key list: no agent would take it meanwhile."""
+        self.lists.clear()
+        for data, follower in self._lists(device, signed.head.keys):
+            self.lists.append(data)
+            device = follower
+        super()._admit(device, signed)
+
     def _fetch_bundle(self, signed: SignedHead) -> None:
         head, now = signed.head, max(int(self._clock()), self._state.seen)
         if now >= head.expires:
@@ -77,15 +89,11 @@ class BundleSync(Channel):
                 permanent=True,
             )
         self._way = way
-        if self._path(way).exists():
+        if self._is_whole(self._path(way), way):
             return
         if problem := self._no_room(way.size - self._part_size(way)):
             raise SyncError(problem)
-        if not self._fetch(way):
-            raise SyncError(
-                f"{self._path(way).name} is not what the head says; publish again",
-                permanent=True,
-            )
+        self._fetch(way)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask what a channel says, and insist that this device may believe it."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
 from edge_runtime.sync.http import BARRED, read_all
 from edge_runtime.sync.state import HEAD_NAME, read_kept
-from edge_runtime.trust.root import load_list
+from edge_runtime.trust import KeyList, first_root, load_list
 
 if TYPE_CHECKING:
     from edge_runtime.sync.tuf import TufClient
@@ -122,8 +123,8 @@ class Channel(Downloads):
             signed.check(device.trust)
         except TrustError:
             # Its keys may stand in a list that this device has not taken yet.
-            if head.keys:
-                self._take_lists(device, head.keys)
+            for _ in self._lists(device, head.keys):
+                pass
             raise
         if self._was_revoked(device):
             self._state = state.anew()
@@ -170,26 +171,63 @@ class Channel(Downloads):
                     return True
         return False
 
-    def _take_lists(self, device: State, newest: int) -> None:
-        """Put the key lists that follow this device's own into the agent's folder."""
-        key_list = device.key_list
-        if key_list is None:
-            return
-        first = key_list.root.version + 1
-        for number in range(first, min(newest, first + LISTS - 1) + 1):
+    # Key lists ----------------------------------------------------------------------
+    # The agent judges for good; here only so that nobody fills the disk.
+
+    def _lists(self, device: State, newest: int) -> Iterator[tuple[bytes, State]]:
+        """Put the key lists that a device lacks into the agent's folder, one by one.
+
+        Yields:
+            A list, and the device as it is once it has taken it.
+        """
+        for _ in range(LISTS):
+            known = device.key_list.root.version if device.key_list else 0
+            if newest <= known:
+                return
+            take = self._list if known else self._first_list
+            found = take(device, known + 1 if known else newest)
+            if found is None:
+                return
+            device = found[1]
+            yield found
+
+    def _first_list(self, device: State, newest: int) -> tuple[bytes, State] | None:
+        """Return the list that replaces a device's single keys, where they signed one.
+
+        Owners have them sign every list, or the first alone. Without one the device
+        goes on as it is, and asks again under the next head.
+        """
+        for number in dict.fromkeys((newest, 1)) if device.trust.keys else ():
             name = f"{number}.root.json"
-            path, present = self._folder / name, b""
-            with suppress(FileNotFoundError, KeyListError):
-                present = load_list(path, regular=True)
-            data = present
-            if not data:
-                with self._source.get(f"keys/{name}") as answer:
-                    if answer.status != 200:
-                        return
-                    most = limits().key_list_bytes
-                    data = read_all(answer, most, name, HEAD_DEADLINE_S)
-            # The agent judges for good; here only so that nobody fills the disk.
-            key_list = key_list.follow(data, utc(self._clock()))
-            if not present:
-                self._files.replace(path, data)
-                self._fetched.append(name)
+            if name in self._state.bad:
+                continue
+            with suppress(KeyListError, TrustError):
+                if found := self._list(device, number):
+                    return found
+            if self._taken:  # else nobody knows whether the channel says so
+                self._shun(name)
+        return None
+
+    def _list(self, device: State, number: int) -> tuple[bytes, State] | None:
+        """Have a list in the agent's folder; None if the place has none."""
+        name = f"{number}.root.json"
+        path = self._folder / name
+        with suppress(OSError, KeyListError, TrustError):  # else it is fetched anew
+            return self._with_list(device, load_list(path, regular=True))
+        with self._source.get(f"keys/{name}") as answer:
+            if answer.status != 200:
+                return None
+            data = read_all(answer, limits().key_list_bytes, name, HEAD_DEADLINE_S)
+        found = self._with_list(device, data)
+        if path.is_dir():
+            self._files.remove(path)
+        self._files.replace(path, data)
+        self._fetched.append(name)
+        return found
+
+    def _with_list(self, device: State, data: bytes) -> tuple[bytes, State]:
+        now = utc(self._clock())
+        if device.key_list:
+            return data, device.trusting(device.key_list.follow(data, now))
+        root = first_root(data, device.trust)
+        return data, device.trusting(KeyList.begin(root, now))

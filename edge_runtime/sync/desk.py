@@ -87,6 +87,7 @@ class Desk:
         self._uploads: Uploads | None = None
         self._state = SyncState()
         self._fetched: list[str] = []
+        self._lost: set[str] = set()  # SHA-256 of what cannot be had in this look
         self._counted = 0  # bytes of the source that the state has
         self._polls_anyway = False
 

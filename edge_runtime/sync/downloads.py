@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring files into the agent's folder, byte by byte only once, and remove them again.
 
-A file that is not whole lies beside the others under a hidden name, and goes on where
-it was cut.
+What lies there is trusted by its hash alone: what is damaged meanwhile comes anew. A
+file that is not whole lies beside the others under a hidden name, and goes on where it
+was cut.
 """
 
 import hashlib
@@ -13,36 +14,54 @@ from dataclasses import replace
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, SyncError
+from edge_runtime.files import open_regular
 from edge_runtime.formats.json_record import is_digest
 from edge_runtime.limits import limits
 from edge_runtime.sync.desk import Desk
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
-from edge_runtime.sync.http import CHUNK, EXCHANGE_S, Answer
+from edge_runtime.sync.http import CHUNK, EXCHANGE_S, Answer, UnusableError
 from edge_runtime.sync.state import read_kept
 
 
 class Downloads(Desk):
     """The files of a channel, in the agent's folder."""
 
-    def _shun(self, way: Way) -> None:
-        self._state = replace(self._state, bad=(*self._state.bad, way.sha256))
+    def _shun(self, name: str) -> None:
+        self._state = replace(self._state, bad=(*self._state.bad, name))
 
-    def _fetch(self, way: Way) -> bool:
-        """Bring a file into the folder; False if it is not what the head says."""
+    def _fetch(self, way: Way) -> None:
+        """Bring a file into the folder.
+
+        Raises:
+            UnusableError: The place has it not, or not as the head says.
+            SyncError: No answer, or the link broke: later it goes on.
+        """
         if problem := limits().problem("patch_bytes", way.size, "the patch"):
-            raise SyncError(problem)
+            raise UnusableError(problem)
+        part, path = self._part(way), self._path(way)
         for _ in range(2):  # after what a cut or a cache spoiled, one clean try
             self._download(way)
-            part = self._part(way)
-            with part.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found == way.sha256:
-                self._files.rename(part, self._path(way))
+            if self._is_whole(part, way):
+                self._files.rename(part, path)
                 self._files.sync_folder(self._folder)
-                self._fetched.append(self._path(way).name)
-                return True
-            self._files.unlink(part)
-        self._shun(way)
+                self._fetched.append(path.name)
+                return
+        raise UnusableError(
+            f"{_remote(way)} is damaged at the server: its SHA-256 is not what the "
+            "head says; 'dpu-fleet check' tells what to do"
+        )
+
+    def _is_whole(self, path: Path, way: Way) -> bool:
+        """Return whether a file lies there whole; what else has its name is removed."""
+        try:
+            with open_regular(path) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == way.sha256:
+                    return True
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass  # a bad sector, or no file at all: as good as damaged
+        self._files.remove(path)
         return False
 
     def _download(self, way: Way) -> None:
@@ -55,14 +74,11 @@ class Downloads(Desk):
         with self._source.get(path, tag=tag, offset=offset, within=within) as answer:
             if answer.status == 416:
                 self._files.unlink(self._part(way))
-                raise SyncError(f"{path}: the server has less than this device")
+                raise UnusableError(f"{path}: the server has less than this device")
             if answer.status not in (200, 206):
-                raise SyncError(
-                    f"{answer.refusal}; publish again, or prune less",
-                    permanent=True,
-                )
+                raise UnusableError(f"{answer.refusal}; publish again, or prune less")
             if answer.size is not None and answer.offset + answer.size != way.size:
-                raise SyncError(
+                raise UnusableError(
                     f"{path} has {answer.offset + answer.size} bytes, {way.size} "
                     "were said"
                 )
@@ -77,7 +93,7 @@ class Downloads(Desk):
                 while data := answer.body.read(min(CHUNK, way.size - count + 1)):
                     count += len(data)
                     if count > way.size:
-                        raise SyncError(
+                        raise UnusableError(
                             f"{_remote(way)} has more than {way.size} bytes"
                         )
                     file.write(data)
@@ -115,7 +131,7 @@ class Downloads(Desk):
     def _own(self) -> list[Path]:
         """Return what was fetched and lies in the agent's sight."""
         files = [*self._folder.glob("*.dpu"), *self._folder.glob("*.zip")]
-        return [path for path in files if is_digest(path.stem)]
+        return [p for p in files if is_digest(p.stem) and not p.is_dir()]
 
     def _set_aside(self) -> None:
         """Take what was fetched out of the agent's sight, until it may be applied.
@@ -132,8 +148,7 @@ class Downloads(Desk):
         wanted = set[str]()
         with suppress(OSError, DpuError):
             head = read_head(read_kept(self._folder)).head
-            wanted = {way.sha256 for way in head.ways}
-            wanted |= {head.bundle[1]} if head.bundle else set()
+            wanted = {way.sha256 for way in all_ways(head)}
         for path in self._folder.glob(".*.part"):
             name = path.name[1:-5]
             if is_digest(name) and name not in wanted:
@@ -145,6 +160,11 @@ class Downloads(Desk):
 def bundle_way(head: Head) -> Way | None:
     """Return full weights as a way that leads from anywhere; None without a bundle."""
     return head.bundle and Way("", head.target[:SHORT], *head.bundle)
+
+
+def all_ways(head: Head) -> list[Way]:
+    """Return the ways that a head names, full weights too."""
+    return [*head.ways, *filter(None, [bundle_way(head)])]
 
 
 def _remote(way: Way) -> str:

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,13 @@ BARRED = {
     407: "the proxy wants user and password: http://USER:PASSWORD@HOST:PORT",
 }
 _MAX_TAG = 200  # characters; those that are known have up to a hundred
+
+
+class UnusableError(SyncError):
+    """One file cannot be had from a place as it is; others may be, and do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, permanent=True)
 
 
 @dataclass(slots=True)
@@ -89,6 +96,7 @@ class Source(Protocol):
             within: Seconds for all of it, from the first byte of its headers on.
 
         Raises:
+            UnusableError: This file cannot be read there.
             SyncError: No answer, or one that says to come later.
         """
 
@@ -110,18 +118,22 @@ class FolderSource:
         within: float = EXCHANGE_S,  # noqa: ARG002 - nobody can interrupt a disk
     ) -> Iterator[Answer]:
         """Open a file, as a context that gives an :class:`Answer`."""
-        try:
-            with (self.root / path).open("rb") as file:
-                found = _tag_of(file)
-                size = file.seek(0, io.SEEK_END)
-                if not offset and tag == found:
-                    yield Answer(304, found)
-                    return
+        where = self.root / path
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(where.open("rb"))
+                found, size = _tag_of(file), file.seek(0, io.SEEK_END)
+            except FileNotFoundError:
+                answer = Answer(404, where=str(where))
+            except OSError as err:
+                raise UnusableError(f"{where} cannot be read: {err.strerror}") from err
+            else:
                 start = offset if tag in ("", found) and offset <= size else 0
                 file.seek(start)
-                yield Answer(206 if start else 200, found, size - start, file, start)
-        except FileNotFoundError:
-            yield Answer(404, where=str(self.root / path))
+                answer = Answer(206 if start else 200, found, size - start, file, start)
+                if not offset and tag == found:
+                    answer = Answer(304, found)
+            yield answer
 
 
 class HttpSource:

@@ -41,7 +41,8 @@ class SyncState:
         checked: When the server last answered, by the device's own clock.
         spent: Bytes on the wire, by day (2026-11-28).
         tags: The server's tags of files that are not whole yet, by SHA-256.
-        bad: SHA-256 of files that are not what the head says.
+        bad: SHA-256 of files, and names of key lists, that are of no use under this
+            head: the store would never take them.
         result: What the last look ended with; ``failed`` for an error.
         reason: More about it, for people; may be empty.
         source: Where the channel lies, without credentials.

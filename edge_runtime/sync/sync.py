@@ -32,9 +32,9 @@ from edge_runtime.store.state import MAX_REASON, State
 from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, Full, OverBudgetError, SyncOptions
-from edge_runtime.sync.downloads import bundle_way
+from edge_runtime.sync.downloads import all_ways
 from edge_runtime.sync.head import SHORT, Head, Way
-from edge_runtime.sync.http import Source
+from edge_runtime.sync.http import Source, UnusableError
 from edge_runtime.sync.plan import (
     PAUSED,
     SyncResult,
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from edge_runtime.sync.tuf import TufClient
 
 FAILED = "failed"  # in place of a result: the look ended with an error
+# What a store says of a file that it will never take, whatever else comes.
+_REFUSALS = (PatchError, BundleError, TrustError, WrongModelError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Sync(Channel):
             StoreError: The device's own files are at fault.
             OSError: The disk is full or refuses.
         """
-        self._fetched = []
+        self._fetched, self._lost, self._taken = [], set(), None
         with self._files.open_lock(self._folder / LOCK_NAME) as lock:
             lock_file(lock, self._folder / LOCK_NAME)
             self._state = read_sync_state(self._folder)
@@ -154,8 +156,8 @@ class Sync(Channel):
             except OverBudgetError as err:
                 return SyncResult.OVER_BUDGET, None, str(err)
         head, now = signed.head, max(int(self._clock()), self._state.seen)
-        if head.keys:
-            self._take_lists(device, head.keys)
+        for _, follower in self._lists(device, head.keys):
+            device = follower  # as the agent makes it before it looks at patches
         if device.floor >= head.counter:
             self._prune(())
         options = self._options
@@ -182,63 +184,79 @@ class Sync(Channel):
 
     def _fetch_all(self, device: State, head: Head) -> tuple[SyncResult, Head, str]:
         # A release that was taken back must not be applied for want of bytes meanwhile.
-        self._prune([*head.ways, *filter(None, [bundle_way(head)])])
-        refused = ""
-        while True:
-            way_there = route(device, head, self._state.bad) or self._full(head)
-            if way_there is None:
-                reason = refused or (
-                    f"none of {len(head.ways)} ways leads to round {head.round} from "
-                    f"{device.active[:SHORT]}"
-                )
-                return SyncResult.NO_WAY, head, reason
-            is_full = not way_there[0].parent
-            if is_full and self._options.full is Full.ASK:
-                reason = f"nothing but full weights leads to round {head.round}: "
-                reason += f"{way_there[0].size} bytes; --full yes fetches them"
-                return SyncResult.FULL, head, reason
-            missing = [way for way in way_there if not self._path(way).exists()]
-            needed = sum(way.size - self._part_size(way) for way in missing)
-            if needed and self._options.metered:
-                reason = f"{needed} bytes would lead to round {head.round}"
-                return SyncResult.METERED, head, reason
-            if reason := self._no_room(needed):
-                return SyncResult.NO_ROOM, head, reason
-            if reason := self._over_budget(needed):
-                return SyncResult.OVER_BUDGET, head, reason
+        self._prune(all_ways(head))
+        failed: DpuError | None = None
+        while way_there := self._cheapest(device, head):
+            if found := self._obstacle(way_there, head, failed):
+                return found[0], head, found[1]
             try:
-                if self._bring(way_there, device, head):
-                    self._prune(way_there)
-                    return SyncResult.FETCHED, head, ""
-            except (PatchError, BundleError, TrustError, WrongModelError) as err:
-                refused = str(err)
+                self._bring(way_there, device, head)
+            except (UnusableError, *_REFUSALS) as err:
+                failed = err
+            else:
+                self._prune(way_there)
+                return SyncResult.FETCHED, head, ""
+        if isinstance(failed, UnusableError):
+            raise failed  # it may be mended, so it is asked for again
+        none = f"none of {len(head.ways)} ways leads to round {head.round} from "
+        none += device.active[:SHORT]
+        return SyncResult.NO_WAY, head, str(failed or none)
 
-    def _full(self, head: Head) -> tuple[Way] | None:
-        """Return full weights, where the owner has said how to do with them."""
-        way = bundle_way(head)
-        if way is None or way.sha256 in self._state.bad:
-            return None
-        return None if self._options.full is Full.NEVER else (way,)
+    def _obstacle(
+        self, way_there: Sequence[Way], head: Head, failed: DpuError | None
+    ) -> tuple[SyncResult, str] | None:
+        """Say why a route is not fetched now; None if it is."""
+        missing = [way for way in way_there if not self._path(way).exists()]
+        needed = sum(way.size - self._part_size(way) for way in missing)
+        if needed and not way_there[0].parent and self._options.full is Full.ASK:
+            reason = f"nothing but full weights leads to round {head.round}: "
+            reason += f"{way_there[0].size} bytes; --full yes fetches them"
+            return SyncResult.FULL, f"{reason} ({failed})" if failed else reason
+        if needed and self._options.metered:
+            reason = f"{needed} bytes would lead to round {head.round}"
+            return SyncResult.METERED, reason
+        if reason := self._no_room(needed):
+            return SyncResult.NO_ROOM, reason
+        if reason := self._over_budget(needed):
+            return SyncResult.OVER_BUDGET, reason
+        return None
 
-    def _bring(self, way_there: Sequence[Way], device: State, head: Head) -> bool:
-        """Have the files of a route; False if one is not what the head says.
+    def _cheapest(self, device: State, head: Head) -> Sequence[Way]:
+        """Return what leads to the release: what lies here, else the fewest bytes."""
+        whole = (way for way in all_ways(head) if self._is_whole(self._path(way), way))
+        absent = {way.sha256 for way in all_ways(head)} - {way.sha256 for way in whole}
+        out = {*self._state.bad, *self._lost}
+        return self._way(device, head, out | absent) or self._way(device, head, out)
+
+    def _way(self, device: State, head: Head, out: set[str]) -> Sequence[Way]:
+        """Return the cheapest way without some files; full weights if there is none."""
+        is_wanted = self._options.full is not Full.NEVER
+        full = [way for way in all_ways(head) if is_wanted and not way.parent]
+        usable = [way for way in full if way.sha256 not in out]
+        return route(device, head, out) or usable
+
+    def _bring(self, way_there: Sequence[Way], device: State, head: Head) -> None:
+        """Have the files of a route.
 
         Raises:
+            UnusableError: The place has not one of them; in this look it is lost.
             DpuError: The device would never take one; from now on it is gone around.
         """
         known = device.key_list.root.version if device.key_list else head.keys
         # With a newer list others may be trusted, so signatures are for later then.
         trust = device.trust if known >= head.keys else Trust()
         for way in way_there:
-            if not self._path(way).exists() and not self._fetch(way):
-                return False
             try:
+                if not self._path(way).exists():
+                    self._fetch(way)
                 device = passed(device, self._header(way, trust))
-            except DpuError:
-                self._shun(way)
+            except UnusableError:
+                self._lost.add(way.sha256)
+                raise
+            except _REFUSALS:
+                self._shun(way.sha256)
                 self._files.unlink(self._path(way))
                 raise
-        return True
 
     def _header(self, way: Way, trust: Trust) -> PatchHeader:
         file: BinaryIO = open_regular(self._path(way))

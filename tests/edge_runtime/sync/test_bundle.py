@@ -7,12 +7,13 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
+from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.head import sign_head
 from packager.keys import generate_key
 from packager.signing import encode_public
 from tests.edge_runtime.sync.server import FileServer
-from tests.edge_runtime.sync.world import KEY, World
+from tests.edge_runtime.sync.world import KEY, World, lists
 
 
 @pytest.fixture
@@ -131,3 +132,26 @@ def test_a_channel_of_another_model_repairs_nothing(world, server, edge, new_run
     code, _, err = edge("repair", server.url)
     assert (code, "the channel is of model" in err) == (8, True)
     assert not world.root.with_name("store.download").exists()  # nothing came
+
+
+def test_a_device_whose_card_has_an_older_key_list_is_installed_over_the_link(
+    world, server, edge, tmp_path
+):
+    one, two, new = lists(generate_key())
+    (tmp_path / "1.root.json").write_bytes(one)
+    world.exchange(new, two)
+    code, _, err = edge("init", server.url, "--trust", tmp_path / "1.root.json")
+    assert (code, "round 1 of stable" in err) == (0, True)
+    state = Device.open(world.root).store.state
+    assert (state.key_list.root.version, state.active) == (2, world.head.target)
+
+
+def test_a_store_with_an_older_key_list_is_repaired_over_the_link(world, server, edge):
+    one, two, new = lists(generate_key())
+    world.install(trust=first_root(one))
+    world.exchange(new, two)
+    weights = world.root / "slots" / world.head.target / "weights.safetensors"
+    weights.unlink()
+    code, out, _ = edge("repair", server.url, "--json")
+    assert (code, json.loads(out)["mended"]) == (0, ["the weights of round 1"])
+    assert Device.open(world.root).store.state.key_list.root.version == 2

@@ -15,7 +15,7 @@ from edge_runtime.live.outbox import read_told
 from edge_runtime.live.proof import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
-from edge_runtime.sync.plan import SyncResult
+from edge_runtime.sync.plan import SyncResult, route
 from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
 from edge_runtime.times import MAX_SECONDS
 from edge_runtime.trust import first_root
@@ -27,7 +27,7 @@ from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
 from packager.rounds.folder import named_parent, read_round
 from tests.edge_runtime.sync.server import FileServer
-from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER, TRUST
+from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER, TIMES, TRUST, lists
 
 
 @pytest.fixture
@@ -259,6 +259,81 @@ def test_what_the_store_will_never_take_is_gone_around(world):
     assert world.apply() == world.head.target
 
 
+def cheapest(world, *, without=()):
+    """Return the paths of what leads to the release from where the device is."""
+    state = Device.open(world.root).store.state
+    return {f"patches/{w.sha256}.dpu" for w in route(state, world.head, without)}
+
+
+def test_what_came_damaged_is_fetched_once_the_server_has_it_whole(world, server):
+    """Under the same head: what is wrong with a server is not for good."""
+    world.publish(1)
+    sizes = {f"patches/{way.sha256}.dpu": way.size for way in world.head.ways}
+    server.replace = {path: b"x" * size for path, size in sizes.items()}
+    with pytest.raises(SyncError, match="is damaged at the server"):
+        world.look(HttpSource(server.url))
+    server.replace = {}
+    assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+
+
+FAULTS = {
+    "missing": lambda path: path.unlink(),
+    "unreadable": lambda path: (path.unlink(), path.mkdir()),
+    "too short": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "shorter than what was cut": lambda path: path.write_bytes(b"x"),
+    "too long": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "damaged": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\0"),
+}
+
+
+@pytest.mark.parametrize("by_http", [True, False])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_cannot_be_had_is_gone_around_where_another_way_leads_there(
+    world, server, fault, by_http
+):
+    world.publish(1)
+    if fault.startswith("shorter"):
+        part_of(world, server)
+    lost = cheapest(world)
+    for path in lost:
+        FAULTS[fault](world.place.root / path)
+    names = {path[8:-4] for path in lost}
+    detour = cheapest(world, without=names)
+    source = HttpSource(server.url) if by_http else FolderSource(world.place.root)
+    found = world.look(source)
+    assert {f"patches/{name}" for name in found.fetched} == detour
+    before = dict(server.bodies)
+    again = world.look(source)  # while it is here, nothing is asked for
+    assert (again.result, again.fetched) == (SyncResult.FETCHED, ())
+    assert {k: v for k, v in server.bodies.items() if k in lost | detour} == {
+        k: v for k, v in before.items() if k in lost | detour
+    }
+    assert world.apply() == world.head.target
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_a_file_that_cannot_be_had_at_all_is_said_and_asked_for_again(
+    world, server, status
+):
+    world.publish(1)
+    paths = {f"patches/{way.sha256}.dpu" for way in world.head.ways}
+    server.statuses = dict.fromkeys(paths, status)
+    with pytest.raises(SyncError, match=f"the server says {status}"):
+        world.look(HttpSource(server.url))
+    server.statuses = {}
+    assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "missing"])
+def test_what_rots_in_the_folder_is_fetched_anew(world, fault):
+    world.publish(1)
+    (name,) = world.look().fetched
+    FAULTS[fault](world.folder / name)
+    assert world.look().fetched == (name,)
+    assert world.apply() == world.head.target
+
+
 # Rollout and pause --------------------------------------------------------------------
 
 
@@ -349,17 +424,10 @@ def test_a_release_that_failed_its_trial_here_is_not_fetched_again(world):
 
 def test_a_new_key_reaches_a_device_by_the_channel(world):
     """The list comes first; the head that the new key signed is believed after it."""
-    owner, new = generate_key(), generate_key()
-    times = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
-    one = make_list([public_key(owner)], [public_key(KEY)], times)
-    swap = {"targets": [public_key(new)]}, {"targets": [public_key(KEY)]}
-    two = change_list(one, times, add=swap[0], remove=swap[1])
-    one, two = sign_list(one, [owner]), sign_list(two, [owner])
+    one, two, new = lists(generate_key())
     shutil.rmtree(world.root)
     world.install(trust=first_root(one, None))
-    add_list(world.place, two)
-    (world.place.root / "stable.head").unlink()  # that of a key that is revoked
-    world.publish(1, signers=[new])
+    world.exchange(new, two)
     with pytest.raises(TrustError, match="not trusted"):
         world.look()
     world.apply()
@@ -367,13 +435,64 @@ def test_a_new_key_reaches_a_device_by_the_channel(world):
     assert world.apply() == world.head.target
 
 
-def test_a_list_that_nobody_signed_fills_no_disk(world):
-    owner = generate_key()
-    times = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
-    one = sign_list(make_list([public_key(owner)], TRUST.keys, times), [owner])
+@pytest.mark.parametrize("rotten", ["too short", "damaged", "unreadable"])
+def test_a_key_list_that_rots_in_the_folder_is_fetched_anew(world, rotten):
+    one, two, new = lists(generate_key())
     shutil.rmtree(world.root)
     world.install(trust=first_root(one, None))
-    add_list(world.place, change_list(one, times))
+    world.exchange(new, two)
+    path = world.folder / "2.root.json"
+    path.write_bytes(two)
+    FAULTS[rotten](path)
+    with pytest.raises(TrustError, match="not trusted"):
+        world.look()
+    assert path.read_bytes() == two
+    world.apply()
+    assert world.look().result is SyncResult.FETCHED
+
+
+def test_single_keys_move_over_by_the_channel(world):
+    """They signed the first list; the release after the next one is another key's."""
+    one, two, new = lists(generate_key(), KEY)
+    add_list(world.place, one)
+    world.exchange(new, two)
+    with pytest.raises(TrustError, match="not trusted"):
+        world.look()
+    world.apply()
+    assert Device.open(world.root).store.state.key_list.root.version == 2
+    assert world.look().result is SyncResult.FETCHED
+    assert world.apply() == world.head.target
+
+
+def test_single_keys_move_over_while_they_still_sign(world):
+    one, _, _ = lists(generate_key(), KEY)
+    add_list(world.place, one)
+    world.publish(1)
+    found = world.look()
+    assert (found.result, "1.root.json" in found.fetched) == (SyncResult.FETCHED, True)
+    assert world.apply() == world.head.target
+    assert Device.open(world.root).store.state.key_list.root.version == 1
+
+
+def test_a_list_that_single_keys_did_not_sign_is_asked_for_once_a_head(world, server):
+    one, two, _ = lists(generate_key())
+    for data in (one, two):
+        add_list(world.place, data)
+    world.publish(1)
+    for _ in range(3):
+        assert world.look(HttpSource(server.url)).result is SyncResult.FETCHED
+    assert server.bodies["keys/1.root.json"] == len(one)
+    assert server.bodies["keys/2.root.json"] == len(two)
+    assert not list(world.folder.glob("*.root.json"))
+    assert world.apply() == world.head.target
+
+
+def test_a_list_that_nobody_signed_fills_no_disk(world):
+    owner = generate_key()
+    one = sign_list(make_list([public_key(owner)], TRUST.keys, TIMES), [owner])
+    shutil.rmtree(world.root)
+    world.install(trust=first_root(one, None))
+    add_list(world.place, change_list(one, TIMES))
     world.publish(1)
     with pytest.raises(TrustError):
         world.look()

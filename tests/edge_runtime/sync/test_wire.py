@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from edge_runtime.errors import SyncError
-from edge_runtime.sync.http import HttpSource, open_source
+from edge_runtime.sync.http import FolderSource, HttpSource, open_source
 from edge_runtime.sync.wire import HANDSHAKE_BYTES, HEADER_BYTES
 from tests.edge_runtime.sync.certificates import Authority
 
@@ -217,6 +217,12 @@ def test_who_may_not_read_is_told_so(world, status, words):
     ):
         world.look(HttpSource(f"http://{server.address}"))
     assert "folder" not in str(caught.value)
+
+
+def test_what_fails_while_a_folder_is_read_is_told_as_it_is(tmp_path):
+    (tmp_path / "here").write_bytes(b"hi")
+    with pytest.raises(FileNotFoundError), FolderSource(tmp_path).get("here"):
+        (tmp_path / "nowhere" / "copy").write_bytes(b"hi")
 
 
 def test_a_server_that_is_away_is_told_in_words():

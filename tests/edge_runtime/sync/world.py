@@ -19,12 +19,13 @@ from edge_runtime.sync.sync import Sync
 from edge_runtime.sync.tuf import TufClient
 from edge_runtime.update.device import Device
 from edge_runtime.update.trial import run_trial
-from packager.fleet.channel import Channel
+from packager.fleet.channel import Channel, add_list
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
 from packager.fleet.tuf import _targets as targets_of
 from packager.fleet.tuf import mirror
 from packager.fleet.tuf_keys import ONLINE, TufFolder, make_folder
+from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
 
@@ -33,6 +34,7 @@ TRUST = Trust((public_key(KEY),))
 # Tomorrow morning: what a test signs is valid by clocks that no test sets (commands',
 # python-tuf's), which lag behind what was signed, and an hour later is the same day.
 NOW = (int(time.time()) // 86_400 + 1) * 86_400 + 8 * 3600
+TIMES = ("2026-01-01T00:00:00Z", "2090-01-01T00:00:00Z")
 OPTIONS = SyncOptions(device="board 7")
 
 
@@ -56,6 +58,12 @@ class World:
         _, sha256 = self.head.bundle
         bundle, _ = self.place.read(f"bundles/{sha256}.zip")
         return Device.install(self.root, bundle, trust=trust)
+
+    def exchange(self, new, two):
+        """Publish round 1 by another key than the one that a list revokes."""
+        add_list(self.place, two)
+        (self.place.root / "stable.head").unlink()
+        return self.publish(1, signers=[new], lifetime_s=1 << 33)
 
     @property
     def head(self):
@@ -83,6 +91,15 @@ class World:
         )
         agent.look()
         return Device.open(self.root).verify()
+
+
+def lists(owner, *others):
+    """Return a first key list, one that exchanges the release key, and that key."""
+    new = generate_key()
+    one = make_list([public_key(owner)], [public_key(KEY)], TIMES)
+    swap = {"targets": [public_key(new)]}, {"targets": [public_key(KEY)]}
+    two = change_list(one, TIMES, add=swap[0], remove=swap[1])
+    return sign_list(one, [owner, *others]), sign_list(two, [owner]), new
 
 
 class TufWorld(World):
