@@ -13,7 +13,7 @@ with 1 if anything differs.
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -81,7 +81,8 @@ class Row:
 class Demo:
     """A server, a device, and the comparison between them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str] = ()) -> None:
+        """Prepare it; ``overrides`` change the recipe, as with ``--set``."""
         from trainer.config import load_config
         from trainer.data.samples import split_source
         from trainer.data.sources import load_source
@@ -89,7 +90,7 @@ class Demo:
         self.run = folder / "runs" / "digits"
         self.store = folder / "device"
         self.config = load_config(
-            Path(str(files("trainer"))) / "recipes" / "digits.toml"
+            Path(str(files("trainer"))) / "recipes" / "digits.toml", overrides
         )
         source = load_source(self.config.data)
         split = split_source(

@@ -49,6 +49,7 @@ from packager.signing import (
     sign_patch,
 )
 from packager.zip_file import encode_bundle, encode_members
+from tests.crash.world import no_trial
 
 
 def key_of(number):
@@ -62,10 +63,6 @@ GRAPH = b"a graph; no session is started here"
 RECIPE = InitSpec(7, {"w": TensorInit("F32", (20, 30), "uniform", 0.1)}, {})
 INIT = RECIPE.generate()
 MODEL = network_id(INIT.layout.header, GRAPH)
-
-
-def no_trial(*_, **__):
-    """Whether outputs are good is not the question here."""
 
 
 def changed(base, seed):
@@ -175,49 +172,49 @@ def join(header, block, body):
     return header + len(block).to_bytes(2, "little") + block + body
 
 
-def test_arbitrary_patch(refused):
+def test_an_arbitrary_patch_is_refused(refused):
     evil = changed(ROUNDS[0], 666)
     refused(patch_of(ROUNDS[0], evil, 9, key=None), match="signed by nobody")
 
 
-def test_wrong_key(refused):
+def test_a_patch_of_a_wrong_key_is_refused(refused):
     evil = changed(ROUNDS[0], 666)
     theirs = key_id(public_key(THEIRS))
     refused(patch_of(ROUNDS[0], evil, 9, key=THEIRS), match=f"signed by {theirs}")
 
 
-def test_wrong_key_under_our_name(refused):
+def test_a_wrong_key_under_our_name_is_refused(refused):
     header, _, body = split(patch_of(ROUNDS[0], changed(ROUNDS[0], 666), 9))
     (theirs,) = add_signature((), PATCH_CONTEXT, header, THEIRS)
     posing = Signature(key_id(public_key(OURS)), theirs.value)
     refused(join(header, encode_signatures([posing]), body), match="is wrong")
 
 
-def test_stripped_signature(refused):
+def test_a_patch_without_its_signature_is_refused(refused):
     header, _, body = split(PATCHES[1])
     refused(join(header, b"", body), match="signed by nobody")
 
 
-def test_signature_of_another_patch_spliced_in(refused):
+def test_the_signature_of_another_patch_is_refused(refused):
     header, _, body = split(PATCHES[1])
     _, block, _ = split(PATCHES[2])
     refused(header + block + body, match="is wrong")
 
 
-def test_signature_of_another_context(refused):
+def test_a_signature_of_another_context_is_refused(refused):
     header, _, body = split(PATCHES[1])
     signatures = add_signature((), BUNDLE_CONTEXT, header, OURS)
     refused(join(header, encode_signatures(signatures), body), match="is wrong")
 
 
-def test_signature_over_the_bare_header(refused):
+def test_a_signature_over_the_bare_header_is_refused(refused):
     header, _, body = split(PATCHES[1])
     bare = Signature(key_id(public_key(OURS)), OURS.sign(header))
     refused(join(header, encode_signatures([bare]), body), match="is wrong")
 
 
 @pytest.mark.parametrize("position", range(HEADER_BYTES - 4))
-def test_altered_header_with_a_right_checksum(refused, position):
+def test_an_altered_header_with_a_right_checksum_is_refused(refused, position):
     header, block, body = split(PATCHES[1])
     altered = bytearray(header)
     altered[position] ^= 64
@@ -227,7 +224,7 @@ def test_altered_header_with_a_right_checksum(refused, position):
     refused(bytes(altered) + block + body, error)
 
 
-def test_signed_header_with_an_altered_body(refused):
+def test_a_signed_header_with_an_altered_body_is_refused(refused):
     header, block, body = split(PATCHES[1])
     for position in range(len(body)):
         altered = bytearray(body)
@@ -235,33 +232,33 @@ def test_signed_header_with_an_altered_body(refused):
         refused(header + block + bytes(altered), PatchIntegrityError)
 
 
-def test_signed_header_with_the_body_of_another_signed_patch(refused):
+def test_a_signed_header_with_the_body_of_another_signed_patch_is_refused(refused):
     header, block, _ = split(patch_of(ROUNDS[0], changed(ROUNDS[0], 5), 5))
     other = split(patch_of(ROUNDS[0], changed(ROUNDS[0], 6), 6))[2]
     refused(header + block + other, (PatchIntegrityError, PatchFormatError))
 
 
-def test_mix_and_match_with_another_model(refused):
+def test_mix_and_match_with_another_model_is_refused(refused):
     other = network_id(INIT.layout.header, b"another graph")
     refused(patch_of(ROUNDS[0], ROUNDS[1], 1, model=other), WrongModelError)
 
 
-def test_mix_and_match_with_another_run_of_the_model(refused):
+def test_mix_and_match_with_another_run_of_the_model_is_refused(refused):
     base = changed(INIT, 100)
     refused(patch_of(base, changed(base, 101), 1), WrongParentError)
 
 
-def test_mix_and_match_with_a_later_round(refused):
+def test_mix_and_match_with_a_later_round_is_refused(refused):
     refused(PATCHES[3], WrongParentError)
 
 
-def test_replay(device, refused):
+def test_a_replay_is_refused(device, refused):
     device.update(PATCHES[1])
     device.update(PATCHES[2])
     refused(PATCHES[1], match="past that round")
 
 
-def test_replay_after_a_local_rollback(device, refused):
+def test_a_replay_after_a_local_rollback_is_refused(device, refused):
     for number in (1, 2, 3):
         device.update(PATCHES[number])
     assert device.rollback().round == 2
@@ -269,30 +266,32 @@ def test_replay_after_a_local_rollback(device, refused):
     assert device.update(PATCHES[3]) is UpdateResult.APPLIED
 
 
-def test_replay_of_the_patch_that_led_to_the_active_weights(device):
+def test_a_replay_of_the_patch_that_led_to_the_active_weights_changes_nothing(device):
     device.update(PATCHES[1])
     before = snapshot(device.store.root)
     assert device.update(PATCHES[1]) is UpdateResult.ALREADY_CURRENT
     assert snapshot(device.store.root) == before
 
 
-def test_the_active_weights_without_a_signature(device, refused):
+def test_the_active_weights_without_a_signature_are_refused(device, refused):
     device.update(PATCHES[1])
     refused(patch_of(ROUNDS[0], ROUNDS[1], 1, key=None), match="signed by nobody")
 
 
-def test_downgrade_by_an_old_reverse_patch(device, refused):
+def test_a_downgrade_by_an_old_reverse_patch_is_refused(device, refused):
     device.update(PATCHES[1])
     device.update(PATCHES[2])
     refused(patch_of(ROUNDS[2], ROUNDS[1], 1), match="release counter 1")
 
 
-def test_downgrade_to_other_weights_under_the_same_counter(device, refused):
+def test_a_downgrade_to_other_weights_under_the_same_counter_is_refused(
+    device, refused
+):
     device.update(PATCHES[1])
     refused(patch_of(ROUNDS[1], ROUNDS[0], 0, counter=1), match="release counter 1")
 
 
-def test_downgrade_to_a_release_that_was_withheld(device, refused):
+def test_a_downgrade_to_a_release_that_was_withheld_is_refused(device, refused):
     # Round 1, then back to round 0 under counter 2, then round 1 again under 3. The
     # attacker holds 2 back until the device, at round 1 all the time, has seen 3.
     device.update(PATCHES[1])
@@ -302,20 +301,20 @@ def test_downgrade_to_a_release_that_was_withheld(device, refused):
     refused(withheld, match="has already been at 3")
 
 
-def test_downgrade_by_force(device, refused):
+def test_a_downgrade_by_force_is_refused(device, refused):
     device.update(PATCHES[1])
     device.update(PATCHES[2])
     with pytest.raises(TrustError):
         device.update(PATCHES[1], force=True)
 
 
-def test_endless_signatures(refused):
+def test_endless_signatures_are_refused(refused):
     header, _, body = split(PATCHES[1])
     many = [Signature(f"{n:016x}", bytes(64)) for n in range(900)]
     refused(join(header, encode_signatures(many), body), PatchFormatError, "accepts")
 
 
-def test_one_signer_of_two_that_are_needed(bundle, tmp_path):
+def test_one_signer_of_two_that_are_needed_is_refused(bundle, tmp_path):
     signed = sign_bundle(sign_bundle(bundle, OURS), SECOND)
     device = Device.install(tmp_path / "s", signed, trust=BOTH, trial=no_trial)
     theirs = add_signature((), PATCH_CONTEXT, split(PATCHES[1])[0], THEIRS)
@@ -457,20 +456,20 @@ def members_of(bundle):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_unsigned_bundle(bundle, not_installed):
+def test_an_unsigned_bundle_installs_nothing(bundle, not_installed):
     not_installed(bundle, match="signed by nobody")
 
 
-def test_bundle_of_another_key(bundle, not_installed):
+def test_a_bundle_of_another_key_installs_nothing(bundle, not_installed):
     not_installed(sign_bundle(bundle, THEIRS), match="expected 1 of")
 
 
-def test_bundle_whose_patch_alone_is_signed(tmp_path, not_installed):
+def test_a_bundle_whose_patch_alone_is_signed_installs_nothing(tmp_path, not_installed):
     signed = patch_of(INIT, ROUNDS[0], 0)
     not_installed(bundle_of(tmp_path, **{"patch.dpu": signed}), match="by nobody")
 
 
-def test_bundle_signed_as_if_it_were_a_patch(bundle, not_installed):
+def test_a_bundle_signed_as_if_it_were_a_patch_installs_nothing(bundle, not_installed):
     members = members_of(bundle)
     signatures = add_signature((), PATCH_CONTEXT, members["bundle.json"], OURS)
     members["bundle.sig"] = encode_signatures(signatures)
@@ -480,7 +479,9 @@ def test_bundle_signed_as_if_it_were_a_patch(bundle, not_installed):
 @pytest.mark.parametrize(
     "name", ["graph.onnx", "init.json", "contract.json", "golden.npz", "patch.dpu"]
 )
-def test_signed_bundle_with_an_exchanged_member(bundle, name, not_installed):
+def test_a_signed_bundle_with_an_exchanged_member_installs_nothing(
+    bundle, name, not_installed
+):
     members = members_of(sign_bundle(bundle, OURS))
     members[name] += b" "
     not_installed(encode_members(members), BundleError, f"{name} is damaged")
@@ -490,7 +491,7 @@ def test_signed_bundle_with_an_exchanged_member(bundle, name, not_installed):
     not_installed(encode_members(members), match="is wrong")
 
 
-def test_signed_bundle_with_a_second_manifest(bundle, not_installed):
+def test_a_signed_bundle_with_a_second_manifest_installs_nothing(bundle, not_installed):
     members = members_of(sign_bundle(bundle, OURS))
     out = io.BytesIO(encode_members(members))
     evil = json.loads(members["bundle.json"]) | {"round": 9}
@@ -518,7 +519,9 @@ def test_damaged_signatures_of_a_bundle_are_refused_without_any_key(
         b'{"schema": 1, "files": {"keys/0.pem": 0}}',
     ],
 )
-def test_manifest_of_any_other_shape(bundle, manifest, not_installed):
+def test_a_manifest_of_any_other_shape_installs_nothing(
+    bundle, manifest, not_installed
+):
     data = encode_members(members_of(bundle) | {"bundle.json": manifest})
     not_installed(data, BundleError, trust=None)
     with pytest.raises(BundleError):
@@ -526,7 +529,9 @@ def test_manifest_of_any_other_shape(bundle, manifest, not_installed):
 
 
 @pytest.mark.parametrize(("offset", "value"), [(6, 99), (8, 1)])
-def test_bundle_whose_members_no_reader_knows(bundle, offset, value, not_installed):
+def test_a_bundle_whose_members_no_reader_knows_installs_nothing(
+    bundle, offset, value, not_installed
+):
     """Of a zip version to come, or said to be encrypted."""
     data = bytearray(bundle)
     entry = data.index(b"PK\x01\x02")

@@ -40,7 +40,7 @@ def update_a_device(run, store):
     return device, sizes
 
 
-def test_own_loop(tmp_path):
+def test_the_loop_of_ones_own_trains_rounds_for_a_device(tmp_path):
     out = start(EXAMPLES / "own_loop.py", "--epochs", "2", cwd=tmp_path)
     assert out.count("right") == 3
     _, sizes = update_a_device(tmp_path / "runs" / "own_loop", tmp_path / "device")

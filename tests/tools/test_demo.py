@@ -2,6 +2,7 @@
 """The demo leaves nothing behind that nobody was told of, and shows what it did."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -54,6 +55,28 @@ def test_a_board_that_was_away_is_shown_with_what_it_took():
     ]
     told = "board 2 missed round 1, and caught up in round 2 by one patch of 170 bytes"
     assert f"{told} instead of 230" in lines
+
+
+def test_a_small_demo_verifies_each_round_and_says_so_in_its_row(
+    tmp_path, command, monkeypatch
+):
+    whole, small = demo.Demo, ["run.rounds=2", "train.epochs=2"]
+    fleet = demo.Fleet([{1: [110]}] * 3, 3, tmp_path / "fleet.html")
+    monkeypatch.setattr(demo, "Demo", lambda folder: whole(folder, small))
+    monkeypatch.setattr(demo, "follow", lambda *_: fleet)  # a test of its own, below
+    code, out, err = command(demo.main, "--folder", tmp_path / "d")
+    assert code == 0, err
+    head, *rows = out.splitlines()[:3]
+    columns = ["round", "outcome", "changed", "patch B", "full B", "smaller"]
+    columns += ["server", "device", "verified", "board 1", "board 2", "board 3"]
+    assert re.split("  +", head) == columns
+    for number, row in enumerate(map(str.split, rows)):
+        assert len(row) == len(columns)
+        assert (row[0], row[1], row[8]) == (str(number), "updated", "yes")
+        assert 0 < int(row[3]) < int(row[4])
+        assert row[6] == row[7]
+    assert "2 updates in" in out
+    assert "verified: the device's weight file has the server's SHA-256" in out
 
 
 @pytest.mark.fleet

@@ -133,7 +133,9 @@ pad = st.integers(0, 2)
     st.tuples(pad, pad, pad, pad),
     st.booleans(),
 )
-def test_convolutions(compare, n, group, width, kernel, strides, dilations, pads, bias):
+def test_convolutions_are_those_of_onnxruntime(
+    compare, n, group, width, kernel, strides, dilations, pads, bias
+):
     x = values(n, 2 * group, 7, 9)
     w = values(group * width, 2, *kernel, seed=1)
     compare(
@@ -157,7 +159,9 @@ def test_convolutions(compare, n, group, width, kernel, strides, dilations, pads
     st.tuples(*[st.integers(0, 1)] * 4),
     st.booleans(),
 )
-def test_pooling(compare, operator, kernel, strides, pads, include):
+def test_pooling_is_that_of_onnxruntime(
+    compare, operator, kernel, strides, pads, include
+):
     extra = {"count_include_pad": int(include)} if operator == "AveragePool" else {}
     geometry = {"kernel_shape": kernel, "strides": strides, "pads": pads}
     compare(operator, values(2, 3, 6, 7), **geometry, **extra)
@@ -237,7 +241,9 @@ def test_pooling(compare, operator, kernel, strides, pads, include):
         *((operator, [WHOLE > 0, WHOLE > 3], [], {}) for operator in ("And", "Or")),
     ],
 )  # fmt: skip
-def test_operators(compare, operator, inputs, constants, attributes):
+def test_operators_are_those_of_onnxruntime(
+    compare, operator, inputs, constants, attributes
+):
     constants = [np.array(c, np.int64) if isinstance(c, list) else c for c in constants]
     compare(operator, *inputs, constants=constants, **attributes)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from tests.conftest import RunOnDisk
+from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.world import World
 
 
@@ -32,3 +33,10 @@ def template(tmp_path_factory):
 @pytest.fixture
 def world(template, tmp_path):
     return template(World, tmp_path / "world")
+
+
+@pytest.fixture
+def server(world):
+    with FileServer(world.place.root) as server:
+        yield server
+        server.shutdown()

@@ -23,15 +23,7 @@ from packager.bundles.from_round import build_bundle
 from packager.fleet.head import pause_head, sign_head
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
-from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER
-
-
-@pytest.fixture
-def server(world):
-    with FileServer(world.place.root) as server:
-        yield server
-        server.shutdown()
 
 
 def test_a_halt_takes_back_what_no_agent_applied_yet(world):

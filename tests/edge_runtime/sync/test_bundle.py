@@ -12,7 +12,6 @@ from edge_runtime.update.device import Device
 from packager.fleet.head import sign_head
 from packager.keys import generate_key
 from packager.signing import encode_public
-from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.world import KEY, World, lists
 
 
@@ -24,13 +23,6 @@ def world(run, tmp_path):
     (tmp_path / "key.pem").write_bytes(encode_public(KEY))
     world.key = tmp_path / "key.pem"
     return world
-
-
-@pytest.fixture
-def server(world):
-    with FileServer(world.place.root) as server:
-        yield server
-        server.shutdown()
 
 
 @pytest.fixture

@@ -26,16 +26,7 @@ from packager.fleet.ways import pack_ways
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
 from packager.rounds.folder import named_parent, read_round
-from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER, TIMES, TRUST, lists
-
-
-@pytest.fixture
-def server(world):
-    with FileServer(world.place.root) as server:
-        yield server
-        server.shutdown()
-
 
 # Catching up --------------------------------------------------------------------------
 

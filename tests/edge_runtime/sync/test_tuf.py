@@ -28,7 +28,6 @@ from packager.fleet.prune import prune
 from packager.fleet.tuf_keys import ONLINE, TufFolder, make_folder, rotate
 from packager.key_lists import sign_list
 from packager.keys import encode_private, load_private
-from tests.edge_runtime.sync.server import FileServer
 from tests.edge_runtime.sync.world import KEY, NOW, PAUSER, TufWorld
 
 DAY = 86_400
@@ -37,13 +36,6 @@ DAY = 86_400
 @pytest.fixture
 def world(template, tmp_path):
     return template(TufWorld, tmp_path / "world")
-
-
-@pytest.fixture
-def server(world):
-    with FileServer(world.place.root) as server:
-        yield server
-        server.shutdown()
 
 
 def versions(world):

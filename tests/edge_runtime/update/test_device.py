@@ -42,10 +42,7 @@ from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import parent_from, read_init, read_round
 from packager.zip_file import encode_bundle
-
-
-def no_trial(*_, **__):
-    """Most tests here are about files; the trial has tests of its own."""
+from tests.crash.world import no_trial
 
 
 def patch_of(folder):
