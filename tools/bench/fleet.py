@@ -45,7 +45,6 @@ from packager.fleet.tuf_keys import TufFolder, make_folder
 from packager.keys import generate_key
 from tools.bench.patch import machine
 from tools.ending import end
-from tools.fleet.crowd import START
 from tools.fleet.publisher import CHANNEL, Publisher, train
 from tools.fleet.servers import (
     ID,
@@ -145,7 +144,7 @@ def measure_wire(publisher: Publisher, folder: Path) -> Iterator[Row]:
     board, root = Board(publisher, folder), publisher.place.root
     certificate = make_certificate(folder)
     bars = {"http": ("HTTP", 340, 1300), "https": ("HTTPS, anew", 2300, None)}
-    now, agent = START, 0
+    now, agent = publisher.issues[-1].signed.head.at, 0
     for scheme, (name, idle_bar, update_bar) in bars.items():
         server = FileServer(root, certificate if scheme == "https" else None)
         port = server.server_port
@@ -323,7 +322,9 @@ def measure(run: Path) -> list[Row]:
         folder = Path(name)
         folder.chmod(0o755)  # nginx reads it as a user of its own
         copy = shutil.copytree(run, folder / "runs" / run.name)
-        publisher = Publisher(copy, folder / "www", now=START, pausable=False)
+        publisher = Publisher(
+            copy, folder / "www", now=int(time.time()), pausable=False
+        )
         for row in chain(
             measure_wire(publisher, folder),
             measure_races(publisher, folder),

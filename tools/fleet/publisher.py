@@ -22,7 +22,7 @@ from packager.rounds.folder import RoundFolder, read_round
 CHANNEL = "stable"
 # Ten of these rounds are better than what devices have, and are published.
 TRAINING = "run.rounds=24", "data.growth=36", "data.initial=300"
-YEAR = 365 * 86_400
+LIFE_S = 50 * 365 * 86_400  # of lists and heads: programs of devices read real clocks
 
 
 def train(folder: Path, changes: Sequence[str] = TRAINING) -> Path:
@@ -92,7 +92,7 @@ class Publisher:
         self._owner, self._signer, self._pauser = (_key(n) for n in range(3))
         self._former: Ed25519PrivateKey | None = None
         keys = [public_key(self._owner)], [public_key(self._signer)]
-        first = make_list(*keys, (utc(now), utc(now + YEAR)))
+        first = make_list(*keys, (utc(now), utc(now + LIFE_S)))
         self.lists = [sign_list(first, [self._owner])]
         self.issues: list[Issue] = []
         self._newest = self._good = self.rounds[0]
@@ -124,7 +124,7 @@ class Publisher:
         """Let another key sign releases; the next publication goes on from the old."""
         old, new = self._signer, _key(10 + len(self.lists))
         changes = {"targets": [public_key(new)]}, {"targets": [public_key(old)]}
-        times = utc(now), utc(now + YEAR)
+        times = utc(now), utc(now + LIFE_S)
         data = change_list(self.lists[-1], times, add=changes[0], remove=changes[1])
         self.lists.append(sign_list(data, [self._owner]))
         add_list(self.place, self.lists[-1])
@@ -143,7 +143,7 @@ class Publisher:
         channel = Channel(
             name=CHANNEL,
             signers=[self._signer],
-            lifetime_s=YEAR,
+            lifetime_s=LIFE_S,
             shares=shares,
             pausers=self._pausers,
             former=(public_key(self._former),) if self._former else (),
