@@ -28,13 +28,12 @@ from edge_runtime.files import Files, lock_file
 from edge_runtime.formats.identity import SHOWN
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.live.outbox import Outbox, read_told
-from edge_runtime.live.proof import KEY_NAME, read_key
-from edge_runtime.store.state import utc
-from edge_runtime.store.store import Store
+from edge_runtime.live.proof import read_key
+from edge_runtime.store.store import KEY_NAME, Store
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.story import QUIET_S, Known, age, read_known, span, tell
 from edge_runtime.sync.sync import FAILED
-from edge_runtime.times import seconds_of
+from edge_runtime.times import seconds_of, utc
 from edge_runtime.update.device import Device
 from edge_runtime.update.repair import find_damage
 

@@ -25,7 +25,6 @@ from edge_runtime.errors import (
     VerificationError,
     WrongModelError,
 )
-from edge_runtime.errors import prefix_errors as prefix_errors
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.frames import LEVEL

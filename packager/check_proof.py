@@ -20,7 +20,8 @@ from edge_runtime.formats.model_folder import GRAPH_NAME
 from edge_runtime.formats.signing import Signature, Trust, key_id
 from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
-from edge_runtime.live.proof import CONTEXT, SCHEMA, canonical
+from edge_runtime.live.proof import CONTEXT, SCHEMA
+from edge_runtime.live.shared import canonical
 from edge_runtime.text import listed
 from edge_runtime.times import FORM
 from packager.rounds.folder import list_runs, read_model_file, read_round

@@ -8,7 +8,7 @@ one behind the other.
 
 from collections.abc import Sequence
 
-from edge_runtime.errors import WrongModelError, WrongParentError
+from edge_runtime.errors import WrongModelError, WrongParentError, prefix_errors
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
@@ -16,7 +16,7 @@ from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.subspace import together
 from edge_runtime.formats.weights import Weights
-from packager.build import PackedPatch, encode_changes, prefix_errors
+from packager.build import PackedPatch, encode_changes
 from packager.diff import diff
 from packager.moved import moved_weights
 

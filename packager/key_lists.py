@@ -28,9 +28,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_runtime.errors import KeyFileError, KeyListError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.signing import key_id
-from edge_runtime.live.proof import public_key
-from edge_runtime.store.state import utc
-from edge_runtime.times import FORM
+from edge_runtime.live.shared import public_key
+from edge_runtime.times import FORM, utc
 from edge_runtime.trust import read_root, tuf_key, tuf_key_id
 from edge_runtime.trust.root import ISSUED
 from packager.signing import seconds_now

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_runtime.errors import KeyFileError
 from edge_runtime.formats.signing import key_id
-from edge_runtime.live.proof import encode_public, public_key
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 
 MAX_PASSPHRASE = 1023  # bytes that OpenSSL takes
 PrivateKey = Ed25519PrivateKey | ec.EllipticCurvePrivateKey

@@ -27,7 +27,7 @@ from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
-from edge_runtime.store.state import utc
+from edge_runtime.times import utc
 from packager.build import check_counter, write_file
 from packager.packed_file import Facts, keep_signed, read_facts
 from packager.release import (

@@ -51,7 +51,8 @@ from edge_runtime.formats.signing import (
     key_id,
     read_signatures,
 )
-from edge_runtime.live.proof import encode_public, public_key
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 from packager.zip_file import encode_members
 
 

@@ -157,7 +157,7 @@ class Demo:
     def _torch_outputs(self, weights: "Weights") -> "NDArray[np.float32]":
         import torch
 
-        from trainer.export.graph import load_weights
+        from trainer.export.tensors import load_weights
         from trainer.networks.models import build_model
 
         classes = len(self.source.classes)

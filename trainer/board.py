@@ -13,7 +13,7 @@ from os import PathLike
 from types import TracebackType
 
 from trainer.folder.record import RoundRecord
-from trainer.rounds.schedule import Progress
+from trainer.rounds.round import Progress
 
 EPOCH = ("loss", "lr")
 ROUND = ("changed", "selected", "patch_bytes")

@@ -35,7 +35,7 @@ from trainer.progress import round_table, shown_progress
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
     from trainer.recipe.schema import Config
-    from trainer.rounds.schedule import Progress
+    from trainer.rounds.round import Progress
 
 SUFFIX = ".toml"
 STARTER = ("recipe.toml", "mine.py")

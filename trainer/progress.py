@@ -14,7 +14,7 @@ from edge_runtime.formats.model_folder import SHARES
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
-    from trainer.rounds.schedule import Progress
+    from trainer.rounds.round import Progress
 
 WIDTH = 24  # of the bar
 WINDOW = 40  # epochs whose pace the estimate follows: later rounds are longer

@@ -21,7 +21,7 @@ from edge_runtime.errors import DpuError, ProofError, StoreError
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.live.entries import read_entries
 from edge_runtime.live.outbox import Outbox, Told, kind_of, read_told
-from edge_runtime.live.proof import KEY_NAME, make_proof, read_key
+from edge_runtime.live.proof import make_proof, read_key
 from edge_runtime.live.report import (
     DEVICE_FORM,
     Change,
@@ -33,7 +33,7 @@ from edge_runtime.live.report import (
 )
 from edge_runtime.live.shared import device_id
 from edge_runtime.store.state import State
-from edge_runtime.store.store import Store
+from edge_runtime.store.store import KEY_NAME, Store
 
 DAY_S = 86_400
 RETRY_S = 600  # after what went wrong

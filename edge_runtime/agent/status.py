@@ -16,9 +16,8 @@ from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.limits import limits
-from edge_runtime.store.state import utc
 from edge_runtime.text import printable
-from edge_runtime.times import MAX_SECONDS
+from edge_runtime.times import MAX_SECONDS, utc
 
 SCHEMA = 3
 # What is to be told of a file as long as it lasts.

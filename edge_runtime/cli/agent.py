@@ -15,7 +15,7 @@ import click
 
 from edge_runtime.agent.status import PingingFiles, forget_left, ping, sd_notify
 from edge_runtime.commandline import SCHEMA, Seconds, progress, say
-from edge_runtime.store.state import utc
+from edge_runtime.times import utc
 
 if TYPE_CHECKING:
     from edge_runtime.agent.agent import Agent

@@ -321,7 +321,8 @@ def proof(root: Path, *, nonce: str, tensors: bool) -> None:
     ('dpu-edge device-key'); 'dpu-patch check-proof' on the server judges it.
     """
     from edge_runtime import Store
-    from edge_runtime.live.proof import KEY_NAME, make_proof
+    from edge_runtime.live.proof import make_proof
+    from edge_runtime.store.store import KEY_NAME
 
     if not nonce:
         raise click.BadParameter("the nonce is empty", param_hint="--nonce")
@@ -340,9 +341,11 @@ def device_key(device: "Device") -> Answer:
     """
     from edge_runtime.formats.signing import key_id
     from edge_runtime.live import proof as proofs
+    from edge_runtime.live.shared import public_key
+    from edge_runtime.store.store import KEY_NAME
 
-    key, path = proofs.device_key(device.store), device.store.root / proofs.KEY_NAME
-    name, text = key_id(proofs.public_key(key)), proofs.encode_public(key).decode()
+    key, path = proofs.device_key(device.store), device.store.root / KEY_NAME
+    name, text = key_id(public_key(key)), proofs.encode_public(key).decode()
     say(f"key {name}; its private half is in {path}")
     record = {"key_id": name, "public": text.strip(), "private_file": str(path)}
     return record, text.strip()

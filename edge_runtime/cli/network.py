@@ -123,7 +123,8 @@ def bundle_file(
 def newcomer(trust: "Trust | FirstUse | Root") -> "State":
     """Return whom a device without a store trusts, as the network side asks for it."""
     from edge_runtime.formats.signing import Trust
-    from edge_runtime.store.state import State, utc
+    from edge_runtime.store.state import State
+    from edge_runtime.times import utc
     from edge_runtime.trust import KeyList, Root
 
     if isinstance(trust, Root):

@@ -28,7 +28,7 @@ def show(device: "Device") -> Answer:
 
 
 def _shown(device: "Device") -> Answer:
-    from edge_runtime.store.state import utc
+    from edge_runtime.times import utc
 
     state = device.store.state
     record: dict[str, Any] = {"releases": _role(state.trust), "key_list": None}

@@ -12,7 +12,6 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     PatchVersionError,
 )
-from edge_runtime.times import MAX_SECONDS as MAX_SECONDS  # of what a patch says
 
 MAGIC = b"\x89DPU\r\n\x1a\n"
 VERSION = 1

@@ -31,9 +31,9 @@ from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import CHUNK_BYTES, fingerprint_file
 from edge_runtime.limits import limits
-from edge_runtime.store.state import utc
 from edge_runtime.store.store import Store
 from edge_runtime.text import printable
+from edge_runtime.times import utc
 
 _log = logging.getLogger("edge_runtime")
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"

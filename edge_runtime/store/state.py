@@ -14,7 +14,7 @@ from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust
-from edge_runtime.times import utc as utc
+from edge_runtime.times import utc
 from edge_runtime.trust.keylist import KeyList
 
 SCHEMA, WITH_LIST = 1, 2  # of a state without and with a key list

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from edge_runtime.errors import SyncError
 from edge_runtime.files import Files, lock_file
-from edge_runtime.store.state import State, utc
+from edge_runtime.store.state import State
 from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, SyncOptions
 from edge_runtime.sync.downloads import bundle_way
 from edge_runtime.sync.head import SignedHead
 from edge_runtime.sync.http import Source
 from edge_runtime.sync.state import read_sync_state
+from edge_runtime.times import utc
 
 
 class BundleSync(Channel):

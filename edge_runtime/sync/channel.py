@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.errors import HeadError, KeyListError, SyncError, TrustError
 from edge_runtime.limits import limits
-from edge_runtime.store.state import State, utc
+from edge_runtime.store.state import State
 from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
 from edge_runtime.sync.http import BARRED, read_all
 from edge_runtime.sync.state import HEAD_NAME, read_kept
+from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, first_root, load_list
 
 if TYPE_CHECKING:

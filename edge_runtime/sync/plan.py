@@ -12,9 +12,10 @@ from enum import StrEnum
 from edge_runtime.errors import HeldError, ListExpiredError, SyncError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.store.admission import refusal
-from edge_runtime.store.state import State, utc
+from edge_runtime.store.state import State
 from edge_runtime.sync.head import SHORT, Head, Way
 from edge_runtime.sync.route import cheapest
+from edge_runtime.times import utc
 
 
 class SyncResult(StrEnum):

@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_runtime.agent.status import TOLD
 from edge_runtime.errors import HeadError, StoreError
-from edge_runtime.store.state import State, utc
+from edge_runtime.store.state import State
 from edge_runtime.store.store import Store
 from edge_runtime.sync.head import Head, read_head
 from edge_runtime.sync.plan import SyncResult, route
@@ -26,6 +26,7 @@ from edge_runtime.sync.state import (
 )
 from edge_runtime.sync.sync import FAILED
 from edge_runtime.text import printable
+from edge_runtime.times import utc
 
 QUIET_S = 1800  # an agent writes its status every ten minutes
 _UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))

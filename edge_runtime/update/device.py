@@ -36,8 +36,9 @@ from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
 from edge_runtime.store.slots import build_slot, retire
-from edge_runtime.store.state import MAX_TRIES, Slot, State, utc
+from edge_runtime.store.state import MAX_TRIES, Slot, State
 from edge_runtime.store.store import Store
+from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, Root, first_root, read_root
 from edge_runtime.update.hooks import run_hooks
 from edge_runtime.update.trial import Expected, Trial, run_trial

@@ -25,6 +25,7 @@ from edge_runtime.errors import (
     RoundError,
     StoreError,
     TrialError,
+    prefix_errors,
 )
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import (
@@ -54,12 +55,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update.golden import Golden, first_tensor
-from packager.build import (
-    PackedPatch,
-    check_budget,
-    encode_changes,
-    prefix_errors,
-)
+from packager.build import PackedPatch, check_budget, encode_changes
 from packager.bundles.from_round import PackedBundle, finished
 from packager.bundles.golden_inputs import (
     candidates,

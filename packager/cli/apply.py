@@ -66,9 +66,9 @@ def apply(
     behind.
     """
     from edge_runtime.cli.trust import read_trust
+    from edge_runtime.errors import prefix_errors
     from edge_runtime.formats.patch import open_patch
     from edge_runtime.trust import Root
-    from packager.build import prefix_errors
     from packager.models.apply import apply_to_files
 
     insist_apart(output, path)
@@ -104,7 +104,7 @@ def apply(
 
 def _check_expiry(root: "Root", patch: "Patch") -> None:
     from edge_runtime.errors import ListExpiredError
-    from edge_runtime.store.state import utc
+    from edge_runtime.times import utc
 
     at = patch.header.signed_at
     signed = utc() if at is None else utc(at)

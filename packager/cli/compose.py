@@ -47,8 +47,8 @@ def compose(
     Its result equals applying them in order. It is unsigned, with round and release
     counter of the last one.
     """
+    from edge_runtime.errors import prefix_errors
     from edge_runtime.formats.patch import open_patch
-    from packager.build import prefix_errors
     from packager.compose import compose_patches
     from packager.ledger import publish_file
     from packager.report.words import percent, spaced

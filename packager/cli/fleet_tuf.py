@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from edge_runtime.store.state import utc
+from edge_runtime.times import utc
 from packager.cli.fleet_options import Span
 from packager.cli.keys import ask_passphrase, read_signers
 from packager.cli.options import PRIVATE_KEY, single_publisher_option

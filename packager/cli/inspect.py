@@ -179,9 +179,9 @@ def verify(
 
     With --base the patch is applied and its target proved.
     """
+    from edge_runtime.errors import prefix_errors
     from edge_runtime.formats.apply import apply_weights
     from edge_runtime.formats.signing import trust_keys
-    from packager.build import prefix_errors
     from packager.signing import open_release
 
     trust = trust_keys({str(k): read_key_file(k) for k in keys})
@@ -266,7 +266,7 @@ def extract(source: Path, *, output: Path, as_json: bool) -> None:
 
 
 def _look_into(path: Path, base: Path | None) -> "Look":
-    from packager.build import prefix_errors
+    from edge_runtime.errors import prefix_errors
     from packager.report.patch_document import patch_document
     from packager.report.patch_record import patch_record
     from packager.signing import open_release

@@ -92,7 +92,7 @@ def sign(
 
     The passphrase of an encrypted key is asked for, or taken from DPU_PASSPHRASE.
     """
-    from packager.build import prefix_errors
+    from edge_runtime.errors import prefix_errors
     from packager.ledger import publish_file
     from packager.signing import seconds_now
     from packager.signing import sign as sign_with
@@ -126,7 +126,7 @@ def read_signers(paths: Sequence[Path]) -> tuple[list["Ed25519PrivateKey"], list
     if not paths:
         return [], []
     from edge_runtime.formats.signing import key_id
-    from edge_runtime.live.proof import public_key
+    from edge_runtime.live.shared import public_key
     from packager.keys import is_encrypted, load_private
 
     keys = []

@@ -64,8 +64,8 @@ def list_before(path: Path) -> "SignedRoot | None":
 
 def read_list(path: Path) -> "SignedRoot":
     """Read a key list; an error begins with the name of its file."""
+    from edge_runtime.errors import prefix_errors
     from edge_runtime.trust import load_list, read_root
-    from packager.build import prefix_errors
 
     with prefix_errors(path):
         return read_root(load_list(path))

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import RoundError, StoreError, TrustError
+from edge_runtime.errors import RoundError, StoreError, TrustError, prefix_errors
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SignedHead, read_head
 from edge_runtime.trust.root import list_number, load_list, read_root
 from edge_runtime.trust.rules import first_root, next_root
-from packager.build import prefix_errors
 from packager.fleet.head import head_path, pause_head
 from packager.fleet.place import Place
 

@@ -12,10 +12,9 @@ from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
-from edge_runtime.store.state import utc
 from edge_runtime.sync.head import SHORT, SignedHead, Way, read_head
 from edge_runtime.sync.route import cheapest
-from edge_runtime.times import duration
+from edge_runtime.times import duration, utc
 from edge_runtime.trust.keylist import KeyList
 from edge_runtime.trust.root import Root
 from edge_runtime.trust.rules import first_root

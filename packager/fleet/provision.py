@@ -14,7 +14,8 @@ from pathlib import Path
 
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.files import Files, lock_file, read_key_file
-from edge_runtime.live.proof import KEY_NAME, encode_public, read_key
+from edge_runtime.live.proof import encode_public, read_key
+from edge_runtime.store.store import KEY_NAME
 from packager.fleet.certificates import (
     Authority,
     make_authority,

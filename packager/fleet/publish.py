@@ -13,8 +13,8 @@ from pathlib import Path
 
 from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.formats.model_folder import Outcome
-from edge_runtime.store.state import utc
 from edge_runtime.sync.head import Head, SignedHead
+from edge_runtime.times import utc
 from packager.bundles.from_round import build_bundle
 from packager.fleet.channel import RACES, Channel, newest_list, read_channel
 from packager.fleet.head import (

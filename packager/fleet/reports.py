@@ -16,7 +16,6 @@ from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import framed, is_signed, key_id, read_public
-from edge_runtime.live.proof import canonical
 from edge_runtime.live.report import (
     CONTEXT,
     DEVICE_FORM,
@@ -25,6 +24,7 @@ from edge_runtime.live.report import (
     SCHEMA,
     Outcome,
 )
+from edge_runtime.live.shared import canonical
 from edge_runtime.text import printable
 from edge_runtime.times import MAX_SECONDS
 from packager.check_proof import check_origin, read_proof

@@ -41,7 +41,7 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from edge_runtime.errors import KeyFileError, RoundError, StoreError, TrustError
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import (
     SHORT,
     Head,

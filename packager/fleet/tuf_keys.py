@@ -26,10 +26,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import KeyFileError, StoreError
+from edge_runtime.errors import KeyFileError, StoreError, prefix_errors
 from edge_runtime.files import Files, lock_file, read_key_file
 from edge_runtime.formats.signing import load_public, read_public
-from edge_runtime.store.state import utc
+from edge_runtime.times import utc
 from edge_runtime.trust import (
     first_root,
     list_number,
@@ -38,7 +38,6 @@ from edge_runtime.trust import (
     read_root,
     tuf_key_id,
 )
-from packager.build import prefix_errors
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import is_encrypted, load_private, write_key_pair
 

@@ -22,10 +22,11 @@ from edge_runtime.errors import (
 )
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.patch import Patch
+from packager.mapped import MappedFile
 from packager.models.checkpoint import Checkpoint, find_checkpoint
 from packager.models.safetensors_file import is_safetensors, views
 from packager.models.staged import StagedFile, check_free, name_file, name_folder
-from packager.models.views import MappedFile, View, ViewedWeights
+from packager.models.views import View, ViewedWeights
 
 
 @dataclass(frozen=True, slots=True)

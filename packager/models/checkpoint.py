@@ -15,8 +15,9 @@ from edge_runtime.errors import WeightsError
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.text import listed
+from packager.mapped import MappedFile
 from packager.models.safetensors_file import is_safetensors, views
-from packager.models.views import MappedFile, View
+from packager.models.views import View
 
 INDEX_END = ".index.json"
 # Of two kinds in one folder the first is taken: the second often is a copy of it.

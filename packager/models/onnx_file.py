@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from edge_runtime.errors import WeightsError
-from packager.models.views import MappedFile
+from packager.mapped import MappedFile
 
 External = tuple[str, int, int]  # file, offset, bytes
 

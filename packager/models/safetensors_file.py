@@ -17,7 +17,8 @@ from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.layout import DTYPES, MAX_DIMENSIONS, PACKED_BITS, gc_paused
 from edge_runtime.limits import limits
-from packager.models.views import MappedFile, View
+from packager.mapped import MappedFile
+from packager.models.views import View
 
 METADATA = "__metadata__"
 _VALUES = 10  # commas and brackets of a tensor of four dimensions

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.formats.layout import Tensor, make_layout
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
-from packager.mapped import MappedFile as MappedFile
+from packager.mapped import MappedFile
 
 
 class View(NamedTuple):

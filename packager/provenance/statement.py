@@ -18,7 +18,7 @@ from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.signing import is_signed, key_id
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from packager.provenance.facts import Facts
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"

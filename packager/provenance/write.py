@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.signing import key_id
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from packager.build import write_file
 from packager.provenance.bom import encode_bom
 from packager.provenance.facts import Facts

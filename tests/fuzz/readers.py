@@ -27,7 +27,7 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.formats.weights import read_weights
 from edge_runtime.live import entries, proof, report
-from edge_runtime.live.proof import canonical, public_key
+from edge_runtime.live.shared import canonical, public_key
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
 from edge_runtime.sync.head import encode_head, read_head

@@ -39,15 +39,11 @@ from edge_runtime.formats.signing import (
     trust_keys,
 )
 from edge_runtime.formats.weights import pack_weights
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device, UpdateResult
-from packager.signing import (
-    add_signature,
-    encode_public,
-    public_key,
-    sign_bundle,
-    sign_patch,
-)
+from packager.signing import add_signature, sign_bundle, sign_patch
 from packager.zip_file import encode_bundle, encode_members
 from tests.crash.world import no_trial
 

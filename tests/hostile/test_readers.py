@@ -43,7 +43,8 @@ from packager.report import patch_record
 from packager.report.patch_record import check_shown
 from packager.signing import sign
 from packager.zip_file import encode_members
-from tests.hostile.test_attacks import bundle_of, members_of, no_trial
+from tests.crash.world import no_trial
+from tests.hostile.test_attacks import bundle_of, members_of
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from edge_runtime.errors import ProofError, TrustError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.inference.session import SwapPolicy
 from edge_runtime.live.entries import Status, measure, read_entries
-from edge_runtime.live.proof import canonical, device_key, public_key, read_key
+from edge_runtime.live.proof import device_key, read_key
+from edge_runtime.live.shared import canonical, public_key
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.check_proof import check_origin, differing, read_proof
@@ -533,8 +534,9 @@ def test_no_byte_of_a_signed_proof_can_be_changed(device):
 
 def test_a_patch_signature_is_worth_nothing_on_a_proof(device):
     """The fleet's own key, and the right bytes, but for another purpose."""
+    from edge_runtime.formats.signing import PATCH_CONTEXT
     from packager.keys import generate_key
-    from packager.signing import PATCH_CONTEXT, add_signature
+    from packager.signing import add_signature
 
     key = generate_key()
     proof = json.loads(make_proof(device.store, NONCE))

@@ -9,7 +9,8 @@ import pytest
 
 from edge_runtime import Device, make_proof
 from edge_runtime.formats.signing import framed, key_id
-from edge_runtime.live.proof import CONTEXT, canonical, encode_public, public_key
+from edge_runtime.live.proof import CONTEXT, encode_public
+from edge_runtime.live.shared import canonical, public_key
 from packager import check_proofs as many
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle

@@ -18,14 +18,10 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.signing import key_id, load_public, trust_keys
 from edge_runtime.formats.weights import pack_weights
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 from packager.keys import encode_private, generate_key, load_private, write_key_pair
-from packager.signing import (
-    date_patch,
-    encode_public,
-    public_key,
-    sign_bundle,
-    sign_patch,
-)
+from packager.signing import date_patch, sign_bundle, sign_patch
 
 A, B = (ed25519.Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
 BASE = pack_weights({"w": np.zeros(50, "<f4")})

@@ -120,7 +120,8 @@ def write_slot(folder: Path, case: Case) -> None:
     import torch
 
     from edge_runtime.formats.weights import write_weights
-    from trainer.export.graph import export_graph, weights_of
+    from trainer.export.graph import export_graph
+    from trainer.export.tensors import weights_of
     from trainer.networks.models import MODELS
 
     torch.manual_seed(0)

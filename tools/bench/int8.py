@@ -30,8 +30,9 @@ from edge_runtime.inference.session import Backend, RunOptions, make_session
 from edge_runtime.update.golden import relative_difference
 from tools.ending import end
 from trainer.data.vision import torchvision
-from trainer.export.graph import export_graph, weights_of
+from trainer.export.graph import export_graph
 from trainer.export.int8_graph import quantised_graph
+from trainer.export.tensors import weights_of
 from trainer.networks.models import MODELS
 
 SIZE = 0.26  # of float32's file; BatchNorm's four values a channel stay float32

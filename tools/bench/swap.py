@@ -163,7 +163,8 @@ def make_versions(folder: Path, model: str) -> int:
     import torch
 
     from edge_runtime.formats.weights import write_weights
-    from trainer.export.graph import export_graph, weights_of
+    from trainer.export.graph import export_graph
+    from trainer.export.tensors import weights_of
     from trainer.networks.models import MODELS
 
     graph = export_graph(MODELS[model](SHAPE[1:], 10), torch.zeros(SHAPE))

@@ -14,10 +14,11 @@ from edge_runtime.errors import DpuError, TrustError
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.store.admission import parent_refusal, refusal
-from edge_runtime.store.state import MAX_TRIES, Slot, State, utc
+from edge_runtime.store.state import MAX_TRIES, Slot, State
 from edge_runtime.sync.head import Way
 from edge_runtime.sync.plan import SyncResult, passed, route, standing
 from edge_runtime.sync.route import REQUEST_BYTES
+from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, first_root
 from edge_runtime.update.device import KEPT_SLOTS
 from packager.rounds.folder import read_init

@@ -9,9 +9,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.formats.model_folder import Outcome, list_rounds
-from edge_runtime.live.proof import public_key
-from edge_runtime.store.state import utc
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.times import utc
 from packager.fleet.channel import Channel, add_list, pause
 from packager.fleet.head import head_path
 from packager.fleet.place import FolderPlace

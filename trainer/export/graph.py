@@ -37,23 +37,8 @@ from trainer.export.graph_check import (
     open_axes,
     resized,
 )
-from trainer.export.tensors import (
-    deployed_tensors,
-    layout_of,
-    load_weights,
-    owners,
-    state_tensors,
-    weights_of,
-)
+from trainer.export.tensors import layout_of, owners, state_tensors
 from trainer.export.tracing import insist_on_answers, trace
-
-__all__ = [
-    "check_graph",
-    "deployed_tensors",
-    "export_graph",
-    "load_weights",
-    "weights_of",
-]
 
 
 def export_graph(

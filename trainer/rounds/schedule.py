@@ -39,8 +39,6 @@ from trainer.rounds.setup import Setup
 from trainer.rounds.speed import computing
 from trainer.rounds.training import Pack
 
-__all__ = ["Progress", "as_reported", "run_rounds"]
-
 # A finished run may be carried on for more rounds, and its data may move.
 # The run's id is held against the one that its model folder has.
 FREE_KEYS = {("run", "rounds"), ("run", "name"), ("run", "id"), ("data", "root")}

@@ -30,6 +30,7 @@ from edge_runtime.files import Files
 from edge_runtime.formats.header import HEADER_BYTES, encode_header, parse_header
 from edge_runtime.formats.signing import trust_keys
 from edge_runtime.limits import limits
+from edge_runtime.live.proof import encode_public
 from edge_runtime.store.state import MAX_TRIES
 from edge_runtime.update.repair import repair
 from edge_runtime.update.trial import run_trial
@@ -37,7 +38,7 @@ from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.keys import generate_key
 from packager.rounds.folder import read_round
-from packager.signing import encode_public, sign_bundle, sign_patch
+from packager.signing import sign_bundle, sign_patch
 from tests.crash import world
 
 

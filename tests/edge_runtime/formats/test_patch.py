@@ -23,10 +23,11 @@ from edge_runtime.errors import (
 from edge_runtime.formats import patch as patch_module
 from edge_runtime.formats.apply import apply_chunks, apply_patch
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader, encode_header
-from edge_runtime.formats.patch import Limits, open_patch
+from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.sections import FORMS, SYMBOLS, encode_body, group_kind
 from edge_runtime.formats.weights import CHUNK_BYTES, pack_weights
+from edge_runtime.limits import Limits
 
 TYPES = ["<f8", "<i8", "<f4", "<i4", "<f2", "<u2", "i1", "?"]
 STORED_TYPES = {"BF16": "<u2", "F8_E4M3": "u1"}  # that NumPy lacks

@@ -31,8 +31,10 @@ from edge_runtime.formats.signing import (
     load_public,
     trust_keys,
 )
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 from packager.keys import encode_private
-from packager.signing import add_signature, encode_public, public_key
+from packager.signing import add_signature
 
 
 def key_of(number):

@@ -17,9 +17,8 @@ from tuf.api.metadata import Metadata
 
 from edge_runtime.errors import HeadError, SyncError, TrustError
 from edge_runtime.files import Files
-from edge_runtime.formats.header import MAX_SECONDS
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.desk import insist_on_trust
 from edge_runtime.sync.head import SHORT
 from edge_runtime.sync.http import HttpSource
@@ -27,6 +26,7 @@ from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.route import cheapest
 from edge_runtime.sync.state import HEAD_NAME, SLIP_S, read_sync_state
 from edge_runtime.sync.tuf import FOLDER, PINNED
+from edge_runtime.times import MAX_SECONDS
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.channel import add_list

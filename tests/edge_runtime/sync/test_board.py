@@ -13,7 +13,7 @@ import pytest
 from edge_runtime.agent.status import read_status
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.desk import Full
 from edge_runtime.sync.head import PERMILLE
 from edge_runtime.sync.http import HttpSource

@@ -7,11 +7,11 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
+from edge_runtime.live.proof import encode_public
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
 from packager.fleet.head import sign_head
 from packager.keys import generate_key
-from packager.signing import encode_public
 from tests.edge_runtime.sync.world import KEY, World, lists
 
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import HeadError, TrustError
-from edge_runtime.formats.header import MAX_SECONDS
 from edge_runtime.formats.signing import Trust, key_id
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import (
     PERMILLE,
     Head,
@@ -21,6 +20,7 @@ from edge_runtime.sync.head import (
     place,
     read_head,
 )
+from edge_runtime.times import MAX_SECONDS
 from packager.fleet.head import pause_head, sign_head
 from packager.keys import generate_key
 

@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.errors import SyncError
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.address import plain_address
 from edge_runtime.sync.head import PERMILLE
 from edge_runtime.sync.http import open_source

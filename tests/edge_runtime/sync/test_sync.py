@@ -12,7 +12,7 @@ import pytest
 from edge_runtime.cli.main import main
 from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.outbox import read_told
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import PERMILLE, place
 from edge_runtime.sync.http import FolderSource, HttpSource, open_source
 from edge_runtime.sync.plan import SyncResult, route

@@ -11,7 +11,7 @@ from tuf.api.metadata import Metadata, MetaFile
 from edge_runtime.agent.agent import Agent
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.desk import SyncOptions
 from edge_runtime.sync.head import head_message, read_head
 from edge_runtime.sync.http import FolderSource

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime import Device
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.trust import first_root
 from edge_runtime.trust.canonical import encode_canonical
 from packager.key_lists import change_list, make_list, sign_list

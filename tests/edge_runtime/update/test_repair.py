@@ -22,7 +22,7 @@ from edge_runtime.files import Files
 from edge_runtime.formats.header import RESERVED_COUNTER
 from edge_runtime.formats.identity import Run, encode_run
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.update.device import Device
 from edge_runtime.update.repair import find_damage, repair
 from packager.build import pack_round

@@ -13,12 +13,13 @@ from edge_runtime.errors import BudgetError, PatchError
 from edge_runtime.formats.bundle import carried_trust, read_bundle
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import load_public
+from edge_runtime.live.shared import public_key
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.cli.pack import pack, patch
 from packager.keys import generate_key, load_private
 from packager.rounds.folder import read_round
-from packager.signing import public_key, sign_patch
+from packager.signing import sign_patch
 
 
 @pytest.fixture

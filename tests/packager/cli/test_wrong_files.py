@@ -12,7 +12,7 @@ import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.formats.kinds import Kind, kind_of, recognise
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from packager.cli.pack import pack, patch
 from packager.key_lists import make_list, sign_list
 from packager.keys import generate_key, write_key_pair

@@ -5,8 +5,9 @@ import json
 import time
 
 from edge_runtime.formats.signing import framed, key_id
-from edge_runtime.live.proof import CONTEXT, canonical, encode_public, public_key
+from edge_runtime.live.proof import CONTEXT, encode_public
 from edge_runtime.live.report import NO_HEAD, Change, Outcome, Report, encode_report
+from edge_runtime.live.shared import canonical, public_key
 from packager.keys import generate_key
 
 OTHER = "77" * 32

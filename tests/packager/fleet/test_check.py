@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import encode_public, public_key
+from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.trust.rules import first_root

@@ -14,7 +14,8 @@ from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import load_public
-from edge_runtime.live.proof import public_key, read_key
+from edge_runtime.live.proof import read_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.update.device import Device
 from packager.bundles.from_round import build_bundle
 from packager.cli.fleet import fleet

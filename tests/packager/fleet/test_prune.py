@@ -11,7 +11,7 @@ from obstore.store import MemoryStore
 
 from edge_runtime.errors import HeadError, RoundError, StoreError
 from edge_runtime.formats.signing import Trust
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SHORT, read_head
 from edge_runtime.sync.route import cheapest
 from packager.cli.fleet import fleet

@@ -15,8 +15,9 @@ import pytest
 
 from edge_runtime.errors import RoundError, TrustError
 from edge_runtime.formats.signing import Trust, framed, key_id
-from edge_runtime.live.proof import canonical, encode_public, public_key
+from edge_runtime.live.proof import encode_public
 from edge_runtime.live.report import CONTEXT, Outcome
+from edge_runtime.live.shared import canonical, public_key
 from edge_runtime.sync.head import Rollout, encode_head, read_head
 from packager.cli.fleet import fleet as cli
 from packager.fleet import watch as module

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from edge_runtime.errors import VerificationError, WrongParentError
 from edge_runtime.formats.patch import open_patch
-from edge_runtime.live.proof import public_key
+from edge_runtime.live.shared import public_key
 from packager.cli.pack import pack, patch
 from packager.key_lists import make_list, sign_list
 from packager.keys import generate_key

@@ -15,13 +15,9 @@ from torch import nn
 from edge_runtime.errors import ExportError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights, write_weights
-from trainer.export.graph import (
-    check_graph,
-    deployed_tensors,
-    export_graph,
-    load_weights,
-    weights_of,
-)
+from trainer.export.graph import export_graph
+from trainer.export.graph_check import check_graph
+from trainer.export.tensors import deployed_tensors, load_weights, weights_of
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats.init_weights import read_init_spec, write_init_spec
-from trainer.export.graph import load_weights, weights_of
 from trainer.export.init_recipe import make_init_spec
+from trainer.export.tensors import load_weights, weights_of
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from edge_runtime.errors import ExportError
 from edge_runtime.formats.weights import pack_weights, write_weights
-from trainer.export.graph import export_graph, weights_of
+from trainer.export.graph import export_graph
 from trainer.export.int8_graph import int8_layout, quantised_graph
+from trainer.export.tensors import weights_of
 
 torch.set_num_threads(1)
 
