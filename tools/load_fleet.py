@@ -22,8 +22,8 @@ import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.sync.head import Head, read_head
+from edge_runtime.sync.paths import head_path, patch_path
 from packager.fleet.address import open_place
-from packager.fleet.head import head_path, patch_path
 from packager.fleet.place import Place
 from tools.bench.patch import machine
 from tools.fleet.publisher import CHANNEL, Publisher, train
@@ -70,7 +70,7 @@ class Asker:
     def __init__(self, port: int, base: str, head: Head) -> None:
         """Name what is asked for."""
         self._port, self._base = port, base
-        self._head, self._patch = head_path(CHANNEL), patch_path(head.ways[0])
+        self._head, self._patch = head_path(CHANNEL), patch_path(head.ways[0].sha256)
         self._size = head.ways[0].size
         self.requests = self.errors = self.bytes = 0
         self.times: list[float] = []

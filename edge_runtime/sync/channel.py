@@ -12,6 +12,7 @@ from edge_runtime.store.state import State
 from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
 from edge_runtime.sync.http import BARRED, read_all
+from edge_runtime.sync.paths import head_path, list_path
 from edge_runtime.sync.state import HEAD_NAME, read_kept
 from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, first_root, load_list
@@ -30,7 +31,7 @@ class Channel(Downloads):
 
     def _head(self, device: State) -> SignedHead:
         """Return the channel's head, by the server or as it is known already."""
-        path, kept = f"{self._options.channel}.head", self._kept_head()
+        path, kept = head_path(self._options.channel), self._kept_head()
         known = kept and self._state.channel == self._options.channel
         tag = self._state.tag if known else ""
         with self._source.get(path, tag=tag, within=HEAD_DEADLINE_S) as answer:
@@ -106,7 +107,7 @@ class Channel(Downloads):
 
         It is asked only by a device that would fetch, and costs as much as that head.
         """
-        path = f"{self._options.channel}.head"
+        path = head_path(self._options.channel)
         with self._source.get(path, within=HEAD_DEADLINE_S) as answer:
             if answer.status != 200:
                 return False
@@ -215,7 +216,7 @@ class Channel(Downloads):
         path = self._folder / name
         with suppress(OSError, KeyListError, TrustError):  # else it is fetched anew
             return self._with_list(device, load_list(path, regular=True))
-        with self._source.get(f"keys/{name}") as answer:
+        with self._source.get(list_path(number)) as answer:
             if answer.status != 200:
                 return None
             data = read_all(answer, limits().key_list_bytes, name, HEAD_DEADLINE_S)

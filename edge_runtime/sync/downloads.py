@@ -20,6 +20,7 @@ from edge_runtime.limits import limits
 from edge_runtime.sync.desk import Desk
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
 from edge_runtime.sync.http import CHUNK, EXCHANGE_S, Answer, UnusableError
+from edge_runtime.sync.paths import bundle_path, patch_path
 from edge_runtime.sync.state import read_kept
 
 
@@ -169,5 +170,4 @@ def all_ways(head: Head) -> list[Way]:
 
 def _remote(way: Way) -> str:
     """Return where a file lies in the channel's place."""
-    folder, end = ("patches", "dpu") if way.parent else ("bundles", "zip")
-    return f"{folder}/{way.sha256}.{end}"
+    return patch_path(way.sha256) if way.parent else bundle_path(way.sha256)

@@ -63,7 +63,7 @@ def init(
 
 def _insist_new(place: "Place", channel: str) -> None:
     from edge_runtime.sync.head import read_head
-    from packager.fleet.head import head_path
+    from edge_runtime.sync.paths import head_path
 
     if (found := place.read(head_path(channel))) is not None:
         head = read_head(found[0]).head

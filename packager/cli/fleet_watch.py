@@ -327,9 +327,9 @@ def revert(
     itself, and its groups are those of the bad release.
     """
     from edge_runtime.sync.head import read_head
+    from edge_runtime.sync.paths import head_path
     from packager.fleet.address import open_place
     from packager.fleet.after_halt import release_before
-    from packager.fleet.head import head_path
     from packager.fleet.successor import ALL_NOW
 
     place = open_place(to, single_publisher=single_publisher, say=say)

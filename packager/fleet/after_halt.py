@@ -6,9 +6,10 @@ from pathlib import Path
 
 from edge_runtime.errors import RoundError, RoundNotFoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head
+from edge_runtime.sync.paths import head_path
 from packager.check_proof import known_rounds, round_name
 from packager.fleet.channel import RACES, Channel, read_channel
-from packager.fleet.head import head_path, sign_head
+from packager.fleet.head import sign_head
 from packager.fleet.place import Place
 from packager.ledger import read_ledger
 

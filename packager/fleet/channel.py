@@ -10,9 +10,10 @@ from edge_runtime.errors import RoundError, StoreError, TrustError, prefix_error
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.paths import head_path, list_path
 from edge_runtime.trust.root import list_number, load_list, read_root
 from edge_runtime.trust.rules import first_root, next_root
-from packager.fleet.head import head_path, pause_head
+from packager.fleet.head import pause_head
 from packager.fleet.place import Place
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def read_lists(place: Place, paths: Sequence[Path]) -> list[bytes]:
         with prefix_errors(path):
             data = load_list(path)
             number = read_root(data).root.version
-            there = place.read(_list_path(number - 1))
+            there = place.read(list_path(number - 1))
             before = found.get(number - 1) or (there and there[0])
             if before:
                 next_root(read_root(before).root, data, lapsed=True)
@@ -167,10 +168,6 @@ def read_lists(place: Place, paths: Sequence[Path]) -> list[bytes]:
                 first_root(data)
             found[number] = data
     return list(found.values())
-
-
-def _list_path(number: int) -> str:
-    return f"keys/{number}.root.json"
 
 
 def add_list(place: Place, data: bytes) -> str:
@@ -184,6 +181,6 @@ def add_list(place: Place, data: bytes) -> str:
         StoreError: Another list has its number.
         OSError: It cannot be written.
     """
-    path = _list_path(read_root(data).root.version)
+    path = list_path(read_root(data).root.version)
     place.create(path, data)
     return path

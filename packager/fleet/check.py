@@ -13,12 +13,13 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.sync.head import SHORT, SignedHead, Way, read_head
+from edge_runtime.sync.paths import bundle_path, head_path, list_path, patch_path
 from edge_runtime.sync.route import cheapest
 from edge_runtime.times import duration, utc
 from edge_runtime.trust.keylist import KeyList
 from edge_runtime.trust.root import Root
 from edge_runtime.trust.rules import first_root
-from packager.fleet.head import AHEAD_S, bundle_path, head_path, patch_path
+from packager.fleet.head import AHEAD_S
 
 # Returns a file of at most so many bytes; None where there is none.
 Read = Callable[[str, int], bytes | None]
@@ -134,7 +135,7 @@ class _Channel:
     def patches(self) -> Iterator[Finding]:
         for way in self._head.ways:
             what = f"patch {way.parent} -> {way.target}"
-            data, words = self._fetch(patch_path(way), way.size, way.sha256)
+            data, words = self._fetch(patch_path(way.sha256), way.size, way.sha256)
             if data is None:
                 yield Finding(what, State.WRONG, words)
                 continue
@@ -191,7 +192,7 @@ class _Channel:
             words = "there is none, so no device is installed over the link"
             yield Finding("bundle", State.NOTE, words)
             return
-        data, words = self._fetch(bundle_path(head), *head.bundle)
+        data, words = self._fetch(bundle_path(head.bundle[1]), *head.bundle)
         if data is None:
             yield Finding("bundle", State.WRONG, words)
             return
@@ -245,7 +246,7 @@ def _check_lists(
         now = KeyList.begin(trust, utc())
         for number in range(trust.version + 1, newest + 1):
             what = f"key list {number}"
-            data = read(f"keys/{number}.root.json", limits().key_list_bytes)
+            data = read(list_path(number), limits().key_list_bytes)
             try:
                 if data is None:
                     raise KeyListError("missing; publish it again with --key-list")
@@ -265,7 +266,7 @@ def _check_lists(
 def _newest_list(read: Read, newest: int) -> Finding:
     """Look at the list that a head names, where nobody says which one came before."""
     what = f"key list {newest}"
-    data = read(f"keys/{newest}.root.json", limits().key_list_bytes)
+    data = read(list_path(newest), limits().key_list_bytes)
     if data is None:
         words = "missing; publish it again with --key-list"
         return Finding(what, State.WRONG, words)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of channels, signed: the writing side of :mod:`edge_runtime.sync.head`.
-
-And where a head and the files that it names lie in a place.
-"""
+"""Heads of channels, signed: the writing side of :mod:`edge_runtime.sync.head`."""
 
 from collections.abc import Iterable
 
@@ -15,12 +12,12 @@ from edge_runtime.sync.head import (
     PAUSE_CONTEXT,
     Head,
     Pause,
-    Way,
     encode_head,
     head_message,
     pause_message,
     read_head,
 )
+from edge_runtime.sync.paths import bundle_path, patch_path
 from packager.signing import add_signature
 
 MOST = (1 << 63) - 1  # the largest number that a fleet's database can hold
@@ -49,25 +46,13 @@ def is_fresh(left: float, lifetime_s: int) -> bool:
     return lifetime_s // 2 < left <= lifetime_s + AHEAD_S
 
 
-def head_path(channel: str) -> str:
-    """Return where a channel's head lies."""
-    return f"{channel}.head"
-
-
-def patch_path(way: Way) -> str:
-    """Return where a patch lies."""
-    return f"patches/{way.sha256}.dpu"
-
-
-def bundle_path(head: Head) -> str:
-    """Return where the bundle of a head lies; empty if it names none."""
-    return f"bundles/{head.bundle[1]}.zip" if head.bundle else ""
-
-
 def named_files(head: Head) -> dict[str, int]:
     """Return the files that a head names, with their sizes."""
-    found = {patch_path(way): way.size for way in head.ways}
-    return found | ({bundle_path(head): head.bundle[0]} if head.bundle else {})
+    found = {patch_path(way.sha256): way.size for way in head.ways}
+    if head.bundle:
+        size, sha256 = head.bundle
+        found[bundle_path(sha256)] = size
+    return found
 
 
 def sign_head(head: Head, keys: Iterable[Ed25519PrivateKey]) -> bytes:

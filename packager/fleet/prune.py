@@ -15,8 +15,9 @@ from pathlib import PurePosixPath
 
 from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head, Way, read_head
+from edge_runtime.sync.paths import bundle_path, head_path, patch_path
 from edge_runtime.sync.route import cheapest
-from packager.fleet.head import head_path, named_files, patch_path
+from packager.fleet.head import named_files
 from packager.fleet.place import PROBES, Entry, Place
 from packager.fleet.reader import channels
 from packager.fleet.tuf_files import old_metadata, told_heads
@@ -154,7 +155,7 @@ def _known_ways(releases: Iterable[Release], there: Collection[str]) -> list[Way
         for r in releases
         if r.kind == PATCH
     )
-    return [way for way in ways if patch_path(way) in there]
+    return [way for way in ways if patch_path(way.sha256) in there]
 
 
 def _leading_to_newest(releases: Iterable[Release], newest: int) -> set[str]:
@@ -162,7 +163,7 @@ def _leading_to_newest(releases: Iterable[Release], newest: int) -> set[str]:
     by_counter = sorted(releases, key=lambda release: release.counter, reverse=True)
     targets = list(dict.fromkeys(release.target for release in by_counter))[:newest]
     return {
-        f"patches/{r.sha256}.dpu" if r.kind == PATCH else f"bundles/{r.sha256}.zip"
+        patch_path(r.sha256) if r.kind == PATCH else bundle_path(r.sha256)
         for r in by_counter
         if r.target in targets
     }
@@ -178,7 +179,7 @@ def _reported_ways(
             cheapest({start[:SHORT]}, head.target[:SHORT], [*head.ways, *listed])
             for head in heads.values()
         ]
-        keep |= {patch_path(way) for route in routes for way in route or ()}
+        keep |= {patch_path(way.sha256) for route in routes for way in route or ()}
         if all(route is None for route in routes):
             stranded.append(start)
     return keep, stranded

@@ -14,16 +14,11 @@ from pathlib import Path
 from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.sync.head import Head, SignedHead
+from edge_runtime.sync.paths import bundle_path, head_path, patch_path
 from edge_runtime.times import utc
 from packager.bundles.from_round import build_bundle
 from packager.fleet.channel import RACES, Channel, newest_list, read_channel
-from packager.fleet.head import (
-    bundle_path,
-    head_path,
-    named_files,
-    patch_path,
-    sign_head,
-)
+from packager.fleet.head import named_files, sign_head
 from packager.fleet.place import Place
 from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
@@ -94,8 +89,9 @@ def publish(
             counter, offered = release.counter, release.offers()
             bundle = build_bundle(round_, counter=counter, signers=channel.signers)
             head = release.head(offered, bundle.data, keys=newest_list(place), now=now)
-            files = {patch_path(o.way): o.packed.data for o in offered}
-            files[bundle_path(head)] = bundle.data
+            files = {patch_path(o.way.sha256): o.packed.data for o in offered}
+            digest = hashlib.sha256(bundle.data).hexdigest()
+            files[bundle_path(digest)] = bundle.data
             if old and not release.is_news(head):
                 if not dry_run:
                     _complete(place, old.head, files, say)
@@ -114,7 +110,7 @@ def publish(
                 if not place.swap(head_path(channel.name), data, tag):
                     continue  # another publisher came first
                 _complete(place, head, files, say)
-            told = tuple((o, new[patch_path(o.way)]) for o in offered)
+            told = tuple((o, new[patch_path(o.way.sha256)]) for o in offered)
             return Published(head, len(data), told, len(bundle.data), changed=True)
     raise StoreError(
         f"other publishers changed {place.name}/{head_path(channel.name)} {RACES} "

@@ -49,8 +49,9 @@ from edge_runtime.sync.head import (
     read_head,
     read_signed,
 )
+from edge_runtime.sync.paths import bundle_path, head_path, patch_path
 from packager.build import write_file
-from packager.fleet.head import head_path, is_fresh
+from packager.fleet.head import is_fresh
 from packager.fleet.place import Place
 from packager.fleet.tuf_files import FOLDER
 from packager.fleet.tuf_keys import ONLINE, Ask, TufFolder
@@ -362,11 +363,11 @@ def _targets(records: Mapping[str, Any]) -> dict[str, TargetFile]:
         if head.bundle is None:
             raise RoundError(f"channel {channel!r} has no bundle: publish it again")
         size, sha256 = head.bundle
-        bundle = f"bundles/{sha256}.zip"
+        bundle = bundle_path(sha256)
         found[bundle] = TargetFile(size, {"sha256": sha256}, bundle)
         customs.setdefault(bundle, {})[channel] = record
         for way in head.ways:
-            path = f"patches/{way.sha256}.dpu"
+            path = patch_path(way.sha256)
             found[path] = TargetFile(way.size, {"sha256": way.sha256}, path)
     for path, custom in customs.items():
         found[path].unrecognized_fields["custom"] = custom

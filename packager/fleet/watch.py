@@ -19,10 +19,10 @@ from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.report import FAILURES, Outcome
 from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.paths import head_path
 from edge_runtime.text import printable
 from packager.fleet.channel import pause
 from packager.fleet.database import Row, add_head, add_reports
-from packager.fleet.head import head_path
 from packager.fleet.place import Entry, Place
 from packager.fleet.reports import (
     DeviceKeys,

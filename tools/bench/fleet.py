@@ -31,6 +31,7 @@ from edge_runtime.errors import SyncError
 from edge_runtime.sync.desk import SyncOptions
 from edge_runtime.sync.head import read_head
 from edge_runtime.sync.http import HttpSource
+from edge_runtime.sync.paths import bundle_path, head_path
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.sync import Sync
 from edge_runtime.trust import first_root
@@ -39,7 +40,7 @@ from packager.fleet.address import open_place
 from packager.fleet.dashboard import dashboard
 from packager.fleet.database import Row as Report
 from packager.fleet.database import add_head, add_reports, open_database
-from packager.fleet.head import bundle_path, head_path, sign_head
+from packager.fleet.head import sign_head
 from packager.fleet.tuf import mirror
 from packager.fleet.tuf_keys import TufFolder, make_folder
 from packager.keys import generate_key
@@ -109,8 +110,8 @@ class Board:
         self._publisher, self._folder = publisher, folder
         self.store, self.patches = folder / "store", folder / "patches"
         self.patches.mkdir()
-        path = bundle_path(publisher.issues[-1].signed.head)
-        bundle, _ = publisher.place.read(path) or (b"", "")
+        _, digest = publisher.issues[-1].signed.head.bundle or (0, "")
+        bundle, _ = publisher.place.read(bundle_path(digest)) or (b"", "")
         Device.install(self.store, bundle, trust=first_root(publisher.lists[0]))
 
     def edge(self, *words: object) -> tuple[int, int, list[str]]:

@@ -16,6 +16,7 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.store.admission import parent_refusal, refusal
 from edge_runtime.store.state import MAX_TRIES, Slot, State
 from edge_runtime.sync.head import Way
+from edge_runtime.sync.paths import patch_path
 from edge_runtime.sync.plan import SyncResult, passed, route, standing
 from edge_runtime.sync.route import REQUEST_BYTES
 from edge_runtime.times import utc
@@ -152,7 +153,8 @@ class Kinds:
         return Plan(SyncResult.FETCHED if arrived else STUCK, ways, size, steps)
 
     def _offer(self, state: State, way: Way) -> Offer:
-        data, _ = self._publisher.place.read(f"patches/{way.sha256}.dpu") or (b"", "")
+        path = patch_path(way.sha256)
+        data, _ = self._publisher.place.read(path) or (b"", "")
         with open_patch(data, trust=state.trust) as patch:
             return Offer(way.sha256, patch.size, patch.header)
 

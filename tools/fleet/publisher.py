@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.paths import head_path
 from edge_runtime.times import utc
 from packager.fleet.channel import Channel, add_list, pause
-from packager.fleet.head import head_path
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
 from packager.key_lists import change_list, make_list, sign_list

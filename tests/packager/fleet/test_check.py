@@ -12,12 +12,13 @@ from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import encode_public
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.paths import bundle_path, patch_path
 from edge_runtime.sync.route import cheapest
 from edge_runtime.trust.rules import first_root
 from packager.cli.fleet import fleet
 from packager.fleet.channel import Channel, add_list
 from packager.fleet.check import State, check_channel
-from packager.fleet.head import bundle_path, named_files, patch_path, sign_head
+from packager.fleet.head import named_files, sign_head
 from packager.fleet.place import FolderPlace
 from packager.fleet.prune import prune
 from packager.fleet.publish import publish
@@ -179,13 +180,13 @@ def test_a_start_without_a_way_is_named(place):
     head = head_of(place)
     first = {way.parent for way in head.ways}
     for number, way in enumerate(head.ways):
-        (place.root / patch_path(way)).rename(place.root / "away")
+        (place.root / patch_path(way.sha256)).rename(place.root / "away")
         left = head.ways[:number] + head.ways[number + 1 :]
         target = head.target[:SHORT]
         lost = {start for start in first if cheapest({start}, target, left) is None}
         words = {what for what in faults(place) if what.startswith("from")}
         assert len(words) == len(lost)
-        (place.root / "away").rename(place.root / patch_path(way))
+        (place.root / "away").rename(place.root / patch_path(way.sha256))
     rewrite(place, ways=())
     assert set(faults(place)) == {"from init"}
 
@@ -240,7 +241,7 @@ def test_the_command_has_a_table_and_exit_codes(place, command, tmp_path, monkey
     code, out, _ = command(fleet, "check", place.root, "--trust", key)
     assert (code, out.splitlines()[0]) == (0, "stable")
     assert "from init" in out
-    (place.root / bundle_path(head_of(place))).unlink()
+    (place.root / bundle_path(head_of(place).bundle[1])).unlink()
     code, out, _ = command(fleet, "check", place.root, "--trust", key, "--json")
     (channel,) = json.loads(out)["channels"]
     wrong = [f["what"] for f in channel["findings"] if f["state"] == "wrong"]
@@ -256,7 +257,7 @@ def test_a_web_server_is_read_as_devices_read_it(place, command, monkeypatch):
     with FileServer(place.root) as server:
         assert command(fleet, "check", server.url)[0] == 0
         way = head_of(place).ways[0]
-        (place.root / patch_path(way)).unlink()
+        (place.root / patch_path(way.sha256)).unlink()
         code, out, _ = command(fleet, "check", server.url)
         assert (code, f"{way.sha256}.dpu is missing" in out) == (5, True)
         server.status = 503

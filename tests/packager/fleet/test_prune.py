@@ -13,12 +13,13 @@ from edge_runtime.errors import HeadError, RoundError, StoreError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.paths import patch_path
 from edge_runtime.sync.route import cheapest
 from packager.cli.fleet import fleet
 from packager.fleet.channel import Channel
 from packager.fleet.check import State, check_channel
 from packager.fleet.database import Row, add_reports, open_database
-from packager.fleet.head import named_files, patch_path
+from packager.fleet.head import named_files
 from packager.fleet.object_place import ObjectPlace
 from packager.fleet.place import FolderPlace
 from packager.fleet.prune import _known_ways, prune
@@ -142,11 +143,13 @@ def test_a_cheapest_way_from_all_that_devices_reported_stays(long_run, place):
         read_round(long_run.path / f"round_{n:02d}").record.target for n in range(7)
     ]
     best = [cheapest({start[:SHORT]}, target, ways) for start in reported]
-    assert any(patch_path(way) not in named_files(head_of(place)) for way in best[0])
+    assert any(
+        patch_path(way.sha256) not in named_files(head_of(place)) for way in best[0]
+    )
     done = prune(
         place, now=LATER, grace_s=DAY, releases=releases, reported=[*reported, "f" * 64]
     )
-    assert {patch_path(way) for route in best for way in route} <= files(place)
+    assert {patch_path(way.sha256) for route in best for way in route} <= files(place)
     assert len(done.removed) > 0
     assert done.stranded == ("f" * 64,)
 
