@@ -54,20 +54,13 @@ class Bar:
 
 
 @contextmanager
-def shown_progress(
-    *, quiet: bool, doing: str = "loading torch, data and network ..."
-) -> Iterator[Callable[["Progress"], None]]:
-    """Show progress on standard error.
-
-    Args:
-        quiet: Show nothing.
-        doing: What comes before the first epoch, for a terminal.
-    """
+def shown_progress(*, quiet: bool) -> Iterator[Callable[["Progress"], None]]:
+    """Show progress on standard error; nothing if quiet."""
     if quiet or not sys.stderr.isatty():
         yield lambda p: None if quiet or not p.record else say(round_line(p.record))
         return
     bar = Bar(sys.stderr)
-    bar.note(doing)
+    bar.note("loading torch, data and network ...")
     try:
         yield bar.show
     finally:

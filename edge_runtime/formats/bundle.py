@@ -135,27 +135,6 @@ def _parse(manifest: bytes) -> Record:
     return parse_record(manifest, "manifest_bytes", what, BundleError)
 
 
-def carried_trust(source: Source, threshold: int = 1) -> signing.Trust:
-    """Return the trust in the keys that a bundle itself carries.
-
-    Nothing proves these keys: whoever made the bundle chose them. It is a leap of
-    faith, for a first installation over a channel that is trusted for other reasons.
-
-    Args:
-        source: A path, or the bytes of the file.
-        threshold: How many of the keys must sign from then on.
-
-    Raises:
-        OSError: The file cannot be read.
-        BundleError: Not a bundle, or damaged.
-        KeyFileError: A key in it is none.
-        TrustError: It carries fewer keys than that.
-    """
-    with open_archive(source) as archive:
-        manifest = _parse(read_member(archive, MANIFEST_NAME, "manifest_bytes"))
-        return _carried(archive, manifest, threshold)
-
-
 def _carried(
     archive: zipfile.ZipFile, manifest: Record, threshold: int
 ) -> signing.Trust:

@@ -140,17 +140,13 @@ class NumberReader:
         self._bits.finish()
 
 
-def encode_unary(numbers: Integers, width: int) -> bytes:
-    """Write numbers, less ``width`` low bits, in unary: as many zeros, then a one.
-
-    With the low bits this is the code of Golomb and Rice, which is within a percent of
-    the entropy of gaps between positions that are all equally likely.
-    """
-    return encode_bits(*unary_bits(numbers, width))
-
-
 def unary_bits(numbers: Integers, width: int) -> tuple[Integers, Integers]:
-    """Return what :func:`encode_bits` has to write for numbers in unary."""
+    """Return what :func:`encode_bits` has to write for numbers in unary.
+
+    Of each, less ``width`` low bits, as many zeros, then a one. With the low bits this
+    is the code of Golomb and Rice, which is within a percent of the entropy of gaps
+    between positions that are all equally likely.
+    """
     words, zeros = np.divmod(numbers >> width, MAX_WIDTH)
     last = np.cumsum(words + 1) - 1
     bits = np.zeros(int(last[-1]) + 1 if last.size else 0, np.int64)
@@ -168,7 +164,7 @@ def unary_width(numbers: Integers) -> int:
 
 
 class UnaryReader:
-    """Decodes what :func:`encode_unary` and :func:`encode_bits` wrote."""
+    """Decodes numbers of :func:`unary_bits` and :func:`encode_bits`."""
 
     def __init__(self, unary: SectionReader, bits: SectionReader, width: int) -> None:
         """Prepare to read.
@@ -176,7 +172,7 @@ class UnaryReader:
         Args:
             unary: The numbers without their low bits.
             bits: The low bits.
-            width: As for :func:`encode_unary`.
+            width: As for :func:`unary_bits`.
 
         Raises:
             PatchFormatError: ``width`` is out of range.

@@ -25,12 +25,7 @@ class BundleSync(Channel):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        channel: str,
-        device: State,
-        files: Files | None = None,
+        self, folder: Path, source: Source, channel: str, device: State
     ) -> None:
         """Name everything; nothing is read yet.
 
@@ -40,10 +35,9 @@ class BundleSync(Channel):
             channel: Its name.
             device: Whom the device trusts, and which model it is of; without a model
                 any is taken.
-            files: The seam to the disk.
         """
         options = SyncOptions(channel=channel, device="")
-        super().__init__(folder, source, options, files)
+        super().__init__(folder, source, options)
         self._device, self.lists = device, list[bytes]()
 
     def fetch(self) -> tuple[Path, SignedHead]:

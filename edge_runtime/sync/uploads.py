@@ -56,9 +56,9 @@ class Outlet(Protocol):
 class FolderOutlet:
     """A folder: a stick, or a network drive."""
 
-    def __init__(self, root: Path, files: Files | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         """Write below a folder, which has to be there."""
-        self.root, self._files, self.spent = root, files or Files(), 0
+        self.root, self._files, self.spent = root, Files(), 0
 
     def keeps_one(self) -> bool:
         """Tell that each report has a file of its own."""

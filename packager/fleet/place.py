@@ -106,9 +106,9 @@ def most_of(path: str) -> int:
 class FolderPlace(Place):
     """A folder, from which a web server, rsync or a stick takes it to devices."""
 
-    def __init__(self, root: Path, files: Files | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         """Use a folder; it is made when something is written."""
-        self.root, self.name, self._files = root, str(root), files or Files()
+        self.root, self.name, self._files = root, str(root), Files()
 
     def read(self, path: str, most: int = -1) -> tuple[bytes, str] | None:
         """Return a file and the tag of its content; None if there is none."""

@@ -25,7 +25,7 @@ from edge_runtime.errors import (
     WrongParentError,
 )
 from edge_runtime.formats import sections
-from edge_runtime.formats.bundle import carried_trust
+from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.header import HEADER_BYTES, PatchHeader
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
@@ -33,6 +33,7 @@ from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.signing import (
     BUNDLE_CONTEXT,
     PATCH_CONTEXT,
+    FirstUse,
     Signature,
     encode_signatures,
     key_id,
@@ -521,7 +522,7 @@ def test_a_manifest_of_any_other_shape_installs_nothing(
     data = encode_members(members_of(bundle) | {"bundle.json": manifest})
     not_installed(data, BundleError, trust=None)
     with pytest.raises(BundleError):
-        carried_trust(data)
+        read_bundle(data, FirstUse(1))
 
 
 @pytest.mark.parametrize(("offset", "value"), [(6, 99), (8, 1)])
@@ -547,7 +548,7 @@ def test_keys_that_a_bundle_brings_along_do_not_count(tmp_path, not_installed):
 
 def test_keys_that_a_bundle_brings_along_count_on_first_use(tmp_path):
     carrying = sign_bundle(bundle_of(tmp_path, keys=[OURS]), OURS)
-    trust = carried_trust(carrying)
+    trust = read_bundle(carrying, FirstUse(1)).trust
     device = Device.install(tmp_path / "s", carrying, trust=trust, trial=no_trial)
     with pytest.raises(TrustError):
         device.update(patch_of(ROUNDS[0], ROUNDS[1], 1, key=THEIRS))
@@ -556,21 +557,21 @@ def test_keys_that_a_bundle_brings_along_count_on_first_use(tmp_path):
 
 def test_first_use_needs_a_bundle_that_its_own_keys_signed(tmp_path, not_installed):
     carrying = bundle_of(tmp_path, keys=[OURS])
-    not_installed(carrying, match="by nobody", trust=carried_trust(carrying))
+    not_installed(carrying, match="by nobody", trust=FirstUse(1))
 
 
 def test_first_use_of_a_bundle_without_keys(bundle):
     with pytest.raises(TrustError, match="carries no keys"):
-        carried_trust(sign_bundle(bundle, OURS))
+        read_bundle(sign_bundle(bundle, OURS), FirstUse(1))
 
 
 def test_a_key_slipped_into_a_signed_bundle_does_not_count(tmp_path):
     members = members_of(sign_bundle(bundle_of(tmp_path, keys=[OURS]), OURS))
     members["keys/x.pem"] = encode_public(THEIRS)
-    assert carried_trust(encode_members(members)) == TRUST
+    assert read_bundle(encode_members(members), FirstUse(1)).trust == TRUST
     members["keys/0.pem"] = encode_public(THEIRS)
     with pytest.raises(BundleError, match="is damaged"):
-        carried_trust(encode_members(members))
+        read_bundle(encode_members(members), FirstUse(1))
 
 
 def test_two_signers_of_a_bundle_do_not_undo_each_other(bundle):

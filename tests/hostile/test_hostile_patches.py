@@ -27,7 +27,7 @@ from edge_runtime.formats.header import (
     PatchHeader,
     encode_header,
 )
-from edge_runtime.formats.numbers import encode_bits, encode_unary
+from edge_runtime.formats.numbers import encode_bits, unary_bits
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.sections import (
@@ -224,7 +224,7 @@ def test_gaps_in_unary_are_refused_where_they_are_not_what_they_should_be():
         INDEX: raw_sections()[INDEX][13:20],  # the bitmap of the second
         INDEX_BITS: encode_bits(gaps, np.full(24, 9)),
         COLUMNS: b"",
-        UNARY: encode_unary(gaps, 9),
+        UNARY: encode_bits(*unary_bits(gaps, 9)),
     }
     with open_patch(with_sections(even)) as patch:
         assert apply_patch(BASE, patch).data == TARGET.data
@@ -233,7 +233,7 @@ def test_gaps_in_unary_are_refused_where_they_are_not_what_they_should_be():
         "too early": {UNARY: unary[:-1]},
         "left over": {UNARY: unary + b"\0"},
         "too many": {INDEX_BITS: even[INDEX_BITS] + b"\1"},
-        "out of bounds": {UNARY: encode_unary(gaps + 512 * (gaps == 0), 9)},
+        "out of bounds": {UNARY: encode_bits(*unary_bits(gaps + 512 * (gaps == 0), 9))},
         "at most 32": {FORMS: b"\x29" + even[FORMS][1:]},
         "ends too": {FORMS: b"\x02" + even[FORMS][1:]},
     }

@@ -34,16 +34,13 @@ from trainer.export.tensors import changed_elements
 GOLDEN_ROWS = 8  # golden inputs that every round is tried with
 
 
-def check_deployed(
-    model: nn.Module, weights: Weights, folder: Path, rows: int = GOLDEN_ROWS
-) -> None:
+def check_deployed(model: nn.Module, weights: Weights, folder: Path) -> None:
     """Prove that a run's graph with new weights answers as the model does.
 
     Args:
         model: The network; left in the mode in which it was.
         weights: Its deployed tensors.
         folder: The run's ``model`` folder: graph, contract, golden inputs.
-        rows: How many of the golden inputs are tried.
 
     Raises:
         ExportError: As :func:`check_answers`.
@@ -51,12 +48,10 @@ def check_deployed(
     """
     contract = parse_contract((folder / CONTRACT_NAME).read_bytes())
     golden = read_golden((folder / GOLDEN_NAME).read_bytes()).by_name(contract)
-    feed = contract.prepare(
-        {
-            spec.name: golden[spec.name][:rows] if spec.has_batch else golden[spec.name]
-            for spec in contract.inputs
-        }
-    )
+    for spec in contract.inputs:
+        if spec.has_batch:
+            golden[spec.name] = golden[spec.name][:GOLDEN_ROWS]
+    feed = contract.prepare(golden)
     check_answers(
         model,
         weights,

@@ -10,7 +10,8 @@ from copy import copy
 import pytest
 
 from edge_runtime.errors import BundleError, KeyFileError
-from edge_runtime.formats.bundle import carried_trust, read_bundle
+from edge_runtime.formats.bundle import read_bundle
+from edge_runtime.formats.signing import FirstUse
 from edge_runtime.limits import limits
 from packager.zip_file import encode_bundle
 
@@ -21,10 +22,10 @@ MOST = limits().list_keys
 def test_a_bundle_with_more_keys_than_a_list_may_have_is_refused_before_one_is_read():
     keys = {f"keys/{n}.pem": b"" for n in range(MOST + 1)}
     with pytest.raises(BundleError, match=rf"{MOST + 1} keys, {MOST} are accepted"):
-        carried_trust(encode_bundle({}, keys))
+        read_bundle(encode_bundle({}, keys), FirstUse(1))
     del keys["keys/0.pem"]
     with pytest.raises(KeyFileError):
-        carried_trust(encode_bundle({}, keys))
+        read_bundle(encode_bundle({}, keys), FirstUse(1))
 
 
 def test_keys_that_lie_in_the_same_bytes_are_refused_before_one_is_read():
@@ -39,7 +40,7 @@ def test_keys_that_lie_in_the_same_bytes_are_refused_before_one_is_read():
             entry.filename = name
             archive.filelist.append(entry)
     with pytest.raises(BundleError, match="more bytes than the"):
-        carried_trust(out.getvalue())
+        read_bundle(out.getvalue(), FirstUse(1))
 
 
 def bundle_whose_manifest(path, **facts):

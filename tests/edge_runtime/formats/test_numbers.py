@@ -94,7 +94,7 @@ def test_numbers_in_unary_come_back_in_pieces_of_any_size(numbers, width, piece)
     numbers = ints(numbers) % most
     widths = np.full(len(numbers), width)
     unary, bits = (
-        codec.encode_unary(numbers, width),
+        codec.encode_bits(*codec.unary_bits(numbers, width)),
         codec.encode_bits(numbers, widths),
     )
     decoder = unary_reader(unary, bits, width)

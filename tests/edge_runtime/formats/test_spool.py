@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.formats import spool
 from edge_runtime.formats.frames import pack_section
-from edge_runtime.formats.numbers import BitWriter, encode_bits, encode_unary
+from edge_runtime.formats.numbers import BitWriter, encode_bits, unary_bits
 from edge_runtime.formats.spool import Spool
 
 
@@ -81,4 +81,5 @@ def test_bits_written_in_pieces_are_those_that_are_written_at_once(numbers):
 def test_unary_is_so_many_zeros_and_a_one(numbers, width):
     bits = "".join("0" * (n >> width) + "1" for n in numbers)
     raw = np.packbits([int(bit) for bit in bits] or np.zeros(0, int), bitorder="little")
-    assert encode_unary(np.array(numbers, np.int64), width) == raw.tobytes()
+    found = encode_bits(*unary_bits(np.array(numbers, np.int64), width))
+    assert found == raw.tobytes()

@@ -10,9 +10,9 @@ import pytest
 import packager.cli.keys
 from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import BudgetError, PatchError
-from edge_runtime.formats.bundle import carried_trust, read_bundle
+from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.patch import open_patch
-from edge_runtime.formats.signing import load_public
+from edge_runtime.formats.signing import FirstUse, load_public
 from edge_runtime.live.shared import public_key
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -290,8 +290,8 @@ def test_the_same_round_and_keys_give_the_same_bytes(run):
 def test_a_signed_bundle_carries_the_keys_and_an_unsigned_patch(run):
     key = generate_key()
     data = build_bundle(read_round(run.path / "round_00"), signers=[key]).data
-    assert carried_trust(data).keys == (public_key(key),)
-    content = read_bundle(data, carried_trust(data))
+    content = read_bundle(data, FirstUse(1))
+    assert content.trust.keys == (public_key(key),)
     assert open_patch(content.patch).signatures == ()
 
 
