@@ -24,7 +24,7 @@ from edge_runtime.live.proof import CONTEXT, SCHEMA
 from edge_runtime.live.shared import canonical
 from edge_runtime.text import listed
 from edge_runtime.times import FORM
-from packager.rounds.folder import list_runs, read_model_file, read_round
+from packager.rounds.folder import full_name, list_runs, read_model_file, read_round
 from packager.rounds.record import read_record
 
 _HEX = re.compile(r"[0-9a-f]{64}|")
@@ -261,7 +261,7 @@ def expected_round(folder: Path) -> Expected:
     """
     round_ = read_round(folder)
     graph = hashlib.sha256(read_model_file(round_, GRAPH_NAME)).hexdigest()
-    return Expected(round_name(folder), round_.weights, graph)
+    return Expected(full_name(folder), round_.weights, graph)
 
 
 def claimed_round(proof: Mapping[str, Any], rounds: Mapping[str, Path]) -> Path:
@@ -278,11 +278,6 @@ def claimed_round(proof: Mapping[str, Any], rounds: Mapping[str, Path]) -> Path:
             "--weights"
         )
     return rounds[claimed]
-
-
-def round_name(folder: Path) -> str:
-    """Return ``RUN/round_05``."""
-    return f"{folder.parent.name}/{folder.name}"
 
 
 # Judging ------------------------------------------------------------------------------
@@ -390,5 +385,5 @@ def _process(
 
 def _named(fingerprint: str, rounds: Mapping[str, Path]) -> str:
     if fingerprint in rounds:
-        return f"{round_name(rounds[fingerprint])} ({fingerprint[:12]})"
+        return f"{full_name(rounds[fingerprint])} ({fingerprint[:12]})"
     return f"{fingerprint[:12]}, which is no round here"

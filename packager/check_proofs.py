@@ -26,8 +26,8 @@ from packager.check_proof import (
     judge,
     overall,
     read_proof,
-    round_name,
 )
+from packager.rounds.folder import full_name
 
 SUFFIX = ".proof"  # of the files that are looked at in a folder
 KEPT = 1000  # names of one fault, and weights that proofs are grouped by
@@ -186,7 +186,7 @@ def _one(
         name = expected.name
     elif held:
         known = standard.rounds.get(held)
-        name = round_name(known) if known else "no round here"
+        name = full_name(known) if known else "no round here"
     tally.judged(name, held, verdict)
     if verdict is not Verdict.EQUAL:
         wrong = [p for p in parts if p.verdict is not Verdict.EQUAL]

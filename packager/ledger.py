@@ -25,7 +25,7 @@ from pathlib import Path
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import parse_record
-from edge_runtime.formats.model_folder import MODEL_NAME
+from edge_runtime.formats.model_folder import MODEL_NAME, round_name
 from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.times import utc
 from packager.build import check_counter, write_file
@@ -120,15 +120,16 @@ class Ledger:
         for release in others:
             if release.counter == asked:
                 raise RoundError(
-                    f"release {asked} is round_{release.round:02d} already "
+                    f"release {asked} is {round_name(release.round)} already "
                     f"({release.file}), and no device that has it would take other "
                     f"weights under the same number; give --counter "
                     f"{max(r.counter for r in others) + 1}, or --force"
                 )
         if others and (newer := max(others, key=lambda r: r.counter)).counter > asked:
             self.notes.append(
-                f"release {asked} is older than {newer.counter} (round_"
-                f"{newer.round:02d}): devices that have seen that one refuse it"
+                f"release {asked} is older than {newer.counter} "
+                f"({round_name(newer.round)}): "
+                "devices that have seen that one refuse it"
             )
 
     # Writing ------------------------------------------------------------------------

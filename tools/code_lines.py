@@ -38,14 +38,14 @@ BUDGETS: dict[str, dict[str, int]] = {
         "update": 1160,
     },
     "packager": {
-        ".": 1640,
+        ".": 1630,
         "bundles": 520,
         "fleet": 3335,
         "cli": 3060,
         "models": 1505,
         "provenance": 550,
         "report": 2335,
-        "rounds": 490,
+        "rounds": 495,
     },
     "trainer": {
         ".": 1265,

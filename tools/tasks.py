@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.formats.model_folder import round_name
 from edge_runtime.update.metrics import Metric
 from tools.wheels import CHECKOUT
 
@@ -93,7 +94,7 @@ def run_task(recipe: Path, folder: Path, overrides: Sequence[str] = ()) -> Row:
     records = run_rounds(config, folder / "runs", source=source)
     run = folder / "runs" / config.run.name
     first, *later = (
-        read_round(run / f"round_{record.round:02d}")
+        read_round(run / round_name(record.round))
         for record in records
         if record.outcome == "updated"
     )

@@ -206,7 +206,9 @@ def _next_steps(
     records: "list[RoundRecord]", runs: Path, name: str
 ) -> Iterator[list[str]]:
     """Yield commands from a trained run to a device that has its newest weights."""
-    sent = [f"round_{r.round:02d}" for r in records if r.outcome == "updated"]
+    from edge_runtime.formats.model_folder import round_name
+
+    sent = [round_name(r.round) for r in records if r.outcome == "updated"]
     if not sent:
         return
     is_default = Path(os.environ.get("DPU_RUNS", "runs")) == runs

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from edge_runtime.commandline import say
-from edge_runtime.formats.model_folder import SHARES
+from edge_runtime.formats.model_folder import SHARES, round_name
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
@@ -40,7 +40,7 @@ class Bar:
         filled = WIDTH * done // total
         bar = "#" * filled + "-" * (WIDTH - filled)
         self.note(
-            f"[{bar}] {100 * done // total:3} %  round_{progress.round:02d} "
+            f"[{bar}] {100 * done // total:3} %  {round_name(progress.round)} "
             f"{progress.phase:<7}{self._left(total - done)}"
         )
 
@@ -78,7 +78,7 @@ def round_line(record: "RoundRecord") -> str:
     waiting = metrics.get("waiting_bytes")
     note = f"  a better one waits: its patch has {waiting:,} bytes" if waiting else ""
     return (
-        f"round_{record.round:02d}  {outcome:<17} {metrics['changed']:>9} "
+        f"{round_name(record.round)}  {outcome:<17} {metrics['changed']:>9} "
         + " ".join(f"{value:>7}" for value in values)
         + note
     )

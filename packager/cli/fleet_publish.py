@@ -197,14 +197,16 @@ def _record(done: "Published", to: str) -> dict[str, Any]:
 
 
 def _text(done: "Published") -> str:
-    head = done.head
+    from edge_runtime.formats.model_folder import round_name
+
+    head, name = done.head, round_name(done.head.round)
     lines = [
-        f"patch   {offer.start} -> round_{head.round:02d}  {offer.way.size:>9,} B  "
+        f"patch   {offer.start} -> {name}  {offer.way.size:>9,} B  "
         + ("new" if new else "there already")
         for offer, new in done.offered
     ]
     if done.bundle:
-        lines.append(f"bundle  round_{head.round:02d}  {done.bundle:,} B")
+        lines.append(f"bundle  {name}  {done.bundle:,} B")
     state = f"{done.size} B" if done.changed else "as it was"
     return "\n".join(
         [*lines, f"head    {head.channel}, version {head.version}, {state}"]

@@ -85,12 +85,14 @@ def _round_names(run: Path) -> dict[str, str]:
 
 
 def _text(records: list[dict[str, Any]]) -> str:
+    from edge_runtime.formats.model_folder import round_name
+
     if not records:
         return ""
     rows = [HEADS] + [
         (
             str(record["counter"]),
-            f"round_{record['round']:02d}",
+            round_name(record["round"]),
             record["parent_name"],
             printable(record["file"]),
             ", ".join(record["signers"]) or "nobody",

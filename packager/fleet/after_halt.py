@@ -7,11 +7,12 @@ from pathlib import Path
 from edge_runtime.errors import RoundError, RoundNotFoundError, StoreError
 from edge_runtime.sync.head import SHORT, Head
 from edge_runtime.sync.paths import head_path
-from packager.check_proof import known_rounds, round_name
+from packager.check_proof import known_rounds
 from packager.fleet.channel import RACES, Channel, read_channel
 from packager.fleet.head import sign_head
 from packager.fleet.place import Place
 from packager.ledger import read_ledger
+from packager.rounds.folder import full_name
 
 
 def resume(place: Place, channel: Channel, *, now: int) -> Head | None:
@@ -91,4 +92,4 @@ def release_before(runs: Path, head: Head) -> str:
         raise RoundNotFoundError(
             f"nothing was released before round {head.round}; name the ROUND"
         )
-    return round_name(rounds[max(good, key=lambda r: r.counter).target])
+    return full_name(rounds[max(good, key=lambda r: r.counter).target])

@@ -387,9 +387,9 @@ def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> 
     matches = [folder for folder in known if folder.name == str(path)]
     if len(matches) == 1:
         return matches[0]
-    names = [f"{folder.parent.name}/{folder.name}" for folder in known]
+    names = [full_name(folder) for folder in known]
     if matches:
-        several = [f"{folder.parent.name}/{folder.name}" for folder in matches]
+        several = [full_name(folder) for folder in matches]
         raise RoundNotFoundError(
             f"{name_or_path} is in more than one run: {', '.join(several)}; say which"
         )
@@ -403,6 +403,11 @@ def find_round(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> 
         + "); "
         + (f"nearest: {hint}" if hint else "give a path, or another --runs")
     )
+
+
+def full_name(folder: Path) -> str:
+    """Return the name of a round's folder with its run: ``RUN/round_05``."""
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def _named(folder: Path) -> Path:

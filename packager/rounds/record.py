@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from edge_runtime.errors import RoundError
 from edge_runtime.formats import json_file
-from edge_runtime.formats.model_folder import RECORD_NAME, Outcome
+from edge_runtime.formats.model_folder import RECORD_NAME, Outcome, round_name
 
 SCHEMAS = (1, 2)  # 2: of a run with an id, which older packagers do not know
 
@@ -80,7 +80,7 @@ def _problems(folder: str, raw: Mapping[str, Any]) -> Iterator[str]:
     for name, bits in (("round", 32), ("counter", 64)):
         if not 0 <= raw[name] < 1 << bits:
             yield f"{name}: expected 0 to 2**{bits} - 1, found {raw[name]}"
-    if folder != f"round_{raw['round']:02d}":
+    if folder != round_name(raw["round"]):
         yield f"round: {raw['round']} does not fit the folder's name {folder}"
     if raw["outcome"] not in set(Outcome):
         yield f"outcome: expected {' or '.join(Outcome)}, found {raw['outcome']!r}"

@@ -95,7 +95,7 @@ def make_int8(run: Path) -> None:
         if record.round == 0:
             write_file(build_bundle(round_).data, run / "round_00.bundle.zip")
         elif packed := pack_round(round_):
-            write_file(packed.data, run / f"round_{record.round:02d}.dpu")
+            write_file(packed.data, run / f"{round_name(record.round)}.dpu")
 
 
 def make_mobilenet(run: Path) -> None:
@@ -144,7 +144,7 @@ def make_mobilenet(run: Path) -> None:
             write_file(build_bundle(round_).data, run / "round_00.bundle.zip")
         packed = pack_round(round_)
         if packed is not None:
-            write_file(packed.data, run / f"round_{number:02d}.dpu")
+            write_file(packed.data, run / f"{round_name(number)}.dpu")
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.formats.model_folder import round_name
 from tools.bench.trainer import Figure, cost, line_of, table
 from trainer.recipe.schema import TrainConfig
 
@@ -188,7 +189,7 @@ def train_vgg(
         now = time.monotonic()
         # The next round has more samples than any before it.
         rounds, slowest, last = rounds + 1, max(slowest, now - last), now
-        say(f"{method} round_{number:02d}, {end - now:.0f} s left")
+        say(f"{method} {round_name(number)}, {end - now:.0f} s left")
         if now + 1.1 * slowest > end:
             break
     return rounds

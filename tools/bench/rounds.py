@@ -22,7 +22,7 @@ from edge_runtime.formats.model_folder import (
     list_rounds,
 )
 from edge_runtime.formats.weights import Weights, read_weights
-from packager.rounds.folder import find_parent, list_runs, read_round
+from packager.rounds.folder import find_parent, full_name, list_runs, read_round
 from packager.rounds.record import read_record
 
 Say = Callable[[str], None]
@@ -159,7 +159,7 @@ def _last_update(run: Path) -> Path:
 def _round_pair(folder: Path, scratch: Path) -> Pair:
     round_ = read_round(folder)
     parent = find_parent(round_)
-    name = f"{round_.path.parent.name}/{round_.name}"
+    name = full_name(round_.path)
     base = scratch / f"{name.replace('/', '-')}-base.safetensors"
     base.write_bytes(parent.weights.data)
     told = json.loads((folder / RECORD_NAME).read_text())

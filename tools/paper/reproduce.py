@@ -167,7 +167,7 @@ def train_rows(
             records = run_rounds(config, runs, source=source, pack=patch_size)
             for row in _extend(results / f"{name}.json", records, runs):
                 say(
-                    f"{name:<14} round_{row['round']:02d} {row['outcome']:<9} "
+                    f"{name:<14} {round_name(row['round'])} {row['outcome']:<9} "
                     f"val {row['val']:6.2f} test {row['test']:6.2f} "
                     f"{row['changed']:>7} changed {row['bytes']:>8} bytes"
                 )
@@ -249,7 +249,8 @@ def round_full_updating(
     rows = []
     for row in eight_bit_rows(config, run_dir, records, source):
         rows.append(row)
-        say(f"round_{row['round']:02d} test {row['test']:6.2f} {row['bytes']:>8} bytes")
+        name = round_name(row["round"])
+        say(f"{name} test {row['test']:6.2f} {row['bytes']:>8} bytes")
     about = {"method": EIGHT_BITS, "seeds": records[-1].seeds}
     about["versions"] = records[-1].versions
     write_result(results / network / f"{EIGHT_BITS}_seed{seed}.json", about, rows)
@@ -288,7 +289,7 @@ def replay_run(
         for row in replay(results / network / name, config, source, Path(work)):
             rows.append(row)
             say(
-                f"{name:<14} round_{row.round:02d} {row.size:>8} bytes  "
+                f"{name:<14} {round_name(row.round)} {row.size:>8} bytes  "
                 f"{'equal' if row.equal else 'DIFFERS'}  test {row.test:6.2f} "
                 f"device {row.device:6.2f}"
             )
