@@ -117,32 +117,45 @@ def pack_round(
     changes = diff(moved_weights(parent.weights, terms), round_.weights)
     if base == record.parent:  # from another parent, several selections add up
         check_selection(round_, changes)
-    header = PatchHeader(
+    header = header_for(
+        parent.weights,
+        round_.weights,
         model=record.model,
-        parent=base,
-        target=record.target,
-        round=record.round,
+        round_=record.round,
         counter=counter,
-        file_size=round_.weights.layout.file_size,
     )
     outputs = b""
     if expect_outputs:
         from packager.rounds.golden import expected_outputs  # with ONNX Runtime
 
         outputs = expected_outputs(round_, expect_outputs)
-    data = encode_changes(
+    packed = pack_changes(
         parent.weights,
         round_.weights,
         header,
         changes,
+        parent_name=parent.name,
         level=level,
         signers=signers,
         outputs=outputs,
         terms=terms,
     )
-    check_budget(f"the patch of {round_.name}", len(data), max_size)
-    counts = {change.name: len(change) for change in changes}
-    return PackedPatch(data, header, parent.name, counts, terms)
+    check_budget(f"the patch of {round_.name}", len(packed.data), max_size)
+    return packed
+
+
+def header_for(
+    base: Weights, target: Weights, *, model: str, round_: int, counter: int
+) -> PatchHeader:
+    """Return the header of a patch that leads from one weight file to another."""
+    return PatchHeader(
+        model=model,
+        parent=base.fingerprint,
+        target=target.fingerprint,
+        round=round_,
+        counter=counter,
+        file_size=target.layout.file_size,
+    )
 
 
 def build_patch(
@@ -172,20 +185,21 @@ def build_patch(
         VerificationError: ``header.target`` is not the fingerprint of ``target``.
     """
     changes = diff(moved_weights(base, terms), target)
-    return encode_changes(base, target, header, changes, level=level, terms=terms)
+    return pack_changes(base, target, header, changes, level=level, terms=terms).data
 
 
-def encode_changes(  # noqa: PLR0913 - all but four by name
+def pack_changes(  # noqa: PLR0913 - all but four by name
     base: Weights,
     target: Weights,
     header: PatchHeader,
     changes: Sequence[TensorChange],
     *,
+    parent_name: str = "",
     level: int = LEVEL,
     signers: Sequence["Ed25519PrivateKey"] = (),
     outputs: bytes = b"",
     terms: Sequence[Term] = (),
-) -> bytes:
+) -> PackedPatch:
     """Build a patch from changes that are known already; as :func:`build_patch`.
 
     With ``terms`` they move the base first: ``changes`` are what differs after that.
@@ -208,7 +222,8 @@ def encode_changes(  # noqa: PLR0913 - all but four by name
 
         data = sign(data, signers)
     _prove(data, base)
-    return data
+    counts = {change.name: len(change) for change in changes}
+    return PackedPatch(data, header, parent_name, counts, terms)
 
 
 def _processors() -> int:

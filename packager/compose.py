@@ -16,7 +16,7 @@ from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.subspace import together
 from edge_runtime.formats.weights import Weights
-from packager.build import PackedPatch, encode_changes
+from packager.build import PackedPatch, header_for, pack_changes
 from packager.diff import diff
 from packager.moved import moved_weights
 
@@ -55,19 +55,15 @@ def compose_patches(
     if target.fingerprint == base.fingerprint:
         return None
     last = patches[-1][1].header
-    header = PatchHeader(
-        model=last.model,
-        parent=base.fingerprint,
-        target=target.fingerprint,
-        round=last.round,
-        counter=last.counter,
-        file_size=last.file_size,
+    header = header_for(
+        base, target, model=last.model, round_=last.round, counter=last.counter
     )
     terms = together([p.terms for _, p in patches], len(base.layout.tensors))
     changes = diff(moved_weights(base, terms), target)
-    data = encode_changes(base, target, header, changes, level=level, terms=terms)
-    counts = {change.name: len(change) for change in changes}
-    return PackedPatch(data, header, f"the parent of {patches[0][0]}", counts, terms)
+    name = f"the parent of {patches[0][0]}"
+    return pack_changes(
+        base, target, header, changes, parent_name=name, level=level, terms=terms
+    )
 
 
 def check_chain(base: str, patches: Sequence[tuple[str, PatchHeader]]) -> None:

@@ -6,10 +6,9 @@ A trainer with a budget is given this function; it need not know any more of pac
 
 from collections.abc import Sequence
 
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights
-from packager.build import build_patch
+from packager.build import build_patch, header_for
 
 _ANY_MODEL = "0" * 64  # the size does not depend on it
 
@@ -25,12 +24,5 @@ def patch_size(base: Weights, target: Weights, terms: Sequence[Term] = ()) -> in
     Raises:
         WrongModelError: The weight files hold different tensors.
     """
-    header = PatchHeader(
-        model=_ANY_MODEL,
-        parent=base.fingerprint,
-        target=target.fingerprint,
-        round=0,
-        counter=0,
-        file_size=target.layout.file_size,
-    )
+    header = header_for(base, target, model=_ANY_MODEL, round_=0, counter=0)
     return len(build_patch(base, target, header, terms=terms))

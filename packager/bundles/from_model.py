@@ -55,7 +55,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.update.golden import Golden, first_tensor
-from packager.build import PackedPatch, check_budget, encode_changes
+from packager.build import PackedPatch, check_budget, pack_changes
 from packager.bundles.from_round import PackedBundle, finished
 from packager.bundles.golden_inputs import (
     candidates,
@@ -210,8 +210,9 @@ def _nothing_to_patch(model: Model, counter: int, level: int) -> PackedPatch:
     """Return a patch from the init weights to themselves: it carries the release."""
     weights, header = model.weights, header_between(model, model, counter)
     changes = diff(weights, weights)
-    data = encode_changes(weights, weights, header, changes, level=level)
-    return PackedPatch(data, header, "itself", {change.name: 0 for change in changes})
+    return pack_changes(
+        weights, weights, header, changes, parent_name="itself", level=level
+    )
 
 
 def _init(weights: Weights) -> dict[str, bytes | Weights]:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import RoundError, RoundNotFoundError
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.model_folder import list_rounds, round_name
 from edge_runtime.sync.head import SHORT, Way
 from edge_runtime.sync.route import cheapest
-from packager.build import PackedPatch, encode_changes, pack_round
+from packager.build import PackedPatch, header_for, pack_changes, pack_round
 from packager.diff import diff
 from packager.rounds.folder import (
     Parent,
@@ -74,18 +73,13 @@ def pack_again(
     bytes, and with it its counter.
     """
     weights, record = round_.weights, round_.record
-    header = PatchHeader(
-        model=record.model,
-        parent=record.target,
-        target=record.target,
-        round=record.round,
-        counter=counter,
-        file_size=weights.layout.file_size,
+    header = header_for(
+        weights, weights, model=record.model, round_=record.round, counter=counter
     )
     changes = diff(weights, weights)
-    data = encode_changes(weights, weights, header, changes, signers=signers)
-    counts = {change.name: len(change) for change in changes}
-    packed = PackedPatch(data, header, round_.name, counts)
+    packed = pack_changes(
+        weights, weights, header, changes, parent_name=round_.name, signers=signers
+    )
     return Offered(round_.name, packed, way_of(packed))
 
 

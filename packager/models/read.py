@@ -26,7 +26,8 @@ from packager.build import (
     PackedPatch,
     check_budget,
     check_counter,
-    encode_changes,
+    header_for,
+    pack_changes,
 )
 from packager.diff import check_same_tensors, diff
 from packager.models.checkpoint import find_checkpoint, name_of, read_views
@@ -190,12 +191,17 @@ def pack_models(
     if base.weights.fingerprint == target.weights.fingerprint:
         return None
     header = header_between(base, target, counter)
-    data = encode_changes(
-        base.weights, target.weights, header, changes, level=level, signers=signers
+    packed = pack_changes(
+        base.weights,
+        target.weights,
+        header,
+        changes,
+        parent_name=base.path.name,
+        level=level,
+        signers=signers,
     )
-    check_budget(f"the patch to {target.path.name}", len(data), max_size)
-    counts = {change.name: len(change) for change in changes}
-    return PackedPatch(data, header, base.path.name, counts)
+    check_budget(f"the patch to {target.path.name}", len(packed.data), max_size)
+    return packed
 
 
 def header_between(base: Model, target: Model, counter: int) -> PatchHeader:
@@ -205,11 +211,10 @@ def header_between(base: Model, target: Model, counter: int) -> PatchHeader:
         RoundError: The counter is the reserved one.
     """
     check_counter(counter)
-    return PatchHeader(
+    return header_for(
+        base.weights,
+        target.weights,
         model=base.model,
-        parent=base.weights.fingerprint,
-        target=target.weights.fingerprint,
-        round=min(counter, MAX_ROUND),
+        round_=min(counter, MAX_ROUND),
         counter=counter,
-        file_size=target.weights.layout.file_size,
     )

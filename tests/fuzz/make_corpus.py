@@ -13,7 +13,7 @@ from edge_runtime.formats.header import HEADER_BYTES, SUBSPACE, PatchHeader
 from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import Weights
-from packager.build import build_patch, encode_changes
+from packager.build import build_patch, pack_changes
 from packager.diff import diff
 from tests.fuzz.target import BASE
 
@@ -46,7 +46,8 @@ def main():
         "00" * 32, BASE.fingerprint, target.fingerprint, 1, 1, len(BASE.data)
     )
     none = diff(BASE, BASE)
-    write(encode_changes(BASE, target, header, none, level=3, terms=terms), SUBSPACE)
+    packed = pack_changes(BASE, target, header, none, level=3, terms=terms)
+    write(packed.data, SUBSPACE)
 
 
 def write(patch, critical=0):

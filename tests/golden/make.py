@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.formats.header import VERSION, PatchHeader
+from edge_runtime.formats.header import VERSION
 from edge_runtime.formats.subspace import Term, round_scale
 from edge_runtime.formats.subspace_moves import move_weights
 from edge_runtime.formats.weights import pack_weights
-from packager.build import encode_changes
+from packager.build import header_for, pack_changes
 from packager.diff import diff
 from packager.keys import generate_key
 from packager.signing import date_patch, sign_patch
@@ -238,17 +238,12 @@ def main(folder):
         if (folder / f"{name}.dpu").exists():
             continue
         old, new = pack_weights(base, types), pack_weights(target, types)
-        header = PatchHeader(
-            MODEL,
-            old.fingerprint,
-            new.fingerprint,
-            number,
-            number,
-            old.layout.file_size,
-        )
+        header = header_for(old, new, model=MODEL, round_=number, counter=number)
         changes = diff(move_weights(old, terms), new)
         outputs = OUTPUTS.get(name, b"")
-        patch = encode_changes(old, new, header, changes, outputs=outputs, terms=terms)
+        patch = pack_changes(
+            old, new, header, changes, outputs=outputs, terms=terms
+        ).data
         for suffix, data in (
             (".base", old.data),
             (".target", new.data),

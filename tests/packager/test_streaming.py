@@ -9,11 +9,10 @@ import pytest
 from edge_runtime.errors import VerificationError
 from edge_runtime.formats import positions, spool, values
 from edge_runtime.formats.apply import apply_patch
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import pack_weights, write_weights
 from packager import diff as differences
-from packager.build import encode_changes
+from packager.build import header_for, pack_changes
 from packager.models.read import pack_models, read_model
 
 
@@ -43,12 +42,9 @@ def model(seed, shares=(0, 0.01, 0.1, 0.24, 0.4, 0.6, 0.8, 0.95, 1)):
 
 
 def packed(base, target, level=3):
-    header = PatchHeader(
-        "00" * 32, base.fingerprint, target.fingerprint, 1, 1, base.layout.file_size
-    )
-    return encode_changes(
-        base, target, header, differences.diff(base, target), level=level
-    )
+    header = header_for(base, target, model="00" * 32, round_=1, counter=1)
+    changes = differences.diff(base, target)
+    return pack_changes(base, target, header, changes, level=level).data
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -26,7 +26,6 @@ import click
 import numpy as np
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, write_init_spec
 from edge_runtime.formats.layout import read_layout
@@ -41,7 +40,7 @@ from edge_runtime.formats.weights import (
 )
 from edge_runtime.store.state import Slot
 from edge_runtime.store.store import Store
-from packager.build import encode_changes
+from packager.build import header_for, pack_changes
 from packager.diff import diff
 from tools.bench.contest_report import replace_section
 from tools.bench.patch import machine
@@ -144,14 +143,11 @@ def measure(
     patch, result, store = (folder / part for part in ("a.dpu", "result", "store"))
     old, new = read_weights(base), read_weights(target)
     model = network_id(old.layout.header, _GRAPH)
-    header = PatchHeader(
-        model, old.fingerprint, new.fingerprint, 1, 1, old.layout.file_size
-    )
+    header = header_for(old, new, model=model, round_=1, counter=1)
     changes = diff(move_weights(old, terms), new)
-    patch.write_bytes(
-        encode_changes(old, new, header, changes, level=level, terms=terms)
-    )
-    del old, new, changes
+    packed = pack_changes(old, new, header, changes, level=level, terms=terms)
+    patch.write_bytes(packed.data)
+    del old, new, changes, packed
 
     def apply() -> None:
         if TOOLS["ours"].apply(base, patch, result) != header.target:

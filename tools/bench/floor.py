@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.positions import encode_positions
 from edge_runtime.formats.sections import pack_kind
 from edge_runtime.formats.weights import Weights
-from packager.build import encode_changes
+from packager.build import header_for, pack_changes
 from packager.diff import diff
 from packager.report.patch_record import section_part
 from tools.bench.floors import Moves, entropy_bits, index_floor_bits, value_floor_bits
@@ -130,14 +129,12 @@ def measure(pair: Pair) -> Sizes:
     """Pack an update, as ``dpu-pack`` does, and hold its parts against the floors."""
     base, target = pair.read()
     layout, found = base.layout, diff(base, target)
-    header = PatchHeader(
-        "00" * 32, base.fingerprint, target.fingerprint, 1, 1, layout.file_size
-    )
+    header = header_for(base, target, model="00" * 32, round_=1, counter=1)
     changes = [change.positions for change in found]
     sparse = [
         2 * len(c) <= t.size for t, c in zip(layout.tensors, changes, strict=True)
     ]
-    with open_patch(encode_changes(base, target, header, found)) as patch:
+    with open_patch(pack_changes(base, target, header, found).data) as patch:
         parts = dict.fromkeys(("header", "index", "values", "dense"), 0)
         for section in patch.sections:
             parts[section_part(section.kind)] += section.packed_size

@@ -119,19 +119,11 @@ def _run(*command: str | Path) -> None:
 
 def _make_ours(base: Path, target: Path, patch: Path) -> None:
     # Unlike the others it applies what it made and compares, before writing it.
-    from edge_runtime.formats.header import PatchHeader
     from edge_runtime.formats.weights import read_weights
-    from packager.build import build_patch
+    from packager.build import build_patch, header_for
 
     old, new = read_weights(base), read_weights(target)
-    header = PatchHeader(
-        model="00" * 32,
-        parent=old.fingerprint,
-        target=new.fingerprint,
-        round=1,
-        counter=1,
-        file_size=new.layout.file_size,
-    )
+    header = header_for(old, new, model="00" * 32, round_=1, counter=1)
     patch.write_bytes(build_patch(old, new, header))
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from edge_runtime.errors import VerificationError
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
-from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import read_run
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
@@ -32,7 +31,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import Weights, read_weights
-from packager.build import build_patch, pack_round
+from packager.build import build_patch, header_for, pack_round
 from packager.rounds.folder import read_init, read_round
 from tools.paper.reproduction import BASELINES
 from trainer.data.samples import DataSource
@@ -107,13 +106,8 @@ def _short(record: RoundRecord) -> dict[str, Any]:
 def _pack_shadow(folder: Path, record: RoundRecord) -> bytes:
     init = read_init(read_round(folder)).weights
     shadow = read_weights(folder / SHADOW_NAME)
-    header = PatchHeader(
-        model=record.model,
-        parent=init.fingerprint,
-        target=shadow.fingerprint,
-        round=record.round,
-        counter=record.counter,
-        file_size=init.layout.file_size,
+    header = header_for(
+        init, shadow, model=record.model, round_=record.round, counter=record.counter
     )
     return build_patch(init, shadow, header)
 

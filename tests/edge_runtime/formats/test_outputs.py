@@ -10,7 +10,7 @@ import pytest
 from edge_runtime import Device, UpdateResult, open_patch
 from edge_runtime.errors import RoundError, TrialError, TrustError
 from edge_runtime.formats.sections import OUTPUTS
-from packager.build import encode_changes, pack_round
+from packager.build import pack_changes, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.cli.pack import pack
 from packager.cli.pack import patch as patch_command
@@ -37,9 +37,9 @@ def patch_with(round_, outputs):
     parent = find_parent(round_)
     plain = pack_round(round_, parent)
     changes = diff(parent.weights, round_.weights)
-    return encode_changes(
+    return pack_changes(
         parent.weights, round_.weights, plain.header, changes, outputs=outputs
-    )
+    ).data
 
 
 def true_outputs(round_):
