@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from edge_runtime.limits import limits
 from edge_runtime.live.proof import CONTEXT, SCHEMA
 from edge_runtime.live.shared import canonical
 from edge_runtime.text import listed
-from edge_runtime.times import FORM
+from edge_runtime.times import FORM, seconds_of
 from packager.rounds.folder import full_name, list_runs, read_model_file, read_round
 from packager.rounds.record import read_record
 
@@ -235,8 +235,7 @@ def doubt(proof: Mapping[str, Any], question: Question) -> tuple[Doubt, str] | N
 
 def age_s(proof: Mapping[str, Any]) -> float:
     """Return how old a proof is by the device's clock; negative if that is ahead."""
-    made = datetime.strptime(proof["time"], FORM).replace(tzinfo=UTC)
-    return time.time() - made.timestamp()
+    return time.time() - seconds_of(proof["time"])
 
 
 # What should be there -----------------------------------------------------------------

@@ -4,7 +4,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from edge_runtime.errors import how_to_install
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.text import printable
-from edge_runtime.times import FORM
+from edge_runtime.times import utc
 from packager.cli.keys import ask_passphrase
 from packager.cli.options import runs_option
 
@@ -159,9 +158,7 @@ def _time() -> str:
     from packager.signing import stated_seconds
 
     seconds = stated_seconds()
-    if seconds is None:
-        return ""
-    return datetime.fromtimestamp(seconds, UTC).strftime(FORM)
+    return "" if seconds is None else utc(seconds)
 
 
 @contextmanager
