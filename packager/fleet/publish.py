@@ -23,7 +23,7 @@ from packager.fleet.place import Place
 from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
 from packager.ledger import open_ledger, telling
-from packager.packed_file import BUNDLE, PATCH, read_facts
+from packager.packed_file import read_facts
 from packager.release import Release, as_text
 from packager.rounds.folder import RoundFolder
 
@@ -156,7 +156,7 @@ def _release(place: Place, path: str, data: bytes, now: int) -> Release:
     return Release(
         counter=header.counter,
         round=header.round,
-        kind=BUNDLE if path.startswith("bundles/") else PATCH,
+        kind=facts.kind,
         model=header.model,
         parent=header.parent,
         target=header.target,
