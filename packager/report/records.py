@@ -122,36 +122,6 @@ class SentRecord(TypedDict):
     tensors: list[RoundTensor]
 
 
-class RoundEntry(TypedDict):
-    """One round of a run.
-
-    What a trainer need not state is None. ``val_metric`` and ``test_metric`` are of
-    ``metric``, which is "accuracy" where nothing else is stated. ``cumulative_bytes``
-    are those of all rounds up to this one; None once one of them is unknown.
-    """
-
-    round: int
-    outcome: str
-    model: str
-    counter: int
-    full_bytes: int
-    method: str | None
-    ratio: float | None
-    seed: int | None
-    samples: int | None
-    reinitialised: bool | None
-    metric: str
-    better: str
-    val_metric: float | None
-    test_metric: float | None
-    val_accuracy: float | None
-    test_accuracy: float | None
-    bytes: int | None
-    bytes_from: str
-    tensors: list[RoundTensor]
-    cumulative_bytes: int | None
-
-
 class OtherRound(TypedDict):
     """One round of a run that another one is compared with."""
 
@@ -166,6 +136,25 @@ class OtherRound(TypedDict):
     test_metric: float | None
     val_accuracy: float | None
     test_accuracy: float | None
+
+
+class RoundEntry(OtherRound):
+    """One round of a run.
+
+    What a trainer need not state is None. ``val_metric`` and ``test_metric`` are of
+    ``metric``, which is "accuracy" where nothing else is stated. ``cumulative_bytes``
+    are those of all rounds up to this one; None once one of them is unknown.
+    """
+
+    model: str
+    counter: int
+    full_bytes: int
+    method: str | None
+    ratio: float | None
+    seed: int | None
+    samples: int | None
+    reinitialised: bool | None
+    tensors: list[RoundTensor]
 
 
 class OtherRun(TypedDict):

@@ -79,7 +79,7 @@ def _comparable(record: RunRecord) -> list[OtherRun]:
     return [o for o in record["beside"] if o["rounds"][-1]["metric"] == name]
 
 
-def _label(entry: RoundEntry | OtherRound) -> str:
+def _label(entry: OtherRound) -> str:
     if entry["outcome"] == "kept_base":
         return "no update"
     return "began anew" if entry.get("reinitialised") else "updated"
@@ -88,7 +88,7 @@ def _label(entry: RoundEntry | OtherRound) -> str:
 def _metric(record: RunRecord) -> Section | None:
     lines, name, others = [], record["rounds"][-1]["metric"], _comparable(record)
     factor = 100 if name in SHARES else 1
-    runs: list[tuple[str, Sequence[RoundEntry | OtherRound], int]]
+    runs: list[tuple[str, Sequence[OtherRound], int]]
     runs = [(record["run"], record["rounds"], 1)]
     runs += [(o["run"], o["rounds"], 2 + n) for n, o in enumerate(others[:3])]
     for run, rounds, colour in runs:
@@ -156,8 +156,8 @@ def _frontier(record: RunRecord) -> Section | None:
 
 
 def _measured(
-    rounds: Sequence[RoundEntry | OtherRound], *, validation: bool
-) -> Iterator[tuple[RoundEntry | OtherRound, float]]:
+    rounds: Sequence[OtherRound], *, validation: bool
+) -> Iterator[tuple[OtherRound, float]]:
     """Yield each round whose metric is known, with it."""
     for entry in rounds:
         value = entry["val_metric"] if validation else entry["test_metric"]
@@ -165,7 +165,7 @@ def _measured(
             yield entry, value
 
 
-def _symbol(entry: RoundEntry | OtherRound) -> str:
+def _symbol(entry: OtherRound) -> str:
     return {"no update": "ring", "began anew": "diamond"}.get(_label(entry), "dot")
 
 

@@ -7,7 +7,7 @@ pictures.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,19 +124,8 @@ def _frontier(runs: Sequence[OtherRun]) -> list[FrontierPoint]:
 
 
 def _other_round(entry: RoundEntry) -> OtherRound:
-    return {
-        "round": entry["round"],
-        "outcome": entry["outcome"],
-        "bytes": entry["bytes"],
-        "cumulative_bytes": entry["cumulative_bytes"],
-        "bytes_from": entry["bytes_from"],
-        "metric": entry["metric"],
-        "better": entry["better"],
-        "val_metric": entry["val_metric"],
-        "test_metric": entry["test_metric"],
-        "val_accuracy": entry["val_accuracy"],
-        "test_accuracy": entry["test_accuracy"],
-    }
+    values: Mapping[str, Any] = entry
+    return cast(OtherRound, {name: values[name] for name in OtherRound.__annotations__})
 
 
 def cumulate(rounds: Sequence[RoundEntry]) -> None:
