@@ -20,7 +20,7 @@ from edge_runtime.commandline import (
     on_device,
     say,
 )
-from edge_runtime.errors import ContractError, DpuError
+from edge_runtime.errors import ContractError
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
 
@@ -194,17 +194,14 @@ def _answers(
     """Return all tensors by name; they are finite."""
     import numpy as np
 
+    from edge_runtime.inference.session import failures_as
+
     if not predictor.tensors:
         raise ContractError(
             "the model gives no tensor of numbers; export one that does"
         )
-    try:
+    with failures_as(ContractError, f"{name}: the model cannot be run on it"):
         outputs = predictor.predict_named(values)
-    except DpuError:
-        raise
-    except Exception as err:
-        # ONNX Runtime's own exceptions share no base but this one.
-        raise ContractError(f"{name}: the model cannot be run on it: {err}") from err
     if not all(np.isfinite(values).all() for values in outputs.values()):
         raise ContractError(
             f"{name}: the model's answer is not finite; look for values that "

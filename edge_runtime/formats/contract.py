@@ -247,6 +247,11 @@ class Contract:
         """Whether the outputs have a row for each sample; else a call is one whole."""
         return self.task != "free"
 
+    def class_count(self, shape: tuple[int, ...]) -> int:
+        """Return how many classes a first output of a shape tells apart."""
+        axis = 1 if self.task == "segmentation" else -1
+        return shape[axis] if len(shape) > 1 else 1
+
     def is_random(self, number: int) -> bool:
         """Return whether an output, counted from 0, is random by design."""
         known = self.outputs[number : number + 1]

@@ -9,7 +9,8 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -149,6 +150,18 @@ def open_session(
                 "for an older one"
             ) from err
         raise StoreError(f"{what}: {err}") from err
+
+
+@contextmanager
+def failures_as(error: type[DpuError], what: str) -> Iterator[None]:
+    """Turn what a session raises for a graph that it cannot run into one of ours."""
+    try:
+        yield
+    except DpuError:
+        raise
+    except Exception as err:
+        # ONNX Runtime's own exceptions share no base but this one.
+        raise error(f"{what}: {err}") from err
 
 
 def _lacks(message: str) -> str:

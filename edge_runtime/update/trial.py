@@ -35,6 +35,7 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.inference.predictor import Predictor
+from edge_runtime.inference.session import failures_as
 from edge_runtime.update import trial_ends
 from edge_runtime.update.golden import (
     Array,
@@ -219,13 +220,8 @@ def _answers(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[A
 
 def _asked(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[Any]:
     predictor = Predictor(slot, contract)
-    try:
+    with failures_as(StoreError, f"cannot run {slot}"):
         return predictor.predict_all(inputs)
-    except DpuError:
-        raise
-    except Exception as err:
-        # Whatever the runtime raises for a graph that it loaded, but cannot run.
-        raise StoreError(f"cannot run {slot}: {err}") from err
 
 
 def read_all(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from packager.check_proof import Question, Verdict
 from packager.check_proofs import Tally
 from packager.report.document import Document, Section, Table
-from packager.report.words import spaced
+from packager.report.words import counted, spaced
 
 TOLD = 10  # files of each fault that people are told of; --json has more
 
@@ -46,7 +46,7 @@ def tally_document(
 ) -> Document:
     """Return what was found, for people; arguments as of :func:`tally_record`."""
     bad = sum(named.count for named in tally.faults.values())
-    verdict = f"{spaced(tally.proofs)} proof{'s' * (tally.proofs != 1)}: "
+    verdict = f"{counted(tally.proofs, 'proof')}: "
     verdict += f"{spaced(bad)} not as expected" if bad else "all as expected"
     facts = [("devices", f"{spaced(len(tally.signers))} of known keys")]
     if not question.signers:

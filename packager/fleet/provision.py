@@ -29,7 +29,6 @@ KEYS, CA = "keys", "ca"
 LOCK_NAME = ".provision.lock"
 PREFIX_FORM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}"
 CONFIG_FOLDER = "/etc/dpu-edge"  # on the device; systemd's units read it there
-_PART = ".part"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,20 +118,27 @@ def _make(
     folder: Path, order: Order, authority: Authority | None, files: Files
 ) -> None:
     """Make a device's folder, all at once."""
-    part = folder.with_name(f".{folder.name}{_PART}")
+    with _appearing(folder, files) as part:
+        key = generate_key().private_bytes_raw().hex() + "\n"
+        files.write(part / KEY_NAME, [key.encode()], mode=0o600)
+        if authority:
+            client = make_client(authority, folder.name)
+            files.write(part / CLIENT_NAME, [client], mode=0o600)
+        for name, data in order.trusted.items():
+            files.write(part / name, [data])
+        config = config_text(folder.name, order)
+        files.write(part / CONFIG_NAME, [config.encode()])
+
+
+@contextmanager
+def _appearing(folder: Path, files: Files) -> Iterator[Path]:
+    """Give a private folder to fill; once it is full it gets its name."""
+    part = folder.with_name(f".{folder.name}.part")
     if part.exists():
-        files.remove(part)  # of a run that was cut; nobody was ever given its key
+        files.remove(part)  # of a run that was cut; nobody was ever given its keys
     files.mkdir(part)
     part.chmod(0o700)
-    key = generate_key().private_bytes_raw().hex() + "\n"
-    files.write(part / KEY_NAME, [key.encode()], mode=0o600)
-    if authority:
-        client = make_client(authority, folder.name)
-        files.write(part / CLIENT_NAME, [client], mode=0o600)
-    for name, data in order.trusted.items():
-        files.write(part / name, [data])
-    config = config_text(folder.name, order)
-    files.write(part / CONFIG_NAME, [config.encode()])
+    yield part
     files.sync_folder(part)
     files.rename(part, folder)
     files.sync_folder(folder.parent)
@@ -179,16 +185,9 @@ def _authority(folder: Path, files: Files) -> Authority:
     public, private = folder / "ca.pem", folder / "ca.key"
     if not folder.exists():
         made = make_authority(f"devices of {folder.resolve().parent.name}"[:64])
-        part = folder.with_name(f".{folder.name}{_PART}")
-        if part.exists():
-            files.remove(part)
-        files.mkdir(part)
-        part.chmod(0o700)
-        files.write(part / private.name, [made.private_pem], mode=0o600)
-        files.write(part / public.name, [made.public_pem])
-        files.sync_folder(part)
-        files.rename(part, folder)
-        files.sync_folder(folder.parent)
+        with _appearing(folder, files) as part:
+            files.write(part / private.name, [made.private_pem], mode=0o600)
+            files.write(part / public.name, [made.public_pem])
     return read_authority(
         read_key_file(public),
         read_key_file(private),

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import (
     ContractError,
-    DpuError,
     RoundError,
     StoreError,
     TrialError,
@@ -32,7 +31,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.inference.session import RunOptions
+from edge_runtime.inference.session import RunOptions, failures_as
 from edge_runtime.update.golden import (
     MAX_OUTPUTS,
     MAX_WHOLE_BYTES,
@@ -176,13 +175,8 @@ def answers(predictor: Predictor, feed: Mapping[str, NDArray[Any]]) -> list[Any]
     Raises:
         StoreError: The graph cannot be run on it.
     """
-    try:
+    with failures_as(StoreError, "the graph cannot be run on its inputs"):
         return predictor.run(feed)
-    except DpuError:
-        raise
-    except Exception as err:
-        # ONNX Runtime's own exceptions share no base but this one.
-        raise StoreError(f"the graph cannot be run on its inputs: {err}") from err
 
 
 def judged(predictor: Predictor, contract: Contract, golden: Golden) -> Golden:
@@ -225,8 +219,7 @@ def check_labels(golden: Golden, contract: Contract) -> None:
     metric = METRICS.get(contract.label_metric)
     if output is None:
         return
-    axis = 1 if contract.task == "segmentation" else -1
-    width = output.shape[axis] if output.ndim > 1 else 1
+    width = contract.class_count(output.shape)
     if contract.classes and len(contract.classes) != width:
         raise ContractError(
             f"the contract names {len(contract.classes)} classes, the first output has "

@@ -50,8 +50,7 @@ def check_labels(
 
 def _check_width(output: NDArray[Any], contract: Contract) -> None:
     """Insist on one number for each class in the first output."""
-    axis = 1 if contract.task == "segmentation" else -1
-    width = output.shape[axis] if output.ndim > 1 else 1
+    width = contract.class_count(output.shape)
     if contract.classes and width != len(contract.classes):
         raise TrainingError(
             f"the contract has {len(contract.classes)} classes, the network's first "
