@@ -7,11 +7,13 @@ better than make the frontier.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import fmean, median, stdev
 
+from edge_runtime.errors import RoundError
 from packager.report.curves import BOTTOM, LEFT, TOP, plot_of
 from packager.report.records import FrontierPoint
 from packager.report.svg import RIGHT, WIDTH, draw, write
@@ -28,12 +30,14 @@ class Measured:
     """A run, as far as its place in the picture depends on it.
 
     Attributes:
-        name: Of the run; those that differ in ``_seedN`` alone are one point.
+        name: Of the run; those of one recipe that differ in ``_seedN`` are one point.
         method: What selected its weights; ``"fu"`` is full updating.
         seed: Of the run, if it is known.
         values: By round, what it is measured by.
         sent: Bytes of its patches, in order.
         lower: Whether lower values are better.
+        recipe: Whatever tells its recipe from others, but for the seed.
+        path: Where it lies, for words.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Measured:
     values: Mapping[int, float]
     sent: Sequence[int]
     lower: bool = False
+    recipe: str = ""
+    path: str = ""
 
 
 def frontier_points(runs: Sequence[Measured]) -> list[FrontierPoint]:
@@ -52,20 +58,62 @@ def frontier_points(runs: Sequence[Measured]) -> list[FrontierPoint]:
 
     Returns:
         A point for each method, in the order of ``runs``; those without full updating
-        of their seed are left out.
+        of their seed are left out. Recipes of one name, and runs of one recipe and
+        seed, are points of their own, which are named by their paths.
+
+    Raises:
+        RoundError: Two runs of full updating have the seed of another run.
     """
-    full = {run.seed: run.values for run in runs if run.method == FULL}
-    groups: dict[str, list[tuple[float, Sequence[int]]]] = {}
+    full = _full(runs)
+    groups: dict[tuple[object, ...], list[Measured]] = {}
     for run in runs:
-        theirs = full.get(run.seed, {})
-        common = [number for number in run.values if number in theirs]
-        if run.method == FULL or not common:
+        theirs = full.get(run.seed)
+        if (
+            run.method == FULL
+            or theirs is None
+            or run.values.keys().isdisjoint(theirs.values)
+        ):
             continue
-        gain = fmean(run.values[n] - theirs[n] for n in common)
-        name = re.sub(r"[_-]?seed\d+$", "", run.name) or run.name
-        found = (-gain if run.lower else gain, run.sent)
-        groups.setdefault(name, []).append(found)
-    return [_point(name, found) for name, found in groups.items()]
+        groups.setdefault((_stem(run), run.method, run.recipe), []).append(run)
+    points: list[list[Measured]] = []
+    for group in groups.values():
+        alone = len({run.seed for run in group}) < len(group)
+        points += [[run] for run in group] if alone else [group]
+    names = Counter(_stem(group[0]) for group in points)
+    return [
+        _point(
+            _stem(group[0])
+            if names[_stem(group[0])] == 1
+            else ", ".join(run.path for run in group),
+            [(_gain(run, full[run.seed]), run.sent) for run in group],
+        )
+        for group in points
+    ]
+
+
+def _full(runs: Sequence[Measured]) -> Mapping[int | None, Measured]:
+    """Return the runs of full updating by seed; of each that others have, just one."""
+    found: dict[int | None, Measured] = {}
+    others = {run.seed for run in runs if run.method != FULL}
+    for run in (run for run in runs if run.method == FULL):
+        first = found.setdefault(run.seed, run)
+        if first is not run and run.seed in others:
+            raise RoundError(
+                f"{first.path} and {run.path} are both full updating of seed "
+                f"{run.seed}; expected one to hold the others against: leave one out"
+            )
+    return found
+
+
+def _stem(run: Measured) -> str:
+    return re.sub(r"[_-]?seed\d+$", "", run.name) or run.name
+
+
+def _gain(run: Measured, full: Measured) -> float:
+    """Return how much better than full updating a run is, over common rounds."""
+    common = run.values.keys() & full.values
+    gain = fmean(run.values[n] - full.values[n] for n in sorted(common))
+    return -gain if run.lower else gain
 
 
 def _point(name: str, found: Sequence[tuple[float, Sequence[int]]]) -> FrontierPoint:

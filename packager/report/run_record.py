@@ -24,7 +24,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.subspace import Term
 from packager.build import pack_round
-from packager.report.frontier import Measured, frontier_points
+from packager.report.frontier import FULL, Measured, frontier_points
 from packager.report.links import link_records
 from packager.report.records import (
     FrontierPoint,
@@ -49,11 +49,15 @@ def run_record(run: Path, beside: Sequence[Path] = ()) -> RunRecord:
 
     Args:
         run: The run's folder.
-        beside: Other runs to hold it against, such as one of full updating.
+        beside: Other runs to hold it against, such as one of full updating; one that
+            is given twice counts once.
 
     Raises:
-        RoundError: There is no round in one of them, or one is damaged.
+        RoundError: There is no round in one of them, one is damaged, or two of full
+            updating have one seed.
     """
+    given = {path.resolve(): path for path in reversed([run, *beside])}
+    beside = [path for path in reversed(given.values()) if path is not run]
     folders = _folders(run)
     rounds = [_round_record(folder) for folder in folders]
     cumulate(rounds)
@@ -116,11 +120,30 @@ def _frontier(runs: Sequence[OtherRun]) -> list[FrontierPoint]:
                 },
                 [e["bytes"] for e in run["rounds"] if e["bytes"]],
                 run["rounds"][-1]["better"] == "lower",
+                _recipe(Path(run["path"])),
+                run["path"],
             )
             for run in runs
             if run["rounds"][-1]["metric"] == metric
         ]
     )
+
+
+def _recipe(run: Path) -> str:
+    """Return what tells a run's recipe from others, but for its name and seed."""
+    record = _raw(_folders(run)[-1])
+    config = record.get("config")
+    if not (isinstance(config, dict) and config):
+        return repr(record.get("ratio"))
+    return repr(sorted((n, repr(v)) for n, v in config.items() if n != "run"))
+
+
+def _raw(folder: Path) -> Mapping[str, Any]:
+    """Return all that a trainer states about a round, which nobody has checked."""
+    path = folder / RECORD_NAME
+    return json_file.read_record(
+        path, "record_bytes", str(path), RoundError, finite=False
+    ).values
 
 
 def _other_round(entry: RoundEntry) -> OtherRound:
@@ -139,14 +162,11 @@ def cumulate(rounds: Sequence[RoundEntry]) -> None:
 
 def _round_record(folder: Path) -> RoundEntry:
     stated = read_record(folder)
-    path = folder / RECORD_NAME
-    what = str(path)
-    extra = json_file.read_record(
-        path, "record_bytes", what, RoundError, finite=False
-    ).values
+    extra = _raw(folder)
     metrics = extra.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
-    sent = _sent(folder, stated, full=extra.get("ratio", 0) is None)
+    # No ratio alone says nothing: a subspace, which moves all weights, has none either.
+    sent = _sent(folder, stated, full=extra.get("method") == FULL)
     metric = _stated(extra.get("metric"), str) or "accuracy"
     return {
         "round": stated.round,
@@ -192,23 +212,23 @@ def _number(value: object) -> float | None:
 def _sent(folder: Path, stated: RoundRecord, *, full: bool) -> SentRecord:
     """Say how many bytes a round costs, and what changes in which tensor.
 
-    Counted is the patch beside the round folder, else one that is packed now. A round
-    of full updating counts as its weight file: that is what would be sent.
+    Counted is the patch beside the round folder, else one that is packed now. Without
+    one a round of full updating counts as its weight file, which would be sent.
     """
     nothing: SentRecord = {"bytes": 0, "bytes_from": "nothing", "tensors": []}
     if stated.outcome is Outcome.KEPT_BASE:
         return nothing
     if not stated.packable:
         return {"bytes": None, "bytes_from": "not packable", "tensors": []}
-    if full:
-        size = (folder / WEIGHTS_NAME).stat().st_size
-        return {"bytes": size, "bytes_from": "weight file", "tensors": []}
     round_ = read_round(folder)
     layout = round_.weights.layout
     size, counts = _existing(folder, stated, layout)
     if counts:
         tensors = _changes(round_, counts)
         return {"bytes": size, "bytes_from": "patch file", "tensors": tensors}
+    if full:
+        size = layout.file_size
+        return {"bytes": size, "bytes_from": "weight file", "tensors": []}
     packed = pack_round(round_)
     if packed is None:
         return nothing

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from edge_runtime.errors import RoundError
 from packager.report.frontier import (
     LETTER,
     Measured,
@@ -56,6 +57,34 @@ def test_seeds_of_one_name_are_one_point_with_its_error():
 def test_a_run_without_full_updating_of_its_seed_has_no_place():
     assert frontier_points([*FULL, run(3, {2: 0.96}, [9, 1])]) == []
     assert frontier_points([*FULL, run(1, {7: 0.96}, [9, 1])]) == []
+
+
+def test_recipes_of_one_name_are_points_of_their_own_and_named_by_their_paths():
+    runs = [
+        run(1, {2: 0.96}, [9, 1], recipe="ratio 0.01", path="a/lean_seed1"),
+        run(2, {2: 0.96}, [9, 3], recipe="ratio 0.1", path="b/lean_seed2"),
+    ]
+    found = frontier_points([*FULL, *runs])
+    assert [(p["name"], p["runs"], p["bytes"]) for p in found] == [
+        ("a/lean_seed1", 1, 1),
+        ("b/lean_seed2", 1, 3),
+    ]
+
+
+def test_two_runs_of_one_seed_are_no_seeds_to_average_over():
+    runs = [run(1, {2: 0.96}, [9, 1], path=f"{at}/lean_seed1") for at in "ab"]
+    found = frontier_points([*FULL, *runs])
+    assert [(p["name"], p["error"]) for p in found] == [
+        ("a/lean_seed1", None),
+        ("b/lean_seed1", None),
+    ]
+
+
+def test_two_runs_of_full_updating_of_one_seed_are_refused_where_one_is_needed():
+    full = [Measured("fu", "fu", 1, {0: 0.9}, [9], path=f"{at}/fu") for at in "ab"]
+    assert frontier_points(full) == []
+    with pytest.raises(RoundError, match=r"a/fu and b/fu .* seed 1.*leave one out"):
+        frontier_points([*full, run(1, {0: 0.8}, [1])])
 
 
 def test_where_lower_is_better_less_is_a_gain():

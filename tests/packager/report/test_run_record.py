@@ -103,6 +103,53 @@ def test_full_updating_counts_as_its_weight_file(history, full):
     ]
 
 
+def test_a_patch_of_full_updating_that_lies_there_is_counted_as_it_is(full):
+    round_ = read_round(full.path / "round_01")
+    (full.path / "round_01.dpu").write_bytes(data := pack_round(round_).data)
+    rounds = run_record(full.path)["rounds"]
+    assert [(e["bytes"], e["bytes_from"]) for e in rounds[:2]] == [
+        (round_.weights.layout.file_size, "weight file"),
+        (len(data), "patch file"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["subspace", "own", None])
+def test_a_round_without_a_ratio_counts_as_its_patch_unless_it_is_of_full_updating(
+    new_run, method
+):
+    run = new_run()
+    nothing = {name: np.zeros(run.init[name].shape, bool) for name in ("fc1.weight",)}
+    arrays = {n: a.copy() for n, a in run.init.items()}
+    arrays["fc1.bias"] += 1
+    run.add(0, arrays, masks=nothing, **stated(0.5, method=method, ratio=None))
+    (entry,) = run_record(run.path)["rounds"]
+    patch = pack_round(read_round(run.path / "round_00"))
+    assert (entry["bytes"], entry["bytes_from"]) == (len(patch.data), "packed now")
+    assert {t["name"]: t["changed"] for t in entry["tensors"]}["fc1.bias"] == 16
+
+
+def test_a_run_that_is_given_twice_counts_once(history, full):
+    again = full.path / ".." / full.path.name
+    record = run_record(history.path, [full.path, again, history.path])
+    assert [other["path"] for other in record["beside"]] == [str(full.path)]
+
+
+def test_runs_of_one_name_and_other_recipes_are_not_taken_for_seeds(new_run):
+    lean = []
+    for seed, share in ((1, 0.01), (2, 0.2)):
+        run = new_run(f"lean_seed{seed}")
+        config = {"run": {"seed": seed}, "update": {"ratio": share}}
+        run.add(0, **stated(0.5, seeds={"run": seed}, config=config))
+        other = new_run(f"fu_seed{seed}")
+        other.add(0, **stated(0.6, method="fu", ratio=None, seeds={"run": seed}))
+        lean += [run.path, other.path]
+    record = run_record(lean[0], lean[1:])
+    assert [point["name"] for point in record["frontier"]] == [
+        str(lean[0]),
+        str(lean[2]),
+    ]
+
+
 def test_selections_overlap_as_far_as_they_do(new_run):
     run = new_run()
     size = {"fc1.weight": 192, "fc2.weight": 64}
