@@ -62,8 +62,9 @@ class Writer:
                 continue
             layer = self._layers.get(id(node))
             if layer is not None:
+                output = layer.output  # before the node gets another one
                 self._layer(layer)
-                self._narrow(layer.output)
+                self._narrow(output)
             elif self._moves(node):
                 self._move(node)
             else:

@@ -66,6 +66,15 @@ class Mlp(nn.Sequential):
         super().__init__(*layers)
 
 
+class Pixels(nn.Sequential):
+    """A segmentation: its last node is a convolution without BatchNorm."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
 def on_grid(arrays, scales):
     """The weights as int8, and as the float32 numbers that these stand for."""
     whole, wide = dict(arrays), dict(arrays)
@@ -109,6 +118,7 @@ def made(kind):
 KERNELS = {
     Mlp: {"QGemm": 2},
     Residual: {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 1},
+    Pixels: {"QLinearConv": 2},
     Tokens: {"MatMulIntegerToFloat": 3, "QGemm": 2},
 }
 
