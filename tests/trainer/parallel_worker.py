@@ -18,6 +18,7 @@ from packager.size import patch_size
 from trainer.cli import main as cli
 from trainer.config import load_config, make_config
 from trainer.folder.contract import make_contract
+from trainer.method.batchnorm import FoldedBatchNorm
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import by_first, processes, share
 from trainer.publish import publish_round, start_run
@@ -125,6 +126,26 @@ def own_loop(run, *, first_alone, rounds=3):
     return seen, {name: p.detach() for name, p in net.named_parameters()}
 
 
+def folded():
+    """Somebody's loop with folded BatchNorm; each process has a loader of its own."""
+    net = own_net()
+    model = DistributedDataParallel(net)
+    mine = slice(distributed.get_rank(), None, 2)
+    seen = []
+    for number in range(2):
+        norms = FoldedBatchNorm(net)
+        if number:
+            norms.unfold([(INPUTS[mine], LABELS[mine])])
+        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(INPUTS[mine]), LABELS[mine]).backward()
+            optimizer.step()
+        norms.fold()
+        seen.append({name: value.clone() for name, value in net.state_dict().items()})
+    return seen
+
+
 def main(out):
     torch.set_num_threads(1)
     with pytest.raises(SystemExit, match="0"):
@@ -145,6 +166,7 @@ def main(out):
             "first": by_first(lambda: rank),
             "together": own_loop(out / "together", first_alone=False),
             "alone": own_loop(out / "alone", first_alone=True),
+            "folded": folded(),
         }
         torch.save(seen, out / f"rank_{rank}.pt")
 

@@ -144,6 +144,14 @@ def test_a_loop_of_ones_own_publishes_round_after_round_from_the_first_process(
     np.testing.assert_array_equal(last["0.weight"], weights["0.weight"].numpy())
 
 
+def test_processes_with_folded_batchnorm_and_their_own_samples_train_one_network(
+    ranks,
+):
+    first, second, *_ = ranks
+    for mine, theirs in zip(first["folded"], second["folded"], strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
 def test_before_there_is_a_group_only_the_first_process_writes(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(TrainingError, match=r"init_process_group\(\) before"):

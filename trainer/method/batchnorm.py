@@ -13,6 +13,8 @@ half of the values, and as these are near 1 and 0, few bits are enough.
     train(model, optimizer)         # as ever
     norms.fold()                    # then publish
 
+Of several processes all call both; the first one's samples and statistics count.
+
 The price: deployed statistics mean nothing by themselves. Training on from them as they
 are would normalise by wrong values, so a folded model refuses to train until it is
 unfolded. A model that is loaded from a file cannot know it: unfold it as well.
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from edge_runtime.errors import TrainingError
+from trainer.parallel import is_alone, of_first
 
 Values = NDArray[np.float64]  # one for each channel
 
@@ -59,6 +62,7 @@ class FoldedBatchNorm:
             name: tuple(map(_wide, _tensors(module)[2:]))
             for name, module in self.modules.items()
         }
+        self._unfolded: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     @torch.no_grad()
     def unfold(self, batches: Iterable[tuple[Tensor, Any]]) -> None:
@@ -78,14 +82,17 @@ class FoldedBatchNorm:
         ]
         mode, seen = self._model.training, 0
         self._model.eval()
-        for inputs, _ in batches:
-            self._model(inputs)
-            seen += len(inputs)
-            if seen >= MAX_SAMPLES:
-                break
-        for hook in hooks:
-            hook.remove()
-        self._model.train(mode)
+        try:
+            for inputs, _ in batches:
+                self._model(inputs)
+                seen += len(inputs)
+                if seen >= MAX_SAMPLES:
+                    break
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._model.train(mode)
+        seen = self._of_first(seen, moments)
         if self.modules and not seen:
             raise TrainingError(
                 "expected batches of training samples to unfold with, found none: give "
@@ -93,7 +100,9 @@ class FoldedBatchNorm:
             )
         for name, module in self.modules.items():
             if moments[name].count:  # else this part of the network is never used
+                before = _copies(module)
                 _express(module, moments[name].statistics())
+                self._unfolded[name] = before, _copies(module)
             for key in _guards(module):
                 del module._forward_pre_hooks[key]
 
@@ -101,9 +110,31 @@ class FoldedBatchNorm:
     def fold(self) -> None:
         """Put the statistics back as deployed, with scale and shift to fit them."""
         for name, module in self.modules.items():
+            for statistic in _tensors(module)[2:]:
+                statistic.copy_(of_first(statistic))
+            now = _copies(module)
             _express(module, self._deployed[name])
+            deployed = _copies(module)[2:]
+            # A channel that did not move keeps its bits: rounding must not send it.
+            _put(module, now, where=_same(now[2:], deployed))
+            if name in self._unfolded:
+                before, after = self._unfolded[name]
+                still = _same(now, after) & _same(before[2:], deployed)
+                _put(module, before, where=still)
             if not _guards(module):
                 module.register_forward_pre_hook(_refuse_to_train)
+
+    def _of_first(self, seen: int, moments: Mapping[str, "_Moments"]) -> int:
+        """Take what the first process saw, so that all train on one network.
+
+        Each may have samples of its own.
+        """
+        if is_alone() or not self.modules:
+            return seen
+        likes = {name: _tensors(module)[2] for name, module in self.modules.items()}
+        for name, like in likes.items():
+            moments[name].take_first(like)
+        return int(of_first(next(iter(likes.values())).new_tensor(seen)))
 
     def folded(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return a weight file's arrays with every module folded.
@@ -172,6 +203,13 @@ class _Moments:
         self._sum = self._sum + x.sum(1)
         self._squares = self._squares + x.square().sum(1)
 
+    def take_first(self, like: Tensor) -> None:
+        """Take what the first process saw of a module with such statistics."""
+        zeros = torch.zeros_like(like, dtype=torch.float64)
+        values = (self.count, self._sum, self._squares)
+        found = of_first(torch.stack([zeros + value for value in values]))
+        self.count, self._sum, self._squares = int(found[0, 0]), found[1], found[2]
+
     def statistics(self) -> tuple[Values, ...]:
         mean = torch.as_tensor(self._sum) / self.count
         var = torch.as_tensor(self._squares) / self.count - mean**2
@@ -182,6 +220,22 @@ def _tensors(module: _BatchNorm) -> list[Tensor]:
     """Return scale, shift, mean and variance of a module that has them all."""
     found = (module.weight, module.bias, module.running_mean, module.running_var)
     return [tensor for tensor in found if tensor is not None]
+
+
+def _copies(module: _BatchNorm) -> list[Tensor]:
+    return [tensor.clone() for tensor in _tensors(module)]
+
+
+def _same(values: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Tell of each channel whether all of its values are the same."""
+    pairs = zip(values, others, strict=True)
+    return torch.stack([value == other for value, other in pairs]).all(0)
+
+
+def _put(module: _BatchNorm, values: Sequence[Tensor], *, where: Tensor) -> None:
+    """Give some channels of a module other values."""
+    for tensor, value in zip(_tensors(module), values, strict=True):
+        torch.where(where, value, tensor, out=tensor)
 
 
 def _express(module: _BatchNorm, statistics: Sequence[Values]) -> None:

@@ -69,6 +69,34 @@ def test_a_folded_network_is_the_same_function_with_the_old_statistics(make):
     torch.testing.assert_close(answers(fresh, batches), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("trained_before", [True, False])
+def test_what_did_not_move_between_unfold_and_fold_keeps_its_bits(trained_before):
+    model, batches = trained(steps=3 if trained_before else 1)
+    FoldedBatchNorm(model).fold()
+    before = copy.deepcopy(model.state_dict())
+    norms = FoldedBatchNorm(model)
+    if trained_before:
+        norms.unfold(batches)
+        with torch.no_grad():
+            model[1].weight[0] *= 2  # one channel of four
+    norms.fold()
+    for name, tensor in model.state_dict().items():
+        still = tensor == before[name]
+        if trained_before and name in ("1.weight", "1.bias"):
+            assert not still[0]
+            still = still[1:]
+        assert still.all(), name
+
+
+def test_an_unfolding_that_fails_half_way_leaves_the_model_as_it_was():
+    model, batches = trained(steps=1)
+    model.train()
+    with pytest.raises(RuntimeError):
+        FoldedBatchNorm(model).unfold([batches[0], (torch.randn(2, 9), None)])
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_arrays_fold_as_the_network_does():
     model, _ = trained()
     norms = FoldedBatchNorm(fresh := plain())
