@@ -141,19 +141,15 @@ def with_closure(
     return args, kwargs | {"closure": wrapped}
 
 
-def check_elementwise(
-    optimizer: Optimizer, wanted: Collection[int], *, elementwise: bool
-) -> None:
+def check_elementwise(optimizer: Optimizer, *, elementwise: bool) -> None:
     """Insist that an optimizer steps each of its elements by that element alone.
 
     Args:
         optimizer: The optimizer.
-        wanted: Ids of the parameters that matter; they have to be in groups of the
-            same options.
         elementwise: The user knows that it does.
 
     Raises:
-        TrainingError: It may not, or the options differ.
+        TrainingError: It may not.
     """
     name = type(optimizer).__name__
     if not (elementwise or name in ELEMENTWISE) or any(
@@ -165,12 +161,24 @@ def check_elementwise(
             f"{', '.join(sorted(ELEMENTWISE))}. If it steps every element by itself, "
             "pass elementwise=True to attach()"
         )
+
+
+def check_groups(optimizer: Optimizer, wanted: Collection[int]) -> None:
+    """Insist that some parameters are in groups of the same options.
+
+    Args:
+        optimizer: The optimizer.
+        wanted: Ids of the parameters.
+
+    Raises:
+        TrainingError: They are not.
+    """
     groups = [
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
         if any(id(p) in wanted for p in group["params"])
     ]
-    if any(group != groups[0] for group in groups):
+    if any(group != groups[0] for group in groups[1:]):
         raise TrainingError(
             "the weights that move are in groups of different options, and share their "
             "coefficients: put them into one group of the optimizer"

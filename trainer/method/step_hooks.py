@@ -284,10 +284,39 @@ class Still:
         self._params = {
             name: p for name, p in named.items() if p.dim() > 1 and name not in free
         }
+        self.take()
+
+    def take(self) -> None:
+        """Take the present values in place of those before."""
         self._digests = {name: _digest(p) for name, p in self._params.items()}
 
+    def state_dict(self) -> dict[str, str]:
+        """Return the digests by name."""
+        return dict(self._digests)
+
+    def load_state_dict(self, state: Mapping[str, str] | None) -> None:
+        """Compare with the values of the process that made the state.
+
+        Args:
+            state: Its digests; None of earlier versions, which kept none: the present
+                values count.
+
+        Raises:
+            TrainingError: They are of other tensors.
+        """
+        if state is None:
+            self.take()
+            return
+        if others := state.keys() ^ self._digests.keys():
+            raise TrainingError(
+                f"the state and this updater differ in what has to stay the same: "
+                f"{', '.join(sorted(others))}; make the updater as the one before "
+                "(the same layers frozen, selectable= and dense=)"
+            )
+        self._digests = dict(state)
+
     def verify(self) -> None:
-        """Compare with the values at construction.
+        """Compare with the values that were taken.
 
         Raises:
             FrozenWeightChangedError: A tensor changed; it is named.
@@ -305,6 +334,6 @@ class Still:
                 )
 
 
-def _digest(tensor: Tensor) -> bytes:
+def _digest(tensor: Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).digest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()

@@ -53,6 +53,7 @@ from trainer.method.int8_steps import Int8Steps
 from trainer.method.movement import Movement, best_scale, quantise, relative_scales
 from trainer.method.optimizers import (
     check_elementwise,
+    check_groups,
     parameter_ids,
     unwrap,
     with_closure,
@@ -167,7 +168,8 @@ class SubspaceUpdater:
                 f"they share coefficients, found none: {', '.join(self._params)} have "
                 "to be in one; others may have what does not move"
             )
-        check_elementwise(owning[0], wanted, elementwise=elementwise)
+        check_elementwise(owning[0], elementwise=elementwise)
+        check_groups(owning[0], wanted)
         self.detach()
         self._optimizer = owning[0]
         self._forget()
@@ -288,6 +290,7 @@ class SubspaceUpdater:
             "latent": self._latent,
             "unit": self._unit,
             "scales": dict(self._scales),
+            "still": self._still.state_dict(),
         }
 
     @torch.no_grad()
@@ -312,6 +315,7 @@ class SubspaceUpdater:
                 f"the state is of {len(state['latent'])} coefficients and other "
                 f"tensors than the {len(self._latent)} of this updater"
             )
+        self._still.load_state_dict(state.get("still"))
         self._latents.give_up()
         for name, base in self._base.items():
             base.copy_(state["base"][name])
@@ -335,6 +339,8 @@ class SubspaceUpdater:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._running.is_nested(optimizer):
             return None
+        # A scheduler with a function for each group parts them after attach().
+        check_groups(optimizer, {id(p) for p in self._params.values()})
         if self._running.begin(optimizer) and self._latents.are_lent:
             self._give_up()
             raise TrainingError(

@@ -382,6 +382,7 @@ class PartialUpdater:
             "base": dict(self._base),
             "masks": dict(self._masks),
             "loss_drop": dict(self._loss_drop.total),
+            "still": self._still.state_dict(),
         }
 
     @torch.no_grad()
@@ -398,6 +399,7 @@ class PartialUpdater:
             check_fit(state["loss_drop"], self._params)
         if phase is not Phase.FULL:
             check_fit(state["masks"], self._params, torch.bool)
+        self._still.load_state_dict(state.get("still"))
         self._steps = int(state["steps"])
         masks = state["masks"].items()
         self._masks = {n: mask.to(self._base[n].device) for n, mask in masks}

@@ -493,6 +493,19 @@ def test_weights_that_share_coefficients_need_one_group_of_one_optimizer():
         updater.attach(torch.optim.SGD(groups, lr=0.1))
 
 
+def test_groups_that_a_scheduler_parts_later_are_refused_at_the_step():
+    model = net()
+    groups = [{"params": model[i].parameters()} for i in (0, 2)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    SubspaceUpdater(model.named_parameters(), coefficients=64).attach(optimizer)
+    schedule = [lambda _: 1.0, lambda epoch: 0.5**epoch]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    train(model, optimizer)
+    scheduler.step()
+    with pytest.raises(TrainingError, match="groups of different options"):
+        train(model, optimizer)
+
+
 def test_biases_may_be_in_another_optimizer():
     model = net()
     weights = [model[0].weight, model[2].weight]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import io
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from edge_runtime.errors import (
 )
 from trainer.method.scores import DPU, GCPU, LCPU, magnitude_scores
 from trainer.method.selection import random_masks
+from trainer.method.subspace import SubspaceUpdater
 from trainer.method.updater import PartialUpdater, Phase, is_weight
 
 torch.set_num_threads(1)
@@ -655,6 +658,65 @@ def test_resuming_without_the_models_weights_is_raised():
     resumed.load_state_dict(state)
     with pytest.raises(FrozenWeightChangedError):
         train(other, optimizer)
+
+
+def resumed_beside_a_frozen_layer(make, *, kept=True, moved=False):
+    """Resume in a process that draws other random values for a frozen layer."""
+
+    def build(seed):
+        model = nn.Sequential(nn.Linear(8, 8), *small_model(seed=seed))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        updater = make(model.named_parameters()).attach(optimizer)
+        return model, optimizer, updater
+
+    first = build(1)
+    train(*first[:2])
+    states = copy.deepcopy([each.state_dict() for each in first])
+    if not kept:  # as earlier versions did
+        del states[2]["still"]
+    model, optimizer, updater = second = build(2)
+    for each, state in zip(second, states, strict=True):
+        each.load_state_dict(state)
+    updater.select()
+    if moved:
+        with torch.no_grad():
+            model[0].weight += 1
+    train(model, optimizer)
+    return updater.finish()
+
+
+MAKERS = [
+    partial(PartialUpdater, ratio=0.5),
+    partial(SubspaceUpdater, coefficients=64),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_round_with_a_frozen_layer_is_resumed_where_the_layer_was_drawn_anew(
+    make, kept
+):
+    assert resumed_beside_a_frozen_layer(make, kept=kept)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_frozen_layer_that_moves_after_resuming_is_found(make):
+    with pytest.raises(FrozenWeightChangedError, match=r"0\.weight"):
+        resumed_beside_a_frozen_layer(make, moved=True)
+
+
+def test_the_state_of_an_updater_that_froze_other_layers_is_refused():
+    model, _, updater = started()
+    model[0].requires_grad_(False)
+    other = PartialUpdater(
+        model.named_parameters(),
+        ratio=0.1,
+        selectable=lambda name, _: name == "3.weight",
+    )
+    state = other.state_dict() | {"base": updater.base}
+    with pytest.raises(TrainingError, match=r"has to stay the same: 0\.weight"):
+        updater.load_state_dict(state | {"loss_drop": updater.loss_drop})
 
 
 def test_rejects_the_state_of_another_model():
