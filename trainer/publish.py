@@ -97,7 +97,13 @@ def start_run(  # noqa: PLR0913 - all but two by name
         # Not zeros: they hide what is multiplied with, such as random numbers.
         feed = contract.prepare(golden.by_name(contract))
         example = tuple(torch.tensor(array) for array in feed.values())
-        graph = export_graph(model, example, contract.is_random, contract.inputs)
+        graph = export_graph(
+            model,
+            example,
+            contract.is_random,
+            contract.inputs,
+            contract.output_tolerance,
+        )
         check_labels(model, contract, golden, reach=False)
         write_model(
             run_dir,

@@ -17,6 +17,12 @@ def each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return function(value)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return values as NumPy and files can hold them: no graph, bfloat16 as float32."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def leaves(value: Any) -> Iterator[Any]:
     """Yield every tensor of a value, or whatever is where tensors should be."""
     if isinstance(value, Mapping | tuple | list):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from edge_runtime import Device
 from edge_runtime.errors import ConfigError, ExportError
@@ -127,6 +128,17 @@ def test_refuses_samples_that_do_not_fit_each_other():
         as_source(((inputs, labels[:3]), (inputs, labels), ["a"]), 0)
     with pytest.raises(ConfigError, match=r"training inputs are \(2,\), test inputs"):
         as_source(((inputs, labels), (inputs[:, :1], labels), ["a"]), 0)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_inputs_that_numpy_cannot_hold_are_taken_with_their_values(lazy):
+    inputs = torch.randn(4, 2).bfloat16().requires_grad_()
+    labels = torch.randn(4, 2).requires_grad_()
+    half = TensorDataset(inputs, labels) if lazy else (inputs, labels)
+    found = as_source((half, half, ["a", "b"]), 0, "regression").train
+    assert found.read().numpy().dtype == np.float32
+    assert torch.equal(found.read(), inputs.detach().float())
+    assert torch.equal(torch.from_numpy(found.labels.numpy()), labels.detach())
 
 
 def test_labels_of_a_data_source_are_taken_and_refused_as_those_of_pairs():

@@ -19,9 +19,11 @@ from edge_runtime.errors import (
     RoundError,
     TrainingError,
 )
+from edge_runtime.formats.contract import parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights
+from edge_runtime.update.golden import read_golden
 from packager.build import pack_round
 from packager.rounds.folder import read_round
 from trainer.export.tensors import load_weights, weights_of
@@ -37,6 +39,37 @@ CONTRACT = make_contract((6,), ["a", "b", "c"])
 
 def net():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+class Half(nn.Module):
+    """Computes in float16."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3).half()
+
+    def forward(self, x):
+        return self.layer(x.half()).float()
+
+
+def test_a_network_in_half_precision_is_started_with_the_tolerance_of_its_contract(
+    tmp_path,
+):
+    samples = {"golden_inputs": 3 * INPUTS, "golden_labels": LABELS}
+    with pytest.raises(ExportError, match=r"allowed are 1e-06; weights of few bits"):
+        tight = make_contract((6,), ["a", "b", "c"], output_tolerance=1e-6)
+        start_run(tmp_path / "no", Half, contract=tight, **samples)
+    wide = make_contract((6,), ["a", "b", "c"], output_tolerance=0.02)
+    start_run(tmp_path / "yes", Half, contract=wide, **samples)
+    contract = (tmp_path / "yes" / "model" / "contract.json").read_bytes()
+    assert parse_contract(contract).output_tolerance == 0.02
+
+
+def test_golden_tensors_that_numpy_cannot_hold_are_taken_with_their_values(tmp_path):
+    inputs = torch.from_numpy(INPUTS).bfloat16().requires_grad_()
+    start_run(tmp_path, net, contract=CONTRACT, golden_inputs=inputs)
+    golden = read_golden((tmp_path / "model" / "golden.npz").read_bytes())
+    np.testing.assert_array_equal(golden.inputs[0], inputs.detach().float().numpy())
 
 
 def start(tmp_path, build=net):

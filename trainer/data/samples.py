@@ -21,7 +21,7 @@ from torch import Tensor
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.init_weights import philox
 from trainer.recipe.schema import DataConfig
-from trainer.trees import each
+from trainer.trees import each, plain
 
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
 CROP_PADDING = 4  # pixels
@@ -77,7 +77,7 @@ class LazyInputs:
                 f"sample {index} has shape {tuple(found.shape)}, the first one has "
                 f"{self._one}; set data.size to bring images to one"
             )
-        return torch.as_tensor(found)
+        return plain(torch.as_tensor(found))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from trainer.data.samples import FLOAT, DataSource, LazyInputs, Samples, generat
 from trainer.data.targets import as_targets, check_length, check_targets
 from trainer.recipe.factory import call_factory, own_place
 from trainer.recipe.schema import DataConfig
+from trainer.trees import plain
 
 STATISTICS_SAMPLES = 2000
 TOKENS = ("int32", "int64")
@@ -225,7 +226,7 @@ def _taken(half: Samples, task: str) -> Samples:
     """Return samples with their labels as the task trains with them."""
     inputs = half.inputs
     if not isinstance(inputs, LazyInputs):
-        inputs = torch.as_tensor(inputs)
+        inputs = plain(torch.as_tensor(inputs))
     labels = as_targets(half.labels, task)
     check_length(inputs.shape[0], labels)
     return replace(half, inputs=inputs, labels=labels)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from edge_runtime.errors import ConfigError
-from trainer.trees import each, leaves
+from trainer.trees import each, leaves, plain
 
 IGNORED = -100  # torch's label for what counts nowhere
 
@@ -24,7 +24,7 @@ def as_targets(labels: Any, task: str) -> Any:
     """
     if task == "free":
         return each(_plain, labels)
-    tensor = torch.as_tensor(labels)
+    tensor = torch.as_tensor(labels).detach()
     if task in ("classification", "segmentation"):
         whole = tensor.long()
         if not whole.to(tensor.dtype).equal(tensor):
@@ -92,5 +92,5 @@ def check_length(inputs: int, labels: Any) -> None:
 
 
 def _plain(values: Any) -> Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = plain(torch.as_tensor(values))
     return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -46,6 +46,7 @@ def export_graph(
     example: Tensor | tuple[Tensor, ...],
     is_random: Callable[[int], bool] = never,
     takes: Sequence[InputSpec] = (),
+    tolerance: float | None = None,
 ) -> bytes:
     """Return the bytes of ``graph.onnx``: the network without its weights.
 
@@ -63,6 +64,8 @@ def export_graph(
         is_random: Says which outputs, counted from 0, are random by design.
         takes: The inputs as a contract has them: their names, and None for a size
             that is open.
+        tolerance: By how much ONNX Runtime's outputs may differ from torch's, as a
+            share of the largest; by default as much as those of two CPUs.
 
     Raises:
         ExportError: The model cannot be deployed weight for weight; the message names
@@ -96,7 +99,7 @@ def export_graph(
     _simplify(exported.model, groups, [spec.name for spec in takes])
     _refuse_lost(exported.model, {groups[name] for name in read if name in groups})
     graph = _serialise(exported.model, layout_of(twin), axes)
-    check_graph(graph, twin, inputs, is_random, takes)
+    check_graph(graph, twin, inputs, is_random, takes, tolerance)
     return graph
 
 

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.contract import InputSpec, OutputSpec
+from edge_runtime.formats.contract import (
+    InputSpec,
+    OutputSpec,
+    tolerance_between_cpus,
+)
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights, write_weights
@@ -34,6 +38,7 @@ def check_graph(
     example: Tensor | tuple[Tensor, ...],
     is_random: Callable[[int], bool] = never,
     takes: Sequence[InputSpec] = (),
+    tolerance: float | None = None,
 ) -> None:
     """Prove that a graph runs from the model's weight file and gives its outputs.
 
@@ -43,12 +48,14 @@ def check_graph(
         example: As for :func:`export_graph`.
         is_random: Says which outputs, counted from 0, are not compared.
         takes: As for :func:`export_graph`.
+        tolerance: As for :func:`export_graph`.
 
     Raises:
         ExportError: A deployed tensor is not an initializer of the graph, ONNX
             Runtime refuses the graph, or its outputs differ from torch's.
     """
-    _check_initializers(graph, deployed_tensors(model), layout_of(model))
+    layout = layout_of(model)
+    _check_initializers(graph, deployed_tensors(model), layout)
     inputs = as_tuple(example, "the example")
     session = GraphSession(graph, weights_of(model))
     # Not the sizes that were traced: none may be baked in.
@@ -56,7 +63,7 @@ def check_graph(
         batch = resized(inputs, open_axes(inputs, takes), count, other=count > 1)
         with torch.no_grad():
             expected = as_tuple(model(*batch), "what forward returns")
-        _compare(session.run(batch), expected, is_random)
+        _compare(session.run(batch), expected, is_random, layout, tolerance)
 
 
 def graph_outputs(graph: bytes) -> tuple[OutputSpec, ...]:
@@ -206,15 +213,26 @@ def _compare(
     found: Sequence[NDArray[Any]],
     expected: Sequence[Tensor],
     is_random: Callable[[int], bool],
+    layout: Layout,
+    tolerance: float | None,
 ) -> None:
+    usual = tolerance_between_cpus(layout)
+    allowed = usual if tolerance is None else tolerance
     for index, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        if not is_random(index) and difference(value, wanted) > OUTPUT_TOLERANCE:
+        error = 0.0 if is_random(index) else difference(value, wanted)
+        if error > allowed:
+            why = (
+                "forward does something that the graph does not keep (random numbers, "
+                "state between calls): take it out of eval mode; random outputs are "
+                "named in the contract"
+                if error > usual
+                else f"weights of few bits are computed alike to {usual:g}: give the "
+                f"contract output_tolerance={usual:g}"
+            )
             raise ExportError(
                 f"output {index} of the exported graph, shape {list(value.shape)}, "
-                f"differs from torch's, shape {list(wanted.shape)}, by more than "
-                f"{OUTPUT_TOLERANCE} of its largest value; forward does something that "
-                f"the graph does not keep (random numbers, state between calls): take "
-                f"it out of eval mode; random outputs are named in the contract"
+                f"differs from torch's, shape {list(wanted.shape)}, by {error:.2g} of "
+                f"its largest value, allowed are {allowed:g}; {why}"
             )
 
 

@@ -64,6 +64,7 @@ def make_contract(  # noqa: PLR0913 - all but two by name
     metric: str = "",
     bound: float | None = None,
     threshold: float = 0.0,
+    output_tolerance: float = OUTPUT_TOLERANCE,
 ) -> Contract:
     """Return what goes into a network, and what comes out of it.
 
@@ -87,6 +88,8 @@ def make_contract(  # noqa: PLR0913 - all but two by name
         bound: What devices ask of the metric: at least, or at most for mae.
         threshold: Above it, an answer that is yes or no means yes: 0 for logits, 0.5
             for probabilities.
+        output_tolerance: By how much outputs may differ from CPU to CPU, as a share
+            of the largest: 0.02 for weights of half precision.
 
     Raises:
         TrainingError: There is no such task or metric.
@@ -111,7 +114,7 @@ def make_contract(  # noqa: PLR0913 - all but two by name
         given,
         tuple(classes) if task not in ("regression", "free") else (),
         accuracy_floor,
-        OUTPUT_TOLERANCE,
+        output_tolerance,
         (output,) if one_row and classes else (),
         task,
         metric,

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from edge_runtime.errors import ContractError, TrainingError
 from edge_runtime.formats.contract import Contract, RawInputs
 from edge_runtime.update.golden import Golden
+from trainer.trees import plain
 
 
 def golden_of(
@@ -23,8 +25,8 @@ def golden_of(
         by_name = contract.by_name(inputs)
     except ContractError as err:
         raise TrainingError(f"golden inputs: {err}") from err
-    arrays = [np.asarray(array) for array in by_name.values()]
-    values = None if labels is None else np.asarray(labels)
+    arrays = [_array(array) for array in by_name.values()]
+    values = None if labels is None else _array(labels)
     if values is not None and not values.ndim:
         raise TrainingError("golden labels are one value, expected one for each sample")
     for spec, array in zip(contract.inputs, arrays, strict=True):
@@ -43,6 +45,11 @@ def golden_of(
     if values is not None:
         values = _labels(values, contract)
     return Golden(tuple(arrays), values)
+
+
+def _array(values: ArrayLike) -> NDArray[Any]:
+    tensor = isinstance(values, Tensor)
+    return np.asarray(plain(values).cpu() if tensor else values)
 
 
 def _labels(labels: NDArray[Any], contract: Contract) -> NDArray[Any]:
