@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 
 from edge_runtime.times import duration
-from trainer.rounds.advice import ERROR, Advice, Candidate, block
+from trainer.rounds.advice import Advice, Candidate, block
 
 
 def advice_text(advice: Advice) -> str:
@@ -14,7 +14,9 @@ def advice_text(advice: Advice) -> str:
     lines = [
         f"{network.weights:,} weights and a dense part of {network.dense:,} bytes"
         + (", with BatchNorm" if network.normed else "")
-        + f"; at most {advice.budget:,} bytes a patch"
+        + f"; at most {advice.budget:,} bytes a patch",
+        f"all of it takes {network.full:,} bytes"
+        + (": full updating fits too" if network.full <= advice.budget else ""),
     ]
     for number, candidate in enumerate(advice.candidates, 1):
         lines += ["", f"{number}. {candidate.name}: {candidate.how}"]
@@ -24,8 +26,7 @@ def advice_text(advice: Advice) -> str:
         lines += [f"   {name}: {why}" for name, why in advice.refused.items()]
     lines += [
         "",
-        f"Shares are estimates, by up to {ERROR:.0%}; sizes are limits, which the "
-        "trainer keeps to.",
+        "Shares are estimates; sizes are limits, which the trainer keeps to.",
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 """How many coefficients a subspace may have, for a patch of a size: before training."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -47,26 +48,78 @@ def coefficients_within(
         TrainingError: There is no room for 64 of them.
     """
     layout, limit = layout or layout_of(model), parse_size(size)
-    named = dict(model.named_parameters())
-    moved = {n for n, p in named.items() if selectable(n, p)}
-    rest = {n for n, p in named.items() if not p.requires_grad} | {*still} | moved
-    dense = [t for t in layout.tensors if t.name not in rest]
-    groups = {t.item_size for t in dense}
-    # How much of each tensor travels; nothing is a number of one byte.
-    counts = len(layout.tensors) + sum(len(encode_varint(t.size)) - 1 for t in dense)
-    taken = HEADER_BYTES + 2 + 1 + _section(counts)
-    taken += sum(t.size * t.item_size for t in dense) + _GROUP_BYTES * len(groups)
-    weights = sum(t.size for t in layout.tensors if t.name in moved)
-    most = min(MAX_COEFFICIENTS, MOST_BITS // bits, weights)
+    rest = _Rest.of(model, selectable, still, layout)
+    most = min(MAX_COEFFICIENTS, MOST_BITS // bits, rest.weights)
     for count in range(most // WORD * WORD, 0, -WORD):
-        term = term_size(len(layout.tensors), len(moved), count, bits) - _SEED_BYTES
-        if taken + _section(1 + term) <= limit:
+        if rest.with_term(count, bits) <= limit:
             return count
     raise TrainingError(
-        f"a patch of {limit} bytes has no room for coefficients: {taken} are needed "
-        f"beside them; {'freeze biases and normalisation, or ' if dense else ''}allow "
-        "more"
+        f"a patch of {limit} bytes has no room for coefficients: {rest.taken} are "
+        f"needed beside them; "
+        f"{'freeze biases and normalisation, or ' if rest.dense else ''}allow more"
     )
+
+
+def subspace_bytes(
+    coefficients: int,
+    model: nn.Module,
+    *,
+    bits: int = 1,
+    selectable: Callable[[str, Tensor], bool] = is_weight,
+    still: Collection[str] = (),
+    layout: Layout | None = None,
+) -> int:
+    """Return the size of a patch with so many coefficients, as far as it may get.
+
+    The arguments are those of :func:`coefficients_within`.
+    """
+    rest = _Rest.of(model, selectable, still, layout or layout_of(model))
+    return rest.with_term(coefficients, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """What a patch takes beside its coefficients.
+
+    Attributes:
+        taken: Bytes of it.
+        dense: Whether there are tensors that travel by themselves.
+        tensors: Of the weight file.
+        moved: Tensors that move.
+        weights: Elements of these.
+    """
+
+    taken: int
+    dense: bool
+    tensors: int
+    moved: int
+    weights: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        selectable: Callable[[str, Tensor], bool],
+        still: Collection[str],
+        layout: Layout,
+    ) -> "_Rest":
+        named = dict(model.named_parameters())
+        moved = {n for n, p in named.items() if selectable(n, p)}
+        rest = {n for n, p in named.items() if not p.requires_grad} | {*still} | moved
+        dense = [t for t in layout.tensors if t.name not in rest]
+        groups = {t.item_size for t in dense}
+        # How much of each tensor travels; nothing is a number of one byte.
+        counts = len(layout.tensors)
+        counts += sum(len(encode_varint(t.size)) - 1 for t in dense)
+        taken = HEADER_BYTES + 2 + 1 + _section(counts)
+        taken += sum(t.size * t.item_size for t in dense) + _GROUP_BYTES * len(groups)
+        weights = sum(t.size for t in layout.tensors if t.name in moved)
+        return cls(taken, bool(dense), len(layout.tensors), len(moved), weights)
+
+    def with_term(self, count: int, bits: int) -> int:
+        """Return the bytes of a patch with so many coefficients."""
+        term = term_size(self.tensors, self.moved, count, bits) - _SEED_BYTES
+        return self.taken + _section(1 + term)
 
 
 def _section(size: int) -> int:

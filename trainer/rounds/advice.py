@@ -2,8 +2,9 @@
 """Recommends a method and settings for a byte budget, before anything is trained.
 
 What a patch takes is known by formulas that were held against committed results: 15 %
-of error where values are rounded or not, none for a subspace. A recipe with a budget
-keeps to it in any case, as the trainer packs what it is about to send.
+of error for small shares of float32 weights, rounded or not, none for a subspace. A
+recipe with a budget keeps to it in any case, as the trainer packs what it is about to
+send.
 """
 
 import math
@@ -17,15 +18,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edge_runtime.errors import ConfigError, TrainingError
 from edge_runtime.formats.header import HEADER_BYTES
 from trainer.config import as_dict, as_toml, make_config
-from trainer.export.subspace_size import coefficients_within
+from trainer.export.subspace_size import coefficients_within, subspace_bytes
 from trainer.export.tensors import deployed_tensors
 from trainer.method.updater import is_weight
 from trainer.recipe.schema import AUTO, Config, UpdateConfig
 from trainer.recipe.task import loss_name
 
 ERROR = 0.15  # of the estimates, either way
-# Bits of one selected weight beside its place: what committed patches have.
-FLOAT_BITS, GRID_BITS, DENSE_BITS = 21, 2, 5
+MEASURED = 0.05  # up to this share of the weights
+# Bits of one value beside its place: what committed patches have.
+FLOAT_BITS, DENSE_BITS = 21, 5
+# On a grid: the more weights, the more of them are a step or two from the base, and
+# the more values there are; what patches of 0.25 to 80 % of the weights have.
+GRID_BITS, GRID_BITS_A_DECADE = 3, 0.4
+INT8_BITS = 5.5  # without a grid, where weights move by steps of int8
 FIRST_SHARE = 0.03  # of the weights, where a round leads from the init weights
 # A subspace begins anew with so many times a round's bytes, or what a share would take.
 ANEW_TIMES, ANEW_SHARE = 3, 0.01
@@ -38,6 +44,7 @@ SUBSPACE_KNOWN = (
     "seeds, rounds 0-59), 0.4 points below at 1.4 kB (three seeds, rounds 0-23); far "
     "behind on large pretrained networks (docs/subspace.md)"
 )
+LEAST_WEIGHTS = 4  # a coefficient; fewer have not been tried
 LEAST_SHARE = 0.002  # fewer selected weights have not been tried
 DENSE_GRID = 0.03125
 SUBSPACE_LR = 2e-3
@@ -54,25 +61,33 @@ class NetworkSizes:
         dense: Bytes of all else, as it is.
         folded: Values of all else once BatchNorm is folded.
         normed: Whether it has BatchNorm.
+        full: Bytes of all of it, as devices have it.
+        int8: Whether weights are int8 there.
     """
 
     weights: int
     dense: int
     folded: int
     normed: bool
+    full: int
+    int8: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module) -> "NetworkSizes":
-        """Measure a network."""
+    def of(cls, model: nn.Module, *, int8: bool = False) -> "NetworkSizes":
+        """Measure a network, which devices may have in int8."""
         tensors = deployed_tensors(model)
         named = dict(model.named_parameters())
         chosen = {n for n, p in named.items() if is_weight(n, p)}
         dense = {n: t for n, t in tensors.items() if n not in chosen}
+        weights = sum(named[n].numel() for n in chosen)
+        rest = sum(t.numel() * t.element_size() for t in dense.values())
         return cls(
-            sum(named[n].numel() for n in chosen),
-            sum(t.numel() * t.element_size() for t in dense.values()),
+            weights,
+            rest,
             sum(t.numel() for n, t in dense.items() if n in named),
             any(isinstance(module, _BatchNorm) for module in model.modules()),
+            (1 if int8 else 4) * weights + rest,
+            int8,
         )
 
 
@@ -90,6 +105,7 @@ class Candidate:
         train: Keys of ``[train]`` that it changes.
         sets: The same as arguments of ``--set``.
         links: How long a patch takes, where that is known.
+        untried: Whether nobody tried the like: it comes last.
     """
 
     name: str
@@ -101,6 +117,7 @@ class Candidate:
     train: Mapping[str, Any]
     sets: tuple[str, ...] = ()
     links: list[Any] = field(default_factory=list)
+    untried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +140,16 @@ def place_bits(share: float) -> float:
 
 def patch_bytes(network: NetworkSizes, share: float, *, lean: bool) -> int:
     """Estimate the bytes of a patch in which a share of the weights is selected."""
-    each = place_bits(share) + (GRID_BITS if lean else FLOAT_BITS)
+    each = place_bits(share) + _value_bits(network, share, lean=lean)
     rest = network.folded * DENSE_BITS / 8 if lean else network.dense
     return round(HEADER_BYTES + rest + network.weights * share * each / 8)
+
+
+def _value_bits(network: NetworkSizes, share: float, *, lean: bool) -> float:
+    """Return the bits of a selected weight's new value."""
+    if lean:
+        return GRID_BITS + GRID_BITS_A_DECADE * math.log10(max(share, LEAST_SHARE))
+    return INT8_BITS if network.int8 else FLOAT_BITS
 
 
 def share_within(network: NetworkSizes, budget: int, *, lean: bool) -> float:
@@ -156,13 +180,17 @@ def advise(
     Raises:
         ConfigError: Nothing fits; the message says what each method needs.
     """
-    network, found, refused = NetworkSizes.of(model), [], {}
+    network = NetworkSizes.of(model, int8=config.model.deploy == "int8")
+    # The weight file itself takes no more.
+    most = min(budget, network.full)
+    found: list[Candidate] = []
+    refused: dict[str, str] = {}
     # Best first, as far as was measured: where there is BatchNorm, lean updates.
     order = ("lean", "subspace") if network.normed else ("subspace", "lean")
     makers = {
-        "lean": lambda: _lean(config, network, budget),
-        "subspace": lambda: _subspace(config, model, network, budget),
-        "dpu": lambda: _plain(network, budget),
+        "lean": lambda: _lean(config, network, most),
+        "subspace": lambda: _subspace(config, model, network, most),
+        "dpu": lambda: _plain(network, most),
     }
     for name in (*order, "dpu"):
         try:
@@ -174,6 +202,7 @@ def advise(
             f"no method sends this network's updates in {budget} bytes:",
             problems=[f"{name}: {why}" for name, why in refused.items()],
         )
+    found.sort(key=lambda candidate: candidate.untried)
     return Advice(network, budget, tuple(found), refused)
 
 
@@ -185,15 +214,17 @@ def _lean(config: Config, network: NetworkSizes, budget: int) -> Candidate:
             f"below some {least} bytes fewer than {LEAST_SHARE:.1%} of the weights "
             "are left, which nobody tried; allow more, or take a subspace"
         )
+    # With all weights on the grid it may still be far below the budget.
+    largest = round(patch_bytes(network, 1.0, lean=True) * (1 + ERROR))
     first = max(budget, patch_bytes(network, max(share, FIRST_SHARE), lean=True))
     folded = {"fold_batchnorm": True} if network.normed else {}
     taught = loss_name(config.data, config.train) == CROSS_ENTROPY
     return Candidate(
         "lean",
-        budget,
-        first,
-        f"about {share:.2%} of the weights, {round(share * network.weights)}, on a "
-        "grid; the number is found by packing in every round",
+        min(budget, largest),
+        min(first, largest),
+        f"{_about(network, share)}, on a grid; the number is found by packing in every "
+        "round",
         "MNIST MLP: 0.2 points below full updating at 3.4 kB a round and 20 kB from "
         "init (k = 0.0025, two seeds, rounds 0-23); small VGG on CIFAR-10: 1.0 at "
         "8.1 kB (two seeds, rounds 0-3)",
@@ -232,11 +263,15 @@ def _subspace(
     few = count < FEW * network.weights and pictures
     share = FIRST_SHARE if few else ANEW_SHARE
     first = max(ANEW_TIMES * budget, patch_bytes(network, share, lean=True))
+    first = min(first, network.full)
+    untried = count * LEAST_WEIGHTS > network.weights
     how = "taught by full updating" if few else "anew when the data has doubled"
-    exact = "never above it" if config.model.deploy == "int8" else "exact"
+    if untried:
+        how += f"; fewer than {LEAST_WEIGHTS} weights a coefficient: nobody tried that"
+    exact = "never above it" if network.int8 else "exact"
     return Candidate(
         "subspace",
-        budget,
+        subspace_bytes(count, model, still=still),
         first,
         f"{count} coefficients of 1 bit move all weights; the size is known before "
         f"training ({exact}); {how}",
@@ -249,6 +284,7 @@ def _subspace(
             "reinit": "never" if few else "auto",
         },
         rate | (MIXED if few else {}),
+        untried=untried,
     )
 
 
@@ -264,8 +300,8 @@ def _plain(network: NetworkSizes, budget: int) -> Candidate:
         "dpu",
         budget,
         budget,
-        f"about {share:.2%} of the weights, {round(share * network.weights)}, in "
-        "float32, as in the paper; the number is found by packing in every round",
+        f"{_about(network, share)}, in {'int8' if network.int8 else 'float32'}, as in "
+        "the paper; the number is found by packing in every round",
         "MNIST MLP: 0.3 points below full updating at 17 kB a round (k = 0.005, seed "
         "1, rounds 0-59); small VGG on CIFAR-10: 7.0 at 34 kB (two seeds, rounds 0-3)",
         {"method": "dpu", "ratio": _short(share), "budget": str(budget)},
@@ -295,13 +331,12 @@ def _complete(
     sets += [
         f"train.{k}={as_toml(v)}" for k, v in train.items() if v != tables["train"][k]
     ]
-    full = 4 * network.weights + network.dense
     return replace(
         candidate,
         update=update,
         train=train,
         sets=tuple(sets),
-        links=links(candidate.patch, full) if links else [],
+        links=links(candidate.patch, network.full) if links else [],
     )
 
 
@@ -330,6 +365,15 @@ def _dense_names(model: nn.Module) -> set[str]:
         for n in deployed_tensors(model)
         if n not in named or not is_weight(n, named[n])
     }
+
+
+def _about(network: NetworkSizes, share: float) -> str:
+    """Say how many weights are selected, and how well that is known."""
+    known = (
+        f"by up to {ERROR:.0%}" if share <= MEASURED and not network.int8 else "rough"
+    )
+    count = round(share * network.weights)
+    return f"about {share:.2%} of the weights, {count} ({known})"
 
 
 def _short(share: float) -> float:

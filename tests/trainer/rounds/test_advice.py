@@ -12,6 +12,7 @@ from edge_runtime.errors import ConfigError
 from packager import pack_round, read_round
 from packager.report.links import link_records
 from packager.size import patch_size
+from trainer.advice_text import advice_text
 from trainer.cli import main
 from trainer.config import as_dict, load_config, make_config
 from trainer.networks.models import build_model
@@ -99,6 +100,62 @@ def test_a_digits_run_by_the_advice_packs_to_no_more_than_the_budget(name, tmp_p
         assert size <= (candidate.first if anew else candidate.patch)
         later += [] if anew else [size]
     assert any(later)
+
+
+# Bytes of a first patch after 5 epochs, packed: share of the weights, of the network.
+PACKED = [
+    ("digits_cnn", "float32", 0.1, 1697),
+    ("digits_cnn", "float32", 0.4, 3858),
+    ("digits_cnn", "int8", 0.4, 4134),
+    ("digits", "float32", 0.4, 39029),
+]
+INT8_PACKED = [("digits_cnn", 0.1, 2904), ("digits", 0.4, 66779)]
+
+
+@pytest.mark.parametrize(("recipe", "deploy", "share", "packed"), PACKED)
+def test_a_large_share_on_a_grid_is_known_to_a_fifth(recipe, deploy, share, packed):
+    _, advice = advice_for(
+        BUILT_IN / f"{recipe}.toml", DIGITS, packed, f"model.deploy={deploy}"
+    )
+    assert patch_bytes(advice.network, share, lean=True) == pytest.approx(
+        packed, rel=0.2
+    )
+
+
+@pytest.mark.parametrize(("recipe", "share", "packed"), INT8_PACKED)
+def test_changes_of_int8_weights_take_fewer_bits_than_those_of_float32(
+    recipe, share, packed
+):
+    _, advice = advice_for(
+        BUILT_IN / f"{recipe}.toml", DIGITS, packed, "model.deploy=int8"
+    )
+    network = advice.network
+    assert network.full == network.weights + network.dense
+    assert patch_bytes(network, share, lean=False) == pytest.approx(packed, rel=0.2)
+
+
+def test_how_far_a_share_is_known_is_said_only_where_it_was_measured():
+    def lean(budget, *overrides):
+        _, advice = advice_for(BUILT_IN / "digits.toml", DIGITS, budget, *overrides)
+        return next(c for c in advice.candidates if c.name == "lean").how
+
+    assert "by up to 15%" in lean(4000)
+    assert "rough" in lean(40_000)
+    assert "rough" in lean(4000, "model.deploy=int8")
+
+
+@pytest.mark.parametrize("budget", [64_000, 10_000_000])
+def test_above_what_a_method_can_send_sizes_are_what_it_can(budget):
+    _, advice = advice_for(BUILT_IN / "digits.toml", DIGITS, budget)
+    full = advice.network.full
+    assert full == 4 * 166_400 + 3_112
+    assert all(c.patch <= c.first <= full for c in advice.candidates)
+    last = advice.candidates[-1]
+    assert (last.name, last.untried) == ("subspace", True)  # a weight a coefficient
+    assert 166_400 / 8 < last.patch < 166_400 / 8 + 300
+    assert last.links[0] == link_records(last.patch, full)[0]
+    fits = "full updating fits" in advice_text(advice)
+    assert fits == (budget > full)
 
 
 def test_pasted_keys_say_which_of_the_recipe_s_own_stay():
