@@ -48,8 +48,9 @@ def golden_of(
 
 
 def _array(values: ArrayLike) -> NDArray[Any]:
-    tensor = isinstance(values, Tensor)
-    return np.asarray(plain(values).cpu() if tensor else values)
+    if isinstance(values, Tensor):
+        values = plain(values).cpu()
+    return np.asarray(values)
 
 
 def _labels(labels: NDArray[Any], contract: Contract) -> NDArray[Any]:
