@@ -44,7 +44,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "cli": 3060,
         "models": 1500,
         "provenance": 550,
-        "report": 2345,
+        "report": 2350,
         "rounds": 495,
     },
     "trainer": {

@@ -5,6 +5,7 @@ Plain data for ``--json``; :mod:`packager.report.run_document` puts it into word
 pictures.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -135,7 +136,10 @@ def _recipe(run: Path) -> str:
     config = record.get("config")
     if not (isinstance(config, dict) and config):
         return repr(record.get("ratio"))
-    return repr(sorted((n, repr(v)) for n, v in config.items() if n != "run"))
+    kept, data = {**config, "run": None}, config.get("data")
+    if isinstance(data, dict):  # where it lies is a matter of the machine
+        kept["data"] = {key: value for key, value in data.items() if key != "root"}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _raw(folder: Path) -> Mapping[str, Any]:

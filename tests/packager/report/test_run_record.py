@@ -150,6 +150,18 @@ def test_runs_of_one_name_and_other_recipes_are_not_taken_for_seeds(new_run):
     ]
 
 
+def test_seeds_that_were_trained_on_two_machines_are_one_point(new_run):
+    runs = []
+    for seed, root in ((1, "/data"), (2, "D:/mnist")):
+        run, full = new_run(f"lean_seed{seed}"), new_run(f"fu_seed{seed}")
+        config = {"run": {"seed": seed}, "data": {"set": "mnist", "root": root}}
+        run.add(0, **stated(0.5, seeds={"run": seed}, config=config))
+        full.add(0, **stated(0.6, method="fu", ratio=None, seeds={"run": seed}))
+        runs += [run.path, full.path]
+    (point,) = run_record(runs[0], runs[1:])["frontier"]
+    assert (point["name"], point["runs"]) == ("lean", 2)
+
+
 def test_selections_overlap_as_far_as_they_do(new_run):
     run = new_run()
     size = {"fc1.weight": 192, "fc2.weight": 64}
