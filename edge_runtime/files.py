@@ -238,6 +238,18 @@ class Files:
                 os.fchmod(file.fileno(), mode)
         return file
 
+    @contextmanager
+    def locked(self, path: Path, *, wait: bool = False) -> Iterator[None]:
+        """Hold the lock of a file, which is made where there is none.
+
+        Raises:
+            BlockingIOError: Another process holds it, and nobody waits.
+            OSError: It cannot be locked, with its name.
+        """
+        with self.open_lock(path) as file:
+            lock_file(file, path, wait=wait)
+            yield
+
     # Made of them ------------------------------------------------------------------
 
     def replace(

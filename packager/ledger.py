@@ -12,7 +12,6 @@ that was never written, and is taken away. Where the ledger is missing, or lacks
 that lie beside the rounds, their headers tell the same.
 """
 
-import fcntl
 import hashlib
 import io
 import os
@@ -23,7 +22,7 @@ from io import FileIO
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, RoundError
-from edge_runtime.files import Files, read_bounded
+from edge_runtime.files import Files, lock_file, read_bounded
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME, round_name
 from edge_runtime.formats.weights import fingerprint_file
@@ -392,14 +391,10 @@ def _open_locked(path: Path, waiting: Callable[[str], None]) -> FileIO:
 
 def _lock(file: FileIO, path: Path, waiting: Callable[[str], None]) -> None:
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting(f"another program makes releases of {path.parent}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as err:
-        err.filename = str(path)
-        raise
+        lock_file(file, path)
+    except BlockingIOError:
+        waiting(f"another program makes releases of {path.parent}; waiting for it")
+        lock_file(file, path, wait=True)
 
 
 def _is_named(file: FileIO, path: Path) -> bool:

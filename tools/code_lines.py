@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1180,
+        ".": 1185,
         "agent": 700,
         "cli": 1385,
         "formats": 3685,
@@ -35,12 +35,12 @@ BUDGETS: dict[str, dict[str, int]] = {
         "store": 895,
         "sync": 2010,
         "trust": 320,
-        "update": 1160,
+        "update": 1150,
     },
     "packager": {
         ".": 1630,
         "bundles": 520,
-        "fleet": 3330,
+        "fleet": 3320,
         "cli": 3060,
         "models": 1500,
         "provenance": 550,

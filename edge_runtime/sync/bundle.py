@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edge_runtime.errors import SyncError
-from edge_runtime.files import Files, lock_file
+from edge_runtime.files import Files
 from edge_runtime.store.state import State
 from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, SyncOptions
@@ -50,8 +50,7 @@ class BundleSync(Channel):
             StoreError: There is no room.
             OSError: The disk is full or refuses.
         """
-        with self._files.open_lock(self._folder / LOCK_NAME) as lock:
-            lock_file(lock, self._folder / LOCK_NAME)
+        with self._files.locked(self._folder / LOCK_NAME):
             self._state = read_sync_state(self._folder)
             self._forget_others()
             try:

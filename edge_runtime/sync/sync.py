@@ -21,7 +21,7 @@ from edge_runtime.errors import (
     TrustError,
     WrongModelError,
 )
-from edge_runtime.files import Files, lock_file, open_regular
+from edge_runtime.files import Files, open_regular
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.signed_header import read_signed_header
@@ -115,8 +115,7 @@ class Sync(Channel):
             OSError: The disk is full or refuses.
         """
         self._fetched, self._lost, self._taken = [], set(), None
-        with self._files.open_lock(self._folder / LOCK_NAME) as lock:
-            lock_file(lock, self._folder / LOCK_NAME)
+        with self._files.locked(self._folder / LOCK_NAME):
             self._state = read_sync_state(self._folder)
             self._forget_others()
             try:

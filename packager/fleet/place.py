@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import Files, lock_file
+from edge_runtime.files import Files
 from edge_runtime.limits import limits
 from packager.build import write_file
 
@@ -152,8 +152,7 @@ class FolderPlace(Place):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._files.open_lock(self.root / LOCK_NAME) as file:
-            lock_file(file, self.root / LOCK_NAME, wait=True)
+        with self._files.locked(self.root / LOCK_NAME, wait=True):
             yield
 
 

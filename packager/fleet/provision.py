@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import Files, lock_file, read_key_file
+from edge_runtime.files import Files, read_key_file
 from edge_runtime.live.proof import encode_public, read_key
 from edge_runtime.store.store import KEY_NAME
 from packager.fleet.certificates import (
@@ -78,7 +78,7 @@ def provision(
     config_text(order.prefix, order)  # refused before anything is made
     files.make_folder(folder / KEYS)
     made = []
-    with _locked(folder, files):
+    with files.locked(folder / LOCK_NAME, wait=True):
         authority = _authority(folder / CA, files) if order.certificates else None
         for number in range(1, count + 1):
             name = f"{order.prefix}-{number:04d}"
@@ -193,10 +193,3 @@ def _authority(folder: Path, files: Files) -> Authority:
         read_key_file(private),
         str(folder),
     )
-
-
-@contextmanager
-def _locked(folder: Path, files: Files) -> Iterator[None]:
-    with files.open_lock(folder / LOCK_NAME) as file:
-        lock_file(file, folder / LOCK_NAME, wait=True)
-        yield

@@ -20,14 +20,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError, prefix_errors
-from edge_runtime.files import Files, lock_file, read_key_file
+from edge_runtime.files import Files, read_key_file
 from edge_runtime.formats.signing import load_public, read_public
 from edge_runtime.times import utc
 from edge_runtime.trust import (
@@ -227,13 +227,9 @@ class TufFolder:
                 secret = ask(path) if is_encrypted(pem) else None
                 yield load_private(pem, secret, str(path))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one publisher on this machine."""
-        path = self.path / _LOCK_NAME
-        with Files().open_lock(path) as file:
-            lock_file(file, path, wait=True)
-            yield
+        return Files().locked(self.path / _LOCK_NAME, wait=True)
 
     def insist_outside(self, place: str) -> None:
         """Insist that nobody can fetch it from a place that is a folder.
