@@ -29,7 +29,8 @@ from edge_runtime.formats.identity import SHOWN
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.live.outbox import Outbox, read_told
 from edge_runtime.live.proof import read_key
-from edge_runtime.store.store import KEY_NAME, Store
+from edge_runtime.store.contents import KEY_NAME
+from edge_runtime.store.store import Store
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.story import QUIET_S, Known, age, read_known, span, tell
 from edge_runtime.sync.sync import FAILED

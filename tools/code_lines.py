@@ -32,7 +32,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "formats": 3685,
         "inference": 825,
         "live": 520,
-        "store": 895,
+        "store": 915,
         "sync": 2010,
         "trust": 320,
         "update": 1150,

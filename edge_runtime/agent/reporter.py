@@ -32,8 +32,9 @@ from edge_runtime.live.report import (
     newest_change,
 )
 from edge_runtime.live.shared import device_id
+from edge_runtime.store.contents import KEY_NAME
 from edge_runtime.store.state import State
-from edge_runtime.store.store import KEY_NAME, Store
+from edge_runtime.store.store import Store
 
 DAY_S = 86_400
 RETRY_S = 600  # after what went wrong

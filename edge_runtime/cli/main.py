@@ -322,7 +322,7 @@ def proof(root: Path, *, nonce: str, tensors: bool) -> None:
     """
     from edge_runtime import Store
     from edge_runtime.live.proof import make_proof
-    from edge_runtime.store.store import KEY_NAME
+    from edge_runtime.store.contents import KEY_NAME
 
     if not nonce:
         raise click.BadParameter("the nonce is empty", param_hint="--nonce")
@@ -342,7 +342,7 @@ def device_key(device: "Device") -> Answer:
     from edge_runtime.formats.signing import key_id
     from edge_runtime.live import proof as proofs
     from edge_runtime.live.shared import public_key
-    from edge_runtime.store.store import KEY_NAME
+    from edge_runtime.store.contents import KEY_NAME
 
     key, path = proofs.device_key(device.store), device.store.root / KEY_NAME
     name, text = key_id(public_key(key)), proofs.encode_public(key).decode()

@@ -30,6 +30,7 @@ from edge_runtime.store.admission import unknown_parent
 from edge_runtime.store.state import Slot, State
 from edge_runtime.store.state_file import COPY_NAME, STATE_NAME, read_state
 
+KEY_NAME = "device.key"  # signs proofs
 # Earlier runtimes named slots and reverse patches by half a fingerprint. Whoever makes
 # a patch chooses its target, and so could choose the name of somebody else's slot.
 _OLD_NAME_LENGTH = 32

@@ -15,7 +15,7 @@ from pathlib import Path
 from edge_runtime.errors import KeyFileError, StoreError
 from edge_runtime.files import Files, read_key_file
 from edge_runtime.live.proof import encode_public, read_key
-from edge_runtime.store.store import KEY_NAME
+from edge_runtime.store.contents import KEY_NAME
 from packager.fleet.certificates import (
     Authority,
     make_authority,

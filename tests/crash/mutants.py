@@ -61,7 +61,7 @@ MUTANTS = {
         "self.unlink(link)\n        self.symlink(link, folder)",
     ),
     "no sync of model/": (
-        "store/store",
+        "store/beginning",
         "        self.files.sync_folder(folder)\n",
         "",
     ),

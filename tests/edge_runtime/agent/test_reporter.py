@@ -33,7 +33,7 @@ from edge_runtime.live.proof import CONTEXT as PROOF_CONTEXT
 from edge_runtime.live.proof import device_key
 from edge_runtime.live.report import NO_HEAD, Change, Outcome, Report, encode_report
 from edge_runtime.live.shared import canonical, public_key
-from edge_runtime.store.store import KEY_NAME
+from edge_runtime.store.contents import KEY_NAME
 from packager.fleet.reports import read_report, runs, signer
 from tests.crash import world
 
