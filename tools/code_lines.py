@@ -33,7 +33,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "inference": 825,
         "live": 520,
         "store": 915,
-        "sync": 2010,
+        "sync": 2025,
         "trust": 320,
         "update": 1150,
     },

@@ -15,7 +15,7 @@ from edge_runtime.formats.kinds import Kind, refuse_others
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import FirstUse, Trust
     from edge_runtime.store.state import State
-    from edge_runtime.sync.http import Source
+    from edge_runtime.sync.source import Source
     from edge_runtime.trust import Root
 
 

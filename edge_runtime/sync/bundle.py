@@ -12,7 +12,7 @@ from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, SyncOptions
 from edge_runtime.sync.downloads import bundle_way
 from edge_runtime.sync.head import SignedHead
-from edge_runtime.sync.http import Source
+from edge_runtime.sync.source import Source
 from edge_runtime.sync.state import read_sync_state
 from edge_runtime.times import utc
 

@@ -11,8 +11,8 @@ from edge_runtime.limits import limits
 from edge_runtime.store.state import State
 from edge_runtime.sync.downloads import Downloads
 from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
-from edge_runtime.sync.http import BARRED, read_all
 from edge_runtime.sync.paths import head_path, list_path
+from edge_runtime.sync.source import BARRED, read_all
 from edge_runtime.sync.state import HEAD_NAME, read_kept
 from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, first_root, load_list

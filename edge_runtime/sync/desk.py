@@ -15,7 +15,7 @@ from edge_runtime.errors import SyncError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
 from edge_runtime.store.state_file import read_state
-from edge_runtime.sync.http import Source
+from edge_runtime.sync.source import Source
 from edge_runtime.sync.state import SyncState, write_sync_state
 from edge_runtime.sync.uploads import Uploads
 

@@ -1,139 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading from a web server or a folder, with every byte counted.
+"""Reading from a web server, with every byte counted.
 
 HTTP is ``urllib3``'s (the extra ``sync``), imported when the first request is made.
 """
 
-import hashlib
-import io
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 from edge_runtime.errors import SyncError
 from edge_runtime.sync.address import origin, part_login, plain_address, proxy_for
+from edge_runtime.sync.source import (
+    BARRED,
+    EXCHANGE_S,
+    Answer,
+    FolderSource,
+    Source,
+)
 from edge_runtime.sync.wire import Meter, metered_pools
 
-CHUNK = 16 << 10
 TIMEOUT_S = 60.0  # without a byte
-EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth
 SHORT_BODY = 1 << 10  # of an error page: to read it costs less than a new connection
 REDIRECTS = 3
-BARRED = {
-    401: "give user and password (https://USER:PASSWORD@HOST/...), or --cert",
-    403: "this device may not read there (user and password, or --cert?), or nothing "
-    "is there",
-    407: "the proxy wants user and password: http://USER:PASSWORD@HOST:PORT",
-}
 _MAX_TAG = 200  # characters; those that are known have up to a hundred
-
-
-class UnusableError(SyncError):
-    """One file cannot be had from a place as it is; others may be, and do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, permanent=True)
-
-
-@dataclass(slots=True)
-class Answer:
-    """What a server answers.
-
-    Attributes:
-        status: As HTTP has it: 200, 206 for a part, 304 for what is known already.
-        tag: The tag of the content; empty where the server gives none.
-        size: Bytes of the body, as the server says; None where it does not.
-        body: To be read in pieces.
-        offset: Where the body begins in the file.
-        where: The whole address, for messages.
-    """
-
-    status: int
-    tag: str = ""
-    size: int | None = None
-    body: Any = None
-    offset: int = 0
-    where: str = ""
-
-    @property
-    def refusal(self) -> str:
-        """What to say of a status that brings nothing."""
-        if "://" not in self.where:
-            return f"{self.where} is not there"
-        words = f"{self.where}: the server says {self.status}"
-        return f"{words}; {BARRED[self.status]}" if self.status in BARRED else words
-
-
-class Source(Protocol):
-    """Where heads and files are read from."""
-
-    @property
-    def name(self) -> str:
-        """The address as people may see it, without credentials."""
-
-    @property
-    def spent(self) -> int:
-        """Bytes that went over the wire so far, in both directions."""
-
-    def get(
-        self, path: str, *, tag: str = "", offset: int = 0, within: float = EXCHANGE_S
-    ) -> Any:
-        """Open a file, as a context that gives an :class:`Answer`.
-
-        Args:
-            path: Below the address.
-            tag: With an offset: only if the content still has it. Without one: only if
-                it has not.
-            offset: Where to begin.
-            within: Seconds for all of it, from the first byte of its headers on.
-
-        Raises:
-            UnusableError: This file cannot be read there.
-            SyncError: No answer, or one that says to come later.
-        """
-
-
-class FolderSource:
-    """A folder: a stick, or a network drive."""
-
-    def __init__(self, root: Path) -> None:
-        """Read below a folder."""
-        self.root, self.name, self.spent = root, str(root), 0
-
-    @contextmanager
-    def get(
-        self,
-        path: str,
-        *,
-        tag: str = "",
-        offset: int = 0,
-        within: float = EXCHANGE_S,  # noqa: ARG002 - nobody can interrupt a disk
-    ) -> Iterator[Answer]:
-        """Open a file, as a context that gives an :class:`Answer`."""
-        where = self.root / path
-        with ExitStack() as stack:
-            try:
-                file = stack.enter_context(where.open("rb"))
-                found, size = _tag_of(file), file.seek(0, io.SEEK_END)
-            except FileNotFoundError:
-                answer = Answer(404, where=str(where))
-            except OSError as err:
-                raise UnusableError(f"{where} cannot be read: {err.strerror}") from err
-            else:
-                start = offset if tag in ("", found) and offset <= size else 0
-                file.seek(start)
-                answer = Answer(206 if start else 200, found, size - start, file, start)
-                if not offset and tag == found:
-                    answer = Answer(304, found)
-            yield answer
 
 
 class HttpSource:
@@ -398,29 +293,6 @@ def open_source(url: str, **options: str) -> Source:
     if "://" not in url:
         return FolderSource(Path(url))
     raise SyncError(f"{url!r} is no address: expected http://, https:// or a folder")
-
-
-def read_all(answer: Answer, limit: int, what: str, deadline_s: float) -> bytes:
-    """Return the whole body of an answer, which may not be over a limit.
-
-    Raises:
-        SyncError: It is, or it takes too long.
-    """
-    if answer.size is not None and answer.size > limit:
-        raise SyncError(f"{what} has {answer.size} bytes, {limit} are accepted")
-    parts, count, end = [], 0, time.monotonic() + deadline_s
-    while data := answer.body.read(CHUNK):
-        parts.append(data)
-        count += len(data)
-        if count > limit:
-            raise SyncError(f"{what} has more than {limit} bytes")
-        if time.monotonic() > end:
-            raise SyncError(f"{what} did not come within {deadline_s:g} s")
-    return b"".join(parts)
-
-
-def _tag_of(file: io.BufferedReader) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _start_of(text: str) -> int:

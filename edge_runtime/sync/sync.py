@@ -34,7 +34,6 @@ from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, Full, OverBudgetError, SyncOptions
 from edge_runtime.sync.downloads import all_ways
 from edge_runtime.sync.head import SHORT, Head, Way
-from edge_runtime.sync.http import Source, UnusableError
 from edge_runtime.sync.plan import (
     PAUSED,
     SyncResult,
@@ -43,6 +42,7 @@ from edge_runtime.sync.plan import (
     route,
     standing,
 )
+from edge_runtime.sync.source import Source, UnusableError
 from edge_runtime.sync.state import read_sync_state
 from edge_runtime.sync.uploads import Uploads
 from edge_runtime.text import printable

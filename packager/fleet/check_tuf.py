@@ -9,8 +9,8 @@ from pathlib import Path
 
 from edge_runtime.errors import DpuError, TrustError
 from edge_runtime.sync.head import SignedHead
-from edge_runtime.sync.http import EXCHANGE_S, Answer
 from edge_runtime.sync.plan import TufStaleError
+from edge_runtime.sync.source import EXCHANGE_S, Answer
 from edge_runtime.sync.tuf import TufClient, limit
 from edge_runtime.times import duration, utc
 from packager.fleet.check import SOON, Finding, Read, State

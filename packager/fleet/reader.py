@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from edge_runtime.errors import SyncError
-from edge_runtime.sync.http import CHUNK, Source, open_source
+from edge_runtime.sync.http import open_source
+from edge_runtime.sync.source import CHUNK, Source
 from packager.fleet.address import open_place
 from packager.fleet.place import Place
 

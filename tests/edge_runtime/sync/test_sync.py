@@ -14,8 +14,9 @@ from edge_runtime.errors import StoreError, SyncError, TrialError, TrustError
 from edge_runtime.live.outbox import read_told
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import PERMILLE, place
-from edge_runtime.sync.http import FolderSource, HttpSource, open_source
+from edge_runtime.sync.http import HttpSource, open_source
 from edge_runtime.sync.plan import SyncResult, route
+from edge_runtime.sync.source import FolderSource
 from edge_runtime.sync.state import HEAD_NAME, STATE_NAME, SyncState, read_sync_state
 from edge_runtime.times import MAX_SECONDS, utc
 from edge_runtime.trust import first_root

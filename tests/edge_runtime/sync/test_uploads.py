@@ -12,8 +12,8 @@ from edge_runtime.errors import AddressError, SyncError
 from edge_runtime.live.outbox import Kind, Outbox, read_told
 from edge_runtime.sync import http
 from edge_runtime.sync.desk import SyncOptions
-from edge_runtime.sync.http import FolderSource
 from edge_runtime.sync.plan import SyncResult
+from edge_runtime.sync.source import FolderSource
 from edge_runtime.sync.sync import Sync
 from edge_runtime.sync.uploads import (
     FIRST_WAIT_S,

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from edge_runtime.errors import SyncError
-from edge_runtime.sync.http import FolderSource, HttpSource, open_source
+from edge_runtime.sync.http import HttpSource, open_source
+from edge_runtime.sync.source import FolderSource
 from edge_runtime.sync.wire import HANDSHAKE_BYTES, HEADER_BYTES
 from tests.edge_runtime.sync.certificates import Authority
 
