@@ -29,7 +29,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1185,
         "agent": 700,
         "cli": 1385,
-        "formats": 3685,
+        "formats": 3700,
         "inference": 825,
         "live": 520,
         "store": 915,

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from edge_runtime.errors import TrainingError
-from edge_runtime.formats.contract import RawInputs, parse_contract
+from edge_runtime.formats.contract import RawInputs
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,

@@ -10,7 +10,8 @@ from typing import Any
 
 from edge_runtime.errors import ContractError, StoreError, WeightsError
 from edge_runtime.files import Files, read_bounded
-from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.layout import Layout

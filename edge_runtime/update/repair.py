@@ -20,7 +20,7 @@ from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongPar
 from edge_runtime.files import Source
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.bundle import Bundle, read_bundle
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import identify, wrong_model
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (

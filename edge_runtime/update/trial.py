@@ -27,7 +27,8 @@ from edge_runtime.errors import (
     tells_of_the_system,
 )
 from edge_runtime.files import read_bounded
-from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,

@@ -28,13 +28,11 @@ from edge_runtime.errors import (
     prefix_errors,
 )
 from edge_runtime.formats import bundle as layout
-from edge_runtime.formats.contract import (
-    NUMBER_TYPES,
+from edge_runtime.formats.contract import NUMBER_TYPES, Contract, tolerance_between_cpus
+from edge_runtime.formats.contract_file import (
     WIDE_SCHEMA,
-    Contract,
     encode_contract,
     parse_contract,
-    tolerance_between_cpus,
 )
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.identity import encode_run

@@ -21,7 +21,8 @@ from edge_runtime.errors import (
     StoreError,
     TrialError,
 )
-from edge_runtime.formats.contract import Contract, parse_contract
+from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_runtime.agent import status
 from edge_runtime.errors import DpuError
 from edge_runtime.formats.bundle import read_bundle
-from edge_runtime.formats.contract import encode_contract, parse_contract
+from edge_runtime.formats.contract_file import encode_contract, parse_contract
 from edge_runtime.formats.init_weights import (
     InitSpec,
     TensorInit,

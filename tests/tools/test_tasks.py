@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from edge_runtime import Device
 from edge_runtime.cli.main import main as edge
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract_file import parse_contract
 from tools import tasks
 
 RECIPES = sorted(path.stem for path in tasks.RECIPES.glob("*.toml"))

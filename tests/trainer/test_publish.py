@@ -19,7 +19,7 @@ from edge_runtime.errors import (
     RoundError,
     TrainingError,
 )
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import read_weights

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from edge_runtime import Device
 from edge_runtime.errors import ConfigError, TrainingError, TrialError
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.update.metrics import METRICS
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle

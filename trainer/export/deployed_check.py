@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
-from edge_runtime.formats.contract import parse_contract
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,
     GOLDEN_NAME,

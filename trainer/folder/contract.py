@@ -10,12 +10,11 @@ from edge_runtime.errors import ContractError, TrainingError
 from edge_runtime.formats.contract import (
     METRICS,
     TASKS,
-    WIDE_SCHEMA,
     Contract,
     InputSpec,
     OutputSpec,
-    parse_contract,
 )
+from edge_runtime.formats.contract_file import WIDE_SCHEMA, parse_contract
 from edge_runtime.formats.json_file import read_record
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 

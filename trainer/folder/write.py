@@ -29,7 +29,8 @@ from torch import Tensor
 
 from edge_runtime.errors import TrainingError
 from edge_runtime.formats import identity
-from edge_runtime.formats.contract import RawInputs, encode_contract
+from edge_runtime.formats.contract import RawInputs
+from edge_runtime.formats.contract_file import encode_contract
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec, write_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,

@@ -12,12 +12,8 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats import identity
-from edge_runtime.formats.contract import (
-    TASKS,
-    Contract,
-    parse_contract,
-    tolerance_between_cpus,
-)
+from edge_runtime.formats.contract import TASKS, Contract, tolerance_between_cpus
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.init_weights import InitSpec, read_init_spec
 from edge_runtime.formats.model_folder import (
     CONTRACT_NAME,

@@ -15,9 +15,8 @@ from edge_runtime.formats.contract import (
     Contract,
     InputSpec,
     OutputSpec,
-    encode_contract,
-    parse_contract,
 )
+from edge_runtime.formats.contract_file import encode_contract, parse_contract
 
 IMAGE = InputSpec(
     "x", "float32", (None, 3, 2, 2), 1 / 255, (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)

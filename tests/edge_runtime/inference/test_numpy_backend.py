@@ -369,7 +369,7 @@ def test_a_malformed_graph_is_refused(run, device_contract, tmp_path):
 
 @pytest.fixture
 def device_contract(run):
-    from edge_runtime.formats.contract import parse_contract
+    from edge_runtime.formats.contract_file import parse_contract
 
     return parse_contract((run.path / "model" / "contract.json").read_text())
 

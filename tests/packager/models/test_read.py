@@ -25,7 +25,8 @@ from edge_runtime.errors import (
 )
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.bundle import read_bundle
-from edge_runtime.formats.contract import Contract, InputSpec, parse_contract
+from edge_runtime.formats.contract import Contract, InputSpec
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import trust_keys

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from edge_runtime.errors import ContractError, RoundError, TrainingError
-from edge_runtime.formats.contract import InputSpec, parse_contract
+from edge_runtime.formats.contract import InputSpec
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import network_id, parse_run, read_run
 from edge_runtime.formats.init_weights import InitSpec, TensorInit, read_init_spec
 from edge_runtime.formats.model_folder import Outcome, list_rounds
