@@ -28,13 +28,8 @@ if TYPE_CHECKING:
     from packager.compose import compose_patches
     from packager.keys import generate_key, load_private
     from packager.models.read import Model, pack_models, read_model
-    from packager.rounds.folder import (
-        Parent,
-        RoundFolder,
-        find_parent,
-        find_round,
-        read_round,
-    )
+    from packager.rounds.folder import Parent, RoundFolder, find_parent, read_round
+    from packager.rounds.names import find_round
     from packager.signing import sign_bundle, sign_patch
 
 __all__ = [
@@ -63,8 +58,8 @@ __all__ = [
 
 # Those that import onnx come last.
 _MODULES = (
-    *("rounds.folder", "build", "compose", "models.read", "keys", "signing"),
-    *("bundles.from_round", "bundles.from_model"),
+    *("rounds.folder", "rounds.names", "build", "compose", "models.read"),
+    *("keys", "signing", "bundles.from_round", "bundles.from_model"),
 )
 
 

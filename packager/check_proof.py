@@ -24,7 +24,8 @@ from edge_runtime.live.proof import CONTEXT, SCHEMA
 from edge_runtime.live.shared import canonical
 from edge_runtime.text import listed
 from edge_runtime.times import FORM, seconds_of
-from packager.rounds.folder import full_name, list_runs, read_model_file, read_round
+from packager.rounds.folder import read_model_file, read_round
+from packager.rounds.names import full_name, list_runs
 from packager.rounds.record import read_record
 
 _HEX = re.compile(r"[0-9a-f]{64}|")

@@ -27,7 +27,7 @@ from packager.check_proof import (
     overall,
     read_proof,
 )
-from packager.rounds.folder import full_name
+from packager.rounds.names import full_name
 
 SUFFIX = ".proof"  # of the files that are looked at in a folder
 KEPT = 1000  # names of one fault, and weights that proofs are grouped by

@@ -104,7 +104,7 @@ def check_proof(  # noqa: PLR0913 - one for each option
     if weights:
         expected = _expected_file(weights)
     elif round_:
-        from packager.rounds.folder import find_round
+        from packager.rounds.names import find_round
 
         expected = proofs.expected_round(find_round(round_, runs))
     standard = Standard(rounds, expected, max_age)

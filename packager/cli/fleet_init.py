@@ -43,7 +43,7 @@ def init(
     What 'dpu-fleet publish RUN/round_00' does, in a place that has no such channel yet.
     """
     from packager.fleet.address import open_place
-    from packager.rounds.folder import named_run
+    from packager.rounds.names import named_run
 
     run = named_run(name, runs)
     place = open_place(to, single_publisher=single_publisher, say=say)

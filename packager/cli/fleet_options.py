@@ -104,7 +104,7 @@ def run_or_ledger(name: str, runs: Path) -> Path:
         RoundNotFoundError: There is none.
     """
     from packager.ledger import LEDGER_NAME
-    from packager.rounds.folder import find_run, named_run
+    from packager.rounds.names import find_run, named_run
 
     if (Path(name) / LEDGER_NAME).is_file():
         return find_run(name, runs) or Path(name)

@@ -131,7 +131,8 @@ def publish(  # noqa: PLR0913 - one argument for each option
     from packager.fleet.address import open_place
     from packager.fleet.channel import Channel, add_list, read_lists
     from packager.fleet.publish import publish as publish_round
-    from packager.rounds.folder import find_round, read_round
+    from packager.rounds.folder import read_round
+    from packager.rounds.names import find_round
 
     signers, names = read_signers(keys)
     if not signers:

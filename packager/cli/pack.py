@@ -51,7 +51,7 @@ _folder = click.Path(file_okay=False, path_type=Path)
 
 def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[str]:
     """Complete the names of rounds, bare and with their run."""
-    from packager.rounds.folder import full_name, list_runs
+    from packager.rounds.names import full_name, list_runs
 
     found = list_runs(Path(ctx.params.get("runs") or "runs"))
     names = [full_name(r) for r in found] + [r.name for r in found]

@@ -68,7 +68,7 @@ def provenance(
     that a signature is not trusted.
     """  # noqa: D301 - click looks for this very character
     from packager.provenance import Paths, read_facts
-    from packager.rounds.folder import find_round
+    from packager.rounds.names import find_round
 
     path = Path(release)
     if path.is_file():

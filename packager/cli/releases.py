@@ -28,7 +28,7 @@ def releases(name: str, *, runs: Path, as_json: bool) -> None:
     beside the rounds.
     """
     from packager.ledger import read_ledger
-    from packager.rounds.folder import named_run
+    from packager.rounds.names import named_run
 
     run = named_run(name, runs)
     ledger = read_ledger(run)

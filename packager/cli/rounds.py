@@ -86,7 +86,7 @@ def _check_usage(asked: RoundOptions, options: PackOptions, count: int) -> None:
 def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
     """Return the round of a name, or the rounds of a run that are to be released."""
     from packager.ledger import read_ledger
-    from packager.rounds.folder import find_round, find_run, new_rounds
+    from packager.rounds.names import find_round, find_run, new_rounds
 
     run = find_run(name, runs)
     if run is None:
@@ -138,7 +138,7 @@ def _ledger_to_write(run: Path) -> "AbstractContextManager[Ledger]":
 
 
 def _parent(round_: "RoundFolder", name: str | None, runs: Path) -> "Parent | None":
-    from packager.rounds.folder import named_parent
+    from packager.rounds.names import named_parent
 
     return named_parent(round_, name, runs) if name is not None else None
 

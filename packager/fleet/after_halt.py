@@ -12,7 +12,7 @@ from packager.fleet.channel import RACES, Channel, read_channel
 from packager.fleet.head import sign_head
 from packager.fleet.place import Place
 from packager.ledger import read_ledger
-from packager.rounds.folder import full_name
+from packager.rounds.names import full_name
 
 
 def resume(place: Place, channel: Channel, *, now: int) -> Head | None:

@@ -12,13 +12,8 @@ from edge_runtime.sync.head import SHORT, Way
 from edge_runtime.sync.route import cheapest
 from packager.build import PackedPatch, header_for, pack_changes, pack_round
 from packager.diff import diff
-from packager.rounds.folder import (
-    Parent,
-    RoundFolder,
-    find_parent,
-    named_parent,
-    read_init,
-)
+from packager.rounds.folder import Parent, RoundFolder, find_parent, read_init
+from packager.rounds.names import named_parent
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

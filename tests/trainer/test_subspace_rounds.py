@@ -25,7 +25,8 @@ from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.compose import compose_patches
 from packager.keys import generate_key
-from packager.rounds.folder import named_parent, read_init, read_round
+from packager.rounds.folder import read_init, read_round
+from packager.rounds.names import named_parent
 from trainer.export.subspace_size import coefficients_within
 from trainer.folder.contract import make_contract
 from trainer.method.subspace import SubspaceUpdater

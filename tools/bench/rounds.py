@@ -22,7 +22,8 @@ from edge_runtime.formats.model_folder import (
     list_rounds,
 )
 from edge_runtime.formats.weights import Weights, read_weights
-from packager.rounds.folder import find_parent, full_name, list_runs, read_round
+from packager.rounds.folder import find_parent, read_round
+from packager.rounds.names import full_name, list_runs
 from packager.rounds.record import read_record
 
 Say = Callable[[str], None]

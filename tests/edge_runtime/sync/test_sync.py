@@ -26,7 +26,8 @@ from packager.fleet.head import pause_head, sign_head
 from packager.fleet.ways import pack_ways
 from packager.key_lists import change_list, make_list, sign_list
 from packager.keys import generate_key
-from packager.rounds.folder import named_parent, read_round
+from packager.rounds.folder import read_round
+from packager.rounds.names import named_parent
 from tests.edge_runtime.sync.world import KEY, NOW, OPTIONS, PAUSER, TIMES, TRUST, lists
 
 # Catching up --------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import pytest
 from edge_runtime.errors import RoundError, RoundNotFoundError
 from edge_runtime.formats.model_folder import list_rounds
 from edge_runtime.formats.weights import write_weights
-from packager.rounds.folder import find_parent, find_round, read_round
+from packager.rounds.folder import find_parent, read_round
+from packager.rounds.names import find_round
 
 
 def edit(folder, **fields):
