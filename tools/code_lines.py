@@ -118,7 +118,7 @@ def problems(lines: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
 def table(
     packages: Mapping[str, int], lines: Mapping[str, Mapping[str, int]]
 ) -> Iterator[str]:
-    """Return the report as lines."""
+    """Yield the report as lines."""
     for package, count in packages.items():
         yield f"{package:<16}{count:>6}"
         for floor, inside in lines.get(package, {}).items():

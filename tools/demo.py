@@ -230,7 +230,7 @@ def _step(what: str) -> Iterator[None]:
 
 
 def table(rows: list[Row], fleet: Fleet) -> Iterator[str]:
-    """Return the rounds as lines of a table, with what each board fetched."""
+    """Yield the rounds as lines of a table, with what each board fetched."""
     yield (
         "round  outcome   changed  patch B  full B  smaller  server  device  verified"
         + "".join(f"  board {n + 1}" for n in range(len(fleet.fetched)))

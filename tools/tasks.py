@@ -139,7 +139,7 @@ def measure(device: "Device", source: "DataSource", config: "Config") -> float:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Return the rows as lines of a table."""
+    """Yield the rows as lines of a table."""
     yield (
         f"{'recipe':<10} {'task':<15} {'metric':<17} {'round_00':>9} {'server':>9} "
         f"{'device':>9} {'bound':>7} {'full B':>7} {'patch B':>8}  equal"

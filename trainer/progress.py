@@ -89,7 +89,7 @@ def _shown(value: float, metric: str) -> str:
 
 
 def round_table(records: "list[RoundRecord]") -> Iterator[str]:
-    """Return rounds as lines of a table."""
+    """Yield rounds as lines of a table."""
     name = records[0].metric if records else "accuracy"
     what = "" if name == "accuracy" else f"  {name}, {records[0].better} is better"
     yield f"{'round':<9} {'outcome':<17} {'changed':>9} {'val':>7} {'test':>7}{what}"

@@ -221,7 +221,7 @@ def _check(what: str, done: Finished, passed: bool, found: str = "") -> Check:
 
 
 def table(checks: list[Check], facts: dict[str, Any]) -> Iterator[str]:
-    """Return the report as lines."""
+    """Yield the report as lines."""
     for name, fact in facts.items():
         yield f"{name:<12}{fact}"
     yield ""

@@ -254,7 +254,7 @@ def make_moved(folder: Path, taps: int) -> tuple[Path, Path, list[Term]]:
     "--rounds",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Rounds, runs or folders of runs, as for bench_patch; may be repeated.",
+    help="Rounds, runs or folders of runs, as for tools.bench.patch; may be repeated.",
 )
 @click.option(
     "--no-synthetic", is_flag=True, help="Leave the files of 400 and 56 MB out."

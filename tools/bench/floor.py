@@ -205,7 +205,7 @@ def random_mask(network: str, layout: Layout, density: float) -> RandomMask:
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder of the runs, the same as for bench_patch.",
+    help="Folder of the runs, the same as for tools.bench.patch.",
 )
 @click.option("--only", multiple=True, metavar="NAME", help="One of the runs.")
 @click.option("--check", is_flag=True, help="Exit 1 if a bar is missed.")
@@ -254,7 +254,7 @@ def _with_ratios(row: Sizes) -> dict[str, object]:
 
 
 def table(rows: Sequence[Sizes]) -> Iterator[str]:
-    """Return the rounds as lines of a table."""
+    """Yield the rounds as lines of a table."""
     yield (
         f"{'round':<20} {'changed':>8} {'density':>8} {'index':>8} {'values':>8} "
         f"{'dense':>7} {'framing':>7} {'total':>8} {'index/':>8} {'content/':>8} "
@@ -272,7 +272,7 @@ def table(rows: Sequence[Sizes]) -> Iterator[str]:
 
 
 def mask_table(masks: Sequence[RandomMask]) -> Iterator[str]:
-    """Return the random masks as lines of a table."""
+    """Yield the random masks as lines of a table."""
     yield (
         f"{'random mask':<12} {'density':>8} {'positions':>10} {'index':>9} "
         f"{'ratio':>7}"

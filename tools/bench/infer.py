@@ -174,7 +174,7 @@ def _row(root: Path, number: int, seconds: float, attempts: int) -> Row:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Return the rows as Markdown."""
+    """Yield the rows as lines of Markdown."""
     yield (
         "| network, call | load s | p50 ms | p90 | p99 | samples/s | peak MB "
         "| ONNX Runtime alone, p50 ms | ours beside it | NumPy p50 ms | NumPy load s "

@@ -237,7 +237,7 @@ def main(seconds: float, *, check: bool, as_json: bool) -> None:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Return the rows as Markdown."""
+    """Yield the rows as lines of Markdown."""
     yield (
         "| network | weights, float32 kB | int8 | of it | graph kB, float32 | int8 "
         "| a call, float32 ms | int8 | of it | outputs differ | same answer |"

@@ -139,7 +139,7 @@ def problems(record: dict[str, Any]) -> Iterator[str]:
 
 
 def table(record: dict[str, Any]) -> Iterator[str]:
-    """Return the report as Markdown."""
+    """Yield the report as lines of Markdown."""
     machines = list(record["sizes"])
     yield "| installed, MB | " + " | ".join(machines) + " |"
     yield "|---|" + "---|" * len(machines)
