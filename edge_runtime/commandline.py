@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command of this project shares: exit codes, ``--json``, error messages.
+"""What every command of this project shares: ``--json``, its streams, its errors.
 
 Data goes to standard output, everything else to standard error. With ``--json`` a
 command prints exactly one object with a ``schema`` number (one that goes on for ever
 one a line, each time), where a number that is not finite is null; an error is one JSON
-object on standard error. New exit codes may be added: treat an unknown one as a
-failure.
+object on standard error.
 """
 
 import functools
@@ -18,9 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from errno import EACCES, ENOSPC, EPERM, EROFS
 from pathlib import Path
-from types import UnionType
 from typing import Any, NoReturn
 
 import click
@@ -28,121 +25,12 @@ from click.core import ParameterSource
 from click.exceptions import NoArgsIsHelpError
 
 from edge_runtime import errors
-from edge_runtime.formats.kinds import Kind, refuse_others
+from edge_runtime.exit_codes import BUG, OK, exit_code, message_of
 from edge_runtime.streams import give_up_rest, prepare_streams, read_by_nobody, unheard
 from edge_runtime.text import printable_lines, printable_message
 
 Answer = tuple[dict[str, Any], str]  # of a command: as data, and for people
 SCHEMA = 1
-OK, BUG, USAGE, SYSTEM = 0, 1, 2, 10
-DIFFERENT, UNTRUSTED, UNWELL = 5, 8, 13  # what a check found
-HINTS = dict.fromkeys((EACCES, EPERM), "; run this as a user who may")
-HINTS[ENOSPC] = "; make room and try again"
-HINTS[EROFS] = "; mount it for writing, or choose another place"
-# What installs a package that is not there, where it is not dpu-edge itself: a device
-# has the runtime alone.
-EXTRAS = {
-    "onnx": "pack",
-    "PIL": "image",
-    "tensorboard": "tensorboard",
-    **dict.fromkeys(("torch", "torchvision", "onnxscript", "onnx_ir"), "train"),
-    "sklearn": "train",
-    "urllib3": "sync",
-    **dict.fromkeys(("tuf", "securesystemslib"), "tuf"),
-    "obstore": "fleet",
-}
-REQUIRED = ("numpy", "onnxruntime", "zstandard", "cryptography")
-
-# The first code that matches is an exception's; any other exception is a bug.
-EXIT_CODES: dict[int, UnionType | type[BaseException]] = {
-    USAGE: click.ClickException
-    | FileExistsError
-    | errors.AddressError
-    | errors.ConfigError
-    | errors.ContractError
-    | errors.KeyFileError
-    | errors.LimitError
-    | errors.RoundNotFoundError,
-    3: errors.PatchError
-    | errors.BundleError
-    | errors.HeadError
-    | errors.KeyListError
-    | errors.ProofError
-    | errors.RoundError
-    | errors.WeightsError,
-    4: errors.WrongParentError | errors.WrongModelError,
-    DIFFERENT: errors.VerificationError | errors.TrialError,
-    6: errors.BudgetError,
-    7: errors.StoreError,
-    UNTRUSTED: errors.TrustError,
-    9: errors.TrainingError,
-    SYSTEM: OSError | MemoryError | errors.BlockedError | errors.SyncError,
-    11: errors.BackendError,
-    12: errors.HeldError,
-    130: KeyboardInterrupt | click.Abort,
-}
-
-EXIT_CODE_HELP = """\b
-Exit codes (new ones may be added; treat an unknown one as a failure):
-  0  done, or nothing to do
-  1  unexpected: a bug, please report it
-  2  usage: wrong use, recipe, input or key; unknown round, name taken, missing package
-  3  no valid patch, bundle, weight file, round, head, proof or key list; a halted round
-  4  the patch is for other weights or for another model
-  5  verification or trial failed, nothing changed
-  6  the patch is over its size limit
-  7  the store or published place is absent, taken, damaged, full, locked or changing
-  8  not trusted: unsigned, wrongly signed, replayed or expired
-  9  training or export failed
- 10  the system or a server failed: full disk, no permission, memory or answer
- 11  no runtime on this device can run the model
- 12  held back on this device: pinned, or a hook refused
- 13  'dpu-edge doctor' found something wrong
-130  interrupted
-"""
-
-
-def exit_code(error: BaseException) -> int:
-    """Return the exit code that an exception ends a command with."""
-    if _missing_package(error) or _beyond_locale(error):
-        return USAGE
-    if _lacking(error):
-        return SYSTEM
-    return next((c for c, kind in EXIT_CODES.items() if isinstance(error, kind)), BUG)
-
-
-def _missing_package(error: BaseException) -> str:
-    """Say how to install what could not be imported; empty for any other error."""
-    if not isinstance(error, ModuleNotFoundError):
-        return ""
-    package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS and package not in REQUIRED:
-        return ""
-    words = f"this needs {package}, which is not installed"
-    if package in REQUIRED:
-        return f"{words}: pip install {package}"
-    return f"{words}; {errors.how_to_install(EXTRAS[package])}"
-
-
-def _beyond_locale(error: BaseException) -> str:
-    """Say what to do about a name that this locale cannot write; or nothing."""
-    if not isinstance(error, UnicodeEncodeError) or error.encoding == "utf-8":
-        return ""
-    return (
-        f"{error.object!r} cannot be a file name here, as this locale has only "
-        f"{error.encoding}: set LC_ALL=C.UTF-8"
-    )
-
-
-def _lacking(error: BaseException) -> str:
-    """Say what the system lacks, where a library tells it in words; or nothing."""
-    known = isinstance(error, ImportError | RuntimeError | SystemError)
-    if not known or not errors.tells_of_the_system(str(error)):
-        return ""
-    # NumPy says a page of advice around it.
-    lines = str(error).splitlines()
-    said = next((li for li in lines if errors.tells_of_the_system(li)), lines[0])
-    return f"{said.strip()}; end other programs, or raise the limits on this one"
 
 
 def json_option(command: Any) -> Any:
@@ -318,82 +206,6 @@ def _report(error: BaseException, *, as_json: bool) -> None:
             say(f"help:  {error.ctx.command_path} --help")
 
 
-def message_of(error: BaseException) -> str:
-    """Return what a command says of an exception, with what to do about it."""
-    known = _missing_package(error) or _beyond_locale(error) or _lacking(error)
-    if known:
-        return known
-    if isinstance(error, click.ClickException):
-        return _in_our_voice(error)
-    if isinstance(error, OSError) and error.strerror:
-        hint = HINTS.get(error.errno or 0, "")
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}{hint}"
-    if isinstance(error, KeyboardInterrupt | click.Abort):
-        return "interrupted"
-    if isinstance(error, MemoryError):
-        return "not enough memory; give it smaller files, or end other programs"
-    return str(error) or repr(error)
-
-
-def _in_our_voice(error: click.ClickException) -> str:
-    """Return click's message as ours are: no capital at the start, no full stop."""
-    text = error.format_message()
-    if isinstance(error, NoArgsIsHelpError):
-        return text
-    small = re.sub(r"(^|': )[A-Z](?=[a-z]*\b )", lambda m: m[0].lower(), text)
-    joined = re.sub(
-        r"\. (?=Or set |Did you mean )(.)", lambda m: f"; {m[1].lower()}", small
-    )
-    return re.sub(r"(?<!\.)\.$", "", joined.rstrip())
-
-
-class FileOf(click.Path):
-    """A file of some kinds; another kind is refused by its name, before any work."""
-
-    def __init__(self, *kinds: Kind, **how: Any) -> None:
-        """Accept files of these kinds, and what nobody recognises.
-
-        Args:
-            kinds: What the file may be.
-            how: As :class:`click.Path` takes it.
-        """
-        super().__init__(exists=True, path_type=Path, **{"dir_okay": False} | how)
-        self.kinds = kinds
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return the path, or say what is there and which command takes it."""
-        path = Path(value)
-        if path.is_char_device() or path.is_block_device():
-            self.fail(f"{path} is a device, expected a file", param, ctx)
-        named = Kind.SHARDS in self.kinds  # of other folders it looks at names alone
-        if named or not (self.dir_okay and path.is_dir()):
-            refuse_others(path, self.kinds)
-        return super().convert(value, param, ctx)
-
-
-class Seconds(click.FloatRange):
-    """A span of time within bounds, by default up to a year: 90, 90s, 10m, 12h, 30d."""
-
-    def __init__(self, least: float, most: float = 366 * 86_400.0) -> None:
-        """Accept what is in between."""
-        super().__init__(least, most)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Any:
-        """Return seconds; NaN is within no bounds, though no comparison says so."""
-        if span := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", str(value)):
-            value = float(span[1]) * UNITS[span[2]]
-        found = super().convert(value, param, ctx)
-        if math.isnan(found):
-            self.fail(f"{value} is no number of seconds", param, ctx)
-        return found
-
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _JSON = "dpu_edge.json"
 
 

@@ -26,9 +26,9 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1185,
+        ".": 1200,
         "agent": 700,
-        "cli": 1385,
+        "cli": 1380,
         "formats": 3700,
         "inference": 825,
         "live": 520,
@@ -45,7 +45,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "models": 1500,
         "provenance": 550,
         "report": 2350,
-        "rounds": 495,
+        "rounds": 505,
     },
     "trainer": {
         ".": 1270,

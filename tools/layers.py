@@ -42,6 +42,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "agent",
             "sync",
             "doctor",
+            "exit_codes",
+            "parameters",
             "commandline",
             "cli",
             "__main__",

@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import (
-    CONTEXT,
-    EXIT_CODE_HELP,
-    Command,
-    Group,
-    emit,
-    json_option,
-    say,
-)
+from edge_runtime.commandline import CONTEXT, Command, Group, emit, json_option, say
 from edge_runtime.errors import ConfigError
+from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.files import Files
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 from trainer.progress import round_table, shown_progress

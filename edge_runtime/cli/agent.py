@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.agent.status import PingingFiles, forget_left, ping, sd_notify
-from edge_runtime.commandline import SCHEMA, Seconds, progress, say
+from edge_runtime.commandline import SCHEMA, progress, say
+from edge_runtime.parameters import Seconds
 from edge_runtime.times import utc
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from edge_runtime.commandline import UNWELL, emit, json_option
+from edge_runtime.commandline import emit, json_option
+from edge_runtime.exit_codes import UNWELL
 from edge_runtime.text import printable
 
 

@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import (
-    Answer,
-    FileOf,
-    Seconds,
-    emit,
-    json_option,
-    on_device,
-    say,
-)
+from edge_runtime.commandline import Answer, emit, json_option, on_device, say
 from edge_runtime.errors import ContractError
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
+from edge_runtime.parameters import FileOf, Seconds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,9 +23,7 @@ from edge_runtime.cli.network import (
 )
 from edge_runtime.commandline import (
     CONTEXT,
-    EXIT_CODE_HELP,
     Answer,
-    FileOf,
     Group,
     emit,
     json_option,
@@ -35,9 +33,11 @@ from edge_runtime.commandline import (
     shared,
 )
 from edge_runtime.errors import DpuError, VerificationError, add_details, prefix_errors
+from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.formats.json_record import MAX_SHOWN, is_digest
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.formats.model_folder import round_number
+from edge_runtime.parameters import FileOf
 from edge_runtime.text import printable
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import FileOf, say
+from edge_runtime.commandline import say
 from edge_runtime.formats.kinds import Kind, refuse_others
+from edge_runtime.parameters import FileOf
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import FirstUse, Trust

@@ -11,15 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli.network import network_options
-from edge_runtime.commandline import (
-    Seconds,
-    emit,
-    emit_line,
-    json_option,
-    message_of,
-    say,
-)
+from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, SyncError
+from edge_runtime.exit_codes import message_of
+from edge_runtime.parameters import Seconds
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import CONTEXT, Answer, FileOf, Group, on_device
+from edge_runtime.commandline import CONTEXT, Answer, Group, on_device
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import Trust

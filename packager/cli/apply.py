@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import FileOf, emit, json_option, say
+from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 from edge_runtime.text import printable
 from packager.cli.options import PATCH, insist_apart
 

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import (
-    DIFFERENT,
-    OK,
-    FileOf,
-    Seconds,
-    emit,
-    exit_code,
-    json_option,
-)
+from edge_runtime.commandline import emit, json_option
 from edge_runtime.errors import KeyFileError, ProofError, TrustError
+from edge_runtime.exit_codes import DIFFERENT, OK, exit_code
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
+from edge_runtime.parameters import FileOf, Seconds
 from edge_runtime.text import printable
 from edge_runtime.times import duration
 from packager.cli.files import read_any

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import FileOf, say
+from edge_runtime.commandline import say
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 from packager.cli.options import MODEL, PackOptions, insist_apart
 
 if TYPE_CHECKING:

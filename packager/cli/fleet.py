@@ -6,14 +6,8 @@ from pathlib import Path
 
 import click
 
-from edge_runtime.commandline import (
-    CONTEXT,
-    EXIT_CODE_HELP,
-    Group,
-    emit,
-    json_option,
-    say,
-)
+from edge_runtime.commandline import CONTEXT, Group, emit, json_option, say
+from edge_runtime.exit_codes import EXIT_CODE_HELP
 from packager.cli.fleet_check import check
 from packager.cli.fleet_init import init
 from packager.cli.fleet_options import channel_option

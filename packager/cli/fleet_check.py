@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edge_runtime.commandline import DIFFERENT, OK, UNTRUSTED, FileOf, emit, json_option
+from edge_runtime.commandline import emit, json_option
+from edge_runtime.exit_codes import DIFFERENT, OK, UNTRUSTED
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 from edge_runtime.text import printable
 from packager.cli.fleet_options import Name
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edge_runtime.commandline import UNITS
+from edge_runtime.parameters import UNITS
 from packager.cli.options import PRIVATE_KEY
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import FileOf
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 from edge_runtime.sizes import parse_size
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ import click
 
 from edge_runtime.commandline import (
     CONTEXT,
-    EXIT_CODE_HELP,
     Command,
     Group,
     emit,
@@ -22,6 +21,7 @@ from edge_runtime.commandline import (
     progress,
     say,
 )
+from edge_runtime.exit_codes import EXIT_CODE_HELP
 from packager.cli.apply import apply
 from packager.cli.check_proof import check_proof
 from packager.cli.compose import compose

@@ -31,7 +31,7 @@ import packager.cli.fleet
 import packager.cli.pack
 import trainer.cli
 from edge_runtime import Device, fingerprint_file
-from edge_runtime.commandline import EXIT_CODE_HELP
+from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.limits import Limits
 from edge_runtime.store.slots import MAX_CHANGES
 from packager.build import pack_round

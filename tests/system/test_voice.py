@@ -10,8 +10,8 @@ import edge_runtime.cli.main
 import packager.cli.fleet
 import packager.cli.pack
 import trainer.cli
-from edge_runtime.commandline import FileOf
 from edge_runtime.formats.kinds import Kind
+from edge_runtime.parameters import FileOf
 
 SCRIPTS = {
     "dpu-train": trainer.cli.main,
