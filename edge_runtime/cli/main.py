@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-edge``: the device's command line."""
 
+import signal
 from collections.abc import Iterator
 from errno import ENAMETOOLONG
 from pathlib import Path
@@ -59,6 +60,8 @@ _settings = CONTEXT | {"show_default": True}
 )
 def main() -> None:
     """Keep a model on this device up to date, and run it."""
+    # Ignored, as some supervisors leave it, it hides how hooks and trials end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @main.command()

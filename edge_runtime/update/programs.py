@@ -9,15 +9,17 @@ without the current folder and the script's. ``LD_PRELOAD`` and ``LD_LIBRARY_PAT
 stay: boards need them for their runtimes, and this process was started with them too.
 """
 
+import math
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import PIPE, Popen, TimeoutExpired
+from subprocess import Popen, TimeoutExpired
 from typing import BinaryIO
 
 _SAID_BYTES = 1 << 16  # of what a program says, the last so many are looked at
@@ -35,13 +37,14 @@ class Ended:
     """How a program ended.
 
     Attributes:
-        code: Its exit code; minus the number of the signal that ended it.
+        code: Its exit code; minus the number of the signal that ended it; None where
+            the system told somebody else, or nobody.
         said: What it said last, on both its outputs.
         printed: The beginning of its standard output, where that was asked for.
         timeout_s: It was ended after so many seconds; else zero.
     """
 
-    code: int
+    code: int | None
     said: str = ""
     printed: bytes = b""
     timeout_s: float = 0
@@ -49,10 +52,15 @@ class Ended:
     @property
     def problem(self) -> str:
         """What went wrong, in words, with the last line that it said; or nothing."""
-        if not self.code:
+        if self.code == 0 and not self.timeout_s:
             return ""
         how = f"ended with {self.code}"
-        if self.code < 0:
+        if self.code is None:
+            how = (
+                "ended, and how is not known (this process ignores SIGCHLD, or waits "
+                "for children that others started: let it do neither)"
+            )
+        elif self.code < 0:
             with suppress(ValueError):
                 how = f"was ended by {signal.Signals(-self.code).name}"
         if self.timeout_s:
@@ -84,10 +92,13 @@ def run_program(
         OSError: It cannot be run.
     """
     # Files: a pipe could be held open for ever.
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as printed:
+    new = tempfile.TemporaryFile
+    with new() as asked, new() as said, new() as printed:
+        asked.write(given)
+        asked.seek(0)
         process = Popen(
             command,
-            stdin=PIPE,
+            stdin=asked,
             stdout=printed if apart else said,
             stderr=said,
             env=env,
@@ -95,18 +106,44 @@ def run_program(
             process_group=0,
         )
         timed_out = True
-        try:
-            with suppress(TimeoutExpired):
-                process.communicate(given, timeout_s)
+        with suppress(TimeoutExpired):
+            try:
+                code = _wait(process, timeout_s)
                 timed_out = False
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
+            finally:
+                if process.returncode is None:
+                    with suppress(ProcessLookupError):  # it ended just now
+                        os.killpg(process.pid, signal.SIGKILL)
+                    code = _wait(process, math.inf)
         printed.seek(0)
         return Ended(
             code, _tail(said), printed.read(apart), timeout_s if timed_out else 0
         )
+
+
+def _wait(process: Popen[bytes], timeout_s: float) -> int | None:
+    """Return the exit code of a program that has ended; None where it is not known.
+
+    ``Popen.wait`` would call it 0 where the system keeps no exit code for us: where
+    SIGCHLD is ignored, or other code in this process waits for any child.
+
+    Raises:
+        TimeoutExpired: It has not ended within so many seconds.
+    """
+    until, pause = time.monotonic() + timeout_s, 0.0005
+    while True:
+        try:
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+        except ChildProcessError:
+            process.returncode = 0  # so that Popen looks no more for it
+            return None
+        if pid:
+            process.returncode = code = os.waitstatus_to_exitcode(status)
+            return code
+        if time.monotonic() > until:
+            raise TimeoutExpired(process.args, timeout_s)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def _tail(file: BinaryIO) -> str:

@@ -36,7 +36,6 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.inference.session import failures_as
 from edge_runtime.update import trial_ends
 from edge_runtime.update.golden import (
     Array,
@@ -53,6 +52,7 @@ from edge_runtime.update.programs import (
 )
 
 TIMEOUT_S = 120.0
+_PROOF = trial_ends.BEGUN + trial_ends.PASSED
 PROCESS = "edge_runtime.update.trial_process"  # whose main() judges
 _CRASHES = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS}
 # What a process brings on itself; any other signal came from outside, such as the
@@ -130,7 +130,7 @@ def run_trial(
             timeout_s,
             given=expected.values,
             folder=Path("/"),
-            apart=len(trial_ends.BEGUN),
+            apart=len(_PROOF),
         )
     except (OSError, MemoryError) as err:
         raise BlockedError(
@@ -142,16 +142,17 @@ def run_trial(
 
 def end_of_trial(ended: Ended) -> DpuError | None:
     """Return the error that an ended trial process stands for; None for success."""
-    if not ended.code:
+    problem = ended.problem or "ended without a word that it passed"
+    text = f"nothing changed: the trial {problem}"
+    if ended.timeout_s:
+        return TrialCutOffError(text)
+    if not ended.code and ended.printed == _PROOF:
         return None
-    text = f"nothing changed: the trial {ended.problem}"
     if ended.code == trial_ends.VERDICT:
         return TrialError(text)
     if ended.code == trial_ends.NO_BACKEND:
         return BackendError(text)
-    if ended.timeout_s:
-        return TrialCutOffError(text)
-    had_begun = ended.printed == trial_ends.BEGUN
+    had_begun = ended.printed.startswith(trial_ends.BEGUN)
     out_of_memory = ended.code in _CRASHES and tells_of_the_system(ended.said)
     if ended.code in _OWN_SIGNALS and had_begun and not out_of_memory:
         return TrialCutOffError(text)
@@ -221,8 +222,11 @@ def _answers(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[A
 
 def _asked(slot: Path, contract: Contract, inputs: dict[str, Array]) -> list[Any]:
     predictor = Predictor(slot, contract)
-    with failures_as(StoreError, f"cannot run {slot}"):
+    try:
         return predictor.predict_all(inputs)
+    except ContractError as err:
+        # The inputs fit, as was seen before: the graph cannot be run.
+        raise StoreError(f"cannot run {slot}: {err}") from err
 
 
 def read_all(path: Path) -> None:

@@ -4,7 +4,8 @@
 Only :data:`VERDICT` blames the weights. What this device cannot do (no memory, no file
 handles, a disk that gives an error, a package that cannot be imported) is
 :data:`BLOCKED`. What fails before the model's turn is no fault of the model's, so the
-beginning of its turn is told on standard output.
+beginning of its turn is told on standard output; and its end, as an exit code alone is
+no proof: the process that started the trial may not learn it.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from edge_runtime.errors import (
 )
 
 VERDICT, NO_BACKEND, BLOCKED = 20, 11, 10
-BEGUN = b"the model's turn\n"
+BEGUN, PASSED = b"the model's turn\n", b"passed\n"
 THREADS = 4  # that NumPy's BLAS may use in a trial
 
 

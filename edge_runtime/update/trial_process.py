@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.limits import limits
-from edge_runtime.update.trial_ends import BEGUN, BLOCKED, THREADS, end_code
+from edge_runtime.update.trial_ends import BEGUN, BLOCKED, PASSED, THREADS, end_code
 
 # Of the weight file: a session takes 3 times its size, and a large graph's values more.
 WEIGHTS_FACTOR = 8
@@ -53,11 +53,13 @@ def _judge(slot: Path, model: Path, golden: bool, timeout_s: float) -> None:
     expected = Expected(golden=golden, values=sys.stdin.buffer.read())
     limit_memory((slot / WEIGHTS_NAME).stat().st_size)
     limit_time(timeout_s)
-    try_slot(slot, model, expected, begin=_begin)
+    out = sys.stdout.fileno()
+    try_slot(slot, model, expected, begin=lambda: _tell(out, BEGUN))
+    _tell(out, PASSED)
 
 
-def _begin() -> None:
-    os.write(sys.stdout.fileno(), BEGUN)
+def _tell(out: int, words: bytes) -> None:
+    os.write(out, words)
 
 
 # Ends and limits ---------------------------------------------------------------------

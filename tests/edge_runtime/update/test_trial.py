@@ -8,8 +8,10 @@ are put before those that it starts with.
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from edge_runtime.cli.main import main
 from edge_runtime.errors import (
     BlockedError,
     ContractError,
+    HeldError,
     StoreError,
     TrialCutOffError,
     TrialError,
@@ -74,6 +77,23 @@ def model_does(action):
         f"    def __init__(self, *a): {action}\n"
         "t.Predictor = Model"
     )
+
+
+def reap(*_):
+    """Wait for any child, as some programs do when one ends."""
+    with suppress(ChildProcessError):
+        while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            pass
+
+
+@contextmanager
+def children(waited_for):
+    """Let a handler of SIGCHLD take how children end."""
+    former = signal.signal(signal.SIGCHLD, waited_for)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, former)
 
 
 def refused_for(device):
@@ -288,6 +308,57 @@ def test_a_crash_for_want_of_memory_is_the_devices_fault(
     with pytest.raises(BlockedError, match=words):
         device.update(patch)
     assert refused_for(device) == ({}, [])
+
+
+BAD = model_does("raise StoreError('bad weights')").replace(
+    "import os,", "from edge_runtime.errors import StoreError\nimport os,"
+)
+
+
+@pytest.mark.parametrize("waited_for", [signal.SIG_IGN, reap], ids=["ignored", "taken"])
+def test_weights_are_not_good_because_nobody_learns_how_their_trial_ended(
+    device, patch, in_the_trial, waited_for
+):
+    in_the_trial(BAD)
+    with children(waited_for), pytest.raises(BlockedError, match="SIGCHLD"):
+        device.update(patch)
+    in_the_trial("")
+    with children(waited_for):
+        assert device.update(patch) is UpdateResult.APPLIED
+
+
+def test_a_process_that_ends_well_and_says_nothing_has_tried_nothing(
+    device, patch, in_the_trial
+):
+    in_the_trial("sys.exit(0)")
+    with pytest.raises(BlockedError, match="without a word"):
+        device.update(patch)
+
+
+@pytest.mark.parametrize("waited_for", [signal.SIG_IGN, reap], ids=["ignored", "taken"])
+def test_a_hook_whose_end_nobody_learns_refuses(device, patch, waited_for):
+    hook = device.store.root / "hooks" / "before-apply.d" / "battery"
+    hook.parent.mkdir(parents=True)
+    hook.write_text("#!/bin/sh\nexit 3\n")
+    hook.chmod(0o755)
+    with children(waited_for), pytest.raises(HeldError, match=r"battery.*not known"):
+        device.update(patch)
+
+
+def test_the_command_sees_ends_though_its_parent_ignored_those(device, patch, tmp_path):
+    hook = device.store.root / "hooks" / "before-apply.d" / "battery"
+    hook.parent.mkdir(parents=True)
+    hook.write_text("#!/bin/sh\nexit 3\n")
+    hook.chmod(0o755)
+    path, store = tmp_path / "next.dpu", str(device.store.root)
+    path.write_bytes(patch)
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime", "--store", store, "apply", str(path)],
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
+        capture_output=True,
+        timeout=LONG_S,
+    )
+    assert b"battery ended with 3" in done.stderr
 
 
 def test_time_that_runs_out_counts_as_one_try(device, run):
