@@ -95,6 +95,12 @@ class DpuError(Exception):
         self.details = details
 
 
+def told_of(error: BaseException) -> str:
+    """Return an error's message; with its type where it is not meant for people."""
+    is_meant = isinstance(error, DpuError | OSError) and str(error)
+    return str(error) if is_meant else f"{type(error).__name__}: {error}"
+
+
 def details_of(error: BaseException) -> dict[str, Any]:
     """Return the facts beside an exception's message, also of the system's."""
     found: dict[str, Any] = getattr(error, "details", {})

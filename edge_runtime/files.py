@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EDQUOT, EINVAL, ENOLCK, ENOSPC, ENOSYS, ENOTSUP
+from errno import EDQUOT, EINVAL, ELOOP, ENOLCK, ENOSPC, ENOSYS, ENOTSUP
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
@@ -95,7 +95,13 @@ def open_regular(path: Path) -> io.BufferedReader:
     def careful(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
-    file = open(path, "rb", opener=careful)
+    try:
+        file = open(path, "rb", opener=careful)
+    except OSError as err:
+        if err.errno != ELOOP:
+            raise
+        words = "a link, expected the file itself; copy it"
+        raise OSError(ELOOP, words, str(path)) from err
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(EINVAL, "no ordinary file; remove it", str(path))

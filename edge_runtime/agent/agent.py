@@ -24,7 +24,6 @@ from edge_runtime.errors import (
     BackendError,
     BlockedError,
     BundleError,
-    DpuError,
     HeldError,
     KeyListError,
     ListExpiredError,
@@ -35,6 +34,7 @@ from edge_runtime.errors import (
     VerificationError,
     WrongModelError,
     WrongParentError,
+    told_of,
 )
 from edge_runtime.files import open_regular
 from edge_runtime.formats.bundle import read_bundle
@@ -47,7 +47,6 @@ from edge_runtime.update.device import Device, UpdateResult
 HEARTBEAT_S = 600.0  # the status is written at least this often
 # The device is at fault, or nobody: what failed so is tried again.
 BLOCKED = (BackendError, BlockedError, TrialCutOffError)
-FAILURES = (DpuError, OSError)
 # What a file itself may be at fault for: it alone is refused for good.
 _OF_THE_FILE = (
     *(BundleError, PatchError, WrongModelError, WrongParentError),
@@ -126,6 +125,7 @@ class Agent:
         Raises:
             DpuError: The device is at fault, or nobody; it is tried again.
             OSError: The folder cannot be read, or the status file not be written.
+            Exception: Whatever else, such as that memory ran out; it is told the same.
         """
         ping()
         try:
@@ -133,7 +133,7 @@ class Agent:
             if outcome is Outcome.DONE:
                 self._backoff.reset()
             self._report_success(outcome)
-        except FAILURES as err:
+        except Exception as err:
             self._backoff.extend(err)
             self._report_failure(err)
             raise
@@ -169,7 +169,7 @@ class Agent:
             self._publish()
 
     def _report_failure(self, error: Exception) -> None:
-        reason = str(error)[:MAX_REASON]  # it stands in the status file
+        reason = told_of(error)[:MAX_REASON]  # it stands in the status file
         if self._failing != reason:  # else it goes on, and was told
             self._failing = reason
             self._log("failed", error=type(error).__name__, reason=self._failing)

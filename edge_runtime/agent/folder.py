@@ -36,10 +36,9 @@ class PatchFolder:
                 if not _is_wanted(entry.name):
                     continue
                 with suppress(FileNotFoundError):
-                    if entry.is_file(follow_symlinks=False):
-                        s = entry.stat(follow_symlinks=False)
-                        times = s.st_mtime_ns, s.st_ctime_ns
-                        seen[entry.name] = [s.st_ino, s.st_size, *times]
+                    s = entry.stat(follow_symlinks=False)
+                    times = s.st_mtime_ns, s.st_ctime_ns
+                    seen[entry.name] = [s.st_ino, s.st_size, *times]
                 if len(seen) > 2 * most:  # memory for so many, however many come
                     left_out += len(seen) - most
                     seen = _newest(seen, most)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import edge_runtime
-from edge_runtime.errors import DpuError, ProofError, StoreError
+from edge_runtime.errors import ProofError, StoreError, told_of
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.live.entries import read_entries
 from edge_runtime.live.outbox import Outbox, Told, kind_of, read_told
@@ -76,8 +76,8 @@ class Reporter:
         try:
             if (store.root / KEY_NAME).exists():
                 self._report(store)
-        except (DpuError, OSError) as err:
-            problem = str(err)
+        except Exception as err:  # noqa: BLE001 - a report is not worth an update
+            problem = told_of(err)
         if problem and problem != self._problem:
             self._log("no report", reason=problem)
         self._problem = problem

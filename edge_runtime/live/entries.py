@@ -213,11 +213,10 @@ def undeclared_processes(store: Store, known: set[int]) -> list[int]:
     the same user are seen, or all by root; and only while they keep a mapping, as ONNX
     Runtime does for the tensors that it did not copy.
     """
-    found, slots = [], f" {(store.root / 'slots').resolve()}/"
+    # Bytes: any process's file may have a name that is no UTF-8.
+    found, slots = [], os.fsencode(f" {os.path.realpath(store.root / 'slots')}/")
     for path in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # ended, or another user's
-            if int(path.parent.name) not in known and slots in path.read_text(
-                encoding="utf-8"
-            ):
+            if int(path.parent.name) not in known and slots in path.read_bytes():
                 found.append(int(path.parent.name))
     return sorted(found)

@@ -260,9 +260,9 @@ def test_many_stray_files_are_bounded_and_told_once(store, tmp_path, monkeypatch
     folder.mkdir()
     limits.cache_clear()
     monkeypatch.setenv("DPU_LIMITS", "agent_files=20,agent_bytes=2000")
+    os.mkfifo(folder / "pipe.dpu")
     for number in range(70):
         (folder / f"{number}.DPU").write_bytes(b"stray")
-    os.mkfifo(folder / "pipe.dpu")
     agent = Agent(
         lambda: Device.open(store.root), folder, lambda event, **_: log.append(event)
     )

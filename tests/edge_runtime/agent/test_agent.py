@@ -152,11 +152,39 @@ def test_other_files_are_left_alone(watch):
     watch.put("round_01.dpu.part", patch)
     watch.put(".round_01.dpu", patch)
     watch.put("notes.txt", patch)
-    (watch.folder / "folder.dpu").mkdir()
-    (watch.folder / "link.dpu").symlink_to(watch.folder / "notes.txt")
-    os.mkfifo(watch.folder / "pipe.dpu")
     assert watch.look() == []
     assert watch.round == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.mkdir(), "directory"),
+        (lambda path: path.symlink_to("round_01"), "a link, expected the file itself"),
+        (os.mkfifo, "no ordinary file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["link.dpu", "1.root.json"])
+def test_what_has_a_patchs_name_and_is_no_file_is_told(watch, name, make, words):
+    watch.put("round_01", world.patch(0, 1))
+    make(watch.folder / name)
+    assert watch.look() == [("waiting", name)]
+    assert words in watch.reason
+    assert watch.round == 0
+
+
+def test_a_failure_that_nobody_thought_of_is_told_and_tried_again(watch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    watch.put(name(1), world.patch(0, 1))
+    watch.trial = fail
+    with pytest.raises(MemoryError):
+        watch.look()
+    assert watch.said == [("failed", None)]
+    assert "MemoryError" in read_status(watch.root)["failing"]
+    watch.trial, watch.time = world.no_trial, MAX_BACKOFF_S
+    assert watch.look() == [("applied", name(1)), ("recovered", None)]
 
 
 def test_what_another_process_installs_is_seen(watch):

@@ -2,6 +2,7 @@
 """The agent's reports: each change once, whatever happens, and never in the way."""
 
 import json
+import mmap
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ from edge_runtime.errors import BlockedError, TrialCutOffError, TrialError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live import shared
+from edge_runtime.live.entries import undeclared_processes
 from edge_runtime.live.outbox import (
     MOST_BYTES,
     MOST_FILES,
@@ -174,6 +176,34 @@ def test_a_day_without_news_is_reported_and_repeats_the_last_outcome(board):
     board.now += 10
     board.look(), board.start().look()
     assert board.outcomes == [("installed", 0)] * 2
+
+
+def test_a_report_that_fails_as_nobody_thought_costs_no_update(board, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "make_proof", fail)
+    board.put(1)
+    board.look()
+    assert board.said == ["applied", "no report"]
+    assert "MemoryError" in board.reason
+
+
+def test_a_report_is_made_though_a_process_maps_a_name_that_is_no_utf8(board, tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9"
+    with open(path, "w+b") as file:
+        file.write(b"x")
+        file.flush()
+        with mmap.mmap(file.fileno(), 1):
+            board.look()
+    assert len(board.reports) == 1
+
+
+def test_slots_that_lead_to_themselves_are_told(board):
+    slots = board.root / "slots"
+    slots.rename(board.root / "away")
+    slots.symlink_to("slots")
+    assert undeclared_processes(board.device.store, set()) == []
 
 
 def test_numbers_grow_even_where_the_clock_goes_back(board):
