@@ -11,6 +11,7 @@ attributes.
 """
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
@@ -139,14 +140,25 @@ def _plan(nodes: list[Message], kept: set[str]) -> list[Step]:
     return steps[::-1]
 
 
+def _pad(x: Array, pads: Array, value: Any = None) -> Array:
+    """Put values around an array; where a pad is negative, cut off as many."""
+    sides = np.reshape(pads, (2, -1)).T
+    cut = np.maximum(-sides, 0)
+    kept = (slice(a, max(n - b, 0)) for (a, b), n in zip(cut, x.shape, strict=True))
+    fill = 0 if value is None else value
+    return np.pad(x[tuple(kept)], np.maximum(sides, 0), constant_values=fill)
+
+
 def _taps(x: Array, fill: float, /, **window: Ints) -> Iterator[Array]:
     """Yield the inputs under each position of a kernel, each (N, C, *output)."""
     kernel, ones = window["kernel_shape"], [1] * (x.ndim - 2)
     strides, dilations = window.get("strides", ones), window.get("dilations", ones)
     if any(window.get("pads", ())):
-        sides = np.reshape(window["pads"], (2, -1)).T
-        x = np.pad(x, [(0, 0), (0, 0), *sides], constant_values=fill)
+        sides = np.reshape(window["pads"], (2, -1))
+        x = _pad(x, np.pad(sides, ((0, 0), (2, 0))), fill)
     axes = (x.shape[2:], kernel, strides, dilations)
+    if any(n < (k - 1) * d for n, k, _, d in zip(*axes, strict=True)):
+        raise ValueError(f"a kernel of {kernel} is larger than its input, {x.shape}")
     for offset in np.ndindex(*kernel):
         where: list[Any] = [
             slice(at * dilation, size - (k - 1 - at) * dilation, stride)
@@ -161,24 +173,34 @@ def _conv(
     window = {"kernel_shape": w.shape[2:], **window}
     matrices = w.reshape(group, len(w) // group, -1)
     outputs = []
-    for sample in x:  # one by one: the columns are larger than it by the kernel's size
+    # One by one: the columns are larger than a sample by the kernel's size.
+    for sample in x if len(x) else np.zeros((1, *x.shape[1:]), x.dtype):
         columns = np.stack(list(_taps(sample[None], 0.0, **window)), axis=2)
+        if not columns.size:
+            raise ValueError(f"a kernel of {w.shape} is larger than its input")
         product = matrices @ columns.reshape(group, matrices.shape[2], -1)
         outputs.append(product.reshape(len(w), *columns.shape[3:]))
-    y = np.stack(outputs)
+    y = np.stack(outputs)[: len(x)]
     return y if b is None else y + b.reshape(-1, *[1] * (y.ndim - 2))
 
 
 def _average_pool(x: Array, *, count_include_pad: int = 0, **window: Ints) -> Array:
-    inside = _taps(np.ones_like(x[:1, :1]), float(count_include_pad), **window)
-    return reduce(np.add, _taps(x, 0.0, **window)) / reduce(np.add, inside)
+    wide = x.astype(np.float32) if x.dtype == np.float16 else x  # for the sums
+    inside = _taps(np.ones((1, 1, *x.shape[2:])), float(count_include_pad), **window)
+    total = reduce(np.add, _taps(wide, 0.0, **window))
+    return (total / reduce(np.add, inside).astype(wide.dtype)).astype(x.dtype)
+
+
+def _max_pool(x: Array, **window: Ints) -> Array:
+    least = -np.inf if x.dtype.kind == "f" else float(np.iinfo(x.dtype).min)
+    return reduce(np.maximum, _taps(x, least, **window))
 
 
 def _batch_norm(x: Array, *tensors: Array, epsilon: float = 1e-5, **_: float) -> Any:
     shape = (-1, *[1] * (x.ndim - 2))
     scale, bias, mean, var = (tensor.reshape(shape) for tensor in tensors)
-    factor = scale / np.sqrt(var + x.dtype.type(epsilon))
-    return x * factor + (bias - mean * factor)
+    factor = scale / np.sqrt(var + var.dtype.type(epsilon))
+    return (x * factor + (bias - mean * factor)).astype(x.dtype, copy=False)
 
 
 def _gemm(
@@ -196,8 +218,9 @@ def _gemm(
 
 
 def _softmax(x: Array, *, axis: int = -1) -> Any:
-    powers = np.exp(x - x.max(axis=axis, keepdims=True))
-    return powers / powers.sum(axis=axis, keepdims=True)
+    wide = x.astype(np.float32) if x.dtype == np.float16 else x  # for the sums
+    powers = np.exp(wide - wide.max(axis=axis, keepdims=True))
+    return (powers / powers.sum(axis=axis, keepdims=True)).astype(x.dtype)
 
 
 def _reshape(x: Array, shape: Array, *, allowzero: int = 0) -> Array:
@@ -221,6 +244,10 @@ def _mean(
 ) -> Array:
     default = () if noop_with_empty_axes else range(x.ndim)
     where = tuple(default if axes is None or len(axes) == 0 else axes)
+    if x.dtype.kind != "f":
+        total = np.asarray(x.sum(axis=where, keepdims=bool(keepdims), dtype=x.dtype))
+        count = int(np.prod([x.shape[axis] for axis in where]))
+        return np.asarray(_divide(total, np.array(count, x.dtype)))
     return np.asarray(x.mean(axis=where, keepdims=bool(keepdims)))
 
 
@@ -285,7 +312,9 @@ _OPERATORS: dict[str, Callable[..., Array]] = {
     "Div": _divide,
     "Equal": lambda a, b: a == b,
     "Exp": lambda x: np.exp(x),
-    "Flatten": lambda x, *, axis=1: x.reshape(int(np.prod(x.shape[:axis])), -1),
+    "Flatten": lambda x, *, axis=1: x.reshape(
+        math.prod(x.shape[:axis]), math.prod(x.shape[axis:])
+    ),
     "Gather": lambda x, where, *, axis=0: np.take(x, where, axis),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: _mean(x, range(2, x.ndim)),
@@ -294,12 +323,12 @@ _OPERATORS: dict[str, Callable[..., Array]] = {
     "Less": lambda a, b: a < b,
     "Log": lambda x: np.log(x),
     "MatMul": lambda a, b: a @ b,
-    "MaxPool": lambda x, **window: reduce(np.maximum, _taps(x, -np.inf, **window)),
+    "MaxPool": _max_pool,
     "Mul": lambda a, b: a * b,
     "Neg": lambda x: -x,
     "Not": lambda x: ~x,
     "Or": lambda a, b: a | b,
-    "Pad": lambda x, pads, by=0: np.pad(x, pads.reshape(2, -1).T, constant_values=by),
+    "Pad": _pad,
     "QuantizeLinear": _quantize,
     "ReduceMean": _mean,
     "ReduceSum": _sum,

@@ -81,10 +81,11 @@ def compare(tmp_path_factory):
     folder = tmp_path_factory.mktemp("operator")
     write_weights({"unused": np.zeros(1, "f4")}, folder / WEIGHTS_NAME)
 
-    def run(operator, *inputs, constants=(), opset=20, **attributes):
+    def run(operator, *inputs, constants=(), opset=20, left_out=0, **attributes):
         names = [f"x{i}" for i in range(len(inputs))]
         stored = [f"c{i}" for i in range(len(constants))]
-        node = helper.make_node(operator, [*names, *stored], ["y"], **attributes)
+        given = [*names, *stored, *[""] * left_out]
+        node = helper.make_node(operator, given, ["y"], **attributes)
         kind = helper.np_dtype_to_tensor_dtype
         graph = helper.make_graph(
             [node],
@@ -237,6 +238,19 @@ def test_pooling_is_that_of_onnxruntime(
         ("DequantizeLinear", [WHOLE.astype("i4") * 2**28], [np.float32(0.3)], {}),
         *(("DequantizeLinear", [BYTES.view("i1"), abs(values(size)), ROW[:size]], [],
            {"axis": axis}) for size, axis in ((3, 0), (4, 1))),
+        ("Pad", [values(3, 4)], [[-1, 2, 0, -2]], {}),
+        *(("MaxPool", [-abs(x)], [], {"kernel_shape": [2, 2], "pads": [1, 1, 1, 1]})
+          for x in (values(1, 1, 4, 4), BYTES.view("i1").reshape(1, 1, 3, 4) // 2)),
+        ("ReduceMean", [WHOLE.astype("i4").reshape(1, 5) - 3], [[1]], {}),
+        ("BatchNormalization", [values(2, 3, 4, 4).astype("f2"), *abs(values(4, 3))],
+         [], {}),
+        ("AveragePool", [values(1, 1, 64).astype("f2") + 30], [],
+         {"kernel_shape": [64]}),
+        ("Softmax", [values(2, 300).astype("f2") * 3], [], {}),
+        ("Conv", [values(0, 2, 5, 5), values(3, 2, 3, 3)], [], {}),
+        ("Flatten", [values(0, 2, 5)], [], {}),
+        *((operator, [values(0, 2, 4, 4)], [], {"kernel_shape": [2, 2]})
+          for operator in ("MaxPool", "AveragePool")),
         ("Not", [WHOLE > 0], [], {}),
         *((operator, [WHOLE > 0, WHOLE > 3], [], {}) for operator in ("And", "Or")),
     ],
@@ -246,6 +260,32 @@ def test_operators_are_those_of_onnxruntime(
 ):
     constants = [np.array(c, np.int64) if isinstance(c, list) else c for c in constants]
     compare(operator, *inputs, constants=constants, **attributes)
+
+
+def test_an_optional_value_that_is_not_given_is_the_default(compare):
+    compare("Pad", values(2, 3), constants=[np.array([0, 1, 1, 0])], left_out=1)
+
+
+def test_a_kernel_larger_than_its_input_gives_no_answer(tmp_path):
+    for operator, inputs in (("Conv", 2), ("MaxPool", 1)):
+        extra = {"kernel_shape": [3, 3]}
+        node = helper.make_node(operator, ["x", "w"][:inputs], ["y"], **extra)
+        graph = helper.make_graph(
+            [node],
+            "one",
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+                for name in ("x", "w")[:inputs]
+            ],
+            [helper.make_empty_tensor_value_info("y")],
+        )
+        opsets = [helper.make_opsetid("", 20)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+        write_weights({"unused": np.zeros(1, "f4")}, tmp_path / WEIGHTS_NAME)
+        feed = {"x": values(1, 1, 5, 1), "w": values(1, 1, 3, 3)}
+        with pytest.raises(ValueError, match="larger than its input"):
+            NumpySession(tmp_path).run(None, dict(list(feed.items())[:inputs]))
 
 
 def test_numbers_are_read_however_a_tool_wrote_them(tmp_path):
