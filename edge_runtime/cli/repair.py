@@ -30,7 +30,7 @@ def repair(
 
     Weights are brought back to the very ones that ran. Release floor, keys, pin and
     history stay; key lists that a channel has are taken first. Whole files are not
-    touched, and nothing is fetched for them.
+    touched, and nothing is fetched for them but, once, for a store of an older runtime.
     """
     from edge_runtime.update.repair import Repaired, find_damage
     from edge_runtime.update.repair import repair as mend
@@ -39,7 +39,7 @@ def repair(
     with store.lock():  # mends a damaged state.json from its copy
         damage = find_damage(store)
     done = Repaired(())
-    if damage:
+    if damage or not store.state.contract:  # whose contract the bundle has to prove
         given = bundle_file(source, store.root, channel, store.state, **network)
         with given as (path, place, lists):
             for data in lists:

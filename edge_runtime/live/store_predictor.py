@@ -6,11 +6,13 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
-from edge_runtime.errors import DpuError
+from edge_runtime.errors import DpuError, StoreError
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.entries import Entry, Status, measure
+from edge_runtime.store.state import State
 from edge_runtime.store.store import Store
 from edge_runtime.text import printable
 
@@ -55,6 +57,7 @@ class StorePredictor(Predictor):
         self._stamp = self.store.stamp()
         state = self.store.reload()
         folder = self.store.slot_folder(state.active)
+        self._installed = state
         self._entry = Entry(self.store)
         self._sources = {folder: measure(folder)}
         super().__init__(folder, self.store.contract, options)
@@ -74,15 +77,22 @@ class StorePredictor(Predictor):
             Whether the weights changed.
 
         Raises:
-            StoreError: The state or the new slot cannot be loaded; the old session
-                stays in use, and the next call tries again.
+            StoreError: The state or the new slot cannot be loaded, or another model was
+                installed there; the old session stays in use, and the next call tries
+                again.
         """
         with self._refreshing:
             if self._entry.pending:
                 self._entry.try_again()
             former, stamp = self.folder, self.store.stamp()
             if stamp != self._stamp:
-                folder = self.store.slot_folder(self.store.reload().active)
+                state = self.store.reload()
+                if _is_another(state, self._installed):
+                    raise StoreError(
+                        f"another model was installed in {self.store.root}; make a new "
+                        "predictor"
+                    )
+                folder = self.store.slot_folder(state.active)
                 if folder != former or self._session is None:
                     self.swap(folder)
                 self._stamp = stamp
@@ -103,6 +113,16 @@ class StorePredictor(Predictor):
             finally:
                 self._tell()
 
+    def _load(self, folder: Path) -> Any:
+        try:
+            return super()._load(folder)
+        except StoreError:
+            # Of damaged files a runtime says that the graph is wrong.
+            for slot in self.store.state.slots:
+                if self.store.slot_folder(slot.target) == folder:
+                    self.store.check_slot(slot.target)
+            raise
+
     def _tell(self) -> None:
         before, after = self._sources[self.folder], measure(self.folder)
         if not self._session:
@@ -111,6 +131,12 @@ class StorePredictor(Predictor):
             self._entry.declare(self.folder, Status.CHANGED)
         else:
             self._entry.declare(self.folder, Status.LOADED, before)
+
+
+def _is_another(found: State, former: State) -> bool:
+    """Return whether a state is of another model, or of other inputs and outputs."""
+    known = {found.contract, former.contract} - {""}  # which older runtimes keep not
+    return found.model != former.model or len(known) > 1
 
 
 def _follow(target: "weakref.ref[StorePredictor]", every: float) -> None:

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from edge_runtime.errors import StoreError, WeightsError
@@ -10,6 +11,7 @@ from edge_runtime.files import strangers
 from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
+    CONTRACT_NAME,
     GRAPH_NAME,
     MODEL_FILES,
     MODEL_NAME,
@@ -71,7 +73,8 @@ class Beginning(StoreContents):
         self._check_size(size)
         init = fingerprint_chunks(self.recipe.chunks())
         identity = identify(self.layout.header, model[GRAPH_NAME], folder)
-        self.state = State(identity.model, init, trust=trust)
+        contract = sha256(model[CONTRACT_NAME]).hexdigest()
+        self.state = State(identity.model, init, trust=trust, contract=contract)
 
     def insist_free(self) -> None:
         """Insist that a store may be laid out here: nobody's things are in the way.

@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,27 @@ class StoreContents:
     @cached_property
     def contract(self) -> Contract:
         """What goes in and comes out."""
-        path, what = self.model_folder / CONTRACT_NAME, "the contract"
+        return self.read_contract()
+
+    def read_contract(self) -> Contract:
+        """Read what goes in and comes out.
+
+        Raises:
+            OSError: It cannot be read.
+            StoreError: It is damaged, or another than was installed.
+        """
         with self.own():
-            data = read_bounded(path, "contract_bytes", what, ContractError)
-            return parse_contract(data)
+            return parse_contract(self._contract())
+
+    def _contract(self) -> bytes:
+        path, what = self.model_folder / CONTRACT_NAME, "the contract"
+        data = read_bounded(path, "contract_bytes", what, ContractError)
+        found, expected = sha256(data).hexdigest(), self.state.contract
+        if expected and found != expected:
+            raise ContractError(
+                f"the SHA-256 of {CONTRACT_NAME} is {found}, expected {expected}"
+            )
+        return data
 
     @cached_property
     def layout(self) -> Layout:
@@ -166,7 +184,7 @@ class StoreContents:
             return identify(self.layout.header, graph, folder)
 
     def check_model(self) -> None:
-        """Insist that the ``model`` folder is of the network and run of the state.
+        """Insist that the ``model`` folder is of the state's network, run and contract.
 
         Raises:
             OSError: A file cannot be read.
@@ -174,6 +192,8 @@ class StoreContents:
         """
         if self.read_identity().model != self.state.model:
             raise self._damaged()
+        with self.own():
+            self._contract()
 
     # Weights --------------------------------------------------------------------------
 

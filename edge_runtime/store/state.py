@@ -91,6 +91,8 @@ class State:
             until it is forced.
         key_list: Where ``trust`` comes from, and what may replace it; None where
             single keys were trusted when the device was installed, or nobody.
+        contract: SHA-256 of ``model/contract.json``; empty where an older runtime
+            installed the model, or wrote the state since.
     """
 
     model: str
@@ -105,6 +107,7 @@ class State:
     pinned: bool = False
     tries: dict[str, int] = field(default_factory=dict)
     key_list: KeyList | None = None
+    contract: str = ""
 
     def expired(self, signed_at: int | None = None) -> str:
         """Say that the key list expired before a release was signed; nothing if not.
@@ -271,6 +274,8 @@ def encode_state(state: State) -> bytes:
     record = {"schema": WITH_LIST if state.key_list else SCHEMA} | asdict(state)
     if state.key_list is None:
         del record["key_list"]  # as older runtimes write it, and read it
+    if not state.contract:
+        del record["contract"]  # likewise; they ignore it where it is
     sealed = record | {"sha256": _digest(record)}
     return json.dumps(sealed, indent=1).encode() + b"\n"
 
@@ -309,6 +314,7 @@ def decode_state(data: bytes) -> State:
             key_list=KeyList.from_record(record.record("key_list"))
             if schema == WITH_LIST
             else None,
+            contract=record.digest("contract", ""),
         )
         # Both raise for what no state of a device says: no such slot, no keys.
         _ = state.active_slot, state.trust.ids

@@ -20,7 +20,6 @@ from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongPar
 from edge_runtime.files import Source
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.bundle import Bundle, read_bundle
-from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import identify, wrong_model
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
@@ -67,12 +66,18 @@ def find_damage(store: Store) -> dict[str, str]:
         What is damaged, as ``model``, ``slot FINGERPRINT`` or ``way FINGERPRINT``,
         with the reason.
     """
+
+    def golden() -> None:
+        read_golden((store.model_folder / GOLDEN_NAME).read_bytes())
+
     found = {}
     if problem := _model_problem(store, store.model_folder):
         found["model"] = problem
-    for name, path in (("contract", CONTRACT_NAME), ("golden", GOLDEN_NAME)):
-        if problem := _unreadable(store.model_folder / path):
-            found[name] = problem
+    for name, read in (("contract", store.read_contract), ("golden", golden)):
+        try:
+            read()
+        except (OSError, DpuError) as err:
+            found[name] = str(err)
     for slot in store.state.slots:
         try:
             store.check_slot(slot.target)
@@ -120,6 +125,9 @@ def repair(device: Device, source: Source, *, newer: bool = False) -> Repaired:
                 raise _other_round(store, patch)
             _sweep(store)
             mended = list(_mend_model(store, content, damage))
+            known = fingerprint_file(store.model_folder / CONTRACT_NAME)
+            if known != store.state.contract:  # the bundle's now
+                store.commit(replace(store.state, contract=known))
             for name in _CACHED:
                 store.__dict__.pop(name, None)
             if mended:  # what seemed damaged for its sake may be whole
@@ -179,21 +187,11 @@ def _model_problem(store: Store, folder: Path) -> str:
     return ""
 
 
-def _unreadable(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        if path.name == CONTRACT_NAME:
-            parse_contract(data)
-        else:
-            read_golden(data)
-    except (OSError, DpuError) as err:
-        return str(err)
-    return ""
-
-
 def _mend_model(store: Store, content: Bundle, damage: dict[str, str]) -> Iterator[str]:
     names = [*(_IDENTITY if "model" in damage else ())]
-    names += [CONTRACT_NAME] if "contract" in damage else []
+    # Without its SHA-256 a damaged contract may look whole: the bundle's is.
+    if "contract" in damage or not store.state.contract:
+        names.append(CONTRACT_NAME)
     # Its outputs may be of another round: so it is taken only where there is none.
     names += [GOLDEN_NAME] if "golden" in damage else []
     folder = store.model_folder

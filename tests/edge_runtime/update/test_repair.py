@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 
@@ -43,15 +44,17 @@ class Board:
         trust = Trust(tuple(map(public_key, signers)))
         Device.install(root, self.bundle(0), trust=trust, trial=no_trial)
         for number in (1, 2):
-            round_ = read_round(run.path / f"round_{number:02d}")
-            patch = pack_round(round_, find_parent(round_), signers=signers)
-            self.device.update(patch.data)
+            self.device.update(self.patch(number))
         self.device.pin()
         self.before = self.device.store.state
 
     def bundle(self, number, **options):
         round_ = read_round(self.run.path / f"round_{number:02d}")
         return build_bundle(round_, **{"signers": self.signers} | options).data
+
+    def patch(self, number):
+        round_ = read_round(self.run.path / f"round_{number:02d}")
+        return pack_round(round_, find_parent(round_), signers=self.signers).data
 
     @property
     def device(self):
@@ -160,6 +163,45 @@ def test_what_is_damaged_is_made_whole_and_nothing_else_changes(board, damage):
     repair(board.device, board.bundle(2))
     assert board.weights().read_bytes() == weights
     board.insist_same()
+
+
+@pytest.fixture
+def lax_contract(board):
+    """A contract that still parses, and asks for less than the one installed."""
+    path = board.root / "model" / "contract.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"output_tolerance": ', b'"output_tolerance": 9'))
+    return path, whole
+
+
+def test_another_contract_than_the_installed_is_seen_and_made_whole(
+    board, lax_contract
+):
+    path, whole = lax_contract
+    for look in (
+        board.device.verify,
+        lambda: board.device.store.contract,
+        lambda: board.device.update(board.patch(3)),
+    ):
+        with pytest.raises(StoreError, match=r"contract\.json is [0-9a-f]+, expected"):
+            look()
+    assert list(find_damage(board.device.store)) == ["contract"]
+    assert repair(board.device, board.bundle(2)).mended == ("model/contract.json",)
+    assert path.read_bytes() == whole
+    board.insist_same()
+
+
+def test_a_store_without_the_contracts_hash_is_compared_with_the_bundle(
+    board, lax_contract
+):
+    path, whole = lax_contract
+    store = board.device.store
+    with store.lock():
+        store.commit(replace(store.state, contract=""))
+    board.device.verify()
+    assert repair(board.device, board.bundle(2)).mended == ("model/contract.json",)
+    assert path.read_bytes() == whole
+    assert board.device.store.state.contract == sha256(whole).hexdigest()
 
 
 def test_all_of_it_at_once_is_made_whole(board):
