@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import Answer, emit, json_option, on_device, say
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import ContractError, prefix_errors
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
 from edge_runtime.parameters import FileOf, Seconds
@@ -112,17 +112,21 @@ def infer(  # noqa: PLR0913 - one for each option
     number = predictor.store.state.active_slot.round
     _name_what_is_not_shown(predictor)
     calls = _golden_calls(device) if golden else read_calls(inputs, contract)
-    records: list[dict[str, Any]] = []
+    samples, records = 0, list[dict[str, Any]]()
     found: list[tuple[int, dict[str, NDArray[Any]]]] = []
     for names, values in _in_turn(calls, contract, batch):
         outputs = _answers(predictor, values, names[0])
-        found.append((len(names) if contract.by_rows else 0, outputs))
+        if output is not None or golden:  # else they need not stay in memory
+            found.append((len(names) if contract.by_rows else 0, outputs))
         for record in _records(outputs, names, contract, top):
-            place = {"sample": len(records), "input": record.pop("input")}
-            records.append(place | {"round": number} | record)
-            if not as_json:
-                print(json.dumps(records[-1]), flush=True)
-    if not found:
+            place = {"sample": samples, "input": record.pop("input")}
+            line = place | {"round": number} | record
+            samples += 1
+            if as_json:
+                records.append(line)
+            else:
+                print(json.dumps(line), flush=True)
+    if not samples:
         raise ContractError("the inputs hold no sample; give at least one")
     if output is not None:
         data = _encoded(found, predictor.tensors[0], output)
@@ -187,13 +191,11 @@ def _answers(
     """Return all tensors by name; they are finite."""
     import numpy as np
 
-    from edge_runtime.inference.session import failures_as
-
     if not predictor.tensors:
         raise ContractError(
             "the model gives no tensor of numbers; export one that does"
         )
-    with failures_as(ContractError, f"{name}: the model cannot be run on it"):
+    with prefix_errors(name):
         outputs = predictor.predict_named(values)
     if not all(np.isfinite(values).all() for values in outputs.values()):
         raise ContractError(
@@ -317,7 +319,8 @@ def bench(
         size = batch or _usual_batch(contract)
         _, inputs = next(in_batches(golden, size, contract))
     folder = store.slot_folder(store.state.active)
-    result = measure(folder, contract, inputs, options, seconds=seconds)
+    with prefix_errors(f"{GOLDEN_NAME}, a call of the size that was asked for"):
+        result = measure(folder, contract, inputs, options, seconds=seconds)
     return result, "\n".join(_lines(result))
 
 
@@ -348,10 +351,10 @@ def _answer(row: "NDArray[Any]", contract: "Contract", count: int) -> dict[str, 
         return {"labels": true, "output": row.tolist()}
     if contract.task != "classification" or len(classes) != len(row):
         return {"output": row.tolist()}
-    # A softmax: the outputs of a classifier are logits, of whatever type.
-    logits = row.astype(np.float64)
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    best = np.argsort(-logits, kind="stable")[:count]
+    shares = outputs = row.astype(np.float64)
+    if not contract.probabilities:  # a softmax of logits, of whatever type
+        shares = np.exp(outputs - outputs.max())
+        shares /= shares.sum()
+    best = np.argsort(-outputs, kind="stable")[:count]
     likely = [(classes[i], round(float(shares[i]), 6)) for i in best]
     return {"top": [{"class": name, "probability": share} for name, share in likely]}

@@ -20,8 +20,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ContractError
+from edge_runtime.limits import limits
 
-MAX_UNPACKED_BYTES = 64 << 20  # of all arrays that are read from one .npz file
 MAX_MEMBERS = 1024
 _ENTRY = b"PK\x01\x02"  # begins each entry of a zip file's directory
 _ENCRYPTED = 1
@@ -34,14 +34,15 @@ _FAULTS = (
 
 
 def read_npz(
-    data: bytes, names: Iterable[str], *, limit: int = MAX_UNPACKED_BYTES
+    data: bytes, names: Iterable[str], *, limit: str = "golden_bytes"
 ) -> dict[str, NDArray[Any]]:
     """Read arrays of a ``.npz`` file.
 
     Args:
         data: The whole file.
         names: The arrays to read; those that are not there are left out.
-        limit: How many bytes they may have together when they are unpacked.
+        limit: Which of :class:`edge_runtime.limits.Limits` bounds how many bytes they
+            have together when they are unpacked.
 
     Raises:
         ContractError: It is no such file, or over the limit; the message names no file.
@@ -73,7 +74,7 @@ def encode_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return file.getvalue()
 
 
-def _check(members: Iterable[zipfile.ZipInfo], limit: int) -> None:
+def _check(members: Iterable[zipfile.ZipInfo], limit: str) -> None:
     unpacked = 0
     for info in members:
         is_known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -83,11 +84,8 @@ def _check(members: Iterable[zipfile.ZipInfo], limit: int) -> None:
                 "does not use; write the file with numpy.savez"
             )
         unpacked += info.file_size
-    if unpacked > limit:
-        raise ContractError(
-            f"the arrays have {unpacked} bytes unpacked, {limit} are allowed; give "
-            "fewer samples"
-        )
+    if problem := limits().problem(limit, unpacked, "all that is unpacked"):
+        raise ContractError(f"{problem}; else give fewer samples")
 
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -75,8 +75,13 @@ class InputSpec:
         """Insist on values for each channel, where their number is known.
 
         Raises:
-            ContractError: There are more or fewer.
+            ContractError: There are more or fewer, or a std is 0.
         """
+        if 0 in self.std:
+            raise ContractError(
+                f"input {self.name!r} has a std of 0, by which nothing can be divided; "
+                "give 1 for a channel that is to stay as it is"
+            )
         axis = self.channel_axis
         self._check_channels(self.shape[axis] if len(self.shape) > 1 else 1)
 
@@ -111,7 +116,10 @@ class InputSpec:
         Raises:
             ContractError: The shape or type does not fit.
         """
-        values = np.asarray(raw)
+        try:
+            values = np.asarray(raw)
+        except ValueError as err:  # rows of different lengths
+            raise ContractError(f"input {self.name!r} is no array: {err}") from err
         if values.ndim == len(self.shape) - 1:
             values = values[np.newaxis]
         # A plain loop: after a large network's run all of this is cold in the caches.
@@ -130,23 +138,28 @@ class InputSpec:
         """Turn raw values, as :meth:`batch` takes them, into what the graph takes.
 
         Raises:
-            ContractError: The shape or type does not fit.
+            ContractError: The shape or type does not fit, or a scaled value lies
+                outside of the graph's whole numbers, to which it is rounded.
         """
         values = self.batch(raw)
         if self.scale == 1.0 and not self.mean and not self.std:
             return self._cast(values)
-        out = values.astype(np.float32)  # one copy, then in place
-        out *= np.float32(self.scale)
+        is_coarse = self.dtype in ("float16", "float32")
+        number = np.float32 if is_coarse else np.float64
+        out: NDArray[Any] = values.astype(number)  # one copy, then in place
+        out *= number(self.scale)
         channels: tuple[int, ...] = (-1,)
         if out.ndim > 1:
             self._check_channels(out.shape[self.channel_axis])
             if self.channel_axis == 1:
                 channels = (-1, *[1] * (out.ndim - 2))
         if self.mean:
-            out -= np.asarray(self.mean, np.float32).reshape(channels)
+            out -= np.asarray(self.mean, number).reshape(channels)
         if self.std:
-            out /= np.asarray(self.std, np.float32).reshape(channels)
-        return out.astype(self.dtype, copy=False)
+            out /= np.asarray(self.std, number).reshape(channels)
+        if not self.dtype.startswith("float"):
+            np.rint(out, out=out)
+        return self._cast(out)
 
     def _cast(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return values in the graph's type; whole numbers stay what they are."""
@@ -202,6 +215,8 @@ class Contract:
             for probabilities.
         random_outputs: Names of outputs that are random by design: nobody compares
             them, they must only be finite.
+        probabilities: Whether a classifier's outputs are probabilities already, and no
+            logits. Runtimes that do not know the field take them for logits.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -214,6 +229,7 @@ class Contract:
     bound: float | None = None
     threshold: float = 0.0
     random_outputs: tuple[str, ...] = ()
+    probabilities: bool = False
 
     def __post_init__(self) -> None:
         if self.bound is not None:
@@ -278,7 +294,7 @@ class Contract:
         if set(given) != set(names):
             raise ContractError(
                 f"the model takes its inputs by name, {', '.join(names)}; got "
-                f"{', '.join(given) or 'nothing'}"
+                f"{', '.join(map(str, given)) or 'nothing'}"
             )
         return {name: given[name] for name in names}
 

@@ -36,6 +36,8 @@ def encode_contract(contract: Contract) -> bytes:
         "accuracy_floor": contract.accuracy_floor,
         "output_tolerance": contract.output_tolerance,
     }
+    if contract.probabilities:
+        wide = wide | {"probabilities": True}
     return json.dumps(record | wide, indent=2).encode() + b"\n"
 
 
@@ -83,6 +85,7 @@ def parse_contract(text: str | bytes) -> Contract:
         floor,
         record.number("output_tolerance", EXACT_TOLERANCE),
         outputs,
+        probabilities=record.flag("probabilities", False),
         **(_parse_wide(record, outputs) if schema == WIDE_SCHEMA else {}),
     )
 

@@ -22,9 +22,13 @@ from edge_runtime.limits import limits
 
 ARRAYS = {".npy", ".npz"}
 JSONS = {".json", ".jsonl"}
+# What their names say; a file of another kind is not opened, whatever its name says:
+# Pillow starts other programs for some.
+FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG", "TIFF", "WEBP")
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tiff", ".webp"}
 # What Pillow raises for damaged images, as each format has a parser of its own.
 _DAMAGED = (*MALFORMED, OSError, EOFError, SyntaxError, struct.error, zlib.error)
+_FILL_16_BITS = {("I", "PNG"), ("I", "PPM")}
 STDIN = Path("-")
 
 Values = dict[str, NDArray[Any]]  # by the names of the inputs
@@ -82,6 +86,13 @@ def in_samples(calls: Iterable[Sample], contract: Contract) -> Iterator[Sample]:
             found = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             raise ContractError(
                 f"{name}: each input needs as many samples as the others, found {found}"
+            )
+        empty = [input_name for input_name in rows if not values[input_name].size]
+        if empty and any(counts.values()):
+            shape = list(values[empty[0]].shape)
+            raise ContractError(
+                f"{name}: the samples of {empty[0]!r} hold no values (shape {shape}); "
+                "expected one or more in each"
             )
         for row in range(next(iter(counts.values()), 1)):
             yield name, {n: v[row] if n in counts else v for n, v in values.items()}
@@ -191,10 +202,8 @@ def _array(name: str, data: bytes) -> NDArray[Any]:
 def _arrays(name: str, data: bytes, contract: Contract) -> Any:
     """Return the arrays of a ``.npz`` file by input, or the one for the only input."""
     names = [spec.name for spec in contract.inputs]
-    # As much as the file has, packed or not; a little may be packed well.
-    most = max(limits().golden_bytes, 4 * len(data))
     try:
-        found = read_npz(data, {*names, "inputs"}, limit=most)
+        found = read_npz(data, {*names, "inputs"}, limit="input_bytes")
     except ContractError as err:
         raise ContractError(
             f"{name} is no .npy file, nor an .npz file with an array 'inputs' ({err})"
@@ -219,8 +228,9 @@ def _arrays(name: str, data: bytes, contract: Contract) -> Any:
 def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
     """Return an image as 8-bit values of shape (C, H, W), or as the input has it.
 
-    It is turned as its camera says, made grey or RGB by the number of channels, scaled
-    until it covers the model's height and width, and cropped around its centre.
+    Of 16 bits the upper 8 are taken. It is turned as its camera says, made grey or RGB
+    by the number of channels, scaled until it covers the model's height and width, and
+    cropped around its centre.
     """
     sizes = spec.shape[1:] if len(spec.shape) == 4 else (0, 0, 0)
     channels, height, width = (
@@ -240,13 +250,14 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
         ) from err
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             size = file.width * file.height  # stated: nothing is unpacked yet
             if problem := limits().problem("image_pixels", size, "it"):
                 raise ValueError(problem)
             # In place, and no copy of what is right already: pixels are much memory.
             ImageOps.exif_transpose(file, in_place=True)
-            image = file if file.mode == mode else file.convert(mode)
+            image = _of_8_bits(name, file)
+            image = image if image.mode == mode else image.convert(mode)
             image.load()
     except (*_DAMAGED, Image.DecompressionBombError) as err:
         # Pillow names the buffer that it was given, not the file.
@@ -258,3 +269,18 @@ def _image(name: str, data: bytes, spec: InputSpec) -> NDArray[Any]:
     fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     pixels = np.asarray(fitted).reshape(height, width, channels)
     return pixels.transpose(2, 0, 1) if spec.channel_axis == 1 else pixels
+
+
+def _of_8_bits(name: str, image: Any) -> Any:
+    """Return an image with 8 bits a channel; Pillow itself would cut off the rest."""
+    from PIL import Image
+
+    # Pillow's mode I has 32 bits; these formats fill 16 of them.
+    if image.mode.startswith("I;16") or (image.mode, image.format) in _FILL_16_BITS:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        raise ContractError(
+            f"{name} has pixels of 32 bits (Pillow's mode {image.mode}), and does not "
+            "say which of them is white; expected 8 or 16 bits: give it as a .npy file"
+        )
+    return image

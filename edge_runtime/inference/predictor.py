@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge_runtime.errors import DpuError, StoreError
+from edge_runtime.errors import ContractError, DpuError, StoreError
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.inference.session import (
     RunOptions,
     SwapPolicy,
     choose_backend,
+    failures_as,
     open_session,
     trim_heap,
 )
@@ -94,7 +95,7 @@ class Predictor:
             The outputs, shape ``(batch, ...)`` where the model gives a row for each.
 
         Raises:
-            ContractError: The input does not fit.
+            ContractError: The input does not fit, or the model cannot be run on it.
             StoreError: A frugal swap failed and left no session behind.
         """
         outputs: NDArray[Any] = self.predict_all(raw)[self._first]
@@ -119,11 +120,13 @@ class Predictor:
         """Return every output for what the graph takes: nothing is prepared.
 
         Raises:
+            ContractError: The graph cannot be run on it.
             StoreError: A frugal swap failed and left no session behind.
         """
         # The one read that decides which version answers.
         session = self._session or self._wait()
-        outputs: list[Any] = session.run(self.asked, feed)
+        with failures_as(ContractError, "the model cannot be run on it"):
+            outputs: list[Any] = session.run(self.asked, feed)
         if self.asked is None:
             return outputs
         found = dict(zip(self.asked, outputs, strict=True))

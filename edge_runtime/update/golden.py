@@ -17,7 +17,6 @@ from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.model_folder import (
     GOLDEN_NAME,
 )
-from edge_runtime.limits import limits
 from edge_runtime.update.metrics import METRICS
 
 MAX_INPUTS = MAX_OUTPUTS = 1024  # of a graph: each is an array
@@ -99,8 +98,7 @@ def read_golden(data: bytes) -> Golden:
     takes = [input_name(n) for n in range(MAX_INPUTS)]
     gives = [output_name(n) for n in range(MAX_OUTPUTS)]
     try:
-        limit = limits().golden_bytes
-        found = read_npz(data, ("labels", *takes, *gives), limit=limit)
+        found = read_npz(data, ("labels", *takes, *gives))
     except ContractError as err:
         raise ContractError(f"{GOLDEN_NAME}: {err}") from err
     inputs = tuple(found[name] for name in takes if name in found)

@@ -259,6 +259,7 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
         "bound": None,
         "threshold": 0.0,
         "random_outputs": [],
+        "probabilities": _ends_in_softmax(graph),
     }
     with prefix_errors(name):
         _check_known(stated, derived.keys())
@@ -266,6 +267,15 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
         return encode_contract(
             parse_contract(json.dumps(derived | stated | {"inputs": merged}))
         )
+
+
+def _ends_in_softmax(graph: onnx.GraphProto) -> bool:
+    """Return whether the first output is a softmax, as it is or in another type."""
+    makers = {name: node for node in graph.node for name in node.output}
+    node = makers.get(graph.output[0].name) if graph.output else None
+    while node and node.op_type in ("Cast", "Identity"):
+        node = makers.get(node.input[0])
+    return node is not None and node.op_type == "Softmax"
 
 
 def _check_inputs(inputs: list[dict[str, Any]]) -> None:

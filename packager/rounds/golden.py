@@ -32,7 +32,7 @@ from edge_runtime.formats.model_folder import (
 from edge_runtime.formats.sections import MAX_COUNTED_BYTES
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.predictor import Predictor
-from edge_runtime.inference.session import RunOptions, failures_as
+from edge_runtime.inference.session import RunOptions
 from edge_runtime.update.golden import (
     MAX_OUTPUTS,
     MAX_WHOLE_BYTES,
@@ -176,8 +176,10 @@ def answers(predictor: Predictor, feed: Mapping[str, NDArray[Any]]) -> list[Any]
     Raises:
         StoreError: The graph cannot be run on it.
     """
-    with failures_as(StoreError, "the graph cannot be run on its inputs"):
+    try:
         return predictor.run(feed)
+    except ContractError as err:  # they fit, so it is the graph
+        raise StoreError(f"the graph cannot be run on its inputs: {err}") from err
 
 
 def judged(predictor: Predictor, contract: Contract, golden: Golden) -> Golden:

@@ -147,6 +147,12 @@ def test_infer_names_the_likeliest_classes_whatever_type_answers_have(dtype, row
     assert sum(entry["probability"] for entry in found) == pytest.approx(1, abs=1e-5)
 
 
+def test_infer_takes_probabilities_as_they_are_where_the_contract_says_so():
+    contract = Contract((), classes=("a", "b"), probabilities=True)
+    (best,) = cli_infer._answer(np.array([0.1, 0.9], "f4"), contract, 1)["top"]
+    assert best == {"class": "b", "probability": 0.9}
+
+
 def test_infer_names_a_model_that_does_not_answer_sample_by_sample(
     edge, new_run, reload_graph, command, tmp_path
 ):

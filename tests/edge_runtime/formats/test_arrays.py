@@ -55,7 +55,7 @@ def test_an_array_is_what_numpy_wrote(array):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_the_wanted_arrays_of_an_npz_file_are_read_and_no_others(save):
     data = npz(save, inputs=ARRAYS[0], labels=ARRAYS[5], extra=np.zeros(1000))
-    found = read_npz(data, ("inputs", "labels", "outputs"), limit=44 + 2 * 128)
+    found = read_npz(data, ("inputs", "labels", "outputs"))
     assert set(found) == {"inputs", "labels"}
     assert np.array_equal(found["inputs"], ARRAYS[0])
 
@@ -64,7 +64,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused_before_it_is_unpacked():
     data = npz(np.savez_compressed, inputs=np.zeros(80 << 20, "u1"))
     assert len(data) < 1 << 20
     tracemalloc.start()
-    with pytest.raises(ContractError, match=r"83886208 bytes unpacked, 67108864"):
+    with pytest.raises(ContractError, match=r"83886208 bytes, 67108864 .*golden_bytes"):
         read_npz(data, ["inputs"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -75,7 +75,7 @@ def test_a_directory_that_states_too_little_gives_no_more_than_it_states():
     data = npz(np.savez_compressed, inputs=np.zeros(8 << 20, "u1"))
     size = struct.pack("<I", (8 << 20) + 128)
     with pytest.raises(ContractError, match="damaged"):
-        read_npz(data.replace(size, struct.pack("<I", 1000)), ["inputs"], limit=2000)
+        read_npz(data.replace(size, struct.pack("<I", 1000)), ["inputs"])
 
 
 @pytest.mark.parametrize("more", [0, 1])  # bytes that the checksum covers

@@ -41,6 +41,46 @@ def test_one_mean_serves_all_channels():
     assert spec.prepare([[4, 6, 2, 0]]).tolist() == [[0.5, 1.0, 0.0, -0.5]]
 
 
+def test_scaled_values_of_whole_numbers_are_rounded():
+    spec = InputSpec("x", "uint8", (None, 3), 255.0)
+    assert spec.prepare([[0.999, 0.001, 1.0]]).tolist() == [[255, 0, 255]]
+
+
+@pytest.mark.parametrize("value", [1.01, -0.1, math.nan, math.inf])
+def test_scaled_values_out_of_the_range_of_whole_numbers_are_refused(value):
+    spec = InputSpec("x", "uint8", (None, 1), 255.0)
+    with pytest.raises(ContractError, match="takes uint8, which cannot hold"):
+        spec.prepare([[value]])
+
+
+def test_values_of_double_precision_are_scaled_in_it():
+    spec = InputSpec("x", "float64", (None, 1), 0.1, (1.0,), (3.0,))
+    assert spec.prepare([[0.7]])[0, 0] == (0.7 * 0.1 - 1.0) / 3.0
+
+
+def test_values_of_single_precision_are_scaled_in_it():
+    raw, spec = np.arange(256, dtype=np.uint8)[:, None], replace(IMAGE, shape=(None, 1))
+    spec = replace(spec, mean=(0.1,), std=(0.3,))
+    single = raw.astype(np.float32) * np.float32(1 / 255)
+    wanted = (single - np.float32(0.1)) / np.float32(0.3)
+    assert np.array_equal(spec.prepare(raw), wanted)
+
+
+def test_a_std_of_zero_is_refused():
+    with pytest.raises(ContractError, match="std of 0"):
+        replace(IMAGE, std=(0.5, 0.0, 0.5))
+
+
+def test_rows_of_different_lengths_are_no_input():
+    with pytest.raises(ContractError, match="'x' is no array"):
+        IMAGE.prepare([[1, 2], [3]])
+
+
+def test_names_that_are_no_text_are_told():
+    with pytest.raises(ContractError, match="got 1"):
+        Contract((IMAGE,)).prepare({1: np.zeros((3, 2, 2))})
+
+
 def test_values_pass_untouched_where_nothing_is_asked_for():
     ids = np.array([[2**53 + 1]])
     spec = InputSpec("ids", "int64", (None, 1))

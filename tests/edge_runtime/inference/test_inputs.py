@@ -17,6 +17,7 @@ from edge_runtime.inference.inputs import (
     in_samples,
     read_calls,
 )
+from edge_runtime.limits import limits
 
 RGB = InputSpec("x", "float32", (None, 3, 4, 6))
 GREY = InputSpec("x", "float32", (None, 1, 4, 6))
@@ -83,6 +84,51 @@ def test_an_image_that_takes_much_memory_is_not_unpacked(tmp_path):
     Image.new("1", (4001, 4000)).save(tmp_path / "large.png")
     with pytest.raises(ContractError, match="DPU_LIMITS=image_pixels=16004000"):
         read(RGB, tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
+def test_an_image_of_16_bits_is_as_bright_as_of_8(tmp_path, name):
+    deep = np.array([[0, 255, 256, 32768, 65280, 65535]] * 4, np.uint16)
+    Image.fromarray(deep).save(tmp_path / name)
+    ((_, values),) = read(GREY, tmp_path / name)
+    assert values[0, 0].tolist() == [0, 0, 1, 128, 255, 255]
+    ((_, values),) = read(RGB, tmp_path / name)
+    assert values[2, 0].tolist() == [0, 0, 1, 128, 255, 255]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_an_image_that_does_not_say_what_is_white_is_refused(tmp_path, kind):
+    Image.fromarray(np.ones((4, 6), kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(ContractError, match=r"a\.tiff has pixels of 32 bits.*\.npy"):
+        read(GREY, tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS"])
+def test_a_file_of_another_kind_is_not_opened_by_the_name_of_an_image(tmp_path, kind):
+    photo(tmp_path / "a.png", 16, 16, format=kind)
+    with pytest.raises(ContractError, match="no image that can be read"):
+        read(RGB, tmp_path / "a.png")
+
+
+def test_what_inputs_unpack_to_has_the_limit_of_inputs(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", inputs=np.zeros((90, 3, 4, 6)))
+    try:
+        limits.cache_clear()
+        monkeypatch.setenv("DPU_LIMITS", "golden_bytes=1000")
+        assert len(read(RGB, tmp_path / "a.npz")) == 90
+        limits.cache_clear()
+        np.savez_compressed(tmp_path / "a.npz", inputs=np.zeros((90, 3, 4, 6)))
+        monkeypatch.setenv("DPU_LIMITS", "input_bytes=10000")
+        with pytest.raises(ContractError, match="DPU_LIMITS=input_bytes="):
+            read(RGB, tmp_path / "a.npz")
+    finally:
+        limits.cache_clear()
+
+
+def test_samples_without_values_are_refused_however_many_they_are(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1 << 60, 0), "u1"))
+    with pytest.raises(ContractError, match="hold no values"):
+        read(InputSpec("x", "uint8", (None, None)), tmp_path / "a.npy")
 
 
 def test_arrays_hold_one_sample_or_a_batch(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_runtime import Device, RunOptions
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import ContractError, StoreError
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights
@@ -319,12 +320,31 @@ def test_a_refresh_that_fails_is_tried_again(device, run):
     slot = device.store.slot_folder(device.verify())
     slot.rename(slot.with_name("away"))
     for _ in range(2):
-        with pytest.raises(StoreError, match="cannot load"):
+        with pytest.raises(StoreError, match="cannot be read"):
             predictor.refresh()
         assert np.array_equal(predictor.predict(inputs), before)
     slot.with_name("away").rename(slot)
     assert predictor.refresh()
     assert predictor.folder == slot
+
+
+@pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.NUMPY])
+def test_weights_cut_short_are_named_and_not_the_graph(device, backend):
+    path = device.store.slot_folder(device.verify()) / WEIGHTS_NAME
+    path.with_suffix(".new").write_bytes(path.read_bytes()[:-40])
+    path.with_suffix(".new").replace(path)
+    with pytest.raises(StoreError, match=f"{WEIGHTS_NAME} is damaged.*dpu-edge repair"):
+        device.predictor(RunOptions(backend=backend))
+
+
+def test_another_model_at_the_same_place_is_not_answered_with(device, new_run):
+    predictor = device.predictor()
+    other = build_bundle(read_round(new_run("other", run_id="cd" * 16).add(0))).data
+    shutil.rmtree(device.store.root)
+    Device.install(device.store.root, other, trial=no_trial)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="another model was installed"):
+            predictor.refresh()
 
 
 SERVE = """
@@ -429,6 +449,14 @@ def test_bench_measures_us_and_onnx_runtime_in_turn(slots):
     assert raw["ratio"] == 1 + raw["overhead_s"] / raw["latency_s"]["p50"]
     assert found["memory_bytes"] > 10 << 20
     json.dumps(found)
+
+
+@pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.NUMPY])
+def test_what_the_graph_cannot_be_run_on_is_an_error_of_ours(slots, backend):
+    predictor = Predictor(slots[0], CONTRACT, RunOptions(backend=backend))
+    with pytest.raises(ContractError, match="cannot be run on it") as caught:
+        predictor.run({"x": np.zeros((1, 1), np.float32)})
+    assert caught.value.__cause__ is not None
 
 
 def test_bench_measures_numpy_alone(slots):

@@ -489,6 +489,18 @@ def test_a_difference_in_learned_attributes_is_told_as_such(tmp_path, command):
     assert "Scaler (offset: 6 numbers, scale: 6 numbers)" in " ".join(err.split())
 
 
+@pytest.mark.parametrize(("last", "are"), [("Softmax", True), ("LogSoftmax", False)])
+def test_the_contract_says_whether_outputs_are_probabilities(tmp_path, last, are):
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"]),
+        node(last, ["h"], ["s"]),
+        node("Identity", ["s"], ["y"]),
+    ]
+    path = saved(made(nodes, {"w": weight(6, 3)}), tmp_path / "model.onnx")
+    text = from_model.make_contract(read_model(path))
+    assert from_model.parse_contract(text).probabilities is are
+
+
 # Shapes and versions -----------------------------------------------------------------
 
 
