@@ -26,16 +26,16 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1200,
+        ".": 1205,
         "agent": 700,
         "cli": 1380,
-        "formats": 3700,
-        "inference": 825,
-        "live": 520,
-        "store": 915,
+        "formats": 3710,
+        "inference": 870,
+        "live": 540,
+        "store": 930,
         "sync": 2025,
         "trust": 320,
-        "update": 1150,
+        "update": 1170,
     },
     "packager": {
         ".": 1630,
