@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import click
@@ -131,6 +132,21 @@ def test_infer_names_classes_with_probabilities(edge, installed, tmp_path):
     assert {line["round"] for line in lines} == {0}
 
 
+def test_answers_that_were_printed_are_not_kept(edge, installed, tmp_path, monkeypatch):
+    np.save(tmp_path / "in.npy", np.ones((5, 12), np.uint8))
+    given, alive, ask = [], [], cli_infer._answers
+
+    def watched(*args):
+        alive.append(sum(answer() is not None for answer in given))
+        found = ask(*args)
+        given.append(weakref.ref(*found.values()))
+        return found
+
+    monkeypatch.setattr(cli_infer, "_answers", watched)
+    assert edge("infer", tmp_path / "in.npy")[0] == 0
+    assert (len(alive), max(alive)) == (5, 1)  # the last one, until the next comes
+
+
 @pytest.mark.parametrize(
     ("dtype", "row", "best"),
     [
@@ -227,8 +243,7 @@ def test_infer_takes_folders_and_standard_input(edge, installed, tmp_path, monke
 
 
 def test_without_class_names_infer_prints_the_plain_output(edge, installed, tmp_path):
-    path = tmp_path / "store" / "model" / "contract.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": []}))
+    world.edit_contract(tmp_path / "store", classes=[])
     record = json.loads(edge("infer", "--golden", "--json")[1])["samples"][0]
     assert (len(record["output"]), "top" in record) == (4, False)
 

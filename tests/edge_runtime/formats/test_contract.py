@@ -59,8 +59,8 @@ def test_values_of_double_precision_are_scaled_in_it():
 
 
 def test_values_of_single_precision_are_scaled_in_it():
-    raw, spec = np.arange(256, dtype=np.uint8)[:, None], replace(IMAGE, shape=(None, 1))
-    spec = replace(spec, mean=(0.1,), std=(0.3,))
+    raw = np.arange(256, dtype=np.uint8)[:, None]
+    spec = InputSpec("x", "float32", (None, 1), 1 / 255, (0.1,), (0.3,))
     single = raw.astype(np.float32) * np.float32(1 / 255)
     wanted = (single - np.float32(0.1)) / np.float32(0.3)
     assert np.array_equal(spec.prepare(raw), wanted)

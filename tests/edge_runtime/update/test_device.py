@@ -42,7 +42,7 @@ from packager.build import build_patch, pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import parent_from, read_init, read_round
 from packager.zip_file import encode_bundle
-from tests.crash.world import no_trial
+from tests.crash.world import edit_contract, no_trial
 
 
 def patch_of(folder):
@@ -382,8 +382,7 @@ def test_weights_that_give_nan_are_refused_and_remembered(bundle, run, tmp_path)
 
 def test_too_few_golden_labels_right_is_refused(bundle, run, tmp_path):
     Device.install(tmp_path / "store", bundle, trial=no_trial)
-    path = tmp_path / "store" / "model" / "contract.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy_floor": 1.0}))
+    edit_contract(tmp_path / "store", accuracy_floor=1.0)
     with pytest.raises(TrialError, match="golden labels"):
         Device.open(tmp_path / "store").update(patch_of(run.path / "round_01"))
 
