@@ -27,7 +27,7 @@ from packager.compose import compose_patches
 from packager.keys import generate_key
 from packager.rounds.folder import read_init, read_round
 from packager.rounds.names import named_parent
-from trainer.export.subspace_size import coefficients_within
+from trainer.export.subspace_size import coefficients_within, subspace_bytes
 from trainer.folder.contract import make_contract
 from trainer.method.subspace import SubspaceUpdater
 from trainer.method.updater import PartialUpdater
@@ -216,6 +216,8 @@ def test_what_fits_into_a_size_is_known_before_training(tmp_path, size, bits):
     publish_round(tmp_path / "run", model, moved)
     packed = pack_round(read_round(tmp_path / "run" / "round_00"), max_size=int(size))
     assert int(size) - 8 * bits - 1 < len(packed.data) <= int(size) or count == 320
+    known = subspace_bytes(count, model, bits=bits)
+    assert len(packed.data) <= known < len(packed.data) + 5
 
 
 def test_a_dense_part_fits_too(tmp_path):

@@ -182,10 +182,12 @@ class FoldedBatchNorm:
         hooks = [m.register_forward_hook(after) for m in self._model.modules()]
         hooks += [m.register_forward_pre_hook(before) for m in self.modules.values()]
         mode = self._model.training
-        self._model.eval()(inputs)
-        self._model.train(mode)
-        for hook in hooks:
-            hook.remove()
+        try:
+            self._model.eval()(inputs)
+        finally:
+            self._model.train(mode)
+            for hook in hooks:
+                hook.remove()
         return list(found.values())
 
 

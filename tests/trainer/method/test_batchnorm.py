@@ -88,13 +88,22 @@ def test_what_did_not_move_between_unfold_and_fold_keeps_its_bits(trained_before
         assert still.all(), name
 
 
-def test_an_unfolding_that_fails_half_way_leaves_the_model_as_it_was():
-    model, batches = trained(steps=1)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda norms, bad: norms.unfold([(bad, None)]),
+        lambda norms, bad: norms.idle_biases(bad),
+    ],
+)
+def test_what_fails_half_way_leaves_the_model_as_it_was(call):
+    model, _ = trained(steps=1)
     model.train()
     with pytest.raises(RuntimeError):
-        FoldedBatchNorm(model).unfold([batches[0], (torch.randn(2, 9), None)])
+        call(FoldedBatchNorm(model), torch.randn(2, 9))
     assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
 
 
 def test_arrays_fold_as_the_network_does():
