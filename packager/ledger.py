@@ -139,18 +139,19 @@ class Ledger:
         Args:
             data: The bytes of a patch or bundle.
             path: Where to.
-            force: Replace a signed file by an unsigned one.
+            force: Replace what is there, whatever it is.
 
         Returns:
             Whether it was written; a signed file that is the same otherwise is kept.
 
         Raises:
-            TrustError: A signed file would be replaced by an unsigned one.
+            DpuError: As :func:`packager.packed_file.keep_signed`.
             OSError: The disk refuses.
             VerificationError: The disk gives other bytes than were written.
         """
-        if note := _kept(data, path, force=force):
-            self.notes.append(note)
+        data, note = _kept(data, path, force=force)
+        self.notes += [note] if note else []
+        if not data:
             return False
         before, release = self._end, self._describe(path, read_facts(data), data)
         if release.to == HERE:
@@ -295,33 +296,36 @@ def publish_file(
     Args:
         data: The bytes of a patch or bundle.
         path: Where to.
-        force: Replace a signed file by an unsigned one.
+        force: Replace what is there, whatever it is.
         say: Told what a person should hear.
 
     Returns:
         As :meth:`Ledger.publish`.
 
     Raises:
-        TrustError: A signed file would be replaced by an unsigned one.
+        DpuError: As :func:`packager.packed_file.keep_signed`.
         OSError: The disk refuses.
     """
     run = path.absolute().parent
     if not (run / MODEL_NAME).is_dir():
-        if note := _kept(data, path, force=force):
+        data, note = _kept(data, path, force=force)
+        if note:
             say(note)
-            return False
-        write_file(data, path)
-        return True
+        if data:
+            write_file(data, path)
+        return bool(data)
     with open_ledger(run, say) as ledger, telling(ledger, say):
         return ledger.publish(data, path, force=force)
 
 
-def _kept(data: bytes, path: Path, *, force: bool) -> str:
-    signers = keep_signed(data, path, force=force)
-    return signers and (
-        f"{path} is this very file, signed by {signers}: it is left as it is (--force "
-        "gives the signatures up)"
+def _kept(data: bytes, path: Path, *, force: bool) -> tuple[bytes, str]:
+    data, signers = keep_signed(data, path, force=force)
+    what = "their signatures are kept" if data else "it is left as it is"
+    note = (
+        f"{path} is this very file, signed by {signers}: {what} (--force gives the "
+        "signatures up)"
     )
+    return data, note if signers else ""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from errno import EINVAL
 from pathlib import Path
 from typing import BinaryIO
 
-from edge_runtime.errors import DpuError, TrustError
+from edge_runtime.errors import ConfigError, DpuError, TrustError
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
     PATCH_NAME,
@@ -16,9 +16,15 @@ from edge_runtime.formats.bundle import (
     read_member,
 )
 from edge_runtime.formats.header import MAGIC, PatchHeader, parse_header, read_header
-from edge_runtime.formats.signing import decode_signatures, read_signatures
+from edge_runtime.formats.kinds import Kind, kind_of
+from edge_runtime.formats.signing import (
+    Signature,
+    decode_signatures,
+    read_signatures,
+)
 
 PATCH, BUNDLE = "patch", "bundle"
+_KINDS = {PATCH: (Kind.PATCH,), BUNDLE: (Kind.BUNDLE, Kind.ZIP)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +34,20 @@ class Facts:
     Attributes:
         kind: ``patch`` or ``bundle``.
         header: Of the patch, or of the patch in the bundle.
-        signers: Ids of the keys under whose names there are signatures.
+        signatures: Those that it has, of anybody.
         signed: The bytes that signatures are made over. They cover everything else,
             so that two files with the same ones differ in their signatures alone.
     """
 
     kind: str
     header: PatchHeader
-    signers: tuple[str, ...]
+    signatures: tuple[Signature, ...]
     signed: bytes
+
+    @property
+    def signers(self) -> tuple[str, ...]:
+        """Ids of the keys under whose names there are signatures."""
+        return tuple(signature.key_id for signature in self.signatures)
 
 
 def read_facts(source: Path | bytes) -> Facts:
@@ -63,8 +74,7 @@ def read_facts(source: Path | bytes) -> Facts:
 def _patch_facts(file: BinaryIO) -> Facts:
     raw = read_header(file)
     header, *_ = parse_header(raw)
-    ids = tuple(signature.key_id for signature in read_signatures(file)[1])
-    return Facts(PATCH, header, ids, raw)
+    return Facts(PATCH, header, read_signatures(file)[1], raw)
 
 
 def _bundle_facts(source: Path | bytes) -> Facts:
@@ -75,38 +85,53 @@ def _bundle_facts(source: Path | bytes) -> Facts:
             block = read_member(archive, SIGNATURES_NAME, "signature_bytes")
         with archive.open(PATCH_NAME) as member:
             header = _patch_facts(member).header  # type: ignore[arg-type]
-        ids = tuple(signature.key_id for signature in decode_signatures(block))
-    return Facts(BUNDLE, header, ids, manifest)
+    return Facts(BUNDLE, header, decode_signatures(block), manifest)
 
 
-def keep_signed(data: bytes, path: Path, *, force: bool = False) -> str:
-    """Guard a signed file that an unsigned one is about to replace.
+def keep_signed(data: bytes, path: Path, *, force: bool = False) -> tuple[bytes, str]:
+    """Guard what a new file is about to replace.
 
     Args:
         data: The new file.
         path: Where it goes.
-        force: Give the signatures up.
+        force: Replace it, whatever it is.
 
     Returns:
-        Ids of the signers of a file that is the same but for its signatures, so that it
-        is to be left alone; empty where the new file is to be written.
+        What is to be written: the new file, with the signatures that others gave the
+        same bytes; nothing where the file that is there has them all. And the ids of
+        the signers that are kept, in words.
 
     Raises:
-        TrustError: The signatures would be lost.
+        ConfigError: What is there is of another kind.
+        TrustError: Signatures would be lost.
         OSError: The file that is there cannot be read.
     """
     new = read_facts(data)
-    if force or new.signers or not path.is_file():
-        return ""
+    if force or not path.is_file() or not path.stat().st_size:
+        return data, ""
     try:
         old = read_facts(path)
     except DpuError:
-        return ""  # something else, which is replaced as ever
-    names = ", ".join(old.signers)
-    if not names or new.signed == old.signed:
-        return names
-    raise TrustError(
-        f"{path} is signed by {names}, and would be replaced by an unsigned "
-        f"{new.kind}; sign this one too (--sign), write it elsewhere (-o), or give the "
-        "signatures up with --force"
-    )
+        old = None
+    found = kind_of(path)
+    if old.kind != new.kind if old else found not in _KINDS[new.kind]:
+        what = found.words.partition(",")[0] if found else f"no {new.kind}"
+        raise ConfigError(
+            f"{path} is {what}, and would be replaced by a {new.kind}; give another "
+            "name with -o, or --force"
+        )
+    others = old and [s for s in old.signatures if s.key_id not in new.signers]
+    if not old or not others:
+        return data, ""
+    names = ", ".join(signature.key_id for signature in others)
+    if new.signed != old.signed:
+        raise TrustError(
+            f"{path} is signed by {names}, and would be replaced by another "
+            f"{new.kind} that is not; sign this one too (--sign), write it elsewhere "
+            "(-o), or give the signatures up with --force"
+        )
+    if not new.signatures:
+        return b"", names
+    from packager.signing import add_signatures  # cryptography only where it is needed
+
+    return add_signatures(data, others), names

@@ -20,7 +20,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +55,9 @@ from edge_runtime.live.proof import encode_public
 from edge_runtime.live.shared import public_key
 from packager.zip_file import encode_members
 
+# Signatures that a file has, and what they are made over -> those that it shall have.
+_Change = Callable[[tuple[Signature, ...], bytes], tuple[Signature, ...]]
+
 
 def sign(
     data: bytes, keys: Iterable[Ed25519PrivateKey], seconds: int | None = None
@@ -75,6 +78,20 @@ def sign(
     for key in keys:
         data = (sign_bundle if is_bundle(data) else sign_patch)(data, key)
     return data
+
+
+def add_signatures(data: bytes, signatures: Iterable[Signature]) -> bytes:
+    """Give a patch or a bundle the signatures that another copy of it has.
+
+    Args:
+        data: The bytes of the file.
+        signatures: Of keys that did not sign it.
+
+    Raises:
+        DpuError: As :func:`sign`.
+    """
+    rewrite = _bundle_with if is_bundle(data) else _patch_with
+    return rewrite(data, lambda own, _message: tuple(sorted([*own, *signatures])))
 
 
 def is_bundle(data: bytes) -> bool:
@@ -118,6 +135,12 @@ def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
     Raises:
         PatchError: It is not a whole patch, or has no room for another signature.
     """
+    return _patch_with(
+        data, lambda own, header: add_signature(own, PATCH_CONTEXT, header, key)
+    )
+
+
+def _patch_with(data: bytes, change: _Change) -> bytes:
     file = io.BytesIO(data)
     header = read_header(file)
     _, size, digest = parse_header(header)
@@ -125,7 +148,7 @@ def sign_patch(data: bytes, key: Ed25519PrivateKey) -> bytes:
     body = file.read()
     if (len(body), hashlib.sha256(body).digest()) != (size, digest):
         raise PatchFormatError("the patch is damaged and was not signed; make it anew")
-    block = encode_signatures(add_signature(signatures, PATCH_CONTEXT, header, key))
+    block = encode_signatures(change(signatures, header))
     if len(block) > MAX_BLOCK_BYTES:
         raise PatchFormatError(
             f"the patch has {len(signatures)} signatures and no room for another"
@@ -184,12 +207,18 @@ def sign_bundle(data: bytes, key: Ed25519PrivateKey) -> bytes:
     Raises:
         BundleError: Not a bundle, damaged or incomplete.
     """
+    return _bundle_with(
+        data, lambda own, manifest: add_signature(own, BUNDLE_CONTEXT, manifest, key)
+    )
+
+
+def _bundle_with(data: bytes, change: _Change) -> bytes:
     read_bundle(data)  # nobody's name goes on what no device would take
     with open_archive(data) as archive:
         members = {name: read_member(archive, name) for name in archive.namelist()}
     manifest = members.pop(MANIFEST_NAME)
     signatures = decode_signatures(members.pop(SIGNATURES_NAME, b""))
-    signatures = add_signature(signatures, BUNDLE_CONTEXT, manifest, key)
+    signatures = change(signatures, manifest)
     signed = {MANIFEST_NAME: manifest, SIGNATURES_NAME: encode_signatures(signatures)}
     return encode_members(signed | members)
 

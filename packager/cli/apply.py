@@ -72,7 +72,7 @@ def apply(
     from edge_runtime.trust import Root
     from packager.models.apply import apply_to_files
 
-    insist_apart(output, path)
+    insist_apart(output, path, *keys)
     trusted = read_trust(keys, threshold)
     root = trusted if isinstance(trusted, Root) else None
     trust = trusted.releases if isinstance(trusted, Root) else trusted

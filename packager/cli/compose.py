@@ -30,7 +30,7 @@ from packager.cli.options import MODEL, PATCH, insist_apart, level_option
 )
 @level_option
 @click.option(
-    "--force", is_flag=True, help="Replace a signed file by this unsigned one."
+    "--force", is_flag=True, help="Replace a file that is signed, or no patch."
 )
 @json_option
 def compose(

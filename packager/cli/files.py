@@ -120,7 +120,7 @@ def pack_files(
         packed, data = _patch(model, newer, options)
     path = _place(newer, output, ".bundle.zip" if options.bundle else ".dpu")
     given = files.graph, files.contract, files.golden
-    insist_apart(path, *model.files, *newer.files, *given)
+    insist_apart(path, *model.files, *newer.files, *given, *options.keys)
     record = files_record((model, newer), packed, path, len(data), options.signed_by)
     record["golden"] = "given" if files.golden else "made up"
     write = partial(_write, force=options.force)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from packager.cli.options import insist_apart, insist_ending
+from packager.cli.options import insist_apart, insist_ending, write_page
 
 if TYPE_CHECKING:
     from packager.report.document import Document
@@ -63,10 +63,9 @@ def show(
         tell = _fleet if device is None else _device
         document, record = tell(connection, as_text(device or ""), most)
     if output:
-        from packager.build import write_file
         from packager.report.html import to_html
 
-        write_file(to_html(document).encode(), output)
+        write_page(to_html(document), output)
         say(f"wrote {output}")
         record |= {"output": str(output)}
     if as_json or not output:

@@ -18,7 +18,6 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
-from edge_runtime.streams import utf8
 from edge_runtime.text import printable
 from packager.cli.files import read_any
 from packager.cli.options import (
@@ -28,6 +27,7 @@ from packager.cli.options import (
     insist_apart,
     insist_ending,
     runs_option,
+    write_page,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def show(
         text = to_markdown(document) if as_markdown else to_text(document)
         emit(record, as_json=as_json, text=text)
         return
-    from packager.build import write_file
     from packager.report.html import to_html
 
     if as_json or output.suffix == ".json":
@@ -80,7 +79,7 @@ def show(
         text = (
             to_text(document) + "\n" if output.suffix == ".txt" else to_html(document)
         )
-    write_file(utf8(text), output)
+    write_page(text, output)
     say(f"wrote {output}")
 
 

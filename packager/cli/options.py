@@ -10,9 +10,11 @@ import click
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.frames import LEVEL
-from edge_runtime.formats.kinds import Kind
+from edge_runtime.formats.kinds import Kind, kind_of
+from edge_runtime.formats.model_folder import MODEL_NAME, list_rounds
 from edge_runtime.parameters import FileOf
 from edge_runtime.sizes import parse_size
+from edge_runtime.streams import utf8
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -65,18 +67,52 @@ level_option = click.option(
 
 
 def insist_apart(output: Path | None, *inputs: Path | None) -> None:
-    """Insist that a command does not write over what it reads.
+    """Insist that a command does not write over what it reads, nor into a run.
+
+    Nothing has its only copy elsewhere of what a round folder, the run's folder of the
+    model and its ledger hold.
 
     Raises:
         ConfigError: It would.
     """
     if output is None or not output.exists():
         return
+    if _is_of_a_run(output.resolve()):
+        raise ConfigError(
+            f"{output} is a part of a run, and the result would replace it; give "
+            "another name with -o"
+        )
     if any(p and p.exists() and output.samefile(p) for p in inputs):
         raise ConfigError(
             f"{output} is what this command reads, and the result would replace it; "
             "give another name with -o"
         )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    from packager.ledger import LEDGER_NAME
+
+    folder = path.parent
+    is_model = folder.name == MODEL_NAME and bool(list_rounds(folder.parent))
+    is_ledger = path.name == LEDGER_NAME and (folder / MODEL_NAME).is_dir()
+    return kind_of(folder) is Kind.ROUND or is_model or is_ledger
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a page, or what else tells of something; never over a file of a known kind.
+
+    Raises:
+        ConfigError: A patch, a key or the like has that name.
+        OSError: The disk refuses.
+    """
+    from packager.build import write_file
+
+    if found := kind_of(path):
+        what = found.words.partition(",")[0]
+        raise ConfigError(
+            f"{path} is {what}, and a page would replace it; give another name with -o"
+        )
+    write_file(utf8(text), path)
 
 
 def insist_ending(path: Path, *known: str) -> None:
@@ -98,10 +134,11 @@ class PackOptions:
         counter: Release counter; None for the next one that is free.
         signers: The keys that sign.
         signed_by: Their ids.
+        keys: The files that they were read from.
         expect_outputs: For how many golden inputs the patch carries outputs.
         bundle: Make what a new device is installed from, not a patch.
-        force: Take a counter that is far ahead or another round's; replace a signed
-            file by an unsigned one.
+        force: Take a counter that is far ahead or another round's; replace a file that
+            is signed, or of another kind.
     """
 
     level: int = LEVEL
@@ -109,6 +146,7 @@ class PackOptions:
     counter: int | None = None
     signers: "Sequence[Ed25519PrivateKey]" = ()
     signed_by: Sequence[str] = ()
+    keys: Sequence[Path] = ()
     expect_outputs: int = 0
     bundle: bool = False
     force: bool = False

@@ -117,8 +117,8 @@ def complete_round(ctx: click.Context, _: click.Parameter, start: str) -> list[s
 @click.option(
     "--force",
     is_flag=True,
-    help="Take --counter though it is far ahead or another round's; replace a signed "
-    "file by an unsigned one.",
+    help="Take --counter though it is far ahead or another round's; replace a file "
+    "that is signed, or of another kind.",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @json_option
@@ -158,6 +158,7 @@ def pack(  # noqa: PLR0913 - one argument for each option
         counter=counter,
         signers=signers,
         signed_by=names,
+        keys=keys,
         expect_outputs=expect_outputs or 0,
         bundle=bundle,
         force=force,

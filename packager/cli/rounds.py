@@ -62,7 +62,7 @@ def pack_rounds(
     make = _bundle if bundle else _patch
     for folder, path in zip(folders, paths, strict=True):
         round_ = read_round(folder)
-        insist_apart(path, *folder.iterdir(), *round_.model_folder.iterdir())
+        insist_apart(path, *options.keys)
         base = _parent(round_, asked.parent, asked.runs)
         # Until the file is written: two packers must not give out one counter.
         with opened(folder.absolute().parent) as ledger:

@@ -16,11 +16,12 @@ from edge_runtime.errors import RoundError
 from edge_runtime.files import Files
 from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER
 from edge_runtime.formats.patch import open_patch
+from edge_runtime.live.proof import encode_public
 from edge_runtime.update.device import Device
 from packager.build import pack_round
 from packager.cli.fleet import fleet
 from packager.cli.pack import pack, patch
-from packager.keys import encode_private, generate_key
+from packager.keys import encode_private, generate_key, load_private
 from packager.ledger import open_ledger, read_ledger
 from packager.rounds.folder import parent_from, read_round
 
@@ -420,6 +421,39 @@ def test_composing_onto_a_signed_patch_is_refused(run, runs, command, key):
     assert command(patch, *words)[0] == 8
     assert command(patch, *words, "--force")[0] == 0
     assert [line["file"] for line in lines_of(run)][-1] == "round_02.dpu"
+
+
+def test_two_who_sign_one_patch_by_packing_it_are_both_signers(
+    run, runs, command, key, tmp_path
+):
+    other = tmp_path / "other.pem"
+    other.write_bytes(encode_private(generate_key()))
+    command(pack, "round_01", "--sign", key, "-q")
+    path = run.path / "round_01.dpu"
+    code, _, err = command(pack, "round_01", "--sign", other)
+    assert (code, "their signatures are kept" in err) == (0, True)
+    publics = tmp_path / "key.pub.pem", tmp_path / "other.pub.pem"
+    for public, private in zip(publics, (key, other), strict=True):
+        public.write_bytes(encode_public(load_private(private.read_bytes())))
+    by_both = "--key", publics[0], "--key", publics[1]
+    assert command(patch, "verify", path, *by_both)[0] == 0
+    assert [len(line["signers"]) for line in lines_of(run)] == [1, 2]
+
+    both = path.read_bytes()
+    code, _, err = command(pack, "round_01", "--counter", 5, "--sign", key)
+    assert (code, "give the signatures up with --force" in err) == (8, True)
+    assert path.read_bytes() == both
+    words = "--counter", 5, "--sign", key, "--force"
+    assert command(pack, "round_01", *words)[0] == 0
+
+
+def test_a_bundle_of_another_signer_is_not_replaced(run, runs, command, key, tmp_path):
+    other = tmp_path / "other.pem"
+    other.write_bytes(encode_private(generate_key()))
+    command(pack, "round_00", "--bundle", "--sign", key, "-q")
+    signed = (run.path / "round_00.bundle.zip").read_bytes()
+    assert command(pack, "round_00", "--bundle", "--sign", other)[0] == 8
+    assert (run.path / "round_00.bundle.zip").read_bytes() == signed
 
 
 # A run's name -------------------------------------------------------------------------

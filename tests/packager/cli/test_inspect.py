@@ -257,20 +257,59 @@ def test_no_output_replaces_what_a_command_reads(run, packed, command, tmp_path)
     made, base, target = packed
     other = tmp_path / "link.safetensors"
     other.symlink_to(target)
-    before = {path: path.read_bytes() for path in packed}
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub.pem"
+    assert command(patch, "keygen", key)[0] == 0
+    ledger, record = run.path / "releases.jsonl", run.path / "round_01" / "round.json"
+    kept = *packed, key, public, ledger, record
+    before = {path: path.read_bytes() for path in kept}
     for words in (
         (pack, "--base", base, "--target", target, "-o", target),
         (pack, "--base", base, "--target", target, "-o", other),
         (pack, "--base", base, "--target", target, "-o", base),
         (pack, "round_01", "--force", "-o", target),
         (pack, "round_01", "--force", "-o", run.path / "model" / "golden.npz"),
+        (pack, "round_01", "--force", "-o", base),
+        (pack, "round_01", "--force", "-o", run.path / "releases.jsonl"),
+        (pack, "round_01", "--force", "--sign", key, "-o", key),
+        (pack, "--base", base, "--target", target, "--sign", key, "-o", key),
+        (patch, "report", "tiny", "-o", run.path / "round_01" / "round.json"),
+        (patch, "info", made, "-o", run.path / "round_01" / "round.json"),
         (patch, "info", made, "-o", made),
         (patch, "info", made, "--base", base, "-o", base),
         (patch, "diff", base, target, "-o", other),
         (patch, "report", made, "-o", made),
         (patch, "compose", made, "--base", base, "-o", base),
         (patch, "apply", base, made, "--force", "-o", made),
+        (patch, "apply", base, made, "--trust", public, "--force", "-o", public),
     ):
         code, _, err = command(*words)
-        assert (code, "is what this command reads" in err) == (2, True), words
-    assert {path: path.read_bytes() for path in packed} == before
+        assert (code, "the result would replace it" in err) == (2, True), words
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_file_of_another_kind_is_replaced_only_by_force(packed, command, tmp_path):
+    made, base, target = packed
+    other = tmp_path / "other"
+    files = pack, "--base", base, "--target", target, "-o", other
+    composed = patch, "compose", made, "--base", base, "-o", other
+    for content, kind in ((base.read_bytes(), "a weight file"), (b"notes", "no patch")):
+        for words in (files, composed):
+            other.write_bytes(content)
+            code, _, err = command(*words)
+            assert (code, f"{kind}" in err, "--force" in err) == (2, True, True), err
+            assert other.read_bytes() == content
+            assert command(*words, "--force")[0] == 0
+            assert command(*words)[0] == 0  # a patch by a patch
+    for words in ("info", made), ("diff", base, target), ("report", made):
+        code, _, err = command(patch, *words, "--json", "-o", other)
+        assert (code, "is a patch, and a page would replace it" in err) == (2, True)
+
+
+def test_an_empty_or_damaged_file_may_be_replaced(packed, command, tmp_path):
+    made, base, target = packed
+    other = tmp_path / "other"
+    for content in (b"", made.read_bytes()[:-1], made.read_bytes()[:20]):
+        other.write_bytes(content)
+        words = "--base", base, "--target", target, "-o", other
+        assert command(pack, *words)[0] == 0
+        assert other.read_bytes() != content
