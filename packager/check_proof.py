@@ -56,6 +56,20 @@ class Expected:
     graph: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """The round folders of all runs; of equal ones the first.
+
+    Attributes:
+        by_release: By model and fingerprint. Two runs may hold equal weights, of which
+            a device holds one: for the other's graph.
+        by_weights: By fingerprint alone, to name what is held.
+    """
+
+    by_release: Mapping[tuple[str, str], Path]
+    by_weights: Mapping[str, Path]
+
+
 @dataclass(slots=True)
 class Part:
     """What was found about the disk, or about one process.
@@ -93,7 +107,8 @@ def read_proof(data: bytes) -> dict[str, Any]:
             raise ValueError("not in canonical form")
         if proof["schema"] != SCHEMA:
             raise ValueError(f"schema {proof['schema']}, known is {SCHEMA}")
-        _check(proof, nonce=str, round=int, fingerprint=_HEX, live=list, untold=list)
+        _check(proof, nonce=str, round=int, live=list, untold=list)
+        _check(proof, model=_HEX, fingerprint=_HEX)
         datetime.strptime(proof["time"], FORM)
         _check_parts(proof)
         if "signature" in proof:
@@ -242,15 +257,17 @@ def age_s(proof: Mapping[str, Any]) -> float:
 # What should be there -----------------------------------------------------------------
 
 
-def known_rounds(runs: Path) -> dict[str, Path]:
-    """Return the round folders of all runs by fingerprint; of equal ones the first."""
-    found: dict[str, Path] = {}
+def known_rounds(runs: Path) -> Rounds:
+    """Return the round folders of all runs."""
+    found: dict[tuple[str, str], Path] = {}
     for folder in list_runs(runs):
         try:
-            found.setdefault(read_record(folder).target, folder)
-        except RoundError:
+            record = read_record(folder)
+        except (RoundError, OSError):
             continue  # a device can be asked about one round beside a damaged other
-    return found
+        found.setdefault((record.model, record.target), folder)
+    by_weights = {target: folder for (_, target), folder in reversed(found.items())}
+    return Rounds(found, by_weights)
 
 
 def expected_round(folder: Path) -> Expected:
@@ -264,28 +281,32 @@ def expected_round(folder: Path) -> Expected:
     return Expected(full_name(folder), round_.weights, graph)
 
 
-def claimed_round(proof: Mapping[str, Any], rounds: Mapping[str, Path]) -> Path:
+def claimed_round(proof: Mapping[str, Any], rounds: Rounds) -> Path:
     """Return the round that a device says it is at.
 
     Raises:
         RoundNotFoundError: No run has it.
     """
     claimed = proof["fingerprint"]
-    if claimed not in rounds:
+    found = rounds.by_release.get((proof["model"], claimed))
+    if found is None:
+        other = ""
+        if claimed in rounds.by_weights:
+            name = full_name(rounds.by_weights[claimed])
+            other = f" ({name} has these weights, of another model)"
         raise RoundNotFoundError(
-            f"the device says that it is at round {proof['round']} ({claimed[:12]}), "
-            f"which is none of the {len(rounds)} rounds here; give --runs, --round or "
+            f"the device says that it is at round {proof['round']} ({claimed[:12]}) of "
+            f"model {proof['model'][:12]}, which is none of the "
+            f"{len(rounds.by_release)} rounds here{other}; give --runs, --round or "
             "--weights"
         )
-    return rounds[claimed]
+    return found
 
 
 # Judging ------------------------------------------------------------------------------
 
 
-def judge(
-    proof: Mapping[str, Any], expected: Expected, rounds: Mapping[str, Path]
-) -> list[Part]:
+def judge(proof: Mapping[str, Any], expected: Expected, rounds: Rounds) -> list[Part]:
     """Compare a proof with what should be there.
 
     Args:
@@ -312,9 +333,7 @@ def overall(parts: Iterable[Part]) -> Verdict:
     return next((verdict for verdict in worst if verdict in found), Verdict.EQUAL)
 
 
-def _disk(
-    disk: Mapping[str, Any] | None, expected: Expected, rounds: Mapping[str, Path]
-) -> Part:
+def _disk(disk: Mapping[str, Any] | None, expected: Expected, rounds: Rounds) -> Part:
     if disk is None:
         return Part("disk", Verdict.DIFFERENT, "its active slot cannot be read")
     found = disk["fingerprint"]
@@ -324,7 +343,7 @@ def _disk(
         part.reason = f"holds {_named(found, rounds)}"
         if "tensors" in disk:
             part.tensors = differing(disk, expected.weights)
-        elif found not in rounds:
+        elif found not in rounds.by_weights:
             part.reason += "; 'dpu-edge proof --tensors' tells which tensors differ"
     elif expected.graph and disk["graph"] != expected.graph:
         part.verdict = Verdict.DIFFERENT
@@ -353,9 +372,7 @@ def differing(disk: Mapping[str, Any], weights: Weights) -> list[str]:
     ]
 
 
-def _process(
-    entry: Mapping[str, Any], expected: Expected, rounds: Mapping[str, Path]
-) -> Part:
+def _process(entry: Mapping[str, Any], expected: Expected, rounds: Rounds) -> Part:
     part = Part(f"process {entry['pid']}", Verdict.UNCLEAR)
     if entry["status"] != "loaded":
         part.reason = {
@@ -383,7 +400,7 @@ def _process(
     return part
 
 
-def _named(fingerprint: str, rounds: Mapping[str, Path]) -> str:
-    if fingerprint in rounds:
-        return f"{full_name(rounds[fingerprint])} ({fingerprint[:12]})"
+def _named(fingerprint: str, rounds: Rounds) -> str:
+    if fingerprint in rounds.by_weights:
+        return f"{full_name(rounds.by_weights[fingerprint])} ({fingerprint[:12]})"
     return f"{fingerprint[:12]}, which is no round here"

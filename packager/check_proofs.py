@@ -18,6 +18,7 @@ from packager.check_proof import (
     Doubt,
     Expected,
     Question,
+    Rounds,
     Verdict,
     age_s,
     claimed_round,
@@ -93,7 +94,7 @@ class Standard:
         max_age: The most seconds by the device's clock; None: any.
     """
 
-    rounds: Mapping[str, Path]
+    rounds: Rounds
     expected: Expected | None = None
     max_age: float | None = None
     _claimed: dict[Path, Expected] = field(default_factory=dict)
@@ -185,7 +186,7 @@ def _one(
     if held == expected.weights.fingerprint:
         name = expected.name
     elif held:
-        known = standard.rounds.get(held)
+        known = standard.rounds.by_weights.get(held)
         name = full_name(known) if known else "no round here"
     tally.judged(name, held, verdict)
     if verdict is not Verdict.EQUAL:

@@ -97,7 +97,7 @@ def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
         )
     ledger = read_ledger(run)
     kept = [r for r in ledger.releases if not ledger.is_cut(r)]
-    released = {(r.model, r.target) for r in kept}
+    released = {(r.model, r.parent, r.target) for r in kept}
     found = new_rounds(run, released)
     if not found:
         say(f"{name}: every round is released already ('dpu-patch releases {name}')")

@@ -70,19 +70,19 @@ def release_before(runs: Path, head: Head) -> str:
         RoundNotFoundError: No run here has the channel's release, or one before it.
         RoundError: The run's ledger is malformed.
     """
-    rounds = known_rounds(runs)
-    if head.target not in rounds:
+    rounds = known_rounds(runs).by_release
+    if (head.model, head.target) not in rounds:
         raise RoundNotFoundError(
             f"no run in {runs} has round {head.round} ({head.target[:SHORT]}), which "
             "the channel is at; give --runs, or the name of the ROUND"
         )
-    ledger = read_ledger(rounds[head.target].parent)
+    ledger = read_ledger(rounds[head.model, head.target].parent)
     known = [r for r in ledger.released(head.model) if r.counter < head.counter]
     good = [
         release
         for release in known
         if release.round < head.round
-        and release.target in rounds
+        and (head.model, release.target) in rounds
         and not any(
             newer.counter > release.counter and newer.round < release.round
             for newer in known
@@ -92,4 +92,5 @@ def release_before(runs: Path, head: Head) -> str:
         raise RoundNotFoundError(
             f"nothing was released before round {head.round}; name the ROUND"
         )
-    return full_name(rounds[max(good, key=lambda r: r.counter).target])
+    best = max(good, key=lambda r: r.counter)
+    return full_name(rounds[head.model, best.target])

@@ -173,7 +173,7 @@ def terms_since(round_: RoundFolder, base: str) -> tuple[Term, ...]:
     for folder in list_rounds(round_.path.parent):
         try:
             record = read_record(folder)
-        except RoundError:
+        except (RoundError, OSError):
             continue  # told where that round is needed itself
         if record.outcome is Outcome.UPDATED:
             updates.setdefault(record.target, (folder, record.parent))
@@ -224,7 +224,7 @@ def find_parent(round_: RoundFolder) -> Parent:
     for folder in list_rounds(round_.path.parent):
         try:
             record = read_record(folder)
-        except RoundError as err:
+        except (RoundError, OSError) as err:
             unread.append(str(err))  # told only if the parent is nowhere else
             continue
         if folder.name != round_.name and record.target == round_.record.parent:

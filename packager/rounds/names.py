@@ -23,8 +23,11 @@ from packager.rounds.record import read_record
 
 
 def list_runs(runs: Path) -> list[Path]:
-    """Return the round folders of all runs below a folder."""
-    return [folder for run in _folders(runs) for folder in list_rounds(run)]
+    """Return the round folders of all runs below a folder; of a linked run once."""
+    found: dict[Path, Path] = {}
+    for run in sorted(_folders(runs), key=Path.is_symlink):
+        found.setdefault(run.resolve(), run)
+    return [folder for run in sorted(found.values()) for folder in list_rounds(run)]
 
 
 def find_run(
@@ -51,12 +54,13 @@ def named_run(name_or_path: str | PathLike[str], runs: str | PathLike[str]) -> P
     return run
 
 
-def new_rounds(run: Path, released: Collection[tuple[str, str]]) -> list[Path]:
+def new_rounds(run: Path, released: Collection[tuple[str, str, str]]) -> list[Path]:
     """Return a run's rounds that devices should have and that were not released yet.
 
     Args:
         run: The run's folder.
-        released: Model and target of what was released.
+        released: Model, parent and target of what was released: a patch from another
+            parent leads no device on that has the recorded one.
 
     Raises:
         RoundError: A round's record is malformed.
@@ -64,7 +68,8 @@ def new_rounds(run: Path, released: Collection[tuple[str, str]]) -> list[Path]:
     found = []
     for folder in list_rounds(run):
         stated = read_record(folder)
-        is_new = (stated.model, stated.target) not in released
+        way = stated.model, stated.parent, stated.target
+        is_new = way not in released
         if is_new and stated.packable and stated.outcome is Outcome.UPDATED:
             found.append(folder)
     return found

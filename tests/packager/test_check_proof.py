@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -427,6 +428,25 @@ def test_a_weight_file_instead_of_a_round(check, device, run):
         "--weights", run.path / "round_01" / WEIGHTS_NAME, tensors=True
     )
     assert (code, len(parts(record)["disk"]["tensors"])) == (5, 4)
+
+
+def test_of_two_runs_with_equal_weights_the_devices_own_is_expected(
+    check, device, run, new_run
+):
+    new_run("alpha", run_id="5" * 32).add(0)
+    code, record = check()
+    assert (code, record["expected"]["name"]) == (0, "tiny/round_00")
+    shutil.rmtree(run.path)
+    code, record = check()
+    assert code == 2
+    assert "alpha/round_00 has these weights, of another model" in record["message"]
+
+
+def test_a_round_that_cannot_be_read_keeps_no_other_from_being_checked(check, run):
+    record = run.path / "round_01" / "round.json"
+    record.unlink()
+    record.mkdir()
+    assert check()[0] == 0
 
 
 def test_exit_2_where_no_run_has_the_weights(check, device, tmp_path):

@@ -474,6 +474,18 @@ def test_a_runs_name_packs_what_was_not_released_yet(run, runs, command):
     assert (run.path / "round_06.dpu").exists()
 
 
+def test_a_runs_name_packs_the_patch_that_other_files_do_not_stand_for(
+    run, runs, command
+):
+    command(pack, "round_00", "--bundle", "-q")  # leads from the init, as its patch
+    command(pack, "round_02", "--bundle", "-q")
+    command(pack, "round_03", "--from", "round_00", "-q")
+    command(pack, "round_04", "-q")
+    out = command(pack, "tiny", "--json")[1]
+    packed = [Path(record["path"]).name for record in json.loads(out)["packed"]]
+    assert packed == ["round_01.dpu", "round_02.dpu", "round_03.dpu"]
+
+
 def test_a_dry_run_of_a_run_records_nothing(run, runs, command):
     assert command(pack, "tiny", "--dry-run")[0] == 0
     assert not (run.path / "releases.jsonl").exists()

@@ -188,6 +188,21 @@ def test_the_parent_of_a_reinitialised_round_is_the_init(run):
     assert find_parent(read_round(run.path / "round_02")).name == "init"
 
 
+def test_a_record_that_cannot_be_read_does_not_hide_the_parent(run):
+    run.add(2)
+    record = run.path / "round_00" / "round.json"
+    record.unlink()
+    record.symlink_to(record)  # nobody reads a link to itself
+    assert find_parent(read_round(run.path / "round_02")).name == "round_01"
+
+
+def test_a_linked_run_counts_once(run):
+    link = run.path.with_name("latest")
+    link.symlink_to(run.path)
+    assert find_round("round_01", run.path.parent) == run.path / "round_01"
+    assert find_round("latest/round_01", run.path.parent) == link / "round_01"
+
+
 def test_a_lost_parent_is_named_with_what_to_do(run):
     for path in sorted((run.path / "round_00").iterdir()):
         path.unlink()
