@@ -40,6 +40,7 @@ METRICS = {
 # Their least and largest values, where those are not 0 and 1.
 RANGES = {"cosine": (-1.0, 1.0), "mae": (0.0, math.inf)}
 
+ZERO = 2.0**-150  # and less is 0 as float32, in which devices compute
 EXACT_TOLERANCE, COARSE_TOLERANCE = 1e-4, 2e-2
 COARSE_TYPES = {"F16", "BF16", "I8", "U8"} | {
     code for code in DTYPES if code.startswith(("F4", "F6_", "F8_"))
@@ -77,7 +78,7 @@ class InputSpec:
         Raises:
             ContractError: There are more or fewer, or a std is 0.
         """
-        if 0 in self.std:
+        if any(abs(value) <= ZERO for value in self.std):
             raise ContractError(
                 f"input {self.name!r} has a std of 0, by which nothing can be divided; "
                 "give 1 for a channel that is to stay as it is"

@@ -15,6 +15,7 @@ from edge_runtime.formats.contract import (
     METRICS,
     NUMBER_TYPES,
     TASKS,
+    ZERO,
     Contract,
     InputSpec,
     OutputSpec,
@@ -78,12 +79,18 @@ def parse_contract(text: str | bytes) -> Contract:
             f"the contract's accuracy_floor is {floor:g}, expected a share of the "
             "golden labels, from 0 to 1"
         )
+    tolerance = record.number("output_tolerance", EXACT_TOLERANCE)
+    if tolerance < 0:
+        raise record.problem("output_tolerance", "a share of the largest output")
     outputs = tuple(map(_parse_output, record.records("outputs", ())))
+    inputs = tuple(map(_parse_input, record.records("inputs")))
+    if len({spec.name for spec in inputs}) < len(inputs):
+        raise record.problem("inputs", "each input once")
     return Contract(
-        tuple(map(_parse_input, record.records("inputs"))),
+        inputs,
         tuple(map(str, record.items("classes", (str, int, float), ()))),
         floor,
-        record.number("output_tolerance", EXACT_TOLERANCE),
+        tolerance,
         outputs,
         probabilities=record.flag("probabilities", False),
         **(_parse_wide(record, outputs) if schema == WIDE_SCHEMA else {}),
@@ -114,13 +121,16 @@ def _parse_input(entry: Record) -> InputSpec:
     if dtype not in NUMBER_TYPES:
         raise entry.problem("dtype", f"one of {', '.join(NUMBER_TYPES)}")
     shape = entry.items("shape", (int, type(None)))
-    if any(n is not None and not 0 <= n < 1 << 62 for n in shape):
-        raise entry.problem("shape", "whole numbers, null for any size")
+    if any(n is not None and not 0 < n < 1 << 62 for n in shape):
+        raise entry.problem("shape", "whole numbers from 1 on, null for any size")
+    scale = entry.number("scale", 1.0)
+    if abs(scale) <= ZERO:
+        raise entry.problem("scale", "a number other than 0, as float32 too")
     return InputSpec(
         entry.text("name"),
         dtype,
         tuple(shape),
-        entry.number("scale", 1.0),
+        scale,
         tuple(entry.numbers("mean", ())),
         tuple(entry.numbers("std", ())),
         entry.one_of("layout", LAYOUTS) if "layout" in entry else "NCHW",

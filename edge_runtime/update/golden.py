@@ -44,7 +44,7 @@ class Golden:
         """Return the inputs by their names in the contract.
 
         Raises:
-            ContractError: They are more, or fewer.
+            ContractError: They are more, or fewer, or hold no sample.
         """
         names = [spec.name for spec in contract.inputs]
         if len(names) != len(self.inputs):
@@ -52,7 +52,17 @@ class Golden:
                 f"{GOLDEN_NAME} has {len(self.inputs)} arrays of inputs, the contract "
                 f"has {len(names)} inputs ({', '.join(names)})"
             )
-        return dict(zip(names, self.inputs, strict=True))
+        found = dict(zip(names, self.inputs, strict=True))
+        batches = [spec for spec in contract.inputs if spec.has_batch]
+        counts = [len(spec.batch(found[spec.name])) for spec in batches]
+        # Whatever weights answer to nothing is equal to whatever others do.
+        if not all(counts) or not any(values.size for values in self.inputs):
+            shapes = ", ".join(f"{n!r} {list(v.shape)}" for n, v in found.items())
+            raise ContractError(
+                f"{GOLDEN_NAME} holds no sample ({shapes}), so that any weights would "
+                "pass a trial; give one at least, or install the bundle anew"
+            )
+        return found
 
     def insist_on_labels(self, contract: Contract) -> None:
         """Insist on labels where the contract asks for some.

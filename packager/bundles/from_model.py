@@ -264,9 +264,15 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
     with prefix_errors(name):
         _check_known(stated, derived.keys())
         merged = _merge(inputs, stated.get("inputs", []))
-        return encode_contract(
-            parse_contract(json.dumps(derived | stated | {"inputs": merged}))
-        )
+        found = parse_contract(json.dumps(derived | stated | {"inputs": merged}))
+        names = [spec.name for spec in found.outputs]
+        known = [value.name for value in graph.output]
+        if names != known[: len(names)]:
+            raise ContractError(
+                f"the contract describes the outputs {', '.join(names)}; the graph "
+                f"gives, in this order, {', '.join(known)}"
+            )
+        return encode_contract(found)
 
 
 def _ends_in_softmax(graph: onnx.GraphProto) -> bool:
@@ -323,6 +329,8 @@ def _merge(derived: list[dict[str, Any]], stated: list[Any]) -> list[dict[str, A
                 f"the contract describes an input {name!r}, the graph takes "
                 f"{', '.join(names)}"
             )
+        if name in found:
+            raise ContractError(f"the contract describes the input {name!r} twice")
         found[name] = entry
     return [entry | found.get(entry["name"], {}) for entry in derived]
 
@@ -364,9 +372,9 @@ def check_answers(base: Model, target: Model) -> str:
     graph = onnx.load_model_from_string(target.graph).graph
     try:
         contract = parse_contract(make_contract(target))
-        inputs = next(candidates(contract, graph))
-        problem = _problem(target, contract, inputs)
-        if problem is None:
+        inputs = next(candidates(contract, graph), {})
+        problem = _problem(target, contract, inputs) if inputs else None
+        if inputs and problem is None:
             return ""
         with loaded(base.graph, contract, base.weights) as predictor:
             inputs = made_up(predictor, contract, graph)

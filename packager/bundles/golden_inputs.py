@@ -9,6 +9,7 @@ masks or lengths, are found by trying: the first that a model answers are taken.
 import io
 import itertools
 import math
+import re
 import zipfile
 from collections.abc import Iterator
 from os import PathLike
@@ -19,12 +20,18 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edge_runtime.errors import ContractError, StoreError, TrialError
+from edge_runtime.errors import (
+    ContractError,
+    StoreError,
+    TrialError,
+    prefix_errors,
+)
 from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.init_weights import philox, uniform
 from edge_runtime.inference.predictor import Predictor
+from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.update.golden import Golden, check_outputs, input_name
 from packager.rounds.golden import answers
 
@@ -61,6 +68,12 @@ def made_up(predictor: Predictor, contract: Contract, graph: onnx.GraphProto) ->
     for problem in problems:
         if isinstance(problem, TrialError):
             raise problem
+    if not problems:
+        raise ContractError(
+            f"{shapes_of(contract)}: a single made-up sample has more than the "
+            f"{limits().golden_bytes} bytes that golden inputs may have; devices and "
+            f"packager take larger ones with {VARIABLE}=golden_bytes=N"
+        )
     if not is_open(contract):
         raise problems[0]
     raise ContractError(
@@ -107,6 +120,12 @@ def candidates(contract: Contract, graph: onnx.GraphProto) -> Iterator[Inputs]:
         key = kind, *shapes.values()
         if key in seen or (is_sized and values > MAX_VALUES and seen):
             continue
+        size_in_bytes = sum(
+            math.prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize
+            for spec in contract.inputs
+        )
+        if size_in_bytes > limits().golden_bytes:
+            continue  # no device would read it
         seen.add(key)
         yield {
             spec.name: _values(spec, shapes[spec.name], kind, size)
@@ -144,7 +163,7 @@ def _size(name: int | str, batches: set[str], batch: int, size: int) -> int:
     if name in batches:
         return batch
     terms = [term.strip() for term in name.split("+")]
-    return sum(int(term) if term.isdecimal() else size for term in terms)
+    return sum(int(n) if re.fullmatch("[0-9]{1,18}", n) else size for n in terms)
 
 
 def _values(
@@ -227,9 +246,14 @@ def _check_names(path: str | PathLike[str], found: list[str], known: list[str]) 
 
 
 def _check_rows(path: str | PathLike[str], contract: Contract, golden: Golden) -> None:
+    with prefix_errors(path):
+        inputs = golden.by_name(contract)
     if golden.labels is None:
         return
+    if not golden.labels.ndim:
+        raise ContractError(
+            f"{path} has a single number as 'labels', expected one for each sample"
+        )
     for spec in contract.inputs:
-        values = golden.by_name(contract)[spec.name]
-        if spec.has_batch and len(spec.batch(values)) != len(golden.labels):
+        if spec.has_batch and len(spec.batch(inputs[spec.name])) != len(golden.labels):
             raise ContractError(f"{path} has more inputs than labels, or fewer")

@@ -190,9 +190,15 @@ def judged(predictor: Predictor, contract: Contract, golden: Golden) -> Golden:
     """
     feed = contract.prepare(golden.by_name(contract))
     outputs, again = (answers(predictor, feed) for _ in range(2))
-    first, labels = outputs[first_tensor(outputs)], golden.labels
+    number, labels = first_tensor(outputs), golden.labels
+    if not (first := outputs[number]).size:
+        raise TrialError(
+            f"{contract.output_title(number)} has no elements for the golden inputs "
+            f"(shape {list(first.shape)}), so that any weights would pass a trial; "
+            "give inputs that it answers (--golden)"
+        )
     metric = METRICS.get(contract.label_metric)
-    is_flat = first.ndim < 2 or not first.size
+    is_flat = first.ndim < 2
     if labels is None and metric and metric.name == "top1" and is_flat:
         # What is no classifier has no answer; any label of the right length will do.
         labels = np.zeros(len(np.atleast_1d(golden.inputs[0])), np.int64)
@@ -230,6 +236,12 @@ def check_labels(golden: Golden, contract: Contract) -> None:
         )
     if golden.labels is not None and metric and output.ndim > 1:
         metric.sums(output, golden.labels[: len(output)], contract.threshold)
+        odd = golden.labels[(golden.labels < 0) | (golden.labels >= width)]
+        if metric.name == "top1" and odd.size:
+            raise ContractError(
+                f"a golden label is {odd[0]}, and the first output has {width} numbers "
+                f"for each input: labels are 0 to {width - 1}"
+            )
 
 
 def _check_repeats(first: list[Any], again: list[Any], contract: Contract) -> None:

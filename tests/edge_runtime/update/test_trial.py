@@ -8,6 +8,7 @@ are put before those that it starts with.
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -472,6 +473,18 @@ def test_golden_inputs_that_unpack_to_much_are_not_unpacked(device, patch):
     np.savez_compressed(path, inputs=zeros, labels=np.zeros(8))
     with pytest.raises(BlockedError, match=r"is unpacked has .* bytes"):
         device.update(patch)
+
+
+def test_golden_inputs_without_a_sample_let_no_weights_pass(device, patch, run):
+    """Any answers to nothing are equal, those of weights that are no numbers too."""
+    nothing = np.zeros((0, 12), np.uint8)
+    path = device.store.root / "model" / "golden.npz"
+    np.savez(path, inputs=nothing, labels=np.zeros(0, "i8"))
+    with pytest.raises(BlockedError, match=r"golden\.npz holds no sample"):
+        device.update(patch)
+    shutil.copy(path, run.path / "model" / "golden.npz")
+    with pytest.raises(ContractError, match="holds no sample"):
+        build_bundle(read_round(run.path / "round_00"))
 
 
 # Its parent --------------------------------------------------------------------------
