@@ -108,7 +108,7 @@ def read_proof(data: bytes) -> dict[str, Any]:
         if proof["schema"] != SCHEMA:
             raise ValueError(f"schema {proof['schema']}, known is {SCHEMA}")
         _check(proof, nonce=str, round=int, live=list, untold=list)
-        _check(proof, model=_HEX, fingerprint=_HEX)
+        _check({"model": ""} | proof, model=_HEX, fingerprint=_HEX)
         datetime.strptime(proof["time"], FORM)
         _check_parts(proof)
         if "signature" in proof:
@@ -287,8 +287,8 @@ def claimed_round(proof: Mapping[str, Any], rounds: Rounds) -> Path:
     Raises:
         RoundNotFoundError: No run has it.
     """
-    claimed = proof["fingerprint"]
-    found = rounds.by_release.get((proof["model"], claimed))
+    claimed, model = proof["fingerprint"], proof.get("model", "")
+    found = rounds.by_release.get((model, claimed))
     if found is None:
         other = ""
         if claimed in rounds.by_weights:
@@ -296,7 +296,7 @@ def claimed_round(proof: Mapping[str, Any], rounds: Rounds) -> Path:
             other = f" ({name} has these weights, of another model)"
         raise RoundNotFoundError(
             f"the device says that it is at round {proof['round']} ({claimed[:12]}) of "
-            f"model {proof['model'][:12]}, which is none of the "
+            f"model {model[:12]}, which is none of the "
             f"{len(rounds.by_release)} rounds here{other}; give --runs, --round or "
             "--weights"
         )

@@ -15,6 +15,7 @@ import numpy as np
 from edge_runtime.errors import WeightsError
 from edge_runtime.limits import limits
 
+METADATA = "__metadata__"  # in a header, what is no tensor
 MAX_DIMENSIONS = 32  # as many as every NumPy has
 MAX_DATA_BYTES = 1 << 62  # so that every offset is one of NumPy's integers
 # safetensors type -> NumPy type of the same size. Unsigned where NumPy lacks the type.
@@ -118,6 +119,11 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
     """
     if problem := limits().problem("tensors", len(specs), "the weight file"):
         raise WeightsError(problem)
+    if METADATA in specs:
+        raise WeightsError(
+            f"a tensor is called {METADATA!r}, which safetensors keeps for remarks; "
+            "give it another name"
+        )
     for name, (dtype, shape) in specs.items():
         if dtype not in DTYPES:
             raise WeightsError(
@@ -133,7 +139,10 @@ def make_layout(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
     entry = cache(_entry)  # most tensors of a network have the shape of another one
     try:
         for name in order:
-            opening, size, item_size = entry(*specs[name])
+            try:
+                opening, size, item_size = entry(*specs[name])
+            except WeightsError as err:
+                raise WeightsError(f"{name!r}: {err}") from err
             stop = start + size * item_size
             # What json.dumps writes, in a fraction of its time.
             text += f",{_QUOTED(name)}{opening}{start},{stop}]}}".encode()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, WrongModelError
 from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
@@ -107,6 +107,7 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     A and B are weight files, ONNX files or checkpoints of one network.
     """
     from packager.diff import diff as compare
+    from packager.models.read import check_same_network
     from packager.report.patch_document import diff_document
     from packager.report.patch_record import check_shown, diff_record
 
@@ -116,6 +117,12 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     insist_apart(how["output"], *one.files, *other.files)
     a, b = one.weights, other.weights
     record = diff_record(a, b, compare(a, b))
+    if one.graph and other.graph:
+        try:
+            check_same_network(one, other)
+        except WrongModelError as err:
+            record["other_network"] = str(err)
+            say(f"note: {err}")
     show((record, diff_document(record, (str(base), str(target)))), **how)
 
 

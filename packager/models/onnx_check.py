@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from edge_runtime.errors import BackendError, RoundError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
+from packager.models.onnx_file import check_texts
 from packager.models.onnx_words import type_name
 
 OWN = ("", "ai.onnx")  # the domain of ONNX's own operators
@@ -54,11 +55,13 @@ def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
         RoundError: A tensor of the weight file is not an initializer of the graph, or
             an initializer points somewhere else; the tensor is named. Or the graph is
             not valid.
+        WeightsError: A name in it is no text.
     """
     try:
         model = onnx.load_model_from_string(graph)
     except DecodeError as err:
         raise RoundError(f"{path} is not an ONNX file: {err}") from err
+    check_texts(model, path)
     external = {
         tensor.name: tensor
         for tensor in model.graph.initializer

@@ -24,8 +24,12 @@ from onnx import TensorProto, numpy_helper
 
 from edge_runtime.errors import WeightsError
 from packager.mapped import MappedFile
+from packager.models.views import REPEATS
 
 External = tuple[str, int, int]  # file, offset, bytes
+# What exporters write for people and their own bookkeeping, some of it with paths and
+# dates: it must not make two exports of one network differ.
+REMARKS = {"doc_string", "metadata_props", "producer_name", "producer_version"}
 
 
 class Values:
@@ -72,9 +76,32 @@ def read_onnx(path: str | PathLike[str]) -> tuple[onnx.ModelProto, Values]:
         ) from err
     if not model.graph.node:
         raise WeightsError(f"{path} is no ONNX file with a network in it")
+    check_texts(model, path)
     for tensor in tensors_in(model):
         _check(tensor, Path(path))
+    _check_sum(model, Path(path))
     return model, Values(Path(path))
+
+
+def check_texts(message: Message, path: object, place: str = "model") -> None:
+    """Insist that what is text in a model is text; remarks may be anything.
+
+    Raises:
+        WeightsError: It is not; the first field is named.
+    """
+    for field, value in message.ListFields():
+        inside = f"{place}.{field.name}"
+        kinds = field.TYPE_MESSAGE, field.TYPE_STRING
+        if field.name in REMARKS or field.type not in kinds:
+            continue
+        for entry in [value] if isinstance(value, str | bytes | Message) else value:
+            if isinstance(entry, Message):
+                check_texts(entry, path, inside)
+            elif isinstance(entry, bytes):
+                raise WeightsError(
+                    f"{path} has {entry[:40]!r} as {inside}, expected text in UTF-8; "
+                    "export the model again"
+                )
 
 
 def tensors_in(message: Message) -> Iterator[TensorProto]:
@@ -141,6 +168,23 @@ def _check_external(tensor: TensorProto, path: Path, what: str) -> None:
             f"{what} needs {wanted} bytes for its shape {list(tensor.dims)}; the model "
             f"gives it {size} of {name!r} from byte {offset} on, where {there} are; "
             "export the model again, or fetch the whole file"
+        )
+
+
+def _check_sum(model: onnx.ModelProto, path: Path) -> None:
+    """Insist that values do not lie in the same bytes again and again."""
+    found = [
+        _external(tensor)
+        for tensor in tensors_in(model)
+        if is_external(tensor) and tensor.data_type != TensorProto.STRING
+    ]
+    wanted = sum(size for _, _, size in found)
+    there = sum(_size(_beside(path, name)) for name in {name for name, *_ in found})
+    if wanted > REPEATS * there:
+        raise WeightsError(
+            f"{path} has {len(found)} tensors of together {wanted} bytes in files of "
+            f"{there}: they are the same values more than {REPEATS} times; export the "
+            "model again"
         )
 
 

@@ -23,7 +23,7 @@ from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
 from edge_runtime.inference.session import Backend, RunOptions, open_session
 from packager.models.onnx_check import ONNX_TYPES, check_valid, refused
-from packager.models.onnx_file import Values, is_external, read_onnx
+from packager.models.onnx_file import REMARKS, Values, is_external, read_onnx
 from packager.models.onnx_lift import lift, shaping
 from packager.models.onnx_words import without_weights
 from packager.models.views import View, ViewedWeights
@@ -36,9 +36,6 @@ CODES = {
     for code, name in ONNX_TYPES.items()
     if code not in {"I64", "U64", "BOOL"} and code not in INSIDE
 }
-# What exporters write for people and their own bookkeeping, some of it with paths and
-# dates: it must not make two exports of one network differ.
-REMARKS = {"doc_string", "metadata_props", "producer_name", "producer_version"}
 SMALL = 1 << 16  # bytes: what is larger is no shape, and never stays inside
 
 

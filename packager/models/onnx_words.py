@@ -54,6 +54,9 @@ def what_stays(graph: bytes) -> list[str]:
 def _staying(graph: onnx.GraphProto) -> str:
     kinds = Counter(type_name(tensor.data_type) for tensor in graph.initializer)
     found = [f"{n} of type {kind}" for kind, n in kinds.items() if kind in STAYING]
+    sparse = [s.values.data_type for s in graph.sparse_initializer]
+    kinds = Counter(type_name(kind) for kind in sparse if kind in FLOATING)
+    found += [f"{n} sparse of type {kind}" for kind, n in kinds.items()]
     words = f"tensors stay in the graph ({', '.join(found)}), and no patch changes one"
     return words if found else ""
 
@@ -133,11 +136,21 @@ def first_difference(base: bytes, target: bytes) -> str:
     for what, ours, theirs in parts:
         if words := _differ(what, ours, theirs):
             return words
+    for place, mine, other in (("model.graph", a.graph, b.graph), ("model", a, b)):
+        for field in mine.DESCRIPTOR.fields:
+            if getattr(mine, field.name) != getattr(other, field.name):
+                return f"they differ in {place}.{field.name}"
     return "their graphs are written differently"
 
 
 def _differ(what: str, ours: Iterable[Any], theirs: Iterable[Any]) -> str:
     left, right = list(ours), list(theirs)
+    both = [
+        sorted(p.SerializeToString(deterministic=True) for p in s)
+        for s in (left, right)
+    ]
+    if left != right and both[0] == both[1]:
+        return f"the {what}s are the same ones in another order"
     for number, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             names = " and ".join(dict.fromkeys(map(_name, (a, b))))
@@ -164,5 +177,6 @@ def _type(tensor: onnx.TensorProto) -> str:
 
 def _name(part: Any) -> str:
     kind = getattr(part, "op_type", "")
-    name = part.name or next(iter(part.output if kind else ()), "")
+    named = part.values if isinstance(part, onnx.SparseTensorProto) else part
+    name = named.name or next(iter(part.output if kind else ()), "")
     return f"{kind} {name!r}".strip()

@@ -22,8 +22,9 @@ import numpy as np
 from edge_runtime.errors import MALFORMED, ConfigError, WeightsError, how_to_install
 from edge_runtime.formats.layout import PACKED_BITS
 from edge_runtime.formats.weights import CHUNK_BYTES
+from edge_runtime.streams import utf8_path
 from edge_runtime.text import listed
-from packager.models.views import View
+from packager.models.views import REPEATS, View
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251
@@ -33,6 +34,7 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")
 # What else they save may hold tensors, but no weights that a device could run.
 _TRAINING = re.compile(
     "(optim|lr_|sched|scaler|rng|random|callbacks|loops|amp).*|.*optimizer.*"
+    "|.*_extra_state"
 )
 _TYPES = {
     "complex64": "C64",
@@ -80,8 +82,16 @@ def torch_views(path: Path) -> tuple[dict[str, View], list[str]]:
     """
     maps = _check_form(path)
     state, notes = _state_dict(_load(path, maps=maps), path)
-    size = path.stat().st_size
-    return {name: _view(name, t, path, size) for name, t in state.items()}, notes
+    size, taken, found = path.stat().st_size, 0, {}
+    for name, tensor in state.items():
+        found[name] = _view(name, tensor, path, size)
+        taken += found[name].raw.nbytes
+        if taken > REPEATS * size:
+            raise WeightsError(
+                f"the tensors of {path}, up to {name!r}, repeat its values to {taken} "
+                f"bytes, more than {REPEATS} times what it has; save them with .clone()"
+            )
+    return found, notes
 
 
 def _check_form(path: Path) -> bool:
@@ -144,6 +154,13 @@ def _load(path: Path, *, maps: bool) -> Any:
         raise ConfigError(
             f"{path} is a PyTorch file, and torch, which reads it, is not installed; "
             f"{how_to_install('checkpoints')}. Or give the weights as safetensors"
+        ) from err
+    try:
+        utf8_path(path)
+    except UnicodeDecodeError as err:
+        raise WeightsError(
+            f"{path} has a name that is not UTF-8, by which torch cannot open it; "
+            "rename it"
         ) from err
     try:
         with warnings.catch_warnings():
@@ -211,8 +228,11 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
+def _holds_tensors(value: Any, deep: int = 8) -> bool:
+    return isinstance(value, Mapping) and any(
+        _is_tensor(inner) or (deep > 0 and _holds_tensors(inner, deep - 1))
+        for inner in value.values()
+    )
 
 
 def _is_training(key: Any) -> bool:

@@ -16,6 +16,10 @@ from edge_runtime.formats.layout import Tensor, make_layout
 from edge_runtime.formats.weights import CHUNK_BYTES, Weights
 from packager.mapped import MappedFile
 
+# How many times the bytes of its files a model's tensors may have together: the same
+# values may be there under several names, and a few bytes could pretend to be many.
+REPEATS = 16
+
 
 class View(NamedTuple):
     """A tensor that lies somewhere.

@@ -223,6 +223,8 @@ def diff_document(record: DiffRecord, names: tuple[str, str]) -> Document:
     title = (
         f"{spaced(changed)} of {spaced(size)} values differ ({percent(changed, size)})"
     )
+    if record["other_network"]:
+        title += ", and the networks do"
     if not changed:
         return Document(title)
     figures = [

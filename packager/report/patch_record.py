@@ -271,6 +271,7 @@ def diff_record(
         "floor_bytes": sum(
             t["index_floor_bytes"] + t["value_floor_bytes"] for t in tensors
         ),
+        "other_network": None,
         "tensors": tensors,
     }
 

@@ -102,6 +102,7 @@ class DiffRecord(TypedDict):
     changed: int
     tensors_changed: int
     floor_bytes: float
+    other_network: str | None
     tensors: list[TensorRecord]
 
 

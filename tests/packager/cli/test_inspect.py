@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.numpy
 
@@ -170,6 +171,28 @@ def test_diff_counts_tensor_by_tensor(packed, command):
 def test_diff_refuses_weights_of_another_network(packed, command):
     selection = packed[2].with_name("selection.safetensors")
     assert command(patch, "diff", packed[1], selection)[0] == 4
+
+
+def test_diff_tells_equal_weights_of_two_networks_apart(command, tmp_path):
+    for name, operator in (("a", "Relu"), ("b", "Tanh")):
+        model = onnx.helper.make_model(
+            onnx.parser.parse_graph(
+                f"g (float[N, 4] x) => (float[N, 3] y) "
+                f"{{ h = MatMul(x, w)  y = {operator}(h) }}"
+            ),
+            opset_imports=[onnx.helper.make_opsetid("", 17)],
+        )
+        weights = onnx.numpy_helper.from_array(np.ones((4, 3), "f4"), "w")
+        model.graph.initializer.append(weights)
+        onnx.save(model, tmp_path / f"{name}.onnx")
+    files = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    code, out, err = command(patch, "diff", *files)
+    assert (code, "operator 1 differs" in err) == (0, True)
+    assert out == "0 of 12 values differ (0.00 %), and the networks do\n"
+    record = json.loads(command(patch, "diff", *files, "--json")[1])
+    assert "operator 1 differs" in record["other_network"]
+    same = json.loads(command(patch, "diff", files[0], files[0], "--json")[1])
+    assert same["other_network"] is None
 
 
 def test_diff_draws_a_page(packed, command, tmp_path):

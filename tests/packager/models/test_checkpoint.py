@@ -344,7 +344,40 @@ ODD = {
         lambda f: saved(f, {"e": torch.ones(1).expand(1 << 40)}),
         "'e' of .* repeats",
     ),
+    "many that are said again": (
+        lambda f: saved(f, {f"e{n}": torch.ones(1).expand(1 << 12) for n in range(99)}),
+        "up to 'e.*', repeat its values",
+    ),
+    "a set deeper within": (
+        lambda f: saved(f, {"net": {"encoder": {"w": torch.ones(2)}}}),
+        "holds tensors in 'net'",
+    ),
+    "another name than any tensor has": (
+        lambda f: saved(f, {"__metadata__": torch.ones(2)}),
+        "'__metadata__', which safetensors keeps",
+    ),
+    "half a byte": (
+        lambda f: saved(
+            f, {"h": torch.zeros((), dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+        ),
+        "'h': a tensor of F4",
+    ),
 }
+
+
+def test_what_modules_keep_beside_their_weights_is_left_out(tmp_path):
+    more = {"block._extra_state": {"scale": torch.ones(2)}}
+    path = saved(tmp_path / "extra", STATE, lambda s: s | more)
+    model = read_model(path)
+    plain = read_model(saved(tmp_path / "plain", STATE))
+    assert model.weights.fingerprint == plain.weights.fingerprint
+    assert "'block._extra_state'" in model.notes[0]
+
+
+def test_a_name_that_is_not_utf_8_is_called_so(tmp_path):
+    path = saved(tmp_path / "made", STATE).rename(tmp_path / os.fsdecode(b"caf\xe9.pt"))
+    with pytest.raises(WeightsError, match=r"a name that is not UTF-8.*rename"):
+        read_model(path)
 
 
 @pytest.mark.parametrize("case", ODD)

@@ -279,6 +279,21 @@ def test_values_that_are_not_where_the_model_says_are_refused_by_name(
     assert command(pack, "--base", plain, "--bundle")[0] == 3
 
 
+def test_bytes_that_many_tensors_share_are_refused(plain):
+    model = onnx.load(plain, load_external_data=False)
+    tensors = model.graph.initializer
+    for number in range(15):
+        tensors.add().CopyFrom(tensors[0])
+        tensors[-1].name = f"w{number}"
+    plain.write_bytes(model.SerializeToString())
+    assert len(read_model(plain).weights.layout.tensors) == 16
+    tensors.add().CopyFrom(tensors[0])
+    tensors[-1].name = "one more"
+    plain.write_bytes(model.SerializeToString())
+    with pytest.raises(WeightsError, match=r"17 tensors .* more than 16 times"):
+        read_model(plain)
+
+
 def test_no_length_means_as_much_as_the_shape_needs(plain):
     model = onnx.load(plain, load_external_data=False)
     moved({"length": None, "offset": None})(model)

@@ -6,10 +6,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.errors import RoundError
+from edge_runtime.errors import RoundError, WrongModelError
 from packager.cli.pack import pack, patch
 from packager.models.onnx_check import check_valid
-from packager.models.read import read_model
+from packager.models.read import check_same_network, read_model
 
 FLOATS = TensorProto.FLOAT
 
@@ -54,6 +54,7 @@ def with_functions(*bodies):
     return made
 
 
+MATMUL = helper.make_node("MatMul", ["h", "w"], ["y"])
 ADD = helper.make_node("Add", ["a", "c"], ["b"])
 BROKEN = {
     "a constant that gives nothing": model(
@@ -120,6 +121,37 @@ def test_a_given_graph_of_unknown_types_is_refused_by_name(tmp_path, command):
     files = tmp_path / "weights.safetensors", "--graph", tmp_path / "graph.onnx"
     code, _, err = command(pack, "--base", *files, "--bundle")
     assert (code, "reads 'w' with type unknown (99)" in err) == (3, True), err
+
+
+@pytest.mark.parametrize("field", ["name", "op_type", "dim_param"])
+def test_a_name_that_is_no_text_is_refused_by_its_field(field, tmp_path, command):
+    made = model()
+    part = {
+        "name": made.graph.initializer[0],
+        "op_type": made.graph.node[0],
+        "dim_param": made.graph.input[0].type.tensor_type.shape.dim[0],
+    }[field]
+    setattr(part, field, "#word#")
+    made.doc_string = made.graph.node[0].doc_string = "#word#"  # may be anything
+    data = made.SerializeToString().replace(b"#word#", b"\xe2word\xa4")
+    (tmp_path / "m.onnx").write_bytes(data)
+    code, _, err = command(pack, "--base", tmp_path / "m.onnx", "--bundle")
+    assert (code, f".{field}, expected text in UTF-8" in err) == (3, True), err
+
+
+def test_a_sparse_constant_that_differs_is_named(tmp_path, command):
+    for name, value in (("a", 1), ("b", 2)):
+        made = model([helper.make_node("Add", ["x", "s"], ["h"]), MATMUL])
+        values = numpy_helper.from_array(np.full(1, value, "f4"), "s")
+        indices = numpy_helper.from_array(np.zeros(1, "i8"), "s_at")
+        sparse = helper.make_sparse_tensor(values, indices, [4])
+        made.graph.sparse_initializer.append(sparse)
+        (tmp_path / f"{name}.onnx").write_bytes(made.SerializeToString())
+    words = "--base", tmp_path / "a.onnx", "--bundle", "--dry-run"
+    assert "stay in the graph (1 sparse of type FLOAT)" in command(pack, *words)[2]
+    a, b = (read_model(tmp_path / f"{name}.onnx") for name in "ab")
+    with pytest.raises(WrongModelError, match=r"sparse constant 0 differs \('s'\)"):
+        check_same_network(a, b)
 
 
 def test_a_valid_model_passes_with_weights_as_inputs_of_old():

@@ -31,7 +31,7 @@ from edge_runtime.formats.identity import network_id
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import trust_keys
 from edge_runtime.formats.weights import fingerprint_file, read_weights
-from edge_runtime.limits import limits
+from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.update.device import Device
 from packager.bundles.from_model import adopt_model, make_contract
 from packager.bundles.golden_inputs import candidates
@@ -210,9 +210,36 @@ def other_version(model):
     model.opset_import[0].version = 18
 
 
+def other_model_version(model):
+    model.model_version = 2
+
+
+def other_domain(model):
+    model.domain = "com.example"
+
+
+def other_value(model):
+    value = helper.make_tensor_value_info("a", TensorProto.FLOAT, [None, 8])
+    model.graph.value_info.append(value)
+
+
+def other_quantization(model):
+    model.graph.quantization_annotation.add(tensor_name="a")
+
+
+def other_order(model):
+    first = model.graph.initializer.pop(0)
+    model.graph.initializer.append(first)
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
+        (other_model_version, r"they differ in model\.model_version"),
+        (other_domain, r"they differ in model\.domain"),
+        (other_value, r"they differ in model\.graph\.value_info"),
+        (other_quantization, r"in model\.graph\.quantization_annotation"),
+        (other_order, "the constants are the same ones in another order"),
         (other_shape, r"'w1' is F32 \[6, 8\] in the base, F32 \[8, 6\]"),
         (renamed, "'b1' is F32 .* missing in the target"),
         (other_operator, "operator 3 differs"),
@@ -440,6 +467,12 @@ def test_what_is_stated_replaces_what_is_derived(old, tmp_path):
         ("[]", "no JSON object"),
         ('{"inputs": [{"name": "image"}]}', "an input 'image', the graph takes x"),
         ('{"inputs": [{"scale": "a"}]}', "malformed"),
+        ('{"inputs": [{"scale": 0}]}', "'scale' is .*other than 0"),
+        ('{"inputs": [{"std": [1, 1e-50, 1, 1, 1, 1]}]}', "a std of 0, by which"),
+        ('{"output_tolerance": -1}', "'output_tolerance' is -1"),
+        ('{"inputs": [{}, {"name": "x"}]}', "the input 'x' twice"),
+        ('{"outputs": [{"name": "z"}]}', "the outputs z; the graph .* y"),
+        ('{"inputs": [{"shape": [0, 6]}]}', "'shape' is .* whole numbers from 1 on"),
         ('{"schema": 9}', "c.json: .*schema 9"),
         ('{"clases": []}', "c.json: 'clases' is no field; there are .*classes"),
         ('{"inputs": [{"sclae": 1}]}', "'sclae' is no field; there are .*scale"),
@@ -454,6 +487,26 @@ def test_a_contract_that_does_not_fit_is_refused(old, tmp_path, text, words):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(ContractError, match=words):
         make_contract(read_model(old), tmp_path / "c.json")
+
+
+def test_golden_inputs_without_an_answer_are_refused(tmp_path):
+    """Any weights would pass a trial by an output without elements."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"])]
+    nodes.append(helper.make_node("Compress", ["m", "none"], ["y"], axis=0))
+    value = helper.make_tensor_value_info
+    arrays = {"w": np.ones((6, 3), "f4"), "none": np.zeros(1, "?")}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", TensorProto.FLOAT, ["n", 6])],
+        [value("y", TensorProto.FLOAT, ["m", 3])],
+        [numpy_helper.from_array(a, n) for n, a in arrays.items()],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(TrialError, match=r"output 1 'y' has no elements .*\[0, 3\]"):
+        adopt_model(read_model(tmp_path / "m.onnx"))
 
 
 def golden_of(bundle):
@@ -489,11 +542,21 @@ def test_given_golden_inputs_and_labels_hold_the_contracts_floor(old, tmp_path):
         {"image": np.zeros((2, 6))},
         {"inputs": np.zeros((2, 6)), "lables": np.zeros(2, "i8")},
         {"inputs": np.zeros((2, 6)), "labels": np.zeros(3, "i8")},
+        {"inputs": np.zeros((0, 6))},
+        {"inputs": np.zeros((1, 6)), "labels": np.int64(0)},
     ],
 )
 def test_golden_files_that_say_something_else_are_refused(old, tmp_path, arrays):
     np.savez(tmp_path / "golden.npz", **arrays)
     with pytest.raises(ContractError):
+        adopt_model(read_model(old), golden=tmp_path / "golden.npz")
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_golden_labels_that_no_output_stands_for_are_refused(old, tmp_path, label):
+    labels = np.array([0, label])
+    np.savez(tmp_path / "golden.npz", inputs=np.zeros((2, 6)), labels=labels)
+    with pytest.raises(ContractError, match=rf"label is {label}, .*labels are 0 to 2"):
         adopt_model(read_model(old), golden=tmp_path / "golden.npz")
 
 
@@ -541,6 +604,28 @@ def test_sizes_of_one_name_are_one_size_and_sums_are_sums():
     found = inputs_for(ids, mask, past, **names)
     (n, tokens), (_, past_size) = found["ids"].shape, found["past"].shape
     assert found["mask"].shape == (n, tokens + past_size)
+
+
+def test_a_size_of_more_digits_than_any_has_is_an_open_one():
+    spec = InputSpec("ids", "int64", (None, None))
+    assert inputs_for(spec, ids=["n", "9" * 5000])["ids"].shape == (4, 8)
+
+
+def test_made_up_inputs_keep_to_what_devices_unpack(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "golden_bytes=100")
+    limits.cache_clear()
+    assert inputs_for(InputSpec("x", "float32", (None, 12)))["x"].shape == (1, 12)
+    onnx.save(make_model(), tmp_path / "m.onnx")
+    monkeypatch.setenv(VARIABLE, "golden_bytes=20")
+    limits.cache_clear()
+    with pytest.raises(ContractError, match=f"20 bytes .* {VARIABLE}=golden_bytes=N"):
+        adopt_model(read_model(tmp_path / "m.onnx"))
+
+
+@pytest.fixture(autouse=True)
+def _limits():
+    yield
+    limits.cache_clear()
 
 
 def test_a_size_that_the_contract_states_holds_wherever_it_is_named():
