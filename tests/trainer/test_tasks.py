@@ -24,6 +24,7 @@ from packager.report.run_document import run_document
 from packager.report.run_record import run_record
 from packager.rounds.folder import read_round
 from packager.rounds.golden import try_round
+from tests.crash.world import edit_contract
 from trainer import make_contract, publish_round, start_run
 from trainer.config import load_config
 from trainer.data.samples import split_source
@@ -253,14 +254,15 @@ def test_a_device_and_the_packager_refuse_what_is_short_of_the_bound(
     contract = tmp_path / "device" / "model" / "contract.json"
     found = json.loads(contract.read_text())
     assert found["schema"] == 2
-    contract.write_text(json.dumps(found | {"bound": 1e-3}))
+    edit_contract(tmp_path / "device", bound=1e-3)
     with pytest.raises(
         TrialError, match=r"mae 0\.\d+ on golden labels.*at most 0\.001"
     ):
         Device.open(tmp_path / "device").update(pack_round(rounds[1]).data)
     device = Device.open(tmp_path / "device")
     assert device.verify() == records[0].target
-    contract.write_text(json.dumps(found))
+    edit_contract(tmp_path / "device", bound=found["bound"])
+    device = Device.open(tmp_path / "device")
     device.update(pack_round(rounds[1]).data, force=True)
     assert device.verify() == records[1].target
     stated = run / "own" / "model" / "contract.json"

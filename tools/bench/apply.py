@@ -209,7 +209,8 @@ def _install(root: Path, base: Path, parent: str) -> None:
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     root.mkdir()
     store = Store(root)
-    store.create(files | {"graph.onnx": _GRAPH}, Trust(), layout.file_size)
+    files |= {"graph.onnx": _GRAPH, "contract.json": b"none; nothing is inferred"}
+    store.create(files, Trust(), layout.file_size)
     store.stage(read_chunks(base), parent)
     store.commit(store.state.activated(Slot(parent, 0, 0), "installed"))
 

@@ -19,7 +19,7 @@ from packager.cli.fleet import fleet
 from packager.fleet.database import open_database
 from packager.fleet.provision import Order, provision
 from packager.keys import write_key_pair
-from tests.crash.world import no_trial
+from tests.crash.world import edit_contract, no_trial
 from tests.packager.fleet.certificates import make_server
 
 BOARDS = ("board-0001", "board-0002", "board-0003")
@@ -157,7 +157,7 @@ def test_a_bad_release_is_seen_halted_and_taken_back(story, box, run):
     by_https = {b: [*client, "--cert", story.cards / b / "client.pem"] for b in BOARDS}
     ways = by_https | {second: ["--report", story.www]}
     # On the third board the new release is not good enough.
-    contract = story.path / third / "store/model/contract.json"
+    store = story.path / third / "store"
     trials = dict.fromkeys(BOARDS, no_trial) | {third: run_trial}
 
     for name in BOARDS:
@@ -171,8 +171,7 @@ def test_a_bad_release_is_seen_halted_and_taken_back(story, box, run):
     }
 
     story.fleet("publish", "round_01", *story.to)
-    good = contract.read_bytes()
-    contract.write_bytes(good.replace(b'"accuracy_floor": 0.0', b'"accuracy_floor": 1'))
+    edit_contract(store, accuracy_floor=1)
     for name in BOARDS:
         story.day(name, trials[name], *ways[name])
     assert story.watch() == {
@@ -190,7 +189,7 @@ def test_a_bad_release_is_seen_halted_and_taken_back(story, box, run):
     }
     (reason,) = story.rows("reason", "device WHERE outcome = 'refused'")[0]
     assert "accuracy" in reason
-    contract.write_bytes(good)
+    edit_contract(store, accuracy_floor=0)
 
     done = story.fleet("revert", *story.to)
     assert (done["round"], done["counter"]) == (0, 2)
