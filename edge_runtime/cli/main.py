@@ -3,6 +3,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ _settings = CONTEXT | {"show_default": True}
 def main() -> None:
     """Keep a model on this device up to date, and run it."""
     # Ignored, as some supervisors leave it, it hides how hooks and trials end.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with suppress(ValueError):  # only the main thread may set it
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @main.command()

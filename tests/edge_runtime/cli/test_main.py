@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import click
@@ -567,6 +568,11 @@ def test_what_a_stream_does_not_take_changes_no_documented_exit_code(
 def test_seconds_are_a_number_within_bounds(edge, words, number):
     code, _, err = edge(*words, number)
     assert (code, words[-1] in err) == (2, True)
+
+
+def test_commands_run_in_threads_too(edge, installed):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(edge, "status").result()[0] == 0
 
 
 def test_too_little_memory_is_no_bug(edge, installed, monkeypatch):
