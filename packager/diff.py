@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import WrongModelError
 from edge_runtime.formats.layout import Layout, Tensor
-from edge_runtime.formats.positions import WINDOW
 from edge_runtime.formats.spool import Spool
+from edge_runtime.formats.tensor_index import WINDOW
 from edge_runtime.formats.weights import Weights
 
 _COMPARED = 1 << 20  # elements at a time, a multiple of WINDOW

@@ -13,12 +13,7 @@ from edge_runtime.formats.header import (
 )
 from edge_runtime.formats.layout import Tensor
 from edge_runtime.formats.patch import group_of
-from edge_runtime.formats.positions import (
-    Found,
-    Positions,
-    encode_positions,
-    in_pieces,
-)
+from edge_runtime.formats.positions import encode_positions
 from edge_runtime.formats.sections import (
     COUNTS,
     FORMS,
@@ -28,6 +23,7 @@ from edge_runtime.formats.sections import (
     encode_varint,
 )
 from edge_runtime.formats.subspace import Term, encode_terms
+from edge_runtime.formats.tensor_index import Found, Positions, in_pieces
 from edge_runtime.formats.value_line import Bits
 from edge_runtime.formats.values import encode_values
 from edge_runtime.formats.weights import Weights

@@ -5,17 +5,16 @@ Every decoder reads in bounded pieces, so that the memory needed to apply a patc
 not depend on its size. FORMAT.md is the normative description.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from itertools import accumulate, chain, groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import PatchFormatError
-from edge_runtime.formats.frames import LEVEL, Parts, SectionReader, quick_size
+from edge_runtime.formats.frames import LEVEL, Parts, SectionReader
 from edge_runtime.formats.layout import Tensor
 from edge_runtime.formats.numbers import (
     PIECE,
@@ -30,56 +29,26 @@ from edge_runtime.formats.numbers import (
 )
 from edge_runtime.formats.sections import COLUMNS, INDEX, INDEX_BITS, UNARY, encode_body
 from edge_runtime.formats.spool import Spool
+from edge_runtime.formats.tensor_index import (
+    WINDOW,
+    Found,
+    Positions,
+    TensorIndex,
+    grid_of,
+    is_bitmap,
+    mask_of,
+    pack_mask,
+    size_of,
+)
 
-MAX_ROW = 1 << 16  # elements of a row whose columns may be left out
 UNARY_GAPS = 8  # a fineness of 8 and more: gaps in unary, beside 0 and more low bits
 _DOUBT = 2560  # tenths of a bit that an estimate of a size may be wrong by
 _SAMPLE = 1 << 20  # numbers that a fineness is chosen on
 _LONG_RUN = 1 << 13  # positions
-WINDOW = 1 << 17  # elements that are looked at together while a patch is made
 
-Positions = Integers
-Mask = NDArray[np.bool_]
 Change = tuple[int, Tensor, int]  # group of values, tensor, how many elements travel
 
-
-def _is_bitmap(size: int, count: int) -> bool:
-    """Tell whether a tensor has a bitmap; otherwise its positions are listed."""
-    return size < 4 * count < 3 * size
-
-
-def _grid(shape: tuple[int, ...], count: int) -> tuple[int, int] | None:
-    """Return number and depth of a tensor's columns, where unused ones are left out.
-
-    A column is a slice along the second axis: an input of a layer. Its depth is the
-    number of its elements in a row.
-    """
-    if len(shape) < 2 or not 0 < 4 * count <= math.prod(shape):
-        return None
-    columns, depth = shape[1], math.prod(shape[2:])
-    return (columns, depth) if columns * depth <= MAX_ROW else None
-
-
 # Encoding ----------------------------------------------------------------------------
-
-
-class Found(Protocol):
-    """Increasing flat positions, delivered in pieces; an array of them is as good."""
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-
-    def pieces(self) -> Iterator[Positions]:
-        """Yield them in increasing order, at most ``WINDOW`` at a time."""
-
-
-def in_pieces(found: Found | Positions) -> Iterator[Positions]:
-    """Yield positions in increasing order, at most ``WINDOW`` at a time."""
-    if not isinstance(found, np.ndarray):
-        yield from found.pieces()
-        return
-    for start in range(0, len(found), WINDOW):
-        yield found[start : start + WINDOW]
 
 
 def encode_positions(
@@ -106,7 +75,7 @@ def encode_positions(
     Raises:
         PatchFormatError: A gap is too large.
     """
-    index = [_Index(shape, found) for shape, found in tensors]
+    index = [TensorIndex(shape, found) for shape, found in tensors]
     sample, largest = _survey(index)
     candidates = finenesses(largest)
     if not candidates:
@@ -114,10 +83,10 @@ def encode_positions(
             f"two changes are {largest} elements apart, which is too far for a "
             "patch; split the tensor"
         )
-    fine = min(candidates, key=lambda one: _size(sample, one))
+    fine = min(candidates, key=lambda one: size_of([sample], one))
     width = unary_width(sample)
     bits = len(sample) * (width + 1) + int((sample >> width).sum())
-    is_close = 10 * bits <= 11 * _size(sample, fine) + _DOUBT
+    is_close = 10 * bits <= 11 * size_of([sample], fine) + _DOUBT
     sections, even = _write(index, fine, width if is_close else None)
     # Of two that are close, those tell that are packed to the last byte.
     if is_close and len(encode_body(even, level, pool)) < len(
@@ -127,7 +96,7 @@ def encode_positions(
     return fine, sections
 
 
-def _survey(index: Sequence["_Index"]) -> tuple[Integers, int]:
+def _survey(index: Sequence[TensorIndex]) -> tuple[Integers, int]:
     """Return some of all gaps, evenly spread, and the largest one."""
     step = sum(one.listed for one in index) // _SAMPLE + 1
     seen, largest, sample = 0, 0, [np.zeros(0, np.int64)]
@@ -140,7 +109,7 @@ def _survey(index: Sequence["_Index"]) -> tuple[Integers, int]:
 
 
 def _write(
-    index: Sequence["_Index"], fine: int, width: int | None
+    index: Sequence[TensorIndex], fine: int, width: int | None
 ) -> tuple[dict[int, Parts], dict[int, Parts]]:
     """Write the sections, and those with gaps in unary if a width is given for them."""
     symbols, bitmaps, columns, *streams = (Spool() for _ in range(6))
@@ -156,7 +125,7 @@ def _write(
             unary.write(*unary_bits(gaps, width))
     if not all(one.used.all() for one in index):
         for one in index:
-            columns.write(_pack(one.used))
+            columns.write(pack_mask(one.used))
             columns.stops.append(columns.size)
     for writer, stream in zip((bits, low, unary), streams, strict=True):
         writer.finish()
@@ -169,7 +138,7 @@ def _write(
     return sections, sections | even
 
 
-def _contents(index: Sequence["_Index"]) -> Iterator[tuple[bytes, Integers]]:
+def _contents(index: Sequence[TensorIndex]) -> Iterator[tuple[bytes, Integers]]:
     """Yield bitmaps, and gaps of as many tensors together as have none between them."""
     waiting, held, none = list[Integers](), 0, np.zeros(0, np.int64)
     for one in index:
@@ -185,116 +154,6 @@ def _contents(index: Sequence["_Index"]) -> Iterator[tuple[bytes, Integers]]:
             for raw in one.bitmap():
                 yield raw, none
     yield b"", np.concatenate([none, *waiting])
-
-
-class _Index:
-    """How the positions of one tensor are written.
-
-    Attributes:
-        listed: How many gaps there are.
-        bitmap_bytes: Bytes of its bitmap, if it has one.
-        used: (columns,) which columns count; none where it has no columns.
-    """
-
-    __slots__ = (
-        *("_depth", "_fewer", "_found", "_size", "_stays"),
-        *("bitmap_bytes", "listed", "used"),
-    )
-
-    def __init__(self, shape: tuple[int, ...], found: Found | Positions) -> None:
-        self._size, self._found, count = math.prod(shape), found, len(found)
-        is_bitmap = _is_bitmap(self._size, count)
-        self._stays = 2 * count > self._size
-        self.bitmap_bytes = (self._size + 7) // 8 if is_bitmap else 0
-        self.listed = 0 if is_bitmap else min(count, self._size - count)
-        columns, self._depth = _grid(shape, count) or (0, 0)
-        self.used = np.ones(columns, bool)
-        self._fewer = False
-        if columns:
-            self._choose_columns(columns * self._depth)
-
-    def _choose_columns(self, width: int) -> None:
-        """Leave columns out of the count in which nothing travels, if that is less."""
-        used = np.zeros_like(self.used)
-        for positions in in_pieces(self._found):
-            used[positions % width // self._depth] = True
-        if used.all():
-            return
-        far, every = _size_of(self.gaps()), self.used
-        self.used, self._fewer = used, True
-        if _size_of(self.gaps()) + len(used) >= far:
-            self.used, self._fewer = every, False
-
-    def gaps(self) -> Iterator[Integers]:
-        """Yield how many elements are skipped before each that is listed."""
-        if not self.listed:
-            return
-        last, pieces = -1, self._others() if self._stays else in_pieces(self._found)
-        for positions in self._among_used(pieces) if self._fewer else pieces:
-            gaps = positions - 1  # np.diff costs a small tensor more than all the rest
-            gaps[0] -= last
-            gaps[1:] -= positions[:-1]
-            last = int(positions[-1])
-            yield gaps
-
-    def _among_used(self, pieces: Iterable[Positions]) -> Iterator[Positions]:
-        """Count positions as if there were no columns but the used ones."""
-        offsets = np.flatnonzero(np.repeat(self.used, self._depth))
-        for positions in pieces:
-            row, at = np.divmod(positions, len(self.used) * self._depth)
-            yield row * len(offsets) + np.searchsorted(offsets, at)
-
-    def _others(self) -> Iterator[Positions]:
-        """Yield the positions that stay as they are."""
-        for start, mask in self._masks():
-            (stays,) = np.nonzero(~mask)
-            if stays.size:
-                yield stays + start
-
-    def bitmap(self) -> Iterator[bytes]:
-        """Yield the bitmap, where that is what is written."""
-        for _, mask in self._masks():
-            yield _pack(mask)
-
-    def _masks(self) -> Iterator[tuple[int, Mask]]:
-        """Yield which elements travel, ``WINDOW`` at a time, with where that begins."""
-        pieces, some = in_pieces(self._found), np.zeros(0, np.int64)
-        for start in range(0, self._size, WINDOW):
-            stop = min(start + WINDOW, self._size)
-            while (
-                not (some.size and some[-1] >= stop)
-                and (more := next(pieces, None)) is not None
-            ):
-                some = np.concatenate([some, more])
-            inside = int(some.searchsorted(stop))
-            yield start, _mask(stop - start, some[:inside] - start)
-            some = some[inside:]
-
-
-def _size(numbers: Integers, fine: int) -> int:
-    """Return about how many bits numbers take."""
-    symbols, widths = encode_numbers(numbers, fine)
-    return 8 * quick_size(symbols) + int(widths.sum())
-
-
-def _size_of(pieces: Iterable[Integers]) -> int:
-    """Return about how many bits the gaps of one tensor take."""
-    symbols, bits = bytearray(), 0
-    for gaps in pieces:
-        raw, widths = encode_numbers(gaps, 2)
-        symbols += raw
-        bits += int(widths.sum())
-    return 8 * quick_size(symbols) + bits
-
-
-def _mask(size: int, positions: Positions) -> Mask:
-    mask = np.zeros(size, bool)
-    mask[positions] = True
-    return mask
-
-
-def _pack(mask: Mask) -> bytes:
-    return np.packbits(mask, bitorder="little").tobytes()
 
 
 # Decoding ----------------------------------------------------------------------------
@@ -372,7 +231,7 @@ class PositionReader:
         """
         # Gaps follow one another up to the next bitmap.
         for bitmap, alike in groupby(
-            tensors, lambda one: _is_bitmap(one[1].size, one[2])
+            tensors, lambda one: is_bitmap(one[1].size, one[2])
         ):
             some = list(alike)
             if not bitmap:
@@ -387,11 +246,11 @@ class PositionReader:
         if count == size:
             starts = range(first, first + size, PIECE)
             return map(np.arange, starts, chain(starts[1:], [first + size]))
-        if _is_bitmap(size, count):
+        if is_bitmap(size, count):
             return self._bitmap(size, count, first)
         if 2 * count > size:
             return self._others(size, size - count, first)
-        if not self._all_columns and (grid := _grid(tensor.axes, count)):
+        if not self._all_columns and (grid := grid_of(tensor.axes, count)):
             columns, depth = grid
             bits = _bits(self._columns, columns)
             if np.count_nonzero(bits) < columns:
@@ -441,7 +300,7 @@ class PositionReader:
                 left -= len(found)
                 stays = np.concatenate([stays, found])
             inside = int(stays.searchsorted(stop))
-            (found,) = (~_mask(stop - start, stays[:inside] - start)).nonzero()
+            (found,) = (~mask_of(stop - start, stays[:inside] - start)).nonzero()
             yield found + (start + first)
             stays = stays[inside:]
 

@@ -20,9 +20,9 @@ from edge_runtime.formats.numbers import (
     encode_numbers,
     finenesses,
 )
-from edge_runtime.formats.positions import WINDOW
 from edge_runtime.formats.sections import BITS, PLANES, REST, SYMBOLS
 from edge_runtime.formats.spool import Spool
+from edge_runtime.formats.tensor_index import WINDOW
 from edge_runtime.formats.value_line import (
     MANTISSA_BITS,
     MAX_LINE_WIDTH,

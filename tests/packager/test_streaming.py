@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import VerificationError
-from edge_runtime.formats import positions, spool, values
+from edge_runtime.formats import positions, spool, tensor_index, values
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import pack_weights, write_weights
@@ -51,7 +51,7 @@ def packed(base, target, level=3):
 def test_windows_of_any_size_give_the_same_patch(seed, monkeypatch):
     base, target = model(seed)
     whole = packed(base, target)
-    for module in (positions, values, differences):
+    for module in (positions, tensor_index, values, differences):
         monkeypatch.setattr(module, "WINDOW", 256)
     monkeypatch.setattr(differences, "_COMPARED", 512)
     monkeypatch.setattr(spool, "KEPT_BYTES", 1000)
