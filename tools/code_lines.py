@@ -32,10 +32,10 @@ BUDGETS: dict[str, dict[str, int]] = {
         "formats": 3745,
         "inference": 875,
         "live": 540,
-        "store": 930,
+        "store": 955,
         "sync": 2025,
         "trust": 320,
-        "update": 1180,
+        "update": 1165,
     },
     "packager": {
         ".": 1665,

@@ -7,19 +7,25 @@ patches that lead back to them. The active slot and a patch's parent never go.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.errors import PatchError, StoreError, VerificationError, WeightsError
+from edge_runtime.errors import (
+    DpuError,
+    PatchError,
+    StoreError,
+    VerificationError,
+    WeightsError,
+)
 from edge_runtime.files import FULL
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
-from edge_runtime.formats.patch import Patch
+from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.patch_encoder import encode_patch
 from edge_runtime.formats.weights import (
     CHUNK_BYTES,
@@ -84,6 +90,43 @@ def build_slot(
         new.prove()
         if not _give_up(store, parent, bytes_=isinstance(lack, StoreError)):
             raise lack
+
+
+def target_slot(store: Store, patch: Patch) -> Path:
+    """Return the slot that a patch leads to: kept since a rollback, or built.
+
+    Raises:
+        DpuError, OSError: As :func:`build_slot`.
+    """
+    parent, target = patch.header.parent, patch.header.target
+    if store.state.slot(target):
+        # It is not applied then; what breaks the format is refused all the same.
+        patch.check(store.layout)
+        try:
+            return store.check_slot(target)
+        except StoreError:
+            if target == store.state.active:
+                raise
+    return build_slot(store, parent, [patch], target)
+
+
+def restore_slot(store: Store, slot: Slot) -> None:
+    """Make a slot again from a kept one and reverse patches.
+
+    Raises:
+        StoreError: The way back is damaged, there is no room, or the disk refuses.
+    """
+    start, links = store.state.way_back(slot.target)
+    try:
+        with ExitStack() as stack:
+            paths = (store.reverse_path(link.target) for link in links)
+            patches = [stack.enter_context(open_patch(path)) for path in paths]
+            build_slot(store, start, patches, slot.target)
+        store.check_slot(slot.target)
+    except (DpuError, OSError) as err:
+        raise StoreError(
+            f"the way back to round {slot.round} is not usable: {err}"
+        ) from err
 
 
 class _NewSlot:

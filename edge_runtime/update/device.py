@@ -8,23 +8,18 @@ Example::
     scores = device.predictor().predict(image)
 """
 
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from enum import StrEnum
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import (
-    BackendError,
-    BlockedError,
     DpuError,
     HeldError,
     ListExpiredError,
     RoundNotFoundError,
     StoreError,
-    TrialCutOffError,
-    TrialError,
     TrustError,
 )
 from edge_runtime.files import Files, Source
@@ -35,13 +30,14 @@ from edge_runtime.formats.signing import FirstUse, Trust
 from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
 from edge_runtime.store import admission
-from edge_runtime.store.slots import build_slot, retire
-from edge_runtime.store.state import MAX_TRIES, Slot, State
+from edge_runtime.store.slots import build_slot, restore_slot, retire, target_slot
+from edge_runtime.store.state import Slot
 from edge_runtime.store.store import Store
 from edge_runtime.times import utc
 from edge_runtime.trust import KeyList, Root, first_root, read_root
 from edge_runtime.update.hooks import run_hooks
 from edge_runtime.update.trial import Expected, Trial, run_trial
+from edge_runtime.update.tries import try_release
 
 StrPath = str | PathLike[str]
 KEPT_SLOTS = 2
@@ -199,7 +195,8 @@ class Device:
             raise error
         slot = Slot(header.target, header.round, header.counter)
         self._run_hooks("before-apply", "updated", slot)
-        before = self._try(self._slot_folder(patch), slot, patch.outputs)
+        folder = target_slot(self.store, patch)
+        before = try_release(self.store, self._trial, slot, folder, patch.outputs)
         try:
             self._activate(slot, "updated", header.signed_at)
         except BaseException:
@@ -236,7 +233,7 @@ class Device:
             if state.slot(slot.target):
                 self.store.check_slot(slot.target)
             else:
-                self._restore(slot)
+                restore_slot(self.store, slot)
             self._activate(slot, "rolled back")
         return slot
 
@@ -295,59 +292,6 @@ class Device:
                 key_list = KeyList.begin(first_root(data, present), at)
             self.store.commit(state.trusting(key_list))
         return UpdateResult.APPLIED
-
-    def _restore(self, slot: Slot) -> None:
-        """Make a slot again from a kept one and reverse patches."""
-        start, links = self.store.state.way_back(slot.target)
-        try:
-            with ExitStack() as stack:
-                paths = (self.store.reverse_path(link.target) for link in links)
-                patches = [stack.enter_context(open_patch(path)) for path in paths]
-                build_slot(self.store, start, patches, slot.target)
-            self.store.check_slot(slot.target)
-        except (DpuError, OSError) as err:
-            raise StoreError(
-                f"the way back to round {slot.round} is not usable: {err}"
-            ) from err
-
-    def _slot_folder(self, patch: Patch) -> Path:
-        """Return the folder of the patch's target, staged or kept since a rollback."""
-        parent, target = patch.header.parent, patch.header.target
-        kept = self.store.state.slot(target)
-        if kept:
-            # It is not applied then; what breaks the format is refused all the same.
-            patch.check(self.store.layout)
-            try:
-                return self.store.check_slot(target)
-            except StoreError:
-                if target == self.store.state.active:
-                    raise
-        return build_slot(self.store, parent, [patch], target)
-
-    def _try(self, folder: Path, slot: Slot, outputs: bytes) -> State:
-        """Try a slot; return the state without this try, which is counted for now."""
-        # Counted before: a trial that takes the whole device down must count too.
-        before = self.store.state
-        self.store.commit(before.tried(slot.target))
-        try:
-            expected = Expected(values=outputs)
-            self._trial(folder, self.store.model_folder, expected=expected)
-        except (BackendError, BlockedError) as err:
-            # The device is at fault: no try of the release, however often it happens.
-            self.store.commit(before.noted_once("blocked", slot, str(err)))
-            raise
-        except (OSError, MemoryError):
-            self.store.commit(before)
-            raise
-        except TrialCutOffError as err:
-            # It stays counted, and is no verdict: perhaps somebody killed it.
-            self.store.commit(self.store.state.noted("cut off", slot, str(err)))
-            raise
-        except TrialError as err:
-            state = before.tried(slot.target, MAX_TRIES)
-            self.store.commit(state.noted("refused", slot, str(err)))
-            raise
-        return before
 
     def _activate(self, slot: Slot, event: str, signed_at: int | None = None) -> None:
         state = self.store.state.activated(slot, event).dated(signed_at)

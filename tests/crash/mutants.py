@@ -132,8 +132,8 @@ MUTANTS = {
         "",
     ),
     "a try is not counted before the trial": (
-        "update/device",
-        "        self.store.commit(before.tried(slot.target))\n",
+        "update/tries",
+        "    store.commit(before.tried(slot.target))\n",
         "",
     ),
     "hooks run before the commit": (
@@ -148,9 +148,9 @@ MUTANTS = {
         "",
     ),
     "a kept slot is not looked at": (
-        "update/device",
-        "                return self.store.check_slot(target)\n",
-        "                return self.store.slot_folder(target)\n",
+        "store/slots",
+        "            return store.check_slot(target)\n",
+        "            return store.slot_folder(target)\n",
     ),
     "room is made at the cost of the active slot": (
         "store/slots",
