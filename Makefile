@@ -14,7 +14,7 @@ demo: $(STAMPS)/train  ## Train, pack, apply, verify, infer on real digits; a fl
 	$(BIN)/python -m tools.demo $(if $(KEEP),--keep)
 
 test: $(STAMPS)/dev lint  ## Linter, type checker, tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-fleet: $(STAMPS)/test-fleet  ## Fleets with real servers: SeaweedFS, nginx; fetches them.
 	$(BIN)/python -m tools.parts

@@ -23,7 +23,7 @@ import pytest
 
 from edge_runtime.cli import infer as cli_infer
 from edge_runtime.cli.main import main
-from edge_runtime.commandline import emit
+from edge_runtime.commandline import CONTEXT, emit
 from edge_runtime.formats.contract import Contract
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
@@ -405,7 +405,8 @@ def test_a_folder_of_other_things_is_not_told_to_be_installed_into(edge, tmp_pat
 def test_a_span_of_time_may_have_a_unit(given):
     for name, option in (("sync", "--every"), ("agent", "--interval")):
         words = ["x"] * (1 + (name == "sync"))
-        context = main.commands[name].make_context(name, [*words, option, given])
+        words += [option, given]
+        context = main.commands[name].make_context(name, words, **CONTEXT)
         assert 3600 in context.params.values()
 
 
