@@ -52,7 +52,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "data": 480,
         "export": 1635,
         "folder": 540,
-        "method": 1520,
+        "method": 1550,
         "networks": 245,
         "recipe": 550,
         "rounds": 2365,

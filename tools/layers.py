@@ -76,6 +76,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "progress",
             "starter",
             "advice_text",
+            "recipe_argument",
             "cli",
             "__main__",
         ),

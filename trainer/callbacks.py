@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from edge_runtime.errors import TrainingError
-from trainer.method.updater import PartialUpdater, Phase
+from trainer.method.phase import Phase
+from trainer.method.updater import PartialUpdater
 
 _log = logging.getLogger(__name__)
 

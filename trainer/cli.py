@@ -4,12 +4,10 @@
 torch is imported inside the commands, so that ``--help`` and completion answer at once.
 """
 
-import difflib
 import os
 import shlex
 import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.resources import files
@@ -24,71 +22,20 @@ from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.files import Files
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 from trainer.progress import round_table, shown_progress
+from trainer.recipe_argument import (
+    STARTER,
+    built_in_recipes,
+    find_recipe,
+    read_recipe,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
     from trainer.folder.record import RoundRecord
     from trainer.recipe.schema import Config
     from trainer.rounds.round import Progress
 
-SUFFIX = ".toml"
-STARTER = ("recipe.toml", "mine.py")
 STEPS = 8  # rounds whose names are printed in commands
-
-
-def _recipes() -> dict[str, Path]:
-    """Return the built-in recipes by name."""
-    folder = Path(str(files("trainer") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))}
-
-
-def _recipe(text: str) -> Path:
-    """Find a recipe: a built-in name, or a file."""
-    recipes, path = _recipes(), Path(text)
-    if text in recipes:
-        return recipes[text]
-    if (path / STARTER[0]).is_file():
-        raise ConfigError(f"{text} is a folder; did you mean {path / STARTER[0]}?")
-    if path.is_dir():
-        raise ConfigError(f"{text} is a folder; name a recipe, a TOML file")
-    if path.exists():
-        return path
-    near = difflib.get_close_matches(text, recipes, 1)
-    hint = f"did you mean {near[0]}?" if near else "built in: " + ", ".join(recipes)
-    raise ConfigError(f"{text} is neither a file nor a built-in recipe; {hint}")
-
-
-def _complete(_ctx: click.Context, _param: click.Parameter, start: str) -> list[str]:
-    return [name for name in _recipes() if name.startswith(start)]
-
-
-_recipe_argument = click.argument("recipe", required=False, shell_complete=_complete)
-_model_option = click.option(
-    "--model",
-    metavar="MODULE:FUNCTION",
-    default="",
-    help="Your own network: a function of an input's shape and the number of classes, "
-    "or of nothing; in place of section [model].",
-)
-_data_option = click.option(
-    "--data",
-    metavar="MODULE:FUNCTION",
-    default="",
-    help="Your own data: a function that returns training samples, test samples and "
-    "class names; in place of data.set.",
-)
-# What a run of somebody's own network and data needs, where no recipe says it.
-OWN = {
-    "run": {"name": "own", "rounds": 5},
-    "data": {"initial": 1000, "growth": 1000},
-    "train": {"epochs": 10},
-}
-_set_option = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Change a key of the recipe; may be repeated.",
-)
 
 
 @click.group(cls=Group, context_settings=CONTEXT, epilog=EXIT_CODE_HELP)
@@ -98,10 +45,7 @@ def main() -> None:
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
-@_recipe_argument
-@_set_option
-@_model_option
-@_data_option
+@recipe_options
 @click.option(
     "--pack",
     metavar="MODULE:FUNCTION",
@@ -150,7 +94,7 @@ def run(
         _kept_interrupts(),
         shown_progress(quiet=quiet or not is_first) as progress,
     ):
-        config = _load(recipe, overrides, own, name=name or "")
+        config = read_recipe(recipe, overrides, own, name=name or "")
         records = _run(config, runs, progress, size, board if is_first else None)
     if not is_first:
         return
@@ -269,7 +213,7 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
     """List the built-in recipes, or copy one to a file."""
     if copy:
         name, target = copy
-        source = _recipe(name)
+        source = find_recipe(name)
         if target.exists():
             raise ConfigError(f"{target} exists; choose another FILE")
         Files().replace(target, source.read_bytes())
@@ -281,17 +225,14 @@ def recipes(copy: tuple[str, Path] | None, as_json: bool) -> None:
         return
     about = {
         name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name, path in _recipes().items()
+        for name, path in built_in_recipes().items()
     }
     text = "\n".join(f"{name:<18} {line}" for name, line in about.items())
     emit({"recipes": about}, as_json=as_json, text=text)
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
-@_recipe_argument
-@_set_option
-@_model_option
-@_data_option
+@recipe_options
 @json_option
 def check(
     recipe: str | None, overrides: tuple[str, ...], as_json: bool, **own: str
@@ -300,7 +241,7 @@ def check(
 
     Functions of your own are imported, and none is called.
     """
-    config = _load(recipe, overrides, own, functions=True)
+    config = read_recipe(recipe, overrides, own, functions=True)
     from trainer.config import as_dict, as_lines
 
     emit(
@@ -316,16 +257,13 @@ def check(
 
 
 @main.command(cls=Command, epilog=EXIT_CODE_HELP)
-@_recipe_argument
 @click.option(
     "--budget",
     required=True,
     metavar="SIZE",
     help="Largest patch of a round, such as 4KB.",
 )
-@_set_option
-@_model_option
-@_data_option
+@recipe_options
 @click.option(
     "--links",
     metavar="MODULE:FUNCTION",
@@ -347,7 +285,7 @@ def advise(
     Nothing is trained. Best first: what changes, how large a patch is and how long it
     takes, what is known of the accuracy and of which network, and the lines to paste.
     """
-    config = _load(recipe, overrides, own)
+    config = read_recipe(recipe, overrides, own)
     if not is_size(budget):
         raise ConfigError(f"--budget is {budget!r}, expected {SIZE_WORDS}")
     from trainer.data.sources import load_source
@@ -363,33 +301,6 @@ def advise(
 
     record = {"recipe": recipe, **asdict(found)}
     emit(record, as_json=as_json, text=advice_text(found))
-
-
-def _extend_import_path(places: Sequence[Path]) -> None:
-    """Let this process import from some folders too; the last one comes first.
-
-    Your functions are seldom installed: they lie beside the recipe, or where
-    ``python -m`` looks.
-    """
-    sys.path[:0] = [str(place) for place in reversed(places)]
-
-
-def _load(
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    own: Mapping[str, str],
-    *,
-    name: str = "",
-    functions: bool = False,
-) -> "Config":
-    """Read the recipe that a command describes; own are its --model and --data."""
-    if recipe is None and not all(own.values()):
-        raise ConfigError("name a RECIPE, or give both --model and --data")
-    path = _recipe(recipe) if recipe else None
-    _extend_import_path([Path.cwd(), *([path.resolve().parent] if path else [])])
-    from trainer.config import load_config
-
-    return load_config(path or OWN, overrides, name=name, functions=functions, **own)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import edge_runtime.cli.main
 import packager.cli.pack
 import trainer.cli
 from packager.keys import load_private
+from trainer.recipe_argument import built_in_recipes
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SCRIPTS = {
@@ -148,7 +149,7 @@ def test_names_come_out_as_the_bytes_that_they_are(new_run, tmp_path):
 
 
 def test_a_name_that_the_locale_cannot_write_is_said_with_what_to_do(tmp_path):
-    recipe = (trainer.cli._recipes()["digits"]).read_text(encoding="utf-8")
+    recipe = built_in_recipes()["digits"].read_text(encoding="utf-8")
     recipe = recipe.replace("[run]", '[run]\nname = "räder"')
     (tmp_path / "mine.toml").write_text(recipe, encoding="utf-8")
     done = start("dpu-train run mine.toml -q --set train.epochs=1", tmp_path)

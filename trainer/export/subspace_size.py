@@ -13,8 +13,8 @@ from edge_runtime.formats.sections import encode_varint
 from edge_runtime.formats.subspace import MAX_COEFFICIENTS, WORD, term_size
 from edge_runtime.sizes import parse_size
 from trainer.export.tensors import layout_of
-from trainer.method.subspace import MOST_BITS
-from trainer.method.updater import is_weight
+from trainer.method.selectable import is_weight
+from trainer.method.subspace_weights import MOST_BITS
 
 _SEED_BYTES = 5  # that a term may have more for its seed than ours take
 _GROUP_BYTES = 64  # what the sections of a group of values take beside the values

@@ -152,9 +152,7 @@ def check_elementwise(optimizer: Optimizer, *, elementwise: bool) -> None:
         TrainingError: It may not.
     """
     name = type(optimizer).__name__
-    if not (elementwise or name in ELEMENTWISE) or any(
-        "train_mode" in group for group in optimizer.param_groups
-    ):
+    if not (elementwise or name in ELEMENTWISE) or has_two_sets(optimizer):
         raise TrainingError(
             f"{name} may step an element by what others do, or keeps weights of its "
             "own, and coefficients are not weights; known to be right are "

@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens around each step of an optimizer: it is measured, or frozen.
 
-Two halves of :class:`trainer.method.updater.PartialUpdater`, one a phase. Both have
-``before`` and ``after``, called with the names of the tensors that the optimizer steps.
+Two halves, one a phase of :class:`trainer.method.updater.PartialUpdater`, and what
+calls them. Both have ``before`` and ``after``, called with the names of the tensors
+that the optimizer steps.
 """
 
-import hashlib
 import math
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer, optimizer
 
-from edge_runtime.errors import FrozenWeightChangedError, TrainingError
+from edge_runtime.errors import FrozenWeightChangedError
+from trainer.method.optimizers import (
+    has_two_sets,
+    is_coupled,
+    second_weights,
+    with_closure,
+)
 
 MOST_BY_PLACE = 0.1  # share of a tensor's weights
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-# What FSDP2 (DTensor), FSDP and ZeRO-3 leave on the parameters that they part.
-_SHARDED = ("placements", "_fsdp_flattened", "ds_id")
 
 
 class Running:
@@ -129,7 +131,14 @@ class LossDrop:
 
 
 class Freeze:
-    """Holds every weight that is not selected at the base, bit for bit."""
+    """Holds every weight that is not selected at the base, bit for bit.
+
+    Attributes:
+        masks: By name, true where a weight may move; empty where all may.
+        switched: Names of the tensors that a schedule-free optimizer takes from one
+            set of weights to another and back: of equal values only a zero's sign can
+            change on that way.
+    """
 
     def __init__(
         self,
@@ -137,12 +146,10 @@ class Freeze:
         base: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
     ) -> None:
-        """Change nothing yet; ``masks`` are true where a weight may move."""
-        self._params, self._base, self._masks = params, base, masks
+        """Change nothing yet."""
+        self._params, self._base, self.masks = params, base, masks
         self._versions: dict[str, int] = {}
         self._selected: dict[str, Tensor | None] = {}
-        # Schedule-free optimizers go from one set of weights to another and back: of
-        # equal values only a zero's sign can change on that way.
         self.switched: set[str] = set()
 
     def before(self, names: Iterable[str]) -> None:
@@ -165,11 +172,12 @@ class Freeze:
         for name in names:
             gradient = self._params[name].grad
             if gradient is not None:
-                gradient.masked_fill_(~self._masks[name], 0)
+                gradient.masked_fill_(~self.masks[name], 0)
 
-    def after(self, names: Iterable[str]) -> None:
+    def after(self, names: Iterable[str], stepped: Optimizer) -> None:
         """Undo what the step did to weights that are not selected."""
         self.rewind(names)
+        self.rewind_second(names, stepped)
         self._versions |= {n: self._params[n]._version for n in names}
 
     @torch.no_grad()
@@ -178,15 +186,24 @@ class Freeze:
         for name in names:
             p, base = self._params[name], self._base[name]
             if name not in self._selected:
-                self._selected[name] = _few(self._masks[name], p)
+                self._selected[name] = _few(self.masks[name], p)
             selected = self._selected[name]
             if selected is None or not p.is_contiguous():
-                torch.where(self._masks[name], p, base, out=p)
+                torch.where(self.masks[name], p, base, out=p)
                 continue
             flat = p.view(-1)
             kept = flat.index_select(0, selected)
             p.copy_(base)
             flat.index_copy_(0, selected, kept)
+
+    @torch.no_grad()
+    def rewind_second(self, names: Iterable[str], stepped: Optimizer) -> None:
+        """Rewind the second set of weights that a schedule-free optimizer keeps."""
+        for name in names:
+            second = second_weights(stepped, self._params[name])
+            if second is not None:
+                base = self._base[name].to(second.dtype)
+                torch.where(self.masks[name], second, base, out=second)
 
     @torch.no_grad()
     def verify(self, name: str) -> None:
@@ -200,9 +217,9 @@ class Freeze:
         p, base = self._params[name], self._base[name]
         bits = _BITS[p.element_size()]
         if name in self.switched:
-            torch.where((p == 0) & (base == 0) & ~self._masks[name], base, p, out=p)
+            torch.where((p == 0) & (base == 0) & ~self.masks[name], base, p, out=p)
         changed = p.detach().view(bits) != base.view(bits)
-        count = int((changed & ~self._masks[name]).sum())
+        count = int((changed & ~self.masks[name]).sum())
         if count:
             raise FrozenWeightChangedError(
                 f"{count} weights of {name!r} that were not selected differ from the "
@@ -226,114 +243,97 @@ def _few(mask: Tensor, parameter: Tensor) -> Tensor | None:
     return mask.reshape(-1).nonzero()[:, 0] if few else None
 
 
-def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return parameters by name, each of them fit to be selected from, and there once.
+class StepHooks:
+    """Has the steps of optimizers measured, frozen, both, or neither.
 
-    Raises:
-        TrainingError: One is not; it is named.
-    """
-    named = dict(named_parameters)
-    names: dict[int, str] = {}
-    for name, parameter in named.items():
-        check_parameter(name, parameter)
-        if (first := names.setdefault(id(parameter), name)) != name:
-            raise TrainingError(
-                f"{first!r} and {name!r} are one parameter, which would be selected "
-                "from twice; give each once, as model.named_parameters() does without "
-                "remove_duplicate=False"
-            )
-    return named
-
-
-def check_parameter(name: str, parameter: Tensor) -> None:
-    """Refuse parameters that cannot be selected from weight by weight.
-
-    Raises:
-        TrainingError: It is lazy, has no data, is complex, or is one process's share
-            of a sharded parameter.
-    """
-    if isinstance(parameter, UninitializedParameter):
-        found = "is lazy and has no shape yet: run one batch through the model first"
-    elif parameter.is_meta:
-        found = "has no data (device 'meta'): build the model on a real device"
-    elif parameter.is_complex():
-        found = "is complex, which a weight file cannot hold: keep two real parameters"
-    elif any(hasattr(parameter, mark) for mark in _SHARDED):
-        found = (
-            "is sharded over processes (FSDP, ZeRO-3), and the best weights are chosen "
-            "among all of them: use DistributedDataParallel"
-        )
-    else:
-        return
-    raise TrainingError(f"parameter {name!r} {found}; then make the updater")
-
-
-class Still:
-    """Tensors that are neither selected from nor dense, and so have to stay the same.
-
-    Their bytes are hashed, not copied: they may be most of a network.
+    Attributes:
+        owned: Names of the weights that each optimizer steps.
+        loss_drop: Measures; of no weights where nothing is measured.
+        freeze: Freezes; without masks where nothing is frozen.
+        measured: How many steps were.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], free: Collection[str]) -> None:
-        """Take the present values.
+    def __init__(
+        self, params: Mapping[str, Tensor], base: Mapping[str, Tensor]
+    ) -> None:
+        """Follow no optimizer yet, and measure."""
+        self._params, self._base = params, base
+        self.owned: dict[Optimizer, list[str]] = {}
+        self.measured = 0
+        self._handles: list[Any] = []
+        self.start({}, measure=True)
 
-        Args:
-            named: All parameters of the network.
-            free: Those that may change, beside the ones of a single axis.
-        """
-        self._params = {
-            name: p for name, p in named.items() if p.dim() > 1 and name not in free
-        }
-        self.take()
+    def start(self, masks: Mapping[str, Tensor], *, measure: bool) -> None:
+        """Begin a phase, with its buffers and without those of the one before."""
+        self._running = Running()
+        self.loss_drop = LossDrop(self._params if measure else {})
+        self.freeze = Freeze(self._params, self._base, masks)
+        self._mark_switched()
 
-    def take(self) -> None:
-        """Take the present values in place of those before."""
-        self._digests = {name: _digest(p) for name, p in self._params.items()}
-
-    def state_dict(self) -> dict[str, str]:
-        """Return the digests by name."""
-        return dict(self._digests)
-
-    def load_state_dict(self, state: Mapping[str, str] | None) -> None:
-        """Compare with the values of the process that made the state.
-
-        Args:
-            state: Its digests; None of earlier versions, which kept none: the present
-                values count.
-
-        Raises:
-            TrainingError: They are of other tensors.
-        """
-        if state is None:
-            self.take()
-            return
-        if others := state.keys() ^ self._digests.keys():
-            raise TrainingError(
-                f"the state and this updater differ in what has to stay the same: "
-                f"{', '.join(sorted(others))}; make the updater as the one before "
-                "(the same layers frozen, selectable= and dense=)"
-            )
-        self._digests = dict(state)
-
-    def verify(self) -> None:
-        """Compare with the values that were taken.
-
-        Raises:
-            FrozenWeightChangedError: A tensor changed; it is named.
-        """
-        for name, parameter in self._params.items():
-            if _digest(parameter) != self._digests[name]:
-                raise FrozenWeightChangedError(
-                    f"{name!r} changed in training, and nothing was selected from it: "
-                    "it was frozen when the updater was made and thawed later, or "
-                    "selectable= left it out. Make the updater when everything that "
-                    f"will train requires gradients, or pass dense=[{name!r}] to send "
-                    "it whole",
-                    tensor=name,
-                    count=parameter.numel(),
+    def follow(self, owned: dict[Optimizer, list[str]]) -> None:
+        """Hook in the optimizers that are not followed yet."""
+        known = self.owned.keys() if self._handles else set()  # let go: of none
+        for stepped in owned.keys() - known:
+            if owned[stepped]:
+                self._handles += (
+                    stepped.register_step_pre_hook(self._before_step),
+                    stepped.register_step_post_hook(self._after_step),
                 )
+        self.owned = owned
+        self._mark_switched()
 
+    def let_go(self) -> None:
+        """Take the hooks off the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()
+    def rewind(self) -> None:
+        """Rewind what is frozen, in the weights and in what optimizers remember."""
+        self.freeze.rewind(self._params)
+        for stepped, names in self.owned.items():
+            self.freeze.rewind_second(names, stepped)
+            if is_coupled(stepped):
+                stepped.state.clear()
+
+    # A compiled step would trace the hooks and measure nothing, or something else.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _before_step(
+        self, stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._running.is_nested(stepped):
+            return None  # the outer one counts
+        names = self.owned[stepped]
+        if self._running.begin(stepped) and self.freeze.masks:
+            self.freeze.after(names, stepped)  # what a failed step wrote
+        measured = [self.loss_drop] if self.loss_drop.total else []
+        frozen = [self.freeze] if self.freeze.masks else []
+        halves: list[Freeze | LossDrop] = [*frozen, *measured]
+        for half in halves:
+            half.before(names)
+
+        def before(count: int) -> None:
+            for half in halves:
+                half.before_evaluation(names, count)
+
+        def after() -> None:
+            if frozen and is_coupled(stepped):
+                self.freeze.mask_gradients(names)
+
+        return with_closure(args, kwargs, before, after)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _after_step(self, stepped: Optimizer, *_: object) -> None:
+        names = self.owned[stepped]
+        if self.freeze.masks:  # each time: what the outer step adds as well
+            self.freeze.after(names, stepped)
+        if self.loss_drop.total and stepped in self._running:
+            self.measured += self.loss_drop.after(names)
+        self._running.end(stepped)
+
+    def _mark_switched(self) -> None:
+        self.freeze.switched = {
+            n for o, names in self.owned.items() if has_two_sets(o) for n in names
+        }

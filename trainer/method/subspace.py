@@ -39,18 +39,8 @@ from edge_runtime.errors import (
     StepNotObservedError,
     TrainingError,
 )
-from edge_runtime.formats.subspace import (
-    MAX_BITS,
-    MAX_COEFFICIENTS,
-    MAX_TAPS,
-    WORD,
-    round_scale,
-)
-from edge_runtime.formats.subspace_moves import move_weights
-from edge_runtime.formats.weights import pack_weights
-from trainer.method.carriers import Latents, room
-from trainer.method.int8_steps import Int8Steps
-from trainer.method.movement import Movement, best_scale, quantise, relative_scales
+from trainer.method.carriers import Latents
+from trainer.method.movement import Movement
 from trainer.method.optimizers import (
     check_elementwise,
     check_groups,
@@ -58,12 +48,12 @@ from trainer.method.optimizers import (
     unwrap,
     with_closure,
 )
+from trainer.method.phase import Phase
+from trainer.method.selectable import Still, by_name, is_weight
 from trainer.method.signs import SignTable
-from trainer.method.step_hooks import Running, Still, by_name
-from trainer.method.updater import Phase, expect_phase, is_weight
+from trainer.method.step_hooks import Running
+from trainer.method.subspace_weights import SubspaceWeights, check_subspace
 from trainer.parallel import of_first
-
-MOST_BITS = 7 << 20  # of all coefficients: what a patch has room for
 
 
 class SubspaceUpdater:
@@ -113,18 +103,13 @@ class SubspaceUpdater:
         plain = {name: name.replace("_orig_mod.", "") for name in named}
         names = sorted(named, key=lambda name: (name in int8_scales, plain[name]))
         self._params = {n: named[n] for n in names if selectable(n, named[n])}
-        self._check(coefficients, bits, taps)
+        check_subspace(self._params, coefficients, bits=bits, taps=taps)
         self._still = Still(named, free={*self._params, *dense})
         self.bits, self.taps, self.seed = bits, taps, seed
         self._kind = {"seed": int(seed), "bits": bits, "taps": taps}
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
-        self._signs = SignTable(self._base, coefficients, taps, seed)
-        self._int8_scales = int8_scales
-        self._steps_of = Int8Steps(self._base, int8_scales)
-        self._relative = self._relative_scales()
-        self._scales: dict[str, float] = {}
-        self._unit = 1.0
-        self._signs.scale(self._relative)
+        signs = SignTable(self._base, coefficients, taps, seed)
+        self._weights = SubspaceWeights(self._base, signs, bits, int8_scales)
         self._latents = Latents(self._params, coefficients)
         self._latent = self._latents.values
         self._phase, self._steps = Phase.FULL, 0
@@ -157,11 +142,7 @@ class SubspaceUpdater:
             TrainingError: None owns them all, or it steps an element by others too.
         """
         wanted = {id(p) for p in self._params.values()}
-        owning: list[Optimizer] = []
-        for optimizer in map(unwrap, optimizers):
-            held = parameter_ids(optimizer)
-            if wanted <= held:
-                owning.append(optimizer)
+        owning = [o for o in map(unwrap, optimizers) if wanted <= parameter_ids(o)]
         if not owning:
             raise TrainingError(
                 "expected one attached optimizer that owns every weight that moves, as "
@@ -190,9 +171,7 @@ class SubspaceUpdater:
             StepNotObservedError: Nothing has moved yet.
             TrainingError: Not in the first phase, or a coefficient is no number.
         """
-        expect_phase(
-            self._phase, Phase.FULL, "select() comes once, after the first phase"
-        )
+        self._phase.expect(Phase.FULL, "select() comes once, after the first phase")
         self._latent.copy_(of_first(self._latent))
         if not self._steps or not self._latent.any():
             raise StepNotObservedError(
@@ -201,10 +180,10 @@ class SubspaceUpdater:
                 "really steps"
             )
         self._insist_on_numbers()
-        unit = best_scale(self._latent, self.bits)
-        scales = {n: round_scale(unit * r) for n, r in self._relative.items()}
-        self._settle(unit, scales)
-        return self._scales
+        self._weights.settle(self._latent)
+        self._phase = Phase.SPARSE
+        self._write()
+        return self._weights.scales
 
     @torch.no_grad()
     def finish(self) -> Movement:
@@ -216,16 +195,12 @@ class SubspaceUpdater:
             FrozenWeightChangedError: They differ: something else wrote them.
             TrainingError: The scales are not settled, or a coefficient is no number.
         """
-        expect_phase(self._phase, Phase.SPARSE, "finish() comes once, after select()")
+        self._phase.expect(Phase.SPARSE, "finish() comes once, after select()")
         self.detach()
         self._forget()
         movement = self.movement()
-        form = self._steps_of
-        base = pack_weights({n: form.device(n, b) for n, b in self._base.items()})
-        moved = move_weights(base, [movement.term(base.layout)])
-        for name, parameter in self._params.items():
-            found = form.weights(name, moved[name])
-            expected = torch.tensor(found, device=parameter.device)
+        for name, expected in self._weights.on_device(movement):
+            parameter = self._params[name]
             if count := int((parameter != expected).sum()):
                 raise FrozenWeightChangedError(
                     f"{count} weights of {name!r} are not where the subspace moves "
@@ -247,12 +222,12 @@ class SubspaceUpdater:
         Raises:
             TrainingError: The scales are not settled, or a coefficient is no number.
         """
-        if not self._scales:
+        if not self._weights.scales:
             raise TrainingError("nothing has moved for good before select()")
         self._insist_on_numbers()
         masks = {n: torch.zeros_like(b).bool() for n, b in self._base.items()}
-        codes = self._codes().cpu().numpy().astype(np.int16)
-        return Movement(masks, self._scales, codes, **self._kind)
+        codes = self._weights.rounded(self._latent).cpu().numpy().astype(np.int16)
+        return Movement(masks, self._weights.scales, codes, **self._kind)
 
     def _insist_on_numbers(self) -> None:
         if not self._latent.isfinite().all():
@@ -288,8 +263,8 @@ class SubspaceUpdater:
             "steps": self._steps,
             "base": dict(self._base),
             "latent": self._latent,
-            "unit": self._unit,
-            "scales": dict(self._scales),
+            "unit": self._weights.unit,
+            "scales": dict(self._weights.scales),
             "still": self._still.state_dict(),
         }
 
@@ -317,19 +292,10 @@ class SubspaceUpdater:
             )
         self._still.load_state_dict(state.get("still"))
         self._latents.give_up()
-        for name, base in self._base.items():
-            base.copy_(state["base"][name])
-        self._steps_of = Int8Steps(self._base, self._int8_scales)
-        self._relative = self._relative_scales()
-        self._signs.scale(self._relative)
+        self._weights.move_from(state["base"], float(state["unit"]), state["scales"])
         self._latent.copy_(state["latent"])
-        self._phase, self._steps = Phase.FULL, int(state["steps"])
-        self._unit, self._scales = float(state["unit"]), dict(state["scales"])
-        if Phase(state["phase"]) is Phase.FULL:
-            self._write()
-        else:
-            self._settle(self._unit, self._scales)
-            self._phase = Phase(state["phase"])
+        self._phase, self._steps = Phase(state["phase"]), int(state["steps"])
+        self._write()
 
     # A compiled step would trace the hooks.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -385,64 +351,13 @@ class SubspaceUpdater:
         if all(gradient is None for gradient in gradients):
             return
         self._steps += 1
-        each = zip(self._params, gradients, strict=True)
-        of_moves = [self._steps_of.gradient(name, g) for name, g in each]
-        self._latents.lend(self._signs.fold(of_moves) / self._unit)
+        self._latents.lend(self._weights.fold(gradients))
 
     def _forget(self) -> None:
         if self._optimizer:
             for parameter in self._params.values():
                 self._optimizer.state.pop(parameter, None)
 
-    def _codes(self) -> Tensor:
-        """Return the coefficients of few bits: odd integers, as floats."""
-        return quantise(self._latent, self._unit, self.bits)
-
     def _write(self) -> None:
         """Make the weights anew from base and coefficients."""
-        free, form = self._phase is Phase.FULL, self._steps_of
-        found = self._latent if free else self._codes()
-        self._signs.move(form.base, found, form.out(self._params))
-        form.write(self._params, whole=not free)
-
-    def _relative_scales(self) -> dict[str, float]:
-        """Say how far the tensors move beside each other, in what they move by."""
-        relative = relative_scales(self._base)
-        for name, scales in self._steps_of.scales.items():
-            relative[name] /= float(scales.mean())
-        return relative
-
-    def _settle(self, unit: float, scales: Mapping[str, float]) -> None:
-        self._unit, self._scales = unit, dict(scales)
-        self._phase = Phase.SPARSE
-        self._signs.scale(self._scales)
-        self._write()
-
-    def _check(self, coefficients: int, bits: int, taps: int) -> None:
-        total = sum(p.numel() for p in self._params.values())
-        most = min(total, MAX_COEFFICIENTS, MOST_BITS // max(bits, 1))
-        if not 0 < coefficients <= most or coefficients % WORD:
-            raise TrainingError(
-                f"expected a multiple of {WORD} coefficients, at most {most} "
-                f"of {bits} bits for {total} weights that move, found {coefficients}"
-            )
-        if not (1 <= bits <= MAX_BITS and 1 <= taps <= MAX_TAPS):
-            raise TrainingError(
-                f"expected 1 to {MAX_BITS} bits and 1 to {MAX_TAPS} taps, found {bits} "
-                f"and {taps}"
-            )
-        if sum(map(room, self._params.values())) < coefficients:
-            holes = [name for name, p in self._params.items() if not room(p)]
-            raise TrainingError(
-                f"{', '.join(holes)} have holes between their elements in memory, and "
-                f"{coefficients} coefficients find no room in the others: make them "
-                "contiguous (p.data = p.data.contiguous()) before the updater is made"
-            )
-        for name, parameter in self._params.items():
-            first = next(iter(self._params.values()))
-            if parameter.dtype != torch.float32 or parameter.device != first.device:
-                raise TrainingError(
-                    f"{name!r} is {parameter.dtype} on {parameter.device}; weights "
-                    f"that move are torch.float32 on one device, here {first.device}: "
-                    "train under autocast rather than in half precision"
-                )
+        self._weights.write(self._params, self._latent)

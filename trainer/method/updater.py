@@ -28,57 +28,24 @@ Not covered: sharded parameters (FSDP, ZeRO), and averages of weights (EMA) begu
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from enum import StrEnum
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from edge_runtime.errors import StepNotObservedError, TrainingError
 from trainer.method.optimizers import (
     at_evaluation,
-    has_two_sets,
-    is_coupled,
     parameter_ids,
-    second_weights,
     to_evaluation,
     unwrap,
-    with_closure,
 )
+from trainer.method.phase import Phase
 from trainer.method.scores import DPU, Evidence, Score
+from trainer.method.selectable import Still, by_name, is_weight
 from trainer.method.selection import check_fit, count_of, select_top_k
-from trainer.method.step_hooks import Freeze, LossDrop, Running, Still, by_name
+from trainer.method.step_hooks import StepHooks
 from trainer.parallel import masks_of_first
-
-
-class Phase(StrEnum):
-    """Where a :class:`PartialUpdater` is."""
-
-    FULL = "full"  # every weight trains and is measured
-    SPARSE = "sparse"  # only the selected weights train
-    DONE = "done"  # verified and detached
-
-
-def expect_phase(found: Phase, wanted: Phase, rule: str) -> None:
-    """Refuse a call that belongs to another phase.
-
-    Raises:
-        TrainingError: It does; the message says the rule.
-    """
-    if found is not wanted:
-        raise TrainingError(
-            f"expected to be in the {wanted} phase, found {found}: {rule}"
-        )
-
-
-def is_weight(name: str, parameter: Tensor) -> bool:  # noqa: ARG001 - see `selectable`
-    """Tell whether a parameter is selectable: trainable, with more than one axis.
-
-    As in the paper: the weights of linear and convolutional layers. Biases and
-    normalisation have one axis and belong to the dense part.
-    """
-    return parameter.requires_grad and parameter.dim() > 1
 
 
 class PartialUpdater:
@@ -133,10 +100,8 @@ class PartialUpdater:
         self._base = {n: p.detach().clone() for n, p in self._params.items()}
         self._masks: Mapping[str, Tensor] = {}
         self._wide = False  # more is selected than the ratio allows
-        self._steps = 0
-        self._owned: dict[Optimizer, list[str]] = {}
-        self._handles: list[Any] = []
-        self._start(Phase.FULL)
+        self._phase = Phase.FULL
+        self._hooks = StepHooks(self._params, self._base)
 
     @property
     def phase(self) -> Phase:
@@ -156,7 +121,7 @@ class PartialUpdater:
     @property
     def loss_drop(self) -> Mapping[str, Tensor]:
         """Local contributions so far, by name; empty where nothing is ranked later."""
-        return self._loss_drop.total
+        return self._hooks.loss_drop.total
 
     def attach(self, *optimizers: Any) -> Self:
         """Follow these optimizers; every selectable weight must be in one of them.
@@ -168,7 +133,7 @@ class PartialUpdater:
             TrainingError: A weight is in none of the attached optimizers, or an
                 argument is no torch optimizer or maximises.
         """
-        owned = dict(self._owned)
+        owned = dict(self._hooks.owned)
         for optimizer in map(unwrap, optimizers):
             held = parameter_ids(optimizer)
             owned[optimizer] = [n for n, p in self._params.items() if id(p) in held]
@@ -179,15 +144,7 @@ class PartialUpdater:
                 "optimizers in one call, build them before attaching, or freeze these "
                 "parameters (requires_grad_(False)) before constructing"
             )
-        known = self._owned.keys() if self._handles else set()  # detached: of none
-        for optimizer in owned.keys() - known:
-            if owned[optimizer]:
-                self._handles += (
-                    optimizer.register_step_pre_hook(self._before_step),
-                    optimizer.register_step_post_hook(self._after_step),
-                )
-        self._owned = owned
-        self._mark_switched()
+        self._hooks.follow(owned)
         return self
 
     def select(
@@ -215,14 +172,12 @@ class PartialUpdater:
             TrainingError: Not in the full phase, no ratio given, ``keep`` below 1, or
                 scores or masks that do not fit the selectable tensors.
         """
-        expect_phase(
-            self._phase, Phase.FULL, "select() comes once, after the full phase"
-        )
+        self._phase.expect(Phase.FULL, "select() comes once, after the full phase")
         if not keep >= 1 or (keep > 1 and masks is not None):
             raise TrainingError(
                 f"keep is {keep}: expected at least 1, and no masks beside it"
             )
-        with at_evaluation(list(self._owned)):
+        with at_evaluation(list(self._hooks.owned)):
             if masks is None:
                 masks = self._best(scores, keep)
             self._enter_sparse(masks, wide=keep > 1)
@@ -245,24 +200,16 @@ class PartialUpdater:
             TrainingError: ``select(keep=...)`` did not come before, or scores that do
                 not fit.
         """
-        expect_phase(
-            self._phase, Phase.SPARSE, "narrow() comes once, after select(keep=...)"
-        )
+        self._phase.expect(Phase.SPARSE, "narrow() comes once, after select(keep=...)")
         if not self._wide:
             raise TrainingError(
                 "narrow() comes once, after select(keep=...) with more than 1: there "
                 "is nothing to choose from"
             )
-        with at_evaluation(list(self._owned)):
-            for name, drop in self._loss_drop.total.items():
+        with at_evaluation(list(self._hooks.owned)):
+            for name, drop in self.loss_drop.items():
                 drop.masked_fill_(~self._masks[name], 0.0)
-            scores = self._scores() if scores is None else scores
-            check_fit(scores, self._params)
-            within = {
-                name: scores[name].masked_fill(~self._masks[name], -torch.inf)
-                for name in self._params
-            }
-            self._enter_sparse(self._best(within, 1), wide=False)
+            self._enter_sparse(self._best(scores, keep=1), wide=False)
         return self._masks
 
     def _best(
@@ -274,6 +221,8 @@ class PartialUpdater:
         check_fit(scores, self._params)
         # Our order of tensors, as it decides between equal scores.
         scores = {name: scores[name] for name in self._params}
+        for name, mask in self._masks.items():  # selected before: from these alone
+            scores[name] = scores[name].masked_fill(~mask, -torch.inf)
         count = min(keep * count_of(self.ratio, self._total), self._total)
         return select_top_k(scores, int(count))
 
@@ -282,15 +231,11 @@ class PartialUpdater:
         check_fit(masks, self._params, torch.bool)
         masks = {n: masks[n].to(p.device) for n, p in self._params.items()}
         self._masks, self._wide = masks_of_first(masks), wide
-        measured = self._loss_drop.total
+        measured = self.loss_drop
         self._start(Phase.SPARSE)
         if wide:
-            self._loss_drop.total, self._steps = dict(measured), 0
-        self._freeze.rewind(self._params)
-        for optimizer, names in self._owned.items():
-            self._rewind_second(optimizer, names)
-            if is_coupled(optimizer):
-                optimizer.state.clear()
+            self._hooks.loss_drop.total, self._hooks.measured = dict(measured), 0
+        self._hooks.rewind()
 
     def finish(self) -> Mapping[str, Tensor]:
         """Detach from the optimizers, verify the freeze and return the masks.
@@ -303,16 +248,16 @@ class PartialUpdater:
                 mask.
             TrainingError: Nothing has been selected, or a selected weight is no number.
         """
-        expect_phase(self._phase, Phase.SPARSE, "finish() comes once, after select()")
+        self._phase.expect(Phase.SPARSE, "finish() comes once, after select()")
         if self._wide:
             raise TrainingError(
                 "more weights are selected than the ratio allows, as select(keep=...) "
                 "asked for: call narrow(), and train on, before finish()"
             )
         self.detach()
-        to_evaluation(self._owned)
+        to_evaluation(self._hooks.owned)
         for name, parameter in self._params.items():
-            self._freeze.verify(name)
+            self._hooks.freeze.verify(name)
             if not parameter.detach()[self._masks[name]].isfinite().all():
                 raise TrainingError(
                     f"selected weights of {name!r} are no numbers any more (NaN or "
@@ -351,9 +296,7 @@ class PartialUpdater:
 
         ``finish()`` does it; call it yourself to give a round up half way.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.let_go()
 
     def summary(self) -> str:
         """Say how much is selected: ``3343 of 668672 weights (0.50 %) in 3 tensors``.
@@ -377,11 +320,11 @@ class PartialUpdater:
         """
         return {
             "phase": self._phase.value,
-            "steps": self._steps,
+            "steps": self._hooks.measured,
             "wide": self._wide,
             "base": dict(self._base),
             "masks": dict(self._masks),
-            "loss_drop": dict(self._loss_drop.total),
+            "loss_drop": dict(self.loss_drop),
             "still": self._still.state_dict(),
         }
 
@@ -400,86 +343,27 @@ class PartialUpdater:
         if phase is not Phase.FULL:
             check_fit(state["masks"], self._params, torch.bool)
         self._still.load_state_dict(state.get("still"))
-        self._steps = int(state["steps"])
+        self._hooks.measured = int(state["steps"])
         masks = state["masks"].items()
         self._masks = {n: mask.to(self._base[n].device) for n, mask in masks}
         self._start(phase)
         for name, buffer in self._base.items():
             buffer.copy_(state["base"][name])
-        for name, buffer in self._loss_drop.total.items():
+        for name, buffer in self.loss_drop.items():
             buffer.copy_(state["loss_drop"][name])
 
-    # A compiled step would trace the hooks and measure nothing, or something else.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._running.is_nested(optimizer):
-            return None  # the outer one counts
-        names = self._owned[optimizer]
-        if self._running.begin(optimizer) and self._phase is Phase.SPARSE:
-            self._freeze.after(names)  # what a failed step wrote
-            self._rewind_second(optimizer, names)
-        if self._phase is Phase.DONE:
-            return None
-        measured = [self._loss_drop] if self._loss_drop.total else []
-        frozen = [self._freeze] if self._phase is Phase.SPARSE else []
-        halves: list[Freeze | LossDrop] = [*frozen, *measured]
-        for half in halves:
-            half.before(names)
-
-        def before(count: int) -> None:
-            for half in halves:
-                half.before_evaluation(names, count)
-
-        def after() -> None:
-            if self._phase is Phase.SPARSE and is_coupled(optimizer):
-                self._freeze.mask_gradients(names)
-
-        return with_closure(args, kwargs, before, after)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        names = self._owned[optimizer]
-        if self._phase is Phase.SPARSE:  # each time: what the outer step adds as well
-            self._freeze.after(names)
-            self._rewind_second(optimizer, names)
-        if self._loss_drop.total and optimizer in self._running:
-            self._steps += self._loss_drop.after(names)
-        self._running.end(optimizer)
-
-    @torch.no_grad()
-    def _rewind_second(self, optimizer: Optimizer, names: Iterable[str]) -> None:
-        """Rewind the second set of weights that a schedule-free optimizer keeps."""
-        for name in names:
-            second = second_weights(optimizer, self._params[name])
-            if second is not None:
-                base = self._base[name].to(second.dtype)
-                torch.where(self._masks[name], second, base, out=second)
-
     def _scores(self) -> Mapping[str, Tensor]:
-        if not self._steps:
+        if not self._hooks.measured:
             raise StepNotObservedError(
                 "expected at least one optimizer step with gradients in the "
-                f"{self.phase} phase, found none with {len(self._owned)} attached "
-                "optimizers: "
+                f"{self.phase} phase, found none with {len(self._hooks.owned)} "
+                "attached optimizers: "
                 "attach the optimizer that the loop really steps, or pass scores"
             )
         current = {n: p.detach() for n, p in self._params.items()}
-        return self._score(Evidence(self._base, current, self._loss_drop.total))
+        return self._score(Evidence(self._base, current, self.loss_drop))
 
     def _start(self, phase: Phase) -> None:
-        """Enter a phase, with its buffers and without those of the one before."""
-        self._phase = phase
-        self._running = Running()
-        measured = phase is Phase.FULL or (phase is Phase.SPARSE and self._wide)
-        self._loss_drop = LossDrop(self._params if measured else {})
-        self._freeze = Freeze(self._params, self._base, self._masks)
-        self._mark_switched()
-
-    def _mark_switched(self) -> None:
-        self._freeze.switched = {
-            n for o, names in self._owned.items() if has_two_sets(o) for n in names
-        }
+        self._phase, is_sparse = phase, phase is Phase.SPARSE
+        measure = phase is Phase.FULL or (is_sparse and self._wide)
+        self._hooks.start(self._masks if is_sparse else {}, measure=measure)

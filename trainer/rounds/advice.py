@@ -20,7 +20,7 @@ from edge_runtime.formats.header import HEADER_BYTES
 from trainer.config import as_dict, as_toml, make_config
 from trainer.export.subspace_size import coefficients_within, subspace_bytes
 from trainer.export.tensors import deployed_tensors
-from trainer.method.updater import is_weight
+from trainer.method.selectable import is_weight
 from trainer.recipe.schema import AUTO, Config, UpdateConfig
 from trainer.recipe.task import loss_name
 

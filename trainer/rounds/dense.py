@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edge_runtime.errors import FrozenWeightChangedError
 from edge_runtime.formats.weights import Weights
 from trainer.export.tensors import deployed_tensors
-from trainer.method.updater import is_weight
+from trainer.method.selectable import is_weight
 
 
 class DensePart:

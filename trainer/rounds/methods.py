@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
+from trainer.method.selectable import is_weight
 from trainer.method.selection import random_masks, select_top_k
-from trainer.method.updater import PartialUpdater, is_weight
+from trainer.method.updater import PartialUpdater
 from trainer.parallel import is_alone
 from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.budget import PatchBudget, train_within

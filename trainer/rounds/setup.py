@@ -17,7 +17,7 @@ from trainer.data.sources import load_source
 from trainer.export.deployed_check import GOLDEN_ROWS, check_answers
 from trainer.export.int8 import DeviceForm
 from trainer.export.tensors import load_weights
-from trainer.method.updater import is_weight
+from trainer.method.selectable import is_weight
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
 from trainer.recipe.schema import Config, UpdateConfig

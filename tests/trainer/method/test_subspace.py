@@ -20,8 +20,8 @@ from edge_runtime.formats.init_weights import philox
 from edge_runtime.formats.subspace_moves import move_weights
 from trainer.export.tensors import weights_of
 from trainer.method.movement import best_scale, quantise
+from trainer.method.phase import Phase
 from trainer.method.subspace import SubspaceUpdater
-from trainer.method.updater import Phase
 
 torch.set_num_threads(1)
 GENERATOR = torch.Generator().manual_seed(0)

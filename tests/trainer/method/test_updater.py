@@ -16,10 +16,12 @@ from edge_runtime.errors import (
     StepNotObservedError,
     TrainingError,
 )
+from trainer.method.phase import Phase
 from trainer.method.scores import DPU, GCPU, LCPU, magnitude_scores
+from trainer.method.selectable import is_weight
 from trainer.method.selection import random_masks
 from trainer.method.subspace import SubspaceUpdater
-from trainer.method.updater import PartialUpdater, Phase, is_weight
+from trainer.method.updater import PartialUpdater
 
 torch.set_num_threads(1)
 
