@@ -49,7 +49,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     },
     "trainer": {
         ".": 1270,
-        "data": 480,
+        "data": 490,
         "export": 1635,
         "folder": 540,
         "method": 1550,

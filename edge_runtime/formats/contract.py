@@ -138,6 +138,9 @@ class InputSpec:
     def prepare(self, raw: ArrayLike) -> NDArray[Any]:
         """Turn raw values, as :meth:`batch` takes them, into what the graph takes.
 
+        Scaled in float32; in float64 where that does not hold the raw type exactly, as
+        of times and positions (int32, int64, float64), or the graph takes more.
+
         Raises:
             ContractError: The shape or type does not fit, or a scaled value lies
                 outside of the graph's whole numbers, to which it is rounded.
@@ -146,6 +149,7 @@ class InputSpec:
         if self.scale == 1.0 and not self.mean and not self.std:
             return self._cast(values)
         is_coarse = self.dtype in ("float16", "float32")
+        is_coarse &= np.can_cast(values.dtype, np.float32)
         number = np.float32 if is_coarse else np.float64
         out: NDArray[Any] = values.astype(number)  # one copy, then in place
         out *= number(self.scale)

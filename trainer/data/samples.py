@@ -24,6 +24,7 @@ from trainer.recipe.schema import DataConfig
 from trainer.trees import each, plain
 
 MAX_NORMALISED_BYTES = 1 << 30  # larger data sets are normalised batch by batch
+DOUBLES_AT_ONCE = 1 << 22  # values that are in memory as float64, where they must be
 CROP_PADDING = 4  # pixels
 SHIFT_SIDE = 14  # an image is shifted by up to this fraction of its side
 
@@ -117,7 +118,8 @@ class Samples:
 class DataSource:
     """One data set: raw samples, and how they become the network's input.
 
-    The network sees ``(raw * scale - mean) / std`` in float32, or whole numbers (the
+    The network sees ``(raw * scale - mean) / std``, of the bits that devices compute
+    (:meth:`edge_runtime.formats.contract.InputSpec.prepare`), or whole numbers (the
     tokens of a text) as they are.
 
     Attributes:
@@ -147,14 +149,22 @@ class DataSource:
         """Turn raw inputs (N, ...) into network inputs, of :attr:`dtype`."""
         if self.dtype != FLOAT:
             return raw.to(getattr(torch, self.dtype))
-        scaled = raw.float().mul(self.scale)
+        is_exact = raw.dtype.itemsize <= 2 or raw.dtype == torch.float32
+        if is_exact or (self.scale == 1 and not self.mean):
+            return self._scaled(raw.float())
+        found = torch.empty(raw.shape, device=raw.device, dtype=torch.float32)
+        rows = max(1, DOUBLES_AT_ONCE // max(1, math.prod(raw.shape[1:])))
+        parts = (torch.split(tensor, rows) for tensor in (raw, found))
+        for part, out in zip(*parts, strict=True):
+            out.copy_(self._scaled(part.double()))
+        return found
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        scaled = values.mul(self.scale)
         if not self.mean:
             return scaled
-        shape = (-1, *[1] * (raw.dim() - 2))
-        mean, std = (
-            torch.tensor(v, device=raw.device).view(shape)
-            for v in (self.mean, self.std)
-        )
+        shape = (-1, *[1] * (values.dim() - 2))
+        mean, std = (values.new_tensor(v).view(shape) for v in (self.mean, self.std))
         return scaled.sub_(mean).div_(std)
 
     def prepared(self, samples: Samples, device: torch.device = CPU) -> Samples:

@@ -66,6 +66,14 @@ def test_values_of_single_precision_are_scaled_in_it():
     assert np.array_equal(spec.prepare(raw), wanted)
 
 
+@pytest.mark.parametrize("dtype", ["i4", "u4", "i8", "u8", "f8"])
+def test_raw_values_that_float32_would_round_keep_their_digits(dtype):
+    seconds = np.array([[1_700_000_000], [1_700_000_030]], dtype)
+    spec = InputSpec("x", "float32", (None, 1), 1.0, (1.7e9,), (60.0,))
+    assert spec.prepare(seconds).tolist() == [[0.0], [0.5]]
+    assert spec.prepare(seconds).dtype == np.float32
+
+
 def test_a_std_of_zero_is_refused():
     with pytest.raises(ContractError, match="std of 0"):
         replace(IMAGE, std=(0.5, 0.0, 0.5))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.formats.contract import InputSpec
 from trainer.data.samples import (
     DataSource,
     LazyInputs,
@@ -61,6 +62,28 @@ def test_normalisation_is_the_contract_in_float32(digits):
     scale, mean, std = map(np.float32, (digits.scale, digits.mean[0], digits.std[0]))
     expected = (raw.numpy().astype(np.float32) * scale - mean) / std
     assert np.array_equal(digits.normalise(raw).numpy(), expected)
+
+
+RAW = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]
+
+
+@pytest.mark.parametrize("statistics", [((), ()), ((17.0,) * 3, (0.3, 0.7, 5.0))])
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+@pytest.mark.parametrize("dtype", RAW)
+def test_networks_train_on_the_bits_that_devices_compute(
+    digits, monkeypatch, dtype, scale, statistics
+):
+    """Of every raw type, also where its values are far from 0 and near each other."""
+    monkeypatch.setattr("trainer.data.samples.DOUBLES_AT_ONCE", 50)
+    kind = np.dtype(dtype)
+    most = 1 if kind.kind == "b" else 1 << min(60, 8 * kind.itemsize - 2)
+    steps = np.arange(7 * 3 * 2 * 2).reshape(7, 3, 2, 2)
+    raw = np.abs(most - steps).astype(dtype)
+    source = replace(digits, scale=scale, mean=statistics[0], std=statistics[1])
+    spec = InputSpec("x", "float32", (None, 3, 2, 2), scale, *statistics)
+    found = source.normalise(torch.from_numpy(raw))
+    assert found.dtype == torch.float32
+    assert found.numpy().tobytes() == spec.prepare(raw).tobytes()
 
 
 def test_without_normalisation_inputs_are_only_scaled():
