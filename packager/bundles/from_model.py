@@ -15,7 +15,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -51,9 +50,9 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
 )
 from edge_runtime.formats.weights import Weights
-from edge_runtime.inference.predictor import Predictor
-from edge_runtime.update.golden import Golden, first_tensor
+from edge_runtime.update.golden import Golden
 from packager.build import PackedPatch, check_budget, pack_changes
+from packager.bundles.by_rows import depends_on_others, has_rows
 from packager.bundles.from_round import PackedBundle, finished
 from packager.bundles.golden_inputs import (
     candidates,
@@ -66,7 +65,6 @@ from packager.models.onnx_words import type_name
 from packager.models.read import Model, header_between
 from packager.release import as_text
 from packager.rounds.golden import (
-    answers,
     check_labels,
     encode_golden,
     judged,
@@ -78,6 +76,18 @@ if TYPE_CHECKING:
 
 # Whoever states one of these has said what the model is for.
 TASK_FIELDS = {"task", "metric", "bound", "classes", "accuracy_floor"}
+# What is said where a model is not, or should not be, asked sample by sample.
+_ASKED_WHOLE = (
+    "the bundle's task is free, and `dpu-edge infer` asks once for each file; if that "
+    "is wrong, give the task with --contract"
+)
+NO_ROWS = f"it gives no row of numbers for each sample of one input: {_ASKED_WHOLE}"
+_BESIDE = "what it gives for a sample depends on the samples beside it"
+DEPENDS = f"{_BESIDE}: {_ASKED_WHOLE}"
+DEPENDS_THOUGH_STATED = (
+    f"{_BESIDE}, and `dpu-edge infer` asks for one at a time, because labels or the "
+    'contract say so: give {"task": "free"} with --contract, or --batch there'
+)
 INPUT_FIELDS = ("name", "dtype", "shape", "scale", "mean", "std", "layout")
 
 
@@ -118,7 +128,7 @@ def adopt_model(
     """
     text = make_contract(model, contract)
     try:
-        found, answered = _tried(model, parse_contract(text), contract, golden)
+        found, answered, remarks = _tried(model, parse_contract(text), contract, golden)
     except (StoreError, BackendError) as err:
         kind = BackendError if isinstance(err, BackendError) else RoundError
         # Not where a copy of the graph lay for a moment.
@@ -141,7 +151,7 @@ def adopt_model(
     }
     data = finished(manifest, files, signers)
     check_budget(f"the bundle of {model.path.name}", len(data), max_size)
-    return PackedBundle(data, patch, tuple(unserved(found)))
+    return PackedBundle(data, patch, (*remarks, *unserved(found)), found.task)
 
 
 def _tried(
@@ -149,8 +159,8 @@ def _tried(
     contract: Contract,
     stated: str | PathLike[str] | None,
     given: str | PathLike[str] | None,
-) -> tuple[Contract, Golden]:
-    """Return the contract with its task, and golden inputs and outputs."""
+) -> tuple[Contract, Golden, tuple[str, ...]]:
+    """Return the contract with its task, golden inputs and outputs, and remarks."""
     graph = onnx.load_model_from_string(model.graph).graph
     with loaded(model.graph, contract, model.weights) as predictor:
         if given is None:
@@ -160,31 +170,20 @@ def _tried(
             golden = read_golden_file(given, contract)
         says = set(_read_json(Path(stated))) if stated is not None else set()
         is_open = golden.labels is None and not says & TASK_FIELDS
-        if is_open and not _answers_by_rows(predictor, contract, golden):
+        feed = contract.prepare(golden.by_name(contract))
+        in_rows = contract.by_rows and has_rows(predictor, contract, feed)
+        depends = in_rows and depends_on_others(
+            predictor, contract, feed, is_made_up=given is None
+        )
+        remarks: tuple[str, ...] = ()
+        if is_open and (depends or not in_rows):
+            remarks = (DEPENDS if depends else NO_ROWS,)
             contract = replace(contract, task="free")
+        elif depends:
+            remarks = (DEPENDS_THOUGH_STATED,)
         answered = judged(predictor, contract, golden)
         check_labels(replace(answered, labels=golden.labels), contract)
-        return contract, answered
-
-
-def _answers_by_rows(predictor: Predictor, contract: Contract, golden: Golden) -> bool:
-    """Return whether a model may be a classifier: a row of numbers for each sample."""
-    if len(contract.inputs) != 1:
-        return False
-    (spec,) = contract.inputs
-    feed = contract.prepare(golden.by_name(contract))
-    outputs = answers(predictor, feed)
-    first = first_tensor(outputs)
-    found, rows = outputs[first], len(np.atleast_1d(feed[spec.name]))
-    if found.dtype.kind not in "iuf" or not found.size or found.shape[:1] != (rows,):
-        return False
-    if not spec.has_batch or rows == 1:
-        return True
-    try:  # a size may be the same by chance
-        fewer = answers(predictor, {spec.name: feed[spec.name][1:]})[first]
-    except StoreError:
-        return True  # it takes no other number of samples
-    return bool(fewer.shape[:1] == (rows - 1,))
+        return contract, answered, remarks
 
 
 def _type(dtype: str) -> str:

@@ -36,11 +36,13 @@ class PackedBundle:
         data: The bytes of the zip file.
         patch: The patch inside, from the init weights to the round.
         remarks: What the publisher should know of it.
+        task: What a model from anybody is for; empty for a round's.
     """
 
     data: bytes
     patch: PackedPatch
     remarks: tuple[str, ...] = ()
+    task: str = ""
 
 
 def build_bundle(

@@ -17,6 +17,7 @@ from packager.cli.options import MODEL, PackOptions, insist_apart
 if TYPE_CHECKING:
     from edge_runtime.formats.identity import Run
     from packager.build import PackedPatch
+    from packager.bundles.from_round import PackedBundle
     from packager.models.read import Model
     from packager.report.packed import Made
 
@@ -114,15 +115,19 @@ def pack_files(
     newer = model
     if target is not None:
         newer = replace(read_any(target, files.graph), run=run)
+    bundle: PackedBundle | None = None
     if target is None:
-        packed, data = _bundle(model, files, options)
-    else:
-        packed, data = _patch(model, newer, options)
+        bundle = _bundle(model, files, options)
+    packed, data = (
+        (bundle.patch, bundle.data) if bundle else _patch(model, newer, options)
+    )
     path = _place(newer, output, ".bundle.zip" if options.bundle else ".dpu")
     given = files.graph, files.contract, files.golden
     insist_apart(path, *model.files, *newer.files, *given, *options.keys)
     record = files_record((model, newer), packed, path, len(data), options.signed_by)
     record["golden"] = "given" if files.golden else "made up"
+    if bundle:
+        record["task"], record["remarks"] = bundle.task, list(bundle.remarks)
     write = partial(_write, force=options.force)
     yield Made(path, data, record, files_text(record), write)
 
@@ -174,9 +179,7 @@ def _patch(
     return packed, packed.data if packed else b""
 
 
-def _bundle(
-    model: "Model", files: FileOptions, options: PackOptions
-) -> "tuple[PackedPatch | None, bytes]":
+def _bundle(model: "Model", files: FileOptions, options: PackOptions) -> "PackedBundle":
     from packager.bundles.from_model import adopt_model
     from packager.models.onnx_words import what_stays
 
@@ -197,7 +200,7 @@ def _bundle(
     )
     for remark in bundle.remarks:
         say(remark)
-    return bundle.patch, bundle.data
+    return bundle
 
 
 def _place(source: "Model", output: str | None, suffix: str) -> Path:

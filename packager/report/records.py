@@ -261,4 +261,6 @@ class FilesRecord(TypedDict):
     changed: NotRequired[int]
     tensors_changed: NotRequired[int]
     golden: NotRequired[str]
+    task: NotRequired[str]
+    remarks: NotRequired[list[str]]
     written: NotRequired[bool]
