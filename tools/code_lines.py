@@ -50,7 +50,7 @@ BUDGETS: dict[str, dict[str, int]] = {
     "trainer": {
         ".": 1270,
         "data": 490,
-        "export": 1635,
+        "export": 1680,
         "folder": 540,
         "method": 1550,
         "networks": 245,

@@ -36,7 +36,7 @@ from edge_runtime.update.metrics import METRICS
 from trainer.export.deployed_check import check_deployed
 from trainer.export.graph import export_graph
 from trainer.export.init_recipe import make_init_spec
-from trainer.export.label_check import check_labels
+from trainer.export.label_check import check_labels, check_rows
 from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
 from trainer.folder.changes import check_changes, check_masks, way_back
@@ -106,6 +106,7 @@ def start_run(  # noqa: PLR0913 - all but two by name
             contract.output_tolerance,
         )
         check_labels(model, contract, golden, reach=False)
+        check_rows(model, contract, golden)
         write_model(
             run_dir,
             graph=graph,

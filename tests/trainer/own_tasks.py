@@ -70,6 +70,18 @@ def flat(shape, width):
     return nn.Sequential(network(shape, width), nn.Flatten(0))
 
 
+class Scene(nn.Module):
+    """Each row looks at all others."""
+
+    def __init__(self, shape, width):
+        super().__init__()
+        self.layer, self.end = nn.Linear(*shape, 8), nn.Linear(8, width)
+
+    def forward(self, x):
+        rows = self.layer(x)
+        return self.end(torch.softmax(rows @ rows.T, 1) @ rows)
+
+
 class Two(nn.Module):
     """Two outputs from one layer."""
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -358,6 +359,7 @@ def test_publish_refuses_what_devices_would_refuse_and_writes_nothing(tmp_path):
             "metric mae takes one tensor of labels, these are 2",
         ),
         ("scaled_tokens", "classification", (), "network", "without scale"),
+        ("values", "regression", (), "Scene", "depends on the samples beside it"),
     ],
 )
 def test_refused_before_the_first_epoch(tmp_path, data, task, overrides, model, words):
@@ -433,6 +435,28 @@ def test_start_run_refuses_labels_and_classes_that_do_not_fit(
             golden_labels=labels,
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_start_run_refuses_rows_that_depend_on_each_other_unless_the_task_is_free(
+    tmp_path,
+):
+    import own_tasks
+
+    def start(name, build, **options):
+        start_run(
+            tmp_path / name,
+            build,
+            contract=make_contract((6,), **options),
+            golden_inputs=own_tasks.inputs(8, 0),
+        )
+        return (tmp_path / name).exists()
+
+    scene = partial(own_tasks.Scene, (6,), 3)
+    with pytest.raises(TrainingError, match=r"depends on the samples .* batch_first"):
+        start("rows", scene, task="regression")
+    assert not (tmp_path / "rows").exists()
+    assert start("whole", scene, task="free")
+    assert start("apart", partial(own_tasks.network, (6,), 3), task="regression")
 
 
 # What people see ----------------------------------------------------------------------

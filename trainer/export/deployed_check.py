@@ -32,6 +32,13 @@ from trainer.export.network import network_weights
 from trainer.export.tensors import changed_elements
 
 GOLDEN_ROWS = 8  # golden inputs that every round is tried with
+ALONE_TOLERANCE = 2e-2  # of max|y|; other kernels for fewer rows stay far below
+DEPENDS_ON_OTHERS = (
+    "what the network answers to a sample depends on the samples beside it, and "
+    "devices ask for one at a time; give samples the first axis in all of the network "
+    "(nn.LSTM, nn.MultiheadAttention: batch_first=True), or take the task free: "
+    "devices then ask once for each file"
+)
 
 
 def check_deployed(model: nn.Module, weights: Weights, folder: Path) -> None:
@@ -167,6 +174,31 @@ def answer_of(model: nn.Module, batch: Sequence[Tensor]) -> list[Tensor]:
         for module, mode in modes.items():
             module.training = mode
     return [x.cpu() for x in as_tuple(answer, "what forward returns")]
+
+
+def depends_on_others(
+    model: nn.Module, batch: Sequence[Tensor], has_rows: Sequence[bool] = (True,)
+) -> bool:
+    """Return whether the first answer to a sample changes with the samples beside it.
+
+    Args:
+        model: The network; left in the mode in which it was.
+        batch: Its inputs, of a few samples.
+        has_rows: Of each, whether its first axis has the samples.
+    """
+    whole = answer_of(model, batch)[0]
+    inputs = [*zip(batch, has_rows, strict=True)]
+    if any(whole.shape[:1] != x.shape[:1] for x, rows in inputs if rows):
+        return False  # no row for each sample, which is told where that matters
+    alone = []
+    for n in range(len(whole) if any(has_rows) else 0):
+        sample = [x[n : n + 1] if rows else x for x, rows in inputs]
+        alone.append(answer_of(model, sample)[0])
+    if not alone or any(found.shape != whole[:1].shape for found in alone):
+        return False
+    error = difference(torch.cat(alone).double().numpy(), whole)
+    # What draws random numbers is told by its own name.
+    return error > ALONE_TOLERANCE and torch.equal(answer_of(model, batch)[0], whole)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hold a network's answers against golden labels, as every device's trial will."""
+"""Hold a network's answers against golden labels, and against those to one sample."""
 
 from typing import Any
 
@@ -11,7 +11,13 @@ from edge_runtime.errors import ContractError, TrainingError
 from edge_runtime.formats.contract import Contract
 from edge_runtime.update.golden import Golden
 from edge_runtime.update.metrics import METRICS
-from trainer.export.deployed_check import answer_of
+from trainer.export.deployed_check import (
+    DEPENDS_ON_OTHERS,
+    answer_of,
+    depends_on_others,
+)
+
+SOME_ROWS = 4  # golden inputs that are asked for one by one
 
 
 def check_labels(
@@ -46,6 +52,28 @@ def check_labels(
             f"for {metric.asked(bound)}: devices would refuse these weights; nothing "
             "was written"
         )
+
+
+def check_rows(model: nn.Module, contract: Contract, golden: Golden) -> None:
+    """Insist on a model that answers sample by sample where its contract says so.
+
+    Args:
+        model: The network; left in the mode in which it was.
+        contract: Names the task.
+        golden: Inputs that are tried.
+
+    Raises:
+        TrainingError: What it answers to a sample depends on the samples beside it.
+    """
+    if not contract.by_rows or contract.is_random(0):
+        return
+    some = golden.by_name(contract)
+    for spec in contract.inputs:
+        if spec.has_batch:
+            some[spec.name] = some[spec.name][:SOME_ROWS]
+    batch = [torch.tensor(array) for array in contract.prepare(some).values()]
+    if depends_on_others(model, batch, [spec.has_batch for spec in contract.inputs]):
+        raise TrainingError(DEPENDS_ON_OTHERS)
 
 
 def _check_width(output: NDArray[Any], contract: Contract) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from edge_runtime.errors import ConfigError, ContractError
 from edge_runtime.update.metrics import METRICS, Metric, Sums
 from trainer.data.samples import Samples, batches
+from trainer.export.deployed_check import DEPENDS_ON_OTHERS, depends_on_others
 from trainer.recipe.factory import load_factory
 from trainer.recipe.schema import Config
 from trainer.recipe.task import device_metric, loss_name, metric_name
@@ -172,6 +173,8 @@ def check_objective(
         raise ConfigError(f"the network gives {output!r}, expected tensors")
     if task != "free":
         _check_shape(output, labels, task, len(names), tuple(inputs.shape[1:]))
+        if depends_on_others(model, (inputs,)):
+            raise ConfigError(DEPENDS_ON_OTHERS)
     name = loss_name(config.data, config.train)
     if name in LOSSES:
         _check_built_in(name, outputs, labels)
