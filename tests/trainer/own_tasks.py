@@ -70,16 +70,15 @@ def flat(shape, width):
     return nn.Sequential(network(shape, width), nn.Flatten(0))
 
 
-class Scene(nn.Module):
-    """Each row looks at all others."""
+class Crowd(nn.Module):
+    """What it answers to a row grows with the number of rows, whatever its weights."""
 
     def __init__(self, shape, width):
         super().__init__()
-        self.layer, self.end = nn.Linear(*shape, 8), nn.Linear(8, width)
+        self.layer = nn.Linear(*shape, width)
 
     def forward(self, x):
-        rows = self.layer(x)
-        return self.end(torch.softmax(rows @ rows.T, 1) @ rows)
+        return self.layer(x) + torch.ones_like(x[:, 0]).sum()
 
 
 class Two(nn.Module):

@@ -359,7 +359,7 @@ def test_publish_refuses_what_devices_would_refuse_and_writes_nothing(tmp_path):
             "metric mae takes one tensor of labels, these are 2",
         ),
         ("scaled_tokens", "classification", (), "network", "without scale"),
-        ("values", "regression", (), "Scene", "depends on the samples beside it"),
+        ("values", "regression", (), "Crowd", "depends on the samples beside it"),
     ],
 )
 def test_refused_before_the_first_epoch(tmp_path, data, task, overrides, model, words):
@@ -451,11 +451,11 @@ def test_start_run_refuses_rows_that_depend_on_each_other_unless_the_task_is_fre
         )
         return (tmp_path / name).exists()
 
-    scene = partial(own_tasks.Scene, (6,), 3)
+    crowd = partial(own_tasks.Crowd, (6,), 3)
     with pytest.raises(TrainingError, match=r"depends on the samples .* batch_first"):
-        start("rows", scene, task="regression")
+        start("rows", crowd, task="regression")
     assert not (tmp_path / "rows").exists()
-    assert start("whole", scene, task="free")
+    assert start("whole", crowd, task="free")
     assert start("apart", partial(own_tasks.network, (6,), 3), task="regression")
 
 
