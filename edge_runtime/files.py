@@ -34,6 +34,23 @@ _ABSENT = frozenset({EINVAL, ENOLCK, ENOSYS, ENOTSUP})  # what a file system lac
 _NAMED = 5  # of the things found in a folder
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in order; none where there is no folder.
+
+    ``Path.glob`` finds nothing either where a folder may not be read, or where a link
+    leads to what is not mounted: whoever asks for a gate or a witness must know.
+
+    Raises:
+        OSError: It cannot be read, is none, or a link leads nowhere.
+    """
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        if any(p.is_symlink() and not p.exists() for p in (folder, *folder.parents)):
+            raise
+        return []
+
+
 def strangers(folder: Path, own: Collection[str] = ()) -> str:
     """Name files of others in a folder, in words; empty if there are none.
 
@@ -44,12 +61,8 @@ def strangers(folder: Path, own: Collection[str] = ()) -> str:
     Raises:
         OSError: The folder cannot be read, or is none.
     """
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted(entry.name for entry in entries if entry.name not in own)
-    except FileNotFoundError:
-        return ""
-    return listed([printable(name) for name in found], _NAMED)
+    found = [printable(name) for name in names_in(folder) if name not in own]
+    return listed(found, _NAMED)
 
 
 def lock_file(file: int | BinaryIO, path: Path, *, wait: bool = False) -> None:

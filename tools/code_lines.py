@@ -26,16 +26,16 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1205,
+        ".": 1210,
         "agent": 700,
         "cli": 1385,
         "formats": 3745,
         "inference": 875,
-        "live": 540,
+        "live": 550,
         "store": 955,
         "sync": 2025,
         "trust": 320,
-        "update": 1165,
+        "update": 1180,
     },
     "packager": {
         ".": 1665,

@@ -7,6 +7,7 @@ none: they would prove nothing. Whatever goes wrong here costs a report, not an 
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Reporter:
             return  # each try reads all the weights
         problem, self._failed_at = "", self._clock()
         try:
-            if (store.root / KEY_NAME).exists():
+            if os.path.lexists(store.root / KEY_NAME):  # a link to nothing is told
                 self._report(store)
         except Exception as err:  # noqa: BLE001 - a report is not worth an update
             problem = told_of(err)

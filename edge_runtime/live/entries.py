@@ -13,18 +13,18 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
 from io import FileIO
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import open_regular
+from edge_runtime.files import names_in, open_regular
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.layout import Layout
@@ -145,7 +145,11 @@ class Entry:
 
 def _create(folder: Path) -> FileIO:
     """Create a file and lock it; again if a reader removed it before the lock."""
-    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir()
+        with suppress(PermissionError):  # FAT has one mode for all
+            # Whatever the umask: proofs are made by other users too.
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o755)
     while True:
         path = folder / f"{os.getpid()}-{time.time_ns()}.json"
         file = open(path, "xb", buffering=0)
@@ -164,10 +168,21 @@ def _withdraw(file: FileIO, pid: int) -> None:
 
 
 def read_entries(store: Store) -> Iterator[dict[str, Any]]:
-    """Yield what live predictors tell; remove what dead ones told."""
-    paths = sorted(islice(store.root.glob("live/*.json"), limits().live_files))
-    for path in paths:
-        record: dict[str, Any] = {"pid": 0, "status": Status.UNKNOWN}
+    """Yield what live predictors tell; remove what dead ones told.
+
+    What cannot be read, or is more than may be looked at, is one of unknown status.
+    """
+    unknown: dict[str, Any] = {"pid": 0, "status": Status.UNKNOWN}
+    folder, most = store.root / "live", limits().live_files
+    try:
+        names = [name for name in names_in(folder) if name.endswith(".json")]
+    except OSError:  # silence would say that nobody is there
+        yield unknown
+        return
+    if len(names) > most:
+        yield unknown
+    for path in (folder / name for name in names[:most]):
+        record = unknown
         with suppress(OSError, StoreError):
             if (text := _read(path)) is None:
                 continue

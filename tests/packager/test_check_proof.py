@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import ProofError, TrustError
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.inference.session import SwapPolicy
+from edge_runtime.limits import Limits
 from edge_runtime.live.entries import Status, measure, read_entries
 from edge_runtime.live.proof import device_key, read_key
 from edge_runtime.live.shared import canonical, public_key
@@ -35,6 +37,7 @@ from packager.cli.pack import patch
 from packager.rounds.folder import read_round
 from tests.crash import world
 from tests.crash.traced import Failing
+from tests.users import somebody_else
 
 ROOT = Path(__file__).parents[2]
 NONCE = "5f2a"
@@ -218,6 +221,51 @@ def test_an_entry_that_cannot_be_read_makes_the_answer_unclear(check, device):
     code, record = check()
     assert (code, record["verdict"]) == (5, "unclear")
     assert "nothing that can be read" in parts(record)["process 0"]["reason"]
+    del predictor
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.symlink_to("/mnt/gone/live"), os.mkfifo]
+)
+def test_entries_that_cannot_be_listed_make_the_answer_unclear(check, device, make):
+    predictor = device.predictor()
+    live = device.store.root / "live"
+    live.rename(live.with_name("away"))
+    make(live)
+    code, record = check()
+    assert (code, record["verdict"]) == (5, "unclear")
+    assert "nothing that can be read" in parts(record)["process 0"]["reason"]
+    del predictor
+
+
+def test_entries_in_a_folder_that_is_closed_to_this_user_are_unknown():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to nobody
+        store = Store(name)
+        store.root.chmod(0o755)
+        (store.root / "live").mkdir(mode=0o700 if os.geteuid() == 0 else 0)
+        with somebody_else():
+            assert list(read_entries(store)) == [{"pid": 0, "status": Status.UNKNOWN}]
+
+
+def test_more_entries_than_are_looked_at_make_the_answer_unclear(
+    check, device, monkeypatch
+):
+    predictors = [device.predictor() for _ in range(2)]
+    assert check()[1]["verdict"] == "equal"
+    monkeypatch.setattr(
+        edge_runtime.live.entries, "limits", lambda: Limits(live_files=1)
+    )
+    assert check()[1]["verdict"] == "unclear"
+    del predictors
+
+
+def test_whatever_the_umask_other_users_may_list_what_is_live(device):
+    before = os.umask(0o077)
+    try:
+        predictor = device.predictor()
+    finally:
+        os.umask(before)
+    assert (device.store.root / "live").stat().st_mode & 0o777 == 0o755
     del predictor
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ledger knows which release counters are given out, whatever happened to it."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from packager.cli.pack import pack, patch
 from packager.keys import encode_private, generate_key, load_private
 from packager.ledger import open_ledger, read_ledger
 from packager.rounds.folder import parent_from, read_round
+from tests.users import somebody_else
 
 
 @pytest.fixture
@@ -309,18 +309,6 @@ def test_a_file_that_somebody_moved_away_is_not_packed_again(run, runs, command)
     command(pack, "tiny", "-q")
     (run.path / "round_02.dpu").unlink()
     assert "released already" in command(pack, "tiny")[2]
-
-
-@contextlib.contextmanager
-def somebody_else():
-    """Act as a user whom folders of ours can be closed to."""
-    before = os.geteuid()
-    if not before:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(before)
 
 
 @pytest.fixture

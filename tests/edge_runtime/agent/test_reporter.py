@@ -290,6 +290,14 @@ def test_a_damaged_key_holds_no_update_back(board, damage):
     assert "no report" in board.said
 
 
+def test_a_key_that_is_out_of_reach_is_told(board):
+    (board.root / KEY_NAME).unlink()
+    (board.root / KEY_NAME).symlink_to("/mnt/gone/device.key")
+    board.look()
+    assert "no report" in board.said
+    assert "/mnt/gone/device.key" in board.reason
+
+
 def test_what_the_network_side_cannot_tell_holds_no_update_back(board):
     (board.folder / ".sync.told").write_bytes(b"{half")
     board.put(1)

@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import signal
+import tempfile
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,10 @@ from edge_runtime import Device, UpdateResult
 from edge_runtime.errors import HeldError, StoreError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.store.state import MAX_TRIES, State
-from edge_runtime.update.hooks import run_hooks
+from edge_runtime.update.hooks import find_hooks, run_hooks
 from tests.crash import world
 from tests.processes import is_running, wait_for
+from tests.users import somebody_else
 
 
 @pytest.fixture
@@ -268,8 +271,51 @@ def test_a_hook_after_that_lost_its_run_bit_is_told(device, hook):
 @pytest.mark.parametrize("name", ["README", "README.md", ".swp", "10-old.disabled"])
 def test_notes_beside_the_hooks_are_no_hooks(device, hook, name):
     hook("before-apply", name, "exit 1", mode=0o644)
-    (device.store.root / "hooks" / "before-apply.d" / "folder").mkdir()
     assert device.update(next_patch(device)) is UpdateResult.APPLIED
+
+
+def link_to_nothing(path):
+    path.symlink_to("/mnt/gone/gate")
+
+
+# A container makes a folder in place of a volume's file that is not there.
+@pytest.mark.parametrize("make", [link_to_nothing, os.mkfifo, os.mkdir])
+def test_a_gate_that_is_no_file_refuses(device, hook, make):
+    hook("before-apply", "20-free", "exit 0")
+    path = device.store.root / "hooks" / "before-apply.d" / "10-gate"
+    make(path)
+    with pytest.raises(HeldError, match=r"10-gate is no file.*10-gate\.disabled"):
+        device.update(next_patch(device))
+    assert device.status()["round"] == 0
+    path.rename(path.with_name("10-gate.disabled"))
+    assert device.update(next_patch(device)) is UpdateResult.APPLIED
+
+
+@pytest.mark.parametrize("make", [link_to_nothing, os.mkfifo])
+@pytest.mark.parametrize("name", ["hooks", "hooks/before-apply.d"])
+def test_where_gates_cannot_be_read_the_update_is_held(device, make, name):
+    path = device.store.root / name
+    path.parent.mkdir(exist_ok=True)
+    make(path)
+    with pytest.raises(HeldError, match=r"before-apply\.d holds a hook cannot be read"):
+        device.update(next_patch(device))
+    assert device.status()["round"] == 0
+    path.unlink()
+    assert device.update(next_patch(device)) is UpdateResult.APPLIED
+
+
+def test_gates_that_are_closed_to_the_agents_user_hold_the_update():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to nobody
+        root = Path(name)
+        root.chmod(0o755)
+        folder = root / "hooks" / "before-apply.d"
+        folder.mkdir(parents=True)
+        for mode in (0o700, 0o744) if os.geteuid() == 0 else (0o000, 0o444):
+            (folder / "10-gate").touch()
+            folder.chmod(mode)
+            with somebody_else(), pytest.raises(HeldError, match="Permission denied"):
+                list(find_hooks(root, "before-apply"))
+            folder.chmod(0o755)
 
 
 def test_a_hook_that_cannot_be_run_refuses(device, hook, tmp_path):
