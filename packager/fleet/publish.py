@@ -95,6 +95,7 @@ def publish(
             if old and not release.is_news(head):
                 if not dry_run:
                     _complete(place, old.head, files, say)
+                _insist_not_halted(round_, counter, old)
                 told = tuple((o, False) for o in offered)
                 return Published(old.head, 0, told, 0, changed=False)
             _insist_not_halted(round_, counter, old)

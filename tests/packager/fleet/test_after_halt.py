@@ -105,6 +105,26 @@ def test_resume_goes_on_once(operator):
     assert not operator.head.is_paused()
 
 
+@pytest.mark.parametrize("more", [(), ("--rollout", "100%"), ("--dry-run",)])
+def test_what_is_halted_is_not_published_again(operator, more):
+    watch = operator.keys["watch"]
+    operator.publish(0, "--pauser", watch.with_suffix(".pub.pem"))
+    operator.do("pause", operator.www, "--key", watch)
+    words = operator.do("publish", "round_00", *operator.to, *more, code=3)
+    assert "the rollout of round_00 is paused" in words
+    assert operator.head.is_paused()
+
+
+def test_what_a_halted_release_lost_comes_back_though_it_stays_halted(operator):
+    watch = operator.keys["watch"]
+    operator.publish(1, "--pauser", watch.with_suffix(".pub.pem"))
+    operator.do("pause", operator.www, "--key", watch)
+    (bundle,) = (operator.www / "bundles").iterdir()
+    bundle.unlink()
+    operator.do("publish", "round_01", *operator.to, code=3)
+    assert bundle.exists()
+
+
 @pytest.mark.parametrize(
     "args", [("--halt-at", "2%"), ("--halt-at", "200%"), ("--halt-at", "x")]
 )
