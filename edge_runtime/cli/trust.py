@@ -6,9 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.commandline import CONTEXT, Answer, Group, on_device
+from edge_runtime.commandline import (
+    CONTEXT,
+    Answer,
+    Group,
+    emit,
+    json_option,
+    on_device,
+    progress,
+)
+from edge_runtime.errors import DpuError, add_details, prefix_errors
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.parameters import FileOf
+from edge_runtime.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.formats.signing import Trust
@@ -102,28 +112,35 @@ def _words(role: dict[str, Any]) -> str:
     is_flag=True,
     help="Take it on a device that trusts nobody so far.",
 )
-@on_device
+@json_option
+@click.pass_obj
 def add(
-    device: "Device", paths: tuple[Path, ...], *, lapsed: bool, first_use: bool
-) -> Answer:
+    root: Path, paths: tuple[Path, ...], *, lapsed: bool, first_use: bool, as_json: bool
+) -> None:
     """Take key lists, in the order given. A list that is refused changes nothing.
 
-    From then on the device takes what the keys of the newest list signed, and nothing
-    that only other keys signed. 'dpu-patch trust' makes lists.
+    It ends at the first list that is refused; those before it stay taken. From then on
+    the device takes what the keys of the newest list signed, and nothing that only
+    other keys signed. 'dpu-patch trust' makes lists.
     """
-    from edge_runtime.errors import prefix_errors
     from edge_runtime.trust import load_list
+    from edge_runtime.update.device import Device
 
-    results, lines = [], []
+    device = Device.open(root)
+    results: list[dict[str, Any]] = []
     for path in paths:
-        with prefix_errors(path.name):
-            result = device.add_list(
-                load_list(path), lapsed=lapsed, first_use=first_use
-            )
+        try:
+            with prefix_errors(path.name):
+                data = load_list(path)
+                result = device.add_list(data, lapsed=lapsed, first_use=first_use)
+        except (DpuError, OSError) as err:
+            add_details(err, lists=results)  # the keys of these count from now on
+            raise
         results.append({"file": str(path), "result": result})
-        lines.append(f"{path.name}: {result}")
+        if not as_json:
+            progress(f"{printable(path.name)}: {result}")
     record, text = _shown(device)
-    return {"lists": results} | record, "\n".join([*lines, text])
+    emit({"lists": results} | record, as_json=as_json, text=text)
 
 
 def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
@@ -135,7 +152,7 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
         KeyListError: A key list is damaged.
         TrustError: A key list is not signed by its own keys.
     """
-    from edge_runtime.errors import KeyFileError, prefix_errors
+    from edge_runtime.errors import KeyFileError
     from edge_runtime.files import read_bounded
     from edge_runtime.formats.kinds import kind_of
     from edge_runtime.formats.signing import trust_keys

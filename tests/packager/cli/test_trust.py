@@ -96,6 +96,24 @@ def test_two_people_sign_one_after_the_other_and_a_device_begins_with_it(
     assert f"1 of {id_of(here / 'new.pub.pem')}" in text
 
 
+def test_lists_that_were_taken_are_told_though_the_next_one_is_refused(
+    here, first, trust, command, run
+):
+    runs = ("--runs", run.path.parent)
+    command(pack, "round_00", "--bundle", "--sign", "fleet.pem", *runs)
+    store = ("--store", here / "store")
+    bundle = run.path / "round_00.bundle.zip"
+    command(edge, *store, "init", bundle, "--trust", "1.root.json")
+    new = ("--add-release", "new.pub.pem")
+    trust("rotate", "1.root.json", *new, "--sign", "ann.pem", "--sign", "bob.pem")
+    given = ("2.root.json", "1.root.json")
+    code, out, err = command(edge, *store, "trust", "add", *given)
+    assert (code, out) == (8, "2.root.json: applied\n")
+    code, _, err = command(edge, *store, "trust", "add", *given, "--json")
+    taken = [{"file": "2.root.json", "result": "already current"}]
+    assert (code, json.loads(err)["lists"]) == (8, taken)
+
+
 def test_a_device_with_single_keys_moves_over(here, first, trust, command, run):
     runs = ("--runs", run.path.parent)
     command(pack, "round_00", "--bundle", "--sign", "fleet.pem", *runs)
