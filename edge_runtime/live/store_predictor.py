@@ -2,6 +2,8 @@
 """A predictor that keeps up with its store, whichever process installs the updates."""
 
 import logging
+import math
+import os
 import threading
 import time
 import weakref
@@ -18,6 +20,7 @@ from edge_runtime.text import printable
 
 LOOK_S = 1.0  # between two looks at the state
 MAX_LOOK_S = 300.0  # after failures the looks get rarer, up to this
+LONGEST_S = 366 * 86_400.0  # time.sleep takes no number of seconds that is far larger
 
 _log = logging.getLogger("edge_runtime")
 
@@ -50,14 +53,20 @@ class StorePredictor(Predictor):
             follow: Seconds between two looks at the state; 0 for none.
 
         Raises:
+            DpuError: ``follow`` is no number of seconds.
             StoreError: Nothing is installed there, or it cannot be loaded.
             BackendError: The backend is not installed, or cannot run this graph.
         """
+        if not 0 <= follow < math.inf:
+            raise DpuError(
+                f"follow is {follow}, expected the seconds between two looks at the "
+                "store, True for one second, or False"
+            )
         self.store = Store.open(root)
         self._stamp = self.store.stamp()
         state = self.store.reload()
         folder = self.store.slot_folder(state.active)
-        self._installed = state
+        self._installed, self._active = state, state.active
         self._entry = Entry(self.store)
         self._sources = {folder: measure(folder)}
         super().__init__(folder, self.store.contract, options)
@@ -65,13 +74,14 @@ class StorePredictor(Predictor):
         self._refreshing = threading.RLock()
         if follow:
             # By a weak reference: a predictor that nobody holds ends its thread.
-            work = (weakref.ref(self), follow)
+            work = (weakref.ref(self), min(follow, LONGEST_S))
             threading.Thread(target=_follow, args=work, daemon=True).start()
 
     def refresh(self) -> bool:
-        """Move to the active weights, if they are others now.
+        """Move to the active weights, if they are others than at the last look.
 
-        Costs one ``stat`` where nothing was committed.
+        Costs one ``stat`` where nothing was committed. What was chosen with
+        :meth:`swap` stays until an update or a rollback makes others active.
 
         Returns:
             Whether the weights changed.
@@ -92,18 +102,21 @@ class StorePredictor(Predictor):
                         f"another model was installed in {self.store.root}; make a new "
                         "predictor"
                     )
-                folder = self.store.slot_folder(state.active)
-                if folder != former or self._session is None:
-                    self.swap(folder)
-                self._stamp = stamp
+                if state.active != self._active or self._session is None:
+                    self.swap(self.store.slot_folder(state.active))
+                self._active, self._stamp = state.active, stamp
             return self.folder != former
 
-    def swap(self, folder: Path) -> None:
+    def swap(self, folder: str | os.PathLike[str]) -> None:
         """Move to another slot, as :meth:`Predictor.swap` does, and record it.
+
+        Args:
+            folder: The slot, or a link to it, such as ``STORE/current``.
 
         Raises:
             StoreError: The new slot cannot be loaded; the old one stays in use.
         """
+        folder = Path(os.path.realpath(folder))  # a link may lead elsewhere later
         with self._refreshing:
             former = self.folder
             self._sources = {former: self._sources[former], folder: measure(folder)}
@@ -119,7 +132,7 @@ class StorePredictor(Predictor):
         except StoreError:
             # Of damaged files a runtime says that the graph is wrong.
             for slot in self.store.state.slots:
-                if self.store.slot_folder(slot.target) == folder:
+                if self.store.slot_folder(slot.target).resolve() == folder.resolve():
                     self.store.check_slot(slot.target)
             raise
 

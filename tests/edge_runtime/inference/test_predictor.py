@@ -3,6 +3,7 @@
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge_runtime import Device, RunOptions
-from edge_runtime.errors import ContractError, StoreError
+from edge_runtime.errors import ContractError, DpuError, StoreError
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import Predictor, available_memory
 from edge_runtime.inference.session import Backend, SwapPolicy
+from edge_runtime.live.entries import read_entries
+from edge_runtime.live.store_predictor import LONGEST_S
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
 from packager.rounds.folder import read_round
@@ -419,6 +422,58 @@ def test_no_fault_of_a_look_ends_following(
         update(device, run, 1)
         wait_until(lambda: f": {words}" in caplog.text)
     wait_until(lambda: predictor.folder == device.store.slot_folder(device.verify()))
+
+
+@pytest.mark.parametrize("follow", [-1, float("nan"), float("inf")])
+def test_what_is_no_time_between_two_looks_is_refused(device, follow):
+    with pytest.raises(DpuError, match="expected the seconds between two looks"):
+        device.predictor(follow=follow)
+
+
+def test_looks_as_rare_as_can_be_said_are_made(device, monkeypatch):
+    asked, is_over = queue.SimpleQueue(), threading.Event()
+
+    def wait(seconds):
+        asked.put(seconds)
+        is_over.wait()
+
+    monkeypatch.setattr("edge_runtime.live.store_predictor.time.sleep", wait)
+    predictor = device.predictor(follow=1e12)
+    assert asked.get(timeout=60) == LONGEST_S
+    del predictor
+    is_over.set()
+
+
+# A slot of one's choice ---------------------------------------------------------------
+
+
+def entry_of(device):
+    (entry,) = read_entries(device.store)
+    return entry["status"], entry.get("fingerprint")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_link_to_a_slot_may_be_chosen_and_is_told_as_the_slot(device, run, kind):
+    predictor = device.predictor()
+    update(device, run, 1)
+    predictor.swap(kind(device.store.root / "current"))
+    active = device.store.state.active
+    assert predictor.folder.name == active
+    assert entry_of(device) == ("loaded", active)
+
+
+def test_a_choice_stays_until_other_weights_become_active(device, run):
+    update(device, run, 1)
+    predictor = device.predictor()
+    old = device.store.slot_folder(device.store.state.slots[1].target)
+    predictor.swap(old)
+    device.pin()
+    assert predictor.refresh() is False
+    assert predictor.folder == old
+    device.pin(held=False)
+    update(device, run, 2)
+    assert predictor.refresh() is True
+    assert predictor.folder.name == device.store.state.active
 
 
 def test_a_predictor_that_nobody_holds_ends_its_thread(device):
