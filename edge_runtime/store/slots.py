@@ -125,7 +125,8 @@ def restore_slot(store: Store, slot: Slot) -> None:
         store.check_slot(slot.target)
     except (DpuError, OSError) as err:
         raise StoreError(
-            f"the way back to round {slot.round} is not usable: {err}"
+            f"the way back to round {slot.round} is not usable: {err}; 'dpu-edge "
+            "repair BUNDLE' gives up such ways"
         ) from err
 
 
