@@ -4,6 +4,7 @@
 import functools
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -106,6 +107,7 @@ def infer(  # noqa: PLR0913 - one for each option
 
     if bool(inputs) == golden:
         raise click.UsageError("give INPUT files, or --golden")
+    _insist_writable(output)
     device = Device.open(root)
     contract = device.store.contract
     predictor = device.predictor(options)
@@ -137,6 +139,17 @@ def infer(  # noqa: PLR0913 - one for each option
         told |= _score(device, [outputs for _, outputs in found])
     if as_json:
         emit(told, as_json=True, text="")
+
+
+def _insist_writable(output: Path | None) -> None:
+    """Insist on a place for the output before the work, which would be lost else."""
+    # With a slash in the end, what is no folder has no such right.
+    if output and not os.access(f"{output.parent}/", os.W_OK | os.X_OK):
+        raise click.BadParameter(
+            f"{output.parent} is no folder that this user may write to; make it, or "
+            "give another",
+            param_hint="--output",
+        )
 
 
 def _name_what_is_not_shown(predictor: "Predictor") -> None:

@@ -164,6 +164,16 @@ def test_infer_names_the_likeliest_classes_whatever_type_answers_have(dtype, row
     assert sum(entry["probability"] for entry in found) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("place", ["missing/x.npy", "file/x.npy"])
+def test_infer_asks_nothing_where_its_output_cannot_be_written(
+    edge, installed, tmp_path, monkeypatch, place
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cli_infer, "_answers", None)  # whoever calls it fails
+    code, _, err = edge("infer", "--golden", "--json", "-o", tmp_path / place)
+    assert (code, "no folder that this user may write to" in err) == (2, True)
+
+
 def test_infer_takes_probabilities_as_they_are_where_the_contract_says_so():
     contract = Contract((), classes=("a", "b"), probabilities=True)
     (best,) = cli_infer._answer(np.array([0.1, 0.9], "f4"), contract, 1)["top"]
