@@ -26,12 +26,13 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 1210,
+        ".": 890,
         "agent": 700,
-        "cli": 1385,
+        "cli": 1410,
+        "doctor": 405,
         "formats": 3745,
         "inference": 875,
-        "live": 550,
+        "live": 560,
         "store": 955,
         "sync": 2025,
         "trust": 320,

@@ -22,10 +22,11 @@ from edge_runtime.text import printable
 def doctor(context: click.Context, folder: Path | None, *, as_json: bool) -> None:
     """Say what is wrong with this device, and what to do about it.
 
-    It looks at clock, space, file system, runtime, keys, store, units, agent and sync,
-    and changes nothing. It ends with 13 if something is wrong.
+    It looks at clock, space, file system, runtime, keys, hooks, lock, store, units,
+    agent, folder and sync, and changes nothing. It ends with 13 if something is wrong.
     """
-    from edge_runtime.doctor import Health, examine
+    from edge_runtime.doctor.examine import examine
+    from edge_runtime.doctor.finding import Health
 
     found = examine(context.obj, folder)
     wrong = [finding for finding in found if finding.health is Health.WRONG]

@@ -55,9 +55,11 @@ def read_known(folder: Path | None) -> Known:
     Args:
         folder: The agent's folder, if that is known.
     """
-    if folder is None or not (folder / STATE_NAME).exists():
-        return Known(folder)
+    if folder is None:
+        return Known()
     try:
+        if not (folder / STATE_NAME).exists():
+            return Known(folder)
         state = read_sync_state(folder)
         if not state.digest:
             return Known(folder, state)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """dpu-edge doctor: each thing that may be wrong is found, and nothing is changed."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -8,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from edge_runtime import doctor as module
 from edge_runtime.cli.main import main
-from edge_runtime.doctor import Health, examine
+from edge_runtime.doctor import machine as module
+from edge_runtime.doctor import stored
+from edge_runtime.doctor.examine import examine
+from edge_runtime.doctor.finding import Health
 from edge_runtime.files import Files
 from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import device_key
@@ -39,7 +43,9 @@ def world(template, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(module.time, "time", lambda: world.clock)
     change(world.folder / STATE_NAME, checked=at)
     change(world.root / "agent.json", last_success=at, folder=str(world.folder))
-    return world
+    with contextlib.ExitStack() as stack:
+        world.stack = stack
+        yield world
 
 
 def wrong(world, root=None):
@@ -113,6 +119,44 @@ def change(path, **facts):
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
+def break_one_state(world):
+    (world.root / "state.json").write_text("{")
+
+
+def put_a_folder_in_place_of_the_state(world):
+    (world.root / "state.json").unlink()
+    (world.root / "state.json").mkdir()
+
+
+def break_the_copy(world):
+    (world.root / "state.copy").write_bytes(b"")
+
+
+def hold_lock(world):
+    world.patch.setattr(stored, "WAIT_S", 0)
+    world.holder = world.stack.enter_context((world.root / "lock").open("ab"))
+    fcntl.flock(world.holder, fcntl.LOCK_EX)
+
+
+def put_a_folder_in_place_of_the_lock(world):
+    (world.root / "lock").unlink(missing_ok=True)
+    (world.root / "lock").mkdir()
+
+
+def take_run_bit(world):
+    folder = world.root / "hooks" / "before-apply.d"
+    folder.mkdir(parents=True)
+    (folder / "10-gate").touch(0o644)
+
+
+def lose_hooks(world):
+    (world.root / "hooks").symlink_to("/mnt/gone")
+
+
+def lose_folder(world):
+    change(world.root / "agent.json", folder="/mnt/gone")
+
+
 def fail_agent(world):
     change(world.root / "agent.json", failing="the disk is gone")
 
@@ -149,6 +193,14 @@ def break_sync(world):
         (break_key, "key", "private key"),
         (rot, "store", "is damaged"),
         (break_state, "store", "state.json is damaged"),
+        (break_one_state, "store", "state.json is damaged"),
+        (put_a_folder_in_place_of_the_state, "store", "state.json is damaged or no"),
+        (break_the_copy, "store", "state.copy is damaged"),
+        (hold_lock, "lock", "no update gets through"),
+        (put_a_folder_in_place_of_the_lock, "lock", "directory"),
+        (take_run_bit, "hooks", "chmod +x"),
+        (lose_hooks, "hooks", "cannot be read"),
+        (lose_folder, "folder", "/mnt/gone"),
         (fail_agent, "agent", "the disk is gone"),
         (end_agent, "agent", "none has looked for 2 hours"),
         (fail_sync, "sync", "no answer"),
@@ -177,9 +229,28 @@ def test_of_a_lock_that_is_another_users_nothing_is_said(world, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (world.root / "agent.lock").touch()
-    monkeypatch.setattr("edge_runtime.doctor.fcntl.flock", deny)
+    monkeypatch.setattr("fcntl.flock", deny)
     (found,) = (f for f in examine(world.root) if f.check == "agent")
     assert (found.health, "its own user sees" in found.words) == (Health.OK, True)
+
+
+def test_a_lock_that_an_update_lets_go_of_is_well(world, monkeypatch):
+    world.patch = monkeypatch
+    hold_lock(world)
+    monkeypatch.setattr(stored, "WAIT_S", 60)
+    monkeypatch.setattr(stored.time, "sleep", lambda _: world.holder.close())
+    assert wrong(world) == {}
+
+
+def test_a_folder_that_is_not_there_is_told(world, command):
+    given = ("--store", world.root, "doctor", "--folder", "/no/such")
+    code, out, _ = command(main, *given)
+    assert (code, "wrong  folder" in out, "/no/such" in out) == (13, True, True)
+
+
+def test_a_state_without_its_copy_is_well(world):
+    (world.root / "state.copy").unlink()
+    assert wrong(world) == {}
 
 
 def test_a_disk_without_room_for_a_slot_is_wrong_unless_an_old_slot_may_go(
@@ -229,8 +300,8 @@ def test_where_nothing_is_installed_that_is_what_is_wrong(command, tmp_path):
 
 
 def test_a_time_that_cannot_be_read_is_the_first_of_all():
-    assert module._seconds("1970-01-02T00:00:00Z") == 86_400
-    assert module._seconds("no time") == 0
+    assert module.seconds("1970-01-02T00:00:00Z") == 86_400
+    assert module.seconds("no time") == 0
 
 
 def test_where_nothing_is_installed_it_says_how_to_install(tmp_path):
