@@ -59,6 +59,8 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--epochs", type=int, default=8, help="of each of two phases")
     options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error(f"found --epochs {options.epochs}, expected 1 or more")
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

@@ -11,6 +11,8 @@ docs/round-folder.md has the rules.
 
 import argparse
 import json
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,16 @@ def graph_for(layout):
     return model.SerializeToString(deterministic=True)
 
 
+@contextmanager
+def whole(folder):
+    """Let a folder be filled under another name, then rename it: complete or absent."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was cut off
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    unfinished.rename(folder)
+
+
 def write_model(run):
     """Write ``model/``, and return the init weights and the graph."""
     spec = InitSpec(
@@ -124,13 +136,7 @@ def write_model(run):
         stored={},
     )
     init = spec.generate()
-    folder = run / "model"
-    folder.mkdir(parents=True)
-    write_init_spec(spec, folder)
     graph = graph_for(init.layout)
-    (folder / "graph.onnx").write_bytes(graph)
-    # Drawn once: devices of this run refuse patches of another one.
-    (folder / "run.json").write_bytes(encode_run(Run(run_id(), run.name)))
     one = {"scale": 1.0, "mean": [0.0], "std": [1.0]}  # points go in as they are
     contract = {
         "schema": 1,
@@ -142,23 +148,25 @@ def write_model(run):
         "accuracy_floor": 0.5,
         "output_tolerance": 1e-4,
     }
-    (folder / "contract.json").write_text(json.dumps(contract))
     points, labels = samples(32, seed=99)
-    np.savez(folder / "golden.npz", inputs=points, labels=labels.astype(np.int64))
+    golden = {"inputs": points, "labels": labels.astype(np.int64)}
+    with whole(run / "model") as folder:
+        write_init_spec(spec, folder)
+        (folder / "graph.onnx").write_bytes(graph)
+        # Drawn once: devices of this run refuse patches of another one.
+        (folder / "run.json").write_bytes(encode_run(Run(run_id(), run.name)))
+        (folder / "contract.json").write_text(json.dumps(contract))
+        np.savez(folder / "golden.npz", **golden)
     return init, graph
 
 
 def write_round(run, number, weights, masks, *, parent, graph):
-    """Write one round folder under another name, then rename it."""
+    """Write one round's folder, and return its weights."""
     target = pack_weights(weights)
-    unfinished = run / f".round_{number:02d}"
-    unfinished.mkdir()
-    write_weights(target, unfinished / "weights.safetensors")
     packed = {
         name: np.packbits(mask.ravel(), bitorder="little")
         for name, mask in masks.items()
     }
-    write_weights(pack_weights(packed), unfinished / "selection.safetensors")
     record = {
         "schema": 2,  # because the run has an id
         "run": run.name,
@@ -170,8 +178,10 @@ def write_round(run, number, weights, masks, *, parent, graph):
         "target": target.fingerprint,
         "packable": True,
     }
-    (unfinished / "round.json").write_text(json.dumps(record, indent=1))
-    unfinished.rename(run / f"round_{number:02d}")
+    with whole(run / f"round_{number:02d}") as folder:
+        write_weights(target, folder / "weights.safetensors")
+        write_weights(pack_weights(packed), folder / "selection.safetensors")
+        (folder / "round.json").write_text(json.dumps(record, indent=1))
     return target
 
 
@@ -179,6 +189,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     run = parser.parse_args().runs / "numpy"
+    if (run / "model").exists():
+        parser.error(f"{run} is there already; remove it, or give another --runs")
     parent, graph = write_model(run)
     for number, count in enumerate((100, 200, 400)):
         points, labels = samples(count, seed=number)

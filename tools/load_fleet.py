@@ -11,7 +11,6 @@ update spreads. Count and time are bounded; what is not installed is said and le
 
 import asyncio
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -26,11 +25,12 @@ from edge_runtime.sync.paths import head_path, patch_path
 from packager.fleet.address import open_place
 from packager.fleet.place import Place
 from tools.bench.patch import machine
-from tools.fleet.publisher import CHANNEL, Publisher, train
+from tools.fleet.publisher import CHANNEL, Publisher, copy_run, train
 from tools.fleet.servers import ID, LOOPBACK, SECRET, running_nginx, running_store
 from tools.parts import BY_HAND, find
 
 NOW = 1_800_000_000
+ROUNDS = 2  # what is fetched is the patch between them
 PATCH_EVERY = 50  # polls to one fetch, while an update spreads
 
 
@@ -214,7 +214,7 @@ def main(
     """Ask nginx and SeaweedFS for heads and patches, as a fleet does."""
     with tempfile.TemporaryDirectory(prefix="fleet-run-") as name:
         if run:
-            copy = shutil.copytree(run, Path(name) / run.name)
+            copy = copy_run(run, Path(name), ROUNDS)
         else:
             say("training the digits")
             copy = train(Path(name), ["run.rounds=3"])

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from tools.wheels import CHECKOUT, run
+from tools.wheels import CHECKOUT, replacing, run
 
 
 def project() -> dict[str, Any]:
@@ -53,20 +53,20 @@ def try_out(archive: Path, version: str) -> None:
 def main(*, as_json: bool) -> None:
     """Build, check and install a release; upload nothing."""
     version, dist = str(project()["version"]), CHECKOUT / "dist"
-    for old in (*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")):
-        old.unlink()
-    say(f"building {version}")
-    # Its wheel is built from the source distribution, so of nothing that lies here.
-    run(sys.executable, "-m", "build", "--outdir", dist, CHECKOUT)
-    made = sorted([*dist.glob("dpu_edge-*.whl"), *dist.glob("dpu_edge-*.tar.gz")])
-    run(sys.executable, "-m", "twine", "check", "--strict", *made)
-    for archive in made:
-        say(f"installing {archive.name} in a fresh environment")
-        try_out(archive, version)
+    with replacing(dist, "dpu_edge-*.whl", "dpu_edge-*.tar.gz") as made:
+        say(f"building {version}")
+        # Its wheel is built from the source distribution, so of nothing that lies here.
+        run(sys.executable, "-m", "build", "--outdir", made, CHECKOUT)
+        archives = sorted(made.iterdir())
+        run(sys.executable, "-m", "twine", "check", "--strict", *archives)
+        for archive in archives:
+            say(f"installing {archive.name} in a fresh environment")
+            try_out(archive, version)
+    files = [str(dist / archive.name) for archive in archives]
     emit(
-        {"version": version, "files": [str(path) for path in made]},
+        {"version": version, "files": files},
         as_json=as_json,
-        text="\n".join(f"{path}  checked, installed, started" for path in made),
+        text="\n".join(f"{file}  checked, installed, started" for file in files),
     )
 
 

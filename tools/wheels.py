@@ -12,17 +12,18 @@ such folders.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
+from edge_runtime.files import strangers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "packager", "trainer")
@@ -35,11 +36,28 @@ EXTRAS = ("sync", "tuf", "image")  # what a device may need beside the runtime i
 PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(36, 16, -1)), "manylinux2014")
 
 
+@contextmanager
+def replacing(folder: Path, *patterns: str) -> Iterator[Path]:
+    """Yield an empty folder, and put what is made there in place of older files.
+
+    Args:
+        folder: Where to; its files stay as they are where making fails.
+        patterns: Of the older files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()  # programs may run elsewhere
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as name:
+        yield Path(name)
+        new = {path.replace(place / path.name) for path in [*Path(name).iterdir()]}
+        for old in {path for pattern in patterns for path in place.glob(pattern)} - new:
+            old.unlink()
+
+
 def build_wheel(folder: Path, *how: str, source: Path = CHECKOUT) -> Path:
     """Build the wheel of a checkout; its version ends with the commit.
 
     Args:
-        folder: Where to; wheels of ours that are there are removed.
+        folder: Where to, in place of the wheels of ours that are there.
         how: More arguments for pip.
         source: The checkout.
 
@@ -49,9 +67,8 @@ def build_wheel(folder: Path, *how: str, source: Path = CHECKOUT) -> Path:
     Raises:
         click.ClickException: The build failed.
     """
-    for old in folder.glob("dpu_edge-*.whl"):
-        old.unlink()
-    with tempfile.TemporaryDirectory() as name:
+    ours = "dpu_edge-*.whl"
+    with tempfile.TemporaryDirectory() as name, replacing(folder, ours) as made:
         # Elsewhere: in the checkout setuptools packs again what an earlier build left,
         # deleted modules too, and would leave this version there for all that ask.
         apart = Path(name)
@@ -59,9 +76,9 @@ def build_wheel(folder: Path, *how: str, source: Path = CHECKOUT) -> Path:
             (apart / part).symlink_to(source / part)
         settings = f"[egg_info]\ntag_build = {commit_tag(source)}\n"
         (apart / "setup.cfg").write_text(settings)
-        run_pip("wheel", "--no-deps", *how, "--wheel-dir", str(folder), name)
-    (wheel,) = folder.glob("dpu_edge-*.whl")
-    return wheel
+        run_pip("wheel", "--no-deps", *how, "--wheel-dir", str(made), name)
+        (wheel,) = made.glob(ours)
+    return folder / wheel.name
 
 
 def commit_tag(source: Path = CHECKOUT) -> str:
@@ -179,28 +196,34 @@ def fill(folder: Path, machine: str) -> Path:
     """Collect the wheels that install dpu-edge on a machine without a network.
 
     Args:
-        folder: Where to; what is there goes.
+        folder: Where to, in place of the wheels that are there: of an older version
+            none may stay.
         machine: One of ``MACHINES``.
 
     Returns:
         Our own wheel among them.
 
     Raises:
-        click.ClickException: pip failed, or something is missing.
+        click.ClickException: The folder holds other things than wheels, pip failed, or
+            something is missing.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of an older version, nothing may stay
-    folder.mkdir(parents=True)
-    say("building our wheel ...")
-    wheel = build_wheel(folder)
+    if found := strangers(folder, {path.name for path in folder.glob("*.whl")}):
+        raise click.UsageError(
+            f"{folder} holds {found}, expected wheels alone; remove it, or choose "
+            "another folder"
+        )
     tested = ("--constraint", str(CHECKOUT / "constraints.txt"))
-    for python, system in PYTHONS.items():
-        say(f"downloading the {machine} wheels for Python {python} ({system}) ...")
-        where = ("--dest", str(folder), *tested)
-        wanted = (*for_machine(machine, python), *dependencies(*EXTRAS))
-        run_pip("download", *where, *wanted)
-        check_complete(folder, python, machine)
-        say("  complete: pip installs dpu-edge from this folder alone")
-    return wheel
+    with replacing(folder, "*.whl") as made:
+        say("building our wheel ...")
+        wheel = build_wheel(made)
+        for python, system in PYTHONS.items():
+            say(f"downloading the {machine} wheels for Python {python} ({system}) ...")
+            where = ("--dest", str(made), *tested)
+            wanted = (*for_machine(machine, python), *dependencies(*EXTRAS))
+            run_pip("download", *where, *wanted)
+            check_complete(made, python, machine)
+            say("  complete: pip installs dpu-edge from this folder alone")
+    return folder / wheel.name
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from edge_runtime import Device
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
@@ -15,7 +13,7 @@ from packager.rounds.folder import read_round
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def start(*command, cwd):
+def start(*command, cwd, code=0):
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -23,8 +21,8 @@ def start(*command, cwd):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
 
 
 def update_a_device(run, store):
@@ -47,6 +45,13 @@ def test_the_loop_of_ones_own_trains_rounds_for_a_device(tmp_path):
     assert len(sizes) == 2
 
 
+def test_the_loop_trains_for_an_epoch_at_least_or_leaves_no_run(tmp_path):
+    loop = EXAMPLES / "own_loop.py"
+    err = start(loop, "--epochs", "0", cwd=tmp_path, code=2)
+    assert "found --epochs 0, expected 1 or more" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_own_model_and_data_by_a_recipe(tmp_path):
     for name in ("own_model.py", "own_model.toml"):
         (tmp_path / name).write_text((EXAMPLES / name).read_text())
@@ -64,14 +69,16 @@ def test_a_trainer_of_ones_own_needs_neither_ours_nor_torch(tmp_path):
     code = (
         f"{forbidden} import runpy; runpy.run_path({str(source)!r}, None, '__main__')"
     )
+    run = tmp_path / "runs" / "numpy"
+    for name in (".model", ".round_00"):  # of a start that was cut off
+        (run / name).mkdir(parents=True)
+        (run / name / "half").write_text("")
     out = start("-c", code, cwd=tmp_path)
     assert out.count("right") == 3
-    run = tmp_path / "runs" / "numpy"
+    assert not list(run.rglob("half")) + list(run.glob(".*"))
     _, sizes = update_a_device(run, tmp_path / "device")
     full = (run / "round_00" / "weights.safetensors").stat().st_size
     assert len(sizes) == 2
     assert max(sizes) < full / 5
-    with pytest.raises(subprocess.CalledProcessError):  # a second start spoils nothing
-        subprocess.run(
-            [sys.executable, source], cwd=tmp_path, check=True, capture_output=True
-        )
+    err = start(source, cwd=tmp_path, code=2)  # a second time: it spoils nothing
+    assert "runs/numpy is there already" in err

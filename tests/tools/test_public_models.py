@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public models go around the whole circle: packed, installed, updated, rolled back."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -47,6 +49,21 @@ def test_a_hundredth_of_the_weights_changes():
 
 def test_the_downloads_stay_below_200_megabytes():
     assert sum(p.size for p in PACKAGES if not p.extra) < 200_000_000
+
+
+def test_a_package_that_cannot_be_had_is_a_row(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    wheels = tmp_path / "a" / "b"
+    arguments = ("--package", "magika", "--wheels", wheels, "--json", "--check")
+    code, out, err = command(public.main, *arguments)
+    (row,) = json.loads(out)["models"]
+    assert row["result"].startswith("pip download magika==1.0.3: ")
+    assert (code, "0 of 1 as expected" in err) == (1, True)
+
+
+def test_a_package_that_is_unknown_is_refused_before_anything_is_fetched(command):
+    code, out, err = command(public.main, "--package", "magica")
+    assert (code, out, "'magica' is not one of 'magika'" in err) == (2, "", True)
 
 
 @pytest.mark.public

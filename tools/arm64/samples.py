@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the emulated device is given: three networks, their bundles and their patches.
 
-    python -m tools.arm64.samples FOLDER
+    python -m tools.arm64.samples FOLDER digits
 
 ``digits`` is the demo's network with all its rounds, ``int8`` a convolutional one that
 computes in int8 on the device. ``mobilenet`` is MobileNetV2 for
@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, say
+from edge_runtime.files import strangers
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
 from tools.wheels import CHECKOUT
 
@@ -152,6 +153,11 @@ def make_mobilenet(run: Path) -> None:
 @click.argument("name", type=click.Choice(NAMES))
 def main(folder: Path, name: str) -> None:
     """Train and pack the network NAME into FOLDER/NAME, from the beginning."""
+    found = strangers(folder / name)
+    if found and not (folder / name / "runs").is_dir():  # as each sample has
+        raise click.UsageError(
+            f"{folder / name} holds {found}; remove it, or choose another folder"
+        )
     shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was cut off
     if name == "digits":
         from tools.demo import main as demo

@@ -274,6 +274,8 @@ def main(
     as_json: bool,
 ) -> None:
     """Measure time and memory of applying patches."""
+    if no_synthetic and not rounds:
+        raise click.UsageError("nothing to measure: expected --rounds")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-rounds-") as scratch:
         for pair in (p for path in rounds for p in find_pairs(path, Path(scratch))):
@@ -296,12 +298,12 @@ def main(
     missed = [problem for row in rows for problem in row.missed()]
     told = machine()
     text = table(rows, missed, told)
-    if save:
-        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     record = {"machine": told, "missed": missed, "rounds": [
         asdict(row) | {"ratio": row.ratio, "memory": row.memory} for row in rows
     ]}  # fmt: skip
     emit(record, as_json=as_json, text=text)
+    if save:
+        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     end(missed, check=check)
 
 

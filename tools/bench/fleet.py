@@ -13,7 +13,6 @@ some.
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from packager.fleet.tuf_keys import TufFolder, make_folder
 from packager.keys import generate_key
 from tools.bench.patch import machine
 from tools.ending import end
-from tools.fleet.publisher import CHANNEL, Publisher, train
+from tools.fleet.publisher import CHANNEL, Publisher, copy_run, train
 from tools.fleet.servers import (
     ID,
     LOOPBACK,
@@ -62,6 +61,7 @@ from tools.simulate_fleet import TIME_BAR_S, simulate
 
 HOUR = 3600
 DEVICES = 100_000
+ROUNDS = 5  # what a board starts with, an update each by three ways, and a cut one
 CUT = 700  # bytes of a body after which a connection ends
 RACERS, HEADS = 4, 25  # publishers, and heads of each
 # Runs a console script and tells the peak of its memory, and what it imported.
@@ -322,7 +322,7 @@ def measure(run: Path) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-fleet-") as name:
         folder = Path(name)
         folder.chmod(0o755)  # nginx reads it as a user of its own
-        copy = shutil.copytree(run, folder / "runs" / run.name)
+        copy = copy_run(run, folder / "runs", ROUNDS)
         publisher = Publisher(
             copy, folder / "www", now=int(time.time()), pausable=False
         )

@@ -235,7 +235,13 @@ s (CPU {found.pack_cpu_s:.2f}): {found.pack_s / found.read_s:.1f} times the time
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.option("--large", is_flag=True, help="Two files of 4 GB too: minutes, 8 GB.")
-@click.option("--tensors", default=TENSORS, show_default=True, help="Small ones.")
+@click.option(
+    "--tensors",
+    type=click.IntRange(2),  # the first one stays as it is
+    default=TENSORS,
+    show_default=True,
+    help="Small ones.",
+)
 @click.option("--write", is_flag=True, help="Put the tables into RESULTS.md.")
 @click.option("--check", is_flag=True, help="End with 1 if a bar is missed.")
 @json_option
@@ -254,8 +260,6 @@ def main(tensors: int, *, large: bool, write: bool, check: bool, as_json: bool) 
     problems = [text for row in memory for text in row.missed()] + [*found.missed()]
     host = machine()
     text = section(memory, found, host)
-    if write:
-        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     record = {
         "memory": [asdict(row) for row in memory],
         "time": asdict(found),
@@ -263,6 +267,8 @@ def main(tensors: int, *, large: bool, write: bool, check: bool, as_json: bool) 
         "machine": host,
     }
     emit(record, as_json=as_json, text=text)
+    if write:
+        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     end(problems, check=check)
 
 

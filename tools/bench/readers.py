@@ -326,7 +326,13 @@ Bars: {TIME_BAR:.0f} s of CPU time, {MEMORY_BAR / 1e6:.0f} MB; exit code 1 is a 
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--size", default=SIZE, show_default=True, help="Bytes of each file.")
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    default=SIZE,
+    show_default=True,
+    help="Bytes of each file.",
+)
 @click.option("--write", is_flag=True, help="Put the table into RESULTS.md.")
 @click.option("--check", is_flag=True, help="End with 1 if a bar is missed.")
 @json_option
@@ -344,14 +350,14 @@ def main(size: int, *, write: bool, check: bool, as_json: bool) -> None:
     problems = [text for row in rows for text in row.missed()]
     host = machine()
     text = section(rows, host)
-    if write:
-        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     record = {
         "readers": [asdict(row) for row in rows],
         "problems": problems,
         "machine": host,
     }
     emit(record, as_json=as_json, text=text)
+    if write:
+        _RESULTS.write_text(replace_section(_RESULTS.read_text(), text))
     end(problems, check=check)
 
 

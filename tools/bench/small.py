@@ -162,7 +162,13 @@ def table(record: dict[str, Any]) -> Iterator[str]:
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--times", default=15, show_default=True, help="Starts for each figure.")
+@click.option(
+    "--times",
+    type=click.IntRange(1),
+    default=15,
+    show_default=True,
+    help="Starts for each figure.",
+)
 @click.option("--check", is_flag=True, help="End with 1 if a promise is broken.")
 @json_option
 def main(times: int, *, check: bool, as_json: bool) -> None:

@@ -165,12 +165,14 @@ def make_versions(folder: Path, model: str) -> int:
     from edge_runtime.formats.weights import write_weights
     from trainer.export.graph import export_graph
     from trainer.export.tensors import weights_of
-    from trainer.networks.models import MODELS
+    from trainer.networks.models import build_model
+    from trainer.recipe.schema import ModelConfig
 
-    graph = export_graph(MODELS[model](SHAPE[1:], 10), torch.zeros(SHAPE))
+    config = ModelConfig(name=model)
+    graph = export_graph(build_model(config, SHAPE[1:], 10), torch.zeros(SHAPE))
     for number in range(VERSIONS):
         torch.manual_seed(number)
-        network = MODELS[model](SHAPE[1:], 10)
+        network = build_model(config, SHAPE[1:], 10)
         slot = folder / str(number)
         slot.mkdir()
         (slot / GRAPH_NAME).write_bytes(graph)
@@ -180,8 +182,14 @@ def make_versions(folder: Path, model: str) -> int:
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.option("--model", default="vgg", show_default=True, help="A built-in network.")
-@click.option("--swaps", default=100, show_default=True)
-@click.option("--callers", default=2, show_default=True, help="Threads that call.")
+@click.option("--swaps", type=click.IntRange(1), default=100, show_default=True)
+@click.option(
+    "--callers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Threads that call.",
+)
 @click.option("--check", is_flag=True, help="End with 1 if a promise is broken.")
 @click.option("--child", nargs=2, hidden=True, help="Measure one policy here.")
 @json_option

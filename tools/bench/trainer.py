@@ -266,7 +266,13 @@ def compare_epoch(turns: int) -> Iterator[Figure]:
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--turns", default=9, show_default=True, help="Timed turns of each.")
+@click.option(
+    "--turns",
+    type=click.IntRange(1),
+    default=9,
+    show_default=True,
+    help="Timed turns of each.",
+)
 @click.option("--check", is_flag=True, help="End with 1 when a bar is missed.")
 @json_option
 def main(turns: int, check: bool, as_json: bool) -> None:

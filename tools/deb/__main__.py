@@ -24,7 +24,7 @@ from tools.deb.package import (
     our_version,
     source_date,
 )
-from tools.wheels import CHECKOUT, fill
+from tools.wheels import CHECKOUT, fill, replacing
 
 
 def _version(
@@ -73,13 +73,12 @@ def main(
         if not keep_wheels:
             fill(wheels, MACHINES[arch])
         say(f"building the package for {arch} ...")
-        for old in folder.glob(f"dpu-edge_*_{arch}.deb"):
-            old.unlink()
-        made = build(wheels, arch, version or our_version(wheels), folder, seconds)
-        digest = hashlib.sha256(made.path.read_bytes()).hexdigest()
+        with replacing(folder, f"dpu-edge_*_{arch}.deb") as apart:
+            made = build(wheels, arch, version or our_version(wheels), apart, seconds)
+            digest = hashlib.sha256(made.path.read_bytes()).hexdigest()
         records.append(
             {
-                "path": str(made.path),
+                "path": str(folder / made.path.name),
                 "bytes": made.size,
                 "installed_bytes": made.installed,
                 "shared_bytes": made.shared,

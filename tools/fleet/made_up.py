@@ -20,6 +20,7 @@ import click
 from edge_runtime.commandline import CONTEXT, Command, say
 from packager.fleet.dashboard import dashboard
 from packager.fleet.database import DAY_S, Row, add_reports, open_database
+from tools.ending import check_parent
 
 NOW = 1_796_169_600  # 2026-12-02
 WEEK = 7 * DAY_S
@@ -126,6 +127,7 @@ def main(
     devices: int, *, output: Path, failing: float, silent: float, claimed: float
 ) -> None:
     """Make up a fleet and write its page."""
+    check_parent(output)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_database(Path(folder) / "fleet.db") as connection,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The publisher of a simulated fleet: real rounds, patches, heads and key lists."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.head import SignedHead, read_head
@@ -18,6 +20,7 @@ from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
 from packager.key_lists import change_list, make_list, sign_list
 from packager.rounds.folder import RoundFolder, read_round
+from packager.rounds.record import read_record
 
 CHANNEL = "stable"
 # Ten of these rounds are better than what devices have, and are published.
@@ -41,6 +44,30 @@ def train(folder: Path, changes: Sequence[str] = TRAINING) -> Path:
     recipe = Path(str(files("trainer"))) / "recipes" / "digits.toml"
     run_rounds(load_config(recipe, changes), folder)
     return folder / "digits"
+
+
+def copy_run(run: Path, folder: Path, least: int) -> Path:
+    """Copy a run into a folder: publishing writes its ledger beside the rounds.
+
+    Args:
+        run: Of somebody, which stays as it is.
+        folder: Where to.
+        least: How many of its rounds have to update something.
+
+    Returns:
+        The copy.
+
+    Raises:
+        RoundError: It has fewer, or is no run.
+    """
+    records = map(read_record, list_rounds(run))
+    count = sum(record.outcome is Outcome.UPDATED for record in records)
+    if count < least:
+        raise RoundError(
+            f"{run} has {count} rounds that update anything, expected a run with "
+            f"{least} or more; leave --run out, and the digits are trained"
+        )
+    return Path(shutil.copytree(run, folder / run.resolve().name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import VerificationError
+from edge_runtime.errors import RoundError, VerificationError
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.identity import read_run
+from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     INIT_NAME,
@@ -113,12 +114,21 @@ def _pack_shadow(folder: Path, record: RoundRecord) -> bytes:
 
 
 def read_checkpoints(folder: Path, root: str) -> tuple[str, list[RoundRecord]]:
-    """Return a run's id and the records of its rounds, whose data lies in ``root``."""
-    found = json.loads((folder / RUN_FILE).read_text())
-    config = found["config"]
-    config["data"]["root"] = root
-    same = {"config": config, "versions": found["versions"]}
-    return found["id"], [record_of(same | row) for row in found["rounds"]]
+    """Return a run's id and the records of its rounds, whose data lies in ``root``.
+
+    Raises:
+        RoundError: Their file is damaged.
+        OSError: It cannot be read.
+    """
+    path = folder / RUN_FILE
+    found = read_record(path, "record_bytes", str(path), RoundError, finite=False)
+    try:
+        config = found.values["config"]
+        config["data"]["root"] = root
+        same = {"config": config, "versions": found.values["versions"]}
+        return found.text("id"), [record_of(same | r) for r in found.values["rounds"]]
+    except (ValueError, KeyError, TypeError) as err:
+        raise RoundError(f"{path} is malformed ({err!r})") from err
 
 
 def restore(

@@ -93,7 +93,11 @@ def main() -> None:
     default=METHODS,
     help="One row; may be repeated.  [default: the paper's five]",
 )
-@click.option("--minutes", type=float, help="Stop after a round that ends later.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0),
+    help="Stop after a round that ends later.",
+)
 @click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="As dpu-train's."
 )
@@ -109,7 +113,7 @@ def run(  # noqa: PLR0913 - one argument for each option
     changes: Sequence[str],
 ) -> None:
     """Train the rounds that are not there yet; stop and start it as you like."""
-    end = time.monotonic() + 60 * minutes if minutes else math.inf
+    end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
     for _ in train_rows(
         network,
         methods,

@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.files import Files
+from edge_runtime.formats.json_file import read_record
 from packager.report.frontier import Measured, frontier_points
 from packager.report.records import FrontierPoint
 
@@ -79,9 +81,18 @@ WIDTH, HEIGHT, MARGIN = 640, 320, 48  # pixels
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file."""
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
+    """Read a result file.
+
+    Raises:
+        ConfigError: It is damaged.
+        OSError: It cannot be read.
+    """
+    result = read_record(path, "record_bytes", str(path), ConfigError)
+    result.record("seeds").integer("run")
+    for row in result.records("rounds"):
+        for name in ("val_tried", "test_tried", "bytes"):
+            row.number(name)
+    return dict(result.values)
 
 
 def write_result(

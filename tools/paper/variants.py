@@ -220,12 +220,12 @@ def main(recipe: str, seeds: int, work: Path, *, save: bool, as_json: bool) -> N
             asdict(row) | {"overrides": VARIANTS[row.variant]} for row in rows
         ],
     }
+    emit(record, as_json=as_json, text=text)
     if save:
         results = HERE / "RESULTS.md"
         results.write_text(replace_section(results.read_text(), text))
         file = HERE / "results" / f"variants_{recipe}.json"
         file.write_text(json.dumps(record, indent=1) + "\n")
-    emit(record, as_json=as_json, text=text)
 
 
 if __name__ == "__main__":

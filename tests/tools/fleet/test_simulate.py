@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulated fleet: nobody is lost, nobody is early, and it would be seen."""
 
+from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 from edge_runtime.sync.head import place
 from tests.conftest import RunOnDisk
-from tools import simulate_fleet
+from tools import load_fleet, simulate_fleet
+from tools.bench import fleet as bench_fleet
 from tools.fleet import kinds
 from tools.fleet.crowd import START, Crowd
 from tools.fleet.picture import draw
@@ -99,6 +102,47 @@ def test_devices_that_cannot_go_on_are_counted(rounds, monkeypatch):
     monkeypatch.setattr(kinds, "route", lambda *_: ())
     found = simulate(rounds, devices=50, days=7, seed=1)
     assert any("stranded" in problem for problem in found.missed())
+
+
+def test_a_run_may_be_the_folder_that_one_is_in(rounds, monkeypatch):
+    monkeypatch.chdir(rounds)
+    assert simulate(Path(), devices=20, days=7, seed=1).counts["updates"]
+
+
+@pytest.mark.parametrize(
+    ("program", "least"), [(simulate_fleet, 2), (load_fleet, 2), (bench_fleet, 5)]
+)
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_run_with_too_few_updates_is_refused_with_their_number(
+    program, least, count, new_run, command
+):
+    run = new_run("short")
+    for number in range(count):
+        run.add(number)
+    code, _, err = command(program.main, "--run", run.path)
+    assert code == 3
+    assert f"short has {count} rounds that update anything, expected" in err
+    assert f"with {least} or more" in err
+
+
+def test_a_folder_that_is_missing_is_told_before_the_work(tmp_path, command):
+    output = tmp_path / "none" / "fleet.svg"
+    code, out, err = command(simulate_fleet.main, "--run", tmp_path, "--output", output)
+    assert (code, out, f"{output.parent} is no folder" in err) == (2, "", True)
+
+
+def test_one_device_does_not_miss_the_share_of_a_step(rounds):
+    found = simulate(rounds, devices=1, days=7, seed=1)
+    assert any(release.steps for release in found.releases)
+    assert found.missed() == []
+
+
+@pytest.mark.parametrize(("devices", "within"), [(100_000, "1.0%"), (1000, "6.5%")])
+def test_a_step_that_lets_in_too_many_is_missed(rounds, devices, within):
+    found = simulate(rounds, devices=20, days=7, seed=1)
+    release = replace(found.releases[0], steps=((500, 0.57),))
+    (line,) = replace(found, devices=devices, releases=(release,)).missed()
+    assert line.endswith(f"57.0% took part, expected 50.0% within {within}")
 
 
 def test_table_and_picture_say_what_was_found(rounds):

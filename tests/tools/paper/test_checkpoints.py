@@ -84,7 +84,7 @@ def test_an_int8_run_is_restored_and_replayed_with_the_scales_it_was_trained_wit
         assert row.device == pytest.approx(row.test)
 
 
-@pytest.mark.parametrize("change", ["damaged", "exchanged", "record"])
+@pytest.mark.parametrize("change", ["damaged", "exchanged", "cut", "emptied", "record"])
 def test_checkpoints_that_were_changed_are_refused(run, source, tmp_path, change):
     kept = shutil.copytree(run[0], tmp_path / "kept")
     last = max(kept.glob("round_*.dpu"))
@@ -94,6 +94,9 @@ def test_checkpoints_that_were_changed_are_refused(run, source, tmp_path, change
         last.write_bytes(data)
     elif change == "exchanged":
         shutil.copy(kept / patch_name(0), last)
+    elif change in ("cut", "emptied"):
+        text = "{}" if change == "emptied" else (kept / RUN_FILE).read_text()[:-9]
+        (kept / RUN_FILE).write_text(text)
     else:
         about = json.loads((kept / RUN_FILE).read_text())
         about["rounds"][-1]["target"] = "0" * 64

@@ -7,7 +7,7 @@ import torch
 
 from tools.paper import adapters
 from tools.paper.eight_bits import eight_bits
-from tools.paper.reproduce import NETWORKS, RECIPES
+from tools.paper.reproduce import NETWORKS, RECIPES, main
 from tools.paper.reproduction import (
     BASELINES,
     METHODS,
@@ -108,6 +108,22 @@ def test_its_recipe_differs_in_the_chain_alone():
     )
     own["update"].pop("chain"), dpu["update"].pop("chain")
     assert own == dpu
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"seeds": {"run": 1}, "rou', "not valid JSON"),
+        ('{"seeds": {"run": 1}}', "rounds"),
+        ('{"seeds": {"run": 1}, "rounds": [{"round": 0}]}', "val_tried"),
+    ],
+)
+def test_a_damaged_result_is_named_with_what_is_wrong(tmp_path, command, text, problem):
+    path = tmp_path / "mnist_mlp" / "dpu_seed1.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    code, _, err = command(main, "report", "--results", tmp_path)
+    assert (code, str(path) in err, problem in err) == (2, True, True)
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
