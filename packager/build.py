@@ -28,7 +28,7 @@ from edge_runtime.errors import (
 from edge_runtime.files import Files
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.frames import LEVEL
-from edge_runtime.formats.header import MAX_JUMP, RESERVED_COUNTER, PatchHeader
+from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import same_network
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.formats.patch import open_patch
@@ -37,6 +37,7 @@ from edge_runtime.formats.subspace import Term
 from edge_runtime.formats.weights import Weights, fingerprint_file
 from packager.diff import TensorChange, diff
 from packager.moved import moved_weights
+from packager.release_counter import check_counter
 from packager.rounds.folder import Parent, RoundFolder, find_parent, terms_since
 
 if TYPE_CHECKING:
@@ -264,29 +265,6 @@ def _check_counter(round_: RoundFolder, parent: Parent, counter: int) -> None:
             f"{round_.name} would be release {counter}, but devices at {parent.name} "
             f"have seen release {parent.counter} and refuse what is not newer; give "
             f"--counter {parent.counter + 1} or more"
-        )
-
-
-def check_counter(counter: int, newest: int | None = None) -> None:
-    """Insist on a counter that devices take, and that leaves room for later ones.
-
-    Args:
-        counter: The release counter.
-        newest: The highest that is known to be given out; None lets it be far ahead.
-
-    Raises:
-        RoundError: No device would take it.
-    """
-    if counter >= RESERVED_COUNTER:
-        raise RoundError(
-            f"release counter {RESERVED_COUNTER} is reserved, as no release could ever "
-            "follow it; give a smaller one with --counter"
-        )
-    if newest is not None and counter > newest + MAX_JUMP:
-        raise RoundError(
-            f"release counter {counter} is more than {MAX_JUMP} above {newest}, the "
-            "newest release that is known: devices would refuse it, or everything "
-            f"after it; give --counter {newest + 1}, or --force if it is meant"
         )
 
 

@@ -15,19 +15,15 @@ from typing import Any
 from edge_runtime.errors import ProofError, RoundNotFoundError
 from edge_runtime.files import read_bounded
 from packager.check_proof import (
-    Doubt,
     Expected,
-    Question,
     Rounds,
     Verdict,
-    age_s,
     claimed_round,
-    doubt,
     expected_round,
     judge,
     overall,
-    read_proof,
 )
+from packager.read_proof import Doubt, Question, age_s, doubt, read_proof
 from packager.rounds.names import full_name
 
 SUFFIX = ".proof"  # of the files that are looked at in a folder
@@ -62,7 +58,7 @@ class Tally:
         proofs: How many files there were.
         holds: Name and fingerprint of the weights on the disks, with how many proofs
             of them are equal to what was expected, different or unclear.
-        faults: By what was found (a :class:`~packager.check_proof.Doubt`, or a verdict
+        faults: By what was found (a :class:`~packager.read_proof.Doubt`, or a verdict
             other than equal).
         signers: Key ids whose signatures hold.
     """

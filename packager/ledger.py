@@ -15,7 +15,7 @@ that lie beside the rounds, their headers tell the same.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from errno import EACCES, EPERM, EROFS
 from io import FileIO
@@ -24,19 +24,19 @@ from pathlib import Path
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files, lock_file, read_bounded
 from edge_runtime.formats.json_file import parse_record
-from edge_runtime.formats.model_folder import MODEL_NAME, round_name
+from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.times import utc
-from packager.build import check_counter, write_file
-from packager.packed_file import Facts, keep_signed, read_facts
+from packager.build import write_file
+from packager.packed_file import keep_signed, read_facts
 from packager.release import (
     Release,
     as_text,
     decode_release,
     encode_release,
     not_readable,
+    release_of,
 )
-from packager.rounds.record import RoundRecord
 
 LEDGER_NAME = "releases.jsonl"
 HERE = "."  # where to: the run's own folder
@@ -81,56 +81,6 @@ class Ledger:
         counters = (r.counter for r in self.released(model) if r.target == target)
         return max(counters, default=None)
 
-    def next_counter(
-        self, record: RoundRecord, asked: int | None = None, *, force: bool = False
-    ) -> int:
-        """Return the release counter under which a round is packed.
-
-        It belongs to the weights: that of their newest release, or else the round's
-        own number. Where an older round was released after that, devices have seen a
-        higher one, and the next free one is taken.
-
-        Args:
-            record: Of the round.
-            asked: What a person asks for instead.
-            force: Take what is asked for, though it is another round's or far ahead.
-
-        Raises:
-            RoundError: No device would take it.
-        """
-        known = self.released(record.model)
-        others = [release for release in known if release.target != record.target]
-        own = self.counter_of(record.model, record.target)
-        own = record.counter if own is None else own
-        newest = max((release.counter for release in known), default=record.counter)
-        if asked is None:
-            overtaken = any(
-                release.counter == own
-                or (release.counter > own and release.round < record.round)
-                for release in others
-            )
-            asked = newest + 1 if overtaken else own
-        elif not force:
-            self._check_asked(asked, others)
-        check_counter(asked, None if force else newest)
-        return asked
-
-    def _check_asked(self, asked: int, others: Sequence[Release]) -> None:
-        for release in others:
-            if release.counter == asked:
-                raise RoundError(
-                    f"release {asked} is {round_name(release.round)} already "
-                    f"({release.file}), and no device that has it would take other "
-                    f"weights under the same number; give --counter "
-                    f"{max(r.counter for r in others) + 1}, or --force"
-                )
-        if others and (newer := max(others, key=lambda r: r.counter)).counter > asked:
-            self.notes.append(
-                f"release {asked} is older than {newer.counter} "
-                f"({round_name(newer.round)}): "
-                "devices that have seen that one refuse it"
-            )
-
     # Writing ------------------------------------------------------------------------
 
     def publish(self, data: bytes, path: Path, *, force: bool = False) -> bool:
@@ -153,8 +103,17 @@ class Ledger:
         self.notes += [note] if note else []
         if not data:
             return False
-        before, release = self._end, self._describe(path, read_facts(data), data)
-        if release.to == HERE:
+        before, folder = self._end, path.absolute().parent
+        here = folder.resolve() == self.run.resolve()
+        release = release_of(
+            read_facts(data),
+            file=as_text(path.name),
+            to=HERE if here else as_text(folder),
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            at=utc(),
+        )
+        if here:
             Files().forget(path)  # what a killed packer left
         try:
             write_file(data, path, lambda: self.record(release))
@@ -202,29 +161,6 @@ class Ledger:
         if self._file is not None:
             self._file.truncate(size)
 
-    def _describe(self, path: Path, facts: Facts, data: bytes | None = None) -> Release:
-        header, folder = facts.header, path.absolute().parent
-        here = folder.resolve() == self.run.resolve()
-        file = path.stat() if data is None else None
-        return Release(
-            counter=header.counter,
-            round=header.round,
-            kind=facts.kind,
-            model=header.model,
-            parent=header.parent,
-            target=header.target,
-            signers=facts.signers,
-            file=as_text(path.name),
-            to=HERE if here else as_text(folder),
-            bytes=len(data) if data is not None else path.stat().st_size,
-            sha256=(
-                hashlib.sha256(data).hexdigest()
-                if data is not None
-                else fingerprint_file(path)
-            ),
-            at=utc(file.st_mtime if file else None),
-        )
-
     # Reading ------------------------------------------------------------------------
 
     def _lines(self) -> Iterator[Release]:
@@ -258,16 +194,18 @@ class Ledger:
         for pattern in PATTERNS:
             for path in sorted(self.run.glob(pattern)):
                 try:
-                    facts = read_facts(path)
+                    facts, name = read_facts(path), as_text(path.name)
                     header = facts.header
-                    key = (
-                        as_text(path.name),
-                        header.counter,
-                        header.target,
-                        header.parent,
-                    )
+                    key = name, header.counter, header.target, header.parent
                     if (*key, facts.signers) not in listed:
-                        yield self._describe(path, facts)
+                        yield release_of(
+                            facts,
+                            file=name,
+                            to=HERE,
+                            size=path.stat().st_size,
+                            sha256=fingerprint_file(path),
+                            at=utc(path.stat().st_mtime),
+                        )
                 except (DpuError, OSError) as err:
                     self.notes.append(f"{path} is not counted: {err}")
 

@@ -115,7 +115,7 @@ def keep_signed(data: bytes, path: Path, *, force: bool = False) -> tuple[bytes,
         old = None
     found = kind_of(path)
     if old.kind != new.kind if old else found not in _KINDS[new.kind]:
-        what = found.words.partition(",")[0] if found else f"no {new.kind}"
+        what = found.short if found else f"no {new.kind}"
         raise ConfigError(
             f"{path} is {what}, and would be replaced by a {new.kind}; give another "
             "name with -o, or --force"

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.json_record import Record
 from edge_runtime.times import FORM
+from packager.packed_file import Facts
 
 SCHEMA = 1
 
@@ -48,6 +49,27 @@ class Release:
     def second(self) -> int:
         """When it was recorded, in seconds since 1970."""
         return int(datetime.strptime(self.at, FORM).replace(tzinfo=UTC).timestamp())
+
+
+def release_of(
+    facts: Facts, *, file: str, to: str, size: int, sha256: str, at: str
+) -> Release:
+    """Return the release that a finished file is; the rest as in :class:`Release`."""
+    header = facts.header
+    return Release(
+        counter=header.counter,
+        round=header.round,
+        kind=facts.kind,
+        model=header.model,
+        parent=header.parent,
+        target=header.target,
+        signers=facts.signers,
+        file=file,
+        to=to,
+        bytes=size,
+        sha256=sha256,
+        at=at,
+    )
 
 
 def as_text(name: object) -> str:

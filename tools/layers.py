@@ -51,8 +51,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "packager": (
         *("zip_file", "mapped", "keys", "signing", "key_lists", "rounds"),
-        *("check_proof", "check_proofs", "diff"),
-        *("moved", "build", "size", "packed_file", "release", "ledger"),
+        *("read_proof", "check_proof", "check_proofs", "diff", "moved"),
+        *("packed_file", "release", "release_counter", "build", "size", "ledger"),
         *("compose", "models", "bundles", "provenance", "report", "fleet", "cli"),
         "__main__",
     ),

@@ -95,6 +95,11 @@ class Kind(Enum):
     def __init__(self, words: str, taker: str) -> None:
         self.words, self.taker = words, taker
 
+    @property
+    def short(self) -> str:
+        """What it is, without the remark that may follow."""
+        return self.words.partition(",")[0]
+
 
 # What a reader raises that wanted one of these and got something else.
 _ERRORS: dict[Kind, type[DpuError]] = {
@@ -206,7 +211,7 @@ def refuse_others(path: Path, wanted: Sequence[Kind]) -> None:
         DpuError: It says what the file is, and which command takes it.
     """
     found = kind_of(path)
-    expected = " or ".join(kind.words.partition(",")[0] for kind in wanted)
+    expected = " or ".join(kind.short for kind in wanted)
     error = _ERRORS.get(wanted[0], ContractError)
     if found is None and _is_empty(path):
         raise error(f"{path} is empty (0 bytes), expected {expected}; fetch it again")

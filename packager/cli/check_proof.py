@@ -20,8 +20,9 @@ from packager.cli.files import read_any
 from packager.cli.options import MODEL, runs_option
 
 if TYPE_CHECKING:
-    from packager.check_proof import Expected, Part, Question
+    from packager.check_proof import Expected, Part
     from packager.check_proofs import Standard
+    from packager.read_proof import Question
 
 
 @click.command("check-proof")
@@ -83,8 +84,9 @@ def check_proof(  # noqa: PLR0913 - one for each option
     names it. 8: another nonce, another device, or altered. 3: no proof. Of many files
     8 counts before 3, and 3 before 5.
     """
-    from packager import check_proof as proofs
+    from packager.check_proof import expected_round, known_rounds
     from packager.check_proofs import Standard
+    from packager.read_proof import Question
 
     if round_ and weights:
         raise click.UsageError("give --round or --weights, not both")
@@ -92,15 +94,15 @@ def check_proof(  # noqa: PLR0913 - one for each option
     for path in paths:
         if one or path.is_dir():  # of many files, one that is none is counted
             refuse_others(path, [Kind.PROOF])
-    question = proofs.Question.of(nonce, _read_keys(keys), earlier)
-    rounds = proofs.known_rounds(runs)
+    question = Question.of(nonce, _read_keys(keys), earlier)
+    rounds = known_rounds(runs)
     expected = None
     if weights:
         expected = _expected_file(weights)
     elif round_:
         from packager.rounds.names import find_round
 
-        expected = proofs.expected_round(find_round(round_, runs))
+        expected = expected_round(find_round(round_, runs))
     standard = Standard(rounds, expected, max_age)
     if one:
         return _one(paths[0], question, standard, as_json=as_json)
@@ -125,18 +127,19 @@ def _read_keys(paths: Iterable[Path]) -> dict[str, str]:
 def _one(
     path: Path, question: "Question", standard: "Standard", *, as_json: bool
 ) -> int:
-    from packager import check_proof as proofs
+    from packager.check_proof import Verdict, judge, overall
+    from packager.read_proof import age_s, doubt, read_proof
 
-    proof = proofs.read_proof(read_bounded(path, "proof_bytes", str(path), ProofError))
-    if found := proofs.doubt(proof, question):
+    proof = read_proof(read_bounded(path, "proof_bytes", str(path), ProofError))
+    if found := doubt(proof, question):
         raise TrustError(found[1])
     signer = proof["signature"]["key_id"] if question.signers else ""
-    age, max_age = proofs.age_s(proof), standard.max_age
+    age, max_age = age_s(proof), standard.max_age
     if max_age is not None and abs(age) > max_age:
         raise TrustError(f"the proof is {age:.0f} s old, expected at most {max_age:g}")
     expected = standard.of(proof)
-    parts = proofs.judge(proof, expected, standard.rounds)
-    verdict = proofs.overall(parts)
+    parts = judge(proof, expected, standard.rounds)
+    verdict = overall(parts)
     record = {
         "path": str(path),
         "verdict": verdict,
@@ -163,7 +166,7 @@ def _one(
     if not expected.graph:
         lines.append(f"  {'graph':<14} not compared: {expected.name} has none")
     emit(record, as_json=as_json, text="\n".join(lines))
-    return OK if verdict is proofs.Verdict.EQUAL else DIFFERENT
+    return OK if verdict is Verdict.EQUAL else DIFFERENT
 
 
 def _many(
@@ -201,7 +204,8 @@ def _many(
 
 def _code(faults: Collection[str]) -> int:
     """Return the exit code of many proofs: that of the gravest fault."""
-    from packager.check_proof import Doubt, Verdict
+    from packager.check_proof import Verdict
+    from packager.read_proof import Doubt
 
     harmless = {Doubt.UNKNOWN_WEIGHTS, Verdict.DIFFERENT, Verdict.UNCLEAR}
     if not faults:

@@ -105,7 +105,7 @@ def pack_files(
         What is to be written.
     """
     base, target = _check_usage(files, bundle=options.bundle)
-    from packager.build import check_counter
+    from packager.release_counter import check_counter
     from packager.report.packed import Made, files_record, files_text
 
     if not options.force:

@@ -108,9 +108,9 @@ def write_page(text: str, path: Path) -> None:
     from packager.build import write_file
 
     if found := kind_of(path):
-        what = found.words.partition(",")[0]
         raise ConfigError(
-            f"{path} is {what}, and a page would replace it; give another name with -o"
+            f"{path} is {found.short}, and a page would replace it; give another name "
+            "with -o"
         )
     write_file(utf8(text), path)
 

@@ -4,8 +4,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from packager.check_proof import Question, Verdict
+from packager.check_proof import Verdict
 from packager.check_proofs import Tally
+from packager.read_proof import Question
 from packager.report.document import Document, Section, Table
 from packager.report.words import counted, spaced
 

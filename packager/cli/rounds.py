@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from packager.ledger import Ledger
     from packager.report.packed import Made
     from packager.rounds.folder import Parent, RoundFolder
+    from packager.rounds.record import RoundRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def _patch(
 
     stated, counter = round_.record, options.counter
     if stated.outcome == "updated":
-        counter = ledger.next_counter(stated, counter, force=options.force)
+        counter = _counter(stated, ledger, options)
         parent = parent or find_parent(round_)
         # Devices at the parent have seen its newest release, whatever its round says.
         seen = ledger.counter_of(stated.model, parent.weights.fingerprint)
@@ -177,12 +178,24 @@ def _patch(
     return packed, packed.data
 
 
+def _counter(record: "RoundRecord", ledger: "Ledger", options: PackOptions) -> int:
+    from packager.release_counter import next_counter
+
+    return next_counter(
+        ledger.released(record.model),
+        record,
+        options.counter,
+        force=options.force,
+        say=ledger.notes.append,
+    )
+
+
 def _bundle(
     round_: "RoundFolder", _: "Parent | None", ledger: "Ledger", options: PackOptions
 ) -> "tuple[PackedPatch | None, bytes]":
     from packager.bundles.from_round import build_bundle
 
-    counter = ledger.next_counter(round_.record, options.counter, force=options.force)
+    counter = _counter(round_.record, ledger, options)
     bundle = build_bundle(
         round_,
         level=options.level,

@@ -24,7 +24,7 @@ from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
 from packager.ledger import open_ledger, telling
 from packager.packed_file import read_facts
-from packager.release import Release, as_text
+from packager.release import Release, as_text, release_of
 from packager.rounds.folder import RoundFolder
 
 
@@ -152,19 +152,11 @@ def _where(place: Place) -> str:
 
 
 def _release(place: Place, path: str, data: bytes, now: int) -> Release:
-    facts = read_facts(data)
-    header = facts.header
-    return Release(
-        counter=header.counter,
-        round=header.round,
-        kind=facts.kind,
-        model=header.model,
-        parent=header.parent,
-        target=header.target,
-        signers=facts.signers,
+    return release_of(
+        read_facts(data),
         file=Path(path).name,
         to=_where(place),
-        bytes=len(data),
+        size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         at=utc(now),
     )

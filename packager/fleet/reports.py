@@ -27,9 +27,9 @@ from edge_runtime.live.report import (
 from edge_runtime.live.shared import canonical
 from edge_runtime.text import printable
 from edge_runtime.times import MAX_SECONDS
-from packager.check_proof import check_origin, read_proof
 from packager.fleet.database import Row
 from packager.fleet.head import MOST
+from packager.read_proof import check_origin, read_proof
 from packager.release import as_text
 
 _WHAT = "the report"

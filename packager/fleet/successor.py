@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from edge_runtime.errors import RoundError
 from edge_runtime.sync.head import PERMILLE, SHORT, Head, Rollout, SignedHead, Way
-from packager.build import check_counter
 from packager.fleet.channel import Channel
 from packager.fleet.head import AHEAD_S, is_fresh
 from packager.fleet.ways import (
@@ -19,6 +18,7 @@ from packager.fleet.ways import (
     useful,
 )
 from packager.ledger import Ledger
+from packager.release_counter import check_counter, next_counter
 from packager.rounds.folder import Parent, RoundFolder, read_init
 
 ALL_NOW = ((PERMILLE, 0),)
@@ -134,8 +134,9 @@ class Successor:
                 f"the channel is at round {head.round}, which is newer than {name}; "
                 "to answer a bad release with older weights: dpu-fleet revert"
             )
-        counter = self._ledger.next_counter(record)
-        known = [release.counter for release in self._ledger.released(record.model)]
+        releases = self._ledger.released(record.model)
+        counter = next_counter(releases, record)
+        known = [release.counter for release in releases]
         if revert:
             counter = max([counter, *(n + 1 for n in known)])
         if head and counter <= head.counter:

@@ -22,16 +22,11 @@ from edge_runtime.formats.identity import Identity, Run, network_id
 from edge_runtime.formats.weights import (
     Weights,
 )
-from packager.build import (
-    PackedPatch,
-    check_budget,
-    check_counter,
-    header_for,
-    pack_changes,
-)
+from packager.build import PackedPatch, check_budget, header_for, pack_changes
 from packager.diff import check_same_tensors, diff
 from packager.models.checkpoint import find_checkpoint, name_of, read_views
 from packager.models.views import ViewedWeights
+from packager.release_counter import check_counter
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

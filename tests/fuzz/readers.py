@@ -32,8 +32,8 @@ from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
 from edge_runtime.sync.head import encode_head, read_head
 from edge_runtime.sync.route import cheapest
-from packager.check_proof import check_origin, read_proof
 from packager.fleet.reports import Known, read_report, row_of, signer
+from packager.read_proof import check_origin, read_proof
 from packager.zip_file import encode_members
 from tests.fuzz.edits import Edits
 from tests.fuzz.target import BASE, seal

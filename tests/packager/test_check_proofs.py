@@ -14,10 +14,11 @@ from edge_runtime.live.shared import canonical, public_key
 from packager import check_proofs as many
 from packager.build import pack_round
 from packager.bundles.from_round import build_bundle
-from packager.check_proof import Question, known_rounds
+from packager.check_proof import known_rounds
 from packager.check_proofs import Standard, proof_files
 from packager.cli.pack import patch
 from packager.keys import generate_key
+from packager.read_proof import Question
 from packager.rounds.folder import read_round
 
 NONCE, EARLIER = "5f2a", "0001"
