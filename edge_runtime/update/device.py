@@ -321,6 +321,7 @@ class Device:
                 or how many seconds may pass between two looks for one.
 
         Raises:
+            DpuError: ``follow`` is no number of seconds.
             StoreError: They cannot be loaded.
             BackendError: The backend is not installed, or cannot run this graph.
         """
