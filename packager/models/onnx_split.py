@@ -37,6 +37,9 @@ CODES = {
     if code not in {"I64", "U64", "BOOL"} and code not in INSIDE
 }
 SMALL = 1 << 16  # bytes: what is larger is no shape, and never stays inside
+# What registries stamp on a whole file, and what would train it further. (The domain of
+# a node or a function is a part of its operator's name, and counts.)
+STAMPS = ("model_version", "domain", "training_info")
 
 
 def split_onnx(path: str | PathLike[str]) -> tuple[bytes, ViewedWeights]:
@@ -55,6 +58,8 @@ def split_onnx(path: str | PathLike[str]) -> tuple[bytes, ViewedWeights]:
         RoundError: The ONNX checker calls the model invalid.
     """
     model, values = read_onnx(path)
+    for field in STAMPS:
+        model.ClearField(field)
     with refused(path):
         model = lift(model, CODES.keys())
     names = _weights(model.graph)
@@ -114,7 +119,7 @@ def _tidy(message: Message, values: Values) -> None:
 def _rewrite(tensor: TensorProto, values: Values) -> None:
     """Keep a constant's values inside, as raw bytes, not as a list of numbers."""
     if tensor.data_type == TensorProto.STRING:
-        tensor.ClearField("doc_string")
+        _tidy(tensor, values)
     elif not is_external(tensor) or tensor.external_data:
         array = values.array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
