@@ -43,7 +43,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "bundles": 625,
         "fleet": 3315,
         "cli": 3100,
-        "models": 1565,
+        "models": 1585,
         "provenance": 550,
         "report": 2355,
         "rounds": 520,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from packager.models.read import Model
     from packager.report.packed import Made
 
+GRAPH = FileOf(Kind.ONNX)
+GRAPH_HELP = "For a checkpoint: the graph.onnx that devices have."
+
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
@@ -54,11 +57,7 @@ def file_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         ("--base", MODEL, "ONNX file or checkpoint that devices hold."),
         ("--target", MODEL, "Of the same network: what they shall hold."),
-        (
-            "--graph",
-            FileOf(Kind.ONNX),
-            "For a checkpoint: the graph.onnx that devices have.",
-        ),
+        ("--graph", GRAPH, GRAPH_HELP),
         (
             "--contract",
             FileOf(Kind.CONTRACT),
@@ -91,6 +90,16 @@ def read_any(path: Path, graph: Path | None = None) -> "Model":
     return model
 
 
+def like(model: "Model", other: "Model") -> "Model":
+    """Leave out counters of BatchNorm that another model lacks, and say so."""
+    from packager.models.read import without_counters
+
+    found = without_counters(model, other.weights.layout.by_name)
+    for note in found.notes[len(model.notes) :]:
+        say(note)
+    return found
+
+
 def pack_files(
     files: FileOptions, output: str | None, options: PackOptions
 ) -> "Generator[Made]":
@@ -114,7 +123,7 @@ def pack_files(
     model = replace(read_any(base, files.graph), run=run)
     newer = model
     if target is not None:
-        newer = replace(read_any(target, files.graph), run=run)
+        newer = replace(like(read_any(target, files.graph), model), run=run)
     bundle: PackedBundle | None = None
     if target is None:
         bundle = _bundle(model, files, options)

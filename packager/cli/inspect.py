@@ -19,7 +19,7 @@ from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
 from edge_runtime.text import printable
-from packager.cli.files import read_any
+from packager.cli.files import GRAPH, GRAPH_HELP, like, read_any
 from packager.cli.options import (
     MODEL,
     PUBLIC_KEY,
@@ -115,6 +115,7 @@ def diff(base: Path, target: Path, **how: Any) -> None:
     check_shown(one.weights.layout)
     other = read_any(target)
     insist_apart(how["output"], *one.files, *other.files)
+    one, other = like(one, other), like(other, one)
     a, b = one.weights, other.weights
     record = diff_record(a, b, compare(a, b))
     if one.graph and other.graph:
@@ -231,19 +232,20 @@ def verify(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder to write to.",
 )
+@click.option("--graph", type=GRAPH, metavar="FILE", help=GRAPH_HELP)
 @json_option
-def extract(source: Path, *, output: Path, as_json: bool) -> None:
+def extract(source: Path, *, output: Path, graph: Path | None, as_json: bool) -> None:
     """Write what a device holds for an ONNX file or a checkpoint.
 
     That is weights.safetensors in canonical form, whose SHA-256 is the fingerprint, and
-    for an ONNX file graph.onnx, which reads it.
+    for an ONNX file, or with --graph, graph.onnx, which reads it.
     """
     from hashlib import sha256
 
     from edge_runtime.formats.weights import fingerprint_file
     from packager.build import write_file
 
-    model = read_any(source)
+    model = read_any(source, graph)
     files: dict[str, bytes | Weights] = {WEIGHTS_NAME: model.weights}
     digests = {WEIGHTS_NAME: model.weights.fingerprint}
     if model.graph:

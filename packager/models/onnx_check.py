@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from edge_runtime.errors import BackendError, RoundError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
-from packager.models.onnx_file import check_texts
+from packager.models.onnx_file import check_texts, is_external
 from packager.models.onnx_words import type_name
 
 OWN = ("", "ai.onnx")  # the domain of ONNX's own operators
@@ -57,25 +57,19 @@ def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
             not valid.
         WeightsError: A name in it is no text.
     """
-    try:
-        model = onnx.load_model_from_string(graph)
-    except DecodeError as err:
-        raise RoundError(f"{path} is not an ONNX file: {err}") from err
-    check_texts(model, path)
-    external = {
-        tensor.name: tensor
-        for tensor in model.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
+    model = _load(graph, path)
+    external = _external(model)
     for name in [*layout.by_name, *external]:
         if name not in external:
             raise RoundError(
                 f"{path} does not read {name!r} from {WEIGHTS_NAME}, so new values of "
-                "it would change nothing; export the graph with it as an initializer "
-                "with external data"
+                "it would change nothing; leave it out of the checkpoint, or export a "
+                "graph that has it as an initializer with external data"
             )
         if name not in layout.by_name:
             raise RoundError(f"{path} reads {name!r}, which {WEIGHTS_NAME} lacks")
+    # With another set of tensors, all the places would differ too.
+    for name in layout.by_name:
         found = _found(external[name])
         for what, expected in _expected(layout, name).items():
             if found[what] != expected:
@@ -84,6 +78,16 @@ def check_graph(graph: bytes, layout: Layout, path: str = GRAPH_NAME) -> None:
                     f"{WEIGHTS_NAME} it is {expected}; export the graph again"
                 )
     check_valid(model, path)
+
+
+def weights_read(graph: bytes, path: str = GRAPH_NAME) -> set[str]:
+    """Return the names of the tensors that a graph reads from its weight file.
+
+    Raises:
+        RoundError: It is not an ONNX file.
+        WeightsError: A name in it is no text.
+    """
+    return set(_external(_load(graph, path)))
 
 
 def check_valid(model: onnx.ModelProto, path: object) -> None:
@@ -125,6 +129,20 @@ def refused(path: object) -> Iterator[None]:
         raise RoundError(
             f"{path} is not valid ONNX: {reason[:300]}; export it again"
         ) from err
+
+
+def _load(graph: bytes, path: str) -> onnx.ModelProto:
+    try:
+        model = onnx.load_model_from_string(graph)
+    except DecodeError as err:
+        raise RoundError(f"{path} is not an ONNX file: {err}") from err
+    check_texts(model, path)
+    return model
+
+
+def _external(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Return by name the initializers whose values lie in another file."""
+    return {t.name: t for t in model.graph.initializer if is_external(t)}
 
 
 def _with_shape(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:

@@ -7,7 +7,7 @@ network have the same graph and a patch between them is a patch like any other.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -19,9 +19,7 @@ from edge_runtime.files import read_bounded
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, Run, network_id
-from edge_runtime.formats.weights import (
-    Weights,
-)
+from edge_runtime.text import listed
 from packager.build import PackedPatch, check_budget, header_for, pack_changes
 from packager.diff import check_same_tensors, diff
 from packager.models.checkpoint import find_checkpoint, name_of, read_views
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 MAX_ROUND = (1 << 32) - 1
+COUNTER = "num_batches_tracked"
+SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +49,7 @@ class Model:
     """
 
     path: Path
-    weights: Weights
+    weights: ViewedWeights
     graph: bytes
     canonical: bool
     run: Run | None = None
@@ -92,12 +92,12 @@ def read_model(
         raise WeightsError(f"{path} is no ordinary file, and a model is read from one")
     if (checkpoint := find_checkpoint(path)) is not None:
         found, notes = read_views(checkpoint)
-        weights: Weights = ViewedWeights(found)
-        graph_bytes = _read_graph(graph, weights) if graph is not None else b""
+        weights = ViewedWeights(found)
         one = checkpoint.files[0]
         canonical = not checkpoint.is_folder and _is_canonical(one, weights)
-        made = Model(path, weights, graph_bytes, canonical)
-        return replace(made, notes=tuple(notes), files=checkpoint.files)
+        made = Model(path, weights, b"", canonical)
+        made = replace(made, notes=tuple(notes), files=checkpoint.files)
+        return made if graph is None else _with_graph(made, graph)
     if graph is not None:
         raise WeightsError(f"{path} is not a safetensors file and needs no other graph")
     from packager.models.onnx_split import split_onnx
@@ -107,19 +107,42 @@ def read_model(
     return Model(path, weights, graph_bytes, canonical=False, files=files)
 
 
-def _is_canonical(path: Path, weights: Weights) -> bool:
+def _is_canonical(path: Path, weights: ViewedWeights) -> bool:
     # Equal headers say that the tensors lie in the same places.
     header = weights.layout.header
     with path.open("rb") as file:
         return file.read(len(header)) == header
 
 
-def _read_graph(path: str | PathLike[str], weights: Weights) -> bytes:
-    from packager.models.onnx_check import check_graph
+def _with_graph(model: Model, path: str | PathLike[str]) -> Model:
+    from packager.models.onnx_check import check_graph, weights_read
 
     graph = read_bounded(Path(path), "member_bytes", fspath(path), WeightsError)
-    check_graph(graph, weights.layout, fspath(path))
-    return graph
+    model = without_counters(model, weights_read(graph, fspath(path)))
+    check_graph(graph, model.weights.layout, fspath(path))
+    return replace(model, graph=graph)
+
+
+def without_counters(model: Model, read: Container[str]) -> Model:
+    """Leave out how many batches each BatchNorm has seen, but for what is read.
+
+    Training counts them, and no network for inference reads them.
+
+    Args:
+        model: Its notes will say what was left out.
+        read: Names of tensors that stay whatever they are.
+    """
+    names = model.weights.layout.by_name
+    spare = [n for n in names if n.split(".")[-1] == COUNTER and n not in read]
+    if not spare:
+        return model
+    words = listed([repr(name) for name in spare], SHOWN)
+    return replace(
+        model,
+        weights=model.weights.without(spare),
+        canonical=False,
+        notes=(*model.notes, f"{model.path}: left out, no weights: {words}"),
+    )
 
 
 def check_same_network(base: Model, target: Model) -> None:

@@ -5,7 +5,7 @@ A checkpoint of many gigabytes is mapped, not read: nothing of it is in memory b
 pages that are looked at, and those the system may take back at any time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ class ViewedWeights(Weights):
     def files(self) -> set[Path]:
         """The files that tensors lie in."""
         return {view.file.path for view in self._views.values() if view.file}
+
+    def without(self, names: Container[str]) -> "ViewedWeights":
+        """Return the same tensors but for some."""
+        kept = {n: view for n, view in self._views.items() if n not in names}
+        return ViewedWeights(kept)
 
     def _read(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.uint8]:
         return self._views[tensor.name].raw[start:stop]

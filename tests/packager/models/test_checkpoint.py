@@ -10,11 +10,15 @@ import sys
 import zipfile
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 
-from edge_runtime.errors import WeightsError
+from edge_runtime.errors import RoundError, WeightsError
+from edge_runtime.formats.weights import fingerprint_file
+from edge_runtime.update.device import Device
 from packager.cli.pack import pack, patch
 from packager.models.read import pack_models, read_model
 
@@ -172,6 +176,84 @@ def test_a_state_dict_without_checksums_is_taken(tmp_path, merged):
     finally:
         torch.serialization.set_crc32_options(True)
     assert read_model(path).model == read_model(merged[0]).model
+
+
+# State of training that no graph reads -----------------------------------------------
+
+
+def normalised(seed, count=7):
+    """The state of a network with BatchNorm, after so many batches."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    return net.state_dict() | {"1.num_batches_tracked": torch.tensor(count)}
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """The graph.onnx of that network, as devices have it."""
+    order = "weight", "bias", "running_mean", "running_var"
+    inner, norm = ["0.weight", "0.bias"], [f"1.{name}" for name in order]
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Gemm", ["x", *inner], ["h"], transB=1),
+        helper.make_node("BatchNormalization", ["h", *norm], ["y"]),
+    ]
+    found = helper.make_graph(
+        nodes,
+        "graph",
+        [value("x", onnx.TensorProto.FLOAT, ["n", 6])],
+        [value("y", onnx.TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(normalised(0)[n].numpy(), n) for n in inner + norm],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(found, opset_imports=opsets, ir_version=9)
+    onnx.save(model, tmp_path / "whole.onnx")
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(read_model(tmp_path / "whole.onnx").graph)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_what_batch_norm_counts_is_left_out_where_the_graph_does_not_read_it(
+    kind, graph, tmp_path, command
+):
+    files = [tmp_path / f"{name}.{kind}" for name in ("old", "new")]
+    save = save_file if kind == "safetensors" else torch.save
+    for seed, path in enumerate(files):
+        save(normalised(seed, seed), path)
+    old, new = files
+    code, _, err = command(pack, "--base", old, "--graph", graph, "--bundle")
+    left = f"{old}: left out, no weights: '1.num_batches_tracked'"
+    assert (code, left in err) == (0, True), err
+    assert command(pack, "--base", old, "--target", new, "--graph", graph)[0] == 0
+    device = Device.install(tmp_path / "store", tmp_path / "old.bundle.zip")
+    device.update(tmp_path / "new.dpu")
+    held = tmp_path / "held"
+    assert command(patch, "extract", new, "--graph", graph, "-o", held)[0] == 0
+    fingerprint = fingerprint_file(held / "weights.safetensors")
+    assert device.verify() == fingerprint
+    assert "1.num_batches_tracked" in read_model(new).weights  # files are packed whole
+
+
+def test_what_batch_norm_counts_is_no_difference_to_weights_without_it(
+    graph, tmp_path, command
+):
+    torch.save(normalised(1), tmp_path / "new.pt")
+    held, new = tmp_path / "held", tmp_path / "new.pt"
+    assert command(patch, "extract", tmp_path / "whole.onnx", "-o", held)[0] == 0
+    files = held / "weights.safetensors", new
+    for pair in (files, files[::-1]):
+        code, _, err = command(patch, "diff", *pair)
+        assert (code, f"{new}: left out" in err) == (0, True), err
+    assert command(pack, "--base", files[0], "--target", new)[0] == 0
+    code, _, err = command(pack, "--base", new, "--target", files[0])
+    assert (code, "missing in the target" in err) == (4, True)  # of a file with it
+
+
+def test_a_tensor_that_the_graph_does_not_read_is_to_be_left_out(graph, tmp_path):
+    save_file(normalised(0) | {"1.seen": torch.ones(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(RoundError, match=r"'1\.seen'.*leave it out of the checkpoint"):
+        read_model(tmp_path / "more.safetensors", graph)
 
 
 # What is refused, and how ------------------------------------------------------------
