@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import trainer
 from edge_runtime.errors import (
@@ -504,6 +505,23 @@ def test_a_round_is_not_published_after_weights_of_another_round(tmp_path):
     shutil.copy(run / "round_00" / "weights.safetensors", run / "round_01")
     with pytest.raises(RoundError, match=r"round_01/weights\.safetensors is damaged"):
         publish_round(run, model, one_round(model))
+
+
+def test_a_loop_that_published_an_average_goes_on_from_it(tmp_path):
+    model = start(tmp_path)
+    for number in range(2):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        updater = PartialUpdater(model.named_parameters(), ratio=0.2).attach(optimizer)
+        train(model, optimizer)
+        updater.select()
+        average = AveragedModel(model)
+        for _ in range(2):
+            train(model, optimizer)
+            average.update_parameters(model)
+        masks = updater.finish()
+        updater.rewind(average.module.named_parameters())
+        assert publish_round(tmp_path / "run", average, masks).round == number
+        model.load_state_dict(average.module.state_dict())
 
 
 def test_metrics_may_be_tensors_and_numpy_numbers(tmp_path):

@@ -272,9 +272,12 @@ class PartialUpdater:
         """Put the base back into a copy of the model wherever a weight is not selected.
 
         An average of weights (EMA, SWA) that begins after ``select()`` differs from
-        the base there by rounding alone; call this before it is published::
+        the base there by rounding alone; call this before it is published, and
+        go on from what was published::
 
             updater.rewind(average.module.named_parameters())
+            publish_round(run, average, masks)
+            model.load_state_dict(average.module.state_dict())
 
         Raises:
             TrainingError: Before ``select()``, or a selectable tensor is missing.
