@@ -35,9 +35,8 @@ def never(_number: int) -> bool:
 def check_graph(
     graph: bytes,
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    batches: Sequence[Sequence[Tensor]],
     is_random: Callable[[int], bool] = never,
-    takes: Sequence[InputSpec] = (),
     tolerance: float | None = None,
 ) -> None:
     """Prove that a graph runs from the model's weight file and gives its outputs.
@@ -45,9 +44,8 @@ def check_graph(
     Args:
         graph: The bytes of ``graph.onnx``.
         model: On the CPU and in eval mode.
-        example: As for :func:`export_graph`.
+        batches: Inputs, not of the sizes that were traced: none may be baked in.
         is_random: Says which outputs, counted from 0, are not compared.
-        takes: As for :func:`export_graph`.
         tolerance: As for :func:`export_graph`.
 
     Raises:
@@ -56,11 +54,8 @@ def check_graph(
     """
     layout = layout_of(model)
     _check_initializers(graph, deployed_tensors(model), layout)
-    inputs = as_tuple(example, "the example")
     session = GraphSession(graph, weights_of(model))
-    # Not the sizes that were traced: none may be baked in.
-    for count in (1, 3):
-        batch = resized(inputs, open_axes(inputs, takes), count, other=count > 1)
+    for batch in batches:
         with torch.no_grad():
             expected = as_tuple(model(*batch), "what forward returns")
         _compare(session.run(batch), expected, is_random, layout, tolerance)
@@ -109,8 +104,7 @@ def resized(
     inputs: Sequence[Tensor],
     axes: Sequence[tuple[int, ...]],
     rows: int,
-    *,
-    other: bool = False,
+    other: Callable[[int], int] = int,
 ) -> tuple[Tensor, ...]:
     """Return inputs with so many rows, which repeat where there are fewer.
 
@@ -118,14 +112,14 @@ def resized(
         inputs: All inputs.
         axes: Of each, the axes of any size.
         rows: Size of the first axis where it is one of these.
-        other: Whether the other ones get another size, a little smaller if possible.
+        other: Gives the size of the other ones from the example's, or from 2 where that
+            is 1, which torch takes for a constant.
     """
     found = []
     for x, free in zip(inputs, axes, strict=True):
         for axis in free:
             size = x.shape[axis]
-            count = size - 1 if size > 2 else size + 1
-            count = rows if axis == 0 else count if other else size
+            count = other(max(size, 2)) if axis else rows
             x = x.index_select(axis, torch.arange(count) % size)
         found.append(x)
     return tuple(found)

@@ -7,7 +7,7 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from edge_runtime.errors import ExportError
+from trainer.export.graph_check import resized
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# torch's name for an axis other than the batch, which is one for all inputs.
+_FIXED = re.compile(
+    r"Constraints violated \(.*?L\['(\w+)'\]((?:\[\d+\])?)\.size\(\)\[(\d+)\]"
+)
 _OPERATOR = re.compile(r"<OpOverload\(op='([^']+)'")
 _INSTALLED = {"site-packages", "dist-packages"}
 _OURS = Path(__file__).parents[1]
@@ -56,33 +61,70 @@ def trace(
     return onnx, read
 
 
-def insist_on_answers(model: nn.Module, batches: Sequence[Sequence[Tensor]]) -> None:
-    """Insist that ``forward`` takes each of these batches, which differ in their rows.
+def insist_on_answers(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    axes: Sequence[tuple[int, ...]],
+    names: Sequence[str] = (),
+) -> tuple[Tensor, ...]:
+    """Insist that ``forward`` takes any number of rows, and other sizes of open axes.
+
+    Args:
+        model: In eval mode.
+        inputs: The example.
+        axes: Of each input, the axes of any size.
+        names: Of the inputs, where axes other than the first are open.
+
+    Returns:
+        Inputs that it takes, of other sizes than those of the example.
 
     Raises:
         ExportError: It does not; the message gives what it raised, and where.
     """
-    for number, batch in enumerate(batches):
-        try:
-            with torch.no_grad():
-                model(*batch)
-        except Exception as err:
-            # A forward of somebody's: it may raise anything.
-            found = ", ".join(f"{_type(x)} {list(x.shape)}" for x in batch)
-            why = _first_line(err)
-            if number:
-                why += (
-                    f"; with {len(batches[0][0])} rows it works: forward must take "
-                    "any batch size, so take it from x.shape[0]"
-                )
-            else:
-                why += (
-                    "; what goes in (the contract's inputs, or the recipe's data) must "
-                    "be what forward takes: this many inputs, of these types and shapes"
-                )
-            raise ExportError(
-                f"forward fails with an input of {found}: {why}{_place(err)}"
-            ) from err
+    _insist(
+        model,
+        resized(inputs, axes, 2),
+        "what goes in (the contract's inputs, or the recipe's data) must be what "
+        "forward takes: this many inputs, of these types and shapes",
+    )
+    three = _insist(
+        model,
+        resized(inputs, axes, 3),
+        "with 2 rows it works: forward must take any batch size, so take it from "
+        "x.shape[0]",
+    )
+    pairs = zip(names, axes, strict=False)
+    free = [f"axis {axis} of {name!r}" for name, each in pairs for axis in each if axis]
+    if not free:
+        return three
+    advice = (
+        "with the example's sizes it works, with twice those not: give the contract "
+        f"the size of {', '.join(free)}, or let forward take any"
+    )
+    try:
+        # The stricter proof: a size that few strides divide.
+        less = resized(inputs, axes, 3, lambda n: n - 1 if n > 2 else n + 1)
+        return _insist(model, less, advice)
+    except ExportError:
+        with suppress(ExportError):  # what halves an image takes that
+            return _insist(model, resized(inputs, axes, 3, lambda n: 2 * n), advice)
+        raise
+
+
+def _insist(
+    model: nn.Module, batch: tuple[Tensor, ...], advice: str
+) -> tuple[Tensor, ...]:
+    try:
+        with torch.no_grad():
+            model(*batch)
+    except Exception as err:
+        # A forward of somebody's: it may raise anything.
+        found = ", ".join(f"{_type(x)} {list(x.shape)}" for x in batch)
+        raise ExportError(
+            f"forward fails with an input of {found}: {_first_line(err)}; {advice}"
+            f"{_place(err)}"
+        ) from err
+    return batch
 
 
 def _dynamic_shapes(
@@ -119,10 +161,18 @@ def _cause(err: Exception) -> str:
     """Say what torch found, without its advice to the people who write torch."""
     chain = [err, *_causes(err)]
     for text in map(str, chain):
+        if found := _FIXED.search(text):
+            size = f"{found[1]}{found[2]}.shape[{found[3]}]"
+            return (
+                f"forward fixes {size}, so it cannot be open: give this size in the "
+                "contract. Recurrent layers, and loops over an axis, are unrolled to "
+                "the length that is traced"
+            )
         if "Constraints violated" in text:
             return (
                 "forward fixes the batch size: take it from x.shape[0], not from "
-                f"len(x) or a number{_place(err)}"
+                "len(x) or a number; the batch is axis 0 of recurrent layers too "
+                f"(batch_first=True){_place(err)}"
             )
         if "data-dependent" in text:
             return (

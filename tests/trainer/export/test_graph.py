@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from edge_runtime.errors import ExportError
+from edge_runtime.formats.contract import InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights, write_weights
 from trainer.export.graph import export_graph
@@ -393,6 +394,111 @@ def test_refuses_what_cannot_be_deployed_and_says_why(fault):
         export_graph(Faulty(prepare, run), torch.randn(2, 4))
 
 
+class Wrapped(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *args):
+        return self.net(*args)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.layer = nn.GRU(8, 6, **how)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Positions(nn.Module):
+    """Adds a table that has a row for each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return x + self.table
+
+
+class HalvedAndDoubled(nn.Module):
+    """A small U-Net: sizes that are not even do not come back as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2)
+
+    def forward(self, x):
+        return torch.cat([x, self.up(self.down(x))], 1)
+
+
+def flat():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+
+
+def with_open(model, *shape):
+    """Export with a batch of any size, and any size wherever the shape says None."""
+    takes = [InputSpec("x", "float32", (None, *shape))]
+    return export_graph(
+        model, torch.randn(2, *(size or 6 for size in shape)), takes=takes
+    )
+
+
+FIXED = {
+    "a recurrent network": (
+        lambda: with_open(Recurrent(batch_first=True), None, 8),
+        r"forward fixes x\.shape\[1\].*Recurrent layers.* are unrolled",
+    ),
+    "one whose inputs have no names": (
+        lambda: with_open(Wrapped(Recurrent(batch_first=True)), None, 8),
+        r"forward fixes args\[0\]\.shape\[1\]",
+    ),
+    "a table of positions": (
+        lambda: with_open(Positions(), None, 8),
+        r"float32 \[3, 5, 8\].*the size of axis 1 of 'x', or",
+    ),
+    "a flattened image": (
+        lambda: with_open(flat(), 1, None, None),
+        r"float32 \[3, 1, 5, 5\].* axis 2 of 'x', axis 3 of 'x', or",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_an_axis_that_cannot_be_open_is_named_and_not_the_batch(case):
+    export, words = FIXED[case]
+    with pytest.raises(ExportError, match=words) as told:
+        export()
+    assert "batch size" not in str(told.value)
+
+
+def test_a_network_that_has_time_before_the_batch_is_told_of_batch_first():
+    with pytest.raises(ExportError, match=r"fixes the batch size.*batch_first=True"):
+        with_open(Recurrent(), 4, 8)
+
+
+def test_a_network_that_takes_even_sizes_only_exports_with_open_sizes(tmp_path):
+    model = HalvedAndDoubled()
+    graph = with_open(model, 1, None, None)
+    x = torch.randn(1, 1, 10, 4)
+    (tmp_path / "graph.onnx").write_bytes(graph)
+    write_weights(weights_of(model), tmp_path / WEIGHTS_NAME)
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    assert_agrees(session.run(None, {"x": x.numpy()})[0], model(x))
+
+
+def test_an_open_axis_may_be_of_size_one_in_the_example():
+    takes = [InputSpec("x", "float32", (None, 4, None))]
+    graph = export_graph(
+        nn.Conv1d(4, 2, 3, padding=1), torch.ones(1, 4, 1), takes=takes
+    )
+    (taken,) = onnx.load_model_from_string(graph).graph.input
+    assert taken.type.tensor_type.shape.dim[2].dim_param == "size_1"
+
+
 class AnyNumber(nn.Module):
     """As many wrappers have it: the names of the inputs are the inner module's."""
 
@@ -433,7 +539,7 @@ def test_refuses_an_example_without_rows():
 def test_refuses_the_graph_of_another_model():
     graph = export_graph(nn.Linear(4, 4), torch.randn(1, 4))
     with pytest.raises(ExportError, match=r"tensor 'weight' .* another model"):
-        check_graph(graph, nn.Linear(4, 5), torch.randn(1, 4))
+        check_graph(graph, nn.Linear(4, 5), [[torch.randn(1, 4)]])
 
 
 def zoo():
