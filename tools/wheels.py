@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.files import strangers
+from edge_runtime.files import Files, strangers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "packager", "trainer")
@@ -48,7 +48,9 @@ def replacing(folder: Path, *patterns: str) -> Iterator[Path]:
     place = folder.resolve()  # programs may run elsewhere
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=place) as name:
         yield Path(name)
-        new = {path.replace(place / path.name) for path in [*Path(name).iterdir()]}
+        new = {place / path.name for path in Path(name).iterdir()}
+        for path in new:
+            Files().rename(Path(name, path.name), path)
         for old in {path for pattern in patterns for path in place.glob(pattern)} - new:
             old.unlink()
 
