@@ -156,6 +156,22 @@ def test_a_second_output_that_mixes_samples_is_seen(tmp_path):
     assert task_of(adopt_model(read_model(path))) == "classification"
 
 
+def test_states_with_their_samples_on_another_axis_leave_them_samples(tmp_path):
+    nodes, row, weights = APART["layer"]
+    state = helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, "n", 3])
+    more = [node("Tanh", "y", "t"), node("Unsqueeze", "t", "zero", "h")]
+    weights = weights | {"zero": np.array([0])}
+    path = save(tmp_path / "states.onnx", [*nodes, *more], row, weights, state)
+    assert task_of(adopt_model(read_model(path))) == "classification"
+
+
+def test_what_squeezes_its_answer_to_one_sample_is_asked_for_all(tmp_path):
+    weights = {"w": weight(6, 1)}
+    nodes = [node("MatMul", "x", "w", "h"), node("Squeeze", "h", "y")]
+    bundle = adopt_model(read_model(save(tmp_path / "m.onnx", nodes, (6,), weights)))
+    assert task_of(bundle) == "free"
+
+
 def test_what_answers_only_several_rows_is_asked_for_all(tmp_path):
     nodes = [
         helper.make_node("TopK", ["x", "two"], ["top", "which"], axis=0),
