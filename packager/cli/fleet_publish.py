@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.errors import RoundError
 from edge_runtime.formats.signing import read_public
 from packager.cli.fleet_options import Shares, Skips, Span, channel_option, sign_option
 from packager.cli.fleet_tuf import follow_head, tuf_option, tuf_text
@@ -166,6 +167,8 @@ def publish(  # noqa: PLR0913 - one argument for each option
     if not dry_run and (told := follow_head(place, tuf, done.head, expires)):
         record["tuf"] = told
         text += f"\n{tuf_text(told)}"
+    if done.halted:  # behind TUF, which may have lagged behind the head
+        raise RoundError(done.halted)
     emit(record, as_json=as_json, text=text)
     if dry_run and not as_json:
         say("dry run: nothing was written")

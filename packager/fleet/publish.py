@@ -38,6 +38,7 @@ class Published:
         offered: The patches that were packed, and whether each is new there.
         bundle: Bytes of the bundle; 0 where none was made.
         changed: Whether there is a new head.
+        halted: Words on a release that was paused, and stays so.
     """
 
     head: Head
@@ -45,6 +46,7 @@ class Published:
     offered: tuple[tuple[Offered, bool], ...]
     bundle: int
     changed: bool
+    halted: str = ""
 
 
 def publish(
@@ -92,13 +94,14 @@ def publish(
             files = {patch_path(o.way.sha256): o.packed.data for o in offered}
             digest = hashlib.sha256(bundle.data).hexdigest()
             files[bundle_path(digest)] = bundle.data
+            halted = _halted(round_, counter, old)
             if old and not release.is_news(head):
                 if not dry_run:
                     _complete(place, old.head, files, say)
-                _insist_not_halted(round_, counter, old)
                 told = tuple((o, False) for o in offered)
-                return Published(old.head, 0, told, 0, changed=False)
-            _insist_not_halted(round_, counter, old)
+                return Published(old.head, 0, told, 0, changed=False, halted=halted)
+            if halted:  # no timer that prolongs a head undoes a halt
+                raise RoundError(halted)
             data = sign_head(head, channel.signers)
             if dry_run:
                 there = _present(place)
@@ -134,15 +137,14 @@ def _complete(
             say(f"{place.name}/{path} was missing, and is there again")
 
 
-def _insist_not_halted(
-    round_: RoundFolder, counter: int, old: SignedHead | None
-) -> None:
-    """Insist that no timer which prolongs a head undoes a halt."""
-    if old and old.head.counter == counter and old.is_paused():
-        raise RoundError(
-            f"the rollout of {round_.name} is paused: 'dpu-fleet resume' goes on, "
-            "'dpu-fleet revert' takes it back; nothing was published"
-        )
+def _halted(round_: RoundFolder, counter: int, old: SignedHead | None) -> str:
+    """Say that the release is there already, and paused; nothing if not."""
+    if not old or old.head.counter != counter or not old.is_paused():
+        return ""
+    return (
+        f"the rollout of {round_.name} is paused: 'dpu-fleet resume' goes on, "
+        "'dpu-fleet revert' takes it back; no new head was published"
+    )
 
 
 def _where(place: Place) -> str:

@@ -121,8 +121,10 @@ def test_what_a_halted_release_lost_comes_back_though_it_stays_halted(operator):
     operator.do("pause", operator.www, "--key", watch)
     (bundle,) = (operator.www / "bundles").iterdir()
     bundle.unlink()
-    operator.do("publish", "round_01", *operator.to, code=3)
+    tuf = operator.run.path.parent / "tuf-keys"
+    operator.do("publish", "round_01", *operator.to, "--tuf", tuf, code=3)
     assert bundle.exists()
+    assert (operator.www / "tuf" / "timestamp.json").exists()
 
 
 @pytest.mark.parametrize(
