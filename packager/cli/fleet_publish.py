@@ -212,6 +212,5 @@ def _text(done: "Published") -> str:
     if done.bundle:
         lines.append(f"bundle  {name}  {done.bundle:,} B")
     state = f"{done.size} B" if done.changed else "as it was"
-    return "\n".join(
-        [*lines, f"head    {head.channel}, version {head.version}, {state}"]
-    )
+    lines.append(f"head    {head.channel}, version {head.version}, {state}")
+    return "\n".join(lines)
