@@ -42,7 +42,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1690,
         "bundles": 625,
         "fleet": 3315,
-        "cli": 3105,
+        "cli": 3125,
         "models": 1585,
         "provenance": 550,
         "report": 2355,

@@ -16,7 +16,7 @@ from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.parameters import FileOf, Seconds
 from edge_runtime.text import printable
 from edge_runtime.times import duration
-from packager.cli.files import read_any
+from packager.cli.files import GRAPH, GRAPH_HELP, read_any
 from packager.cli.options import MODEL, runs_option
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="What they should hold: a weight file, an ONNX file or a checkpoint.",
 )
+@click.option("--graph", type=GRAPH, metavar="FILE", help=GRAPH_HELP)
 @runs_option
 @click.option(
     "--key",
@@ -71,6 +72,7 @@ def check_proof(  # noqa: PLR0913 - one for each option
     earlier: tuple[str, ...],
     round_: str | None,
     weights: Path | None,
+    graph: Path | None,
     runs: Path,
     keys: tuple[Path, ...],
     max_age: float | None,
@@ -90,6 +92,8 @@ def check_proof(  # noqa: PLR0913 - one for each option
 
     if round_ and weights:
         raise click.UsageError("give --round or --weights, not both")
+    if graph and not weights:
+        raise click.UsageError("--graph is for --weights: give the checkpoint too")
     one = len(paths) == 1 and not paths[0].is_dir()
     for path in paths:
         if one or path.is_dir():  # of many files, one that is none is counted
@@ -98,7 +102,7 @@ def check_proof(  # noqa: PLR0913 - one for each option
     rounds = known_rounds(runs)
     expected = None
     if weights:
-        expected = _expected_file(weights)
+        expected = _expected_file(weights, graph)
     elif round_:
         from packager.rounds.names import find_round
 
@@ -223,11 +227,11 @@ def _words(part: "Part") -> str:
     return text
 
 
-def _expected_file(path: Path) -> "Expected":
+def _expected_file(path: Path, graph: Path | None) -> "Expected":
     import hashlib
 
     from packager.check_proof import Expected
 
-    model = read_any(path)
-    graph = hashlib.sha256(model.graph).hexdigest() if model.graph else ""
-    return Expected(str(path), model.weights, graph)
+    model = read_any(path, graph)
+    digest = hashlib.sha256(model.graph).hexdigest() if model.graph else ""
+    return Expected(str(path), model.weights, digest)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from packager.cli.files import read_any
+from packager.cli.files import read_parent
 from packager.cli.options import MODEL, PATCH, insist_apart, level_option
 
 
@@ -53,14 +53,14 @@ def compose(
     from packager.ledger import publish_file
     from packager.report.words import percent, spaced
 
-    model = read_any(base)
-    insist_apart(output, *model.files)  # a patch, --force or not, may be replaced
-    weights = model.weights
     with ExitStack() as stack:
         opened = []
         for path in paths:
             with prefix_errors(path):
                 opened.append(stack.enter_context(open_patch(path)))
+        model = read_parent(base, opened[0].header)
+        insist_apart(output, *model.files)  # a patch, --force or not, may be replaced
+        weights = model.weights
         total = sum(patch.size for patch in opened)
         named = list(zip(map(str, paths), opened, strict=True))
         packed = compose_patches(weights, named, level=level)

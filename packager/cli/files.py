@@ -15,6 +15,7 @@ from edge_runtime.parameters import FileOf
 from packager.cli.options import MODEL, PackOptions, insist_apart
 
 if TYPE_CHECKING:
+    from edge_runtime.formats.header import PatchHeader
     from edge_runtime.formats.identity import Run
     from packager.build import PackedPatch
     from packager.bundles.from_round import PackedBundle
@@ -98,6 +99,23 @@ def like(model: "Model", other: "Model") -> "Model":
     for note in found.notes[len(model.notes) :]:
         say(note)
     return found
+
+
+def read_parent(path: Path, header: "PatchHeader") -> "Model":
+    """Read the weights that a patch leads from.
+
+    Devices that were installed with a graph hold no counters of BatchNorm; those of a
+    checkpoint are left out where the patch is for weights without them.
+    """
+    from packager.models.read import without_counters
+
+    model = read_any(path)
+    bare = without_counters(model, ())
+    if bare.weights.layout.file_size != header.file_size:
+        return model
+    for note in bare.notes[len(model.notes) :]:
+        say(note)
+    return bare
 
 
 def pack_files(

@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands.
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
 from edge_runtime.text import printable
-from packager.cli.files import GRAPH, GRAPH_HELP, like, read_any
+from packager.cli.files import GRAPH, GRAPH_HELP, like, read_any, read_parent
 from packager.cli.options import (
     MODEL,
     PUBLIC_KEY,
@@ -193,10 +194,13 @@ def verify(
 
     trust = trust_keys({str(k): read_key_file(k) for k in keys})
     trust = replace(trust, threshold=len(trust.keys) or 1)  # every one of them
-    weights = read_any(base).weights if base is not None else None
-    with prefix_errors(path), open_release(path, trust) as opened:
-        if weights is not None:
-            deque(apply_weights(weights, opened), maxlen=0)  # proves the target
+    with ExitStack() as stack:
+        with prefix_errors(path):
+            opened = stack.enter_context(open_release(path, trust))
+        if base is not None:
+            weights = read_parent(base, opened.header).weights
+            with prefix_errors(path):
+                deque(apply_weights(weights, opened), maxlen=0)  # proves the target
         header = opened.header
     record = {
         "path": str(path),
@@ -299,7 +303,7 @@ def _weights_for(path: Path, patch: "Patch", base: Path | None) -> "Weights | No
     from packager.rounds.folder import find_weights
 
     if base is not None:
-        return read_any(base).weights
+        return read_parent(base, patch.header).weights
     return find_weights(path.parent, patch.header)
 
 

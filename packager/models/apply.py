@@ -137,7 +137,8 @@ def _check_parent(base: Path, weights: ViewedWeights, patch: Patch) -> None:
     elif weights.layout.file_size != header.file_size:
         words += (
             f" {found[:12]}, a model of {weights.layout.file_size} bytes; the patch is "
-            f"for one of {header.file_size}. Give the file that it was made from"
+            f"for one of {header.file_size}. Give the file that it was made from, or "
+            "what devices hold of it ('dpu-patch extract')"
         )
     else:
         words += f" {found[:12]}; apply the patches between them first"

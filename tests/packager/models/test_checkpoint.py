@@ -16,6 +16,7 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import save_file
 
+from edge_runtime import Store, make_proof
 from edge_runtime.errors import RoundError, WeightsError
 from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.update.device import Device
@@ -233,6 +234,31 @@ def test_what_batch_norm_counts_is_left_out_where_the_graph_does_not_read_it(
     fingerprint = fingerprint_file(held / "weights.safetensors")
     assert device.verify() == fingerprint
     assert "1.num_batches_tracked" in read_model(new).weights  # files are packed whole
+
+
+def test_a_patch_for_devices_without_counters_is_proved_on_checkpoints_with_them(
+    graph, tmp_path, command
+):
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    for seed, path in enumerate((old, new)):
+        torch.save(normalised(seed, seed), path)
+    assert command(pack, "--base", old, "--graph", graph, "--bundle")[0] == 0
+    assert command(pack, "--base", old, "--target", new, "--graph", graph)[0] == 0
+    update = tmp_path / "new.dpu"
+    code, out, err = command(patch, "verify", update, "--base", old)
+    assert (code, "as promised" in out, "left out" in err) == (0, True, True), err
+    code, out, _ = command(patch, "info", update, "--base", old)
+    assert (code, "0.weight" in out) == (0, True)
+    one = tmp_path / "one.dpu"
+    assert command(patch, "compose", update, "--base", old, "-o", one)[0] == 0
+    device = Device.install(tmp_path / "store", tmp_path / "old.bundle.zip")
+    device.update(one)
+    proof = tmp_path / "board.proof"
+    proof.write_bytes(make_proof(Store(tmp_path / "store"), "5f2a"))
+    ask = "check-proof", proof, "--nonce", "5f2a", "--weights", new
+    code, out, err = command(patch, *ask, "--graph", graph)
+    assert (code, "not compared" in out) == (0, False), err
+    assert command(patch, "verify", update, "--base", new)[0] == 4  # not its parent
 
 
 def test_what_batch_norm_counts_is_no_difference_to_weights_without_it(
