@@ -8,6 +8,7 @@ each training that devices should get. ``dpu-pack`` does the rest.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,13 @@ def _proved(
     is_new = weights.fingerprint != base.fingerprint
     if movement and is_new:
         scales = network_masks(model, movement.scales, prefix, known)
+        first = dict(islice(movement.scales.items(), len(scales)))
+        if network_masks(model, first, prefix, known) != scales:
+            raise TrainingError(
+                "the subspace moved tensors beside the network too, ahead of its own, "
+                "and a device counts signs through the network's alone: give "
+                "SubspaceUpdater the named_parameters() of the network"
+            )
         terms = [movement.term(weights.layout, scales)]
     moved = move_weights(base, terms)
     check_changes(moved, weights, masks, source=source, dense=dense)

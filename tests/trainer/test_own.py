@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import TensorDataset
 
 from edge_runtime import Device
@@ -18,6 +19,7 @@ from packager.rounds.folder import read_round
 from trainer.config import load_config
 from trainer.data.samples import DataSource, LazyInputs, Samples
 from trainer.data.sources import as_source, load_source
+from trainer.data.vision import torchvision
 from trainer.export.tensors import load_weights
 from trainer.recipe.factory import call_factory, load_factory
 from trainer.rounds.schedule import run_rounds
@@ -139,6 +141,38 @@ def test_inputs_that_numpy_cannot_hold_are_taken_with_their_values(lazy):
     assert found.read().numpy().dtype == np.float32
     assert torch.equal(found.read(), inputs.detach().float())
     assert torch.equal(torch.from_numpy(found.labels.numpy()), labels.detach())
+
+
+class Renamed(torchvision.datasets.FakeData):
+    """Images whose labels count the other way than those of its ``targets``."""
+
+    targets = (0, 1, 2, 0)
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0], 2 - self.targets[index]
+
+
+@pytest.mark.parametrize("by", ["class", "transform", "both"])
+def test_labels_are_those_that_come_with_the_samples(by, tmp_path):
+    def about(label):
+        return 2 - label
+
+    for number in range(3):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+    to_tensor = torchvision.transforms.PILToTensor()
+    folders = torchvision.datasets.ImageFolder
+    half = {
+        "class": lambda: Renamed(4, (3, 4, 4), 3, to_tensor),
+        "transform": lambda: folders(tmp_path, to_tensor, about),
+        "both": lambda: folders(tmp_path, to_tensor),
+    }[by]()
+    if by == "both":
+        half.target_transform = about
+    found = as_source((half, half, ["a", "b", "c"]), 1 << 20).train
+    expected = [half[index][1] for index in range(len(half))]
+    assert found.labels.tolist() == expected != sorted(expected)
 
 
 def test_labels_of_a_data_source_are_taken_and_refused_as_those_of_pairs():

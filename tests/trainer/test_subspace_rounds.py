@@ -241,6 +241,42 @@ def test_a_size_without_room_for_coefficients_is_refused():
         coefficients_within("300", net())
 
 
+def test_a_network_too_small_for_a_subspace_is_told_so():
+    with pytest.raises(TrainingError, match=r"32 weights move.* at least 64 coeffic"):
+        coefficients_within("1MB", nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(("name", "fits"), [("aside", False), ("zloss", True)])
+def test_signs_are_counted_as_a_device_counts_them_or_the_round_is_refused(
+    tmp_path, name, fits
+):
+    """What trains beside the network and is named before it would shift them."""
+    network = start_run(
+        tmp_path / "run",
+        net,
+        contract=make_contract((6,), ["a", "b", "c"]),
+        golden_inputs=INPUTS,
+        golden_labels=LABELS,
+    )
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network
+            setattr(self, name, nn.Linear(3, 3))
+
+        def forward(self, inputs):
+            return getattr(self, name)(self.net(inputs))
+
+    around = Around()
+    movement = move(around)
+    if fits:
+        assert publish_round(tmp_path / "run", around, movement).round == 0
+        return
+    with pytest.raises(TrainingError, match=r"ahead of its own.*named_parameters"):
+        publish_round(tmp_path / "run", around, movement)
+
+
 def test_a_movement_names_the_tensors_of_the_weight_file(run):
     layout = read_weights(run[0].path / "weights.safetensors").layout
     (term,) = run[0].terms

@@ -236,14 +236,29 @@ def _samples(dataset: Any, memory: int, task: str = "classification") -> Samples
     """Take a map-style dataset of (input, label) into memory, if it fits."""
     first = torch.as_tensor(dataset[0][0])
     inputs = LazyInputs(dataset, tuple(first.shape), torch.arange(len(dataset)))
-    # Most data sets know their classes without decoding their images.
-    labels = getattr(dataset, "targets", None) if task == "classification" else None
+    labels = None
+    if task == "classification" and _gives_its_targets(dataset):
+        labels = getattr(dataset, "targets", None)
     if labels is None:
         labels = default_collate([dataset[index][1] for index in range(len(dataset))])
     samples = Samples(inputs, as_targets(labels, task))
     if len(dataset) * first.numel() * first.element_size() > memory:
         return samples
     return replace(samples, inputs=samples.read())
+
+
+def _gives_its_targets(dataset: Any) -> bool:
+    """Whether ``targets`` are the labels that come with the samples.
+
+    So it is of torchvision's own data sets, whose images then need not be decoded to
+    know their classes; not of classes made from them, or with transforms of labels.
+    """
+    both = getattr(dataset, "transforms", None)
+    return (
+        type(dataset).__module__.startswith("torchvision.")
+        and getattr(dataset, "target_transform", None) is None
+        and getattr(both, "target_transform", both) is None
+    )
 
 
 def _channel_statistics(

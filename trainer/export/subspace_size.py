@@ -32,8 +32,8 @@ def coefficients_within(
     """Return how many coefficients a patch of a size has room for.
 
     Where nothing but them travels, the unsigned patch, without expected outputs, has
-    this very size, or up to 8 times ``bits`` bytes less. A dense part is taken at its
-    full size, and packs smaller.
+    this very size, or up to 8 times ``bits`` bytes less, for a seed below 2**28. A
+    dense part is taken at its full size, and packs smaller.
 
     Args:
         size: Of the patch, such as ``"4KB"``.
@@ -50,6 +50,11 @@ def coefficients_within(
     layout, limit = layout or layout_of(model), parse_size(size)
     rest = _Rest.of(model, selectable, still, layout)
     most = min(MAX_COEFFICIENTS, MOST_BITS // bits, rest.weights)
+    if most < WORD:
+        raise TrainingError(
+            f"{rest.weights} weights move, and a subspace has at least {WORD} "
+            "coefficients, no more than weights: choose more tensors"
+        )
     for count in range(most // WORD * WORD, 0, -WORD):
         if rest.with_term(count, bits) <= limit:
             return count

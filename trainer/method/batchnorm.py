@@ -20,6 +20,7 @@ are would normalise by wrong values, so a folded model refuses to train until it
 unfolded. A model that is loaded from a file cannot know it: unfold it as well.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ _FOLDABLE = (torch.float32, torch.float64)
 class FoldedBatchNorm:
     """The BatchNorm modules of a model, and their statistics as they are deployed.
 
-    Modules without statistics, or without scale and shift, are left alone.
+    Modules without statistics, or without scale and shift, or that share one of these
+    with another module, are left alone.
 
     Attributes:
         modules: The modules that are folded, by name.
@@ -50,6 +52,11 @@ class FoldedBatchNorm:
     def __init__(self, model: nn.Module) -> None:
         """Remember the statistics; the model holds what devices have."""
         self._model = model
+        users = Counter(
+            id(tensor)
+            for module in model.modules()
+            for tensor in {*module._parameters.values(), *module._buffers.values()}
+        )
         self.modules = {
             name: module
             for name, module in model.named_modules()
@@ -57,6 +64,7 @@ class FoldedBatchNorm:
             and module.track_running_stats
             and module.affine
             and module.weight.dtype in _FOLDABLE
+            and all(users[id(tensor)] == 1 for tensor in _tensors(module))
         }
         self._deployed = {
             name: tuple(map(_wide, _tensors(module)[2:]))

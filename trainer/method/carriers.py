@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from edge_runtime.errors import TrainingError
+
 
 class Latents:
     """The coefficients; during a step they lie in the memory of some weights.
@@ -44,7 +46,16 @@ class Latents:
 
         Args:
             gradient: Of the loss by each coefficient, (N,).
+
+        Raises:
+            TrainingError: The weights' memory is in another order than it was.
         """
+        for name, carried in self._gradients.items():
+            if self._weights[name].stride() != carried.stride():
+                raise TrainingError(
+                    f"{name!r} lies in memory in another order than when the updater "
+                    "was made; call model.to(memory_format=...) before that"
+                )
         self._kept = {weight: weight.grad for weight in self._weights.values()}
         for weight in self._kept:
             weight.grad = None

@@ -29,7 +29,7 @@ class Int8Steps:
                 the first axis; names that do not move are passed over.
         """
         self.scales = {
-            name: torch.from_numpy(by_slice(scales[name], tensor.dim())).to(tensor)
+            name: torch.tensor(by_slice(scales[name], tensor.dim())).to(tensor)
             for name, tensor in base.items()
             if name in scales
         }

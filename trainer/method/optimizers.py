@@ -153,11 +153,11 @@ def check_elementwise(optimizer: Optimizer, *, elementwise: bool) -> None:
     """
     name = type(optimizer).__name__
     if not (elementwise or name in ELEMENTWISE) or has_two_sets(optimizer):
+        way = ". If it steps every element by itself, pass elementwise=True to attach()"
         raise TrainingError(
             f"{name} may step an element by what others do, or keeps weights of its "
             "own, and coefficients are not weights; known to be right are "
-            f"{', '.join(sorted(ELEMENTWISE))}. If it steps every element by itself, "
-            "pass elementwise=True to attach()"
+            f"{', '.join(sorted(ELEMENTWISE))}{'' if has_two_sets(optimizer) else way}"
         )
 
 
@@ -172,12 +172,15 @@ def check_groups(optimizer: Optimizer, wanted: Collection[int]) -> None:
         TrainingError: They are not.
     """
     groups = [
-        {key: value for key, value in group.items() if key != "params"}
+        # What else lies in a group, but for a scheduler's numbers, is a name for it.
+        {k: v for k, v in group.items() if k in optimizer.defaults or type(v) is float}
         for group in optimizer.param_groups
         if any(id(p) in wanted for p in group["params"])
     ]
-    if any(group != groups[0] for group in groups[1:]):
-        raise TrainingError(
-            "the weights that move are in groups of different options, and share their "
-            "coefficients: put them into one group of the optimizer"
-        )
+    for group in groups[1:]:
+        for key in sorted(group.keys() | groups[0].keys()):
+            if group.get(key) != groups[0].get(key):
+                raise TrainingError(
+                    f"the weights that move are in groups of different {key!r}, and "
+                    "share their coefficients: put them into one group of the optimizer"
+                )

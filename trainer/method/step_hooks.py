@@ -283,7 +283,10 @@ class StepHooks:
         self._mark_switched()
 
     def let_go(self) -> None:
-        """Take the hooks off the optimizers."""
+        """Take the hooks off the optimizers, and undo what a step that failed wrote."""
+        for stepped, names in self.owned.items():
+            if stepped in self._running and self.freeze.masks:
+                self.freeze.after(names, stepped)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -86,7 +86,8 @@ class SubspaceUpdater:
             bits: Of a coefficient, 1 to 8.
             taps: How many coefficients move a weight, 1 to 4; with two, of one bit, it
                 moves by -1, 0 or 1.
-            seed: Of the signs; a round should have one of its own.
+            seed: Of the signs; a round should have one of its own. One from 2**28 takes
+                up to 5 bytes more in a patch.
             selectable: Called with name and parameter; which tensors move.
             dense: As for :class:`PartialUpdater`.
             int8_scales: Of the tensors that are int8 on the device, one for each slice
@@ -103,7 +104,7 @@ class SubspaceUpdater:
         plain = {name: name.replace("_orig_mod.", "") for name in named}
         names = sorted(named, key=lambda name: (name in int8_scales, plain[name]))
         self._params = {n: named[n] for n in names if selectable(n, named[n])}
-        check_subspace(self._params, coefficients, bits=bits, taps=taps)
+        check_subspace(self._params, coefficients, bits=bits, taps=taps, seed=seed)
         self._still = Still(named, free={*self._params, *dense})
         self.bits, self.taps, self.seed = bits, taps, seed
         self._kind = {"seed": int(seed), "bits": bits, "taps": taps}

@@ -103,7 +103,7 @@ class SubspaceWeights:
 
 
 def check_subspace(
-    weights: Mapping[str, Tensor], coefficients: int, *, bits: int, taps: int
+    weights: Mapping[str, Tensor], coefficients: int, *, bits: int, taps: int, seed: int
 ) -> None:
     """Refuse a subspace that no patch holds, or that these weights cannot move in.
 
@@ -122,6 +122,8 @@ def check_subspace(
             f"expected 1 to {MAX_BITS} bits and 1 to {MAX_TAPS} taps, found {bits} "
             f"and {taps}"
         )
+    if not 0 <= seed < 1 << 63:
+        raise TrainingError(f"expected a seed from 0 to 2**63 - 1, found {seed}")
     if sum(map(room, weights.values())) < coefficients:
         holes = [name for name, p in weights.items() if not room(p)]
         raise TrainingError(

@@ -222,7 +222,10 @@ class PartialUpdater:
         # Our order of tensors, as it decides between equal scores.
         scores = {name: scores[name] for name in self._params}
         for name, mask in self._masks.items():  # selected before: from these alone
-            scores[name] = scores[name].masked_fill(~mask, -torch.inf)
+            score = scores[name]
+            if score.is_floating_point():  # others are refused below
+                lowest = torch.finfo(score.dtype).min  # above what was not selected
+                scores[name] = score.clamp_min(lowest).masked_fill(~mask, -torch.inf)
         count = min(keep * count_of(self.ratio, self._total), self._total)
         return select_top_k(scores, int(count))
 

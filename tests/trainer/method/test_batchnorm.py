@@ -164,6 +164,20 @@ def test_modules_without_scale_or_statistics_are_left_alone():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_modules_that_share_scale_and_shift_are_left_alone():
+    model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(3)))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    norms = FoldedBatchNorm(model)
+    inputs = 3 * torch.randn(32, 4) + 2
+    model.train()(inputs)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        expected = model.eval()(inputs)
+        norms.fold()
+        torch.testing.assert_close(model(inputs), expected)
+    assert list(norms.modules) == ["2"]
+
+
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 )

@@ -489,7 +489,7 @@ def test_weights_that_share_coefficients_need_one_group_of_one_optimizer():
         updater.attach(*apart)
     groups = [{"params": model[0].parameters(), "lr": 0.2}]
     groups += [{"params": model[2].parameters()}]
-    with pytest.raises(TrainingError, match="groups of different options"):
+    with pytest.raises(TrainingError, match="groups of different 'lr'"):
         updater.attach(torch.optim.SGD(groups, lr=0.1))
 
 
@@ -502,8 +502,41 @@ def test_groups_that_a_scheduler_parts_later_are_refused_at_the_step():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     train(model, optimizer)
     scheduler.step()
-    with pytest.raises(TrainingError, match="groups of different options"):
+    with pytest.raises(TrainingError, match="groups of different 'lr'"):
         train(model, optimizer)
+
+
+def test_groups_that_differ_by_names_alone_share_coefficients():
+    model = net()
+    groups = [{"params": list(model[i].named_parameters())} for i in (0, 2)]
+    groups[1]["name"] = "head"
+    optimizer = torch.optim.Adam(groups, lr=0.01)
+    updater = SubspaceUpdater(model.named_parameters(), coefficients=64)
+    updater.attach(optimizer)
+    train(model, optimizer)
+    updater.select()
+    updater.finish()
+
+
+def test_a_memory_format_that_changes_under_the_updater_is_refused_at_the_step():
+    model = nn.Conv2d(3, 8, 3)
+    updater = SubspaceUpdater(model.named_parameters(), coefficients=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    updater.attach(optimizer)
+    model.to(memory_format=torch.channels_last)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    gradient = model.weight.grad.clone()
+    with pytest.raises(TrainingError, match=r"'weight' lies in memory.*memory_format"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("seed", [-3, 2**63])
+def test_a_seed_that_no_patch_holds_is_refused_before_training(seed):
+    with pytest.raises(TrainingError, match=rf"from 0 to 2\*\*63 - 1, found {seed}"):
+        started(seed=seed)
 
 
 def test_biases_may_be_in_another_optimizer():

@@ -465,6 +465,24 @@ def test_a_step_after_one_that_failed_is_measured_and_frozen_as_any_other(select
         updater.finish()
 
 
+def test_a_last_step_that_failed_half_way_moves_no_frozen_weight():
+    model, optimizer, updater = started(make=torch.optim.SGD, lr=0.1)
+    train(model, optimizer)
+    updater.select()
+
+    def fail(*_):
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        raise KeyboardInterrupt
+
+    optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer)
+    for name, mask in updater.finish().items():
+        parameter = dict(model.named_parameters())[name]
+        assert torch.equal(parameter[~mask], updater.base[name][~mask])
+
+
 def test_an_updater_that_was_detached_follows_the_optimizer_once_it_is_attached_again():
     model, optimizer, updater = started(make=torch.optim.SGD, lr=0.1)
     train(model, optimizer, steps=1)
@@ -884,6 +902,24 @@ def test_narrowing_ranks_by_what_the_selected_weights_did_in_both_phases():
     k = int(0.1 * 192)
     for name, mask in masks.items():
         assert torch.equal(mask, scores[name] >= ranked[k - 1])
+
+
+def test_scores_of_minus_infinity_narrow_to_what_was_selected():
+    model, optimizer, updater = started(ratio=0.1)
+    train(model, optimizer)
+    wide = {n: mask.clone() for n, mask in updater.select(keep=4).items()}
+    low = {n: torch.full_like(b, -torch.inf) for n, b in updater.base.items()}
+    for name, mask in updater.narrow(low).items():
+        assert not (mask & ~wide[name]).any()
+
+
+def test_whole_numbers_are_refused_as_scores_by_narrow_as_by_select():
+    model, optimizer, updater = started(ratio=0.1)
+    train(model, optimizer)
+    updater.select(keep=4)
+    ranks = {n: torch.ones(b.shape, dtype=torch.int64) for n, b in updater.base.items()}
+    with pytest.raises(TrainingError, match=r"floating-point scores.*torch\.int64"):
+        updater.narrow(ranks)
 
 
 def test_narrowing_goes_on_from_a_saved_state():
