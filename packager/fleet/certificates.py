@@ -46,7 +46,12 @@ class Authority:
 
 
 def make_authority(name: str) -> Authority:
-    """Make an authority, which signs devices' certificates and no other authority's."""
+    """Make an authority, which signs devices' certificates and no other authority's.
+
+    Args:
+        name: Whose it is; cut to the 64 bytes that a certificate takes.
+    """
+    name = name.encode(errors="replace")[:64].decode(errors="ignore")
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _named(name)
     limits = x509.BasicConstraints(ca=True, path_length=0)

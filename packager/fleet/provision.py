@@ -107,7 +107,7 @@ def insist_private(folder: Path) -> None:
                 f"{folder} is below {above}, where devices read {head.name}: private "
                 "keys there would be given out to anybody; give a folder elsewhere"
             )
-    if head := next(place.glob("*/*.head"), None):
+    if head := next(place.rglob("[!.]*.head"), None):
         raise StoreError(
             f"{folder} holds {head.relative_to(place)}, which is published: private "
             "keys beside it could be given out too; give a folder elsewhere"
@@ -184,7 +184,7 @@ def _authority(folder: Path, files: Files) -> Authority:
     """Return the operator's authority; it is made where there is none."""
     public, private = folder / "ca.pem", folder / "ca.key"
     if not folder.exists():
-        made = make_authority(f"devices of {folder.resolve().parent.name}"[:64])
+        made = make_authority(f"devices of {folder.resolve().parent.name}")
         with _appearing(folder, files) as part:
             files.write(part / private.name, [made.private_pem], mode=0o600)
             files.write(part / public.name, [made.public_pem])

@@ -115,6 +115,23 @@ def test_keys_are_never_written_where_devices_read(tmp_path):
     provision(tmp_path / "cards", 1, Order())
 
 
+def test_keys_are_written_nowhere_above_where_devices_read(tmp_path):
+    (tmp_path / "www/ann/digits").mkdir(parents=True)
+    (tmp_path / "www/ann/digits/stable.head").touch()
+    with pytest.raises(StoreError, match=r"holds ann/digits/stable\.head"):
+        provision(tmp_path / "www", 1, Order())
+    (tmp_path / "board/patches").mkdir(parents=True)
+    (tmp_path / "board/patches/.sync.head").touch()  # a device's own copy
+    provision(tmp_path / "board", 1, Order())
+
+
+@pytest.mark.parametrize(
+    "name", ["Устройства заказчика северного филиала", "x" * 99, os.fsdecode(b"\xff")]
+)
+def test_an_authority_is_made_whatever_its_folder_is_called(tmp_path, name):
+    assert provision(tmp_path / name, 1, Order(certificates=True)) == ["board-0001"]
+
+
 def test_a_key_of_another_device_is_noticed(tmp_path):
     provision(tmp_path, 2, Order())
     keys = tmp_path / "keys"
