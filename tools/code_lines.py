@@ -34,7 +34,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "inference": 875,
         "live": 560,
         "store": 955,
-        "sync": 2025,
+        "sync": 2040,
         "trust": 320,
         "update": 1180,
     },

@@ -117,7 +117,8 @@ def bundle_file(
     with download_folder(store, Files()) as folder:
         sync = BundleSync(folder, place, channel, device)
         path, signed = sync.fetch()
-        say(f"round {signed.head.round} of {channel}: {place.spent} bytes on the wire")
+        spent = f"{place.spent} bytes on the wire"
+        say(f"round {signed.head.round} of {channel}: {spent}{sync.note}")
         yield path, place, sync.lists
 
 

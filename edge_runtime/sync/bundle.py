@@ -11,10 +11,13 @@ from edge_runtime.store.state import State
 from edge_runtime.sync.channel import Channel
 from edge_runtime.sync.desk import LOCK_NAME, SyncOptions
 from edge_runtime.sync.downloads import bundle_way
-from edge_runtime.sync.head import SignedHead
+from edge_runtime.sync.head import PERMILLE, Head, SignedHead
+from edge_runtime.sync.plan import PAUSED
 from edge_runtime.sync.source import Source
 from edge_runtime.sync.state import read_sync_state
 from edge_runtime.times import utc
+
+ALL_LISTS = 256  # key lists at once, as nothing goes on: as many as TUF's client takes
 
 
 class BundleSync(Channel):
@@ -22,6 +25,7 @@ class BundleSync(Channel):
 
     Attributes:
         lists: The key lists that the device has to take before the bundle.
+        note: What keeps other devices from the release, in words; may be empty.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class BundleSync(Channel):
         """
         options = SyncOptions(channel=channel, device="")
         super().__init__(folder, source, options)
-        self._device, self.lists = device, list[bytes]()
+        self._device, self.lists, self.note = device, list[bytes](), ""
 
     def fetch(self) -> tuple[Path, SignedHead]:
         """Fetch the bundle; what was cut goes on later.
@@ -63,7 +67,7 @@ class BundleSync(Channel):
     def _admit(self, device: State, signed: SignedHead) -> None:
         """The same by the newest key list: no agent would take it meanwhile."""
         self.lists.clear()
-        for data, follower in self._lists(device, signed.head.keys):
+        for data, follower in self._lists(device, signed.head.keys, ALL_LISTS):
             self.lists.append(data)
             device = follower
         super()._admit(device, signed)
@@ -76,6 +80,8 @@ class BundleSync(Channel):
                 "newest; publish again, or set this device's clock",
                 permanent=True,
             )
+        if head.target != self._device.active:
+            self._note_rollout(head, now)
         way = bundle_way(head)
         if way is None:
             raise SyncError(
@@ -88,6 +94,22 @@ class BundleSync(Channel):
         if problem := self._no_room(way.size - self._part_size(way)):
             raise SyncError(problem)
         self._fetch(way)
+
+    def _note_rollout(self, head: Head, now: int) -> None:
+        """Tell that others wait for a release; a new device refuses a paused one."""
+        if self._state.paused and not self._device.model:
+            raise SyncError(
+                f"{PAUSED}; wait until its publisher gives 'dpu-fleet resume' or "
+                "'dpu-fleet revert', or install from the file of a bundle",
+                permanent=True,
+            )
+        rollout = head.rollout
+        if self._state.paused:
+            self.note = f"; {PAUSED}"
+        elif rollout and (rollout.groups or rollout.share(now) < PERMILLE):
+            group = f" of {', '.join(rollout.groups)}" if rollout.groups else ""
+            share = f"{rollout.share(now) / 10:g} % of the devices{group}"
+            self.note = f"; others wait: its rollout has come to {share}"
 
 
 @contextmanager

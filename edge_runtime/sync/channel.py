@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edge_runtime.sync.tuf import TufClient
 
 HEAD_DEADLINE_S = 120.0
-LISTS = 16  # key lists that are taken at once
+LISTS = 16  # key lists that are taken at once; the next look goes on
 
 
 class Channel(Downloads):
@@ -176,13 +176,15 @@ class Channel(Downloads):
     # Key lists ----------------------------------------------------------------------
     # The agent judges for good; here only so that nobody fills the disk.
 
-    def _lists(self, device: State, newest: int) -> Iterator[tuple[bytes, State]]:
+    def _lists(
+        self, device: State, newest: int, most: int = LISTS
+    ) -> Iterator[tuple[bytes, State]]:
         """Put the key lists that a device lacks into the agent's folder, one by one.
 
         Yields:
             A list, and the device as it is once it has taken it.
         """
-        for _ in range(LISTS):
+        for _ in range(most):
             known = device.key_list.root.version if device.key_list else 0
             if newest <= known:
                 return

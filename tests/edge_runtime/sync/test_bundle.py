@@ -2,17 +2,30 @@
 """A device is installed from a channel, and repaired from it, over a bad link."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from edge_runtime.cli.main import main
 from edge_runtime.files import Files
 from edge_runtime.live.proof import encode_public
+from edge_runtime.live.shared import public_key
+from edge_runtime.sync.head import Rollout
 from edge_runtime.trust import first_root
 from edge_runtime.update.device import Device
-from packager.fleet.head import sign_head
+from packager.fleet.channel import add_list
+from packager.fleet.head import pause_head, sign_head
+from packager.key_lists import change_list, sign_list
 from packager.keys import generate_key
-from tests.edge_runtime.sync.world import KEY, World, lists
+from tests.edge_runtime.sync.world import (
+    KEY,
+    NOW,
+    PAUSER,
+    TIMES,
+    TRUST,
+    World,
+    lists,
+)
 
 
 @pytest.fixture
@@ -22,6 +35,13 @@ def world(run, tmp_path):
     world.publish(1, lifetime_s=1 << 33)
     (tmp_path / "key.pem").write_bytes(encode_public(KEY))
     world.key = tmp_path / "key.pem"
+    return world
+
+
+@pytest.fixture
+def paused(world):
+    head = replace(world.head, pausers=(public_key(PAUSER),))
+    world.head_bytes = pause_head(sign_head(head, [KEY]), PAUSER, at=NOW)
     return world
 
 
@@ -97,6 +117,40 @@ def test_a_stick_installs_as_a_server_does(world, edge):
     assert (code, json.loads(out)["round"]) == (0, 1)
 
 
+def test_a_paused_release_is_installed_from_a_file_alone(paused, edge):
+    code, _, err = edge("init", paused.place.root, "--trust", paused.key)
+    assert (code, "paused; wait until" in err) == (10, True)
+    assert not paused.root.exists()
+    bundle = paused.place.root / f"bundles/{paused.head.bundle[1]}.zip"
+    assert edge("init", bundle, "--trust", paused.key)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        (Rollout("1", ((15, 0), (1000, NOW + 60))), "come to 1.5 % of the devices\n"),
+        (Rollout("1", (), ("lab", "van")), "come to 100 % of the devices of lab, van"),
+        (Rollout("1", ((1000, 0),)), "on the wire\n"),
+    ],
+)
+def test_a_new_device_is_told_that_others_wait_for_its_release(
+    world, edge, rollout, words
+):
+    world.head_bytes = sign_head(replace(world.head, rollout=rollout), [KEY])
+    code, _, err = edge("init", world.place.root, "--trust", world.key)
+    assert (code, words in err) == (0, True), err
+
+
+def test_a_pause_keeps_no_damaged_store_from_what_it_holds(paused, edge):
+    current = paused.head.bundle[1]
+    for bundle in (paused.place.root / "bundles").iterdir():
+        paused.root = paused.root.with_name(bundle.stem)
+        Device.install(paused.root, bundle, trust=TRUST)
+        (paused.root / "model" / "graph.onnx").unlink()
+        code, _, err = edge("repair", paused.place.root)
+        assert (code, "was paused" in err) == (0, bundle.stem != current)
+
+
 def test_a_damaged_store_is_repaired_over_the_link(world, server, edge):
     world.install()
     weights = world.root / "slots" / world.head.target / "weights.safetensors"
@@ -136,6 +190,19 @@ def test_a_device_whose_card_has_an_older_key_list_is_installed_over_the_link(
     assert (code, "round 1 of stable" in err) == (0, True)
     state = Device.open(world.root).store.state
     assert (state.key_list.root.version, state.active) == (2, world.head.target)
+
+
+def test_however_many_key_lists_came_since_its_card_was_made_a_device_takes_them(
+    world, edge, tmp_path
+):
+    one, data, new = lists(owner := generate_key())
+    (tmp_path / "1.root.json").write_bytes(one)
+    for _ in range(3, 21):  # the first one after the card's exchanged the key
+        add_list(world.place, data)
+        data = sign_list(change_list(data, TIMES), [owner])
+    world.exchange(new, data)
+    code, _, _ = edge("init", world.place.root, "--trust", tmp_path / "1.root.json")
+    assert (code, Device.open(world.root).store.state.key_list.root.version) == (0, 20)
 
 
 def test_a_store_with_an_older_key_list_is_repaired_over_the_link(world, server, edge):
