@@ -6,6 +6,8 @@ from calendar import timegm
 
 FORM = "%Y-%m-%dT%H:%M:%SZ"
 MAX_SECONDS = 253402300799  # the end of the year 9999
+# A clock that shows less began in 1970 at a boot: no board runs for ten years.
+UPTIME_S = 10 * 366 * 86_400
 
 
 def utc(seconds: float | None = None) -> str:

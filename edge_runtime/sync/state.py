@@ -17,7 +17,7 @@ from edge_runtime.files import Files, read_bounded
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.sync.head import SignedHead
-from edge_runtime.times import MAX_SECONDS, utc
+from edge_runtime.times import MAX_SECONDS, UPTIME_S, utc
 
 SLIP_S = 90 * 86_400  # more than the clocks of two honest publishers are apart
 SCHEMA, TUF_SCHEMA = 1, 2  # the second only with what it is for
@@ -98,11 +98,11 @@ class SyncState:
     def day(self, clock: float) -> str:
         """Return the day that bytes are counted to, such as 2026-11-28.
 
-        A clock that stands before a signed time is wrong, and may begin anew at each
-        boot: then it counts on from that time.
+        A clock that stands before a signed time is wrong, so that time counts. One that
+        begins anew at each boot counts on from it: else no day would ever end there.
         """
-        begin = self.seen if clock < self.seen else 0
-        return utc(min(begin + int(clock), MAX_SECONDS))[:10]
+        begin = self.seen if clock < min(self.seen, UPTIME_S) else 0
+        return utc(min(max(begin + int(clock), self.seen), MAX_SECONDS))[:10]
 
     def spending(self, day: str, count: int) -> Self:
         """Return the state once so many bytes went over the wire on a day."""

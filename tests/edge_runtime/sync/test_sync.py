@@ -538,6 +538,12 @@ def test_a_clock_that_stands_back_counts_days_on_from_the_newest_signed_time():
     assert SyncState(seen=MAX_SECONDS).day(86_400) == "9999-12-31"
 
 
+def test_a_slow_clock_counts_to_the_day_of_the_newest_signed_time():
+    state = SyncState(seen=NOW)
+    days = {state.day(NOW - behind) for behind in (0, 600, 40 * 86_400)}
+    assert days == {utc(NOW)[:10]}
+
+
 # State --------------------------------------------------------------------------------
 
 

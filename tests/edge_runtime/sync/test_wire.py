@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes before a body is bounded and counted, wherever the server points to."""
 
+import os
 import socket
 import ssl
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from edge_runtime.errors import SyncError
 from edge_runtime.sync.http import HttpSource, open_source
-from edge_runtime.sync.source import FolderSource
+from edge_runtime.sync.source import FolderSource, UnusableError
 from edge_runtime.sync.wire import HANDSHAKE_BYTES, HEADER_BYTES
 from tests.edge_runtime.sync.certificates import Authority
 
@@ -224,6 +225,25 @@ def test_what_fails_while_a_folder_is_read_is_told_as_it_is(tmp_path):
     (tmp_path / "here").write_bytes(b"hi")
     with pytest.raises(FileNotFoundError), FolderSource(tmp_path).get("here"):
         (tmp_path / "nowhere" / "copy").write_bytes(b"hi")
+
+
+def test_a_pipe_or_a_device_on_a_stick_holds_nobody(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        with (
+            pytest.raises(UnusableError, match="no ordinary file"),
+            FolderSource(tmp_path).get(name),
+        ):
+            pass
+
+
+def test_nothing_of_a_file_on_a_stick_is_read_before_its_size_is_known(tmp_path):
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 30)
+    (tmp_path / "stable.head").symlink_to("huge")  # publishers may link
+    with FolderSource(tmp_path).get("stable.head") as answer:
+        assert (answer.status, answer.size, answer.tag) == (200, 1 << 30, "")
 
 
 def test_a_server_that_is_away_is_told_in_words():
