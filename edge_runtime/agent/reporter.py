@@ -36,6 +36,7 @@ from edge_runtime.live.shared import device_id
 from edge_runtime.store.contents import KEY_NAME
 from edge_runtime.store.state import State
 from edge_runtime.store.store import Store
+from edge_runtime.times import UPTIME_S
 
 DAY_S = 86_400
 RETRY_S = 600  # after what went wrong
@@ -97,8 +98,10 @@ class Reporter:
         told = read_told(self._folder)
         outbox.forget(told.sent)
         for change in new or [newest_change(store.state)]:
-            # Numbers grow even where the clock goes back.
-            n = max(now, 1, self._last.n + 1 if self._last else 0)
+            # Numbers grow even where the clock goes back, or where it begins anew at
+            # each boot and the store was installed anew.
+            begin = told.seen if now < UPTIME_S else 0
+            n = max(now, begin, 1, self._last.n + 1 if self._last else 0)
             daily = not new
             data = self._encode(store, change, told, n)
             outbox.add(n, kind_of(change.outcome, daily=daily), data)

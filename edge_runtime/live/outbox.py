@@ -21,6 +21,7 @@ from edge_runtime.errors import StoreError
 from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.live.report import FAILURES, Outcome
+from edge_runtime.times import MAX_SECONDS
 
 OUTBOX = "outbox"
 TOLD_NAME = ".sync.told"  # in the agent's folder, which leaves hidden files alone
@@ -128,6 +129,7 @@ class Told:
         counter: Release counter of the release that it names.
         target: Fingerprint of that.
         month_bytes: Bytes on the wire this month.
+        seen: Newest signed time, seconds since 1970; 0 for none.
         sent: Numbers of the reports that were sent and are still in the outbox.
     """
 
@@ -138,6 +140,7 @@ class Told:
     counter: int = 0
     target: str = ""
     month_bytes: int = 0
+    seen: int = 0
     sent: tuple[int, ...] = ()
 
     def having_sent(self, sent: Collection[int], present: Collection[int]) -> Self:
@@ -168,6 +171,7 @@ def read_told(folder: Path) -> Told:
         record.integer("counter"),
         record.digest("target", ""),
         record.integer("month_bytes"),
+        record.integer("seen", 0, most=MAX_SECONDS),
         tuple(record.integers("sent")),
     )
 

@@ -290,6 +290,7 @@ class Sync(Channel):
             device=printable(self._options.device),
             group=printable(self._options.group),
             month_bytes=state.spent_in(state.day(self._clock())[:7]),
+            seen=state.seen,
         )
         if head:
             told = replace(

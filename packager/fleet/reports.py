@@ -26,7 +26,7 @@ from edge_runtime.live.report import (
 )
 from edge_runtime.live.shared import canonical
 from edge_runtime.text import printable
-from edge_runtime.times import MAX_SECONDS
+from edge_runtime.times import MAX_SECONDS, UPTIME_S
 from packager.fleet.database import Row
 from packager.fleet.head import MOST
 from packager.read_proof import check_origin, read_proof
@@ -178,10 +178,13 @@ def row_of(
     running, unclear = runs(report.proof)
     proof = report.proof or {}
     version = head.version if head else record["head_version"]
+    least = head.at if head else 0
+    if record["at"] < UPTIME_S and not head:  # no time; the first head's is the least
+        least = min((known.at for known in heads.values()), default=0)
     known = [c for c, since in counters.get(record["target"], ()) if since <= version]
     return Row(
         # Not before the head that it answers, nor after it came: clocks may be wrong.
-        at=min(max(record["at"], head.at if head else 0), now),
+        at=min(max(record["at"], least), now),
         device=name or record["device"],
         received=now,
         head_version=version,

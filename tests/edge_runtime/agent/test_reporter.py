@@ -215,6 +215,23 @@ def test_numbers_grow_even_where_the_clock_goes_back(board):
     assert second == first + 1
 
 
+def test_without_a_clock_numbers_begin_at_the_newest_signed_time(board):
+    """Else a board that is installed anew stays below the numbers that it had."""
+    signed = int(board.now)
+    board.tell(device="board7", seen=signed)
+    board.now = 500
+    board.look()
+    board.put(1)
+    board.look()
+    assert [report.record["n"] for report in board.reports] == [signed, signed + 1]
+
+
+def test_a_head_of_the_future_moves_no_number_of_a_board_with_a_clock(board):
+    board.tell(device="board7", seen=int(board.now) + 900 * DAY_S)
+    board.look()
+    assert board.reports[0].record["n"] == int(board.now)
+
+
 def test_a_report_answers_the_head_that_the_network_side_tells(board):
     board.look()
     assert board.reports[0].proof["nonce"] == NO_HEAD

@@ -311,5 +311,5 @@ def test_a_look_tells_the_agent_what_its_reports_should_answer(board, box):
         *(head.version, head.counter),
         head.target,
     )
-    assert told.month_bytes == 0  # a folder costs nothing
+    assert (told.month_bytes, told.seen) == (0, head.at)  # a folder costs nothing
     assert FIRST_WAIT_S

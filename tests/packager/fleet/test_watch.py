@@ -112,6 +112,15 @@ def test_who_runs_what_is_known_by_proof(fleet):
     ]
 
 
+def test_a_clock_that_began_in_1970_counts_no_day_before_the_first_known_head(fleet):
+    (device,) = fleet.devices(1)
+    device.send(None, at=700)
+    device.send(None, at=NOW - 9 * 86_400)  # of a head before that one
+    fleet.collect()
+    assert fleet.rows("at") == [(NOW,), (NOW - 9 * 86_400,)]
+    assert fleet.rows("min(day)", "daily") == [((NOW - 9 * 86_400) // 86_400,)]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
