@@ -53,7 +53,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "data": 495,
         "export": 1720,
         "folder": 540,
-        "method": 1575,
+        "method": 1580,
         "networks": 245,
         "recipe": 550,
         "rounds": 2365,

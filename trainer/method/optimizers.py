@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from edge_runtime.errors import TrainingError
@@ -184,3 +185,17 @@ def check_groups(optimizer: Optimizer, wanted: Collection[int]) -> None:
                     f"the weights that move are in groups of different {key!r}, and "
                     "share their coefficients: put them into one group of the optimizer"
                 )
+
+
+def forget(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Let an optimizer know as little of parameters as when it was made.
+
+    Adagrad keeps its state, reset: many versions of torch make it when the optimizer
+    is made, and never again.
+    """
+    for parameter in parameters:
+        state = optimizer.state.pop(parameter, None)
+        if state and isinstance(optimizer, torch.optim.Adagrad):
+            state["step"].zero_()
+            state["sum"].fill_(optimizer.defaults["initial_accumulator_value"])
+            optimizer.state[parameter] = state

@@ -44,6 +44,7 @@ from trainer.method.movement import Movement
 from trainer.method.optimizers import (
     check_elementwise,
     check_groups,
+    forget,
     parameter_ids,
     unwrap,
     with_closure,
@@ -356,8 +357,7 @@ class SubspaceUpdater:
 
     def _forget(self) -> None:
         if self._optimizer:
-            for parameter in self._params.values():
-                self._optimizer.state.pop(parameter, None)
+            forget(self._optimizer, self._params.values())
 
     def _write(self) -> None:
         """Make the weights anew from base and coefficients."""

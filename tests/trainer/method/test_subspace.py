@@ -506,6 +506,19 @@ def test_groups_that_a_scheduler_parts_later_are_refused_at_the_step():
         train(model, optimizer)
 
 
+def test_adagrad_keeps_a_state_and_begins_anew_with_it():
+    model = net()
+    options = {"lr": 0.01, "initial_accumulator_value": 0.5}
+    optimizer = torch.optim.Adagrad(model.parameters(), **options)
+    train(model, optimizer)
+    updater = SubspaceUpdater(model.named_parameters(), coefficients=64)
+    updater.attach(optimizer)
+    for name in updater.base:
+        state = optimizer.state[dict(model.named_parameters())[name]]
+        assert float(state["step"]) == 0
+        assert (state["sum"] == 0.5).all()
+
+
 def test_groups_that_differ_by_names_alone_share_coefficients():
     model = net()
     groups = [{"params": list(model[i].named_parameters())} for i in (0, 2)]
