@@ -16,6 +16,7 @@ from packager.cli.keys import read_signers
 from packager.cli.options import (
     KEY_LIST,
     PUBLIC_KEY,
+    former_option,
     runs_option,
     single_publisher_option,
 )
@@ -83,13 +84,7 @@ if TYPE_CHECKING:
     type=PUBLIC_KEY,
     help="Let this key pause the rollout, and do nothing else (repeatable).",
 )
-@click.option(
-    "--former",
-    metavar="KEY.pub.pem",
-    multiple=True,
-    type=PUBLIC_KEY,
-    help="Go on from a head that this key signed, now that others sign (repeatable).",
-)
+@former_option
 @click.option(
     "--key-list",
     "lists",
@@ -123,6 +118,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
     single_publisher: bool,
     dry_run: bool,
     as_json: bool,
+    after: int = 0,
 ) -> None:
     """Make ROUND the newest release of a channel.
 
@@ -154,6 +150,7 @@ def publish(  # noqa: PLR0913 - one argument for each option
             shares=shares or (),
             groups=groups,
             above=above,
+            after=after,
             pausers=tuple(map(read_public, pausers)),
             former=tuple(map(read_public, former)),
         ),

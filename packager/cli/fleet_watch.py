@@ -14,6 +14,7 @@ from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files, read_key_file
 from edge_runtime.formats.signing import Trust
+from edge_runtime.times import utc
 from packager.cli.fleet_options import Span, channel_option, run_or_ledger, sign_option
 from packager.cli.fleet_publish import publish
 from packager.cli.fleet_tuf import follow_head, tuf_option
@@ -21,6 +22,7 @@ from packager.cli.keys import read_signers
 from packager.cli.options import (
     PRIVATE_KEY,
     PUBLIC_KEY,
+    former_option,
     insist_apart,
     insist_ending,
     runs_option,
@@ -290,11 +292,13 @@ def resume(
     signers, names = read_signers(keys)
     place = open_place(url, single_publisher=single_publisher, say=say)
     own = Channel(name=channel, signers=signers)
-    head = resume_channel(place, own, now=int(time.time()))
-    words = f"goes on, version {head.version}" if head else "not paused"
-    record = {"to": place.name, "channel": channel, "changed": head is not None}
-    record |= {"version": head.version if head else None, "signed_by": names}
-    if head and (told := follow_head(place, tuf, head, own.lifetime_s)):
+    head, changed = resume_channel(place, own, now=(now := int(time.time())))
+    words = f"goes on, version {head.version}" if changed else "not paused"
+    for share, start in head.rollout.steps if head.rollout else ():
+        words += f"; {share / 10:g}% from {utc(start)}" * (start > now)
+    record = {"to": place.name, "channel": channel, "changed": changed}
+    record |= {"version": head.version, "signed_by": names}
+    if told := follow_head(place, tuf, head, own.lifetime_s):
         record["tuf"] = told
     emit(record, as_json=as_json, text=f"{channel}: {words}")
 
@@ -305,6 +309,7 @@ def resume(
 @click.option("--to", required=True, metavar="URL|DIR", help="Where the channel lies.")
 @channel_option
 @sign_option("The keys that releases are signed with (repeatable).")
+@former_option
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @tuf_option
 @single_publisher_option
@@ -326,6 +331,7 @@ def revert(
     Those of ROUND, by default those of the release before. Its counter is right by
     itself, and its groups are those of the bad release.
     """
+    from edge_runtime.formats.model_folder import round_name
     from edge_runtime.sync.head import read_head
     from edge_runtime.sync.paths import head_path
     from packager.fleet.address import open_place
@@ -333,12 +339,13 @@ def revert(
     from packager.fleet.successor import ALL_NOW
 
     place = open_place(to, single_publisher=single_publisher, say=say)
-    found = place.read(head_path(channel))
-    if found is None:
+    if (found := place.read(head_path(channel))) is None:
         raise RoundError(f"no channel {channel!r} in {place.name}: nothing to revert")
-    head = read_head(found[0]).head  # whose it is, is for publish to insist on
-    name = name or release_before(runs, head)
-    say(f"round {head.round} is taken back: {name} becomes the newest release")
+    signed = read_head(found[0])  # whose it is, is for publish to insist on
+    head, name = signed.head, name or release_before(runs, signed)
+    done = f"{name} is the newest release already; to go back further, name the ROUND"
+    news = f"round {head.round} is taken back: {name} becomes the newest release"
+    say(done if Path(name).name == round_name(head.round) else news)
     context.invoke(
         publish,
         name=name,
@@ -346,6 +353,7 @@ def revert(
         to=to,
         channel=channel,
         revert=True,
+        after=head.version,
         shares=ALL_NOW,
         groups=head.rollout.groups if head.rollout else (),
         single_publisher=single_publisher,

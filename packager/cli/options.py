@@ -52,6 +52,13 @@ runs_option = click.option(
     is_eager=True,  # known when a ROUND is completed in the shell
     help="Where names of runs and rounds are looked up.",
 )
+former_option = click.option(
+    "--former",
+    metavar="KEY.pub.pem",
+    multiple=True,
+    type=PUBLIC_KEY,
+    help="Go on from a head that this key signed, now that others sign (repeatable).",
+)
 single_publisher_option = click.option(
     "--single-publisher",
     is_flag=True,

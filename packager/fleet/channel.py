@@ -36,6 +36,7 @@ class Channel:
             release is being rolled out; else all, at once.
         groups: Devices of these groups only; empty: all.
         above: Version that devices have seen, where the place was lost.
+        after: Version of the head to follow; another one is left alone. 0: any.
         pausers: Public keys, hex, that may pause the head.
         former: Public keys, hex, that signed the channel's head instead, before the
             signers were exchanged.
@@ -48,6 +49,7 @@ class Channel:
     shares: tuple[tuple[int, int], ...] = ()
     groups: tuple[str, ...] = ()
     above: int = 0
+    after: int = 0
     pausers: tuple[str, ...] = ()
     former: tuple[str, ...] = ()
 
@@ -63,20 +65,25 @@ class Channel:
         Raises:
             TrustError: It is not, nor of those who signed before.
         """
-        if signed.signatures and not self.signers:
-            names = ", ".join(signature.key_id for signature in signed.signatures)
+        given = [signature.key_id for signature in signed.signatures]
+        if given and not self.signers:
             raise TrustError(
-                f"the channel's head is signed by {names}, and this one would be by "
-                "nobody: devices would refuse it; give the key with --sign"
+                f"the channel's head is signed by {', '.join(given)}, and this one "
+                "would be by nobody: devices would refuse it; give the key with --sign"
             )
-        try:
+        if set(given).issuperset(self.trust.ids):
             signed.check(self.trust)
-        except TrustError:
-            if not self.former:
-                raise
-            signed.check(Trust(self.former, len(self.former)))
-            return False
-        return True
+            return True
+        former = Trust(self.former, max(1, len(self.former)))
+        if not former.keys or not set(given).issuperset(former.ids):
+            raise TrustError(
+                f"the channel's head is signed by {', '.join(given) or 'nobody'}, "
+                f"expected {', '.join((former if former.keys else self.trust).ids)}; "
+                "give those that signed it with --sign, or, where others sign now, "
+                "with --former (of 'publish' and 'revert')"
+            )
+        signed.check(former)
+        return False
 
 
 def read_channel(
@@ -87,12 +94,18 @@ def read_channel(
     Raises:
         HeadError: What lies there is no head.
         TrustError: Somebody else signed it: a new one would lend our name to it.
+        StoreError: It is another one than the channel shall go on from.
     """
     found = place.read(head_path(channel.name))
     if found is None:
         return None, None
     signed = read_head(found[0])
     channel.made(signed)
+    if channel.after not in (0, signed.head.version):
+        raise StoreError(
+            f"the channel went on to round {signed.head.round} meanwhile; nothing was "
+            "published: see whether that one is to be replaced too"
+        )
     return signed, found[1]
 
 
@@ -139,6 +152,11 @@ def pause(
     raise StoreError(f"{place.name}/{head_path(name)} changed {RACES} times meanwhile")
 
 
+def present(place: Place) -> dict[str, int]:
+    """Return the patches and bundles in a place, with their sizes."""
+    return dict(file for top in ("patches/", "bundles/") for file in place.names(top))
+
+
 def newest_list(place: Place) -> int:
     """Return the number of the newest key list in a place; 0 where there is none."""
     names = (Path(path).name for path, _ in place.names("keys/"))
@@ -173,6 +191,8 @@ def read_lists(place: Place, paths: Sequence[Path]) -> list[bytes]:
 def add_list(place: Place, data: bytes) -> str:
     """Put a key list where devices fetch it; the next publication names it.
 
+    One that is there may get more signatures, which devices may ask for.
+
     Returns:
         Its path.
 
@@ -181,6 +201,19 @@ def add_list(place: Place, data: bytes) -> str:
         StoreError: Another list has its number.
         OSError: It cannot be written.
     """
-    path = list_path(read_root(data).root.version)
-    place.create(path, data)
+    given = read_root(data)
+    path = list_path(given.root.version)
+    if (there := place.read(path)) is None:
+        place.create(path, data)
+        return path
+    with prefix_errors(f"remove {place.name}/{path} and publish again"):
+        known = read_root(there[0])
+    old, new = known.signatures.items(), given.signatures.items()
+    if known.message != given.message or not (new <= old or old <= new):
+        raise StoreError(
+            f"{place.name}/{path} is another list {given.root.version}, which devices "
+            "may have: 'dpu-patch trust sign' that one, or 'rotate' it to the next"
+        )
+    if old < new and not place.swap(path, data, there[1]):
+        raise StoreError(f"{place.name}/{path} changed meanwhile; try again")
     return path

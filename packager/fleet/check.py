@@ -252,7 +252,7 @@ def _check_lists(
                     raise KeyListError("missing; publish it again with --key-list")
                 now = now.follow(data, utc())
             except (KeyListError, TrustError) as err:
-                found.append(Finding(what, State.UNTRUSTED, str(err)))
+                found.append(Finding(what, _fault(err), str(err)))
                 break
             found.append(Finding(what, State.OK, f"follows list {number - 1}"))
         if problem := now.problem(utc()):
@@ -261,6 +261,10 @@ def _check_lists(
     if newest:
         found.append(_newest_list(read, newest))
     return found, trust
+
+
+def _fault(err: KeyListError | TrustError) -> State:
+    return State.UNTRUSTED if isinstance(err, TrustError) else State.WRONG
 
 
 def _newest_list(read: Read, newest: int) -> Finding:
@@ -273,6 +277,6 @@ def _newest_list(read: Read, newest: int) -> Finding:
     try:
         first_root(data)
     except (KeyListError, TrustError) as err:
-        return Finding(what, State.UNTRUSTED, str(err))
+        return Finding(what, _fault(err), str(err))
     words = "signed by its own keys; give --trust N.root.json to follow the chain"
     return Finding(what, State.NOTE, words)

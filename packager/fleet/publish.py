@@ -15,10 +15,10 @@ from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.formats.model_folder import Outcome
 from edge_runtime.sync.head import Head, SignedHead
 from edge_runtime.sync.paths import bundle_path, head_path, patch_path
-from edge_runtime.times import utc
+from edge_runtime.times import duration, utc
 from packager.bundles.from_round import build_bundle
-from packager.fleet.channel import RACES, Channel, newest_list, read_channel
-from packager.fleet.head import named_files, sign_head
+from packager.fleet.channel import RACES, Channel, present, read_channel
+from packager.fleet.head import AHEAD_S, named_files, sign_head
 from packager.fleet.place import Place
 from packager.fleet.successor import Successor
 from packager.fleet.ways import Offered
@@ -72,7 +72,7 @@ def publish(
 
     Raises:
         RoundError: It may not become the newest release.
-        StoreError: Other publishers came first every time, or the place is damaged.
+        StoreError: Other publishers came first, or the place is damaged.
         HeadError: What lies there is no head.
         TrustError: Another key signed the head.
         OSError: The place cannot be read or written.
@@ -88,23 +88,27 @@ def publish(
         for _ in range(RACES):
             old, tag = read_channel(place, channel)
             release = Successor(round_, channel, ledger, old, revert=revert)
+            if old and (ahead := old.head.at - now) > AHEAD_S:
+                say(
+                    f"the head is dated {duration(ahead)} from now: set this clock if "
+                    f"it is behind; what begins now begins {utc(release.begin(now))}"
+                )
             counter, offered = release.counter, release.offers()
             bundle = build_bundle(round_, counter=counter, signers=channel.signers)
-            head = release.head(offered, bundle.data, keys=newest_list(place), now=now)
+            head = release.head(offered, bundle.data, place, now=now)
             files = {patch_path(o.way.sha256): o.packed.data for o in offered}
             digest = hashlib.sha256(bundle.data).hexdigest()
             files[bundle_path(digest)] = bundle.data
             halted = _halted(round_, counter, old)
-            if old and not release.is_news(head):
+            # No timer that prolongs a head undoes a halt.
+            if old and (halted or not release.is_news(head)):
                 if not dry_run:
                     _complete(place, old.head, files, say)
                 told = tuple((o, False) for o in offered)
                 return Published(old.head, 0, told, 0, changed=False, halted=halted)
-            if halted:  # no timer that prolongs a head undoes a halt
-                raise RoundError(halted)
             data = sign_head(head, channel.signers)
             if dry_run:
-                there = _present(place)
+                there = present(place)
                 new = {path: path not in there for path in files}
             else:
                 new = {path: place.create(path, files[path]) for path in files}
@@ -122,15 +126,11 @@ def publish(
     )
 
 
-def _present(place: Place) -> set[str]:
-    return {path for top in ("patches/", "bundles/") for path, _ in place.names(top)}
-
-
 def _complete(
     place: Place, head: Head, files: Mapping[str, bytes], say: Callable[[str], None]
 ) -> None:
     """Write again what a head names and somebody removed, before it was named."""
-    for path in named_files(head).keys() - _present(place):
+    for path, _ in named_files(head).items() - present(place).items():
         if path not in files:
             say(f"{place.name}/{path}, which the head names, is missing")
         elif place.create(path, files[path]):

@@ -7,8 +7,12 @@ from dataclasses import replace
 
 from edge_runtime.errors import RoundError
 from edge_runtime.sync.head import PERMILLE, SHORT, Head, Rollout, SignedHead, Way
-from packager.fleet.channel import Channel
+from edge_runtime.sync.paths import patch_path
+from edge_runtime.sync.state import SLIP_S
+from edge_runtime.times import utc
+from packager.fleet.channel import Channel, newest_list, present
 from packager.fleet.head import AHEAD_S, is_fresh
+from packager.fleet.place import Place
 from packager.fleet.ways import (
     Offered,
     pack_again,
@@ -73,20 +77,21 @@ class Successor:
         return offered
 
     def head(
-        self, offered: Sequence[Offered], bundle: bytes, *, keys: int, now: int
+        self, offered: Sequence[Offered], bundle: bytes, place: Place, *, now: int
     ) -> Head:
         """Return the head that names the release.
 
         Args:
             offered: What :meth:`offers` packed.
             bundle: Of the release.
-            keys: Number of the newest key list.
+            place: Where it goes.
             now: Seconds since 1970.
         """
         record, before, channel = self._round.record, self._old, self._channel
         ways = [offer.way for offer in offered]
         if self._signed and channel.made(self._signed):
-            ways += self._still_good(self._signed.head)
+            files, good = present(place), self._still_good(self._signed.head)
+            ways += [w for w in good if files.get(patch_path(w.sha256)) == w.size]
         init = read_init(self._round).weights.fingerprint[:SHORT]
         return Head(
             model=record.model,
@@ -101,7 +106,7 @@ class Successor:
             bundle=(len(bundle), hashlib.sha256(bundle).hexdigest()),
             rollout=self._rollout(now),
             pausers=channel.pausers or (before.pausers if before else ()),
-            keys=keys,
+            keys=newest_list(place),
         )
 
     def is_news(self, head: Head) -> bool:
@@ -118,6 +123,20 @@ class Successor:
         has_begun = any(old.at < start <= head.at for _, start in steps)
         left = old.expires - head.at
         return dated != old or has_begun or not is_fresh(left, self._channel.lifetime_s)
+
+    def begin(self, now: int) -> int:
+        """Return when shares begin that are to begin now.
+
+        Nothing tells whether this clock is behind or that of the head was ahead. So the
+        later time counts, as on devices; a head that is further ahead than these go
+        along with was a slip, unless other releases are from after this time too.
+        """
+        at, record = self._old.at if self._old else now, self._round.record
+        known = self._ledger.released(record.model)
+        others = [release.at for release in known if release.target != record.target]
+        if at > now + SLIP_S and max(others, default="") <= utc(now + AHEAD_S):
+            return now
+        return max(now, at)
 
     def _next_counter(self, *, revert: bool) -> int:
         """Return the ledger's counter, or what the channel makes of it."""
@@ -194,11 +213,10 @@ class Successor:
         shares = () if shares == ALL_NOW else shares
         if not shares and not groups:
             return None
-        if old and old.groups == groups:
-            begun = [share for share, _ in old.steps]
-            if begun == [share for share, _ in shares]:
-                return old
-        steps = tuple((share, now + delay) for share, delay in shares)
+        if old and old.groups == groups and _apart(old.steps) == _apart(shares):
+            return old
+        begin = self.begin(now)
+        steps = tuple((share, begin + delay) for share, delay in shares)
         return Rollout(str(self.counter), steps, groups)
 
     def _rollout_until_now(self, now: int) -> Rollout | None:
@@ -210,7 +228,12 @@ class Successor:
         if old is None or old.rollout is None or old.counter != self.counter:
             return None
         steps = old.rollout.steps
-        ahead = old.at - now
-        if ahead > AHEAD_S and all(start >= old.at for _, start in steps):
+        ahead = old.at - self.begin(now)
+        if ahead > 0 and all(start >= old.at for _, start in steps):
             steps = tuple((share, start - ahead) for share, start in steps)
         return replace(old.rollout, steps=steps)
+
+
+def _apart(steps: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return shares, and how long after the first of them each begins."""
+    return [(share, at - steps[0][1]) for share, at in steps]

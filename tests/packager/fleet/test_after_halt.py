@@ -7,7 +7,9 @@ import pytest
 
 from edge_runtime.formats.signing import Trust, load_public
 from edge_runtime.sync.head import read_head
+from edge_runtime.times import utc
 from packager.cli.fleet import fleet
+from packager.fleet import after_halt
 from packager.fleet.place import FolderPlace
 from packager.keys import write_key_pair
 from tests.packager.fleet.reporting import Fake
@@ -67,6 +69,49 @@ def test_revert_passes_over_what_was_itself_taken_back(operator):
     assert done["round"] == 0
 
 
+def test_revert_given_twice_takes_back_one_release(operator):
+    for number in (0, 1, 2):
+        operator.publish(number)
+    given = (), (), ("round_00",), ()
+    found = [operator.do("revert", *rounds, *operator.to) for rounds in given]
+    assert [done["round"] for done in found] == [1, 1, 0, 0]
+    assert [done["counter"] for done in found] == [3, 3, 4, 4]
+
+
+def test_what_was_halted_after_it_took_a_release_back_is_taken_back_too(operator):
+    watch = operator.keys["watch"]
+    for number in (0, 1, 2):
+        operator.publish(number, "--pauser", watch.with_suffix(".pub.pem"))
+    operator.do("revert", *operator.to)
+    operator.do("pause", operator.www, "--key", watch)
+    assert operator.do("revert", *operator.to)["round"] == 0
+
+
+def test_a_good_release_that_comes_meanwhile_is_not_taken_back(operator, monkeypatch):
+    for number in (0, 1, 2):
+        operator.publish(number)
+    real = after_halt.release_before
+
+    def slow(*args):
+        operator.publish(3)
+        return real(*args)
+
+    monkeypatch.setattr(after_halt, "release_before", slow)
+    assert "went on to round 3" in operator.do("revert", *operator.to, code=7)
+    assert operator.head.head.round == 3
+
+
+def test_revert_goes_on_from_the_head_of_keys_that_sign_no_more(operator, tmp_path):
+    for number in (0, 1):
+        operator.publish(number)
+    old, operator.keys["release"] = operator.keys["release"], tmp_path / "new.pem"
+    write_key_pair(operator.keys["release"])
+    assert "--former" in operator.do("revert", *operator.to, code=8)
+    former = "--former", old.with_suffix(".pub.pem")
+    assert operator.do("revert", *operator.to, *former)["round"] == 0
+    assert operator.head.head.round == 0
+
+
 def test_revert_keeps_the_groups_and_the_key_that_may_pause(operator):
     watch = operator.keys["watch"].with_suffix(".pub.pem")
     operator.publish(0)
@@ -103,6 +148,26 @@ def test_resume_goes_on_once(operator):
     found = operator.do("resume", operator.www)
     assert (found["changed"], found["version"]) == (True, 2)
     assert not operator.head.is_paused()
+
+
+def test_resume_brings_tuf_along_though_the_head_went_on_before(operator):
+    watch, tuf = operator.keys["watch"], ("--tuf", operator.www.parent / "tuf-keys")
+    operator.publish(0, "--pauser", watch.with_suffix(".pub.pem"), *tuf)
+    operator.do("pause", operator.www, "--key", watch)
+    operator.do("resume", operator.www)  # as if killed behind the head
+    found = operator.do("resume", operator.www, *tuf)
+    assert (found["changed"], found["tuf"]["changed"]) == (False, True)
+
+
+def test_resume_says_when_the_shares_come(operator):
+    watch = operator.keys["watch"]
+    steps = "--rollout", "1%,2.5%@24h,100%@48h"
+    operator.publish(0, "--pauser", watch.with_suffix(".pub.pem"), *steps)
+    operator.do("pause", operator.www, "--key", watch)
+    given = "resume", operator.www, "--sign", operator.keys["release"]
+    _, out, _ = operator.command(fleet, *given)
+    (_, second), (_, third) = operator.head.head.rollout.steps[1:]
+    assert out.endswith(f"version 2; 2.5% from {utc(second)}; 100% from {utc(third)}\n")
 
 
 @pytest.mark.parametrize("more", [(), ("--rollout", "100%"), ("--dry-run",)])

@@ -228,8 +228,12 @@ def test_key_lists_are_followed_as_devices_follow_them(place):
     rewrite(place, keys=2)
     assert faults(place, trust=trust) == {}
     (place.root / "keys" / "2.root.json").unlink()
-    assert faults(place, trust=trust)["key list 2"][0] is State.UNTRUSTED
-    assert faults(place)["key list 2"][0] is State.WRONG
+    for damaged in (None, b"{}"):
+        if damaged:
+            (place.root / "keys" / "2.root.json").write_bytes(damaged)
+        assert faults(place, trust=trust)["key list 2"][0] is State.WRONG
+        assert faults(place)["key list 2"][0] is State.WRONG
+    (place.root / "keys" / "2.root.json").unlink()
     add_list(place, sign_list(two, [stranger]))
     assert faults(place, trust=trust)["key list 2"][0] is State.UNTRUSTED
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from edge_runtime.errors import RoundError, TrustError
+from edge_runtime.errors import RoundError, StoreError, TrustError
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import encode_public
@@ -29,7 +29,7 @@ from packager.rounds.folder import read_round
 
 KEY = generate_key()
 TRUST = Trust((public_key(KEY),))
-NOW = 1_800_000_000
+NOW, DAY = 1_800_000_000, 86_400
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_channel_goes_on_when_its_signers_are_exchanged(long_run, place, tmp_p
     release(long_run, place, 1)
     new = generate_key()
     path = read_round(long_run.path / "round_02")
-    with pytest.raises(TrustError):
+    with pytest.raises(TrustError, match="--former"):
         publish(path, place, Channel(name="stable", signers=[new]), now=NOW)
     exchanged = Channel(name="stable", signers=[new], former=TRUST.keys)
     publish(path, place, exchanged, now=NOW)
@@ -219,6 +219,32 @@ def test_a_channel_is_of_one_model(long_run, new_run, place):
     other.add(1)
     with pytest.raises(RoundError, match="a folder of its own"):
         release(other, place, 1)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_lost_patch_that_is_not_packed_again_is_named_no_more(
+    long_run, place, tmp_path, damage
+):
+    for number in range(4):
+        release(long_run, place, number)
+    device = Device.install(tmp_path / "store", bundle_of(place), trust=TRUST)
+    release(long_run, place, 2, revert=True)
+    bad = target_of(long_run, 3)[:SHORT]
+    (lost,) = (way for way in head_of(place).ways if way.parent == bad)
+    path = place.root / "patches" / f"{lost.sha256}.dpu"
+    path.unlink() if damage == "missing" else path.write_bytes(b"cut")
+    assert release(long_run, place, 2).changed
+    assert lost not in head_of(place).ways
+    assert catch_up(device, place) == target_of(long_run, 2)
+    assert not release(long_run, place, 2).changed
+
+
+def test_what_is_cut_short_is_not_passed_over_when_published_again(long_run, place):
+    release(long_run, place, 0)
+    (bundle,) = (place.root / "bundles").iterdir()
+    bundle.write_bytes(b"cut")
+    with pytest.raises(StoreError, match="remove it and publish again"):
+        release(long_run, place, 0)
 
 
 # Races and kills ----------------------------------------------------------------------
@@ -342,6 +368,37 @@ def test_a_rollout_keeps_its_times_when_it_is_published_again(long_run, place):
     assert (again.changed, head_of(place).rollout.steps) == (False, steps)
 
 
+def test_other_times_for_the_same_shares_count(long_run, place):
+    path = read_round(long_run.path / "round_01")
+    for hours in (24, 1, 48):
+        shares = ((10, 0), (1000, hours * 3600))
+        channel = Channel(name="stable", signers=[KEY], shares=shares)
+        publish(path, place, channel, now=NOW + 60)
+        assert head_of(place).rollout.steps[1] == (1000, NOW + 60 + hours * 3600)
+
+
+@pytest.mark.parametrize("days", [2, 89, 400])
+def test_a_clock_that_jumps_back_lets_no_share_begin_sooner(long_run, place, days):
+    release(long_run, place, 0)  # which says what day it is, if the clock is far off
+    path, said = read_round(long_run.path / "round_01"), []
+
+    def go(now, *shares):
+        channel = Channel(name="stable", signers=[KEY], shares=shares)
+        publish(path, place, channel, now=now, say=said.append)
+        return head_of(place).rollout.steps
+
+    shares = (10, 0), (100, DAY), (1000, 2 * DAY)
+    steps = go(NOW, *shares)
+    back = NOW + 3600 - days * DAY
+    assert not said
+    assert [go(back), go(back), go(back, *shares), go(NOW + 7200)] == [steps] * 4
+    assert "set this clock if it is behind" in said[0]
+    assert go(back, (10, 0), (1000, DAY)) == (
+        (10, NOW + 7200),
+        (1000, NOW + 7200 + DAY),
+    )
+
+
 @pytest.mark.parametrize("shares", [(), ((10, 0), (1000, 3600))])
 @pytest.mark.parametrize("groups", [(), ("lab",)])
 def test_a_timer_that_publishes_a_round_again_ends_no_rollout_and_leaves_no_group(
@@ -461,6 +518,31 @@ def test_a_key_list_that_no_device_would_take_is_not_published(
     assert command(fleet, "publish", "round_02", *words, "2.root.json")[0] == 0
     kept = sorted(path.name for path in (lists / "www" / "keys").iterdir())
     assert kept == ["1.root.json", "2.root.json"]
+
+
+def test_a_key_list_that_is_there_gets_more_signatures_and_nothing_else(
+    long_run, command, lists
+):
+    def go(code=0):
+        words = ("--to", "www", "--key-list", "1.root.json")
+        found, _, err = command(fleet, "publish", long_run.path / "round_01", *words)
+        assert found == code
+        return (lists / "www" / "keys" / "1.root.json").read_bytes(), err
+
+    given = lists / "1.root.json"
+    command(patch, "trust", "sign", given, "--key", "owner.pem")
+    once = given.read_bytes()
+    assert go()[0] == once
+    command(patch, "trust", "sign", given, "--key", "stranger.pem")
+    both = given.read_bytes()
+    assert go()[0] == both != once
+    given.write_bytes(once)
+    assert go()[0] == both
+    keys = ("--root", "owner.pub.pem", "--release", "stranger.pub.pem")
+    given.unlink()
+    command(patch, "trust", "init", *keys, "--sign", "owner.pem")
+    there, err = go(code=7)
+    assert (there, "is another list 1" in err) == (both, True)
 
 
 @pytest.mark.parametrize("option", ["--pauser", "--former"])

@@ -53,7 +53,8 @@ class Fleet:
     def publish(self, number, **changes):
         channel = Channel(name="stable", signers=[KEY], pausers=(public_key(PAUSER),))
         path = self.run.path / f"round_{number:02d}"
-        publish(read_round(path), self.place, replace(channel, **changes), now=NOW)
+        changed = replace(channel, **changes)
+        return publish(read_round(path), self.place, changed, now=NOW)
 
     @property
     def signed(self):
@@ -363,7 +364,7 @@ def test_after_a_pause_devices_that_reported_before_do_not_count_again(fleet):
     for device in devices[:3]:
         device.send(fleet.signed, REFUSED)
     assert fleet.watch()
-    head = resume(fleet.place, Channel(name="stable", signers=[KEY]), now=NOW + 100)
+    head, _ = resume(fleet.place, Channel(name="stable", signers=[KEY]), now=NOW + 100)
     assert (head.version, head.target) == (2, fleet.signed.head.target)
     for device in devices[:3]:
         device.send(fleet.signed, REFUSED)  # their daily ones
@@ -376,8 +377,7 @@ def test_after_a_pause_devices_that_reported_before_do_not_count_again(fleet):
 def test_no_timer_that_publishes_again_undoes_a_halt(fleet):
     pause(fleet.place, "stable", PAUSER, now=NOW)
     fleet.publish(1)  # nothing new to say: as it was
-    with pytest.raises(RoundError, match="resume"):
-        fleet.publish(1, lifetime_s=90 * 86_400)
+    assert "resume" in fleet.publish(1, lifetime_s=90 * 86_400).halted
     assert fleet.signed.is_paused()
     fleet.publish(2)
     assert not fleet.signed.is_paused()
@@ -388,7 +388,7 @@ def test_shares_that_were_to_come_come_later_by_the_pause(fleet):
     fleet.publish(2, shares=shares)
     pause(fleet.place, "stable", PAUSER, now=NOW + 4000)
     channel = Channel(name="stable", signers=[KEY])
-    head = resume(fleet.place, channel, now=NOW + 100_000)
+    head, _ = resume(fleet.place, channel, now=NOW + 100_000)
     steps = ((10, NOW), (100, NOW + 3600), (1000, NOW + 7200 + 96_000))
     assert head.rollout == Rollout(head.rollout.id, steps)
     assert head.expires - head.at == 30 * 86_400
@@ -396,9 +396,19 @@ def test_shares_that_were_to_come_come_later_by_the_pause(fleet):
     assert not fleet.signed.is_paused()
 
 
+@pytest.mark.parametrize(("at", "by"), [(0, 100), (NOW + 10**9, 0)])
+def test_shares_come_later_by_no_more_than_the_head_is_old(fleet, at, by):
+    """Whatever the pauser's clock says."""
+    fleet.publish(2, shares=((10, 0), (1000, 7200)))
+    pause(fleet.place, "stable", PAUSER, now=at)
+    channel = Channel(name="stable", signers=[KEY])
+    head, _ = resume(fleet.place, channel, now=NOW + 100)
+    assert head.rollout.steps == ((10, NOW), (1000, NOW + 7200 + by))
+
+
 def test_only_a_paused_channel_goes_on_and_only_with_its_own_key(fleet):
     channel = Channel(name="stable", signers=[KEY])
-    assert resume(fleet.place, channel, now=NOW) is None
+    assert resume(fleet.place, channel, now=NOW) == (fleet.signed.head, False)
     pause(fleet.place, "stable", PAUSER, now=NOW)
     with pytest.raises(TrustError):
         resume(fleet.place, replace(channel, signers=[PAUSER]), now=NOW)
