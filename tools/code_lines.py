@@ -56,7 +56,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "method": 1580,
         "networks": 245,
         "recipe": 550,
-        "rounds": 2365,
+        "rounds": 2400,
         "starter": 25,
     },
 }

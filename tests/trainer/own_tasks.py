@@ -58,6 +58,15 @@ def scaled_tokens():
     return half, half, ["even", "odd"], {"scale": 0.5, "dtype": "int64"}
 
 
+def tokens():
+    data = torch.arange(960).view(240, 4) % 9
+    return *((data[:count], data[:count, 0] % 2) for count in (240, 60)), [*"ab"]
+
+
+def words(shape, width):
+    return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, width))
+
+
 def network(shape, width, *, hidden=16):
     return nn.Sequential(nn.Linear(*shape, hidden), nn.ReLU(), nn.Linear(hidden, width))
 

@@ -360,12 +360,18 @@ def test_publish_refuses_what_devices_would_refuse_and_writes_nothing(tmp_path):
         ),
         ("scaled_tokens", "classification", (), "network", "without scale"),
         ("values", "regression", (), "Crowd", "depends on the samples beside it"),
+        (
+            *("tokens", "classification"),
+            ("train.teacher=self", "train.teacher_weight=1", "train.teacher_mix=1"),
+            *("words", "teacher_mix mixes inputs of one floating-point tensor"),
+        ),
     ],
 )
 def test_refused_before_the_first_epoch(tmp_path, data, task, overrides, model, words):
-    config = config_of(data, task, *overrides, model=model)
+    config, epochs = config_of(data, task, *overrides, model=model), []
     with pytest.raises(ConfigError, match=words):
-        run_rounds(config, tmp_path)
+        run_rounds(config, tmp_path, on_epoch=epochs.append)
+    assert epochs == []
     assert not (tmp_path / "own").exists()
 
 

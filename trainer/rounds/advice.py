@@ -21,7 +21,7 @@ from trainer.config import as_dict, as_toml, make_config
 from trainer.export.subspace_size import coefficients_within, subspace_bytes
 from trainer.export.tensors import deployed_tensors
 from trainer.method.selectable import is_weight
-from trainer.recipe.schema import AUTO, Config, UpdateConfig
+from trainer.recipe.schema import AUTO, Config, TrainConfig, UpdateConfig
 from trainer.recipe.task import loss_name
 
 ERROR = 0.15  # of the estimates, either way
@@ -318,13 +318,14 @@ def _complete(
 ) -> Candidate:
     """Check a candidate as a recipe, and say how to take the given one there."""
     tables = as_dict(config)
-    was, defaults = tables["update"], _defaults()
+    was, defaults = tables["update"], _defaults(UpdateConfig)
     update = {k: was[k] for k in _KEPT if was[k] != defaults[k]} | dict(
         candidate.update
     )
-    train = dict(candidate.train)
-    if tables["train"]["teacher"] != "none":
-        train.setdefault("teacher", "none")
+    # What it does not say of a teacher is as it was measured, whatever the recipe has.
+    untaught, found = _defaults(TrainConfig), tables["train"]
+    train = {k: untaught[k] for k in MIXED if untaught[k] != found[k]}
+    train |= candidate.train
     make_config(tables | {"update": update, "train": tables["train"] | train})
     # A subspace has no use for the recipe's share, and leaves it.
     wanted = defaults | {"ratio": was["ratio"]} | update
@@ -351,9 +352,9 @@ def block(candidate: Candidate) -> list[str]:
     return lines
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults(section: type[UpdateConfig | TrainConfig]) -> dict[str, Any]:
     known = {}
-    for key in fields(UpdateConfig):
+    for key in fields(section):
         if key.default is not MISSING:
             known[key.metadata["toml"] or key.name] = key.default
     return known

@@ -60,7 +60,7 @@ def train_within(
 
     Raises:
         TrainingError: The dense part alone is over the limit, or no number of weights
-            gave a patch within it.
+            gave a patch within it; but not where a later round starts from init.
     """
     updater = new_updater(training, score=score).attach(training.optimizer)
     training.run_phase("full", epochs, keep=False)
@@ -74,11 +74,8 @@ def train_within(
     sizes = _RewoundSizes(training, scores, budget.pack)
     total = sum(score.numel() for score in scores.values())
     if sizes(1) > budget.limit:
-        raise TrainingError(
-            f"the budget is {budget.limit} bytes, but {sizes(1)} are needed for the "
-            f"dense part alone; choose {_smaller_dense(training)}a larger "
-            f"update.{_limit_key(training)}"
-        )
+        why = f"{sizes(1)} are needed for the dense part alone"
+        return _no_patch(training, full, budget.limit, why)
     k = find_k(sizes, max(1, int(budget.ratio * total)), total, budget.limit)
     return _fit(training, epochs, full, k, budget, sizes(1))
 
@@ -117,18 +114,29 @@ def _fit(
         if not low < k < high:
             break
     if fitting is None:
-        raise TrainingError(
-            f"no number of weights gave a patch within {limit} bytes; choose a larger "
-            f"update.{_limit_key(training)}"
-        )
+        why = "no number of weights gave a patch within it"
+        return _no_patch(training, full, limit, why)
     masks, as_it_was = fitting
     as_it_was()
     return masks
 
 
-def _limit_key(training: RoundTraining) -> str:
-    """Return the key that allows this round a larger patch."""
-    return "budget" if training.number else "first_budget"
+def _no_patch(training: RoundTraining, full: "_Full", limit: int, why: str) -> Masks:
+    """End a training that found no patch within the budget, as one that falls short.
+
+    From the init weights the dense part is larger than what later rounds send, and a
+    round that tries them goes on from the deployed weights.
+
+    Raises:
+        TrainingError: It is the first round, or went on from deployed weights.
+    """
+    if training.number and training.from_init:
+        full.go_back()  # where nothing was kept
+        return {}
+    raise TrainingError(
+        f"the budget is {limit} bytes, but {why}; choose "
+        f"{_smaller_dense(training)}a larger update.{training.limit_keys[0]}"
+    )
 
 
 def _smaller_dense(training: RoundTraining) -> str:

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, TrainingError
 from trainer.method.scores import DPUScore, Score, fisher_scores, magnitude_scores
 from trainer.method.selectable import is_weight
 from trainer.method.selection import random_masks, select_top_k
@@ -21,7 +21,7 @@ from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.budget import PatchBudget, train_within
 from trainer.rounds.dense import DensePart
 from trainer.rounds.sparse import fine_tune
-from trainer.rounds.subspace import move_within
+from trainer.rounds.subspace import coefficients_of, move_within
 from trainer.rounds.training import (
     Masks,
     Pack,
@@ -124,6 +124,31 @@ def check_names(model: nn.Module, update: UpdateConfig) -> None:
     named_masks(tensors, update.tensors)
 
 
+def check_room(training: RoundTraining) -> int:
+    """Refuse a round in which nothing could change, before any training.
+
+    With a budget, how many weights fit is not known before; coefficients are.
+
+    Returns:
+        How many coefficients it has; 0 for methods that have none.
+
+    Raises:
+        ConfigError: The message names the key that allows more.
+    """
+    update = training.update
+    key = "first_ratio" if training.fresh and update.first_ratio else "ratio"
+    if update.budget:
+        key = " or ".join(training.limit_keys)
+    try:
+        if update.method == "subspace":
+            return coefficients_of(training)
+        new_updater(training, ratio=None if update.budget else training.ratio)
+    except TrainingError as err:
+        where = "later rounds" if training.number else "round_00"
+        raise ConfigError(f"[update] {key}, in {where}: {err}") from err
+    return 0
+
+
 def named_masks(base: Mapping[str, Tensor], wanted: str) -> Masks:
     """Select whole tensors by their names.
 
@@ -151,7 +176,8 @@ def named_masks(base: Mapping[str, Tensor], wanted: str) -> Masks:
 
 def _full(training: RoundTraining, epochs: int) -> Masks:
     """Update every weight (FU), for the epochs of both phases."""
-    training.teach()
+    if training.teacher:  # by itself there is nothing to learn: it knows nothing yet
+        training.teach()
     training.run_phase("full", 2 * epochs, keep=True)
     return _everything(training.model)
 

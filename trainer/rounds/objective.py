@@ -167,6 +167,12 @@ def check_objective(
         ConfigError: They do not fit each other.
     """
     inputs, labels = next(iter(batches(samples[:2], 2)))
+    mixable = isinstance(inputs, Tensor) and inputs.is_floating_point()
+    if config.train.teacher_mix and not mixable:
+        raise ConfigError(
+            "[train] teacher_mix mixes inputs of one floating-point tensor, these "
+            "are of another kind: leave it out"
+        )
     outputs = model.to(inputs.device).eval()(inputs)
     output, task = next(leaves(outputs), None), config.data.task
     if not isinstance(output, Tensor):

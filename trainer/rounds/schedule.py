@@ -37,7 +37,7 @@ from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
 from trainer.rounds.setup import Setup
 from trainer.rounds.speed import computing
-from trainer.rounds.training import Pack
+from trainer.rounds.training import Pack, begins_anew
 
 # A finished run may be carried on for more rounds, and its data may move.
 # The run's id is held against the one that its model folder has.
@@ -226,11 +226,8 @@ def _must_reinitialise(
     rounds train on unseen it counts, even if no epoch beat the init weights.
     """
     update, rule = config.update, config.update.reinit
-    if rule == "never" or not records:
+    if not records or not begins_anew(config):
         return False
-    larger = update.anew_budget or update.first_budget
-    if rule == "auto" and update.method == "subspace" and not larger:
-        return False  # a few coefficients do not lead from the init weights
     if rule == "auto" and update.method not in PARTIAL_METHODS:
         return True
     unseen, last = trains_unseen(update), records[0]

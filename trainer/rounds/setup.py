@@ -31,10 +31,10 @@ from trainer.rounds.deployment import (
     write_deployment,
 )
 from trainer.rounds.loop import choose_device
-from trainer.rounds.methods import check_names, train_round
+from trainer.rounds.methods import check_names, check_room, train_round
 from trainer.rounds.objective import check_objective, judge_of
 from trainer.rounds.rounding import FLOAT32_BITS
-from trainer.rounds.training import RoundTraining
+from trainer.rounds.training import RoundTraining, begins_anew, is_full
 from trainer.rounds.values import Values
 
 CALIBRATION_SAMPLES = 256  # that say the ranges of activations
@@ -102,9 +102,12 @@ class Setup:
         )
         measure = partial(Values, self.judge, self._validation, test, self._network)
         self.values = measure(self._deployment)
+        # What a run that exists could not do was refused when it was started.
+        coefficients = 0 if model else self._check_rounds()
         if not model and config.model.deploy == "int8":
-            self._deployment = self._in_int8()
+            self._deployment = self._in_int8(coefficients)
             self.values = measure(self._deployment)
+            self._check_rounds()  # ranges of activations take room as well
 
     @property
     def init(self) -> Weights:
@@ -196,12 +199,35 @@ class Setup:
         train_round(training, config)
         return training.best or self.init
 
-    def _in_int8(self) -> Deployment:
+    def _check_rounds(self) -> int:
+        """Refuse what a round could not do, while the recipe may still be changed.
+
+        Returns:
+            How many coefficients rounds have at least, where they have some.
+
+        Raises:
+            ConfigError: A limit has no room, or a share selects nothing.
+        """
+        config, counts = self.config, list[int]()
+        plain = replace(config, train=replace(config.train, teacher="none"))
+        one = config.run.rounds == 1 and config.update.first == "partial"
+        kinds = 1 if one else 2 + begins_anew(config)
+        for number, fresh in ((0, True), (1, False), (1, True))[:kinds]:
+            if is_full(config, number):
+                continue
+            training = self.training(plain, number, self.init, from_init=fresh)
+            self.values.know(self.init, validation=training.values["start"])
+            training.fresh = fresh  # or as if these were deployed
+            counts.append(check_room(training))
+        return min(counts, default=0)
+
+    def _in_int8(self, coefficients: int) -> Deployment:
         """Settle scales and ranges by a training in float32, with round_00's data.
 
         With as few weights as any round has: the fewer, the farther they move.
         """
-        config = replace(self.config, update=calibrating(self.config.update))
+        update = calibrating(self.config.update, coefficients)
+        config = replace(self.config, update=update)
         trained = self._from_init(config, 0)
         named = self._build().named_parameters()
         names = [n for n, p in named if is_weight(n, p) and p.dtype == torch.float32]
@@ -226,14 +252,19 @@ def _with_weights(
     return model
 
 
-def calibrating(update: UpdateConfig) -> UpdateConfig:
-    """Return the section by which a training says how far weights will move."""
-    subspace = update.method == "subspace"  # whose size is known before
+def calibrating(update: UpdateConfig, coefficients: int) -> UpdateConfig:
+    """Return the section by which a training says how far weights will move.
+
+    Args:
+        update: The recipe's section.
+        coefficients: As few as any of its rounds has; 0 where they have none.
+    """
     return replace(
         update,
         first="partial",
         first_ratio=0.0,
-        budget=update.budget if subspace else "",
+        coefficients=coefficients or update.coefficients,
+        budget="",
         first_budget="",
         anew_budget="",
         grid="",

@@ -30,23 +30,13 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
     Raises:
         TrainingError: The budget has no room for coefficients.
     """
-    selectable, count = training.dense.is_selectable, update.coefficients
-    if update.budget:
-        count = coefficients_within(
-            str(training.limit),  # which may be another where a round leads from init
-            training.model,
-            bits=update.bits,
-            selectable=selectable,
-            still=training.dense.frozen,
-            layout=training.device_layout,
-        )
     updater = SubspaceUpdater(
         training.model.named_parameters(),
-        coefficients=count,
+        coefficients=coefficients_of(training),
         bits=update.bits,
         taps=update.taps,
         seed=training.random_seed("subspace") % _SEEDS,
-        selectable=selectable,
+        selectable=training.dense.is_selectable,
         int8_scales=training.form.rounding.scales,
     )
     updater.attach(training.optimizer)
@@ -60,6 +50,25 @@ def move_within(training: RoundTraining, epochs: int, update: UpdateConfig) -> M
     training.consider_rewound()
     training.run_phase("sparse", epochs, keep=True)
     return updater.finish()
+
+
+def coefficients_of(training: RoundTraining) -> int:
+    """Return how many coefficients a round has: with a budget, what has room there.
+
+    Raises:
+        TrainingError: The budget has no room for any.
+    """
+    update = training.update
+    if not update.budget:
+        return update.coefficients
+    return coefficients_within(
+        str(training.limit),  # which may be another where a round leads from init
+        training.model,
+        bits=update.bits,
+        selectable=training.dense.is_selectable,
+        still=training.dense.frozen,
+        layout=training.device_layout,
+    )
 
 
 def regenerated(best: Weights, parent: Weights, terms: Sequence[Term]) -> Weights:

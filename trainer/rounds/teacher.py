@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_runtime.errors import ConfigError
 from trainer.method.distill import distill_loss
 from trainer.recipe.schema import TrainConfig
 
@@ -55,9 +54,6 @@ class Teacher:
             order: Which samples they are, one batch after the other; None where they
                 are augmented, and so are others every time.
             random: Draws mixtures.
-
-        Raises:
-            ConfigError: Inputs are of a kind that cannot be mixed.
         """
         if self._mix:
             for inputs, labels in epoch:
@@ -78,11 +74,6 @@ class Teacher:
             yield inputs, (labels, answers)
 
     def _mixed(self, inputs: Tensor, random: np.random.Generator) -> Tensor:
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            raise ConfigError(
-                "[train] teacher_mix mixes inputs of one floating-point tensor, these "
-                "are of another kind: leave it out"
-            )
         count = len(inputs)
         drawn = random.beta(self._mix, self._mix, count).astype(np.float32)
         shares = torch.from_numpy(drawn).to(inputs).view(-1, *[1] * (inputs.dim() - 1))

@@ -149,14 +149,19 @@ class RoundTraining:
         return first or self.update.ratio
 
     @property
+    def limit_keys(self) -> tuple[str, ...]:
+        """Keys that say how large the patch may be: the first one that is set."""
+        if not self.number:
+            return "first_budget", "budget"
+        if self.update.method == "subspace" and self.fresh:
+            return "anew_budget", "first_budget", "budget"
+        return ("budget",)
+
+    @property
     def limit(self) -> int:
         """Largest patch, in bytes, of a recipe with a budget."""
-        update, size = self.update, ""
-        if not self.number:
-            size = update.first_budget
-        elif update.method == "subspace" and self.fresh:
-            size = update.anew_budget or update.first_budget
-        return parse_size(size or update.budget)
+        sizes = (getattr(self.update, key) for key in self.limit_keys)
+        return parse_size(next(filter(None, sizes), ""))
 
     def random(self, purpose: str) -> np.random.Generator:
         """Return the stream of one purpose in the epoch that comes next.
@@ -377,6 +382,15 @@ def is_full(config: Config, number: int) -> bool:
     """Tell whether a round trains every weight: by its method, or as the first."""
     update = config.update
     return update.method == "fu" or (number == 0 and update.first == "full")
+
+
+def begins_anew(config: Config) -> bool:
+    """Tell whether rounds after the first one may start from the init weights."""
+    update = config.update
+    if update.reinit == "auto" and update.method == "subspace":
+        # A few coefficients do not lead from there.
+        return bool(update.anew_budget or update.first_budget)
+    return update.reinit != "never"
 
 
 def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:

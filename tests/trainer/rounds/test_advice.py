@@ -82,6 +82,18 @@ def test_options_undo_what_the_recipe_has_and_a_candidate_does_not():
     assert (update.method, update.narrow, update.grid) == ("subspace", False, "")
 
 
+@pytest.mark.parametrize("teacher", ["self", "full"])
+def test_a_recipe_that_mixes_samples_is_given_the_same_methods(teacher):
+    mixed = [f'train.teacher="{teacher}"', "train.teacher_weight=1.0"]
+    mixed += ["train.teacher_mix=1.0"]
+    recipe = BUILT_IN / "digits.toml"
+    found, plain = (advice_for(recipe, DIGITS, 5000, *o)[1] for o in (mixed, []))
+    assert found.refused == plain.refused
+    for one, other in zip(found.candidates, plain.candidates, strict=True):
+        trained = load_config(recipe, [*mixed, *one.sets]).train
+        assert trained == load_config(recipe, other.sets).train
+
+
 @pytest.mark.parametrize("name", ["lean", "subspace"])
 def test_a_digits_run_by_the_advice_packs_to_no_more_than_the_budget(name, tmp_path):
     overrides = ["run.rounds=3", "train.epochs=4", 'update.reinit="never"']

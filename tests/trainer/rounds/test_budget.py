@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError, TrainingError
+from edge_runtime.formats.model_folder import METRICS_NAME
 from packager.build import pack_round
 from packager.rounds.folder import read_round
 from packager.size import patch_size
 from trainer.config import make_config
+from trainer.folder.record import read_round_record
 from trainer.rounds.budget import AIM, CLOSE, find_k
 from trainer.rounds.schedule import run_rounds
 
@@ -81,6 +85,34 @@ def test_a_first_round_over_its_budget_is_told_of_first_budget_not_of_what_is_se
     words = r"choose a larger update\.first_budget$"
     with pytest.raises(TrainingError, match=words):
         run_rounds(config_of("9", dense="budget"), tmp_path, pack=patch_size)
+
+
+@pytest.mark.parametrize("cause", ["dense part", "fine-tuning"])
+def test_a_start_anew_without_a_patch_within_the_budget_leaves_the_round_to_another(
+    tmp_path, cause
+):
+    reports, init = [], []
+
+    def pack(base, target):
+        init.append(base.fingerprint)
+        anew = reports and reports[-1].round == 1 and base.fingerprint == init[0]
+        tuned = cause == "fine-tuning" and reports[-1].phase == "sparse"
+        return patch_size(base, target) + (9999 if anew and tuned else 0)
+
+    update = {"dense": "freeze", "first_budget": "3KB", "reinit": 1}
+    run_rounds(
+        config_of("400" if cause == "dense part" else "3KB", **update),
+        tmp_path,
+        pack=pack,
+        progress=reports.append,
+    )
+    record = read_round_record(tmp_path / "t" / "round_01")
+    lines = (tmp_path / "t" / "round_01" / METRICS_NAME).read_text().splitlines()
+    starts = [json.loads(line)["start"] for line in lines]
+    assert {*starts} == {"init", "deployed"}
+    assert record.tried_reinit
+    assert not record.reinitialised
+    assert record.metrics["changed"]  # what was deployed went on
 
 
 def test_a_budget_for_everything_selects_everything(tmp_path):

@@ -89,6 +89,21 @@ def with_biases(tmp_path_factory):
     return runs, run_rounds(make_config(tables), runs, pack=patch_size)
 
 
+def test_scales_are_settled_with_the_room_that_rounds_from_init_have(tmp_path):
+    """There statistics of BatchNorm travel, which a later round's budget is below."""
+    model = {"name": "mlp", "hidden": [96], "batch_norm": True, "deploy": "int8"}
+    update = {"method": "subspace", "dense": "budget", "budget": "800"}
+    tables = {
+        "run": TABLES["run"] | {"rounds": 2},
+        "model": model,
+        "update": update | {"first_budget": "2KB"},
+        "train": {"epochs": 1, "batch": 16, "lr": 1e-2},
+    }
+    records = run_rounds(make_config(TABLES | tables), tmp_path, pack=patch_size)
+    assert records[0].outcome is Outcome.UPDATED
+    assert 800 < records[0].metrics["patch_bytes"] <= 2000
+
+
 def updated(records):
     return [r for r in records if r.outcome is Outcome.UPDATED]
 

@@ -134,6 +134,14 @@ def test_a_full_first_round_trains_every_weight_whatever_the_method():
     assert {epoch["phase"] for epoch in training.epochs} == {"full"}
 
 
+def test_a_full_first_round_learns_nothing_from_the_untrained_network():
+    found = [
+        trained(config_of("dpu", update={"first": "full"}, teacher=teacher))[0]
+        for teacher in ("self", "none")
+    ]
+    assert found[0].best.fingerprint == found[1].best.fingerprint
+
+
 @pytest.mark.parametrize("method", ["dpu", "rpu"])
 def test_a_frozen_dense_part_stays_as_bits_and_says_so_in_its_masks(method):
     config = config_of(method, "small_cnn", 0.4, update={"dense": "freeze"}, lr=1e-2)

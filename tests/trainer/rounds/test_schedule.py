@@ -541,6 +541,23 @@ def test_a_run_removes_nothing_but_its_own_unfinished_folders(copied):
     assert not (run / ".round_03.part").exists()
 
 
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"first_ratio": 0.1, "ratio": 1e-4}, "ratio, in later rounds: .* none"),
+        ({"first_ratio": 1e-4}, "first_ratio, in round_00: .* none"),
+        ({"method": "pruning", "ratio": 1e-4}, "ratio, in round_00: .* none"),
+    ],
+)
+def test_a_share_that_selects_nothing_is_refused_by_its_key_before_training(
+    tmp_path, update, words
+):
+    epochs, config = [], config_of(update=update)
+    with pytest.raises(ConfigError, match=rf"\[update\] {words}"):
+        run_rounds(config, tmp_path, on_epoch=epochs.append)
+    assert epochs == []
+
+
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path):
     with pytest.raises(ConfigError, match="samples"):
         run_rounds(config_of(data={"initial": 5000}), tmp_path)

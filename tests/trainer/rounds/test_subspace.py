@@ -42,6 +42,10 @@ def rounds_of(folder, config):
 
 
 BATCHNORM = {"name": "mlp", "hidden": [24], "batch_norm": True}
+ONE_EPOCH = {
+    "run": {"name": "t", "rounds": 2, "seed": 1, "id": "same"},
+    "train": {"epochs": 1, "batch": 16, "lr": 1e-2},
+}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +182,32 @@ def test_a_subspace_learns_from_a_teacher_where_there_is_one(tmp_path, teacher, 
 def test_a_budget_without_room_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="has no room for coefficients"):
         rounds_of(tmp_path, config_of({"budget": "250"}))
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ({"budget": "250", "first_budget": "5KB"}, "budget, in later rounds: a patch"),
+        (
+            {"budget": "300", "anew_budget": "99", "dense": "freeze"},
+            "anew_budget or .*, in later rounds: a patch of 99 bytes",
+        ),
+    ],
+)
+def test_what_a_later_round_has_no_room_for_is_refused_before_the_first(
+    tmp_path, update, words
+):
+    epochs = []
+    with pytest.raises(ConfigError, match=rf"\[update\] {words}"):
+        run_rounds(config_of(update), tmp_path, pack=patch_size, on_epoch=epochs.append)
+    assert epochs == []
+
+
+def test_a_limit_that_no_round_has_is_not_held_against_a_recipe(tmp_path):
+    """From init the budget has no room for statistics, but no round starts there."""
+    update = {"first": "full", "dense": "budget", "budget": "700"}
+    config = config_of(update, BATCHNORM | {"hidden": [96]}, **ONE_EPOCH)
+    assert len(rounds_of(tmp_path, config)) == 2
 
 
 def trained_unseen():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from edge_runtime.errors import ConfigError
 from trainer.data.samples import Samples, batches
 from trainer.rounds import teacher as module
 from trainer.rounds.teacher import Teacher
@@ -83,13 +82,6 @@ def test_the_teacher_answers_for_mixtures_of_two_samples():
     assert found.min() >= 0
     assert found.max() <= 11
     assert len(found.unique()) > len(found)
-
-
-def test_inputs_that_cannot_be_mixed_are_refused():
-    teacher = Teacher(Counting(), 4, mix=1.0)
-    epoch = [(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4))]
-    with pytest.raises(ConfigError, match="teacher_mix"):
-        list(teacher.beside(epoch, None, np.random.default_rng(0)))
 
 
 def test_answers_that_fill_memory_are_not_kept(monkeypatch):
