@@ -24,6 +24,7 @@ BASELINES = ("last_layer", "dense_only", "lora")  # of few bytes, after a full r
 VARIANTS = (
     *("dpu_paper_chain", "dpu_shadow", "dpu_beyond"),
     *("dpu_lean", "dpu_lean_k005", "dpu_lean_k010", "dpu_lean_int8"),
+    "dpu_lean_taught",
     *("subspace", "subspace_4k", "subspace_taught_4k"),
     *BASELINES,
     # Fair references: full updating distilled from itself, more samples by moving them,
@@ -65,6 +66,7 @@ COLOURS = dict(
             "#7b3",
             "#5cb",
             "#c80",
+            "#83c",
             "#740",
             "#e6a",
             "#f0a",
