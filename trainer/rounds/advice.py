@@ -41,9 +41,8 @@ MIXED = {"teacher": "full", "teacher_weight": 1.0, "teacher_mix": 1.0}
 CROSS_ENTROPY = "cross_entropy"
 SUBSPACE_KNOWN = (
     "MNIST MLP, taught by full updating, first 20 kB: level with it at 4.4 kB (three "
-    "seeds, rounds 0-59), 0.5 points below at 1.4 kB (three seeds, rounds 0-41; "
-    "one, rounds 0-59: 0.5); far behind on large pretrained networks "
-    "(docs/subspace.md)"
+    "seeds, rounds 0-59), 0.6 points below at 1.4 kB (likewise); far behind on large "
+    "pretrained networks (docs/subspace.md)"
 )
 LEAST_WEIGHTS = 4  # a coefficient; fewer have not been tried
 LEAST_SHARE = 0.002  # fewer selected weights have not been tried
