@@ -199,7 +199,7 @@ def _patch(
         signers=options.signers,
     )
     if packed and target.graph:
-        from packager.bundles.from_model import check_answers
+        from packager.bundles.check_answers import check_answers
 
         if reason := check_answers(base, target):
             say(f"its answers were not looked at: {reason}")

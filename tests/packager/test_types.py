@@ -12,7 +12,8 @@ from edge_runtime.errors import WeightsError, WrongModelError
 from edge_runtime.formats.contract import COARSE_TOLERANCE
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
-from packager.bundles.from_model import adopt_model, make_contract
+from packager.bundles.derived_contract import make_contract
+from packager.bundles.from_model import adopt_model
 from packager.models.onnx_words import what_stays
 from packager.models.read import pack_models, read_model
 from packager.report.patch_record import patch_parts

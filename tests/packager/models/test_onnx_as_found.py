@@ -19,9 +19,11 @@ from edge_runtime.errors import (
     WeightsError,
     WrongModelError,
 )
+from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import network_id
 from edge_runtime.update.device import Device
 from packager.bundles import from_model
+from packager.bundles.derived_contract import make_contract
 from packager.bundles.from_model import adopt_model
 from packager.cli.pack import pack
 from packager.models.onnx_split import SMALL
@@ -512,8 +514,8 @@ def test_the_contract_says_whether_outputs_are_probabilities(tmp_path, last, are
         node("Identity", ["s"], ["y"]),
     ]
     path = saved(made(nodes, {"w": weight(6, 3)}), tmp_path / "model.onnx")
-    text = from_model.make_contract(read_model(path))
-    assert from_model.parse_contract(text).probabilities is are
+    text = make_contract(read_model(path))
+    assert parse_contract(text).probabilities is are
 
 
 # Shapes and versions -----------------------------------------------------------------
@@ -521,8 +523,8 @@ def test_the_contract_says_whether_outputs_are_probabilities(tmp_path, last, are
 
 def test_minus_one_and_no_shape_at_all_are_open_sizes(tmp_path):
     model = made([node("MatMul", ["x", "w"], ["y"])], {"w": weight(6, 3)}, (-1, 6))
-    contract = from_model.parse_contract(
-        from_model.make_contract(read_model(saved(model, tmp_path / "model.onnx")))
+    contract = parse_contract(
+        make_contract(read_model(saved(model, tmp_path / "model.onnx")))
     )
     assert contract.inputs[0].shape == (None, 6)
     assert contract.outputs[0].shape is None

@@ -33,7 +33,8 @@ from edge_runtime.formats.signing import trust_keys
 from edge_runtime.formats.weights import fingerprint_file, read_weights
 from edge_runtime.limits import VARIABLE, limits
 from edge_runtime.update.device import Device
-from packager.bundles.from_model import adopt_model, make_contract
+from packager.bundles.derived_contract import make_contract
+from packager.bundles.from_model import adopt_model
 from packager.bundles.golden_inputs import candidates
 from packager.cli.pack import pack, patch
 from packager.keys import encode_private, generate_key
