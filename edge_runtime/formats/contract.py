@@ -153,7 +153,7 @@ class InputSpec:
         number = np.float32 if is_coarse else np.float64
         out: NDArray[Any] = values.astype(number)  # one copy, then in place
         out *= number(self.scale)
-        channels: tuple[int, ...] = (-1,)
+        channels: tuple[int, ...] = (-1,) if out.ndim else ()
         if out.ndim > 1:
             self._check_channels(out.shape[self.channel_axis])
             if self.channel_axis == 1:

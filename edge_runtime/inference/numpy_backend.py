@@ -64,15 +64,16 @@ class NumpySession:
         steps = _plan(others, {"", *self._outputs, *self._known})
         self._known[""] = None
         self._steps = [step for step in steps if not self._done_once(step)]
+        # Not before: what is done once may stand behind what every call does.
+        needed = {*self._outputs}.union(*(inputs for _, inputs, _, _ in self._steps))
+        self._known = {name: self._known[name] for name in needed & set(self._known)}
 
     def _done_once(self, step: Step) -> bool:
         """Do what depends on no input now: int8 weights become floats only once."""
-        operator, inputs, output, spent = step
+        operator, inputs, output, _ = step
         if not set(inputs) <= self._known.keys():
             return False
         self._known[output] = operator(*[self._known[name] for name in inputs])
-        for name in spent:
-            del self._known[name]
         return True
 
     def get_outputs(self) -> list[Output]:

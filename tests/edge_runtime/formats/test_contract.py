@@ -265,6 +265,13 @@ def test_channels_of_any_number_are_counted_when_they_come():
         spec.prepare(np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_lone_number_is_normalised_as_an_array_is(layout):
+    spec = InputSpec("t", "float32", (), 2.0, (0.5,), (0.25,), layout)
+    found = spec.prepare(3)
+    assert (found.shape, found.dtype, float(found)) == ((), np.float32, 22.0)
+
+
 def test_a_layout_that_is_none_is_refused():
     entry = {"name": "x", "dtype": "float32", "shape": [None, 2], "layout": "HWC"}
     with pytest.raises(ContractError, match="'layout' is 'HWC', expected one of NCHW"):

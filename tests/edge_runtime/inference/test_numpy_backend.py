@@ -117,6 +117,30 @@ def test_every_type_is_read_from_fields_and_from_bytes(tmp_path, kind, numbers):
         assert (ours.dtype, ours.tolist()) == (theirs.dtype, theirs.tolist())
 
 
+def test_what_is_computed_once_stays_for_the_calls_that_come_before_it(tmp_path):
+    """Weights that are tied, and computed: used as they are, and then turned."""
+    node, value = helper.make_node, helper.make_tensor_value_info
+    weights = np.random.default_rng(1).standard_normal((4, 6)).astype("f2")
+    graph = helper.make_graph(
+        [
+            node("Cast", ["stored"], ["w"], to=TensorProto.FLOAT),
+            node("MatMul", ["x", "w"], ["hidden"]),
+            node("Transpose", ["w"], ["turned"]),
+            node("MatMul", ["hidden", "turned"], ["y"]),
+        ],
+        "tied",
+        [value("x", TensorProto.FLOAT, [2, 4])],
+        [value("y", TensorProto.FLOAT, [2, 4])],
+        [onnx.numpy_helper.from_array(weights, "stored")],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
+    write_weights({"unused": np.zeros(1, "f4")}, tmp_path / WEIGHTS_NAME)
+    (found,), (wanted,) = both(tmp_path, {"x": np.eye(2, 4, dtype="f4")})
+    assert difference(found, wanted) < 1e-6
+
+
 # What it cannot do -------------------------------------------------------------------
 
 
