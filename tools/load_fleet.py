@@ -20,7 +20,8 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.sync.head import Head, read_head
+from edge_runtime.sync.head import Head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import head_path, patch_path
 from packager.fleet.address import open_place
 from packager.fleet.place import Place

@@ -10,7 +10,8 @@ from edge_runtime.errors import HeadError, KeyListError, SyncError, TrustError
 from edge_runtime.limits import limits
 from edge_runtime.store.state import State
 from edge_runtime.sync.downloads import Downloads
-from edge_runtime.sync.head import SHORT, Head, SignedHead, encode_head, read_head
+from edge_runtime.sync.head import SHORT, Head, SignedHead
+from edge_runtime.sync.head_file import encode_head, read_head
 from edge_runtime.sync.paths import head_path, list_path
 from edge_runtime.sync.source import BARRED, read_all
 from edge_runtime.sync.state import HEAD_NAME, read_kept

@@ -18,7 +18,8 @@ from edge_runtime.files import open_regular
 from edge_runtime.formats.json_record import is_digest
 from edge_runtime.limits import limits
 from edge_runtime.sync.desk import Desk
-from edge_runtime.sync.head import SHORT, Head, Way, read_head
+from edge_runtime.sync.head import SHORT, Head, Way
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import bundle_path, patch_path
 from edge_runtime.sync.source import CHUNK, EXCHANGE_S, Answer, UnusableError
 from edge_runtime.sync.state import read_kept

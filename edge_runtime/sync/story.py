@@ -15,7 +15,8 @@ from edge_runtime.agent.status import TOLD
 from edge_runtime.errors import HeadError, StoreError
 from edge_runtime.store.state import State
 from edge_runtime.store.store import Store
-from edge_runtime.sync.head import Head, read_head
+from edge_runtime.sync.head import Head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.plan import SyncResult, route
 from edge_runtime.sync.state import (
     HEAD_NAME,

@@ -21,7 +21,8 @@ from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.limits import limits
-from edge_runtime.sync.head import SignedHead, read_signed
+from edge_runtime.sync.head import SignedHead
+from edge_runtime.sync.head_file import read_signed
 from edge_runtime.sync.plan import TufStaleError
 from edge_runtime.sync.source import Source, read_all
 from edge_runtime.times import seconds_of

@@ -62,7 +62,7 @@ def init(
 
 
 def _insist_new(place: "Place", channel: str) -> None:
-    from edge_runtime.sync.head import read_head
+    from edge_runtime.sync.head_file import read_head
     from edge_runtime.sync.paths import head_path
 
     if (found := place.read(head_path(channel))) is not None:

@@ -332,7 +332,7 @@ def revert(
     itself, and its groups are those of the bad release.
     """
     from edge_runtime.formats.model_folder import round_name
-    from edge_runtime.sync.head import read_head
+    from edge_runtime.sync.head_file import read_head
     from edge_runtime.sync.paths import head_path
     from packager.fleet.address import open_place
     from packager.fleet.after_halt import release_before

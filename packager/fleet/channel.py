@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from edge_runtime.errors import RoundError, StoreError, TrustError, prefix_errors
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.head import SignedHead
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import head_path, list_path
 from edge_runtime.trust.root import list_number, load_list, read_root
 from edge_runtime.trust.rules import first_root, next_root

@@ -12,7 +12,8 @@ from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
-from edge_runtime.sync.head import SHORT, SignedHead, Way, read_head
+from edge_runtime.sync.head import SHORT, SignedHead, Way
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import bundle_path, head_path, list_path, patch_path
 from edge_runtime.sync.route import cheapest
 from edge_runtime.times import duration, utc

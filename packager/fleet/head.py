@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of channels, signed: the writing side of :mod:`edge_runtime.sync.head`."""
+"""Heads of channels, signed: the writing side of :mod:`edge_runtime.sync.head_file`."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,9 @@ from edge_runtime.sync.head import (
     PAUSE_CONTEXT,
     Head,
     Pause,
-    encode_head,
-    head_message,
     pause_message,
-    read_head,
 )
+from edge_runtime.sync.head_file import encode_head, head_message, read_head
 from edge_runtime.sync.paths import bundle_path, patch_path
 from packager.signing import add_signature
 

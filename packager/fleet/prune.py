@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from edge_runtime.errors import RoundError, StoreError
-from edge_runtime.sync.head import SHORT, Head, Way, read_head
+from edge_runtime.sync.head import SHORT, Head, Way
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import bundle_path, head_path, patch_path
 from edge_runtime.sync.route import cheapest
 from packager.fleet.head import named_files

@@ -42,13 +42,8 @@ from tuf.api.serialization.json import JSONSerializer
 
 from edge_runtime.errors import KeyFileError, RoundError, StoreError, TrustError
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import (
-    SHORT,
-    Head,
-    head_message,
-    read_head,
-    read_signed,
-)
+from edge_runtime.sync.head import SHORT, Head
+from edge_runtime.sync.head_file import head_message, read_head, read_signed
 from edge_runtime.sync.paths import bundle_path, head_path, patch_path
 from packager.build import write_file
 from packager.fleet.head import is_fresh

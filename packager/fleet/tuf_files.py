@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from edge_runtime.errors import StoreError
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
-from edge_runtime.sync.head import Head, read_signed
+from edge_runtime.sync.head import Head
+from edge_runtime.sync.head_file import read_signed
 from packager.fleet.place import Entry, Place
 
 FOLDER = "tuf/"

@@ -18,7 +18,8 @@ from edge_runtime.errors import ProofError, RoundError, SyncError, TrustError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.report import FAILURES, Outcome
-from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.head import SignedHead
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import head_path
 from edge_runtime.text import printable
 from packager.fleet.channel import pause

@@ -30,7 +30,7 @@ from edge_runtime.live import entries, proof, report
 from edge_runtime.live.shared import canonical, public_key
 from edge_runtime.store.admission import refusal
 from edge_runtime.store.state import Slot, State, decode_state, encode_state
-from edge_runtime.sync.head import encode_head, read_head
+from edge_runtime.sync.head_file import encode_head, read_head
 from edge_runtime.sync.route import cheapest
 from packager.fleet.reports import Known, read_report, row_of, signer
 from packager.read_proof import check_origin, read_proof

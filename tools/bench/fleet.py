@@ -28,7 +28,7 @@ import click
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
 from edge_runtime.errors import SyncError
 from edge_runtime.sync.desk import SyncOptions
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.paths import bundle_path, head_path
 from edge_runtime.sync.plan import SyncResult

@@ -12,7 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from edge_runtime.errors import RoundError
 from edge_runtime.formats.model_folder import Outcome, list_rounds
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import SignedHead, read_head
+from edge_runtime.sync.head import SignedHead
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import head_path
 from edge_runtime.times import utc
 from packager.fleet.channel import Channel, add_list, pause

@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from edge_runtime.errors import HeadError, TrustError
 from edge_runtime.formats.signing import Trust, key_id
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import (
-    PERMILLE,
-    Head,
-    Rollout,
-    Way,
-    encode_head,
-    place,
-    read_head,
-)
+from edge_runtime.sync.head import PERMILLE, Head, Rollout, Way, place
+from edge_runtime.sync.head_file import encode_head, read_head
 from edge_runtime.times import MAX_SECONDS
 from packager.fleet.head import pause_head, sign_head
 from packager.keys import generate_key

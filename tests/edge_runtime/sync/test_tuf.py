@@ -15,7 +15,7 @@ from tuf.ngclient import Updater, UpdaterConfig
 from edge_runtime.errors import KeyFileError, RoundError, TrustError
 from edge_runtime.files import Files
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.http import HttpSource
 from edge_runtime.sync.plan import SyncResult
 from edge_runtime.sync.story import read_known

@@ -13,7 +13,7 @@ from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.shared import public_key
 from edge_runtime.sync.desk import SyncOptions
-from edge_runtime.sync.head import head_message, read_head
+from edge_runtime.sync.head_file import head_message, read_head
 from edge_runtime.sync.source import FolderSource
 from edge_runtime.sync.sync import Sync
 from edge_runtime.sync.tuf import TufClient

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from edge_runtime.formats.signing import Trust, load_public
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.times import utc
 from packager.cli.fleet import fleet
 from packager.fleet import after_halt

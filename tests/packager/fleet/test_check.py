@@ -11,7 +11,8 @@ import pytest
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import encode_public
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.head import SHORT
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import bundle_path, patch_path
 from edge_runtime.sync.route import cheapest
 from edge_runtime.trust.rules import first_root

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.update.device import Device
 from packager.cli.fleet import fleet
 from packager.keys import write_key_pair

@@ -7,7 +7,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from edge_runtime.errors import StoreError, SyncError
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place
 from packager.fleet.channel import Channel

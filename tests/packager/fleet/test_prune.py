@@ -12,7 +12,8 @@ from obstore.store import MemoryStore
 from edge_runtime.errors import HeadError, RoundError, StoreError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.head import SHORT
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import patch_path
 from edge_runtime.sync.route import cheapest
 from packager.cli.fleet import fleet

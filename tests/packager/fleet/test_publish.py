@@ -13,7 +13,8 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.proof import encode_public
 from edge_runtime.live.shared import public_key
-from edge_runtime.sync.head import SHORT, read_head
+from edge_runtime.sync.head import SHORT
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.route import cheapest
 from edge_runtime.update.device import Device
 from packager.cli.fleet import fleet

@@ -18,7 +18,7 @@ from edge_runtime.errors import RoundError, StoreError
 from edge_runtime.formats.signing import Trust
 from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import encode_public
-from edge_runtime.sync.head import read_head
+from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.uploads import Uploads, open_outlet
 from packager.cli.fleet import fleet
 from packager.fleet.address import open_place

@@ -18,7 +18,8 @@ from edge_runtime.formats.signing import Trust, framed, key_id
 from edge_runtime.live.proof import encode_public
 from edge_runtime.live.report import CONTEXT, Outcome
 from edge_runtime.live.shared import canonical, public_key
-from edge_runtime.sync.head import Rollout, encode_head, read_head
+from edge_runtime.sync.head import Rollout
+from edge_runtime.sync.head_file import encode_head, read_head
 from packager.cli.fleet import fleet as cli
 from packager.fleet import watch as module
 from packager.fleet.after_halt import resume
