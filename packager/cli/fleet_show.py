@@ -101,7 +101,7 @@ def _device(
     connection: sqlite3.Connection, name: str, most: int
 ) -> tuple["Document", dict[str, Any]]:
     from packager.fleet.device_page import device_document
-    from packager.fleet.picture import find_device, history
+    from packager.fleet.devices import find_device, history
 
     document = device_document(connection, name, now=int(time.time()), most=most)
     found = find_device(connection, name)

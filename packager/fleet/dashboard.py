@@ -11,21 +11,18 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from packager.fleet.device_page import MADE_BY, device_table, history_table
+from packager.fleet.devices import HISTORY, SHOWN, Device, history
 from packager.fleet.findings import STATES, facts, figures, findings, summary
 from packager.fleet.picture import (
     BLOCKED,
     DAY,
     FAILED,
-    HISTORY,
     KINDS,
-    SHOWN,
     SILENT,
     STALE,
     THERE,
     UNDER_WAY,
-    Device,
     Picture,
-    history,
     take_picture,
 )
 from packager.report.curves import stacked_areas

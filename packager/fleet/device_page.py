@@ -4,15 +4,9 @@
 import sqlite3
 from collections.abc import Sequence
 
-from packager.fleet.picture import (
-    HISTORY,
-    Device,
-    Picture,
-    Told,
-    find_device,
-    history,
-    releases_by_target,
-)
+from packager.fleet.devices import HISTORY, Device, Told, find_device, history
+from packager.fleet.picture import Picture
+from packager.fleet.releases import releases_by_target
 from packager.report.document import Document, Section, Table
 from packager.report.words import cut, moment, short_bytes
 

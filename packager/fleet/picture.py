@@ -9,12 +9,18 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from edge_runtime.live.report import FAILURES, Outcome
 from edge_runtime.times import duration
+from packager.fleet.devices import Device, devices_where
+from packager.fleet.releases import (
+    Release,
+    every_release,
+    releases_by_target,
+    with_takers,
+)
 
 DAY = 86_400
 STALE = 3 * DAY  # a device reports once a day; three times in a row it did not
@@ -22,58 +28,7 @@ TROUBLES = (*FAILURES, Outcome.BLOCKED, Outcome.CUT_OFF)
 THERE, FAILED, BLOCKED = "run it", "failed", "cannot try it now"
 UNDER_WAY, SILENT = "not there yet", "not heard of since"
 DAYS = 92  # of versions over time
-SHOWN = 50  # devices in one list
-HISTORY = 20  # reports of one device
 KINDS = 12  # releases, groups and reasons in one table
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A release, and what came of it.
-
-    Attributes:
-        counter: Its release counter.
-        round: Its round.
-        target: Its fingerprint.
-        at: When it was published.
-        patch_bytes: Of the patch from the release before; 0 where nobody knows.
-        full_bytes: Of the full weights; 0 where nobody knows.
-        withdrawn: Whether a newer release went back behind it.
-        took: Devices that proved that they applied it.
-    """
-
-    counter: int
-    round: int
-    target: str
-    at: int
-    patch_bytes: int
-    full_bytes: int
-    withdrawn: bool
-    took: int = 0
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return f"round {self.round}" + (" (taken back)" if self.withdrawn else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device, by its newest report; the fields are those of the database."""
-
-    id: str
-    group: str
-    round: int
-    target: str
-    outcome: str
-    reason: str
-    last_seen: int
-    proved: bool
-    runtime: str = ""
-    first_seen: int = 0
-    last_proved: int | None = None
-    month_bytes: int = 0
-    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +142,8 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
         now: Seconds since 1970.
     """
     picture = Picture(now=now, known=releases_by_target(connection))
-    releases = _releases(connection)
-    picture.releases = _with_takers(connection, releases)
+    releases = every_release(connection)
+    picture.releases = with_takers(connection, releases[:KINDS])
     heads = connection.execute(
         "SELECT channel, counter, paused, max(version) FROM head GROUP BY channel "
         "ORDER BY at DESC"
@@ -210,8 +165,8 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
     _groups(connection, picture)
     _troubles(connection, picture)
     _silence(connection, picture)
-    picture.recent = _devices(connection, "1", "last_seen DESC, id")
-    picture.claims = _devices(connection, "NOT proved", "last_seen DESC, id")
+    picture.recent = devices_where(connection, "1", "last_seen DESC, id")
+    picture.claims = devices_where(connection, "NOT proved", "last_seen DESC, id")
     today = now // DAY
     picture.daily = connection.execute(
         "SELECT day, target, devices FROM daily WHERE day BETWEEN ? AND ? ORDER BY day",
@@ -228,35 +183,6 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
     ).fetchone()
     picture.month_bytes = int(spent)
     return picture
-
-
-def _releases(connection: sqlite3.Connection) -> list[Release]:
-    rows = connection.execute(
-        "SELECT counter, round, target, at, coalesce(patch_bytes, 0), "
-        "coalesce(full_bytes, 0), withdrawn > 0 FROM release ORDER BY counter DESC"
-    )
-    return [Release(*row) for row in rows]
-
-
-def releases_by_target(connection: sqlite3.Connection) -> dict[str, Release]:
-    """Return each release by its weights; of those with equal ones the newest."""
-    return {release.target: release for release in reversed(_releases(connection))}
-
-
-def _with_takers(
-    connection: sqlite3.Connection, releases: Sequence[Release]
-) -> list[Release]:
-    """Count for the newest releases which devices proved that they applied them."""
-    newest = releases[:KINDS]
-    took = dict(
-        connection.execute(
-            "SELECT counter, count(*) FROM (SELECT DISTINCT counter, device "
-            "FROM report WHERE proved AND outcome = ? AND counter >= ?) "
-            "GROUP BY counter",
-            [Outcome.APPLIED, min((r.counter for r in newest), default=0)],
-        )
-    )
-    return [replace(release, took=took.get(release.counter, 0)) for release in newest]
 
 
 def _running(connection: sqlite3.Connection) -> list[tuple[str, int, int, int]]:
@@ -321,7 +247,7 @@ def _troubles(connection: sqlite3.Connection, picture: Picture) -> None:
     picture.troubles = [Trouble(*key, *counts) for key, counts in kinds[:KINDS]]
     picture.troubled = proved, claimed
     where = f"outcome IN ({_words(TROUBLES)})"
-    picture.worst = _devices(connection, where, "proved DESC, last_seen DESC, id")
+    picture.worst = devices_where(connection, where, "proved DESC, last_seen DESC, id")
 
 
 def in_general(reason: str) -> str:
@@ -345,51 +271,8 @@ def _silence(connection: sqlite3.Connection, picture: Picture) -> None:
     ]
     picture.stale = sum(count for _, count in picture.silence[2:])
     where = f"proved AND last_seen < {picture.now - STALE:d}"
-    picture.silent = _devices(connection, where, "last_seen, id")
-
-
-def _devices(
-    connection: sqlite3.Connection, where: str, order: str, *values: Any
-) -> list[Device]:
-    rows = connection.execute(
-        "SELECT id, grp, round, target, outcome, reason, last_seen, proved > 0, "
-        "runtime, first_seen, last_proved, month_bytes, key_id FROM device "
-        f"WHERE {where} ORDER BY {order} LIMIT {SHOWN}",
-        values,
-    )
-    return [Device(*row) for row in rows]
+    picture.silent = devices_where(connection, where, "last_seen, id")
 
 
 def _words(outcomes: Iterable[Outcome]) -> str:
     return ", ".join(f"'{outcome}'" for outcome in outcomes)
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """One report of a device, as its history shows it."""
-
-    at: int
-    outcome: str
-    round: int
-    target: str
-    reason: str
-    running: str
-    proved: bool
-
-
-def find_device(connection: sqlite3.Connection, name: str) -> Device | None:
-    """Return one device; None if it was never heard of."""
-    found = _devices(connection, "id = ?", "id", name)
-    return found[0] if found else None
-
-
-def history(
-    connection: sqlite3.Connection, name: str, most: int = HISTORY
-) -> list[Told]:
-    """Return what a device told, the newest first."""
-    rows = connection.execute(
-        "SELECT at, outcome, round, target, reason, running, proved FROM report "
-        "WHERE device = ? ORDER BY n DESC LIMIT ?",
-        [name, most],
-    )
-    return [Told(*row) for row in rows]

@@ -15,7 +15,8 @@ from packager.cli.fleet import fleet
 from packager.fleet.dashboard import _moment, dashboard, fleet_document
 from packager.fleet.database import DAY_S, add_reports, open_database
 from packager.fleet.device_page import device_document
-from packager.fleet.picture import SHOWN, in_general, take_picture
+from packager.fleet.devices import SHOWN
+from packager.fleet.picture import in_general, take_picture
 from tools.fleet.made_up import NOW, WEEK, add_release, fill, row, target
 
 HEAD = (
