@@ -16,7 +16,8 @@ from trainer.advice_text import advice_text
 from trainer.cli import main
 from trainer.config import as_dict, load_config, make_config
 from trainer.networks.models import build_model
-from trainer.rounds.advice import ERROR, NetworkSizes, advise, block, patch_bytes
+from trainer.rounds.advice import advise, block
+from trainer.rounds.patch_estimate import ERROR, NetworkSizes, patch_bytes
 from trainer.rounds.schedule import run_rounds
 
 ROOT = Path(__file__).parents[3]
