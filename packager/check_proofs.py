@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ProofError, RoundNotFoundError
-from edge_runtime.files import read_bounded
+from edge_runtime.reading import read_bounded
 from packager.check_proof import (
     Expected,
     Rounds,

@@ -22,10 +22,11 @@ from io import FileIO
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, RoundError
-from edge_runtime.files import Files, lock_file, read_bounded
+from edge_runtime.files import Files, lock_file
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
+from edge_runtime.reading import read_bounded
 from edge_runtime.times import utc
 from packager.build import write_file
 from packager.packed_file import keep_signed, read_facts

@@ -26,14 +26,14 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 890,
+        ".": 900,
         "agent": 700,
         "cli": 1410,
         "doctor": 405,
         "formats": 3745,
         "inference": 875,
         "live": 560,
-        "store": 955,
+        "store": 960,
         "sync": 2060,
         "trust": 320,
         "update": 1180,
@@ -42,8 +42,8 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1690,
         "bundles": 625,
         "fleet": 3360,
-        "cli": 3135,
-        "models": 1585,
+        "cli": 3140,
+        "models": 1590,
         "provenance": 550,
         "report": 2355,
         "rounds": 520,

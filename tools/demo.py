@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.files import strangers
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
+from edge_runtime.reading import strangers
 from tools.demo_fleet import BOARDS, Fetched, Fleet, follow
 
 if TYPE_CHECKING:

@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "times",
             "streams",
             "limits",
+            "reading",
             "files",
             "formats",
             "trust",

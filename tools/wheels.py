@@ -23,7 +23,8 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, emit, json_option, say
-from edge_runtime.files import Files, strangers
+from edge_runtime.files import Files
+from edge_runtime.reading import strangers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("edge_runtime", "packager", "trainer")

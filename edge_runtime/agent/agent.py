@@ -36,10 +36,10 @@ from edge_runtime.errors import (
     WrongParentError,
     told_of,
 )
-from edge_runtime.files import open_regular
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.identity import wrong_model
 from edge_runtime.formats.patch import Patch, open_patch
+from edge_runtime.reading import open_regular
 from edge_runtime.store.state import MAX_REASON, State
 from edge_runtime.trust import list_number, load_list
 from edge_runtime.update.device import Device, UpdateResult

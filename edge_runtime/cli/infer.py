@@ -170,7 +170,7 @@ def _golden_calls(device: "Device") -> "Iterator[Sample]":
 
 
 def _golden(device: "Device") -> "Golden":
-    from edge_runtime.files import read_bounded
+    from edge_runtime.reading import read_bounded
     from edge_runtime.update.golden import read_golden
 
     path = device.store.model_folder / GOLDEN_NAME

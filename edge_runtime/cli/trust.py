@@ -153,9 +153,9 @@ def read_trust(paths: tuple[Path, ...], threshold: int) -> "Trust | Root":
         TrustError: A key list is not signed by its own keys.
     """
     from edge_runtime.errors import KeyFileError
-    from edge_runtime.files import read_bounded
     from edge_runtime.formats.kinds import kind_of
     from edge_runtime.formats.signing import trust_keys
+    from edge_runtime.reading import read_bounded
     from edge_runtime.trust import first_root, is_list
 
     files = {

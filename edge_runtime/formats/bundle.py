@@ -33,7 +33,6 @@ from errno import EINVAL, EOVERFLOW
 from typing import BinaryIO, cast
 
 from edge_runtime.errors import MALFORMED, BundleError, PatchError, TrustError
-from edge_runtime.files import Source, open_source
 from edge_runtime.formats import signing
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_file import parse_record
@@ -47,6 +46,7 @@ from edge_runtime.formats.model_folder import (
     RUN_NAME,
 )
 from edge_runtime.limits import limits
+from edge_runtime.reading import Source, open_source
 
 SCHEMA = 1
 RUN_SCHEMA = 2  # with run.json: a runtime that cannot read it must say so

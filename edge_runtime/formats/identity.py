@@ -24,10 +24,10 @@ from os import PathLike
 from pathlib import Path
 
 from edge_runtime.errors import WeightsError, WrongModelError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import RUN_NAME
+from edge_runtime.reading import read_bounded
 
 SCHEMA = 1
 MAX_NAME = 100  # characters of a run's name that travel

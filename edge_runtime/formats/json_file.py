@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import DpuError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.json_record import MAX_SHOWN, Record
 from edge_runtime.limits import limits
+from edge_runtime.reading import read_bounded
 
 MAX_DEPTH = 32
 

@@ -19,7 +19,6 @@ from itertools import islice, starmap
 from typing import Any, BinaryIO, Self, cast
 
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
-from edge_runtime.files import Source, open_source
 from edge_runtime.formats import signing
 from edge_runtime.formats.checked_file import CheckedFile
 from edge_runtime.formats.header import DATED, SUBSPACE, PatchHeader
@@ -44,6 +43,7 @@ from edge_runtime.formats.value_line import MANTISSA_BITS, Form
 from edge_runtime.formats.values import ValueReader
 from edge_runtime.limits import MIB, Limits
 from edge_runtime.limits import limits as current_limits
+from edge_runtime.reading import Source, open_source
 
 KEPT_BYTES = 16 << 20  # of positions that are decoded once only
 

@@ -25,8 +25,8 @@ from edge_runtime.errors import (
     PatchIntegrityError,
     TrustError,
 )
-from edge_runtime.files import read_key_file
 from edge_runtime.formats.header import read_exactly
+from edge_runtime.reading import read_key_file
 
 PATCH_CONTEXT = b"dpu patch header"
 BUNDLE_CONTEXT = b"dpu bundle manifest"

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import MALFORMED, ContractError, how_to_install
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npy, read_npz
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.limits import limits
+from edge_runtime.reading import read_bounded
 
 ARRAYS = {".npy", ".npz"}
 JSONS = {".json", ".jsonl"}

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import names_in, open_regular
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import CHUNK_BYTES, fingerprint_file
 from edge_runtime.limits import limits
+from edge_runtime.reading import names_in, open_regular
 from edge_runtime.store.store import Store
 from edge_runtime.text import printable
 from edge_runtime.times import utc

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import read_key_file
 from edge_runtime.formats.signing import framed, key_id
 from edge_runtime.live.entries import measure, read_entries, undeclared_processes
 from edge_runtime.live.shared import canonical, public_key
+from edge_runtime.reading import read_key_file
 from edge_runtime.store.contents import KEY_NAME
 from edge_runtime.store.store import Store
 from edge_runtime.times import utc

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 from edge_runtime.errors import StoreError, WeightsError
-from edge_runtime.files import strangers
 from edge_runtime.formats.identity import identify
 from edge_runtime.formats.init_weights import read_init_spec
 from edge_runtime.formats.model_folder import (
@@ -19,6 +18,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.signing import Trust
 from edge_runtime.formats.weights import fingerprint_chunks
+from edge_runtime.reading import strangers
 from edge_runtime.store.contents import KEY_NAME, StoreContents
 from edge_runtime.store.state import State
 from edge_runtime.text import printable

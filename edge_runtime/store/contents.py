@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ContractError, StoreError, WeightsError
-from edge_runtime.files import Files, read_bounded
+from edge_runtime.files import Files
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.identity import Identity, Run, identify, read_run
@@ -28,6 +28,7 @@ from edge_runtime.formats.weights import (
     fingerprint_file,
     read_chunks,
 )
+from edge_runtime.reading import read_bounded
 from edge_runtime.store.admission import unknown_parent
 from edge_runtime.store.state import Slot, State
 from edge_runtime.store.state_file import COPY_NAME, STATE_NAME, read_state

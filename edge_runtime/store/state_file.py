@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import read_bounded
+from edge_runtime.reading import read_bounded
 from edge_runtime.store.state import State, decode_state
 
 STATE_NAME, COPY_NAME = "state.json", "state.copy"

@@ -32,11 +32,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_runtime.errors import StoreError
-from edge_runtime.files import FULL, Files, lock_file, strangers
+from edge_runtime.files import FULL, Files, lock_file
 from edge_runtime.formats.model_folder import (
     GRAPH_NAME,
     WEIGHTS_NAME,
 )
+from edge_runtime.reading import strangers
 from edge_runtime.store.beginning import OLD_CURRENT, Beginning
 from edge_runtime.store.state import State, decode_state, encode_state
 from edge_runtime.store.state_file import state_bytes

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edge_runtime.errors import DpuError, SyncError
-from edge_runtime.files import open_regular
 from edge_runtime.formats.json_record import is_digest
 from edge_runtime.limits import limits
+from edge_runtime.reading import open_regular
 from edge_runtime.sync.desk import Desk
 from edge_runtime.sync.head import SHORT, Head, Way
 from edge_runtime.sync.head_file import read_head

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edge_runtime.errors import SyncError
-from edge_runtime.files import open_regular
+from edge_runtime.reading import open_regular
 
 CHUNK = 16 << 10
 EXCHANGE_S = 120.0  # for an answer, unless the caller says what it is worth

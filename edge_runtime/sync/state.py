@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Self
 
 from edge_runtime.errors import HeadError, StoreError
-from edge_runtime.files import Files, read_bounded
+from edge_runtime.files import Files
 from edge_runtime.formats.json_file import read_record
 from edge_runtime.formats.json_record import Record
+from edge_runtime.reading import read_bounded
 from edge_runtime.sync.head import SignedHead
 from edge_runtime.times import MAX_SECONDS, UPTIME_S, utc
 

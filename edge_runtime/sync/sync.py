@@ -21,13 +21,14 @@ from edge_runtime.errors import (
     TrustError,
     WrongModelError,
 )
-from edge_runtime.files import Files, open_regular
+from edge_runtime.files import Files
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.signed_header import read_signed_header
 from edge_runtime.formats.signing import Trust
 from edge_runtime.limits import limits
 from edge_runtime.live.outbox import Outbox, Told, read_told, write_told
+from edge_runtime.reading import open_regular
 from edge_runtime.store.state import MAX_REASON, State
 from edge_runtime.store.state_file import read_state
 from edge_runtime.sync.channel import Channel

@@ -17,8 +17,9 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from edge_runtime.errors import AddressError, DpuError, SyncError
-from edge_runtime.files import Files, read_bounded
+from edge_runtime.files import Files
 from edge_runtime.live.outbox import Waiting
+from edge_runtime.reading import read_bounded
 from edge_runtime.sync.http import HttpSource
 
 FIRST_WAIT_S, LONGEST_S, REFUSED_S = 10.0, 3600.0, 6 * 3600.0

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import KeyFileError, KeyListError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.json_record import Record
 from edge_runtime.formats.signing import Trust, is_signed
 from edge_runtime.limits import limits
+from edge_runtime.reading import read_bounded
 from edge_runtime.times import seconds_of
 from edge_runtime.trust.canonical import encode_canonical
 

@@ -22,13 +22,14 @@ from edge_runtime.errors import (
     StoreError,
     TrustError,
 )
-from edge_runtime.files import Files, Source
+from edge_runtime.files import Files
 from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.signing import FirstUse, Trust
 from edge_runtime.inference.session import RunOptions
 from edge_runtime.live.store_predictor import LOOK_S, StorePredictor
+from edge_runtime.reading import Source
 from edge_runtime.store import admission
 from edge_runtime.store.slots import build_slot, restore_slot, retire, target_slot
 from edge_runtime.store.state import Slot

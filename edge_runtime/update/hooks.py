@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_runtime.errors import HeldError
-from edge_runtime.files import names_in
+from edge_runtime.reading import names_in
 from edge_runtime.store.state import Slot
 from edge_runtime.update.programs import run_program
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongParentError
-from edge_runtime.files import Source
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.identity import identify, wrong_model
@@ -33,6 +32,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.patch import Patch, open_patch
 from edge_runtime.formats.weights import fingerprint_chunks, fingerprint_file
+from edge_runtime.reading import Source
 from edge_runtime.store.slots import shortage
 from edge_runtime.store.state import Slot
 from edge_runtime.store.store import Store

@@ -26,7 +26,6 @@ from edge_runtime.errors import (
     TrialError,
     tells_of_the_system,
 )
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.model_folder import (
@@ -36,6 +35,7 @@ from edge_runtime.formats.model_folder import (
     WEIGHTS_NAME,
 )
 from edge_runtime.inference.predictor import Predictor
+from edge_runtime.reading import read_bounded
 from edge_runtime.update import trial_ends
 from edge_runtime.update.golden import (
     Array,

@@ -26,12 +26,12 @@ from edge_runtime.errors import (
     TrialError,
     prefix_errors,
 )
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.arrays import read_npz
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.init_weights import philox, uniform
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.limits import VARIABLE, limits
+from edge_runtime.reading import read_bounded
 from edge_runtime.update.golden import Golden, check_outputs, input_name
 from packager.rounds.golden import answers
 

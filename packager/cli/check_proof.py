@@ -11,9 +11,9 @@ import click
 from edge_runtime.commandline import emit, json_option
 from edge_runtime.errors import KeyFileError, ProofError, TrustError
 from edge_runtime.exit_codes import DIFFERENT, OK, exit_code
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.parameters import FileOf, Seconds
+from edge_runtime.reading import read_bounded
 from edge_runtime.text import printable
 from edge_runtime.times import duration
 from packager.cli.files import GRAPH, GRAPH_HELP, read_any

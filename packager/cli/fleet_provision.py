@@ -9,9 +9,9 @@ import click
 
 from edge_runtime.commandline import emit, json_option
 from edge_runtime.errors import KeyFileError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.parameters import FileOf
+from edge_runtime.reading import read_bounded
 from edge_runtime.text import printable
 from packager.cli.fleet_options import channel_option
 

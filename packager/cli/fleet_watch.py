@@ -12,8 +12,9 @@ import click
 
 from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, RoundError
-from edge_runtime.files import Files, read_key_file
+from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
+from edge_runtime.reading import read_key_file
 from edge_runtime.times import utc
 from packager.cli.fleet_options import Span, channel_option, run_or_ledger, sign_option
 from packager.cli.fleet_publish import publish

@@ -16,9 +16,9 @@ import click
 
 from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
 from edge_runtime.errors import ConfigError, WrongModelError
-from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
+from edge_runtime.reading import read_key_file
 from edge_runtime.text import printable
 from packager.cli.files import GRAPH, GRAPH_HELP, like, read_any, read_parent
 from packager.cli.options import (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import emit, json_option, say
-from edge_runtime.files import read_key_file
+from edge_runtime.reading import read_key_file
 from edge_runtime.text import printable
 from packager.cli.options import PRIVATE_KEY, RELEASE
 

@@ -12,9 +12,9 @@ import click
 from edge_runtime.commandline import emit, json_option
 from edge_runtime.errors import how_to_install
 from edge_runtime.exit_codes import DIFFERENT, OK
-from edge_runtime.files import read_key_file
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.parameters import FileOf
+from edge_runtime.reading import read_key_file
 from edge_runtime.text import printable
 from edge_runtime.times import utc
 from packager.cli.keys import ask_passphrase

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.errors import KeyFileError, StoreError
-from edge_runtime.files import Files, read_key_file
+from edge_runtime.files import Files
 from edge_runtime.live.proof import encode_public, read_key
+from edge_runtime.reading import read_key_file
 from edge_runtime.store.contents import KEY_NAME
 from packager.fleet.certificates import (
     Authority,

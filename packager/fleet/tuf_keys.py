@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import KeyFileError, StoreError, prefix_errors
-from edge_runtime.files import Files, read_key_file
+from edge_runtime.files import Files
 from edge_runtime.formats.signing import load_public, read_public
+from edge_runtime.reading import read_key_file
 from edge_runtime.times import utc
 from edge_runtime.trust import (
     first_root,

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import WeightsError, WrongModelError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import Identity, Run, network_id
+from edge_runtime.reading import read_bounded
 from edge_runtime.text import listed
 from packager.build import PackedPatch, check_budget, header_for, pack_changes
 from packager.diff import check_same_tensors, diff

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Self
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.files import Files, strangers
+from edge_runtime.files import Files
+from edge_runtime.reading import strangers
 
 TMPFILE: int | None = getattr(os, "O_TMPFILE", None)
 _OPENED = "/proc/self/fd"

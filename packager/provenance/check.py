@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from edge_runtime.errors import TrustError
-from edge_runtime.files import read_bounded
+from edge_runtime.reading import read_bounded
 from packager.provenance.bom import stated_target
 from packager.provenance.facts import Facts
 from packager.provenance.model_signature import verify_model

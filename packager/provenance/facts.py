@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_runtime.errors import BundleError, ContractError, PatchError, RoundError
-from edge_runtime.files import read_bounded
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
     PATCH_NAME,
@@ -36,6 +35,7 @@ from edge_runtime.formats.model_folder import (
 )
 from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import fingerprint_file
+from edge_runtime.reading import read_bounded
 from packager.rounds.folder import read_round
 from packager.signing import is_bundle, open_release
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import CONTEXT, Command, say
-from edge_runtime.files import strangers
 from edge_runtime.formats.model_folder import WEIGHTS_NAME, round_name
+from edge_runtime.reading import strangers
 from tools.wheels import CHECKOUT
 
 NAMES = ("digits", "int8", "mobilenet")

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError, TrainingError
-from edge_runtime.files import lock_file, strangers
+from edge_runtime.files import lock_file
 from edge_runtime.formats.model_folder import MODEL_NAME, list_rounds
+from edge_runtime.reading import strangers
 
 # What a killed process leaves of a folder that it was writing.
 _ABANDONED = re.compile(rf"\.(?:{MODEL_NAME}|round_\d{{2,}})\.part")

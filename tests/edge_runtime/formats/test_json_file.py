@@ -2,7 +2,6 @@
 """The one reader of JSON: bounded, and refuses by field name."""
 
 import json
-import os
 import sys
 import time
 import tracemalloc
@@ -10,7 +9,6 @@ import tracemalloc
 import pytest
 
 from edge_runtime.errors import ContractError, LimitError
-from edge_runtime.files import open_regular, read_bounded
 from edge_runtime.formats.json_file import MAX_DEPTH, parse_record, read_record
 from edge_runtime.limits import Limits, limits
 
@@ -150,30 +148,11 @@ def test_no_file_that_is_accepted_takes_much_memory():
         tracemalloc.stop()
 
 
-def test_a_file_is_read_once_and_no_further_than_its_limit(tmp_path):
+def test_a_file_is_read_as_its_bytes_are(tmp_path):
     path = tmp_path / "contract.json"
     path.write_text(json.dumps(GOOD))
     found = read_record(path, "contract_bytes", "the contract", ContractError)
     assert found.values == GOOD
-    # Which never ends, and says that it has no bytes.
-    with pytest.raises(ContractError, match="contract_bytes"):
-        read_bounded("/dev/zero", "contract_bytes", "it", ContractError)
-
-
-@pytest.mark.parametrize("kind", ["fifo", "link", "folder", "device"])
-def test_what_only_has_a_files_name_is_refused_and_not_waited_for(tmp_path, kind):
-    path, aim = tmp_path / "x.json", tmp_path / "aim"
-    aim.write_text("{}")
-    path = {"device": "/dev/zero"}.get(kind, path)
-    make = {
-        "fifo": os.mkfifo,
-        "link": lambda p: p.symlink_to(aim),
-        "folder": os.mkdir,
-        "device": lambda _: None,
-    }
-    make[kind](path)
-    with pytest.raises(OSError, match=r"no ordinary file|a link|directory"):
-        open_regular(path)
 
 
 # Limits -------------------------------------------------------------------------------
