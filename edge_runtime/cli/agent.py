@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.agent.status import PingingFiles, forget_left, ping, sd_notify
 from edge_runtime.commandline import SCHEMA, progress, say
 from edge_runtime.parameters import Seconds
 from edge_runtime.times import utc
@@ -58,6 +57,7 @@ def agent(
     Refused patches are logged and are no failure of this command.
     """
     from edge_runtime.agent.agent import Agent
+    from edge_runtime.agent.status import PingingFiles, forget_left
     from edge_runtime.files import Files
     from edge_runtime.store.store import exclusive_lock
     from edge_runtime.update.device import Device
@@ -93,6 +93,8 @@ def _stop_on_signals(agent: "Agent") -> None:
 
 def _watch(agent: "Agent", log: Callable[..., None], interval_s: float) -> None:
     """Look again and again until SIGTERM or SIGINT; neither interrupts an update."""
+    from edge_runtime.agent.status import ping, sd_notify
+
     _stop_on_signals(agent)
     log("started", round=agent.state.active_slot.round)
     sd_notify("READY=1")
