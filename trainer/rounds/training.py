@@ -238,7 +238,9 @@ class RoundTraining:
     def refine_form(self) -> None:
         """Take finer steps where those of an automatic grid cost too much.
 
-        On validation, beside the same weights before rounding; at the end of a round.
+        On validation, at the end of a round: beside the same weights before rounding,
+        and then beside the finest form, which has the recipe's own steps. What those
+        cost is no reason for larger patches.
         """
         if not self.form.automatic or not self.form.rounding.steps:
             return
@@ -248,14 +250,21 @@ class RoundTraining:
         fine = self._measure(self._folded(exact))
         self.values["unrounded"] = fine[0]
         coarse = self._measure(self.rounded(exact))
-        for rounding in self.form.finer():
-            if not self._costs_too_much(fine, coarse):
+        if self._costs_too_much(fine, coarse):
+            self._take_finer(exact, coarse)
+        self.load(exact)
+
+    def _take_finer(self, exact: Weights, coarse: _Measured) -> None:
+        """Go on to finer steps until they cost little beside the finest form."""
+        forms = [*self.form.finer()]
+        finest = self._measure(forms[-1].round(self._folded(exact), self.start))
+        for rounding in forms:
+            if not self._costs_too_much(finest, coarse):
                 break
             self.form.rounding = rounding
             coarse = self._measure(self.rounded(exact))
             if self.judge.better(coarse[0], self.values["best"]):
                 self._keep(coarse[0], exact)
-        self.load(exact)
 
     def _costs_too_much(self, fine: _Measured, coarse: _Measured) -> bool:
         """Tell whether rounding costs more than it may, and more than chance does.

@@ -360,6 +360,17 @@ def test_a_grid_that_costs_too_much_gives_way_to_mantissa_bits(monkeypatch):
     assert not (words[words != start["1.weight"].view("u4")] & 0xFFFF).any()
 
 
+def test_what_the_recipe_s_own_steps_cost_takes_no_automatic_grid_away():
+    """BatchNorm's scales become 0 on whole 4s: no finer weights bring that back."""
+    update = {"grid": "auto", "dense_grid": 4.0}
+    config = config_of("dpu", "small_cnn", 0.2, update, lr=2e-2, epochs=8)
+    training, start, _ = trained(config)
+    exact = training.values["unrounded"]
+    assert exact - training._measure(training.best)[0] > MAX_COST
+    new = training.best["0.weight"][training.best["0.weight"] != start["0.weight"]]
+    assert on_grid(new, training.form.rounding.steps["0.weight"])
+
+
 def sums_of(right):
     """Top-1 of 100 samples in 20 batches, so many of them right."""
     hits = np.arange(100) * 37 % 100 < right
