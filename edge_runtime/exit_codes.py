@@ -12,6 +12,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from edge_runtime import errors
+from edge_runtime.text import beginning
 
 OK, BUG, USAGE, SYSTEM = 0, 1, 2, 10
 DIFFERENT, UNTRUSTED, UNWELL = 5, 8, 13  # what a check found
@@ -125,7 +126,14 @@ def _lacking(error: BaseException) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """Return what a command says of an exception, with what to do about it."""
+    """Return what a command says of an exception, with what to do about it.
+
+    A name in it may have megabytes: of a very long line only the beginning is given.
+    """
+    return "\n".join(map(beginning, _words_of(error).split("\n")))
+
+
+def _words_of(error: BaseException) -> str:
     known = _missing_package(error) or _beyond_locale(error) or _lacking(error)
     if known:
         return known

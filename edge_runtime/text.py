@@ -21,10 +21,14 @@ def printable(text: object) -> str:
     surrogates and all else that is not printable become ``\n``, ``\x1b``, ``\u202e``.
     Of a very long text only the beginning is given.
     """
-    shown = str(text)
-    if len(shown) > MAX_SHOWN:
-        shown = f"{shown[:MAX_SHOWN]}... ({len(shown)} characters)"
-    return _line(shown)
+    return _line(beginning(str(text)))
+
+
+def beginning(text: str) -> str:
+    """Return a text, or of a very long one the beginning, and how long it is."""
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def printable_lines(text: str) -> str:

@@ -31,7 +31,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "cli": 1410,
         "doctor": 405,
         "formats": 3745,
-        "inference": 875,
+        "inference": 890,
         "live": 560,
         "store": 960,
         "sync": 2060,

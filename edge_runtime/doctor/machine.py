@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.doctor.finding import Finding, Findings, Health
-from edge_runtime.errors import DpuError
+from edge_runtime.errors import BlockedError, DpuError
 from edge_runtime.files import Files, lock_file
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.store import Store
@@ -152,6 +152,7 @@ def runtime(device: Device) -> Findings:
         backend = Predictor(folder, device.store.contract).backend
     except (DpuError, OSError) as err:
         todo = "install the runtime that the message names, or repair the store"
+        todo = "" if isinstance(err, BlockedError) else todo  # its message says it
         yield Finding("runtime", Health.WRONG, f"{err} ({versions})", todo)
     else:
         yield Finding("runtime", Health.OK, f"{backend} runs the model; {versions}")

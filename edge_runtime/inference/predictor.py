@@ -64,6 +64,7 @@ class Predictor:
         Raises:
             StoreError: The slot cannot be loaded.
             BackendError: The backend is not installed, or cannot run this graph.
+            BlockedError: The system lacks memory or the like for it.
         """
         self.options = options or RunOptions()
         self.backend = choose_backend(self.options.backend)
@@ -96,6 +97,7 @@ class Predictor:
 
         Raises:
             ContractError: The input does not fit, or the model cannot be run on it.
+            BlockedError: The system lacks memory or the like for it.
             StoreError: A frugal swap failed and left no session behind.
         """
         outputs: NDArray[Any] = self.predict_all(raw)[self._first]

@@ -16,7 +16,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import BackendError, DpuError, StoreError
+from edge_runtime.errors import (
+    BackendError,
+    BlockedError,
+    DpuError,
+    StoreError,
+    tells_of_the_system,
+)
 from edge_runtime.formats.model_folder import GRAPH_NAME
 from edge_runtime.streams import utf8_path
 
@@ -40,6 +46,7 @@ _LACKS = {
     ),
 }
 _EXACT = "session.x64quantprecision"  # exact sums of int8 products on every x86
+_SEARCHED = 1 << 14  # characters of what it says: a name in it may have megabytes
 _SHARED = "Attempt to replace the existing tensor"  # what it says where it cannot
 
 
@@ -131,6 +138,7 @@ def open_session(
     Raises:
         StoreError: The slot cannot be loaded.
         BackendError: The backend is not installed, or cannot run this graph.
+        BlockedError: The system lacks memory or the like, whatever the slot.
     """
     try:
         return use(make_session(folder, backend, options))
@@ -149,25 +157,40 @@ def open_session(
                 "newer one (pip install --upgrade onnxruntime), or export the model "
                 "for an older one"
             ) from err
-        raise StoreError(f"{what}: {err}") from err
+        raise _failure(StoreError, what, err) from err
 
 
 @contextmanager
 def failures_as(error: type[DpuError], what: str) -> Iterator[None]:
-    """Turn what a session raises for a graph that it cannot run into one of ours."""
+    """Turn what a session raises for a graph that it cannot run into one of ours.
+
+    Raises:
+        BlockedError: The system lacks memory or the like.
+    """
     try:
         yield
     except DpuError:
         raise
     except Exception as err:
         # ONNX Runtime's own exceptions share no base but this one.
-        raise error(f"{what}: {err}") from err
+        raise _failure(error, what, err) from err
+
+
+def _failure(kind: type[DpuError], what: str, error: Exception) -> DpuError:
+    """Return an error of a kind, unless the system is at fault."""
+    if not (isinstance(error, MemoryError) or tells_of_the_system(str(error))):
+        return kind(f"{what}: {error}")
+    said = " ".join(str(error).split()) or "not enough memory"  # ended by a new line
+    return BlockedError(
+        f"{what}: {said}; that is the system's fault, not the model's: end other "
+        "programs, or allow this one more"
+    )
 
 
 def _lacks(message: str) -> str:
     """Say what ONNX Runtime itself lacks for a graph; empty for any other failure."""
     for pattern, words in _LACKS.items():
-        if found := re.search(pattern, message):
+        if found := re.search(pattern, message[:_SEARCHED]):
             return words.format(*found.groups())
     return ""
 

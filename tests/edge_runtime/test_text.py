@@ -106,6 +106,19 @@ def test_every_error_is_printed_safely(error, as_json, monkeypatch):
         assert r"\x9b1A" in done.stderr  # click drops some codes by itself
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_very_long_line_of_an_error_is_cut_and_the_others_stay(options):
+    @click.command(cls=Command)
+    @click.option("--json", is_flag=True, expose_value=False)
+    def fails():
+        raise ContractError("\n  - ".join(["two problems", "n" * 20_000_000, "last"]))
+
+    done = CliRunner().invoke(fails, options)
+    assert len(done.stderr) < 2 * MAX_SHOWN
+    assert "(20000004 characters)" in done.stderr
+    assert "- last" in done.stderr
+
+
 def test_a_hostile_file_name_is_printed_safely_by_the_real_command(tmp_path):
     path = tmp_path / ERASING.encode("utf-8", "surrogateescape").decode(
         "utf-8", "surrogateescape"

@@ -4,6 +4,7 @@
 import json
 import os
 import queue
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,24 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from edge_runtime import Device, RunOptions
-from edge_runtime.errors import ContractError, DpuError, StoreError
+from edge_runtime.errors import (
+    BackendError,
+    BlockedError,
+    ContractError,
+    DpuError,
+    StoreError,
+)
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.formats.model_folder import WEIGHTS_NAME
 from edge_runtime.formats.weights import pack_weights
 from edge_runtime.inference.bench import bench
 from edge_runtime.inference.predictor import Predictor, available_memory
-from edge_runtime.inference.session import Backend, SwapPolicy
+from edge_runtime.inference.session import Backend, SwapPolicy, open_session
 from edge_runtime.live.entries import read_entries
 from edge_runtime.live.store_predictor import LONGEST_S
 from packager.build import pack_round
@@ -512,6 +520,33 @@ def test_what_the_graph_cannot_be_run_on_is_an_error_of_ours(slots, backend):
     with pytest.raises(ContractError, match="cannot be run on it") as caught:
         predictor.run({"x": np.zeros((1, 1), np.float32)})
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("backend", [Backend.ONNXRUNTIME, Backend.NUMPY])
+def test_memory_that_ran_out_is_no_fault_of_model_or_input(slots, backend):
+    options, feed = RunOptions(backend=backend), {"x": np.zeros((40_000, SIZE), "f4")}
+    predictor = Predictor(slots[0], CONTRACT, options)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text()
+    taken = 1024 * int(status.partition("VmData:")[2].split()[0])
+    # 160 MB are asked for, which no heap here has left over.
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (32 << 20), before[1]))
+    try:
+        with pytest.raises(BlockedError, match="system's fault"):
+            predictor.run(feed)
+        with pytest.raises(BlockedError, match="cannot load"):
+            open_session(slots[0], backend, options, lambda s: s.run(None, feed))
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_what_a_runtime_lacks_is_looked_for_in_bounded_time(tmp_path):
+    slot = make_slot(tmp_path / "slot", 1, 4)
+    graph = onnx.load(slot / "graph.onnx", load_external_data=False)
+    graph.graph.node[0].op_type = "No" * 1_000_000
+    (slot / "graph.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises((BackendError, StoreError), match="NoNoNo"):
+        open_session(slot, Backend.ONNXRUNTIME, RunOptions())
 
 
 def test_bench_measures_numpy_alone(slots):
