@@ -55,7 +55,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         "folder": 540,
         "method": 1580,
         "networks": 245,
-        "recipe": 550,
+        "recipe": 565,
         "rounds": 2420,
         "starter": 25,
     },

@@ -24,8 +24,8 @@ from typing import Any, get_args, get_type_hints
 from edge_runtime.errors import ConfigError
 from edge_runtime.formats.kinds import kind_of
 from trainer.recipe.factory import function_problems
+from trainer.recipe.rules import AUTO
 from trainer.recipe.schema import (
-    AUTO,
     METHODS,
     PARTIAL_METHODS,
     RANKED_METHODS,

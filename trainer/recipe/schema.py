@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections of a recipe: every key with its default, its rule and what it means."""
 
-import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from edge_runtime.formats.contract import METRICS, TASKS
-from edge_runtime.sizes import SIZE_WORDS, is_size
+from trainer.recipe.rules import (
+    ABOVE_0,
+    ANY,
+    AUTO,
+    FACTORY,
+    GRID,
+    MULTIPLE_OF_64,
+    REINIT,
+    SHARE,
+    SIZE,
+    Rule,
+    at_least,
+    between,
+    named_or_own,
+    one_of,
+)
 
 # Those that rank what a full phase did; a budget needs them.
 RANKED_METHODS = ("dpu", "gcpu", "lcpu", "magnitude")
@@ -16,66 +29,10 @@ PARTIAL_METHODS = (*RANKED_METHODS, "fisher", "rpu", "named", "subspace")
 METHODS = (*PARTIAL_METHODS, "fu", "pruning")
 DATA_SETS = ("digits", "mnist", "cifar10", "cifar100", "folder")
 LOSSES = ("cross_entropy", "bce", "mse", "l1")
-LOSS_OF_TASK = {
-    "classification": "cross_entropy",
-    "multilabel": "bce",
-    "regression": "mse",
-    "segmentation": "cross_entropy",
-    "free": "",  # what it is for, a function of yours says
-}
-AUTO = "auto"
-
-
-Rule = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is so
-
-
-def _from(low: float, high: float = float("inf")) -> Rule:
-    span = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-    return span, lambda value: low <= value <= high
-
-
-def _one_of(*choices: str) -> Rule:
-    return "one of " + ", ".join(choices), lambda value: value in choices
-
-
-_ANY: Rule = ("", lambda _value: True)
-_ABOVE_0: Rule = ("above 0, and finite", lambda value: 0 < value < float("inf"))
-_SHARE: Rule = ("above 0, at most 1", lambda value: 0 < value <= 1)
-_SHARE_OR_NONE: Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
-_GRID: Rule = (
-    "auto, or a power of two from 2^-24 to 2^24, such as 0.125",
-    lambda value: (
-        value in ("", AUTO)
-        if isinstance(value, str)
-        else 2**-24 <= value <= 2**24 and math.frexp(value)[0] == 0.5
-    ),
-)
-_SIZE: Rule = (
-    SIZE_WORDS,
-    lambda value: value == "" or is_size(value),
-)
-_WORDS: Rule = ("a multiple of 64", lambda value: value > 0 and value % 64 == 0)
-_FACTORY: Rule = (
-    "package.module:function",
-    lambda value: not value or re.fullmatch(r"[\w.]+:\w+", value) is not None,
-)
-
-
-def _named(*names: str) -> Rule:
-    """Return the rule of a choice by name, or of a function of your own."""
-    words = f"auto, {', '.join(names)}, or package.module:function"
-    known = {AUTO, *names}
-    return words, lambda v: v in known or (":" in v and _FACTORY[1](v))
-
-
-_REINIT: Rule = (
-    "auto, never, or a number of rounds",
-    lambda value: value in ("auto", "never") or (type(value) is int and value > 0),
-)
 
 
 def _key(
-    help_text: str, rule: Rule = _ANY, *, default: Any = MISSING, toml: str = ""
+    help_text: str, rule: Rule = ANY, *, default: Any = MISSING, toml: str = ""
 ) -> Any:
     metadata = {"help": help_text, "rule": rule, "toml": toml}
     return field(default=default, metadata=metadata)
@@ -86,7 +43,7 @@ class RunConfig:
     """Section ``[run]``."""
 
     name: str = _key("folder below --runs; default: the recipe's name")
-    rounds: int = _key("number of rounds, round_00 included", _from(1))
+    rounds: int = _key("number of rounds, round_00 included", at_least(1))
     id: str = _key(
         "tells devices this run from others of the same network, any text; default: "
         "drawn when the run is started",
@@ -113,21 +70,21 @@ class DataConfig:
 
     set: str = _key(
         "the data set",
-        (_one_of(*DATA_SETS)[0], lambda value: value in ("", *DATA_SETS)),
+        (one_of(*DATA_SETS)[0], lambda value: value in ("", *DATA_SETS)),
         default="",
     )
     factory: str = _key(
         "in place of set: package.module:function that returns your own data",
-        _FACTORY,
+        FACTORY,
         default="",
     )
     task: str = _key(
         "what the network is for; all but classification with data of your own",
-        _one_of(*TASKS),
+        one_of(*TASKS),
         default="classification",
     )
-    initial: int = _key("training samples in round_00", _from(2))
-    growth: int = _key("training samples that every later round adds", _from(0))
+    initial: int = _key("training samples in round_00", at_least(2))
+    growth: int = _key("training samples that every later round adds", at_least(0))
     root: str = _key(
         "where the data set lies or is downloaded to; for folder: the directory with "
         "train/CLASS/* and test/CLASS/* (or val/)",
@@ -135,18 +92,18 @@ class DataConfig:
     )
     size: int = _key(
         "folder only: resize and crop to this many pixels; 0: images are equal already",
-        _from(0),
+        at_least(0),
         default=0,
     )
     memory: str = _key(
         "folder and factory: what is larger is read batch by batch",
-        _SIZE,
+        SIZE,
         default="4GB",
     )
-    validation: int = _key("samples that choose the epoch", _from(1), default=1000)
+    validation: int = _key("samples that choose the epoch", at_least(1), default=1000)
     validation_from: str = _key(
         "train, or test (the paper's protocol, which leaves fewer test samples)",
-        _one_of("train", "test"),
+        one_of("train", "test"),
         default="train",
     )
     normalise: bool = _key(
@@ -156,7 +113,7 @@ class DataConfig:
     augment: str = _key(
         "shift: moved by up to a fourteenth of the side (digits); crop: random crop "
         "after padding by 4 pixels; crop_flip: and a random horizontal flip",
-        _one_of("none", "shift", "crop", "crop_flip"),
+        one_of("none", "shift", "crop", "crop_flip"),
         default="none",
     )
 
@@ -172,7 +129,7 @@ class ModelConfig:
     factory: str = _key(
         "in place of name: package.module:function that builds your own network, given "
         "the shape of an input and the number of classes, or nothing",
-        _FACTORY,
+        FACTORY,
         default="",
     )
     weights: str = _key(
@@ -181,7 +138,7 @@ class ModelConfig:
     deploy: str = _key(
         "what devices compute in; int8: weights are int8 there, a quarter of the file, "
         "and so is what is computed",
-        _one_of("float32", "int8"),
+        one_of("float32", "int8"),
         default="float32",
     )
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -191,8 +148,8 @@ class ModelConfig:
 class UpdateConfig:
     """Section ``[update]``."""
 
-    method: str = _key("how weights are selected", _one_of(*METHODS), default="dpu")
-    ratio: float = _key("share of the weights that may change", _SHARE, default=0.01)
+    method: str = _key("how weights are selected", one_of(*METHODS), default="dpu")
+    ratio: float = _key("share of the weights that may change", SHARE, default=0.01)
     tensors: str = _key(
         "named only: which tensors train, whole: names or shell patterns, with commas "
         "between; default: none, the dense part alone",
@@ -200,17 +157,17 @@ class UpdateConfig:
     )
     coefficients: int = _key(
         "subspace only: how many move all weights; with a budget it says how many",
-        _WORDS,
+        MULTIPLE_OF_64,
         default=8192,
     )
-    bits: int = _key("subspace only: of a coefficient", _from(1, 8), default=1)
+    bits: int = _key("subspace only: of a coefficient", between(1, 8), default=1)
     taps: int = _key(
-        "subspace only: how many coefficients move a weight", _from(1, 4), default=2
+        "subspace only: how many coefficients move a weight", between(1, 4), default=2
     )
     first_ratio: float = _key(
         "share where a round starts from the init weights (round_00, after "
         "re-initialisation); default: ratio",
-        _SHARE_OR_NONE,
+        between(0, 1),
         default=0.0,
     )
     narrow: bool = _key(
@@ -220,7 +177,7 @@ class UpdateConfig:
     )
     lam: float = _key(
         "dpu only: 1 is the global contribution alone, 0 the local one alone",
-        _from(0, 1),
+        between(0, 1),
         default=0.5,
         toml="lambda",
     )
@@ -229,7 +186,7 @@ class UpdateConfig:
         "reinit_growth times since the last time (fu and pruning: every round; "
         "subspace: only with first_budget or anew_budget), never, or every so many "
         "rounds",
-        _REINIT,
+        REINIT,
         default="auto",
     )
     reinit_growth: float = _key(
@@ -245,7 +202,7 @@ class UpdateConfig:
     first: str = _key(
         "how round_00 is made: partial, as every other round (the paper), or full: "
         "every weight trains, and the bundle carries them all",
-        _one_of("partial", "full"),
+        one_of("partial", "full"),
         default="partial",
     )
     chain: str = _key(
@@ -254,32 +211,32 @@ class UpdateConfig:
         "pruning, and subspace with a budget: as deployed); deployed: nothing, it is "
         "tried again in the next one; paper: the run goes on with it, for "
         "reproduction; cannot be packed",
-        _one_of("deployed", "shadow", "paper"),
+        one_of("deployed", "shadow", "paper"),
         default="shadow",
     )
     budget: str = _key(
         "largest patch, such as 64KB; how many weights that allows is found by "
         "packing, and ratio is only where the search starts; default: none",
-        _SIZE,
+        SIZE,
         default="",
     )
     first_budget: str = _key(
         "largest patch of round_00, and of what was trained on unseen (chain shadow); "
         "default: budget",
-        _SIZE,
+        SIZE,
         default="",
     )
     anew_budget: str = _key(
         "subspace only: largest patch of a later round from the init weights; default: "
         "first_budget",
-        _SIZE,
+        SIZE,
         default="",
     )
     dense: str = _key(
         "biases and normalisation: train (the paper), freeze (unless a round starts "
         "from the init weights; with subspace always), or budget: selected, or moved, "
         "like any other weight",
-        _one_of("train", "freeze", "budget"),
+        one_of("train", "freeze", "budget"),
         default="train",
     )
     mantissa_bits: int = _key(
@@ -292,11 +249,11 @@ class UpdateConfig:
         "new values of selected weights are multiples of this power of two; auto: of "
         "one for each tensor and round, half of how far its selected weights moved. "
         "With deploy int8 of int8 steps, from 1 to 64; default: none",
-        _GRID,
+        GRID,
         default="",
     )
     dense_grid: float | str = _key(
-        "likewise for biases, scales and shifts; default: none", _GRID, default=""
+        "likewise for biases, scales and shifts; default: none", GRID, default=""
     )
     fold_batchnorm: bool = _key(
         "deploy BatchNorm as scale and shift, with statistics that stay as they are",
@@ -308,26 +265,26 @@ class UpdateConfig:
 class TrainConfig:
     """Section ``[train]``."""
 
-    epochs: int = _key("epochs of one phase; a round has two phases", _from(1))
-    batch: int = _key("samples of one step", _from(2), default=128)
+    epochs: int = _key("epochs of one phase; a round has two phases", at_least(1))
+    batch: int = _key("samples of one step", at_least(2), default=128)
     loss: str = _key(
         "what is minimised; auto: the task's (cross_entropy, bce of logits, mse)",
-        _named(*LOSSES),
+        named_or_own(*LOSSES),
         default=AUTO,
     )
     metric: str = _key(
         "what the best epoch is chosen by; auto: the task's (top1, element_accuracy, "
         "mae, iou)",
-        _named(*METRICS),
+        named_or_own(*METRICS),
         default=AUTO,
     )
     better: str = _key(
         "for a metric of your own: which values are better, higher or lower ones",
-        _one_of(AUTO, "higher", "lower"),
+        one_of(AUTO, "higher", "lower"),
         default=AUTO,
     )
-    optimizer: str = _key("the optimizer", _one_of("adam", "sgd"), default="adam")
-    lr: float = _key("learning rate at the start of a phase", _ABOVE_0, default=5e-3)
+    optimizer: str = _key("the optimizer", one_of("adam", "sgd"), default="adam")
+    lr: float = _key("learning rate at the start of a phase", ABOVE_0, default=5e-3)
     deployed_lr: float = _key(
         "likewise, in rounds that go on from deployed weights; default: lr",
         ("at least 0, and finite", lambda value: 0 <= value < float("inf")),
@@ -336,34 +293,34 @@ class TrainConfig:
     teacher: str = _key(
         "whose answers the selected weights learn beside the labels; self: the round's "
         "own network after its first phase; full: one that full updating gives",
-        _one_of("none", "self", "full"),
+        one_of("none", "self", "full"),
         default="none",
     )
     teacher_weight: float = _key(
-        "share of the teacher's part of the loss", _from(0, 1), default=0.7
+        "share of the teacher's part of the loss", between(0, 1), default=0.7
     )
     teacher_temperature: float = _key(
-        "softens the answers of both", _ABOVE_0, default=3.0
+        "softens the answers of both", ABOVE_0, default=3.0
     )
     teacher_mix: float = _key(
         "the teacher answers for mixtures of two samples, of shares from Beta(a, a), "
         "and nothing else is learnt: a; 0: for the samples themselves",
-        _from(0),
+        at_least(0),
         default=0.0,
     )
-    momentum: float = _key("sgd only", _from(0, 1), default=0.0)
+    momentum: float = _key("sgd only", between(0, 1), default=0.0)
     nesterov: bool = _key("sgd only; needs momentum", default=False)
-    weight_decay: float = _key("L2 penalty", _from(0), default=0.0)
+    weight_decay: float = _key("L2 penalty", at_least(0), default=0.0)
     schedule: str = _key(
         "step: times factor after each third of a phase; cosine: down to 0; constant",
-        _one_of("step", "cosine", "constant"),
+        one_of("step", "cosine", "constant"),
         default="step",
     )
-    factor: float = _key("of schedule step", _SHARE, default=0.1)
+    factor: float = _key("of schedule step", SHARE, default=0.1)
     precision: str = _key(
         "of the steps; float32, tf32 (GPUs alone), or bf16: mixed, where what "
         "multiplies is in bfloat16. Weights, scores and accuracies stay float32",
-        _one_of("float32", "tf32", "bf16"),
+        one_of("float32", "tf32", "bf16"),
         default="float32",
     )
     channels_last: bool = _key(
@@ -380,11 +337,11 @@ class TrainConfig:
     )
     device: str = _key(
         "auto: a GPU where there is one",
-        _one_of("auto", "cpu", "cuda"),
+        one_of("auto", "cpu", "cuda"),
         default="auto",
     )
     threads: int = _key(
-        "CPU threads; part of what decides the bits", _from(1), default=1
+        "CPU threads; part of what decides the bits", at_least(1), default=1
     )
 
 
@@ -397,14 +354,3 @@ class Config:
     model: ModelConfig
     update: UpdateConfig
     train: TrainConfig
-
-
-def trains_unseen(update: UpdateConfig) -> bool:
-    """Tell whether a re-initialised model that falls short is trained on unseen.
-
-    In a subspace with a budget: no. Each unseen round adds coefficients, and those of
-    the first fill the budget.
-    """
-    grows = update.method == "subspace" and bool(update.budget)
-    partial = update.method in PARTIAL_METHODS and not grows
-    return partial and update.chain == "shadow"

@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from edge_runtime.errors import ContractError
 from edge_runtime.formats.contract import TASKS, check_bound
 from edge_runtime.update.metrics import METRICS, Metric
-from trainer.recipe.schema import (
-    AUTO,
-    LOSS_OF_TASK,
-    DataConfig,
-    RunConfig,
-    TrainConfig,
-)
+from trainer.recipe.rules import AUTO
+from trainer.recipe.schema import DataConfig, RunConfig, TrainConfig
 
 # Round records have val_best and its like of every run.
 TAKEN = (
     *("best", "start", "full", "rewound", "sparse", "reinit"),
     *("wide", "unrounded"),
 )
+
+LOSS_OF_TASK = {
+    "classification": "cross_entropy",
+    "multilabel": "bce",
+    "regression": "mse",
+    "segmentation": "cross_entropy",
+    "free": "",  # what it is for, a function of yours says
+}
 
 
 def loss_name(data: DataConfig, train: TrainConfig) -> str:

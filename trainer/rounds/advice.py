@@ -16,7 +16,8 @@ from trainer.config import as_dict, as_toml, make_config
 from trainer.export.subspace_size import coefficients_within, subspace_bytes
 from trainer.export.tensors import deployed_tensors
 from trainer.method.selectable import is_weight
-from trainer.recipe.schema import AUTO, Config, TrainConfig, UpdateConfig
+from trainer.recipe.rules import AUTO
+from trainer.recipe.schema import Config, TrainConfig, UpdateConfig
 from trainer.recipe.task import loss_name
 from trainer.rounds.patch_estimate import (
     ERROR,

@@ -17,18 +17,13 @@ from trainer.method.selectable import is_weight
 from trainer.method.selection import random_masks, select_top_k
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import is_alone
+from trainer.recipe.kinds_of_rounds import is_full
 from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.budget import PatchBudget, train_within
 from trainer.rounds.dense import DensePart
 from trainer.rounds.sparse import fine_tune
 from trainer.rounds.subspace import coefficients_of, move_within
-from trainer.rounds.training import (
-    Masks,
-    Pack,
-    RoundTraining,
-    is_full,
-    new_updater,
-)
+from trainer.rounds.training import Masks, Pack, RoundTraining, new_updater
 
 # Of the epochs of the first phase: where gradual pruning begins and ends.
 PRUNED_FROM, PRUNED_TO = 0.1, 0.8

@@ -21,7 +21,8 @@ from trainer.export.tensors import load_weights
 from trainer.folder.record import RoundRecord, read_deployed
 from trainer.folder.write import read_shadow, read_shadow_terms, write_round
 from trainer.parallel import by_first
-from trainer.recipe.schema import PARTIAL_METHODS, trains_unseen
+from trainer.recipe.kinds_of_rounds import is_full, trains_unseen
+from trainer.recipe.schema import PARTIAL_METHODS
 from trainer.recipe.task import device_metric
 from trainer.rounds.attempt import Attempt, counts, with_changes
 from trainer.rounds.deployment import GOLDEN_SAMPLES, bound_of
@@ -29,7 +30,7 @@ from trainer.rounds.methods import train_round
 from trainer.rounds.objective import finite_only
 from trainer.rounds.setup import Setup
 from trainer.rounds.subspace import regenerated
-from trainer.rounds.training import Pack, is_full
+from trainer.rounds.training import Pack
 
 
 @dataclass(frozen=True, slots=True)

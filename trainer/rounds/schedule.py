@@ -31,13 +31,14 @@ from trainer.data.samples import DataSource
 from trainer.folder.once import run_lock
 from trainer.folder.record import RoundRecord, read_round_record
 from trainer.parallel import is_first, processes
-from trainer.recipe.schema import PARTIAL_METHODS, Config, trains_unseen
+from trainer.recipe.kinds_of_rounds import begins_anew, trains_unseen
+from trainer.recipe.schema import PARTIAL_METHODS, Config
 from trainer.rounds.deployment import GOLDEN_SAMPLES, check_golden, check_run_id
 from trainer.rounds.loop import choose_device, cpu_settings
 from trainer.rounds.round import Progress, Report, Run
 from trainer.rounds.setup import Setup
 from trainer.rounds.speed import computing
-from trainer.rounds.training import Pack, begins_anew
+from trainer.rounds.training import Pack
 
 # A finished run may be carried on for more rounds, and its data may move.
 # The run's id is held against the one that its model folder has.

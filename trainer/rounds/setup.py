@@ -20,6 +20,7 @@ from trainer.export.tensors import load_weights
 from trainer.method.selectable import is_weight
 from trainer.networks.models import build_model
 from trainer.parallel import by_first, first_before_others
+from trainer.recipe.kinds_of_rounds import begins_anew, is_full
 from trainer.recipe.schema import Config, UpdateConfig
 from trainer.rounds.deployment import (
     GOLDEN_SAMPLES,
@@ -34,7 +35,7 @@ from trainer.rounds.loop import choose_device
 from trainer.rounds.methods import check_names, check_room, train_round
 from trainer.rounds.objective import check_objective, judge_of
 from trainer.rounds.rounding import FLOAT32_BITS
-from trainer.rounds.training import RoundTraining, begins_anew, is_full
+from trainer.rounds.training import RoundTraining
 from trainer.rounds.values import Values
 
 CALIBRATION_SAMPLES = 256  # that say the ranges of activations

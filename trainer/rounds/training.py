@@ -25,6 +25,7 @@ from trainer.method.batchnorm import FoldedBatchNorm
 from trainer.method.movement import Movement
 from trainer.method.updater import PartialUpdater
 from trainer.parallel import data_parallel
+from trainer.recipe.kinds_of_rounds import is_full
 from trainer.recipe.schema import Config
 from trainer.rounds.dense import DensePart
 from trainer.rounds.loop import (
@@ -385,21 +386,6 @@ class RoundTraining:
                 "lower train.lr, or look for broken samples"
             )
         return loss
-
-
-def is_full(config: Config, number: int) -> bool:
-    """Tell whether a round trains every weight: by its method, or as the first."""
-    update = config.update
-    return update.method == "fu" or (number == 0 and update.first == "full")
-
-
-def begins_anew(config: Config) -> bool:
-    """Tell whether rounds after the first one may start from the init weights."""
-    update = config.update
-    if update.reinit == "auto" and update.method == "subspace":
-        # A few coefficients do not lead from there.
-        return bool(update.anew_budget or update.first_budget)
-    return update.reinit != "never"
 
 
 def new_updater(training: RoundTraining, **options: Any) -> PartialUpdater:
