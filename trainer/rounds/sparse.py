@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from trainer.method.updater import PartialUpdater
+from trainer.rounds.automatic_grid import refine_grid, settle_grid
 from trainer.rounds.training import Masks, RoundTraining
 
 WIDE = 4  # times as many weights, before the selection is narrowed
@@ -38,8 +39,8 @@ def fine_tune(
         epochs = max(1, epochs - half)
     else:
         masks = updater.select(scores)
-    training.settle_form(masks)
+    settle_grid(training, masks)
     training.consider_rewound()
     training.run_phase("sparse", epochs, keep=True)
-    training.refine_form()
+    refine_grid(training)
     return updater.finish()

@@ -4,7 +4,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,6 @@ from edge_runtime.errors import TrainingError
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.weights import Weights, pack_weights
 from edge_runtime.sizes import parse_size
-from edge_runtime.update.metrics import Metric, Sums
 from trainer.data.samples import Augment, Samples, batch_sizes, batches, generator
 from trainer.export.int8 import Scales
 from trainer.export.tensors import load_weights, weights_of
@@ -29,7 +28,6 @@ from trainer.recipe.kinds_of_rounds import is_full
 from trainer.recipe.schema import Config
 from trainer.rounds.dense import DensePart
 from trainer.rounds.loop import (
-    batch_sums,
     evaluate,
     learning_rate,
     make_optimizer,
@@ -42,12 +40,7 @@ from trainer.rounds.speed import arranged, autocast, compiled
 from trainer.rounds.teacher import Teacher, taught_loss
 from trainer.trees import leaves
 
-MAX_COST = 0.005  # what an automatic grid may cost: half a point of accuracy
-CHANCE = 2  # a cost below so many standard errors may be chance: ignored
-MEASURED_BATCHES = 20  # that the error is estimated from
-
 Masks = Mapping[str, Tensor]
-_Measured = tuple[float, Sequence[Sums]]  # the judge's metric, and its batches' sums
 Pack = Callable[..., int]  # base, target and the terms between them -> patch bytes
 
 
@@ -72,6 +65,8 @@ class RoundTraining:
         values: Of the judge's metric on validation: of the ``start``, of the ``best``
             weights, and of others by name.
         best: The best weights, or None while nothing beats the start.
+        unrounded: What became the best, where an automatic grid rounded it.
+        validation: The samples that judge.
         movement: Says how the weights have moved, where they move in a subspace.
         kept: How the best ones did.
     """
@@ -126,9 +121,9 @@ class RoundTraining:
             scales=scales,
         )
         self.device_layout = device_layout
-        self._train, self._validation = samples
+        self._train, self.validation = samples
         self.judge, self.loss = judge_of(config), loss_of(config)
-        start = self._evaluate() if start_value is None else start_value
+        start = self.evaluate() if start_value is None else start_value
         self.values = {"start": start, "best": start}
         self._norms = FoldedBatchNorm(model) if config.update.fold_batchnorm else None
         if self._norms:
@@ -137,7 +132,7 @@ class RoundTraining:
         self._trained = compiled(data_parallel(model), config.train)
         self.epochs: list[dict[str, Any]] = []
         self.best: Weights | None = None
-        self._unrounded: Weights | None = None  # what became the best
+        self.unrounded: Weights | None = None
         self.movement: Callable[[], Movement] | None = None
         self.kept: Movement | None = None
         self._augmentation = augmentation
@@ -197,10 +192,10 @@ class RoundTraining:
             record = {"phase": phase, "epoch": epoch, "lr": rate, "loss": self._epoch()}
             if keep or epoch == epochs - 1:
                 with self._as_deployed() as exact:
-                    value = self._evaluate()
+                    value = self.evaluate()
                     kept = keep and self.judge.better(value, self.values["best"])
                     if kept:
-                        self._keep(value, exact)
+                        self.keep(value, exact)
                 record |= finite_only({f"val_{self.judge.name}": value}) | {
                     "kept": kept
                 }
@@ -215,9 +210,9 @@ class RoundTraining:
         """
         self.fit_batchnorm()
         with self._as_deployed() as exact:
-            value = self.values["rewound"] = self._evaluate()
+            value = self.values["rewound"] = self.evaluate()
             if self.judge.no_worse(value, self.values["start"]):
-                self._keep(value, exact)
+                self.keep(value, exact)
 
     def teach(self) -> None:
         """Let what trains from here on learn from the recipe's teacher."""
@@ -230,63 +225,6 @@ class RoundTraining:
         """Give BatchNorm the statistics of the weights as they are now."""
         if not self.dense.frozen:
             recompute_batchnorm(self.model, self.train_batches())
-
-    def settle_form(self, masks: Masks) -> None:
-        """Find the steps of an automatic grid, after the last selection."""
-        if self.form.automatic:
-            self.form.settle(weights_of(self.model), self.start, masks)
-
-    def refine_form(self) -> None:
-        """Take finer steps where those of an automatic grid cost too much.
-
-        On validation, at the end of a round: beside the same weights before rounding,
-        and then beside the finest form, which has the recipe's own steps. What those
-        cost is no reason for larger patches.
-        """
-        if not self.form.automatic or not self.form.rounding.steps:
-            return
-        exact = self._unrounded
-        if exact is None:
-            exact = weights_of(self.model)
-        fine = self._measure(self._folded(exact))
-        self.values["unrounded"] = fine[0]
-        coarse = self._measure(self.rounded(exact))
-        if self._costs_too_much(fine, coarse):
-            self._take_finer(exact, coarse)
-        self.load(exact)
-
-    def _take_finer(self, exact: Weights, coarse: _Measured) -> None:
-        """Go on to finer steps until they cost little beside the finest form."""
-        forms = [*self.form.finer()]
-        finest = self._measure(forms[-1].round(self._folded(exact), self.start))
-        for rounding in forms:
-            if not self._costs_too_much(finest, coarse):
-                break
-            self.form.rounding = rounding
-            coarse = self._measure(self.rounded(exact))
-            if self.judge.better(coarse[0], self.values["best"]):
-                self._keep(coarse[0], exact)
-
-    def _costs_too_much(self, fine: _Measured, coarse: _Measured) -> bool:
-        """Tell whether rounding costs more than it may, and more than chance does.
-
-        A step to a finer form adds half to a patch: on few validation samples, what
-        single samples happen to give must not decide it.
-        """
-        if not isinstance(self.judge.metric, Metric):
-            return self.judge.cost(fine[0], coarse[0]) > MAX_COST
-        cost, error = self.judge.cost_of(fine[1], coarse[1])
-        return cost > max(MAX_COST, CHANCE * error)
-
-    def _measure(self, weights: Weights) -> _Measured:
-        """Load weights, and return their value on validation and how it is made up."""
-        self.load(weights)
-        metric = self.judge.metric
-        if not isinstance(metric, Metric):
-            return self._evaluate(), []
-        samples = self._validation
-        sums = batch_sums(self.model, samples, metric, count=MEASURED_BATCHES)
-        return metric.value(np.sum(sums, axis=0)), sums
 
     def train_batches(self) -> Iterator[tuple[Tensor, Any]]:
         """Yield the training samples as they lie, without augmentation.
@@ -302,7 +240,7 @@ class RoundTraining:
         model = copy.deepcopy(self.model.state_dict())
         optimizer = copy.deepcopy(self.optimizer.state_dict())
         epochs, values = [*self.epochs], {**self.values}
-        best, rounding = (self.best, self._unrounded), self.form.rounding
+        best, rounding = (self.best, self.unrounded), self.form.rounding
         kept, taught_by = self.kept, self._taught_by
 
         def go_back() -> None:
@@ -310,7 +248,7 @@ class RoundTraining:
             # A copy: the optimizer goes on with the very tensors that it is given.
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
             self.epochs, self.values = [*epochs], {**values}
-            (self.best, self._unrounded), self.form.rounding = best, rounding
+            (self.best, self.unrounded), self.form.rounding = best, rounding
             self.kept, self._taught_by = kept, taught_by
 
         return go_back
@@ -321,9 +259,10 @@ class RoundTraining:
 
     def rounded(self, weights: Weights) -> Weights:
         """Return what a device would get of these weights."""
-        return self.form.rounding.round(self._folded(weights), self.start)
+        return self.form.rounding.round(self.folded(weights), self.start)
 
-    def _folded(self, weights: Weights) -> Weights:
+    def folded(self, weights: Weights) -> Weights:
+        """Return weights as they are deployed, but for rounding."""
         if self._norms is None:
             return weights
         return pack_weights(self._norms.folded(weights), weights.layout.types)
@@ -347,17 +286,18 @@ class RoundTraining:
         yield exact
         self.load(exact)
 
-    def _keep(self, value: float, exact: Weights | None) -> None:
+    def keep(self, value: float, exact: Weights | None) -> None:
         """Keep what the model holds, with the weights that it was rounded from."""
         weights = weights_of(self.model)
         self.dense.verify(weights, self.start)
         self.values["best"], self.best = value, weights
         self.kept = self.movement() if self.movement else None
         if self.form.automatic:
-            self._unrounded = exact
+            self.unrounded = exact
 
-    def _evaluate(self) -> float:
-        return evaluate(self.model, self._validation, self.judge)
+    def evaluate(self) -> float:
+        """Return what the model is worth on validation."""
+        return evaluate(self.model, self.validation, self.judge)
 
     def _seed_torch(self) -> None:
         """Seed torch's streams of the whole process, from which dropout draws."""

@@ -12,10 +12,11 @@ from trainer.export.tensors import load_weights, weights_of
 from trainer.method.scores import fisher_scores, magnitude_scores
 from trainer.method.selection import select_top_k
 from trainer.networks.models import build_model
+from trainer.rounds.automatic_grid import MAX_COST, costs_too_much
 from trainer.rounds.loop import evaluate
 from trainer.rounds.methods import train_round
 from trainer.rounds.objective import ACCURACY
-from trainer.rounds.training import MAX_COST, RoundTraining
+from trainer.rounds.training import RoundTraining
 
 torch.set_num_threads(1)
 
@@ -201,7 +202,7 @@ def test_what_is_deployed_is_rounded_before_it_is_judged(method, bits):
         assert not (word[word != base] & ((1 << (23 - bits)) - 1)).any()
     accuracy = training.values["best"]
     training.load(training.best)
-    samples = prepare(config)._validation
+    samples = prepare(config).validation
     assert evaluate(training.model, samples) == accuracy
 
 
@@ -365,8 +366,8 @@ def test_what_the_recipe_s_own_steps_cost_takes_no_automatic_grid_away():
     update = {"grid": "auto", "dense_grid": 4.0}
     config = config_of("dpu", "small_cnn", 0.2, update, lr=2e-2, epochs=8)
     training, start, _ = trained(config)
-    exact = training.values["unrounded"]
-    assert exact - training._measure(training.best)[0] > MAX_COST
+    training.load(training.best)
+    assert training.values["unrounded"] - training.evaluate() > MAX_COST
     new = training.best["0.weight"][training.best["0.weight"] != start["0.weight"]]
     assert on_grid(new, training.form.rounding.steps["0.weight"])
 
@@ -380,9 +381,8 @@ def sums_of(right):
 @pytest.mark.parametrize(("right", "too_much"), [(80, 0), (78, 0), (66, 1), (90, 0)])
 def test_what_single_samples_give_by_chance_takes_no_grid_away(right, too_much):
     """On 100 samples each is a whole point: two are no sign, fourteen are."""
-    training = prepare(config_of("dpu"))
     fine, coarse = ((n / 100, sums_of(n)) for n in (80, right))
-    assert training._costs_too_much(fine, coarse) == bool(too_much)
+    assert costs_too_much(ACCURACY, fine, coarse) == bool(too_much)
 
 
 def test_the_error_of_a_cost_is_that_of_what_differs_sample_by_sample():
@@ -467,7 +467,7 @@ def test_folded_batchnorm_leaves_statistics_and_idle_biases_to_the_device(fresh)
     assert {"1.weight", "1.bias"} <= names
     value = training.values["best"]
     training.load(training.best)
-    assert evaluate(training.model, training._validation) == value
+    assert evaluate(training.model, training.validation) == value
 
 
 def test_training_on_from_folded_weights_starts_with_the_same_function():
