@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of parameters that commands share: files by their kind, spans of time."""
+"""Parameters that commands share: files by their kind, spans of time, whom to trust."""
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,30 @@ class Seconds(click.FloatRange):
         if math.isnan(found):
             self.fail(f"{value} is no number of seconds", param, ctx)
         return found
+
+
+def trust_options(words: str) -> Callable[[Callable[..., Any]], Any]:
+    """Return the options that :func:`edge_runtime.cli.trust.read_trust` reads.
+
+    Args:
+        words: What trusting a key means for the command.
+    """
+
+    def add(command: Callable[..., Any]) -> Any:
+        command = click.option(
+            "--threshold",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="How many of the trusted keys must sign.",
+        )(command)
+        return click.option(
+            "--trust",
+            "keys",
+            metavar="KEY.pub.pem|N.root.json",
+            multiple=True,
+            type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
+            help=words,
+        )(command)
+
+    return add

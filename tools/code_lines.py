@@ -26,9 +26,9 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 900,
+        ".": 920,
         "agent": 700,
-        "cli": 1410,
+        "cli": 1400,
         "doctor": 405,
         "formats": 3745,
         "inference": 890,
@@ -42,7 +42,7 @@ BUDGETS: dict[str, dict[str, int]] = {
         ".": 1690,
         "bundles": 625,
         "fleet": 3360,
-        "cli": 3140,
+        "cli": 3120,
         "models": 1590,
         "provenance": 550,
         "report": 2355,

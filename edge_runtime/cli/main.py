@@ -39,7 +39,7 @@ from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.formats.json_record import MAX_SHOWN, is_digest
 from edge_runtime.formats.kinds import Kind, refuse_others
 from edge_runtime.formats.model_folder import round_number
-from edge_runtime.parameters import FileOf
+from edge_runtime.parameters import FileOf, trust_options
 from edge_runtime.text import printable
 
 if TYPE_CHECKING:
@@ -68,19 +68,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("bundle", metavar="BUNDLE|URL", type=BundleOrChannel())
-@click.option(
-    "--trust",
-    "keys",
-    metavar="KEY.pub.pem|N.root.json",
-    multiple=True,
-    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
-    help="Accept only what this key signed (repeatable), or what a key list says.",
-)
-@click.option(
-    "--threshold",
-    type=click.IntRange(1),
-    default=1,
-    help="How many of the trusted keys must sign.",
+@trust_options(
+    "Accept only what this key signed (repeatable), or what a key list says."
 )
 @click.option(
     "--trust-on-first-use",

@@ -8,7 +8,7 @@ import click
 
 from edge_runtime.commandline import emit, json_option, say
 from edge_runtime.formats.kinds import Kind
-from edge_runtime.parameters import FileOf
+from edge_runtime.parameters import FileOf, trust_options
 from edge_runtime.text import printable
 from packager.cli.options import PATCH, insist_apart
 
@@ -30,20 +30,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Where to write; for shards a folder.",
 )
-@click.option(
-    "--trust",
-    "keys",
-    metavar="KEY.pub.pem|N.root.json",
-    multiple=True,
-    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
-    help="Apply only what this key signed (repeatable), or what a key list says.",
-)
-@click.option(
-    "--threshold",
-    type=click.IntRange(1),
-    default=1,
-    help="How many of the trusted keys must sign.",
-)
+@trust_options("Apply only what this key signed (repeatable), or what a key list says.")
 @click.option(
     "--force",
     is_flag=True,

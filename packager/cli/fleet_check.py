@@ -12,7 +12,7 @@ import click
 from edge_runtime.commandline import emit, json_option
 from edge_runtime.exit_codes import DIFFERENT, OK, UNTRUSTED
 from edge_runtime.formats.kinds import Kind
-from edge_runtime.parameters import FileOf
+from edge_runtime.parameters import FileOf, trust_options
 from edge_runtime.text import printable
 from packager.cli.fleet_options import Name
 
@@ -29,20 +29,8 @@ if TYPE_CHECKING:
     multiple=True,
     help="This channel alone (repeatable).  [default: all; over HTTP: stable]",
 )
-@click.option(
-    "--trust",
-    "keys",
-    metavar="KEY.pub.pem|N.root.json",
-    multiple=True,
-    type=FileOf(Kind.PUBLIC_KEY, Kind.KEY_LIST),
-    help="What devices trust: public keys, or a key list; else no signature is judged.",
-)
-@click.option(
-    "--threshold",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="How many of these keys must sign.",
+@trust_options(
+    "What devices trust: public keys, or a key list; else no signature is judged."
 )
 @click.option(
     "--tuf-root",

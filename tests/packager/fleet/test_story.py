@@ -23,6 +23,7 @@ from tests.crash.world import edit_contract, no_trial
 from tests.packager.fleet.certificates import make_server
 
 BOARDS = ("board-0001", "board-0002", "board-0003")
+ALL_WELL = {"proved": 3, "tried": 3, "failed": 0, "halted": False, "paused": False}
 
 
 class DropBox(ThreadingHTTPServer):
@@ -162,25 +163,13 @@ def test_a_bad_release_is_seen_halted_and_taken_back(story, box, run):
 
     for name in BOARDS:
         story.day(name, trials[name], *ways[name])
-    assert story.watch() == {
-        "proved": 3,
-        "tried": 3,
-        "failed": 0,
-        "halted": False,
-        "paused": False,
-    }
+    assert story.watch() == ALL_WELL
 
     story.fleet("publish", "round_01", *story.to)
     edit_contract(store, accuracy_floor=1)
     for name in BOARDS:
         story.day(name, trials[name], *ways[name])
-    assert story.watch() == {
-        "proved": 3,
-        "tried": 3,
-        "failed": 1,
-        "halted": True,
-        "paused": True,
-    }
+    assert story.watch() == ALL_WELL | {"failed": 1, "halted": True, "paused": True}
     running = dict(story.rows("id, target", "device"))
     assert running == {
         first: target(run, 1),
@@ -195,13 +184,7 @@ def test_a_bad_release_is_seen_halted_and_taken_back(story, box, run):
     assert (done["round"], done["counter"]) == (0, 2)
     for name in BOARDS:
         story.day(name, trials[name], *ways[name])
-    assert story.watch() == {
-        "proved": 3,
-        "tried": 3,
-        "failed": 0,
-        "halted": False,
-        "paused": False,
-    }
+    assert story.watch() == ALL_WELL
     assert story.rows("id, target, counter, outcome, proved", "device") == [
         (name, target(run, 0), 2, "applied", 1) for name in BOARDS
     ]
