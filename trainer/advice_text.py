@@ -26,13 +26,18 @@ def advice_text(advice: Advice) -> str:
         lines += [f"   {name}: {why}" for name, why in advice.refused.items()]
     lines += [
         "",
-        "Shares are estimates; sizes are limits, which the trainer keeps to.",
+        "Shares are estimates, as is what is about a size; other sizes are limits, "
+        "which the trainer keeps to.",
     ]
     return "\n".join(lines)
 
 
 def _about(candidate: Candidate) -> Iterator[str]:
-    yield f"patch    {candidate.patch:,} bytes at most; from init {candidate.first:,}"
+    about, most = ("about ", "") if candidate.estimated else ("", " at most")
+    yield (
+        f"patch    {about}{candidate.patch:,} bytes{most}; "
+        f"from init {about}{candidate.first:,}"
+    )
     if candidate.links:
         times = (
             f"{link['name']} {duration(link['seconds'])}" for link in candidate.links

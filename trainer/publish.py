@@ -36,7 +36,7 @@ from edge_runtime.update.golden import read_golden
 from edge_runtime.update.metrics import METRICS
 from trainer.export.deployed_check import check_deployed
 from trainer.export.graph import export_graph
-from trainer.export.init_recipe import make_init_spec
+from trainer.export.init_recipe import build_network, make_init_spec
 from trainer.export.label_check import check_labels, check_rows
 from trainer.export.network import find_network, network_masks, network_weights
 from trainer.export.tensors import load_weights
@@ -85,12 +85,13 @@ def start_run(  # noqa: PLR0913 - all but two by name
 
     Raises:
         ExportError: The network cannot be deployed weight for weight.
-        TrainingError: The run exists already, or the golden samples do not fit.
+        TrainingError: The run exists already, ``build`` builds no network, or the
+            golden samples do not fit.
         ConfigError: Another process is training or publishing it.
         OSError: The files cannot be written.
     """
     contract = as_contract(contract)
-    model = build()
+    model = build_network(build)
     folder = Path(run_dir, MODEL_NAME).absolute()
 
     def write() -> str:
@@ -159,7 +160,8 @@ def publish_round(
         The record of the round.
 
     Raises:
-        TrainingError: Weights or masks do not fit the run, or a metric is no number.
+        TrainingError: Nobody started the run, weights or masks do not fit it, or a
+            metric is no number.
         RoundError: The last round's folder is damaged.
         ConfigError: Another process is training or publishing the run.
         FrozenWeightChangedError: Something changed that was not selected.
@@ -247,6 +249,11 @@ def _proved(
 ) -> tuple[str, Weights, Mapping[str, Tensor], Sequence[Term]]:
     """Return, proved: the parent's fingerprint, the weights, their masks, and terms."""
     folder = Path(run_dir, MODEL_NAME)
+    if not folder.exists():
+        raise TrainingError(
+            f"{folder} is not there: no run was started in {run_dir}; call start_run "
+            "before the first round, and give both the folder of the run"
+        )
     init = read_init_spec(folder)
     prefix, network = find_network(model, init.layout(), masks)
     movement = masks if isinstance(masks, Movement) else None

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import trainer
 from edge_runtime.errors import (
     ConfigError,
+    DpuError,
     ExportError,
     FrozenWeightChangedError,
     RoundError,
@@ -451,6 +452,43 @@ def test_a_mask_of_an_unknown_tensor_is_named(tmp_path):
         publish_round(tmp_path / "run", model, masks)
 
 
+# What goes in, as people state it ---------------------------------------------------
+
+
+@pytest.mark.parametrize("as_given", [np.float32, torch.tensor, list])
+def test_numbers_of_a_contract_may_be_arrays_and_tensors(tmp_path, as_given):
+    contract = make_contract(
+        tuple(np.array([6])),
+        range(3),
+        mean=as_given([0.5] * 6),
+        std=2.0,
+        scale=np.float32(0.25),
+        dtype=torch.float32,
+    )
+    start_run(tmp_path / "run", net, contract=contract, golden_inputs=INPUTS)
+    written = parse_contract((tmp_path / "run/model/contract.json").read_bytes())
+    assert (written.classes, written.inputs) == (("0", "1", "2"), contract.inputs)
+    assert (written.inputs[0].mean, written.inputs[0].std) == ((0.5,) * 6, (2.0,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "words"),
+    [
+        (6, {}, r"shape of an input is 6, expected the sizes"),
+        ((6,), {"classes": 3}, r"classes is 3, expected the name of each"),
+        ((6,), {"accuracy_floor": 90}, r"accuracy_floor is 90, expected a share"),
+        ((6,), {"scale": 0}, r"'scale' is 0.*, expected a number other than 0"),
+        ((6,), {"dtype": "floats"}, r"'dtype' is 'floats', expected one of float16"),
+        ((6,), {"layout": "nhwc"}, r"layout is 'nhwc', expected NCHW or NHWC"),
+    ],
+)
+def test_a_contract_that_devices_would_refuse_is_refused_before_training(
+    shape, options, words
+):
+    with pytest.raises(DpuError, match=words):
+        make_contract(shape, **options)
+
+
 # A run that goes on, and one that others write --------------------------------------
 
 
@@ -468,6 +506,19 @@ def test_start_run_on_a_run_that_exists_says_how_to_go_on_and_its_line_works(
     as_it_says(told, again)
     assert weights_of(again).data == weights_of(model).data
     assert publish_round(run, again, one_round(again)).round == rounds
+
+
+def test_a_round_of_a_run_that_nobody_started_is_refused_and_leaves_no_folder(tmp_path):
+    model = net()
+    with pytest.raises(TrainingError, match=r"no run was started.* call start_run"):
+        publish_round(tmp_path / "run", model, one_round(model))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("build", [net(), lambda: None])
+def test_what_builds_no_network_is_refused_with_what_would(tmp_path, build):
+    with pytest.raises(TrainingError, match=r"give the network's class, or lambda"):
+        start_run(tmp_path / "run", build, contract=CONTRACT, golden_inputs=INPUTS)
 
 
 def test_while_a_run_is_being_trained_publish_round_refuses_and_writes_nothing(

@@ -78,7 +78,24 @@ def make_init_spec(
 def _build(build: Callable[[], nn.Module], seed: int) -> Weights:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed % 2**63)
-        return weights_of(build())
+        return weights_of(build_network(build))
+
+
+def build_network(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return what a function builds.
+
+    Raises:
+        TrainingError: It is a network itself, or gives none.
+    """
+    found = build if isinstance(build, nn.Module) else build()
+    if found is build or not isinstance(found, nn.Module):
+        raise TrainingError(
+            f"expected a function that builds the network, as it is called several "
+            f"times, found {type(build).__name__} that gives {type(found).__name__}: "
+            "give the network's class, or lambda: Net(...); what it was trained to is "
+            "kept with pretrained=True where the function loads it"
+        )
+    return found
 
 
 def _classify(tensor: Tensor, builds: Sequence[NDArray[Any]]) -> TensorInit:

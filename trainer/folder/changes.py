@@ -53,9 +53,10 @@ def check_changes(
                     f"those of {source}; nothing was written. The model does not hold "
                     "what finish() verified: a checkpoint was loaded, averaged weights "
                     "were copied into it (begin them after select(), and rewind() them "
-                    "before they are published), or it was not at the last round's "
-                    "weights when the updater was made. To go on, put the last good "
-                    f"weights back and train again: {way_back(source)}",
+                    "before they are published; in a subspace there are none), or it "
+                    "was not at the last round's weights when the updater was made. To "
+                    "go on, put the last good weights back and train again: "
+                    f"{way_back(source)}",
                     tensor=name,
                     count=count,
                 )

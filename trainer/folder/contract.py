@@ -2,19 +2,28 @@
 """What goes into a network and what comes out of it, made and taken from people."""
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from edge_runtime.errors import ContractError, TrainingError
 from edge_runtime.formats.contract import (
+    LAYOUTS,
     METRICS,
     TASKS,
     Contract,
     InputSpec,
     OutputSpec,
 )
-from edge_runtime.formats.contract_file import WIDE_SCHEMA, parse_contract
+from edge_runtime.formats.contract_file import (
+    WIDE_SCHEMA,
+    encode_contract,
+    parse_contract,
+)
 from edge_runtime.formats.json_file import read_record
 from trainer.export.graph_check import OUTPUT_TOLERANCE
 
@@ -51,11 +60,11 @@ def as_contract(given: GivenContract) -> Contract:
 
 def make_contract(  # noqa: PLR0913 - all but two by name
     input_shape: Sequence[int | None] | Mapping[str, Sequence[int | None]],
-    classes: Sequence[str] = (),
+    classes: Iterable[str] = (),
     *,
     scale: float = 1.0,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    mean: ArrayLike = (),
+    std: ArrayLike = (),
     layout: str = "NCHW",
     dtype: str | Mapping[str, str] = "float32",
     accuracy_floor: float = 0.0,
@@ -91,9 +100,10 @@ def make_contract(  # noqa: PLR0913 - all but two by name
             of the largest: 0.02 for weights of half precision.
 
     Raises:
-        TrainingError: There is no such task or metric.
-        ContractError: The bound is outside of the metric's range, or ``mean`` or
-            ``std`` has not a value for each channel.
+        TrainingError: There is no such task, metric or layout, or classes or sizes are
+            none.
+        ContractError: A number is outside of its range, no device knows the type, or
+            ``mean`` or ``std`` has not a value for each channel.
     """
     name = metric or TASKS.get(task, "")
     if task not in TASKS or name not in ("", *METRICS):
@@ -101,35 +111,61 @@ def make_contract(  # noqa: PLR0913 - all but two by name
             f"task is {task!r} and metric {metric!r}, expected one of "
             f"{', '.join(TASKS)}, and of {', '.join(METRICS)}"
         )
+    if layout not in LAYOUTS:
+        raise TrainingError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
+    if isinstance(classes, int):
+        raise TrainingError(
+            f"classes is {classes}, expected the name of each, by label: "
+            f"[str(n) for n in range({classes})] where they have none"
+        )
+    names = tuple(map(str, classes))
     several = isinstance(input_shape, Mapping)
     shapes = input_shape if isinstance(input_shape, Mapping) else {"input": input_shape}
+    scaling = (float(scale), _numbers(mean), _numbers(std), layout)
     given = tuple(
-        _input(name, shape, dtype, (scale, tuple(mean), tuple(std), layout), several)
+        _input(name, _sizes(shape), dtype, scaling, several)
         for name, shape in shapes.items()
     )
     one_row = task in ("classification", "multilabel")
-    output = OutputSpec("output", "float32", (None, len(classes)))
-    return Contract(
+    output = OutputSpec("output", "float32", (None, len(names)))
+    made = Contract(
         given,
-        tuple(classes) if task not in ("regression", "free") else (),
-        accuracy_floor,
-        output_tolerance,
-        (output,) if one_row and classes else (),
+        names if task not in ("regression", "free") else (),
+        float(accuracy_floor),
+        float(output_tolerance),
+        (output,) if one_row and names else (),
         task,
         metric,
-        bound,
-        threshold,
+        None if bound is None else float(bound),
+        float(threshold),
     )
+    parse_contract(encode_contract(made))  # as devices will; here it costs no training
+    return made
+
+
+def _numbers(given: ArrayLike) -> tuple[float, ...]:
+    return tuple(map(float, np.ravel(given)))
+
+
+def _sizes(shape: Iterable[int | None]) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if n is None else operator.index(n) for n in shape)
+    except TypeError as err:
+        raise TrainingError(
+            f"the shape of an input is {shape!r}, expected the sizes of one sample, "
+            "such as (3, 32, 32), or (64,) of one axis"
+        ) from err
 
 
 def _input(
     name: str,
-    shape: Sequence[int | None],
+    shape: tuple[int | None, ...],
     dtype: str | Mapping[str, str],
     scaling: tuple[Any, ...],
     several: bool,
 ) -> InputSpec:
-    kind = dtype if isinstance(dtype, str) else dtype.get(name, "float32")
+    kind = dtype.get(name, "float32") if isinstance(dtype, Mapping) else dtype
+    kind = str(kind).removeprefix("torch.")
     if several and not kind.startswith("float"):
         return InputSpec(name, kind, (None, *shape))
     return InputSpec(name, kind, (None, *shape), *scaling)

@@ -27,9 +27,15 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     """Return parameters by name, each of them fit to be selected from, and there once.
 
     Raises:
-        TrainingError: One is not; it is named.
+        TrainingError: One is not; it is named. Or they have no names.
     """
-    named = dict(named_parameters)
+    try:
+        named = dict(named_parameters)
+    except (TypeError, ValueError) as err:
+        raise TrainingError(
+            "expected names and parameters, as model.named_parameters() gives them, "
+            f"found a {type(named_parameters).__name__} of something else ({err})"
+        ) from err
     names: dict[int, str] = {}
     for name, parameter in named.items():
         check_parameter(name, parameter)

@@ -224,9 +224,9 @@ class Freeze:
             raise FrozenWeightChangedError(
                 f"{count} weights of {name!r} that were not selected differ from the "
                 "base: something other than the attached optimizers wrote them (an "
-                "optimizer around the attached one, weight averaging, a checkpoint "
-                "loaded after select()); attach the outermost optimizer, or let "
-                "other writers start after finish()",
+                "optimizer that was made later, or around the attached one, weight "
+                "averaging, a checkpoint loaded after select()); attach that optimizer "
+                "too, the outermost one, or let other writers start after finish()",
                 tensor=name,
                 count=count,
             )

@@ -207,9 +207,10 @@ class SubspaceUpdater:
                 raise FrozenWeightChangedError(
                     f"{count} weights of {name!r} are not where the subspace moves "
                     "them: something other than the attached optimizer wrote them "
-                    "(weight averaging, a checkpoint loaded after select()); attach "
-                    "the outermost optimizer, or let other writers start after "
-                    "finish()",
+                    "(an optimizer that was made later, weight averaging, a checkpoint "
+                    "loaded after select()); attach the optimizer that the loop steps "
+                    "now, load the updater's state with the model's, and let other "
+                    "writers start after finish()",
                     tensor=name,
                     count=count,
                 )

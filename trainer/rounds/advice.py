@@ -53,8 +53,8 @@ class Candidate:
 
     Attributes:
         name: Of the method.
-        patch: Bytes of a patch, at most.
-        first: Bytes of one that leads from the init weights, at most.
+        patch: Bytes of a patch, at most; about, where it is estimated.
+        first: Likewise of one that leads from the init weights.
         how: What it changes, in words.
         known: What is known of its accuracy, and of which network.
         update: Its section ``[update]``, whole.
@@ -62,6 +62,7 @@ class Candidate:
         sets: The same as arguments of ``--set``.
         links: How long a patch takes, where that is known.
         untried: Whether nobody tried the like: it comes last.
+        estimated: Whether both sizes are what all weights may take, below the budget.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Candidate:
     sets: tuple[str, ...] = ()
     links: list[Any] = field(default_factory=list)
     untried: bool = False
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ def _lean(config: Config, network: NetworkSizes, budget: int) -> Candidate:
             **folded,
         },
         {"teacher": "self"} if taught else {},
+        estimated=largest < budget,
     )
 
 

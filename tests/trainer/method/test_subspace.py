@@ -583,6 +583,25 @@ def test_weights_in_half_precision_are_refused():
         SubspaceUpdater(net().bfloat16().named_parameters(), coefficients=64)
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_the_best_epoch_is_gone_back_to_by_both_states(both):
+    model, optimizer, updater = started()
+    train(model, optimizer)
+    updater.select()
+    train(model, optimizer)
+    best = copy.deepcopy((model.state_dict(), updater.state_dict()))
+    train(model, optimizer)
+    model.load_state_dict(best[0])
+    if both:
+        updater.load_state_dict(best[1])
+        updater.finish()
+        kept = model.state_dict()
+        assert all(torch.equal(kept[n], t) for n, t in best[0].items())
+    else:
+        with pytest.raises(FrozenWeightChangedError, match="the updater's state with"):
+            updater.finish()
+
+
 def test_what_something_else_wrote_is_found():
     model, optimizer, updater = started()
     train(model, optimizer)

@@ -304,7 +304,7 @@ def test_training_with_another_optimizer_after_selection_is_raised():
     train(model, optimizer)
     updater.select()
     train(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(FrozenWeightChangedError, match="attach the outermost"):
+    with pytest.raises(FrozenWeightChangedError, match=r"made later.* attach that"):
         updater.finish()
 
 
@@ -973,3 +973,11 @@ def test_a_weight_that_is_given_twice_is_refused_by_both_of_its_names():
     with pytest.raises(TrainingError, match=r"'0.weight' and 'tied.weight' are one"):
         PartialUpdater(pairs, ratio=0.1)
     PartialUpdater(model.named_parameters(), ratio=0.1)
+
+
+@pytest.mark.parametrize("updater", [PartialUpdater, SubspaceUpdater])
+@pytest.mark.parametrize("given", [nn.Module.parameters, lambda model: model])
+def test_parameters_without_names_are_refused_with_what_gives_them(updater, given):
+    options = {"ratio": 0.1} if updater is PartialUpdater else {"coefficients": 64}
+    with pytest.raises(TrainingError, match=r"as model\.named_parameters\(\) gives"):
+        updater(given(small_model()), **options)

@@ -171,6 +171,18 @@ def test_above_what_a_method_can_send_sizes_are_what_it_can(budget):
     assert fits == (budget > full)
 
 
+def test_only_what_the_trainer_keeps_to_is_called_a_limit():
+    wide, narrow = (
+        advice_for(BUILT_IN / "digits.toml", DIGITS, budget)[1]
+        for budget in (10_000_000, 4000)
+    )
+    lean = next(c for c in wide.candidates if c.name == "lean")
+    assert lean.update["budget"] != str(lean.patch)
+    sizes = f"patch    about {lean.patch:,} bytes; from init about {lean.first:,}"
+    assert sizes in advice_text(wide)
+    assert "about" not in advice_text(narrow).partition("2. lean")[2].splitlines()[1]
+
+
 def test_pasted_keys_say_which_of_the_recipe_s_own_stay():
     _, advice = advice_for(BUILT_IN / "digits.toml", DIGITS, 2000)
     lines = [line for candidate in advice.candidates for line in block(candidate)]
