@@ -203,6 +203,10 @@ class Store(Beginning):
                 mended = False
             if not mended:
                 self._mend(state)
+            for folder in (self.root / "slots", self.root / "reverse"):
+                # A copy may lack what was empty, and a repaired disk what was lost.
+                if not (folder.exists() or folder.is_symlink()):
+                    self.files.make_folder(folder)
             self.collect()
 
     def _mend(self, state: State) -> None:

@@ -367,6 +367,15 @@ def test_a_kept_slot_that_cannot_be_made_again_is_given_up(board):
     board.insist_same()
 
 
+def test_the_folder_of_all_slots_comes_back_with_the_active_one(board):
+    weights = board.weights().read_bytes()
+    shutil.rmtree(board.root / "slots")
+    done = repair(board.device, board.bundle(2))
+    assert done.mended == ("the weights of round 2",)
+    assert done.dropped == ("the weights of round 1",)
+    assert board.weights().read_bytes() == weights
+
+
 def test_a_state_without_a_copy_is_said_to_be_beyond_repair(board, command):
     for name in ("state.json", "state.copy"):
         (board.root / name).write_bytes(b"{")

@@ -41,6 +41,13 @@ def test_a_rollback_reaches_rounds_whose_slots_are_gone(device):
         assert device.status()["round"] == number
 
 
+def test_ways_back_are_written_where_a_copy_lost_the_empty_folder_for_them(device):
+    (device.store.root / "reverse").rmdir()
+    advance(device, 3)
+    assert device.status()["reachable_rounds"] == [2, 1, 0]
+    assert device.rollback(0).round == 0
+
+
 def test_a_rollback_without_a_round_goes_back_one_release_each_time(device):
     advance(device, 3)
     assert [device.rollback().round for _ in range(3)] == [2, 1, 0]
