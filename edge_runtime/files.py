@@ -56,6 +56,21 @@ def _naming(path: Path, done: str) -> Iterator[None]:
         raise OSError(err.errno, reason, err.filename or str(path)) from err
 
 
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Name a file, or its folder, in system errors that do not, as of a full disk."""
+    try:
+        yield
+    except OSError as err:
+        err.filename = err.filename or str(path)
+        raise
+
+
+def mode_for(path: Path) -> int:
+    """Return the mode of what is to take a name: nobody may read it who could not."""
+    return stat.S_IMODE(path.stat().st_mode) & 0o666 if path.is_file() else 0o666
+
+
 class Files:
     """File operations with the durability that each of them promises."""
 
@@ -86,25 +101,21 @@ class Files:
             return os.open(name, flags | os.O_NOFOLLOW, mode)
 
         self.unlink(path)
-        try:
-            with open(path, "xb", opener=exclusive) as file:
-                for chunk in chunks:
-                    at, size = file.tell(), file.write(chunk)
-                    if sys.platform == "linux":
-                        # There it begins to write what the disk does not have yet, and
-                        # keeps it in memory. Less is left to wait for in the end. It is
-                        # advice: a sandbox that forbids it must not cost the update.
-                        with suppress(OSError):
-                            os.posix_fadvise(
-                                file.fileno(), at, size, os.POSIX_FADV_DONTNEED
-                            )
-                file.flush()
-                if durable:
-                    with _naming(path, "synced"):
-                        self.sync(file.fileno())
-        except OSError as err:
-            err.filename = err.filename or str(path)  # a full disk names no file
-            raise
+        with naming(path), open(path, "xb", opener=exclusive) as file:
+            for chunk in chunks:
+                at, size = file.tell(), file.write(chunk)
+                if sys.platform == "linux":
+                    # There it begins to write what the disk does not have yet, and
+                    # keeps it in memory. Less is left to wait for in the end. It is
+                    # advice: a sandbox that forbids it must not cost the update.
+                    with suppress(OSError):
+                        os.posix_fadvise(
+                            file.fileno(), at, size, os.POSIX_FADV_DONTNEED
+                        )
+            file.flush()
+            if durable:
+                with _naming(path, "synced"):
+                    self.sync(file.fileno())
 
     def hardlink(self, source: Path, target: Path) -> None:
         """Give a file a second name."""
@@ -182,10 +193,9 @@ class Files:
             OSError: The disk refuses, or something else than a file has the name; the
                 file is as it was.
         """
-        if mode is None:
-            mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0o666
+        mode = mode_for(path) if mode is None else mode & 0o666
         with self.replacing(path, durable=durable, suffix=suffix) as part:
-            self.write(part, [data], mode=mode & 0o666, durable=durable)
+            self.write(part, [data], mode=mode, durable=durable)
 
     @contextmanager
     def replacing(

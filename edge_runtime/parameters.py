@@ -40,6 +40,22 @@ class FileOf(click.Path):
         return super().convert(value, param, ctx)
 
 
+class NewFile(click.Path):
+    """The name of a file that is to be written; what ends with / would be a folder."""
+
+    def __init__(self) -> None:
+        """Accept any name of a file, whether there is one or not."""
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the path; a path forgets how it ended."""
+        if str(value).endswith("/"):
+            self.fail(f"found {value!r}, expected the name of a file", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Seconds(click.FloatRange):
     """A span of time within bounds, by default up to a year: 90, 90s, 10m, 12h, 30d."""
 

@@ -25,7 +25,7 @@ from edge_runtime.errors import (
     VerificationError,
     WrongModelError,
 )
-from edge_runtime.files import Files
+from edge_runtime.files import Files, mode_for
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
@@ -312,8 +312,8 @@ def write_file(
 ) -> None:
     """Write a finished file: complete, on the disk and read back, or absent.
 
-    An earlier file of that name stays as it is until then. Folders on the way to it
-    are made.
+    An earlier file of that name stays as it is until then, and who could not read it
+    cannot read this one. Folders on the way to it are made.
 
     Args:
         data: All of it; weights need not be in memory.
@@ -335,10 +335,10 @@ def write_file(
     with files.replacing(path) as part:
         if isinstance(data, Weights):
             expected = data.fingerprint
-            files.write(part, data.chunks())
+            files.write(part, data.chunks(), mode=mode_for(path))
         else:
             expected = hashlib.sha256(data).hexdigest()
-            files.write(part, [data])
+            files.write(part, [data], mode=mode_for(path))
         if (actual := fingerprint_file(part)) != expected:
             raise VerificationError(
                 f"{path} does not hold what was written to it: check the disk",

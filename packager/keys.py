@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_runtime.errors import KeyFileError
+from edge_runtime.files import naming
 from edge_runtime.formats.signing import key_id
 from edge_runtime.live.proof import encode_public
 from edge_runtime.live.shared import public_key
@@ -176,7 +177,7 @@ def write_key_pair(
             # Exclusive, and private from its first byte on.
             handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             undo.callback(place.unlink)
-            with open(handle, "wb") as file:
+            with naming(place), open(handle, "wb") as file:
                 file.write(data)
         undo.pop_all()
     if isinstance(key, Ed25519PrivateKey):

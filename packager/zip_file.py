@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from edge_runtime.files import naming
 from edge_runtime.formats.bundle import MANIFEST_NAME, RUN_SCHEMA, SCHEMA
 from edge_runtime.formats.model_folder import RUN_NAME
 from edge_runtime.formats.weights import Weights, fingerprint_chunks
@@ -37,7 +38,7 @@ def encode_bundle(manifest: Mapping[str, Any], files: Mapping[str, Content]) -> 
 
 def encode_members(members: Mapping[str, Content]) -> bytes:
     """Encode a zip file with members in this order; they alone decide its bytes."""
-    with tempfile.TemporaryFile() as out:
+    with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as out:
         with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
             for name, data in members.items():
                 # A fixed date and mode, so that the bytes depend on the content alone.

@@ -26,7 +26,7 @@ PACKAGES = ("edge_runtime", "packager", "trainer", "tools", "tests")
 # The most code lines that a floor may have.
 BUDGETS: dict[str, dict[str, int]] = {
     "edge_runtime": {
-        ".": 920,
+        ".": 935,
         "agent": 700,
         "cli": 1400,
         "doctor": 405,
@@ -39,14 +39,14 @@ BUDGETS: dict[str, dict[str, int]] = {
         "update": 1180,
     },
     "packager": {
-        ".": 1690,
-        "bundles": 625,
+        ".": 1705,
+        "bundles": 635,
         "fleet": 3360,
-        "cli": 3120,
-        "models": 1590,
+        "cli": 3130,
+        "models": 1605,
         "provenance": 550,
-        "report": 2355,
-        "rounds": 520,
+        "report": 2365,
+        "rounds": 525,
     },
     "trainer": {
         ".": 1290,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import SCHEMA, progress, say
-from edge_runtime.parameters import Seconds
+from edge_runtime.parameters import NewFile, Seconds
 from edge_runtime.times import utc
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ LONGEST_SLEEP_S = 1.0  # a signal waits no longer, and systemd's watchdog neithe
 )
 @click.option(
     "--metrics",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Write Prometheus metrics to this file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on standard output.")

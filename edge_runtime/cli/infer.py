@@ -16,7 +16,7 @@ from edge_runtime.commandline import Answer, emit, json_option, on_device, say
 from edge_runtime.errors import ContractError, prefix_errors
 from edge_runtime.formats.kinds import Kind
 from edge_runtime.formats.model_folder import GOLDEN_NAME
-from edge_runtime.parameters import FileOf, Seconds
+from edge_runtime.parameters import FileOf, NewFile, Seconds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Write raw outputs too: to a .npz file all by name, else the first as .npy.",
 )
 @json_option

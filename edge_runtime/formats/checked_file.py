@@ -12,10 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import blake2b
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import BinaryIO
 
 from edge_runtime.errors import PatchFormatError, PatchIntegrityError
+from edge_runtime.files import naming
 
 BLOCK_BYTES = 1 << 16
 KEPT_BLOCKS = 64  # in memory: more than the sections that are read side by side
@@ -56,7 +57,8 @@ class CheckedFile(io.RawIOBase):
                 if not fits:
                     self._digests.append(_digest(chunk))
                 if copy:
-                    copy.write(chunk)
+                    with naming(gettempdir()):
+                        copy.write(chunk)
             unless_whole.pop_all()
         if copy:
             file.close()

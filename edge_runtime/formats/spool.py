@@ -15,6 +15,8 @@ from weakref import finalize
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.files import naming
+
 KEPT_BYTES = 8 << 20  # in memory
 READ_BYTES = 1 << 20
 
@@ -50,21 +52,20 @@ class Spool:
         if self._file is None and self.size <= KEPT_BYTES:
             self._memory += view
             return
-        try:
+        with naming(gettempdir()):
             if self._file is None:
                 self._file = TemporaryFile(buffering=1 << 20)
                 finalize(self, self._file.close)
                 self._file.write(self._memory)
                 self._memory = bytearray()
             self._file.write(view)
-        except OSError as err:
-            raise OSError(err.errno, err.strerror, gettempdir()) from err
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from ``start`` up to ``stop``."""
         if self._file is None:
             return bytes(self._memory[start:stop])
-        self._file.flush()
+        with naming(gettempdir()):
+            self._file.flush()
         data = b""
         while left := stop - start - len(data):  # two gigabytes are given at most
             data += pread(self._file.fileno(), left, start + len(data))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime.errors import BundleError, DpuError, WrongModelError, WrongParentError
+from edge_runtime.files import naming
 from edge_runtime.formats.apply import apply_chunks
 from edge_runtime.formats.bundle import Bundle, read_bundle
 from edge_runtime.formats.identity import identify, wrong_model
@@ -161,7 +162,7 @@ def _insist_fits(store: Store, content: Bundle, patch: Patch) -> None:
             expected=header.model,
             actual=state.model,
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, naming(folder):
         for name, data in content.files.items():
             Path(folder, name).write_bytes(data)
         if problem := _model_problem(store, Path(folder)):

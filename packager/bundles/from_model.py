@@ -6,7 +6,6 @@ so a patch from this very file will apply for ever, whatever the device has done
 What a bundle needs beside them is derived from the graph where it is not given.
 """
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from edge_runtime.errors import BackendError, RoundError, StoreError
+from edge_runtime.files import naming
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.contract_file import encode_contract, parse_contract
@@ -102,9 +102,7 @@ def adopt_model(
         found, answered, remarks = _tried(model, parse_contract(text), contract, golden)
     except (StoreError, BackendError) as err:
         kind = BackendError if isinstance(err, BackendError) else RoundError
-        # Not where a copy of the graph lay for a moment.
-        reason = re.sub(rf"\S+/{GRAPH_NAME}", "the graph", str(err))
-        raise kind(f"{model.path}: ONNX Runtime cannot run it: {reason}") from err
+        raise kind(f"{model.path}: ONNX Runtime cannot run it: {err}") from err
     files: dict[str, bytes | Weights] = {
         GRAPH_NAME: model.graph,
         CONTRACT_NAME: encode_contract(found),
@@ -172,7 +170,7 @@ def _init(weights: Weights) -> dict[str, bytes | Weights]:
         tensor.name: TensorInit(tensor.dtype, tensor.shape, "file")
         for tensor in weights.layout.tensors
     }
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, naming(name):
         write_init_spec(InitSpec(0, tensors, {}), name)
         recipe = Path(name, INIT_NAME).read_bytes()
     return {INIT_NAME: recipe, INIT_TENSORS_NAME: weights}

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     "--output",
     required=True,
     metavar="FILE|DIR",
-    type=click.Path(path_type=Path),
-    help="Where to write; for shards a folder.",
+    type=click.Path(),
+    help="Where to write; for shards a folder, as is what ends with /.",
 )
 @trust_options("Apply only what this key signed (repeatable), or what a key list says.")
 @click.option(
@@ -41,7 +41,7 @@ def apply(
     base: Path,
     path: Path,
     *,
-    output: Path,
+    output: str,
     keys: tuple[Path, ...],
     threshold: int,
     force: bool,
@@ -59,7 +59,7 @@ def apply(
     from edge_runtime.trust import Root
     from packager.models.apply import apply_to_files
 
-    insist_apart(output, path, *keys)
+    insist_apart(Path(output), path, *keys)
     trusted = read_trust(keys, threshold)
     root = trusted if isinstance(trusted, Root) else None
     trust = trusted.releases if isinstance(trusted, Root) else trusted

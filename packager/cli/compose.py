@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.parameters import NewFile
 from packager.cli.files import read_parent
 from packager.cli.options import MODEL, PATCH, insist_apart, level_option
 
@@ -25,7 +26,7 @@ from packager.cli.options import MODEL, PATCH, insist_apart, level_option
     "--output",
     required=True,
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Where to write the patch.",
 )
 @level_option

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.parameters import NewFile
 from packager.cli.options import insist_apart, insist_ending, write_page
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ URGENT = 3  # sections that a terminal is told; a page has all of them
     "-o",
     "--output",
     metavar="FILE.html",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Write a page instead.",
 )
 @json_option

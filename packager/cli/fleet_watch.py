@@ -14,6 +14,7 @@ from edge_runtime.commandline import emit, emit_line, json_option, say
 from edge_runtime.errors import DpuError, RoundError
 from edge_runtime.files import Files
 from edge_runtime.formats.signing import Trust
+from edge_runtime.parameters import NewFile
 from edge_runtime.reading import read_key_file
 from edge_runtime.times import utc
 from packager.cli.fleet_options import Span, channel_option, run_or_ledger, sign_option
@@ -90,14 +91,14 @@ class _Watch:
     "database",
     default="fleet.db",
     show_default=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="The database: SQLite.",
 )
 @click.option(
     "-o",
     "--output",
     "page",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Write the fleet's page too, as 'dpu-fleet show -o' does.",
 )
 @click.option(

@@ -18,6 +18,7 @@ from edge_runtime.commandline import SCHEMA, emit, finite, json_option, say
 from edge_runtime.errors import ConfigError, WrongModelError
 from edge_runtime.formats.kinds import Kind, kind_of, refuse_others
 from edge_runtime.formats.model_folder import GRAPH_NAME, MODEL_NAME, WEIGHTS_NAME
+from edge_runtime.parameters import NewFile
 from edge_runtime.reading import read_key_file
 from edge_runtime.text import printable
 from packager.cli.files import GRAPH, GRAPH_HELP, like, read_any, read_parent
@@ -48,7 +49,7 @@ def shown(command: Callable[..., Any]) -> Callable[..., Any]:
         "-o",
         "--output",
         metavar="FILE",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=NewFile(),
         help="Write to a file: .html, a page with pictures, or .md, .json, .txt.",
     )(command)
     command = click.option(

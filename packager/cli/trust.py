@@ -11,6 +11,7 @@ import click
 from edge_runtime.commandline import CONTEXT, Group, emit, json_option, say
 from edge_runtime.errors import KeyFileError
 from edge_runtime.formats.signing import read_public
+from edge_runtime.parameters import NewFile
 from packager.cli.keys import read_signers
 from packager.cli.options import KEY_LIST, PRIVATE_KEY, PUBLIC_KEY
 from packager.cli.trust_words import describe_list, key_ids, list_before, read_list
@@ -37,7 +38,7 @@ _output = click.option(
     "-o",
     "--output",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help="Where to write.  [default: N.root.json, N being its number]",
 )
 

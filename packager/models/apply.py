@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from errno import ENOSPC
+from os import PathLike, fspath
 from os.path import realpath
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from edge_runtime.errors import (
     WeightsError,
     WrongParentError,
 )
+from edge_runtime.files import mode_for
 from edge_runtime.formats.apply import apply_weights
 from edge_runtime.formats.patch import Patch
 from packager.mapped import MappedFile
@@ -47,14 +49,15 @@ class Applied:
 
 
 def apply_to_files(
-    base: Path, patch: Patch, output: Path, *, force: bool = False
+    base: Path, patch: Patch, output: str | PathLike[str], *, force: bool = False
 ) -> Applied:
     """Apply a patch to a safetensors file, or to a folder of shards.
 
     Args:
         base: The file, the folder, or its index.
         patch: An open patch.
-        output: A file; for shards, a folder, which gets the same shards and index.
+        output: A file; for shards, a folder, which gets the same shards and index. A
+            folder too if it ends with ``/``.
         force: Replace what is there. Never a folder with other files in it.
 
     Raises:
@@ -65,8 +68,9 @@ def apply_to_files(
         PatchError: The patch contradicts itself or the base.
         VerificationError: The result is not the promised one; nothing is left behind.
     """
-    checkpoint = _checked(base)
-    is_folder = checkpoint.is_folder
+    checkpoint, ends = _checked(base), fspath(output).endswith("/")
+    output = Path(output)
+    is_folder = checkpoint.is_folder or (ends and not output.is_dir())
     if not is_folder and output.is_dir():
         output = output / checkpoint.files[0].name
     if output.is_symlink() or output.name in ("", ".."):
@@ -87,7 +91,12 @@ def apply_to_files(
     size = sum(path.stat().st_size for path in names.values())
     _check_room(output, size)
     with ExitStack() as stack:
-        parts = {n: stack.enter_context(StagedFile(output)) for n in names}
+        parts = {
+            n: stack.enter_context(
+                StagedFile(output, mode_for(output / n if is_folder else output))
+            )
+            for n in names
+        }
         for file in mapped:
             parts[file.path.name].write_at(_header(file), 0)
         if checkpoint.index:
@@ -99,7 +108,9 @@ def apply_to_files(
             name_folder(parts, output, force=force)
         else:
             name_file(parts[checkpoint.files[0].name], output, force=force)
-    canonical = not is_folder and _header(mapped[0]) == weights.layout.header
+    canonical = not checkpoint.is_folder and _header(mapped[0]) == weights.layout.header
+    if is_folder and not checkpoint.is_folder:
+        output /= checkpoint.files[0].name
     return Applied(output, tuple(p.name for p in checkpoint.files), size, canonical)
 
 

@@ -18,6 +18,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx import TensorProto, numpy_helper
 
 from edge_runtime.errors import BackendError, StoreError, WeightsError
+from edge_runtime.files import naming
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
 from edge_runtime.formats.weights import Weights
@@ -167,7 +168,7 @@ def _needed_inside(model: onnx.ModelProto, weights: Weights) -> set[str]:
         for tensor in sorted(weights.layout.tensors, key=lambda t: t.stop - t.start)
         if tensor.stop - tensor.start <= SMALL
     ]
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, naming(name):
         folder = Path(name)
         _write_for_loading(weights, folder / WEIGHTS_NAME)
 

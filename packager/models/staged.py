@@ -8,6 +8,7 @@ network and FAT ones), a hidden name beside the goal stands in, and an error rem
 
 import ctypes
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from errno import EEXIST, EINVAL, EISDIR, ENOENT, ENOTEMPTY, EOPNOTSUPP
@@ -31,22 +32,23 @@ class StagedFile:
         path: Where to read what was written, as long as it is open.
     """
 
-    def __init__(self, goal: Path) -> None:
+    def __init__(self, goal: Path, mode: int = 0o666) -> None:
         """Begin a file.
 
         Args:
             goal: Where it is to be, or another name on the same file system.
+            mode: Its own, less the umask.
 
         Raises:
             OSError: It cannot be written there.
         """
         self._goal, self._hidden = goal, False
-        self._handle = _open_nameless(goal.parent)
+        self._handle = _open_nameless(goal.parent, mode)
         if self._handle is None:
             self._hidden = True
             self.path = Files().temporary(goal, ".new")
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            self._handle = os.open(self.path, flags, 0o666)
+            self._handle = os.open(self.path, flags, mode)
         else:
             self.path = Path(_OPENED, str(self._handle))
 
@@ -100,11 +102,11 @@ class StagedFile:
             os.close(folder)
 
 
-def _open_nameless(folder: Path) -> int | None:
+def _open_nameless(folder: Path, mode: int) -> int | None:
     if TMPFILE is None or not Path(_OPENED).is_dir():
         return None
     try:
-        return os.open(folder, TMPFILE | os.O_RDWR, 0o666)
+        return os.open(folder, TMPFILE | os.O_RDWR, mode)
     except OSError as err:
         if err.errno in _WITHOUT and folder.is_dir():
             return None
@@ -177,6 +179,8 @@ def name_folder(parts: Mapping[str, StagedFile], path: Path, *, force: bool) -> 
     new = files.temporary(path, ".new")
     files.mkdir(new)
     try:
+        if path.is_dir():  # who could not look into it cannot look into this one
+            new.chmod(stat.S_IMODE(path.stat().st_mode) | stat.S_IRWXU)
         for name, file in parts.items():
             file.link(new / name)
         files.sync_folder(new)

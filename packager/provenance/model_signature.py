@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from cryptography.exceptions import InvalidSignature
 
 from edge_runtime.errors import TrustError
+from edge_runtime.files import naming
 from packager.keys import passphrase_bytes
 
 
@@ -37,7 +38,7 @@ def sign_model(path: Path, key: Path, passphrase: str | None) -> bytes:
     # The library hands it to cryptography as it is, which wants bytes.
     secret = passphrase_bytes(passphrase) if passphrase else None
     config = Config().use_elliptic_key_signer(private_key=key, password=secret)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, naming(folder):
         place = Path(folder, "model.sig")
         try:
             config.sign(path, place)

@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import (
+    BackendError,
     ContractError,
     RoundError,
     StoreError,
     TrialError,
 )
+from edge_runtime.files import naming
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.contract_file import parse_contract
 from edge_runtime.formats.model_folder import (
@@ -160,14 +162,18 @@ def loaded(graph: bytes, contract: Contract, weights: Weights) -> Iterator[Predi
     """
     with tempfile.TemporaryDirectory() as name:
         slot = Path(name)
-        try:
+        with naming(name):
             (slot / GRAPH_NAME).write_bytes(graph)
             with (slot / WEIGHTS_NAME).open("wb") as file:
                 file.writelines(weights.chunks())
-        except OSError as err:  # a full disk names no file
-            raise OSError(err.errno, err.strerror, name) from err
         prepack = weights.layout.file_size < UNPACKED_BYTES
-        yield Predictor(slot, contract, RunOptions(prepack=prepack))
+        try:
+            predictor = Predictor(slot, contract, RunOptions(prepack=prepack))
+        except (StoreError, BackendError) as err:
+            # Not where a copy of the graph lies for a moment.
+            words = str(err).replace(str(slot / GRAPH_NAME), "the graph")
+            raise type(err)(words) from err
+        yield predictor
 
 
 def answers(predictor: Predictor, feed: Mapping[str, NDArray[Any]]) -> list[Any]:

@@ -186,6 +186,15 @@ def test_a_written_file_is_complete_and_leaves_nothing_else(tmp_path):
     assert (tmp_path / "round_00.dpu").read_bytes() == b"newer"
 
 
+def test_a_private_file_that_is_written_again_stays_private(tmp_path):
+    path = tmp_path / "round_00.dpu"
+    path.write_bytes(b"before")
+    path.chmod(0o600)
+    for data in (b"patch", pack_weights({"w": np.ones(3, "f4")})):
+        write_file(data, path)
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "out").symlink_to("pipe")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import io
 import tempfile
 
 import numpy as np
@@ -40,18 +41,23 @@ def test_large_content_is_not_held_in_memory():
     assert not made._memory
 
 
-def test_a_full_folder_for_temporary_files_is_named(monkeypatch):
-    class Full:
-        def write(self, data):
+@pytest.mark.parametrize("when", ["write", "flush"])
+def test_a_full_folder_for_temporary_files_is_named(monkeypatch, when):
+    class Full(io.BytesIO):
+        def refuse(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self):
-            pass
-
+    setattr(Full, when, Full.refuse)
     monkeypatch.setattr(spool, "KEPT_BYTES", 1)
     monkeypatch.setattr(spool, "TemporaryFile", lambda **_: Full())
+
+    def spooled():
+        made = Spool()
+        made.write(b"ab")
+        return made.read(0, 2)
+
     with pytest.raises(OSError, match="No space left") as refusal:
-        Spool().write(b"ab")
+        spooled()
     assert refusal.value.filename == tempfile.gettempdir()
 
 

@@ -3,13 +3,16 @@ import hashlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from edge_runtime.errors import BudgetError, RoundError, TrialError
 from edge_runtime.formats.bundle import read_bundle
@@ -17,7 +20,9 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.update.device import Device
 from packager.bundles.from_round import build_bundle, write_bundle
 from packager.models.onnx_check import check_graph
+from packager.models.onnx_split import split_onnx
 from packager.rounds.folder import read_round
+from packager.zip_file import encode_bundle
 
 
 def golden(bundle):
@@ -147,6 +152,27 @@ def test_a_graph_that_reads_other_bytes_is_refused_and_the_tensor_named(
     graph = reload_graph(run, edit)
     with pytest.raises(RoundError, match=words):
         check_graph(graph, run.init.layout)
+
+
+def test_a_full_folder_for_temporary_files_is_named(run, tmp_path):
+    path = run.path / "whole.onnx"
+    model = onnx.load_model_from_string(run.graph)
+    arrays = (numpy_helper.from_array(array, n) for n, array in run.init.items())
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(arrays)
+    onnx.save(model, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        for work in (
+            lambda: encode_bundle({}, {"graph.onnx": bytes(1000)}),
+            lambda: split_onnx(path),
+        ):
+            with pytest.raises(OSError, match="too large") as refusal:
+                work()
+            assert refusal.value.filename.startswith(tempfile.gettempdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_what_is_not_a_graph_is_refused(run):

@@ -336,3 +336,20 @@ def test_an_empty_or_damaged_file_may_be_replaced(packed, command, tmp_path):
         words = "--base", base, "--target", target, "-o", other
         assert command(pack, *words)[0] == 0
         assert other.read_bytes() != content
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info", "PATCH", "-o"],
+        ["report", "PATCH", "-o"],
+        ["compose", "PATCH", "--base", "BASE", "-o"],
+        ["keygen"],
+    ],
+)
+def test_a_name_that_ends_with_a_slash_is_no_files(packed, command, tmp_path, words):
+    known = {"PATCH": packed[0], "BASE": packed[1]}
+    given = [known.get(word, word) for word in words]
+    code, _, err = command(patch, *given, f"{tmp_path}/there/")
+    assert (code, "expected the name of a file" in err) == (2, True)
+    assert not (tmp_path / "there").exists()

@@ -178,10 +178,11 @@ def test_a_key_that_the_disk_has_no_room_for_leaves_no_half(command, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
     try:
-        code = command(patch, "keygen", tmp_path / "fleet.pem")[0]
+        code, _, err = command(patch, "keygen", tmp_path / "fleet.pem")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (code, list(tmp_path.iterdir())) == (10, [])
+    assert str(tmp_path / "fleet.pem") in err
 
 
 def test_of_several_files_the_bad_one_is_named_and_none_is_signed(command, key, make):

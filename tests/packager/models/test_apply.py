@@ -108,6 +108,18 @@ def test_nothing_is_replaced_unasked_and_never_what_is_not_ours(release, command
     assert tree(release) == before
 
 
+def test_a_name_that_ends_with_a_slash_is_a_folders(release, command):
+    (release / "one").mkdir()
+    (release / "old.safetensors").rename(release / "one" / "model.safetensors")
+    for again in ([], ["--force"]):  # there is none at first
+        words = (release / "one", release / "up.dpu", "-o", f"{release}/next/", *again)
+        code, out, _ = command(patch, "apply", *words, "--json")
+        assert code == 0
+        path = release / "next" / "model.safetensors"
+        assert json.loads(out)["output"] == str(path)
+        assert path.read_bytes() == (release / "new.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("base", "out", "words"),
     [
@@ -153,6 +165,19 @@ def test_the_base_may_be_replaced_by_the_result(release, command):
         assert command(patch, "apply", *words)[0] == 0
         code, _, err = command(patch, "apply", *words)
         assert (code, "it was applied already" in err) == (4, True)
+
+
+def test_what_is_replaced_stays_as_private_as_it_was(release, command):
+    shards = release / "old-shards"
+    private = [release / "old.safetensors", *shards.iterdir()]
+    for path in private:
+        path.chmod(0o600)
+    shards.chmod(0o700)
+    for base in ("old.safetensors", "old-shards"):
+        words = (release / base, release / "up.dpu", "-o", release / base, "--force")
+        assert command(patch, "apply", *words)[0] == 0
+    assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+    assert shards.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_wrong_base_is_refused_by_what_it_holds(release, command):

@@ -591,11 +591,17 @@ def test_a_device_with_an_older_runtime_says_so_with_code_11(
 def test_an_operator_that_the_runtime_lacks_is_named_with_code_11(tmp_path, command):
     model = made([node("Fancy", ["x", "w"], ["y"], domain="my.own")], {"w": weight(6)})
     model.opset_import.append(helper.make_opsetid("my.own", 1))
-    code, _, err = command(
-        pack, "--base", saved(model, tmp_path / "m.onnx"), "--bundle"
-    )
+    old = saved(model, tmp_path / "m.onnx")
+    code, _, err = command(pack, "--base", old, "--bundle")
     assert code == 11
     assert "my.own:Fancy, which the runtime lacks" in " ".join(err.split())
+    # Nor is it said where a copy of the graph lay when a patch was looked at.
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight(6) + 1, "w"))
+    code, _, err = command(
+        pack, "--base", old, "--target", saved(model, tmp_path / "n.onnx")
+    )
+    words = "its answers were not looked at: cannot load the graph: it needs"
+    assert (code, words in err) == (0, True)
 
 
 def test_channels_on_the_last_axis_are_said_in_the_contract(tmp_path, command):
