@@ -9,7 +9,6 @@ one behind the other.
 from collections.abc import Sequence
 
 from edge_runtime.errors import WrongModelError, WrongParentError, prefix_errors
-from edge_runtime.formats.apply import apply_patch
 from edge_runtime.formats.frames import LEVEL
 from edge_runtime.formats.header import PatchHeader
 from edge_runtime.formats.identity import same_network
@@ -18,7 +17,7 @@ from edge_runtime.formats.subspace import together
 from edge_runtime.formats.weights import Weights
 from packager.build import PackedPatch, header_for, pack_changes
 from packager.diff import diff
-from packager.moved import moved_weights
+from packager.moved import moved_weights, patched_weights
 
 Named = tuple[str, Patch]  # a patch, and what to call it in messages
 
@@ -51,7 +50,7 @@ def compose_patches(
     target = base
     for name, patch in patches:
         with prefix_errors(name):
-            target = apply_patch(target, patch)
+            target = patched_weights(target, patch)
     if target.fingerprint == base.fingerprint:
         return None
     last = patches[-1][1].header

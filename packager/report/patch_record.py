@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import WeightsError
 from edge_runtime.formats.frames import STORED, ZSTD, Section
-from edge_runtime.formats.layout import Layout, Tensor
+from edge_runtime.formats.layout import DTYPES, Layout, Tensor
 from edge_runtime.formats.patch import Patch
 from edge_runtime.formats.sections import (
     BITS,
@@ -44,6 +44,7 @@ from edge_runtime.formats.signing import encode_signatures
 from edge_runtime.formats.weights import Weights
 from edge_runtime.limits import limits
 from packager.diff import TensorChange
+from packager.moved import patched_weights
 from packager.report.links import link_records
 from packager.report.records import (
     DiffRecord,
@@ -68,6 +69,7 @@ VALUE_NAMES = {SYMBOLS: "steps", BITS: "bits", REST: "rest"}
 ENCODINGS = {STORED: "stored", ZSTD: "zstd"}
 BINS = 48  # of a tensor's flat positions, to see where in it something changes
 FLOATS = {"F64", "F32", "F16"}
+PIECE = 1 << 18  # elements that are compared as numbers at a time
 
 
 def log2_choose(n: int, m: int) -> float:
@@ -309,9 +311,7 @@ def _histogram(
 
 
 def _add_changes(tensors: list[TensorRecord], base: Weights, patch: Patch) -> None:
-    from edge_runtime.formats.apply import apply_patch
-
-    target = apply_patch(base, patch)
+    target = patched_weights(base, patch)
     for record, tensor in zip(tensors, base.layout.tensors, strict=True):
         _add_change(record, tensor, base, target)
 
@@ -322,9 +322,17 @@ def _add_change(
     """Add how far a tensor of floats moved, relative to its own length."""
     if tensor.dtype not in FLOATS:
         return
-    before = base[tensor.name].astype(np.float64).ravel()
-    after = target[tensor.name].astype(np.float64).ravel()
+    length = moved = 0.0
     with np.errstate(all="ignore"):  # weights may hold infinities and NaN
-        length, moved = np.linalg.norm(before), np.linalg.norm(after - before)
+        for start in range(0, tensor.size, PIECE):
+            stop = min(start + PIECE, tensor.size)
+            before, after = (
+                weights.bits(tensor, start, stop)
+                .view(DTYPES[tensor.dtype])
+                .astype(np.float64)
+                for weights in (base, target)
+            )
+            length += float(before @ before)
+            moved += float((after - before) @ (after - before))
     is_known = bool(np.isfinite(length + moved) and length)
-    record["relative_change"] = float(moved / length) if is_known else None
+    record["relative_change"] = math.sqrt(moved / length) if is_known else None

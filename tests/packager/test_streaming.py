@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A patch is made window by window: in little memory, and of the same bytes."""
 
+import json
 import tracemalloc
 
 import numpy as np
@@ -13,6 +14,7 @@ from edge_runtime.formats.patch import open_patch
 from edge_runtime.formats.weights import pack_weights, write_weights
 from packager import diff as differences
 from packager.build import header_for, pack_changes
+from packager.cli.pack import pack, patch
 from packager.models.read import pack_models, read_model
 
 
@@ -88,6 +90,26 @@ def test_packing_large_files_takes_a_part_of_their_size(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak - 3 * len(made.data) < size / 2
+
+
+def test_looking_at_large_files_takes_a_part_of_their_size(tmp_path, command):
+    rng = np.random.default_rng(0)
+    base = rng.integers(1, 100, 6 << 20).astype("f2")
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, array in zip(files, (base, moved(base, 0.001, rng)), strict=True):
+        write_weights({"w": array}, path)
+    out = tmp_path / "b.dpu"
+    command(pack, "--base", files[0], "--target", files[1], "-o", out, "-q")
+    tracemalloc.start()
+    told = [
+        command(patch, "diff", *files, "--json"),
+        command(patch, "info", out, "--base", files[0], "--json"),
+    ]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    changes = [json.loads(text)["tensors"][0]["relative_change"] for _, text, _ in told]
+    assert changes[0] == changes[1] > 0
+    assert peak < 2 * base.nbytes
 
 
 @pytest.mark.parametrize("name", "ab")
