@@ -118,7 +118,8 @@ def _card(facts: Facts) -> dict[str, Any]:
     card: dict[str, Any] = {"modelParameters": parameters} if parameters else {}
     metrics = facts.record.get("metrics")
     if isinstance(metrics, Mapping) and metrics:
-        measures = [{"type": n, "value": str(v)} for n, v in metrics.items()]
+        known = {n: v for n, v in metrics.items() if v is not None}
+        measures = [{"type": n, "value": str(v)} for n, v in known.items()]
         card["quantitativeAnalysis"] = {"performanceMetrics": measures}
     return card
 

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_runtime.commandline import finite
 from edge_runtime.errors import BundleError, ContractError, PatchError, RoundError
 from edge_runtime.formats.bundle import (
     MANIFEST_NAME,
@@ -31,6 +32,7 @@ from edge_runtime.formats.model_folder import (
     RECORD_NAME,
     RUN_NAME,
     SELECTION_NAME,
+    SUBSPACES_NAME,
     WEIGHTS_NAME,
 )
 from edge_runtime.formats.patch import open_patch
@@ -63,7 +65,7 @@ class Facts:
         files: SHA-256 of each file that brings the release to a device.
         parts: SHA-256 of each file that the release was made of.
         contract: What goes in and comes out, where it is known.
-        record: What ``round.json`` states, where there is one.
+        record: What ``round.json`` states, where there is one; None for no number.
     """
 
     path: Path
@@ -130,7 +132,7 @@ def _steady(path: Path, read: Callable[[Path], _T]) -> tuple[_T, str]:
 def _round_facts(path: Path) -> Facts:
     round_ = read_round(path)
     record_path = path / RECORD_NAME
-    files = [path / RECORD_NAME, path / SELECTION_NAME]
+    files = [path / name for name in (RECORD_NAME, SELECTION_NAME, SUBSPACES_NAME)]
     model = [round_.model_folder / name for name in MODEL_FILES]
     record = round_.record
     return Facts(
@@ -156,9 +158,12 @@ def _round_facts(path: Path) -> Facts:
                 ContractError,
             )
         ),
-        record=read_record(
-            record_path, "record_bytes", str(record_path), RoundError
-        ).values,
+        # Public JSON has no NaN; a trainer's record may, and is packed all the same.
+        record=finite(
+            read_record(
+                record_path, "record_bytes", str(record_path), RoundError, finite=False
+            ).values
+        ),
     )
 
 

@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_runtime.cli.main import main as edge
 from edge_runtime.errors import BundleError, how_to_install
+from edge_runtime.formats.subspace import Term, encode_terms
 from packager.cli.pack import pack, patch
 from packager.provenance import facts
 
@@ -170,6 +172,29 @@ def test_a_round_tells_what_it_knows(command, release, keys):
     given_ = payload(release.path / "round_01.intoto.json")["predicate"]
     assert given_["buildDefinition"]["externalParameters"]["config"] == STATED["config"]
     assert given_["runDetails"]["builder"]["version"] == STATED["versions"]
+
+
+def test_a_measure_that_is_no_number_is_left_out(command, run, keys):
+    """A trainer may write NaN, which is packed, and which public JSON lacks."""
+    run.add(2, metrics={"val_loss": float("nan"), "val_accuracy": 0.5})
+    path = run.path / "round_02"
+    assert provenance(command, path, *given(keys))[0] == 0
+    bom = json.loads((run.path / "round_02.cdx.json").read_text())
+    card = bom["metadata"]["component"]["modelCard"]
+    measures = card["quantitativeAnalysis"]["performanceMetrics"]
+    assert measures == [{"type": "val_accuracy", "value": "0.5"}]
+    assert provenance(command, path, "--check", *given(keys, public=True))[0] == 0
+
+
+def test_the_subspaces_of_a_round_are_spoken_of(command, run, keys):
+    term = Term(300, 1, 1, {0: 1.0}, np.ones(128, np.int16))
+    path = run.path / "round_01"
+    (path / "subspaces.bin").write_bytes(encode_terms([term], 4))
+    assert provenance(command, path, *given(keys))[0] == 0
+    said = payload(run.path / "round_01.intoto.json")["predicate"]["buildDefinition"]
+    named = {part["name"]: part["digest"] for part in said["resolvedDependencies"]}
+    found = {"sha256": digest(path / "subspaces.bin")}
+    assert named["subspaces.bin"] == found
 
 
 def test_what_nobody_stated_is_not_said(command, run, keys):
