@@ -34,7 +34,7 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
     Raises:
         OSError: ``given`` cannot be read.
         ContractError: It is malformed or names other inputs than the graph; or the
-            graph does not say what its inputs are.
+            graph does not say what its inputs are, or that they are something else.
     """
     stated = read_stated(Path(given)) if given is not None else {}
     name = "the contract" if given is None else given
@@ -60,6 +60,7 @@ def make_contract(model: Model, given: str | PathLike[str] | None = None) -> byt
         _check_known(stated, derived.keys())
         merged = _merge(inputs, stated.get("inputs", []))
         found = parse_contract(json.dumps(derived | stated | {"inputs": merged}))
+        _check_fits(found, inputs)
         names = [spec.name for spec in found.outputs]
         known = [value.name for value in graph.output]
         if names != known[: len(names)]:
@@ -97,6 +98,23 @@ def _check_inputs(inputs: list[dict[str, Any]]) -> None:
             raise ContractError(
                 f"input {entry['name']!r} has no shape in the graph, not even a number "
                 "of axes; export it with one (sizes may stay open)"
+            )
+
+
+def _check_fits(contract: Contract, inputs: list[dict[str, Any]]) -> None:
+    """Insist on types and sizes that the graph takes; its open sizes may be stated."""
+    for spec, entry in zip(contract.inputs, inputs, strict=True):
+        known = entry["shape"]
+        fits = len(known) == len(spec.shape) and all(
+            size in (None, stated)
+            for size, stated in zip(known, spec.shape, strict=True)
+        )
+        if not fits or spec.dtype != entry["dtype"]:
+            raise ContractError(
+                f"input {spec.name!r} is {spec.dtype} {list(spec.shape)}, and the "
+                f"graph takes {entry['dtype']} {known} (None: any size); leave type "
+                "and shape out: 'scale', 'mean' and 'std' say how raw values of any "
+                "type become these numbers"
             )
 
 
