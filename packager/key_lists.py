@@ -111,6 +111,11 @@ def _changed(
     thresholds: Mapping[str, int],
 ) -> bytes:
     roles, keys = signed["roles"], signed["keys"]
+    if times[1] <= times[0]:
+        raise KeyListError(
+            f"the list is made {times[0]} and would expire {times[1]}; give a later "
+            "time with --expires"
+        )
     mirrors = [
         name
         for name in _MIRRORS
@@ -125,6 +130,11 @@ def _changed(
                 )
             ids.remove(tuf_key_id(key))
         new = {tuf_key_id(key): tuf_key(key) for key in add.get(name, ())}
+        if not ids and not new:
+            raise KeyListError(
+                f"the list would have no key of role {name} any more; add another one "
+                "in the same step ('dpu-patch trust rotate --add-root, --add-release')"
+            )
         keys |= new
         threshold = thresholds.get(name, roles[name]["threshold"])
         role = {"keyids": [*dict.fromkeys([*ids, *new])], "threshold": threshold}

@@ -170,7 +170,8 @@ class Record:
             yield name, self.record(name)
 
     def _inner(self, values: Mapping[str, Any], name: str) -> Self:
-        return type(self)(values, f"{self.what}, {name!r},", self._error)
+        what = self.what.removesuffix(",")
+        return type(self)(values, f"{what}, {name!r},", self._error)
 
     def _typed(self, name: str, expected: str, fits: Any, default: Any) -> Any:
         found = self.values.get(name, default)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_runtime.commandline import emit, json_option, say
+from edge_runtime.parameters import NewFile
 from edge_runtime.reading import read_key_file
 from edge_runtime.text import printable
 from packager.cli.options import PRIVATE_KEY, RELEASE
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument(
-    "path", metavar="KEY.pem", type=click.Path(dir_okay=False, path_type=Path)
-)
+@click.argument("path", metavar="KEY.pem", type=NewFile())
 @click.option(
     "--encrypt", is_flag=True, help="Ask for a passphrase (or take DPU_PASSPHRASE)."
 )
@@ -94,7 +93,7 @@ def sign(
     """
     from edge_runtime.errors import prefix_errors
     from packager.ledger import publish_file
-    from packager.signing import seconds_now
+    from packager.signing import is_bundle, seconds_now
     from packager.signing import sign as sign_with
 
     signers, names = read_signers(keys)
@@ -105,6 +104,8 @@ def sign(
             signed.append((path, sign_with(path.read_bytes(), signers, seconds)))
     for path, data in signed:
         publish_file(data, path, say=say)
+        if dated and is_bundle(data):
+            say(f"{path} is a bundle, which tells no time: it is signed, not dated")
     emit(
         {"signed": [str(path) for path in paths], "key_ids": names},
         as_json=as_json,

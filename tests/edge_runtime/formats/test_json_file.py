@@ -82,6 +82,9 @@ def test_a_field_inside_is_named_with_what_is_around_it():
     words = r"the contract, 'records\[1\]', is malformed: 'inner' is 'x', expected"
     with pytest.raises(ContractError, match=words):
         READERS["records"](record)
+    record = parse(json.dumps({"outer": {"inner": {"value": "x"}}}))
+    with pytest.raises(ContractError, match="the contract, 'outer', 'inner', is"):
+        record.record("outer").record("inner").integer("value")
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ def test_a_revoked_key_leaves_every_role(here, trust):
 def test_the_last_key_of_a_role_cannot_be_revoked(here, first, trust):
     made = trust("revoke", "1.root.json", "fleet.pub.pem")
     assert (made["exit_code"], made["error"]) == (3, "KeyListError")
+    assert "no key of role targets any more; add another one" in made["message"]
     assert not (here / "2.root.json").exists()
 
 
@@ -198,6 +199,11 @@ def test_a_time_that_is_none_or_over_is_refused(here, trust, given):
     made = trust("init", *keys, "--expires", given)
     assert made["exit_code"] in (2, 3)
     assert not list(here.glob("*.root.json"))
+
+
+def test_a_list_that_would_be_over_at_once_is_called_so(here, first, trust):
+    made = trust("rotate", "1.root.json", "--expires", "2020-01-01")
+    assert "would expire 2020-01-01T00:00:00Z; give a later" in made["message"]
 
 
 def test_whoever_renews_too_late_is_told_what_that_costs(
@@ -257,3 +263,11 @@ def test_a_patch_is_dated_when_it_is_signed(here, command, run, monkeypatch):
     code, _, err = command(patch, "sign", path, "--key", "new.pem", "--dated")
     assert (code, "round_01.dpu: the patch is signed" in err) == (3, True)
     assert command(patch, "sign", path, "--key", "new.pem")[0] == 0
+
+
+def test_who_dates_a_bundle_is_told_that_it_tells_no_time(here, command, run):
+    command(pack, "round_01", "--bundle", "--runs", run.path.parent)
+    path = run.path / "round_01.bundle.zip"
+    code, _, err = command(patch, "sign", path, "--key", "fleet.pem", "--dated")
+    assert (code, "it is signed, not dated" in err) == (0, True)
+    assert command(patch, "verify", path, "--key", "fleet.pub.pem")[0] == 0
