@@ -295,14 +295,14 @@ def _score(
     flat = contract.label_metric == "top1" and firsts[0].ndim != 2
     if labels is None or metric is None or flat or not contract.by_rows:
         return {}
-    first = np.concatenate(firsts)
+    with prefix_errors(GOLDEN_NAME):
+        sums = metric.sums(np.concatenate(firsts), labels, contract.threshold)
     if metric.name != "top1":
-        sums = metric.sums(first, labels, contract.threshold)
         say(metric.shown(sums))
         return {metric.name: metric.value(sums)}
-    right = int(np.sum(first.argmax(axis=1) == labels))
-    say(f"{right} of {len(labels)} right")
-    return {"right": right, "labels": len(labels)}
+    right, count = map(int, sums)
+    say(f"{right} of {count} right")
+    return {"right": right, "labels": count}
 
 
 @click.command()

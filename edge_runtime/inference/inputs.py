@@ -178,7 +178,9 @@ def _files(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
             yield "-", data
         elif path.is_dir():
             known = ARRAYS | IMAGES | JSONS
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in known)
+            files = (p for p in path.iterdir() if p.suffix.lower() in known)
+            # Sticks that were in a Mac have a hidden ._NAME beside each file.
+            found = sorted(p for p in files if not p.name.startswith("."))
             if not found:
                 raise ContractError(f"{path} holds no image, .npy, .npz or .jsonl file")
             yield from ((str(file), _read(file)) for file in found)

@@ -218,6 +218,20 @@ def test_infer_says_how_many_golden_labels_are_right(edge, installed):
     assert edge("infer", "--golden", "--batch", 3)[2] == err
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (8, 1)], ids=str)
+def test_golden_labels_that_do_not_fit_the_answers_are_not_counted(
+    edge, installed, shape, tmp_path
+):
+    path = tmp_path / "store" / "model" / "golden.npz"
+    with np.load(path) as golden:
+        arrays = dict(golden)
+    np.savez(path, **arrays | {"labels": np.ones(shape, int)})
+    code, out, err = edge("infer", "--golden")
+    assert (code, len(out.splitlines())) == (2, 8)
+    assert "golden.npz: top1 cannot hold an output" in err
+    assert "right" not in err
+
+
 @pytest.mark.parametrize(
     "options", [["--batch", 3], ["--threads", 2, "--spin"], ["--backend", "numpy"]]
 )

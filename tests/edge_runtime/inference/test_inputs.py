@@ -144,6 +144,7 @@ def test_a_folder_gives_its_images_and_arrays_by_name(tmp_path):
     photo(tmp_path / "a.png")
     np.save(tmp_path / "c.npy", np.ones((2, 3, 4, 6)))
     (tmp_path / "notes.txt").write_text("no sample")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # as a Mac leaves it on a stick
     names = [name.rsplit("/", 1)[1] for name, _ in read(RGB, tmp_path)]
     assert names == ["a.png", "b.JPG", "c.npy", "c.npy"]
 
