@@ -19,7 +19,7 @@ from edge_runtime.files import Files, lock_file
 from edge_runtime.inference.predictor import Predictor
 from edge_runtime.store.store import Store
 from edge_runtime.sync.story import Known
-from edge_runtime.times import seconds_of, utc
+from edge_runtime.times import UPTIME_S, seconds_of, utc
 from edge_runtime.update.device import Device
 
 SLACK_S = 300  # by which a clock may be behind what somebody else signed
@@ -35,6 +35,7 @@ def clock(store: Store, known: Known) -> Findings:
     if (key_list := store.state.key_list) and key_list.seen:
         seen = max(seen, seconds(key_list.seen))
     events = [seconds(event.at) for event in store.state.history]
+    newest = max([seen, *events])
     todo = "set the clock, for example with 'timedatectl set-ntp true'"
     if now < seen - SLACK_S:
         words = f"it is {utc(now)} here, and something was signed at {utc(seen)}"
@@ -42,7 +43,8 @@ def clock(store: Store, known: Known) -> Findings:
     elif now < max(events, default=0) - SLACK_S:
         words = f"it is {utc(now)} here, and the history goes up to {utc(max(events))}"
         yield Finding("clock", Health.WRONG, words, todo)
-    elif now > max([seen, *events]) + FAR_S:
+    # What was seen before this clock was ever set says nothing of it.
+    elif now > newest + FAR_S and newest > UPTIME_S:
         words = f"it is {utc(now)} here, years after all that this device has seen"
         yield Finding("clock", Health.WRONG, words, todo)
     else:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,9 @@ from edge_runtime.live.outbox import Kind, Outbox
 from edge_runtime.live.proof import device_key
 from edge_runtime.store.store import Store
 from edge_runtime.sync.state import STATE_NAME
+from edge_runtime.sync.story import Known
 from edge_runtime.update.device import Device
-from tests.crash.world import scratch
+from tests.crash.world import install, scratch
 from tests.edge_runtime.sync.conftest import template  # noqa: F401 - a fixture
 from tests.edge_runtime.sync.world import World
 
@@ -71,6 +73,17 @@ def set_clock_back(world):
 
 def set_clock_far_ahead(world):
     world.clock += 20 * 366 * 86_400
+
+
+@pytest.mark.parametrize(("year", "health"), [(1970, "ok"), (1999, "wrong")])
+def test_a_clock_may_be_set_for_the_first_time_after_the_installation(
+    tmp_path, year, health
+):
+    store = install(tmp_path / "store").store
+    event = replace(store.state.history[0], at=f"{year}-01-01T00:05:00Z")
+    store.commit(replace(store.state, history=(event,)))
+    (finding,) = module.clock(store, Known())
+    assert finding.health == health
 
 
 def mount_read_only(world):
