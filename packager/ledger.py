@@ -42,6 +42,8 @@ from packager.release import (
 LEDGER_NAME = "releases.jsonl"
 HERE = "."  # where to: the run's own folder
 PATTERNS = ("*.dpu", "*.bundle.zip")
+# A disk may hold any time (archives write the year 1), a line only one of the calendar.
+LAST_SECOND = 253_402_300_799  # of the year 9999
 _READ_ONLY = (EACCES, EPERM, EROFS)
 
 
@@ -205,7 +207,7 @@ class Ledger:
                             to=HERE,
                             size=path.stat().st_size,
                             sha256=fingerprint_file(path),
-                            at=utc(path.stat().st_mtime),
+                            at=utc(min(max(path.stat().st_mtime, 0), LAST_SECOND)),
                         )
                 except (DpuError, OSError) as err:
                     self.notes.append(f"{path} is not counted: {err}")

@@ -186,6 +186,18 @@ def test_a_missing_ledger_is_made_again_from_the_files(run, runs, command, key):
     assert [line["counter"] for line in lines_of(run)] == [0, 8, 9]
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no disk with such times")
+@pytest.mark.parametrize("seconds", [-62_135_596_800, 999_999_999_999])
+def test_a_file_of_a_time_that_no_calendar_holds_leaves_a_ledger(run, command, seconds):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as runs:
+        shutil.copytree(run.path, f"{runs}/tiny")
+        command(pack, "tiny/round_00", "--runs", runs, "-q")
+        Path(f"{runs}/tiny/releases.jsonl").unlink()
+        os.utime(f"{runs}/tiny/round_00.dpu", (seconds, seconds))
+        for _ in range(2):  # what is written is read again
+            assert command(pack, "tiny/round_01", "--runs", runs, "-q")[0] == 0
+
+
 @pytest.mark.parametrize("kept", [0, 1, 40, -1])
 def test_a_line_that_was_cut_off_is_left_out_and_written_over(run, runs, command, kept):
     command(pack, "round_01", "-q")
