@@ -220,10 +220,12 @@ def sign(path: Path, *, signers: tuple[Path, ...], as_json: bool) -> None:
     from packager.build import write_file
     from packager.key_lists import sign_list
 
-    data = sign_list(load_list(path), read_signers(signers)[0])
+    keys, names = read_signers(signers)
+    data = sign_list(load_list(path), keys)
     write_file(data, path)
     record, text = describe_list(path, data, list_before(path))
     emit(record, as_json=as_json, text=text)
+    _tell_idle(record, names)
 
 
 @trust.command()
@@ -278,11 +280,28 @@ def _finish(
 
     if path.exists():
         raise FileExistsError(f"{path} exists; a key list is never overwritten")
-    if signers:
-        data = sign_list(data, read_signers(signers)[0])
+    keys, names = read_signers(signers)
+    if keys:
+        data = sign_list(data, keys)
     write_file(data, path)
     record, text = describe_list(path, data, before)
     emit(record, as_json=as_json, text=text)
+    _tell_idle(record, names)
+
+
+def _tell_idle(record: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Say which signatures bring a list no further; list 1 may need them all the same.
+
+    Devices move over to it where the single keys that they trust sign it too.
+    """
+    counted = {n for found in record["signatures"].values() for n in found["signed_by"]}
+    for name in names:
+        if name not in counted:
+            say(
+                f"key {name} is no root key of this list, nor of the one before where "
+                "that lies beside it: its signature counts for devices that trust this "
+                "key alone"
+            )
 
 
 def _public_key(text: str, known: Sequence[str]) -> str:

@@ -206,6 +206,17 @@ def test_a_list_that_would_be_over_at_once_is_called_so(here, first, trust):
     assert "would expire 2020-01-01T00:00:00Z; give a later" in made["message"]
 
 
+def test_who_signs_with_a_key_that_brings_a_list_no_further_is_told(here, command):
+    keys = ("--root", "ann.pub.pem", "--release", "fleet.pub.pem")
+    words = "is no root key of this list"
+    command(patch, "trust", "init", *keys, "--sign", "ann.pem")
+    for key, idle in (("fleet.pem", True), ("ann.pem", False)):
+        code, _, err = command(patch, "trust", "sign", "1.root.json", "--key", key)
+        assert (code, words in err) == (0, idle)
+    made = ("rotate", "1.root.json", "--add-root", "bob.pub.pem", "--sign", "new.pem")
+    assert words in command(patch, "trust", *made)[2]
+
+
 def test_whoever_renews_too_late_is_told_what_that_costs(
     here, trust, command, monkeypatch
 ):
