@@ -49,6 +49,8 @@ CREATE INDEX report_of ON report(device, at, n) WHERE proved;
 CREATE INDEX report_unproved ON report(device) WHERE NOT proved;
 CREATE INDEX report_about ON report(counter, device, n) WHERE proved;
 """
+# Devices whose keys are known, heard of or not; earlier databases lack it.
+_EXPECTED = "CREATE TABLE IF NOT EXISTS expected(id TEXT PRIMARY KEY) WITHOUT ROWID"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +181,7 @@ def open_database(path: Path) -> Iterator[sqlite3.Connection]:
                     f"{path} is no database of this version's dpu-fleet watch; give "
                     "another file, it is filled anew from the reports"
                 )
+            connection.execute(_EXPECTED)
             yield connection
     except sqlite3.Error as err:
         raise StoreError(
@@ -220,6 +223,16 @@ def _count_days(connection: sqlite3.Connection, first: int, today: int) -> None:
             count[target] = count.get(target, 0) + change
         rows = [(day, target, devices) for target, devices in count.items() if devices]
         connection.executemany("INSERT INTO daily VALUES (?, ?, ?)", rows)
+
+
+def expect_devices(connection: sqlite3.Connection, names: set[str]) -> None:
+    """Note from which devices reports may come, in place of those noted before."""
+    if names == {name for (name,) in connection.execute("SELECT id FROM expected")}:
+        return
+    with connection:
+        connection.execute("DELETE FROM expected")
+        rows = [(name,) for name in sorted(names)]
+        connection.executemany("INSERT INTO expected VALUES (?)", rows)
 
 
 def add_head(connection: sqlite3.Connection, signed: SignedHead) -> None:

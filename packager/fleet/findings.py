@@ -130,6 +130,14 @@ def _unknown(picture: Picture) -> Iterator[tuple[str, str]]:
             f"report names none: all is held against {picture.channels[0]}. Give each "
             "channel a database of its own, dpu-fleet watch --db.",
         )
+    if picture.unheard:
+        names = ", ".join(picture.unheard_names)
+        more = picture.unheard > len(picture.unheard_names)
+        yield (
+            "well",  # it may lie on the shelf
+            f"{counted(picture.unheard, 'device')} whose key is known never reported: "
+            f"{names}{', ...' * more}.",
+        )
     if claimed := picture.devices - picture.proved:
         yield (
             "look",

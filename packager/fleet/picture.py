@@ -78,6 +78,8 @@ class Picture:
         daily: Day, fingerprint, devices.
         month_bytes: What proved devices counted on the wire this month.
         claims: Some devices that nothing proves.
+        unheard: How many known keys never proved a report.
+        unheard_names: Some of their devices.
     """
 
     now: int
@@ -102,6 +104,8 @@ class Picture:
     daily: Sequence[tuple[int, str, int]] = ()
     month_bytes: int = 0
     claims: Sequence[Device] = ()
+    unheard: int = 0
+    unheard_names: Sequence[str] = ()
 
     @property
     def tried(self) -> int:
@@ -167,6 +171,13 @@ def take_picture(connection: sqlite3.Connection, now: int) -> Picture:
     _silence(connection, picture)
     picture.recent = devices_where(connection, "1", "last_seen DESC, id")
     picture.claims = devices_where(connection, "NOT proved", "last_seen DESC, id")
+    unheard = connection.execute(
+        "SELECT count(*) OVER (), id FROM expected WHERE id NOT IN "
+        "(SELECT id FROM device WHERE proved) ORDER BY id LIMIT ?",
+        [KINDS],
+    ).fetchall()
+    picture.unheard = unheard[0][0] if unheard else 0
+    picture.unheard_names = [name for _, name in unheard]
     today = now // DAY
     picture.daily = connection.execute(
         "SELECT day, target, devices FROM daily WHERE day BETWEEN ? AND ? ORDER BY day",

@@ -23,7 +23,7 @@ from edge_runtime.sync.head_file import read_head
 from edge_runtime.sync.paths import head_path
 from edge_runtime.text import printable
 from packager.fleet.channel import pause
-from packager.fleet.database import Row, add_head, add_reports
+from packager.fleet.database import Row, add_head, add_reports, expect_devices
 from packager.fleet.place import Entry, Place
 from packager.fleet.reports import (
     DeviceKeys,
@@ -158,6 +158,7 @@ def collect(
             read = pool.map(lambda entry: _read(place, entry), batch)
             turn.add(zip(batch, read, strict=True))
     add_reports(connection, [], now=now)  # days go by without reports too
+    expect_devices(connection, {name for _, name in keys.values()})
     with connection:
         gone = [(path,) for path in known.keys() - there]
         connection.executemany("DELETE FROM file WHERE path = ?", gone)

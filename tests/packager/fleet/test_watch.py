@@ -25,8 +25,10 @@ from packager.fleet import watch as module
 from packager.fleet.after_halt import resume
 from packager.fleet.channel import Channel, pause
 from packager.fleet.database import open_database
+from packager.fleet.findings import findings
 from packager.fleet.head import sign_head
 from packager.fleet.object_place import ObjectPlace
+from packager.fleet.picture import take_picture
 from packager.fleet.place import FolderPlace
 from packager.fleet.publish import publish
 from packager.fleet.reports import read_keys
@@ -112,6 +114,25 @@ def test_who_runs_what_is_known_by_proof(fleet):
         ("board0", "lab", "digits", fleet.signed.head.target, 1, "applied", "", 5, 1),
         ("board1", "", "", OTHER, 1, "refused", "worse", 0, 1),
     ]
+
+
+def test_a_device_that_never_reported_is_named_until_it_does(fleet):
+    first, second = fleet.devices(2)
+    first.send(fleet.signed)
+    fleet.stranger("board1").send(fleet.signed)
+    fleet.collect()
+    _, words = findings(take_picture(fleet.connection, NOW))
+    assert "1 device whose key is known never reported: board1." in words
+    second.send(fleet.signed)
+    fleet.collect()
+    assert not take_picture(fleet.connection, NOW).unheard
+
+
+def test_a_database_from_before_devices_were_expected_is_taken(tmp_path):
+    for _ in range(2):
+        with open_database(tmp_path / "old.db") as connection:
+            assert not take_picture(connection, NOW).unheard
+            connection.execute("DROP TABLE expected")
 
 
 def test_a_clock_that_began_in_1970_counts_no_day_before_the_first_known_head(fleet):
