@@ -186,16 +186,20 @@ def _in_turn(
     from edge_runtime.inference.inputs import in_batches, in_samples
 
     if contract.by_rows or batch:
-        size = batch or _usual_batch(contract)
+        size = batch or usual_batch(contract)
         yield from in_batches(in_samples(calls, contract), size, contract)
     else:
         for name, values in calls:
             yield [name], values
 
 
-def _usual_batch(contract: "Contract") -> int:
+def usual_batch(contract: "Contract") -> int:
     """Return the number of samples that a model takes: 1 where it takes any."""
-    return (contract.inputs[0].shape[:1] or (1,))[0] or 1
+    from edge_runtime.inference.inputs import rows_of
+
+    rows = rows_of(contract)  # what knows no batch may come first
+    sizes = [spec.shape[0] for spec in contract.inputs if spec.name in rows]
+    return next(filter(None, sizes), 1)
 
 
 def _answers(
@@ -329,7 +333,7 @@ def bench(
     _, inputs = next(_golden_calls(device))
     if contract.by_rows or batch:
         golden = cycle(in_samples([("golden", inputs)], contract))
-        size = batch or _usual_batch(contract)
+        size = batch or usual_batch(contract)
         _, inputs = next(in_batches(golden, size, contract))
     folder = store.slot_folder(store.state.active)
     with prefix_errors(f"{GOLDEN_NAME}, a call of the size that was asked for"):

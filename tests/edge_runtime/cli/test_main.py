@@ -22,9 +22,10 @@ import onnx
 import pytest
 
 from edge_runtime.cli import infer as cli_infer
+from edge_runtime.cli.infer import usual_batch
 from edge_runtime.cli.main import main
 from edge_runtime.commandline import CONTEXT, emit
-from edge_runtime.formats.contract import Contract
+from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.store.state import decode_state, encode_state
 from edge_runtime.update.device import Device
 from packager.build import write_file
@@ -216,6 +217,22 @@ def test_infer_says_how_many_golden_labels_are_right(edge, installed):
     assert (record["right"], record["labels"]) == (right, 8)
     assert err == f"{right} of 8 right\n"
     assert edge("infer", "--golden", "--batch", 3)[2] == err
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batch"),
+    [
+        ([(None, 3)], 1),
+        ([(8, 3)], 8),
+        ([(4, 2), (None, 3)], 1),
+        ([(None, 3), (4, 2)], 1),
+        ([(4, 2), (5, 2)], 1),
+        ([()], 1),
+    ],
+)
+def test_a_call_has_one_sample_unless_the_model_takes_several(shapes, batch):
+    inputs = (InputSpec(f"x{n}", "float32", s) for n, s in enumerate(shapes))
+    assert usual_batch(Contract(tuple(inputs))) == batch
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (8, 1)], ids=str)
