@@ -6,7 +6,13 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from edge_runtime.errors import BackendError, ContractError, StoreError, TrialError
+from edge_runtime.errors import (
+    BackendError,
+    BlockedError,
+    ContractError,
+    StoreError,
+    TrialError,
+)
 from edge_runtime.formats.contract import Contract
 from edge_runtime.formats.contract_file import parse_contract
 from packager.bundles.derived_contract import make_contract
@@ -37,7 +43,7 @@ def check_answers(base: Model, target: Model) -> str:
             return ""
         with loaded(base.graph, contract, base.weights) as predictor:
             inputs = made_up(predictor, contract, graph)
-    except (ContractError, StoreError, BackendError) as err:
+    except (ContractError, StoreError, BackendError, BlockedError) as err:
         return str(err)
     except TrialError:
         return f"{problem}; so does {base.path.name}"

@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 from onnx import TensorProto, numpy_helper
 
-from edge_runtime.errors import BackendError, StoreError, WeightsError
+from edge_runtime.errors import BackendError, BlockedError, StoreError, WeightsError
 from edge_runtime.files import naming
 from edge_runtime.formats.layout import Layout
 from edge_runtime.formats.model_folder import GRAPH_NAME, WEIGHTS_NAME
@@ -178,7 +178,7 @@ def _needed_inside(model: onnx.ModelProto, weights: Weights) -> set[str]:
             (folder / GRAPH_NAME).write_bytes(graph)
             try:
                 open_session(folder, Backend.ONNXRUNTIME, RunOptions(prepack=False))
-            except (BackendError, StoreError):
+            except (BackendError, StoreError, BlockedError):
                 return False
             return True
 
