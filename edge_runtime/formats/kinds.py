@@ -26,7 +26,7 @@ from edge_runtime.errors import (
     WeightsError,
 )
 from edge_runtime.formats.header import MAGIC
-from edge_runtime.formats.model_folder import MODEL_NAME, RECORD_NAME
+from edge_runtime.formats.model_folder import MODEL_NAME, RECORD_NAME, list_rounds
 
 # What a folder of weights has in it, beside a model's settings.
 _WEIGHT_FILE = re.compile(r".+\.(?:safetensors|bin|pth?|ckpt)(?:\.index\.json)?")
@@ -186,10 +186,11 @@ def _folder(path: Path) -> Kind | None:
         return Kind.ROUND
     if (path / "state.json").is_file():
         return Kind.STORE
-    if (path / MODEL_NAME).is_dir():
-        return Kind.RUN
     with os.scandir(path) as entries:
         found = any(_WEIGHT_FILE.fullmatch(entry.name) for entry in entries)
+    # Beside a checkpoint there may be a folder of any name.
+    if (path / MODEL_NAME).is_dir() and (not found or list_rounds(path)):
+        return Kind.RUN
     return Kind.SHARDS if found else None
 
 

@@ -221,6 +221,17 @@ def test_a_round_below_runs_is_no_run_to_report_on(files, command, run, monkeypa
         assert "is a round folder, expected a run's folder" in err
 
 
+def test_a_checkpoint_beside_a_folder_called_model_is_no_run(command, run, tmp_path):
+    folder = tmp_path / "checkpoint"
+    (folder / "model").mkdir(parents=True)
+    weights = run.path / "round_01" / "weights.safetensors"
+    (folder / "weights.safetensors").write_bytes(weights.read_bytes())
+    assert command(patch, "diff", folder, weights)[0] == 0
+    (run.path / "weights.safetensors").write_bytes(weights.read_bytes())
+    code, _, err = command(patch, "diff", run.path, weights)
+    assert (code, "is a run's folder, expected a weight file" in err) == (3, True)
+
+
 def test_a_bundle_is_shown_with_its_members_and_its_patch(files, command, run):
     command(patch, "sign", files[Kind.BUNDLE], "--key", plain_key(run.path))
     code, out, _ = command(patch, "info", files[Kind.BUNDLE])
