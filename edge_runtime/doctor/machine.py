@@ -114,7 +114,7 @@ def file_system(root: Path) -> Findings:
         yield Finding("file system", Health.OK, words)
 
 
-def _try_out(root: Path) -> None:
+def _try_out(root: Path, *, again: bool = True) -> None:
     """Write, sync, lock and rename a file, as an update does; nothing is left."""
     files = Files()
     # Names that a store removes by itself, should this be killed.
@@ -125,6 +125,11 @@ def _try_out(root: Path) -> None:
             lock_file(file, first)
         files.rename(first, second)
         files.sync_folder(root)
+    except FileNotFoundError:
+        # An update that ended just now took it for what a killed process left.
+        if not again:
+            raise
+        _try_out(root, again=False)
     finally:
         files.unlink(first)
         files.unlink(second)

@@ -86,6 +86,21 @@ def test_a_clock_may_be_set_for_the_first_time_after_the_installation(
     assert finding.health == health
 
 
+def test_an_update_that_tidies_up_meanwhile_is_no_fault_of_the_disk(world, monkeypatch):
+    calls, lock = [], module.lock_file
+
+    def end_an_update(*what):
+        lock(*what)
+        calls.append(what)
+        if len(calls) == 1:
+            with Store.open(world.root).lock():
+                pass
+
+    monkeypatch.setattr(module, "lock_file", end_an_update)
+    assert wrong(world) == {}
+    assert len(calls) == 2
+
+
 def mount_read_only(world):
     real = os.statvfs(world.root)
     names = ("f_bavail", "f_bfree", "f_blocks", "f_frsize", "f_files", "f_favail")
