@@ -236,6 +236,10 @@ def test_a_dense_part_fits_too(tmp_path):
         pack_round(round_, max_size=300)
 
 
+def test_a_size_may_be_a_number_of_bytes():
+    assert coefficients_within(500, net()) == coefficients_within("500", net())
+
+
 def test_a_size_without_room_for_coefficients_is_refused():
     with pytest.raises(TrainingError, match="has no room for coefficients: "):
         coefficients_within("300", net())

@@ -21,7 +21,7 @@ _GROUP_BYTES = 64  # what the sections of a group of values take beside the valu
 
 
 def coefficients_within(
-    size: str,
+    size: str | int,
     model: nn.Module,
     *,
     bits: int = 1,
@@ -36,7 +36,7 @@ def coefficients_within(
     dense part is taken at its full size, and packs smaller.
 
     Args:
-        size: Of the patch, such as ``"4KB"``.
+        size: Of the patch, such as ``"4KB"``, or its bytes.
         model: The network that devices get.
         bits: Of a coefficient.
         selectable: Which tensors move, as for :class:`SubspaceUpdater`.
@@ -47,7 +47,7 @@ def coefficients_within(
     Raises:
         TrainingError: There is no room for 64 of them.
     """
-    layout, limit = layout or layout_of(model), parse_size(size)
+    layout, limit = layout or layout_of(model), parse_size(str(size))
     rest = _Rest.of(model, selectable, still, layout)
     most = min(MAX_COEFFICIENTS, MOST_BITS // bits, rest.weights)
     if most < WORD:
