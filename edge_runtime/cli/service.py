@@ -242,8 +242,8 @@ def _unit_warnings(user: str, half: _Half, paths: list[Path]) -> Iterator[str]:
     root = half.store
     if half.name != INSTANCE and not Path(root / "state.json").exists():
         yield (
-            f"nothing is installed in {root} here: run 'dpu-edge --store {root} init "
-            "BUNDLE' before the service is started"
+            f"nothing is installed in {root} here: run 'dpu-edge --store "
+            f"{shlex.quote(str(root))} init BUNDLE' before the service is started"
         )
     try:
         pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)

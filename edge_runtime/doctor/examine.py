@@ -5,6 +5,7 @@ Each check looks at one thing and says how it is. They change nothing of the sto
 one of the file system writes a file of its own there, and removes it again.
 """
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def examine(root: Path, folder: Path | None = None) -> list[Finding]:
     """
     if not root.exists():
         words = f"there is no {root}: nothing is installed, or a disk is not mounted"
-        todo = f"'dpu-edge --store {root} init BUNDLE|URL' installs, or mount the disk"
+        todo = f"'dpu-edge --store {shlex.quote(str(root))} init BUNDLE|URL' installs, "
+        todo += "or mount the disk"
         return [Finding("store", Health.WRONG, words, todo)]
     found = list(machine.file_system(root))
     try:

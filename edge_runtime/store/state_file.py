@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a store's state alone: without NumPy, for processes of little memory."""
 
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def read_state(root: Path) -> State:
         return decode_state(state_bytes(root / STATE_NAME))
     except (FileNotFoundError, NotADirectoryError) as err:
         raise StoreError(
-            f"nothing is installed in {root}; run 'dpu-edge --store {root} init "
-            "BUNDLE' first"
+            f"nothing is installed in {root}; run 'dpu-edge --store "
+            f"{shlex.quote(str(root))} init BUNDLE' first"
         ) from err
     except (OSError, StoreError):
         # The copy is never older, so its release floor is never lower.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``dpu-pack ROUND``: rounds become patches, or bundles for new devices."""
 
+import shlex
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -101,7 +102,8 @@ def _find(name: str, runs: Path, bundle: bool) -> list[Path]:
     released = {(r.model, r.parent, r.target) for r in kept}
     found = new_rounds(run, released)
     if not found:
-        say(f"{name}: every round is released already ('dpu-patch releases {name}')")
+        shown = f"dpu-patch releases {shlex.quote(name)}"
+        say(f"{name}: every round is released already ('{shown}')")
     return found
 
 

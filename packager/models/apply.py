@@ -6,6 +6,7 @@ changed elements are others. What was written is read again and hashed before it
 name.
 """
 
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -120,7 +121,7 @@ def _checked(base: Path) -> Checkpoint:
     if found is None or odd:
         raise WeightsError(
             f"{odd[0]} is no safetensors file, and a patch is applied to those; "
-            f"'dpu-patch extract {base} -o DIR' makes one of it"
+            f"'dpu-patch extract {shlex.quote(str(base))} -o DIR' makes one of it"
         )
     return found
 

@@ -2,6 +2,7 @@
 """Check the provenance of a release against the release as it is here."""
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -58,7 +59,8 @@ def check_provenance(
     if not there:
         raise FileNotFoundError(
             f"{paths.statement.parent} holds no provenance of {facts.name}; write it "
-            f"with 'dpu-patch provenance {facts.name}', or say where it is with -o"
+            f"with 'dpu-patch provenance {shlex.quote(facts.name)}', or say where it "
+            "is with -o"
         )
     return list(_parts(facts, paths, there, keys, model_keys))
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,17 @@ def files(run, command):
 def installed(edge, files):
     assert edge("init", files / "round_00.bundle.zip")[0] == 0
     return files
+
+
+@pytest.mark.parametrize("asked", ["status", "doctor", "service"])
+def test_the_command_that_installs_is_named_as_it_can_be_typed(
+    command, tmp_path, asked
+):
+    store = tmp_path / "my store"
+    rest = [tmp_path / "patches"] if asked == "service" else []
+    _, out, err = command(main, "--store", store, asked, *rest)
+    (typed,) = re.findall(r"'(dpu-edge --store .* init) BUNDLE", out + err)
+    assert shlex.split(typed) == ["dpu-edge", "--store", str(store), "init"]
 
 
 def test_the_whole_life_of_a_device(edge, installed):
