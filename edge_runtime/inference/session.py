@@ -38,7 +38,7 @@ _LACKS = {
     r"No Op registered for (\S+) with domain_version of (\d+)": (
         "it needs the operator {0} of opset {1}, which the runtime lacks"
     ),
-    r"(\S+?)(?:\(-?\d+\))? is not a registered function/op": (
+    r"(?<!\S)(\S+?)(?:\(-?\d+\))? is not a registered function/op": (
         "it needs the operator {0}, which the runtime lacks"
     ),
     r"Could not find an implementation for (\S+) node": (

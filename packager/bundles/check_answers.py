@@ -55,6 +55,6 @@ def check_answers(base: Model, target: Model) -> str:
 
 def _problem(
     model: Model, contract: Contract, inputs: dict[str, NDArray[Any]]
-) -> TrialError | StoreError | None:
+) -> TrialError | StoreError | BlockedError | None:
     with loaded(model.graph, contract, model.weights) as predictor:
         return problem_with(predictor, contract, inputs)

@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from edge_runtime.errors import (
+    BlockedError,
     ContractError,
     StoreError,
     TrialError,
@@ -57,8 +58,9 @@ def made_up(predictor: Predictor, contract: Contract, graph: onnx.GraphProto) ->
         ContractError: Of what was tried nothing fits.
         TrialError: The answers are not finite.
         StoreError: The model does not run on the only inputs that there are.
+        BlockedError: There is not the memory for them.
     """
-    problems: list[TrialError | StoreError] = []
+    problems: list[TrialError | StoreError | BlockedError] = []
     tries = candidates(contract, graph)
     for inputs in tries:
         problem = problem_with(predictor, contract, inputs)
@@ -85,11 +87,11 @@ def made_up(predictor: Predictor, contract: Contract, graph: onnx.GraphProto) ->
 
 def problem_with(
     predictor: Predictor, contract: Contract, inputs: Inputs
-) -> TrialError | StoreError | None:
+) -> TrialError | StoreError | BlockedError | None:
     """Say what is wrong with the answers to inputs; None for nothing."""
     try:
         check_outputs(answers(predictor, contract.prepare(inputs)), None, contract)
-    except (TrialError, StoreError) as err:
+    except (TrialError, StoreError, BlockedError) as err:
         return err
     return None
 

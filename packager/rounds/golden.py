@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.errors import (
     BackendError,
+    BlockedError,
     ContractError,
     RoundError,
     StoreError,
@@ -158,6 +159,8 @@ def loaded(graph: bytes, contract: Contract, weights: Weights) -> Iterator[Predi
 
     Raises:
         StoreError: ONNX Runtime cannot load the graph.
+        BackendError: It is older than the graph, or lacks an operator.
+        BlockedError: There is not the memory for it.
         OSError: There is no room for its files.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -169,7 +172,7 @@ def loaded(graph: bytes, contract: Contract, weights: Weights) -> Iterator[Predi
         prepack = weights.layout.file_size < UNPACKED_BYTES
         try:
             predictor = Predictor(slot, contract, RunOptions(prepack=prepack))
-        except (StoreError, BackendError) as err:
+        except (StoreError, BackendError, BlockedError) as err:
             # Not where a copy of the graph lies for a moment.
             words = str(err).replace(str(slot / GRAPH_NAME), "the graph")
             raise type(err)(words) from err

@@ -2,11 +2,13 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.errors import ContractError
+from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.limits import VARIABLE, limits
+from edge_runtime.update.golden import read_golden
 from packager.bundles.from_model import adopt_model
 from packager.bundles.golden_inputs import candidates
 from packager.models.read import read_model
@@ -116,3 +118,35 @@ def test_golden_inputs_that_devices_would_not_unpack_are_refused(old, tmp_path):
     np.savez_compressed(tmp_path / "g.npz", inputs=np.zeros((3 << 20, 6), "f4"))
     with pytest.raises(ContractError, match="fewer samples"):
         adopt_model(read_model(old), golden=tmp_path / "g.npz")
+
+
+def test_of_made_up_inputs_that_ask_for_too_much_memory_smaller_ones_are_tried(
+    tmp_path,
+):
+    """From the second sample on, each takes more than a processor can address."""
+    node, value = helper.make_node, helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            node("Size", ["x"], ["values"]),
+            node("Sub", ["values", "one"], ["others"]),
+            node("Mul", ["others", "far"], ["room"]),
+            node("ConstantOfShape", ["room"], ["nothing"]),
+            node("ReduceSum", ["nothing"], ["zero"], keepdims=0),
+            node("Mul", ["x", "w"], ["scaled"]),
+            node("Add", ["scaled", "zero"], ["y"]),
+        ],
+        "greedy",
+        [value("x", TensorProto.FLOAT, ["n", "length"])],
+        [value("y", TensorProto.FLOAT, ["n", "length"])],
+        [
+            numpy_helper.from_array(np.ones(1, "f4"), "w"),
+            numpy_helper.from_array(np.array(1, "i8"), "one"),
+            numpy_helper.from_array(np.array([1 << 50], "i8"), "far"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    bundle = adopt_model(read_model(tmp_path / "m.onnx"))
+    golden = read_golden(read_bundle(bundle.data).files["golden.npz"])
+    assert [array.shape for array in golden.inputs] == [(1, 1)]
