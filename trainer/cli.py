@@ -20,6 +20,7 @@ from edge_runtime.commandline import CONTEXT, Command, Group, emit, json_option,
 from edge_runtime.errors import ConfigError
 from edge_runtime.exit_codes import EXIT_CODE_HELP
 from edge_runtime.files import Files
+from edge_runtime.parameters import NewFile
 from edge_runtime.sizes import SIZE_WORDS, is_size, parse_size
 from trainer.progress import round_table, shown_progress
 from trainer.recipe_argument import (
@@ -204,7 +205,7 @@ def init(folder: Path, as_json: bool) -> None:
 @click.option(
     "--copy",
     nargs=2,
-    type=(str, click.Path(dir_okay=False, path_type=Path)),
+    type=(str, NewFile()),
     metavar="NAME FILE",
     help="Copy a recipe out, to be changed.",
 )

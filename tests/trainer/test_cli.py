@@ -255,6 +255,8 @@ def test_recipes_lists_all_and_copies_one(command, tmp_path):
     code, _, err = command("recipes", "--copy", "digits", target)
     assert code == 2
     assert "exists" in err
+    code, _, err = command("recipes", "--copy", "digits", f"{tmp_path}/new/")
+    assert (code, "expected the name of a file" in err) == (2, True)
 
 
 def test_a_recipe_that_the_disk_has_no_room_for_is_named(command, tmp_path):
