@@ -123,6 +123,7 @@ class Predictor:
 
         Raises:
             ContractError: The graph cannot be run on it.
+            BlockedError: The system lacks memory or the like for it.
             StoreError: A frugal swap failed and left no session behind.
         """
         # The one read that decides which version answers.
@@ -142,6 +143,7 @@ class Predictor:
 
         Raises:
             StoreError: The new slot cannot be loaded; the old one stays in use.
+            BlockedError: The system lacks memory or the like for it; likewise.
         """
         with self._lock:
             old = self._session and weakref.ref(self._session)

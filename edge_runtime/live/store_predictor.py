@@ -90,6 +90,7 @@ class StorePredictor(Predictor):
             StoreError: The state or the new slot cannot be loaded, or another model was
                 installed there; the old session stays in use, and the next call tries
                 again.
+            BlockedError: The system lacks memory or the like for it; likewise.
         """
         with self._refreshing:
             if self._entry.pending:
@@ -115,6 +116,7 @@ class StorePredictor(Predictor):
 
         Raises:
             StoreError: The new slot cannot be loaded; the old one stays in use.
+            BlockedError: The system lacks memory or the like for it; likewise.
         """
         folder = Path(os.path.realpath(folder))  # a link may lead elsewhere later
         with self._refreshing:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from edge_runtime.errors import BackendError, RoundError, StoreError
+from edge_runtime.errors import BackendError, BlockedError, RoundError, StoreError
 from edge_runtime.files import naming
 from edge_runtime.formats import bundle as layout
 from edge_runtime.formats.contract import Contract
@@ -95,13 +95,14 @@ def adopt_model(
         TrialError: Devices would refuse these weights.
         RoundError: ONNX Runtime cannot load or run the graph.
         BackendError: ONNX Runtime is older than the graph, or lacks an operator.
+        BlockedError: There is not the memory to run it.
         BudgetError: The bundle is larger than ``max_size``.
     """
     text = make_contract(model, contract)
     try:
         found, answered, remarks = _tried(model, parse_contract(text), contract, golden)
-    except (StoreError, BackendError) as err:
-        kind = BackendError if isinstance(err, BackendError) else RoundError
+    except (StoreError, BackendError, BlockedError) as err:
+        kind = RoundError if isinstance(err, StoreError) else type(err)
         raise kind(f"{model.path}: ONNX Runtime cannot run it: {err}") from err
     files: dict[str, bytes | Weights] = {
         GRAPH_NAME: model.graph,

@@ -4,7 +4,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.errors import ContractError
+from edge_runtime.errors import BlockedError, ContractError
 from edge_runtime.formats.bundle import read_bundle
 from edge_runtime.formats.contract import Contract, InputSpec
 from edge_runtime.limits import VARIABLE, limits
@@ -120,10 +120,8 @@ def test_golden_inputs_that_devices_would_not_unpack_are_refused(old, tmp_path):
         adopt_model(read_model(old), golden=tmp_path / "g.npz")
 
 
-def test_of_made_up_inputs_that_ask_for_too_much_memory_smaller_ones_are_tried(
-    tmp_path,
-):
-    """From the second sample on, each takes more than a processor can address."""
+def greedy(path, shape):
+    """From the second value on, each takes more than a processor can address."""
     node, value = helper.make_node, helper.make_tensor_value_info
     graph = helper.make_graph(
         [
@@ -136,8 +134,8 @@ def test_of_made_up_inputs_that_ask_for_too_much_memory_smaller_ones_are_tried(
             node("Add", ["scaled", "zero"], ["y"]),
         ],
         "greedy",
-        [value("x", TensorProto.FLOAT, ["n", "length"])],
-        [value("y", TensorProto.FLOAT, ["n", "length"])],
+        [value("x", TensorProto.FLOAT, shape)],
+        [value("y", TensorProto.FLOAT, shape)],
         [
             numpy_helper.from_array(np.ones(1, "f4"), "w"),
             numpy_helper.from_array(np.array(1, "i8"), "one"),
@@ -146,7 +144,18 @@ def test_of_made_up_inputs_that_ask_for_too_much_memory_smaller_ones_are_tried(
     )
     opsets = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    onnx.save(model, tmp_path / "m.onnx")
-    bundle = adopt_model(read_model(tmp_path / "m.onnx"))
+    onnx.save(model, path)
+    return read_model(path)
+
+
+def test_of_made_up_inputs_that_ask_for_too_much_memory_smaller_ones_are_tried(
+    tmp_path,
+):
+    bundle = adopt_model(greedy(tmp_path / "m.onnx", ["n", "length"]))
     golden = read_golden(read_bundle(bundle.data).files["golden.npz"])
     assert [array.shape for array in golden.inputs] == [(1, 1)]
+
+
+def test_a_graph_that_asks_for_too_much_memory_is_named(tmp_path):
+    with pytest.raises(BlockedError, match=r"m\.onnx: .*that is the system's fault"):
+        adopt_model(greedy(tmp_path / "m.onnx", [1, 2]))
