@@ -31,6 +31,7 @@ def by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     """
     try:
         named = dict(named_parameters)
+        "".join(named)  # a tensor of two rows is a pair too, but of no name
     except (TypeError, ValueError) as err:
         raise TrainingError(
             "expected names and parameters, as model.named_parameters() gives them, "

@@ -976,7 +976,14 @@ def test_a_weight_that_is_given_twice_is_refused_by_both_of_its_names():
 
 
 @pytest.mark.parametrize("updater", [PartialUpdater, SubspaceUpdater])
-@pytest.mark.parametrize("given", [nn.Module.parameters, lambda model: model])
+@pytest.mark.parametrize(
+    "given",
+    [
+        nn.Module.parameters,
+        lambda model: model,
+        lambda _: nn.Linear(6, 2).parameters(),  # each of two rows
+    ],
+)
 def test_parameters_without_names_are_refused_with_what_gives_them(updater, given):
     options = {"ratio": 0.1} if updater is PartialUpdater else {"coefficients": 64}
     with pytest.raises(TrainingError, match=r"as model\.named_parameters\(\) gives"):
