@@ -476,6 +476,7 @@ def test_numbers_of_a_contract_may_be_arrays_and_tensors(tmp_path, as_given):
     [
         (6, {}, r"shape of an input is 6, expected the sizes"),
         ((6,), {"classes": 3}, r"classes is 3, expected the name of each"),
+        ((6,), {"classes": np.int64(3)}, r"classes is 3, expected the name of each"),
         ((6,), {"accuracy_floor": 90}, r"accuracy_floor is 90, expected a share"),
         ((6,), {"scale": 0}, r"'scale' is 0.*, expected a number other than 0"),
         ((6,), {"dtype": "floats"}, r"'dtype' is 'floats', expected one of float16"),

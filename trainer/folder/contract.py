@@ -113,7 +113,7 @@ def make_contract(  # noqa: PLR0913 - all but two by name
         )
     if layout not in LAYOUTS:
         raise TrainingError(f"layout is {layout!r}, expected {' or '.join(LAYOUTS)}")
-    if isinstance(classes, int):
+    if isinstance(classes, int | np.integer):
         raise TrainingError(
             f"classes is {classes}, expected the name of each, by label: "
             f"[str(n) for n in range({classes})] where they have none"
