@@ -62,7 +62,8 @@ def naming(path: object) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        err.filename = err.filename or str(path)
+        if err.errno is not None:  # else its words are all it has
+            err.filename = err.filename or str(path)
         raise
 
 

@@ -2,13 +2,14 @@
 """A file is replaced in one way: whole, unaimed, and as private as before."""
 
 import ast
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from edge_runtime.files import Files
+from edge_runtime.files import Files, naming
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +28,21 @@ def test_a_replaced_file_holds_the_new_content_and_nothing_is_left_beside(target
         Files().replace(target, data)
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "full"), f"[Errno {errno.ENOSPC}] full: 'w'"),
+        (OSError(errno.ENOSPC, "full", "v"), f"[Errno {errno.ENOSPC}] full: 'v'"),
+        (OSError("v and w are one file"), "v and w are one file"),
+    ],
+    ids=["full", "named", "words"],
+)
+def test_a_system_error_is_given_a_name_and_loses_no_words(error, said):
+    with pytest.raises(OSError) as caught, naming("w"):
+        raise error
+    assert str(caught.value) == said
 
 
 def test_the_name_that_is_written_first_cannot_be_foreseen(target):
