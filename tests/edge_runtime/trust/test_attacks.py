@@ -130,8 +130,13 @@ def test_fast_forward_of_the_time_ends_with_the_list_that_says_it(tmp_path, cloc
     device.add_list(fleet.list_2(times=(late, fleet.UNTIL)))
     assert not device.store.state.expired()
     device.update(fleet.release(0, 1, "new"))
+
+    def of_its_end(record):
+        record["x-issued"] = record["expires"]
+
+    other = fleet.device(tmp_path / "other")
     with pytest.raises(KeyListError, match="x-issued"):
-        fleet.list_2(times=(fleet.UNTIL, fleet.UNTIL))
+        other.add_list(fleet.edited(fleet.list_2(), of_its_end, "ann", "bob"))
 
 
 # Freeze -------------------------------------------------------------------------------
