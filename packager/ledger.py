@@ -27,7 +27,7 @@ from edge_runtime.formats.json_file import parse_record
 from edge_runtime.formats.model_folder import MODEL_NAME
 from edge_runtime.formats.weights import fingerprint_file
 from edge_runtime.reading import read_bounded
-from edge_runtime.times import utc
+from edge_runtime.times import MAX_SECONDS, utc
 from packager.build import write_file
 from packager.packed_file import keep_signed, read_facts
 from packager.release import (
@@ -42,8 +42,6 @@ from packager.release import (
 LEDGER_NAME = "releases.jsonl"
 HERE = "."  # where to: the run's own folder
 PATTERNS = ("*.dpu", "*.bundle.zip")
-# A disk may hold any time (archives write the year 1), a line only one of the calendar.
-LAST_SECOND = 253_402_300_799  # of the year 9999
 _READ_ONLY = (EACCES, EPERM, EROFS)
 
 
@@ -207,7 +205,8 @@ class Ledger:
                             to=HERE,
                             size=path.stat().st_size,
                             sha256=fingerprint_file(path),
-                            at=utc(min(max(path.stat().st_mtime, 0), LAST_SECOND)),
+                            # Any, on a disk: archives write the year 1.
+                            at=utc(min(max(path.stat().st_mtime, 0), MAX_SECONDS)),
                         )
                 except (DpuError, OSError) as err:
                     self.notes.append(f"{path} is not counted: {err}")
